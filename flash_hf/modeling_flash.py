@@ -1,0 +1,609 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLASH for transformers: the gated attention unit, the model, and its language-model heads.
+
+Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_flash import (
+    Heads, mixed_chunk_attention, mixed_chunk_step, offset_scale, quadratic_attention, rotate, scaled_sinusoid, wide
+)  # fmt: skip
+from .cache_flash import FlashQuadraticCacheLayer, FlashStaticQuadraticCacheLayer, check_cache
+from .chunking_flash import (
+    ChunkLayout, Documents, QuadraticLayout, StepLayout, chunk_layout, is_tracing, quadratic_layout, resolve_documents
+)  # fmt: skip
+from .configuration_flash import FlashConfig
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Norms and positions
+# ----------------------------------------------------------------------------------------------------------------------
+class FlashScaleNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * g` with one learnt scalar (arXiv 1910.05895); statistics in float32."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_wide = x.to(wide(x.dtype))
+        normed = x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+class FlashRMSNorm(FlashScaleNorm):
+    """The same with one gain a channel."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__(eps)
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+def make_norm(config: FlashConfig) -> nn.Module:
+    if config.norm_type == "scale_norm":
+        return FlashScaleNorm(config.norm_eps)
+    if config.norm_type == "rms_norm":
+        return FlashRMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+class FlashScaledSinusoid(nn.Module):
+    """Sinusoidal positions times one learnt scalar; any length, since nothing is tabulated."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(config.hidden_size**-0.5))
+
+    def forward(self, x_BND: Tensor, position_BN: Tensor) -> Tensor:
+        return scaled_sinusoid(position_BN, x_BND.shape[-1], x_BND.dtype) * self.scale.to(x_BND.dtype)
+
+
+class FlashRotaryEmbedding(nn.Module):
+    """cos and sin of position times frequency, with transformers' RoPE settings and scalings."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: FlashConfig, device=None, **kwargs) -> tuple[Tensor, float]:
+        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim
+        inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
+        return inv_freq.to(device=device, dtype=torch.float32), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each `[..., r / 2]` for positions `[...]`, at least float32, on x's device."""
+        dtype = wide(x.dtype)
+        angle = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)
+        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Relative biases: each gives the vector of offsets -(length-1) ... length-1
+# ----------------------------------------------------------------------------------------------------------------------
+class FlashToeplitzBias(nn.Module):
+    """One weight for each offset of a span: `b[i, j] = w[j - i + span - 1]`."""
+
+    def __init__(self, config: FlashConfig, causal: bool):
+        super().__init__()
+        self.span = config.span
+        self.weight = nn.Parameter(torch.empty(2 * config.span - 1))
+
+    def forward(self, length: int, rotary=None) -> Tensor:
+        return self.weight[self.span - length : self.span + length - 1]
+
+
+class FlashRotaryBias(nn.Module):
+    """`b[i, j] = <RoPE_i(a), RoPE_j(b)>`, for any span; rows of `weight` are a and b."""
+
+    def __init__(self, config: FlashConfig, causal: bool):
+        super().__init__()
+        self.interleaved = config.rope_interleaved
+        self.weight = nn.Parameter(torch.empty(2, config.query_key_dim))
+
+    def forward(self, length: int, rotary) -> Tensor:
+        a, b = self.weight.unbind(0)
+        # A rotation by the offset alone: RoPE_i(a) . RoPE_j(b) = a . RoPE_{j-i}(b).
+        turned = rotate(b.expand(rotary[0].shape[0], -1), *rotary, interleaved=self.interleaved)
+        return (turned * a).sum(-1)
+
+
+class FlashT5Bias(nn.Module):
+    """T5's buckets of distance (arXiv 1910.10683) times sqrt(S); one direction only if causal."""
+
+    def __init__(self, config: FlashConfig, causal: bool):
+        super().__init__()
+        self.causal, self.buckets, self.max_distance = causal, config.t5_num_buckets, config.t5_max_distance
+        self.scale = config.query_key_dim**0.5
+        self.weight = nn.Parameter(torch.empty(config.t5_num_buckets, 1))
+
+    def forward(self, length: int, rotary=None) -> Tensor:
+        offset = torch.arange(1 - length, length, device=self.weight.device)
+        buckets, bucket = self.buckets, torch.zeros_like(offset)
+        if self.causal:
+            distance = (-offset).clamp(min=0)
+        else:
+            buckets //= 2
+            bucket = (offset > 0) * buckets
+            distance = offset.abs()
+        exact = buckets // 2
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / torch.log(torch.tensor(self.max_distance / exact))
+        far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return self.weight[bucket + torch.where(distance < exact, distance, far), 0] * self.scale
+
+
+BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT5Bias}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The layer
+# ----------------------------------------------------------------------------------------------------------------------
+class FlashOffsetScale(nn.Module):
+    """`gamma_h * z + beta_h` for each head; rows in the order quad_q, quad_k, lin_q, lin_k (those the layer has)."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, width))
+        self.bias = nn.Parameter(torch.zeros(heads, width))
+
+
+class FlashGatedAttentionUnit(nn.Module):
+    """Gated attention unit with mixed chunk attention: `W_o (u * (local + global))` (arXiv 2202.10447, figure 2)."""
+
+    def __init__(self, config: FlashConfig, layer_idx: int, causal: bool):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, causal
+        D, E, S = config.hidden_size, config.intermediate_size, config.query_key_dim
+        self.u_proj = nn.Linear(D, E)
+        self.v_proj = nn.Linear(D, E)
+        self.z_proj = nn.Linear(D, S)
+        self.o_proj = nn.Linear(E, D)
+        self.has_quad, self.has_lin = config.attention_type != "global", config.attention_type in ("mixed_chunk", "global")
+        self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), S)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.relative_bias = None
+        if self.has_quad and config.relative_bias is not None:
+            self.relative_bias = BIASES[config.relative_bias](config, causal)
+
+    def heads(self, z: Tensor, rotary) -> Heads:
+        weight, bias = self.offset_scale.weight, self.offset_scale.bias
+        heads = offset_scale(z, weight, bias, rotary, interleaved=self.config.rope_interleaved).unbind(-2)
+        return Heads(*(heads[:2] if self.has_quad else (None, None)), *(heads[-2:] if self.has_lin else (None, None)))
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        layout: ChunkLayout | StepLayout | QuadraticLayout,
+        documents: Documents,
+        rotary: tuple[Tensor, Tensor] | None,
+        bias_rotary: tuple[Tensor, Tensor] | None,
+        bias_length: int,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """The unit on normalised input, `[B, N, D]`.
+
+        Args:
+            layout, documents: where the tokens are, shared by all layers.
+            rotary: cos and sin for the layout's positions, or None without RoPE.
+            bias_rotary: cos and sin of the offsets, for the rotary bias.
+            bias_length: distances that the relative bias has to cover.
+            past_key_values: cache that holds this layer's state, updated in place.
+        """
+        config = self.config
+        u_BNE = self.act_fn(self.u_proj(x_BND))
+        v_BNE = self.act_fn(self.v_proj(x_BND))
+        z_BNS = self.act_fn(self.z_proj(x_BND))
+        bias_R = None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary)
+        settings = {"activation": config.attention_activation, "divisor": config.attention_divisor, "bias_R": bias_R}
+        dropout = config.attention_dropout if self.training else 0.0
+        if isinstance(layout, QuadraticLayout):
+            heads = self.heads(z_BNS, rotary)
+            key, value = heads.quad_k, v_BNE
+            if past_key_values is not None:
+                places = {"position_BN": layout.key_position_BN, "document_BN": layout.key_document_BN}
+                key, value = past_key_values.layers[self.layer_idx].update(key[:, None], value[:, None], **places)
+                key, value = key[:, 0], value[:, 0]
+            out_BNE = quadratic_attention(
+                heads.quad_q, key, value, layout, causal=self.is_causal, dropout=dropout, **settings
+            )
+            return self.o_proj(u_BNE * out_BNE)
+
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        settings["normalization"] = config.global_normalization
+        if isinstance(layout, StepLayout):
+            heads = self.heads(z_BNS, rotary)
+            if not cache.is_initialized:
+                cache.lazy_initialization(config, x_BND.shape[0], v_BNE.dtype, v_BNE.device)
+            state = cache.begin_step(heads, v_BNE, documents)
+            return self.o_proj(u_BNE * mixed_chunk_step(heads, v_BNE, layout, state, **settings))
+
+        v_BGCE = layout.split(v_BNE)
+        heads = self.heads(layout.split(z_BNS), rotary)
+        state = None if layout.phase_B is None else cache.state
+        out_BGCE, state = mixed_chunk_attention(
+            heads, v_BGCE, layout, causal=self.is_causal, chunk_size=config.chunk_size, dropout=dropout, state=state,
+            return_state=cache is not None, **settings,
+        )  # fmt: skip
+        if cache is not None:
+            if not cache.is_initialized:
+                cache.lazy_initialization(config, x_BND.shape[0], v_BNE.dtype, v_BNE.device)
+            if cache.record_past:
+                heads = Heads(*(None if head is None else layout.merge(head) for head in heads))
+            cache.update(state, heads, v_BNE, documents)
+        return self.o_proj(u_BNE * layout.merge(out_BGCE))
+
+
+class FlashLayer(GradientCheckpointingLayer):
+    """`x + GAU(norm(x))`."""
+
+    def __init__(self, config: FlashConfig, layer_idx: int, causal: bool):
+        super().__init__()
+        self.norm = make_norm(config)
+        self.gau = FlashGatedAttentionUnit(config, layer_idx, causal)
+        self.hidden_dropout = config.hidden_dropout
+
+    def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **layout: Any) -> Tensor:
+        out = self.gau(self.norm(hidden_states), past_key_values=past_key_values, **layout)
+        return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------------
+@auto_docstring
+class FlashPreTrainedModel(PreTrainedModel):
+    config: FlashConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FlashLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_record_outputs = {"hidden_states": FlashLayer}
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, FlashScaleNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, FlashOffsetScale):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, tuple(BIASES.values())):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, FlashScaledSinusoid):
+            init.constant_(module.scale, self.config.hidden_size**-0.5)
+
+
+@auto_docstring
+class FlashModel(FlashPreTrainedModel):
+    """FLASH without a head: causal if `config.is_decoder`, bidirectional otherwise."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(config)
+        self.is_causal = config.is_decoder
+        # No padding_idx: padding enters no result anyway, and it would freeze the row of a model whose padding token is
+        # its end-of-text token.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = FlashScaledSinusoid(config) if config.use_scaled_sinusoid else None
+        self.layers = nn.ModuleList(
+            [FlashLayer(config, layer_idx, self.is_causal) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = make_norm(config)
+        self.rotary_emb = FlashRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        B, N = inputs_embeds.shape[:2]
+        if past_key_values is not None:
+            if not self.is_causal:
+                raise ValueError(
+                    "past_key_values was given to a bidirectional model, where every token depends on later ones. Use "
+                    "FlashForCausalLM, or FlashModel with config.is_decoder=True."
+                )
+            check_cache(past_key_values, self.config, B)
+        elif use_cache and self.is_causal and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+
+        documents, layout, bias_length = self.lay_out(
+            B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"),
+            past_key_values,
+        )  # fmt: skip
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
+        hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
+        position = layout.position_BGC if isinstance(layout, ChunkLayout) else layout.position_BN
+        rotary = self.rotary_emb(hidden_states, position) if self.config.use_rope else None
+        bias_rotary = None
+        if self.config.relative_bias == "rotary":
+            bias_rotary = self.rotary_emb(hidden_states, torch.arange(1 - bias_length, bias_length, device=position.device))
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                layout=layout,
+                documents=documents,
+                rotary=rotary,
+                bias_rotary=bias_rotary,
+                bias_length=bias_length,
+                past_key_values=past_key_values,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def lay_out(
+        self,
+        batch: int,
+        length: int,
+        device: torch.device,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seq_lens: Tensor | None,
+        seq_idx: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Documents, ChunkLayout | StepLayout | QuadraticLayout, int]:
+        """Where every token is: documents, the layout all layers share, and the distances a relative bias covers."""
+        first = cache.layers[0] if cache is not None else None
+        marks = {"position_ids": position_ids, "cu_seq_lens": cu_seq_lens, "seq_idx": seq_idx}
+        marks["attention_mask"] = attention_mask
+        if self.config.attention_type == "quadratic":
+            past = {}
+            seen_B, past_length = None, 0
+            if first is not None and first.is_initialized:
+                past = {"past_position_BM": first.position.to(device), "past_document_BM": first.document.to(device)}
+                open_BM = first.document == first.document.amax(1, keepdim=True).clamp(min=0)
+                seen_B = torch.where(open_BM, first.position + 1, 0).amax(1).to(device)
+                past_length = first.get_seq_length()
+                if isinstance(first, FlashStaticQuadraticCacheLayer):
+                    past["write_N"] = first.places(length)
+            documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
+            if isinstance(first, FlashStaticQuadraticCacheLayer) and not past:
+                # The first call fills the front of the preallocated places; the rest is nobody's.
+                unused = torch.zeros(batch, first.max_cache_len, dtype=torch.long, device=device)
+                past = {"past_position_BM": unused, "past_document_BM": unused - 1}
+                past["write_N"] = torch.arange(length, device=device)
+            layout = quadratic_layout(documents, batch, causal=self.is_causal, cached=first is not None, **past)
+            keys = length if layout.visible_BNM is None else layout.visible_BNM.shape[2]
+            return documents, layout, self.quadratic_span(keys)
+
+        seen_B, past_length = None, 0
+        if first is not None and not first.is_empty:
+            seen_B, past_length = first.state.seen.to(device), first.get_seq_length()
+        documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
+        if first is not None and length == 1 and documents.start_BN is None:
+            return documents, StepLayout(documents.position_BN, documents.valid_BN), self.config.chunk_size
+        layout = chunk_layout(documents, batch, self.config.chunk_size, causal=self.is_causal)
+        return documents, layout, layout.position_BGC.shape[2]
+
+    def quadratic_span(self, keys: int) -> int:
+        """Distances that the bias of FLASH-Quad covers for this many keys."""
+        if self.config.relative_bias != "toeplitz":
+            return keys
+        span = self.config.span
+        if not is_tracing() and keys > span:
+            raise ValueError(
+                f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, got {keys}. "
+                "Use relative_bias='rotary' for longer inputs, or set max_position_embeddings before training."
+            )
+        return span
+
+
+def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bool | None, is_causal: bool) -> None:
+    """Refuse what cannot be right before anything is computed.
+
+    Raises:
+        ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or (checked on
+            the CPU; CUDA has its own device-side assert) out of the vocabulary.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
+    if asked_causal is not None and asked_causal != is_causal:
+        raise ValueError(
+            f"is_causal={asked_causal} contradicts this model, which is {'causal' if is_causal else 'bidirectional'}: FLASH's "
+            "direction is fixed when it is built. Load the checkpoint with FlashModel and config.is_decoder set as needed."
+        )
+    if inputs_embeds is not None:
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.is_floating_point():
+            raise ValueError(
+                f"inputs_embeds must be a floating-point tensor (batch, tokens, {config.hidden_size}), got "
+                f"{tuple(inputs_embeds.shape)} of {inputs_embeds.dtype}."
+            )
+        tokens = inputs_embeds
+    else:
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"input_ids must be an int64 or int32 tensor (batch, tokens), got {tuple(input_ids.shape)} of {input_ids.dtype}."
+            )
+        tokens = input_ids
+    if not is_tracing() and 0 in tokens.shape[:2]:
+        raise ValueError(f"The input must hold at least one row and one token, got shape {tuple(tokens.shape)}.")
+    if input_ids is not None and input_ids.device.type == "cpu" and not is_tracing():
+        low, high = (int(value) for value in input_ids.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"input_ids must lie in [0, vocab_size = {config.vocab_size}), got {low if low < 0 else high}. Does the "
+                "tokenizer belong to this model? After adding tokens call model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep) -> None:
+    """Labels go with every token of the input.
+
+    Raises:
+        ValueError: another shape, or logits kept for some tokens only.
+    """
+    expected = tuple((input_ids if input_ids is not None else inputs_embeds).shape[:2])
+    if tuple(labels.shape) != expected:
+        raise ValueError(f"labels must have the shape of the input, {expected}, got {tuple(labels.shape)}.")
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+        raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0, and mark labels to skip with -100.")
+
+
+def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
+    """`config`, or a copy that says what the head does, so that the base saved with it is loaded alike."""
+    if config.is_decoder == is_decoder:
+        return config
+    config = copy.deepcopy(config)
+    config.is_decoder = is_decoder
+    return config
+
+
+@auto_docstring
+class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
+    """FLASH with a language-model head, always causal; generates with a cache of constant size."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(with_direction(config, is_decoder=True))
+        self.model = FlashModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted.
+
+        Example:
+
+        ```python
+        >>> from flash_hf import FlashConfig, FlashForCausalLM
+        >>> model = FlashForCausalLM(FlashConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, query_key_dim=16))
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 100])
+        ```"""
+        if labels is not None:
+            check_labels(labels, input_ids, inputs_embeds, logits_to_keep)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+        """The padding mask of this call alone: with a static cache, a mask that grows would recompile every step."""
+        length = inputs_embeds.shape[1]
+        # A generated token is never padding.
+        return None if attention_mask is None or length == 1 else attention_mask[:, -length:]
+
+
+@auto_docstring
+class FlashForMaskedLM(FlashPreTrainedModel):
+    """FLASH with a masked language-model head, always bidirectional."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(with_direction(config, is_decoder=False))
+        self.model = FlashModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict at the masked places, -100 elsewhere.
+        """
+        if labels is not None:
+            check_labels(labels, input_ids, inputs_embeds, 0)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = ["FlashForCausalLM", "FlashForMaskedLM", "FlashGatedAttentionUnit", "FlashModel", "FlashPreTrainedModel"]
