@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout
+from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slots
 
 
 Activation = Literal["relu2", "softmax", "laplace"]
@@ -178,16 +178,16 @@ def chunk_products(lin_k_BGCS: Tensor, value_BGCE: Tensor) -> Tensor:
     return product.to(wide(product.dtype))
 
 
-def states_before(product_BGSE: Tensor, layout: ChunkLayout, initial_BSE: Tensor | None) -> Tensor:
-    """Sum over the document's earlier chunks, for every chunk, `[B, G, S, E]` (eq. 5, causal)."""
+def running_states(product_BGSE: Tensor, initial_BSE: Tensor | None) -> Tensor:
+    """Running sums over a row's chunks: entry g is the sum before chunk g, the last one that of all, `[B, G + 1, S, E]`."""
     if initial_BSE is None:
         initial_BSE = torch.zeros_like(product_BGSE[:, 0])
-    before = torch.cat([initial_BSE[:, None], product_BGSE[:, :-1]], 1).cumsum(1)
-    if layout.first_BG is not None:
-        # Packed rows: drop what earlier documents left in the running sum (nothing precedes the row's first one).
-        base = before.gather(1, layout.first_BG[..., None, None].expand_as(before))
-        before = before - base.masked_fill((layout.first_BG == 0)[..., None, None], 0)
-    return before
+    return torch.cat([initial_BSE[:, None], product_BGSE], 1).cumsum(1)
+
+
+def _select(x_BGXF: Tensor, index_BG: Tensor) -> Tensor:
+    """`out[b, g] = x[b, index[b, g]]`."""
+    return x_BGXF.gather(1, index_BG[..., None, None].expand(-1, -1, *x_BGXF.shape[2:]))
 
 
 def global_scale(layout: ChunkLayout, *, causal: bool, normalization: Normalization, chunk_size: int) -> Tensor:
@@ -246,26 +246,31 @@ def mixed_chunk_attention(
     # Within a first chunk the causal global part is zero: a short input need not compute it.
     if lin_q is not None and (not causal or G > 1 or initial is not None or return_state):
         product = chunk_products(lin_k, value_BGCE)
-        scale = global_scale(layout, causal=causal, normalization=normalization, chunk_size=chunk_size)
-        if causal:
-            before = states_before(product, layout, initial)
+        if not causal and layout.first_BG is None:
+            states = product.sum(1, keepdim=True)
+        else:
+            running = running_states(product, initial)
+            if layout.first_BG is None:
+                states = running[:, :-1]
+            else:
+                # Packed rows: less what earlier documents left in the running sum. A document that continues the cache
+                # is the row's first and keeps what it began with.
+                base = _select(running, layout.first_BG).masked_fill((layout.first_BG == 0)[..., None, None], 0)
+                states = (running[:, :-1] if causal else _select(running, layout.last_BG + 1)) - base
             if return_state:
-                total = _at_final(before + product, layout) if layout.final_B is not None else before[:, -1] + product[:, -1]
-            seen = before * scale[..., None, None].to(before.dtype)
-        elif layout.first_BG is not None:
-            running = F.pad(product, (0, 0, 0, 0, 1, 0)).cumsum(1)
-            index = torch.stack([layout.last_BG + 1, layout.first_BG])[..., None, None].expand(-1, -1, -1, *product.shape[2:])
-            seen = (running.gather(1, index[0]) - running.gather(1, index[1])) * scale[..., None, None].to(product.dtype)
-        else:
-            seen = product.sum(1, keepdim=True) * scale[..., None, None].to(product.dtype)
+                total = running[:, -1]
+                if layout.first_BG is not None:
+                    total = _at_final(states + product, layout)
+        scale = global_scale(layout, causal=causal, normalization=normalization, chunk_size=chunk_size)
+        states = states * scale[..., None, None].to(states.dtype)
         # One product per group of chunks that share a state: all chunks of a row, or each chunk.
-        groups = seen.shape[1]
+        groups = states.shape[1]
         query = lin_q.reshape(B * groups, -1, lin_q.shape[-1])
-        seen = seen.to(value_BGCE.dtype).flatten(0, 1)
+        states = states.to(value_BGCE.dtype).flatten(0, 1)
         if out is None:
-            out = torch.bmm(query, seen)
+            out = torch.bmm(query, states)
         else:
-            out = torch.baddbmm(out.reshape(B * groups, -1, E), query, seen)
+            out = torch.baddbmm(out.reshape(B * groups, -1, E), query, states)
         out = out.view(B, G, C, E)
     if out is None:
         out = torch.zeros_like(value_BGCE)
@@ -281,16 +286,13 @@ def mixed_chunk_attention(
 
 def _continue_chunk(new_BGCF: Tensor, old_BCF: Tensor, phase_B: Tensor) -> Tensor:
     """Put the cached slots in front of chunk 0."""
-    cached_BC = torch.arange(old_BCF.shape[1], device=phase_B.device) < phase_B[:, None]
-    first = torch.where(cached_BC[..., None], old_BCF.to(new_BGCF.dtype), new_BGCF[:, 0])
-    return torch.cat([first[:, None], new_BGCF[:, 1:]], 1)
+    cached_BGC = cached_slots(phase_B, *new_BGCF.shape[1:3])
+    return torch.where(cached_BGC[..., None], old_BCF.to(new_BGCF.dtype)[:, None], new_BGCF)
 
 
 def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
     """The chunk of each row that stays open, `[B, X, F]`."""
-    if layout.final_B is None:
-        return x_BGXF[:, -1]
-    return x_BGXF.gather(1, layout.final_B[:, None, None, None].expand(-1, 1, *x_BGXF.shape[2:]))[:, 0]
+    return x_BGXF[:, -1] if layout.final_B is None else _select(x_BGXF, layout.final_B[:, None])[:, 0]
 
 
 def closed_total(state: DecodingState, phase_B: Tensor) -> Tensor:

@@ -303,6 +303,7 @@ class FlashStaticQuadraticCacheLayer(StaticLayer):
     """FLASH-Quad's keys and values in tensors of `max_cache_len` places; unused places belong to document -1."""
 
     _layer_type = QUADRATIC_LAYER_TYPE
+    supports_early_init = False  # it would give values the keys' width
     position: Tensor | None = None
     document: Tensor | None = None
 

@@ -69,13 +69,13 @@ def check_mask(attention_mask: Tensor, batch: int, length: int, past_length: int
             f"attention_mask must be a 2-D padding mask (batch, tokens) with 1 at real tokens, got {got}. FLASH derives "
             "causality itself: pass the tokenizer's mask, not a 4-D or additive one."
         )
-    widths = {length}
-    if isinstance(past_length, int):
-        widths.add(past_length + length)
-    if attention_mask.shape[0] != batch or (isinstance(past_length, int) and attention_mask.shape[1] not in widths):
+    width = attention_mask.shape[1]
+    # The length of a static cache is on the device: its columns are not counted here.
+    fits = width == length or (width == past_length + length if isinstance(past_length, int) else width > length)
+    if attention_mask.shape[0] != batch or not fits:
         raise ValueError(
-            f"attention_mask must have shape ({batch}, {' or '.join(map(str, sorted(widths)))}) for this input"
-            f"{f' after {past_length} cached tokens' if len(widths) > 1 else ''}, got {tuple(attention_mask.shape)}."
+            f"attention_mask must have shape ({batch}, {length}), or ({batch}, {past_length} + {length}) with the "
+            f"{past_length} cached tokens in front, got {tuple(attention_mask.shape)}."
         )
     mask = attention_mask[:, -length:]
     valid = mask != 0
@@ -255,7 +255,9 @@ class ChunkLayout(_Movable):
         """`[B, G, C, F]` to `[B, N, F]`; 0 at padding."""
         x_BKF = x_BGCF.flatten(1, 2)
         if self.slot_BN is None:
-            return x_BKF[:, : self.token_BN.shape[1]]
+            N = self.token_BN.shape[1]
+            # As in split. A copy, since whether a slice is dense depends on the remainder too.
+            return x_BKF.narrow_copy(1, 0, N) if is_tracing() else x_BKF[:, :N]
         return _take_rows(x_BKF, self.slot_BN)
 
 
@@ -270,6 +272,12 @@ def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
     return torch.where((index_BK >= 0)[..., None], x_BKF, 0)
 
 
+def cached_slots(phase_B: Tensor, chunks: int, chunk_size: int) -> Tensor:
+    """The slots of chunk 0 that cached tokens hold, bool `[B, G, C]`."""
+    slot_K = torch.arange(chunks * chunk_size, device=phase_B.device)
+    return (slot_K < phase_B[:, None]).view(-1, chunks, chunk_size)
+
+
 def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: bool) -> ChunkLayout:
     """Lay the tokens of `documents` out in chunks of `chunk_size`.
 
@@ -279,8 +287,9 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     """
     position_BN = documents.position_BN
     N, device = position_BN.shape[1], position_BN.device
+    # A chunk size that follows the input would be one more dynamic shape, and a compiled graph per short length.
+    C = chunk_size if is_tracing() or documents.seen_B is not None else min(chunk_size, N)
     if documents.is_plain:
-        C = min(chunk_size, N)
         G = (N + C - 1) // C
         position_BGC = torch.arange(G * C, device=device).view(1, G, C)
         count_BG = torch.full((1, 1), N, dtype=torch.long, device=device)
@@ -291,15 +300,16 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     if valid_BN is None:
         valid_BN = torch.ones(batch, N, dtype=torch.bool, device=device)
     position_BN = position_BN.expand(batch, N)
-    C = chunk_size if seen_B is not None else min(chunk_size, N)
     slot_BN = position_BN % C
     rank_BN = valid_BN.cumsum(1)
     opens_BN = valid_BN & ((slot_BN == 0) | (rank_BN == 1))
     chunk_BN = opens_BN.cumsum(1) - 1
-    if start_BN is None:
-        G = (N + (C - 1 if seen_B is not None else 0) + C - 1) // C
-    else:
+    if start_BN is not None:
         G = int(chunk_BN.max().clamp(min=0)) + 1
+    elif seen_B is not None:
+        G = (N + 2 * C - 2) // C
+    else:
+        G = (N + C - 1) // C
 
     # Column G (or G * C) collects what has no place and is cut off.
     def by_chunk(value_BN: Tensor, fill: int) -> Tensor:
@@ -325,7 +335,7 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
             continues_B = continues_B & ~(start_BN & (rank_BN == 1)).any(1)
         phase_B = torch.where(continues_B, seen_B % C, 0)
         seen_after_B = torch.where(any_B, seen_after_B, seen_B)
-        occupied_BGC = torch.cat([occupied_BGC[:, :1] | (slot_C < phase_B[:, None])[:, None], occupied_BGC[:, 1:]], 1)
+        occupied_BGC = occupied_BGC | cached_slots(phase_B, G, C)
 
     count_BG = first_BG = last_BG = None
     if start_BN is not None:

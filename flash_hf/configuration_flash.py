@@ -167,6 +167,11 @@ class FlashConfig(PreTrainedConfig):
         return int(round(self.hidden_size * self.expansion_factor))
 
     @property
+    def num_attention_heads(self) -> int:
+        """A gated attention unit has one head; transformers asks when it prepares a static cache."""
+        return 1
+
+    @property
     def span(self) -> int:
         """Tokens that one quadratic attention covers: a chunk, or the training length for `"quadratic"`."""
         return self.max_position_embeddings if self.attention_type == "quadratic" else self.chunk_size
