@@ -190,11 +190,10 @@ def _select(x_BGXF: Tensor, index_BG: Tensor) -> Tensor:
     return x_BGXF.gather(1, index_BG[..., None, None].expand(-1, -1, *x_BGXF.shape[2:]))
 
 
-def global_scale(layout: ChunkLayout, *, causal: bool, normalization: Normalization, chunk_size: int) -> Tensor:
-    """Factor on the global sum, float32 `[B or 1, G or 1]`: 1 / tokens (mean) or 1 / chunk_size; 0 before any token."""
-    count = layout.before_BG if causal else layout.count_BG
-    scale = 1.0 / (count.float().clamp(min=1) if normalization == "mean" else torch.full_like(count, chunk_size).float())
-    return torch.where(count > 0, scale, 0)
+def global_scale(count: Tensor, normalization: Normalization, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """Factor on a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 before any token."""
+    tokens = count if normalization == "mean" else torch.full_like(count, chunk_size)
+    return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
 
 
 def mixed_chunk_attention(
@@ -261,8 +260,8 @@ def mixed_chunk_attention(
                 total = running[:, -1]
                 if layout.first_BG is not None:
                     total = _at_final(states + product, layout)
-        scale = global_scale(layout, causal=causal, normalization=normalization, chunk_size=chunk_size)
-        states = states * scale[..., None, None].to(states.dtype)
+        count_BG = layout.before_BG if causal else layout.count_BG
+        states = states * global_scale(count_BG, normalization, chunk_size, states.dtype)[..., None, None]
         # One product per group of chunks that share a state: all chunks of a row, or each chunk.
         groups = states.shape[1]
         query = lin_q.reshape(B * groups, -1, lin_q.shape[-1])
@@ -361,9 +360,7 @@ def mixed_chunk_step(
         weights_B1C = activate(scores_of(heads.quad_q, state.quad_k.to(heads.quad_q.dtype), scale, bias_B1C), activation)
     remote_B1E = None
     if heads.lin_q is not None:
-        closed_B = seen_B - phase_B
-        scale_B = 1.0 / (closed_B.clamp(min=1) if normalization == "mean" else torch.full_like(closed_B, C))
-        scale_B = torch.where(closed_B > 0, scale_B, 0).to(state.total.dtype)
+        scale_B = global_scale(seen_B - phase_B, normalization, C, state.total.dtype)
         query = heads.lin_q.to(state.total.dtype) * scale_B[:, None, None]
         with torch.autocast(seen_B.device.type, enabled=False):
             remote_B1E = torch.bmm(query, state.total).to(dtype)

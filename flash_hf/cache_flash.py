@@ -265,7 +265,10 @@ class FlashQuadraticCacheLayer(DynamicLayer):
         """Append `[B, 1, N, S]` and `[B, 1, N, E]` with their `[B, N]` positions and documents; returns all keys, values."""
         self.position = position_BN if self.position is None else torch.cat([self.position, position_BN], 1)
         self.document = document_BN if self.document is None else torch.cat([self.document, document_BN], 1)
-        return super().update(key_states.detach(), value_states.detach())
+        keys, values = super().update(key_states, value_states)
+        # Gradients flow through this call's tokens; what is kept for later calls holds no graph.
+        self.keys, self.values = keys.detach(), values.detach()
+        return keys, values
 
     def _map(self, change) -> None:
         if self.is_initialized:
@@ -326,7 +329,10 @@ class FlashStaticQuadraticCacheLayer(StaticLayer):
         places = self.places(key_states.shape[2])
         self.position.index_copy_(1, places, position_BN)
         self.document.index_copy_(1, places, document_BN)
-        return super().update(key_states.detach(), value_states.detach())
+        keys, values = super().update(key_states.detach(), value_states.detach())
+        if torch.is_grad_enabled() and value_states.requires_grad:
+            keys, values = keys.index_copy(2, places, key_states), values.index_copy(2, places, value_states)
+        return keys, values
 
     def reset(self) -> None:
         super().reset()

@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_flash import (
     Heads, mixed_chunk_attention, mixed_chunk_step, offset_scale, quadratic_attention, rotate, scaled_sinusoid, wide
 )  # fmt: skip
-from .cache_flash import FlashQuadraticCacheLayer, FlashStaticQuadraticCacheLayer, check_cache
+from .cache_flash import FlashStaticQuadraticCacheLayer, check_cache
 from .chunking_flash import (
     ChunkLayout, Documents, QuadraticLayout, StepLayout, chunk_layout, is_tracing, quadratic_layout, resolve_documents
 )  # fmt: skip
@@ -415,7 +415,8 @@ class FlashModel(FlashPreTrainedModel):
         if first is not None and not first.is_empty:
             seen_B, past_length = first.state.seen.to(device), first.get_seq_length()
         documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
-        if first is not None and length == 1 and documents.start_BN is None:
+        # A step writes the token into the state and reads it back from there, where no gradient passes.
+        if first is not None and length == 1 and documents.start_BN is None and not torch.is_grad_enabled():
             return documents, StepLayout(documents.position_BN, documents.valid_BN), self.config.chunk_size
         layout = chunk_layout(documents, batch, self.config.chunk_size, causal=self.is_causal)
         return documents, layout, layout.position_BGC.shape[2]

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds, threads, and memory that shows when it is read before it is written."""
+
+import os
+
+import pytest
+import torch
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The suite runs in one process a core.
+torch.set_num_threads(1)
+# Under this mode torch.empty returns NaN, so that a result with an unwritten element cannot pass.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

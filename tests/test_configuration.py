@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from flash_hf import FlashConfig, FlashModel
+from flash_hf.testing import tiny_config
+
+
+def test_defaults_are_the_papers_base_model():
+    config = FlashConfig()
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (24, 768, 1536)
+    assert (config.query_key_dim, config.chunk_size, config.attention_divisor) == (128, 256, 256)
+    import torch
+
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in FlashModel(config).parameters())
+    assert round(count / 1e6) == 112
+
+
+def test_saves_and_loads_exactly(tmp_path):
+    config = tiny_config(relative_bias="rotary", rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5})
+    config.save_pretrained(tmp_path)
+    for loaded in (FlashConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is FlashConfig
+        assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+    assert config.rotary_dim == 6
+
+
+def test_old_and_extra_keys_of_a_file_still_load(tmp_path):
+    stored = {**tiny_config().to_dict(), "a_key_of_tomorrow": 3, "chunksize": 5, "torch_dtype": "float32"}
+    stored.pop("norm_eps")
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = FlashConfig.from_pretrained(tmp_path)
+    assert config.a_key_of_tomorrow == 3 and config.chunk_size == 8 and config.norm_eps == 1e-5
+    config.save_pretrained(tmp_path / "again")
+    assert FlashConfig.from_pretrained(tmp_path / "again").a_key_of_tomorrow == 3
+
+
+def test_divisor_is_a_stored_constant(tmp_path):
+    tiny_config(chunk_size=16).save_pretrained(tmp_path)
+    assert FlashConfig.from_pretrained(tmp_path, chunk_size=8).attention_divisor == 16
+    assert tiny_config(attention_type="quadratic").attention_divisor == 128
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"chunksize": 99}, ["chunksize", "99", "Did you mean 'chunk_size'"]),
+        ({"atention_type": "local"}, ["atention_type", "Did you mean 'attention_type'"]),
+        ({"intermediate_size": 99}, ["intermediate_size", "99"]),
+        ({"chunk_size": 0}, ["chunk_size", "at least 1", "0"]),
+        ({"chunk_size": "256"}, ["chunk_size", "int", "256"]),
+        ({"hidden_size": -8}, ["hidden_size", "at least 1", "-8"]),
+        ({"hidden_size": 25, "expansion_factor": 2}, ["hidden_size", "even", "25", "use_scaled_sinusoid"]),
+        ({"query_key_dim": 13}, ["query_key_dim", "even", "13", "use_rope"]),
+        ({"expansion_factor": 0}, ["expansion_factor", "greater than 0"]),
+        ({"expansion_factor": 1.3}, ["expansion_factor", "whole number", "1.3"]),
+        ({"attention_type": "mixed-chunk"}, ["attention_type", "mixed-chunk", "Did you mean 'mixed_chunk'"]),
+        ({"attention_activation": "relu"}, ["attention_activation", "'relu'", "Did you mean 'relu2'"]),
+        ({"relative_bias": "alibi"}, ["relative_bias", "alibi", "toeplitz"]),
+        ({"norm_type": "scalenorm"}, ["norm_type", "scalenorm", "Did you mean 'scale_norm'"]),
+        ({"global_normalization": "sum"}, ["global_normalization", "'sum'", "mean"]),
+        ({"hidden_act": "sillu"}, ["hidden_act", "sillu", "Did you mean 'silu'"]),
+        ({"hidden_dropout": 1.0}, ["hidden_dropout", "[0, 1)", "1.0"]),
+        ({"attention_dropout": -0.1}, ["attention_dropout", "[0, 1)", "-0.1"]),
+        ({"norm_eps": 0.0}, ["norm_eps", "greater than 0"]),
+        ({"initializer_range": -1.0}, ["initializer_range", "0 or more"]),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, ["rope_parameters", "even", "3"]),
+        ({"relative_bias": "t5", "t5_num_buckets": 6}, ["t5_num_buckets", "multiple of 4"]),
+        ({"relative_bias": "t5", "t5_max_distance": 2}, ["t5_max_distance", "greater than"]),
+        ({"per_layer_config": {0: {"chunk_size": 4}}}, ["per_layer_config", "not supported"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_wrong_values_and_names_are_refused(changes, words):
+    with pytest.raises(Exception) as error:
+        tiny_config(**changes)
+    for word in words:
+        assert word in str(error.value), (word, str(error.value))
+
+
+def test_a_bad_file_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config().to_dict(), "chunk_size": 0}))
+    with pytest.raises(Exception, match="chunk_size.*at least 1"):
+        FlashConfig.from_pretrained(tmp_path)
+
+
+def test_an_override_at_loading_is_checked(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="chunk_size.*at least 1"):
+        FlashConfig.from_pretrained(tmp_path, chunk_size=0)

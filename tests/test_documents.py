@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The document rule: a document's result is the same alone, padded on any side, packed, or in a ragged batch."""
+
+import pytest
+import torch
+
+from flash_hf import FlashForCausalLM, FlashForMaskedLM
+from flash_hf.chunking_flash import chunk_layout, resolve_documents
+from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+
+
+C = 8
+LENGTHS = [1, C - 1, C, C + 1, 3 * C + 5]
+PADS = [1, 7, C, C + 3]
+CASES = [
+    pytest.param(cls, attention_type, activation, id=f"{cls.__name__[8:]}-{attention_type}-{activation}")
+    for cls in (FlashForCausalLM, FlashForMaskedLM)
+    for attention_type, activation in (
+        ("mixed_chunk", "relu2"), ("mixed_chunk", "softmax"), ("mixed_chunk", "laplace"), ("quadratic", "relu2"),
+        ("quadratic", "softmax"), ("local", "softmax"), ("global", "relu2"),
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(params=[(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=["float64", "float32"])
+def precision(request):
+    return request.param
+
+
+def build(cls, attention_type, activation, dtype=torch.float64):
+    config = tiny_config(attention_type=attention_type, attention_activation=activation)
+    return make_model(cls, config, dtype=dtype)
+
+
+def padded(ids, left, right, fill=3):
+    """ids [1, n] with padding around, and the mask."""
+    row = torch.cat([torch.full((1, left), fill), ids, torch.full((1, right), fill)], 1)
+    mask = torch.zeros_like(row)
+    mask[:, left : left + ids.shape[1]] = 1
+    return row, mask
+
+
+@pytest.mark.parametrize("cls, attention_type, activation", CASES)
+def test_padding_changes_nothing(cls, attention_type, activation, precision):
+    dtype, ratio = precision
+    model = build(cls, attention_type, activation, dtype)
+    for length in LENGTHS:
+        ids = random_ids(model.config, 1, length, seed=length)
+        alone = model(ids).logits
+        for left, right in [*((pad, 0) for pad in PADS), *((0, pad) for pad in PADS), (5, 6)]:
+            row, mask = padded(ids, left, right)
+            logits = model(row, attention_mask=mask).logits
+            assert logits.isfinite().all()
+            assert_close(logits[:, left : left + length], alone, ratio, f"length {length}, pads {left}, {right}")
+
+
+@pytest.mark.parametrize("cls, attention_type, activation", CASES)
+def test_padding_in_the_middle_is_transparent(cls, attention_type, activation):
+    model = build(cls, attention_type, activation)
+    ids = random_ids(model.config, 1, 3 * C + 5)
+    row = torch.cat([ids[:, :5], ids.new_full((1, 4), 2), ids[:, 5:20], ids.new_full((1, 9), 2), ids[:, 20:]], 1)
+    mask = torch.ones_like(row)
+    mask[:, 5:9] = mask[:, 24:33] = 0
+    logits = model(row, attention_mask=mask).logits[mask.bool()]
+    assert_close(logits, model(ids).logits[0], 1e-9)
+
+
+@pytest.mark.parametrize("cls, attention_type, activation", CASES)
+def test_packing_changes_nothing(cls, attention_type, activation, precision):
+    """Between others, at every offset to the chunk grid; marked by position_ids, cu_seq_lens_q or seq_idx."""
+    dtype, ratio = precision
+    model = build(cls, attention_type, activation, dtype)
+    lengths = [5, 3 * C + 5, 1, C, 1, 2 * C + 1, C - 1]
+    documents = [random_ids(model.config, 1, length, seed=length) for length in lengths]
+    row = torch.cat(documents, 1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    numbers = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None]
+    expected = torch.cat([model(ids).logits for ids in documents], 1)
+    for marks in (
+        {"position_ids": positions},
+        {"cu_seq_lens_q": borders},
+        {"seq_idx": numbers},
+        {"position_ids": positions, "cu_seq_lens_q": borders, "seq_idx": numbers},
+    ):
+        assert_close(model(row, **marks).logits, expected, ratio, str(sorted(marks)))
+
+
+@pytest.mark.parametrize("cls, attention_type, activation", CASES)
+def test_ragged_batch_of_packed_rows_with_padding(cls, attention_type, activation):
+    """Different documents, paddings and fully masked rows in one batch; the masked row changes nothing and is finite."""
+    model = build(cls, attention_type, activation)
+    a, b, c, d = (random_ids(model.config, 1, n, seed=n) for n in (3 * C + 5, 9, 17, 2))
+    fill = random_ids(model.config, 1, 60, seed=9)
+    rows = [
+        (0, [a]),
+        (3, [b, c]),
+        (11, [d, c, b]),
+        (0, []),
+    ]
+    width = 40
+    ids, mask, positions = fill[:, :width].repeat(4, 1), torch.zeros(4, width, dtype=torch.long), []
+    for row, (left, parts) in enumerate(rows):
+        joined = torch.cat([torch.zeros(1, 0, dtype=torch.long), *parts], 1)
+        ids[row, left : left + joined.shape[1]] = joined[0]
+        mask[row, left : left + joined.shape[1]] = 1
+        numbers = torch.cat([torch.zeros(left), *(torch.arange(p.shape[1]) for p in parts)])
+        positions.append(torch.cat([numbers, torch.zeros(width - len(numbers))]))
+    logits = model(ids, attention_mask=mask, position_ids=torch.stack(positions).long()).logits
+    assert logits.isfinite().all()
+    for row, (left, parts) in enumerate(rows):
+        begin = left
+        for part in parts:
+            got = logits[row : row + 1, begin : begin + part.shape[1]]
+            assert_close(got, model(part).logits, 1e-9, f"row {row} at {begin}")
+            begin += part.shape[1]
+
+
+@pytest.mark.parametrize("cls, attention_type, activation", CASES)
+def test_what_stands_at_padding_changes_nothing(cls, attention_type, activation):
+    model = build(cls, attention_type, activation)
+    embeds = torch.randn(2, 30, model.config.hidden_size, dtype=torch.float64)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, :11] = mask[1, 17:] = 0
+    reference = model(inputs_embeds=embeds, attention_mask=mask).logits[mask.bool()]
+    noisy = torch.where(mask[..., None].bool(), embeds, torch.randn_like(embeds) * 100)
+    assert_close(model(inputs_embeds=noisy, attention_mask=mask).logits[mask.bool()], reference, 1e-12)
+
+
+def test_gradients_do_not_reach_padding_or_other_documents():
+    model = build(FlashForMaskedLM, "mixed_chunk", "relu2")
+    embeds = torch.randn(1, 40, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(1, 40, dtype=torch.long)
+    mask[:, :3] = 0
+    positions = torch.cat([torch.zeros(3), torch.arange(20), torch.arange(17)])[None].long()
+    logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits
+    (gradient,) = torch.autograd.grad(logits[:, 3:23].square().sum(), embeds)
+    assert gradient[0, :3].abs().max() == 0 and gradient[0, 23:].abs().max() == 0
+    assert gradient[0, 3:23].abs().amax(-1).min() > 0
+
+
+@pytest.mark.parametrize("cls", [FlashForCausalLM, FlashForMaskedLM])
+def test_gradients_of_parameters_under_padding_and_packing(cls):
+    model = build(cls, "mixed_chunk", "relu2")
+    documents = [random_ids(model.config, 1, n, seed=n) for n in (13, 3 * C + 5, 6)]
+
+    def gradients(run):
+        model.zero_grad()
+        run()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    def alone():
+        for ids in documents:
+            model(ids).logits.square().sum().backward()
+
+    def packed():
+        positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents])[None]
+        model(torch.cat(documents, 1), position_ids=positions).logits.square().sum().backward()
+
+    def ragged():
+        rows, masks = zip(*(padded(ids, 31 - ids.shape[1], 0) for ids in documents), strict=True)
+        mask = torch.cat(masks)
+        logits = model(torch.cat(rows), attention_mask=mask).logits
+        logits[mask.bool()].square().sum().backward()
+
+    expected = gradients(alone)
+    for run in (packed, ragged):
+        for name, gradient in gradients(run).items():
+            assert_close(gradient, expected[name], 1e-9, f"{run.__name__} {name}")
+
+
+def test_layout_of_a_packed_padded_row_by_hand():
+    """Mask and positions of one row of 9, chunks of 2: padding, a document of 3, one of 2, padding, one of 1."""
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 1, 0]])
+    positions = torch.tensor([[0, 0, 1, 2, 0, 1, 0, 0, 0]])
+    documents = resolve_documents(1, 9, mask.device, attention_mask=mask, position_ids=positions)
+    layout = chunk_layout(documents, 1, 2, causal=False)
+    assert layout.source_BK.tolist() == [[1, 2, 3, -1, 4, 5, 7, -1]]
+    assert layout.slot_BN.tolist() == [[-1, 0, 1, 2, 4, 5, -1, 6, -1]]
+    assert layout.position_BGC.tolist() == [[[0, 1], [2, 3], [0, 1], [0, 1]]]
+    assert layout.first_BG.tolist() == [[0, 0, 2, 3]]
+    assert layout.last_BG.tolist() == [[1, 1, 2, 3]]
+    assert layout.count_BG.tolist() == [[3, 3, 2, 1]]
+    assert layout.seen_after_B.tolist() == [1]
+
+
+def test_positions_alone_do_not_make_a_packed_layout():
+    """generate and most callers pass plain positions: they must cost neither a gather nor a packed sum."""
+    ids = torch.arange(20)[None]
+    assert resolve_documents(1, 20, ids.device, position_ids=ids, attention_mask=torch.ones(1, 20)).is_plain
+
+
+@pytest.mark.parametrize("cls, attention_type, activation", CASES[:1] + CASES[7:8])
+def test_default_initialisation_under_padding(cls, attention_type, activation):
+    """The real initialisation, as a user first meets it, in float32."""
+    torch.manual_seed(0)
+    model = cls(tiny_config(chunk_size=16)).eval()
+    ids = random_ids(model.config, 1, 37)
+    row, mask = padded(ids, 5, 3)
+    assert_close(model(row, attention_mask=mask).logits[:, 5:42], model(ids).logits, 2e-4)
