@@ -275,11 +275,12 @@ def mixed_chunk_attention(
         out = torch.zeros_like(value_BGCE)
     if not return_state:
         return out, None
+    # Copies: a view would keep the whole grid alive for as long as the cache.
     quad_k, lin_k, value = (
-        None if grid is None else F.pad(_at_final(grid, layout), (0, 0, 0, chunk_size - C)).detach()
+        None if grid is None else F.pad(_at_final(grid, layout).detach(), (0, 0, 0, chunk_size - C)).clone()
         for grid in (quad_k, lin_k, value_BGCE)
     )
-    total = None if total is None else total.detach()
+    total = None if total is None else total.detach().clone()
     return out, DecodingState(quad_k, lin_k, value, total, layout.seen_after_B.expand(B).clone())
 
 

@@ -162,15 +162,8 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
-        self._snapshot, self._recorded = None, []
-        if self.is_initialized:
-            for tensor in self.state:
-                if tensor is not None:
-                    tensor.zero_()
-            if isinstance(self.cumulative_length, int):
-                self.cumulative_length = 0
-            else:
-                self.cumulative_length.zero_()
+        self.state, self._snapshot, self._recorded = None, None, []
+        self.cumulative_length, self.is_initialized = 0, False
 
     def _map(self, change) -> None:
         """Apply `change` to every tensor; the batch is the first dimension of each."""
@@ -233,6 +226,12 @@ class FlashStaticChunkCacheLayer(FlashChunkCacheLayer, StaticLayer):
             raise NotImplementedError("A static cache cannot be rolled back; use DynamicCache for assisted decoding.")
         self.cumulative_length.add_(1)
         return self.state
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            for tensor in (*self.state, self.cumulative_length):
+                if tensor is not None:
+                    tensor.zero_()
 
     def _map(self, change) -> None:
         if not self.is_initialized:
