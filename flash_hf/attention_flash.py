@@ -57,9 +57,9 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # Positions and heads
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 def scaled_sinusoid(position_BN: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Sinusoidal positions, sine half then cosine half, `[B, N, width]`, before the learnt scalar (eq. 0)."""
     angle_dtype = wide(dtype)
@@ -89,16 +89,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
 
 
 def offset_scale(z: Tensor, gamma_HS: Tensor, beta_HS: Tensor, rotary, *, interleaved: bool = False) -> Tensor:
-    """Heads `RoPE(gamma * z + beta)` (eq. 3), `[..., H, S]` from `[..., S]`; `rotary` is (cos, sin) `[..., r/2]` or None."""
+    """Heads `RoPE(gamma * z + beta)` (eq. 3), `[..., H, S]` from `[..., S]`; `rotary` is (cos, sin) `[..., r/2]` or "
+    "None."""
     heads = z[..., None, :] * gamma_HS + beta_HS
     if rotary is not None:
         heads = rotate(heads, rotary[0][..., None, :], rotary[1][..., None, :], interleaved=interleaved)
     return heads
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # The quadratic part: scores -> weights
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 def activate(scores: Tensor, activation: Activation) -> Tensor:
     """Attention weights from scores; a score of -inf gives a weight of exactly 0 (eq. 4)."""
     if activation == "relu2":
@@ -119,7 +120,8 @@ def toeplitz(bias_R: Tensor, length: int) -> Tensor:
 
 
 def score_bias(bias_R: Tensor | None, length: int, causal: bool, like: Tensor) -> Tensor | None:
-    """Additive `[length, length]`: the relative bias, and -inf above the diagonal if causal. None if neither applies."""
+    """Additive `[length, length]`: the relative bias, and -inf above the diagonal if causal. None if neither "
+    "applies."""
     bias_CC = None if bias_R is None else toeplitz(bias_R, length).to(like.dtype)
     if not causal:
         return bias_CC
@@ -137,9 +139,9 @@ def scores_of(q_XQS: Tensor, k_XMS: Tensor, scale: float, bias: Tensor | None) -
     return torch.baddbmm(bias, q_XQS, k_XMS.transpose(1, 2), alpha=scale)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # Mixed chunk attention
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 def local_attention(
     quad_q_BGCS: Tensor,
     quad_k_BGCS: Tensor,
@@ -179,7 +181,8 @@ def chunk_products(lin_k_BGCS: Tensor, value_BGCE: Tensor) -> Tensor:
 
 
 def running_states(product_BGSE: Tensor, initial_BSE: Tensor | None) -> Tensor:
-    """Running sums over a row's chunks: entry g is the sum before chunk g, the last one that of all, `[B, G + 1, S, E]`."""
+    """Running sums over a row's chunks: entry g is the sum before chunk g, the last one that of all, `[B, G + 1, S, "
+    "E]`."""
     if initial_BSE is None:
         initial_BSE = torch.zeros_like(product_BGSE[:, 0])
     return torch.cat([initial_BSE[:, None], product_BGSE], 1).cumsum(1)
@@ -358,7 +361,9 @@ def mixed_chunk_step(
         if bias_R is not None:
             bias_B1C = bias_R.to(heads.quad_q.dtype)[(slot_C - phase_B[:, None]) + C - 1][:, None]
         bias_B1C = bias_B1C.masked_fill(~visible_BC[:, None], -math.inf)
-        weights_B1C = activate(scores_of(heads.quad_q, state.quad_k.to(heads.quad_q.dtype), scale, bias_B1C), activation)
+        weights_B1C = activate(
+            scores_of(heads.quad_q, state.quad_k.to(heads.quad_q.dtype), scale, bias_B1C), activation
+        )
     remote_B1E = None
     if heads.lin_q is not None:
         scale_B = global_scale(seen_B - phase_B, normalization, C, state.total.dtype)
@@ -378,9 +383,9 @@ def mixed_chunk_step(
     return out if remote_B1E is None else out + remote_B1E
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # FLASH-Quad
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 def quadratic_attention(
     q_BNS: Tensor,
     k_BMS: Tensor,

@@ -24,8 +24,8 @@ def _each(change, tensors: tuple) -> list:
 class FlashChunkCacheLayer(CacheLayerMixin):
     """The constant-size state of one layer with chunked attention. See `DecodingState` for what it holds.
 
-    Rolling back (`crop`, for assisted decoding) needs `activate_past_recording()` first: from then on the layer keeps a
-    copy of its state and the keys and values that came in since, until `crop` settles how many of them stay.
+    Rolling back (`crop`, for assisted decoding) needs `activate_past_recording()` first: from then on the layer keeps
+    a copy of its state and the keys and values that came in since, until `crop` settles how many of them stay.
     """
 
     _layer_type = CHUNK_LAYER_TYPE
@@ -92,7 +92,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
     def _set(self, state: DecodingState) -> None:
         self.state = state
 
-    # -- rollback ------------------------------------------------------------------------------------------------------
+    # -- rollback
     def activate_past_recording(self) -> None:
         self.record_past = True
 
@@ -111,12 +111,14 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}: a length to keep is not supported."
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}: a length to keep is not "
+                f"supported."
             )
         recorded = sum(entry[2].shape[1] for entry in self._recorded)
         if -tokens_to_remove > recorded:
             raise RuntimeError(
-                f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be taken back, since "
+                f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be taken "
+                f"back, since "
                 "closed chunks are kept as a sum. Call activate_past_recording() before the calls that may be undone."
             )
         if tokens_to_remove:
@@ -137,7 +139,9 @@ class FlashChunkCacheLayer(CacheLayerMixin):
                 return None
             if fill is not None:
                 shapes = [entry[2].shape[:2] for entry in self._recorded]
-                parts = [torch.full(s, fill, device=device) if p is None else p for p, s in zip(parts, shapes, strict=True)]
+                parts = [
+                    torch.full(s, fill, device=device) if p is None else p for p, s in zip(parts, shapes, strict=True)
+                ]
             return torch.cat(parts, 1)[:, :keep]
 
         quad_k, lin_k, value = joined(0), joined(1), joined(2)
@@ -151,7 +155,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         )[1]
         return state
 
-    # -- what Cache asks of every layer --------------------------------------------------------------------------------
+    # -- what Cache asks of every layer
     def get_seq_length(self) -> int | Tensor:
         return self.cumulative_length if self.is_initialized else 0
 
@@ -261,7 +265,8 @@ class FlashQuadraticCacheLayer(DynamicLayer):
         return self.position.shape[0] if self.position is not None else -1
 
     def update(self, key_states, value_states, position_BN=None, document_BN=None, **kwargs):
-        """Append `[B, 1, N, S]` and `[B, 1, N, E]` with their `[B, N]` positions and documents; returns all keys, values."""
+        """Append `[B, 1, N, S]` and `[B, 1, N, E]` with their `[B, N]` positions and documents; returns all keys, "
+        "values."""
         self.position = position_BN if self.position is None else torch.cat([self.position, position_BN], 1)
         self.document = document_BN if self.document is None else torch.cat([self.document, document_BN], 1)
         keys, values = super().update(key_states, value_states)
@@ -354,7 +359,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     wanted = FlashChunkCacheLayer if chunked else (FlashQuadraticCacheLayer, FlashStaticQuadraticCacheLayer)
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values must be a transformers Cache, got {type(cache).__name__}. Use DynamicCache(config=model.config)."
+            f"past_key_values must be a transformers Cache, got {type(cache).__name__}. Use "
+            f"DynamicCache(config=model.config)."
         )
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
         kind = FlashChunkCacheLayer if chunked else FlashQuadraticCacheLayer
@@ -364,7 +370,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
             f"past_key_values must be a cache of this model ({config.num_hidden_layers} layers, attention_type "
-            f"{config.attention_type!r}), got {len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build it with "
+            f"{config.attention_type!r}), got {len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
+            f"it with "
             "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
         )
     layer = cache.layers[0]
@@ -372,8 +379,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         return
     if layer.batch_size != batch:
         raise ValueError(
-            f"past_key_values holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, or "
-            "change the cache with batch_select_indices / batch_repeat_interleave."
+            f"past_key_values holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, "
+            f"or change the cache with batch_select_indices / batch_repeat_interleave."
         )
     S, E = config.query_key_dim, config.intermediate_size
     if chunked:
@@ -385,7 +392,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         found, expected = (layer.keys.shape[3], layer.values.shape[3]), (S, E)
     if found != expected:
         raise ValueError(
-            f"past_key_values was filled by a model of another shape (chunk_size, query_key_dim, value width ...: {found}); "
+            f"past_key_values was filled by a model of another shape (chunk_size, query_key_dim, value width ...: "
+            f"{found}); "
             f"this model needs {expected}. Start with an empty cache."
         )
 

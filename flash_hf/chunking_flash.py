@@ -64,10 +64,14 @@ def check_mask(attention_mask: Tensor, batch: int, length: int, past_length: int
         ValueError: not a tensor of 2 dimensions, of another shape, or with values other than 0 and 1.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        got = f"{attention_mask.ndim} dimensions" if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        got = (
+            f"{attention_mask.ndim} dimensions"
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
         raise ValueError(
-            f"attention_mask must be a 2-D padding mask (batch, tokens) with 1 at real tokens, got {got}. FLASH derives "
-            "causality itself: pass the tokenizer's mask, not a 4-D or additive one."
+            f"attention_mask must be a 2-D padding mask (batch, tokens) with 1 at real tokens, got {got}. FLASH "
+            f"derives causality itself: pass the tokenizer's mask, not a 4-D or additive one."
         )
     width = attention_mask.shape[1]
     # The length of a static cache is on the device: its columns are not counted here.
@@ -141,11 +145,14 @@ def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_
         starts.append(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True) & ones_BN)
     if cu_seq_lens is not None:
         if batch != 1:
-            raise ValueError(f"cu_seq_lens_q describes one packed row; the batch has {batch}. Use position_ids instead.")
+            raise ValueError(
+                f"cu_seq_lens_q describes one packed row; the batch has {batch}. Use position_ids instead."
+            )
         borders = cu_seq_lens.flatten().tolist()
         if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
             raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to the number of tokens ({length}), got {borders[:3]} ... {borders[-1]}."
+                f"cu_seq_lens_q must rise from 0 to the number of tokens ({length}), got {borders[:3]} ... "
+                f"{borders[-1]}."
             )
         start = torch.zeros(1, length, dtype=torch.bool, device=device)
         start[0, [border for border in borders[:-1] if border < length]] = True
@@ -170,7 +177,8 @@ def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_
                 "position_ids must count the real tokens of a document (0, 1, 2, ...; 0 begins a new packed document) "
                 f"and agree with attention_mask, cu_seq_lens_q and the cache: row {row}, token {column} has "
                 f"{int(position_ids.expand(batch, -1)[row, column])}, expected "
-                f"{int(documents.position_BN.expand(batch, -1)[row, column])}. Leave position_ids out to have them counted."
+                f"{int(documents.position_BN.expand(batch, -1)[row, column])}. Leave position_ids out to have them "
+                f"counted."
             )
     return documents
 
@@ -245,7 +253,8 @@ class ChunkLayout(_Movable):
         B, N = x_BNF.shape[:2]
         G, C = self.position_BGC.shape[1:]
         if self.source_BK is None:
-            # No branch on the remainder under a compiler: it would make one graph for multiples of C and one for others.
+            # No branch on the remainder under a compiler: it would make one graph for multiples of C and one for
+            # others.
             if is_tracing() or G * C != N:
                 x_BNF = F.pad(x_BNF, (0, 0, 0, G * C - N))
             return x_BNF.reshape(B, G, C, -1)
@@ -411,7 +420,8 @@ def quadratic_layout(
 
     Args:
         cached: whether the new tokens go into a cache.
-        past_position_BM, past_document_BM: of the cached keys, int64 `[B, M]`; document -1 at padding and unused places.
+        past_position_BM, past_document_BM: of the cached keys, int64 `[B, M]`; document -1 at padding and unused
+            places.
         write_N: where the new keys go in a preallocated cache, int64 `[N]`; None to append them.
     """
     position_BN = documents.position_BN

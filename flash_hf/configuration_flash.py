@@ -223,19 +223,25 @@ class FlashConfig(PreTrainedConfig):
         from transformers.activations import ACT2CLS
 
         if self.hidden_act not in ACT2CLS:
-            refuse("hidden_act", "an activation of transformers.activations.ACT2FN", nearest(self.hidden_act, [*ACT2CLS]))
+            refuse(
+                "hidden_act", "an activation of transformers.activations.ACT2FN", nearest(self.hidden_act, [*ACT2CLS])
+            )
         if abs(self.hidden_size * self.expansion_factor - self.intermediate_size) > 1e-6 or self.intermediate_size < 1:
             refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
         if self.use_scaled_sinusoid and self.hidden_size % 2:
             refuse("hidden_size", "even for sine and cosine halves", " Or set use_scaled_sinusoid=False.")
         if self.use_rope or self.relative_bias == "rotary":
             if self.query_key_dim % 2:
-                refuse("query_key_dim", "even, since RoPE turns pairs", " Or set use_rope=False and another relative_bias.")
+                refuse(
+                    "query_key_dim",
+                    "even, since RoPE turns pairs",
+                    " Or set use_rope=False and another relative_bias.",
+                )
             if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.query_key_dim:
                 refuse(
                     "rope_parameters",
-                    f"such that query_key_dim ({self.query_key_dim}) times partial_rotary_factor is even, at least 2 and "
-                    f"at most query_key_dim, not {self.rotary_dim}",
+                    f"such that query_key_dim ({self.query_key_dim}) times partial_rotary_factor is even, at least 2 "
+                    f"and at most query_key_dim, not {self.rotary_dim}",
                 )
         if self.relative_bias == "t5" and (self.t5_num_buckets < 4 or self.t5_num_buckets % 4):
             refuse("t5_num_buckets", "a multiple of 4")

@@ -24,18 +24,32 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_flash import (
-    Heads, mixed_chunk_attention, mixed_chunk_step, offset_scale, quadratic_attention, rotate, scaled_sinusoid, wide
+    Heads,
+    mixed_chunk_attention,
+    mixed_chunk_step,
+    offset_scale,
+    quadratic_attention,
+    rotate,
+    scaled_sinusoid,
+    wide,
 )  # fmt: skip
 from .cache_flash import FlashStaticQuadraticCacheLayer, check_cache
 from .chunking_flash import (
-    ChunkLayout, Documents, QuadraticLayout, StepLayout, chunk_layout, is_tracing, quadratic_layout, resolve_documents
+    ChunkLayout,
+    Documents,
+    QuadraticLayout,
+    StepLayout,
+    chunk_layout,
+    is_tracing,
+    quadratic_layout,
+    resolve_documents,
 )  # fmt: skip
 from .configuration_flash import FlashConfig
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # Norms and positions
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 class FlashScaleNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * g` with one learnt scalar (arXiv 1910.05895); statistics in float32."""
 
@@ -108,9 +122,9 @@ class FlashRotaryEmbedding(nn.Module):
         return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # Relative biases: each gives the vector of offsets -(length-1) ... length-1
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 class FlashToeplitzBias(nn.Module):
     """One weight for each offset of a span: `b[i, j] = w[j - i + span - 1]`."""
 
@@ -165,9 +179,9 @@ class FlashT5Bias(nn.Module):
 BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT5Bias}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # The layer
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 class FlashOffsetScale(nn.Module):
     """`gamma_h * z + beta_h` for each head; rows in the order quad_q, quad_k, lin_q, lin_k (those the layer has)."""
 
@@ -188,7 +202,10 @@ class FlashGatedAttentionUnit(nn.Module):
         self.v_proj = nn.Linear(D, E)
         self.z_proj = nn.Linear(D, S)
         self.o_proj = nn.Linear(E, D)
-        self.has_quad, self.has_lin = config.attention_type != "global", config.attention_type in ("mixed_chunk", "global")
+        self.has_quad, self.has_lin = (
+            config.attention_type != "global",
+            config.attention_type in ("mixed_chunk", "global"),
+        )
         self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), S)
         self.act_fn = ACT2FN[config.hidden_act]
         self.relative_bias = None
@@ -277,9 +294,9 @@ class FlashLayer(GradientCheckpointingLayer):
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 # Models
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------------
 @auto_docstring
 class FlashPreTrainedModel(PreTrainedModel):
     config: FlashConfig
@@ -312,8 +329,8 @@ class FlashModel(FlashPreTrainedModel):
     def __init__(self, config: FlashConfig):
         super().__init__(config)
         self.is_causal = config.is_decoder
-        # No padding_idx: padding enters no result anyway, and it would freeze the row of a model whose padding token is
-        # its end-of-text token.
+        # No padding_idx: padding enters no result anyway, and it would freeze the row of a model whose padding token
+        # is its end-of-text token.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = FlashScaledSinusoid(config) if config.use_scaled_sinusoid else None
         self.layers = nn.ModuleList(
@@ -352,8 +369,8 @@ class FlashModel(FlashPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         documents, layout, bias_length = self.lay_out(
-            B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx"),
-            past_key_values,
+            B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
+            kwargs.get("seq_idx"), past_key_values,
         )  # fmt: skip
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -363,7 +380,9 @@ class FlashModel(FlashPreTrainedModel):
         rotary = self.rotary_emb(hidden_states, position) if self.config.use_rope else None
         bias_rotary = None
         if self.config.relative_bias == "rotary":
-            bias_rotary = self.rotary_emb(hidden_states, torch.arange(1 - bias_length, bias_length, device=position.device))
+            bias_rotary = self.rotary_emb(
+                hidden_states, torch.arange(1 - bias_length, bias_length, device=position.device)
+            )
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -428,7 +447,8 @@ class FlashModel(FlashPreTrainedModel):
         span = self.config.span
         if not is_tracing() and keys > span:
             raise ValueError(
-                f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, got {keys}. "
+                f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, "
+                f"got {keys}. "
                 "Use relative_bias='rotary' for longer inputs, or set max_position_embeddings before training."
             )
         return span
@@ -438,19 +458,23 @@ def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bo
     """Refuse what cannot be right before anything is computed.
 
     Raises:
-        ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or (checked on
-            the CPU; CUDA has its own device-side assert) out of the vocabulary.
+        ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or
+            (checked on the CPU; CUDA has its own device-side assert) out of the vocabulary.
     """
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
     if asked_causal is not None and asked_causal != is_causal:
         raise ValueError(
-            f"is_causal={asked_causal} contradicts this model, which is {'causal' if is_causal else 'bidirectional'}: FLASH's "
-            "direction is fixed when it is built. Load the checkpoint with FlashModel and config.is_decoder set as needed."
+            f"is_causal={asked_causal} contradicts this model, which was built with is_causal={is_causal}: the "
+            "direction is fixed then. Load the checkpoint with FlashModel and config.is_decoder set as needed."
         )
     if inputs_embeds is not None:
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size or not inputs_embeds.is_floating_point():
+        if (
+            inputs_embeds.ndim != 3
+            or inputs_embeds.shape[2] != config.hidden_size
+            or not inputs_embeds.is_floating_point()
+        ):
             raise ValueError(
                 f"inputs_embeds must be a floating-point tensor (batch, tokens, {config.hidden_size}), got "
                 f"{tuple(inputs_embeds.shape)} of {inputs_embeds.dtype}."
@@ -459,7 +483,8 @@ def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bo
     else:
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"input_ids must be an int64 or int32 tensor (batch, tokens), got {tuple(input_ids.shape)} of {input_ids.dtype}."
+                f"input_ids must be an int64 or int32 tensor (batch, tokens), got {tuple(input_ids.shape)} of "
+                f"{input_ids.dtype}."
             )
         tokens = input_ids
     if not is_tracing() and 0 in tokens.shape[:2]:
@@ -468,8 +493,9 @@ def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bo
         low, high = (int(value) for value in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
-                f"input_ids must lie in [0, vocab_size = {config.vocab_size}), got {low if low < 0 else high}. Does the "
-                "tokenizer belong to this model? After adding tokens call model.resize_token_embeddings(len(tokenizer))."
+                f"input_ids must lie in [0, vocab_size = {config.vocab_size}), got {low if low < 0 else high}. Does "
+                f"the tokenizer belong to this model? After adding tokens call "
+                "model.resize_token_embeddings(len(tokenizer))."
             )
 
 
@@ -483,7 +509,9 @@ def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels must have the shape of the input, {expected}, got {tuple(labels.shape)}.")
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-        raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0, and mark labels to skip with -100.")
+        raise ValueError(
+            "labels need the logits of all tokens: leave logits_to_keep at 0, and mark labels to skip with -100."
+        )
 
 
 def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
@@ -529,7 +557,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
 
         ```python
         >>> from flash_hf import FlashConfig, FlashForCausalLM
-        >>> model = FlashForCausalLM(FlashConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, query_key_dim=16))
+        >>> config = FlashConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, query_key_dim=16)
+        >>> model = FlashForCausalLM(config)
         >>> model(torch.tensor([[1, 2, 3]])).logits.shape
         torch.Size([1, 3, 100])
         ```"""

@@ -36,7 +36,9 @@ def make_model(cls, config: FlashConfig, *, seed: int = 0, dtype: torch.dtype = 
     base = getattr(model, model.base_model_prefix, model)
     r = config.rotary_dim
     exponents = torch.arange(0, r, 2, dtype=torch.float64) / r
-    base.rotary_emb.inv_freq = (config.rope_parameters["rope_theta"] ** -exponents).to(torch.promote_types(dtype, torch.float32))
+    base.rotary_emb.inv_freq = (config.rope_parameters["rope_theta"] ** -exponents).to(
+        torch.promote_types(dtype, torch.float32)
+    )
     return model
 
 

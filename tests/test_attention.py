@@ -157,7 +157,8 @@ def test_gradcheck_of_quadratic_attention(causal):
 
 @pytest.mark.parametrize("attention_type", TYPES)
 def test_no_future_leak(attention_type):
-    """Gradients of each position's output with respect to later embeddings are exactly zero, chunk borders included."""
+    """Gradients of each position's output with respect to later embeddings are exactly zero, chunk borders "
+    "included."""
     config = tiny_config(attention_type=attention_type, is_decoder=True)
     model = make_model(FlashModel, config)
     embeds = torch.randn(1, 3 * C + 5, config.hidden_size, dtype=torch.float64, requires_grad=True)
@@ -183,7 +184,9 @@ def test_bidirectional_sees_everything():
     model = make_model(FlashForMaskedLM, config)
     embeds = torch.randn(1, 3 * C + 5, config.hidden_size, dtype=torch.float64, requires_grad=True)
     for position in (0, 2 * C, 3 * C + 4):
-        (gradient,) = torch.autograd.grad(model(inputs_embeds=embeds).logits[0, position].sum(), embeds, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            model(inputs_embeds=embeds).logits[0, position].sum(), embeds, retain_graph=True
+        )
         assert gradient[0].abs().amax(-1).min() > 0
 
 

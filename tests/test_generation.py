@@ -71,9 +71,10 @@ def test_any_split_equals_the_whole(attention_type, activation, dtype, ratio, ca
         assert int(cache.get_seq_length()) == 29
 
 
-@pytest.mark.parametrize("changes", [{"global_normalization": "chunk"}, {"relative_bias": "rotary"}, {"relative_bias": "t5"},
-                                     {"relative_bias": None}, {"rope_interleaved": True}, {"chunk_size": 1},
-                                     {"use_rope": False}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("changes", [
+    {"global_normalization": "chunk"}, {"relative_bias": "rotary"}, {"relative_bias": "t5"}, {"relative_bias": None},
+    {"rope_interleaved": True}, {"chunk_size": 1}, {"use_rope": False},
+], ids=str)  # fmt: skip
 def test_options_decode_alike(changes):
     model = build(**changes)
     ids, mask = ragged(model.config)
@@ -357,4 +358,6 @@ def test_masked_head_cannot_generate():
 def test_static_rollback_is_refused():
     model = build()
     with pytest.raises(ValueError, match="[Ss]tatic"):
-        model.generate(random_ids(model.config, 1, 9), prompt_lookup_num_tokens=2, cache_implementation="static", **GREEDY)
+        model.generate(
+            random_ids(model.config, 1, 9), prompt_lookup_num_tokens=2, cache_implementation="static", **GREEDY
+        )

@@ -1,0 +1,478 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contracts of a transformers model: heads, losses, saving, loading, checkpointing, compilation; and bad input."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, StaticCache
+
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
+from flash_hf.testing import assert_close, error_ratio, make_model, random_ids, tiny_config
+
+
+HEADS = [FlashForCausalLM, FlashForMaskedLM]
+ALL = [*HEADS, FlashModel]
+
+
+# -- direction
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_each_head_has_its_direction_whatever_the_config_says(is_decoder):
+    config = tiny_config(is_decoder=is_decoder)
+    ids = random_ids(config, 1, 30)
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % config.vocab_size
+    for cls, causal in ((FlashForCausalLM, True), (FlashForMaskedLM, False), (FlashModel, is_decoder)):
+        model = make_model(cls, config)
+        difference = (model(ids)[0][0, :-1] - model(changed)[0][0, :-1]).abs().amax(-1)
+        assert bool((difference == 0).all()) is causal
+        assert model.config.is_decoder is causal
+    assert config.is_decoder is is_decoder
+
+
+def test_the_base_of_a_saved_head_keeps_its_direction(tmp_path):
+    for cls, causal in ((FlashForCausalLM, True), (FlashForMaskedLM, False)):
+        model = make_model(cls, tiny_config())
+        model.save_pretrained(tmp_path / cls.__name__)
+        base = AutoModel.from_pretrained(tmp_path / cls.__name__, dtype=torch.float64)
+        assert base.is_causal is causal
+        ids = random_ids(model.config, 1, 20)
+        expected = model(ids, output_hidden_states=True).hidden_states[-1]
+        assert_close(base(ids).last_hidden_state, expected, 1e-6)  # frequencies of the reloaded one are float32
+
+
+def test_a_contradicting_direction_is_refused():
+    with pytest.raises(ValueError, match="is_causal=False contradicts"):
+        make_model(FlashForCausalLM, tiny_config())(random_ids(tiny_config(), 1, 5), is_causal=False)
+
+
+# -- outputs and losses
+@pytest.mark.parametrize("cls", ALL)
+def test_outputs(cls):
+    model = make_model(cls, tiny_config())
+    ids = random_ids(model.config, 2, 11)
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 4
+    assert all(hidden.shape == (2, 11, 24) for hidden in out.hidden_states)
+    # transformers' contract: the last entry has gone through the final norm.
+    base = getattr(model, "model", model)
+    assert torch.equal(base(ids).last_hidden_state, out.hidden_states[-1])
+    as_tuple = model(ids, return_dict=False)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out[0])
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds)[0], out[0])
+
+
+def test_logits_to_keep():
+    model = make_model(FlashForCausalLM, tiny_config())
+    ids = random_ids(model.config, 2, 11)
+    full = model(ids).logits
+    assert_close(model(ids, logits_to_keep=1).logits, full[:, -1:], 1e-12)
+    assert_close(model(ids, logits_to_keep=4).logits, full[:, -4:], 1e-12)
+    assert_close(model(ids, logits_to_keep=torch.tensor([0, 7])).logits, full[:, [0, 7]], 1e-12)
+
+
+def test_losses():
+    ids = random_ids(tiny_config(), 2, 11)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    causal, masked = (make_model(cls, tiny_config()) for cls in HEADS)
+    logits = causal(ids).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert_close(causal(ids, labels=labels).loss, expected, 1e-6)  # transformers upcasts logits to float32
+    expected = torch.nn.functional.cross_entropy(masked(ids).logits.flatten(0, 1), labels.flatten())
+    assert_close(masked(ids, labels=labels).loss, expected, 1e-6)
+    for model, count in ((causal, 17), (masked, 18)):
+        total = model(ids, labels=labels).loss * count
+        assert_close(model(ids, labels=labels, num_items_in_batch=torch.tensor(50)).loss, total / 50, 1e-6)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_gradient_accumulation_equals_one_large_batch(cls):
+    """Micro-batches with different numbers of labels, normalised by num_items_in_batch as Trainer does."""
+    model = make_model(cls, tiny_config(), dtype=torch.float64)
+    ids = random_ids(model.config, 8, 21)
+    labels = ids.clone()
+    for row in range(8):
+        labels[row, : 2 * row] = -100
+    count = (labels[:, 1:] if cls is FlashForCausalLM else labels).ne(-100).sum()
+    model(ids, labels=labels, num_items_in_batch=count).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for part in range(4):
+        rows = slice(2 * part, 2 * part + 2)
+        model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], 1e-6, name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("cls", HEADS)
+def test_gradient_checkpointing_gives_the_same_gradients(cls, reentrant):
+    model = make_model(cls, tiny_config()).train()
+    ids = random_ids(model.config, 2, 29)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+
+    def gradients():
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    calls = []
+    hook = model.model.layers[0].gau.u_proj.register_forward_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for name, gradient in gradients().items():
+        assert_close(gradient, expected[name], 1e-12, name)
+    hook.remove()
+    assert len(calls) == 2  # it was computed again
+
+
+def test_dropout_is_active_only_in_training():
+    model = make_model(FlashForCausalLM, tiny_config(hidden_dropout=0.2, attention_dropout=0.2))
+    ids = random_ids(model.config, 1, 20)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    for name in ("hidden_dropout", "attention_dropout"):
+        only = make_model(FlashForCausalLM, tiny_config(**{name: 0.5})).train()
+        assert not torch.equal(only(ids).logits, only(ids).logits), name
+
+
+# -- embeddings
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("cls", HEADS)
+def test_tying_resizing_and_saving(cls, tied, tmp_path):
+    model = make_model(cls, tiny_config(tie_word_embeddings=tied), dtype=torch.float32)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    ids = random_ids(model.config, 1, 20)
+    before = model(ids).logits
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70 and model(torch.full((1, 3), 69)).logits.shape[-1] == 70
+    assert_close(model(ids).logits[..., :61], before, 1e-6)
+    model.save_pretrained(tmp_path)
+    files = [path.name for path in tmp_path.iterdir()]
+    assert "model.safetensors" in files and not any(name.endswith((".bin", ".pt")) for name in files)
+    loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, loaded.state_dict()[name]), name
+    # make_model computes RoPE frequencies in float64, loading in float32.
+    assert_close(loaded(ids).logits, model(ids).logits, 1e-5)
+
+
+# -- saving and loading
+@pytest.mark.parametrize("changes", [
+    {}, {"relative_bias": "rotary", "norm_type": "layer_norm"}, {"relative_bias": "t5", "norm_type": "rms_norm"},
+    {"attention_type": "quadratic"}, {"attention_type": "local", "relative_bias": None}, {"attention_type": "global"},
+    {"use_scaled_sinusoid": False, "use_rope": False},
+], ids=str)  # fmt: skip
+def test_weights_are_exact_through_every_way_of_loading(changes, tmp_path):
+    torch.manual_seed(1)
+    for cls, auto in ((FlashForCausalLM, AutoModelForCausalLM), (FlashForMaskedLM, AutoModelForMaskedLM)):
+        model = make_model(cls, tiny_config(**changes), dtype=torch.float32)
+        model.save_pretrained(tmp_path)
+        assert type(AutoConfig.from_pretrained(tmp_path)) is FlashConfig
+        for loaded in (
+            auto.from_pretrained(tmp_path),
+            auto.from_pretrained(tmp_path, device_map="cpu"),
+            auto.from_pretrained(tmp_path, dtype="auto"),
+        ):
+            assert type(loaded) is cls and loaded.dtype == torch.float32
+            for name, parameter in model.state_dict().items():
+                assert torch.equal(parameter, loaded.state_dict()[name]), name
+            fresh = cls(model.config)
+            assert torch.equal(loaded.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)
+        for dtype in (torch.bfloat16, torch.float16):
+            low = auto.from_pretrained(tmp_path, dtype=dtype)
+            assert low.dtype == dtype
+            for name, parameter in model.state_dict().items():
+                assert torch.equal(parameter.to(dtype), low.state_dict()[name]), name
+            # Frequencies must not be rounded to 8 bits.
+            assert_close(low.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq, 1e-6)
+
+
+def test_sharded_checkpoint(tmp_path):
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = FlashForCausalLM.from_pretrained(tmp_path)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, loaded.state_dict()[name]), name
+
+
+def test_base_weights_go_from_head_to_head(tmp_path):
+    causal = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    causal.save_pretrained(tmp_path)
+    masked, info = FlashForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not masked.config.is_decoder and not masked.model.is_causal
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = FlashForCausalLM(FlashConfig(hidden_size=256, num_hidden_layers=2, vocab_size=500))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("proj.bias", "scale.bias")):
+            assert parameter.abs().max() == 0, name
+        elif name.endswith("norm.weight"):
+            assert parameter == 1, name
+        elif name.endswith("positions.scale"):
+            assert parameter == 256**-0.5
+        else:
+            assert abs(parameter.std() / 0.02 - 1) < 0.15 and abs(parameter.mean()) < 0.004, name
+
+
+def test_missing_weights_are_initialised_as_in_a_fresh_model(tmp_path):
+    """from_pretrained builds on the meta device: what the file lacks must not be left as uninitialised memory."""
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    kept = {
+        k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "layers.1." not in k and "scale" not in k
+    }
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = FlashForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"]
+    layer = loaded.model.layers[1]
+    assert layer.norm.weight == 1 and layer.gau.offset_scale.bias.abs().max() == 0
+    assert 0.01 < layer.gau.offset_scale.weight.std() < 0.03 and 0.01 < layer.gau.relative_bias.weight.std() < 0.03
+    assert_close(loaded.model.embed_positions.scale, torch.tensor(24**-0.5), 1e-6)
+
+
+# -- low precision
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", HEADS)
+def test_long_inputs_are_finite_in_low_precision(cls, dtype):
+    torch.manual_seed(0)
+    model = cls(FlashConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, query_key_dim=32)).to(dtype)
+    ids = random_ids(model.config, 1, 16384)
+    loss = model(ids, labels=ids).loss
+    assert loss.isfinite()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", HEADS)
+def test_low_precision_error_is_at_most_twice_that_of_the_naive_version(cls, dtype):
+    """Both against naive in float64, on the same rounded weights, over a chunk border and a long stretch."""
+    from flash_hf.naive import naive_model
+    from flash_hf.testing import naive_config
+
+    config = tiny_config(chunk_size=32, is_decoder=cls is FlashForCausalLM)
+    model = make_model(cls, config, dtype=dtype, scale=0.1)
+    ids = random_ids(config, 1, 500)
+    weights = {name: value.detach() for name, value in model.model.state_dict().items()}
+    causal = cls is FlashForCausalLM
+    exact = naive_model(ids[0], {k: v.double() for k, v in weights.items()}, naive_config(config), causal=causal)[1]
+    plain = naive_model(ids[0], weights, naive_config(config), causal=causal)[1]
+    assert plain.dtype == dtype
+    ours, theirs = error_ratio(model(ids).logits[0], exact), error_ratio(plain, exact)
+    assert 0 < ours <= 2 * theirs, (ours, theirs)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_autocast(cls):
+    model = make_model(cls, tiny_config(), dtype=torch.float32, scale=0.1)
+    ids = random_ids(model.config, 2, 40)
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids)
+    assert_close(out.logits, expected, 0.05)
+    out.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    if cls is FlashForCausalLM:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            out = model(ids[:, :20], use_cache=True)
+            parts = [out.logits]
+            for t in range(20, 40):
+                out = model(ids[:, t : t + 1], past_key_values=out.past_key_values)
+                parts.append(out.logits)
+        assert_close(torch.cat(parts, 1), expected, 0.05)
+
+
+# -- compilation
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", HEADS)
+def test_compiled_forward_does_not_recompile_for_a_length(cls):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = make_model(cls, tiny_config(), dtype=torch.float32)
+    counter, graphs = CompileCounterWithBackend("aot_eager"), 0
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for length in (9, 10, 16, 17, 31, 64, 65, 100):
+        ids = random_ids(model.config, 2, length)
+        mask = torch.ones_like(ids)
+        mask[1, :3] = 0
+        with torch.no_grad():
+            for extra in ({}, {"attention_mask": mask}):
+                assert_close(compiled(input_ids=ids, **extra)[0], model(ids, **extra)[0], 1e-5, f"length {length}")
+        graphs = counter.frame_count if length == 9 else graphs  # with and without a mask, seen with the first length
+    assert counter.frame_count == graphs
+
+
+@pytest.mark.slow
+def test_compiled_training_step():
+    torch._dynamo.reset()
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32).train()
+    ids = random_ids(model.config, 2, 29)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], 1e-4, name)
+
+
+@pytest.mark.slow
+def test_packed_positions_under_compile_break_the_graph_and_stay_right():
+    torch._dynamo.reset()
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    compiled = torch.compile(model, backend="eager")
+    ids = random_ids(model.config, 1, 40)
+    for border in (11, 20):
+        positions = torch.cat([torch.arange(border), torch.arange(40 - border)])[None]
+        expected = model(ids, position_ids=positions).logits
+        assert_close(compiled(input_ids=ids, position_ids=positions).logits, expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic"])
+def test_compiled_static_decoding_is_one_graph(attention_type):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = make_model(FlashForCausalLM, tiny_config(attention_type=attention_type), dtype=torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
+    ids = random_ids(model.config, 2, 45)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask).logits
+        model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
+        for t in range(11, 45):  # over four chunk borders, at two phases
+            logits = compiled(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
+            assert_close(logits[:, 0], full[:, t], 2e-4, f"token {t}")
+    assert counter.frame_count == 1
+
+
+# -- bad input
+def bad_inputs():
+    ids = random_ids(tiny_config(), 2, 10)
+    embeds = torch.randn(2, 10, 24, dtype=torch.float64)
+    restart = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 5]])
+    mask = torch.ones(2, 10)
+    left = mask.clone()
+    left[:, :3] = 0
+    return {
+        "no input": ({}, "Exactly one of input_ids and inputs_embeds must be given, got neither"),
+        "both inputs": ({"input_ids": ids, "inputs_embeds": embeds}, "got both"),
+        "no tokens": ({"input_ids": ids[:, :0]}, r"at least one row and one token, got shape \(2, 0\)"),
+        "no rows": ({"input_ids": ids[:0]}, "at least one row"),
+        "no tokens embedded": ({"inputs_embeds": embeds[:, :0]}, "at least one row and one token"),
+        "id too large": ({"input_ids": ids + 61}, r"\[0, vocab_size = 61\).*resize_token_embeddings"),
+        "negative id": ({"input_ids": ids - 61}, r"input_ids must lie in"),
+        "float ids": ({"input_ids": ids.float()}, "int64 or int32.*float32"),
+        "ids of one dimension": ({"input_ids": ids[0]}, r"\(batch, tokens\), got \(10,\)"),
+        "embeddings too wide": ({"inputs_embeds": torch.randn(2, 10, 25)}, r"tokens, 24\), got \(2, 10, 25\)"),
+        "integer embeddings": ({"inputs_embeds": torch.zeros(2, 10, 24, dtype=torch.long)}, "floating-point"),
+        "short mask": ({"input_ids": ids, "attention_mask": mask[:, :9]}, r"shape \(2, 10\).*got \(2, 9\)"),
+        "mask of other rows": ({"input_ids": ids, "attention_mask": mask[:1]}, r"got \(1, 10\)"),
+        "4-D mask": ({"input_ids": ids, "attention_mask": mask[:, None, None]}, "2-D padding mask.*4 dimensions"),
+        "additive mask": ({"input_ids": ids, "attention_mask": (1 - mask) * -1e9 - (1 - left) * 1e9}, "only 0 .* and "
+        "1"),
+        "positions of another length": ({"input_ids": ids, "position_ids": restart[:, :9]}, r"position_ids.*\(1, 9\)"),
+        "positions that skip": ({"input_ids": ids, "position_ids": restart}, "row 0, token 9 has 5, expected 4"),
+        "positions off by one": ({"input_ids": ids, "position_ids": torch.arange(1, 11)[None]}, "has 1, expected 0"),
+        "positions that ignore the mask": (
+            {"input_ids": ids, "attention_mask": left, "position_ids": torch.arange(10)[None]},
+            "agree with attention_mask.*token 3 has 3, expected 0",
+        ),
+        "lengths that do not add up": (
+            {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 4, 9])}, "rise from 0 to the number of tokens"
+        ),
+        "lengths for several rows": ({"input_ids": ids, "cu_seq_lens_q": torch.tensor([0, 4, 10])}, "one packed row"),
+        "seq_idx of another length": ({"input_ids": ids, "seq_idx": restart[:, :3]}, "seq_idx must have shape"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("case", bad_inputs())
+def test_bad_input_is_refused(case, cls):
+    inputs, message = bad_inputs()[case]
+    with pytest.raises(ValueError, match=message):
+        make_model(cls, tiny_config())(**inputs)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_bad_labels_are_refused(cls):
+    model = make_model(cls, tiny_config())
+    ids = random_ids(model.config, 2, 10)
+    with pytest.raises(ValueError, match=r"labels must have the shape of the input, \(2, 10\), got \(2, 9\)"):
+        model(ids, labels=ids[:, :9])
+    if cls is FlashForCausalLM:
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            model(ids, labels=ids, logits_to_keep=1)
+
+
+def test_quadratic_toeplitz_names_its_limit():
+    model = make_model(FlashForCausalLM, tiny_config(attention_type="quadratic", max_position_embeddings=16))
+    with pytest.raises(ValueError, match="max_position_embeddings = 16 tokens, got 17.*rotary"):
+        model(random_ids(model.config, 1, 17))
+
+
+def test_positions_that_contradict_a_cache():
+    model = make_model(FlashForCausalLM, tiny_config())
+    ids = random_ids(model.config, 1, 20)
+    cache = model(ids[:, :12], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="and the cache: row 0, token 0 has 3, expected 12"):
+        model(ids[:, 12:], past_key_values=cache, position_ids=torch.arange(3, 11)[None])
+
+
+# -- broken files
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, caplog):
+    make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32).save_pretrained(tmp_path)
+    # transformers raises a short error and logs a table of the parameters that differ.
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        FlashForCausalLM.from_pretrained(tmp_path, config=tiny_config(hidden_size=32))
+    assert "embed_tokens.weight" in caplog.text and "[61, 24]" in caplog.text and "[61, 32]" in caplog.text
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "chunk_size": 16}))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        FlashForCausalLM.from_pretrained(tmp_path)
+    assert "relative_bias.weight" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty", "missing"])
+def test_a_broken_weights_file_is_refused_and_left_alone(damage, tmp_path):
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    good = path.read_bytes()
+    broken = {"truncated": good[:-1000], "header": b"\xff" * 8 + good[8:], "empty": b"", "missing": None}[damage]
+    path.unlink()
+    if broken is not None:
+        path.write_bytes(broken)
+    with pytest.raises(Exception, match="(?i)safetensors|header|incomplete|no file named|deserializ|metadata"):
+        FlashForCausalLM.from_pretrained(tmp_path)
+    assert broken is None or path.read_bytes() == broken
+    path.write_bytes(good)
+    assert torch.equal(FlashForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+def test_saving_where_nothing_can_be_written(tmp_path):
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises((OSError, AssertionError), match="file"):
+        model.save_pretrained(tmp_path / "file" / "model")
+    assert (tmp_path / "file").read_text() == "in the way"
