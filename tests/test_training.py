@@ -4,6 +4,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path, kind, streaming):
     """Bit for bit: with dropout, across the border of an epoch, with accumulation, for data read either way."""
     config = ",".join(f"{name}={value}" for name, value in {**TINY, "hidden_dropout": 0.1}.items())
     changes = {"config_overrides": config, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-    more = ["--streaming", "--shuffle_buffer", "20"] if streaming else []
+    # The stream is through with its 8 documents, 27 blocks, long before the break after 40.
+    more = ["--streaming", "--shuffle_buffer", "20", "--max_train_documents", "8"] if streaming else []
     model_args, data_args, args = arguments(files, tmp_path / "whole", *more, **changes)
     result = training.run_training(kind, model_args, data_args, args)
     whole = history(tmp_path / "whole")
@@ -157,7 +159,8 @@ def test_a_run_leaves_everything_that_is_promised(files, tmp_path, kind):
     saved = json.loads((tmp_path / "run" / "eval_results.json").read_text())
     assert saved["eval_loss"] == result["after"]["eval_loss"]
     table = training.describe(kind, result)
-    assert f"{result['after']['eval_perplexity']:,.4f}" in table and str(tmp_path / "run" / "loss.png") in table
+    assert f"{result['after']['eval_loss']:.4f}" in table and str(tmp_path / "run" / "loss.png") in table
+    assert re.search(r"^loss +- +\d\.\d{4}$", training.describe(kind, {**result, "before": None}), re.M)
 
     lines = (tmp_path / "run" / "log_history.csv").read_text().splitlines()
     assert len(lines) == 1 + len(json.loads((tmp_path / "run" / "log_history.json").read_text()))
@@ -178,20 +181,20 @@ def test_training_goes_on_from_a_model(files, tmp_path):
 
 @pytest.mark.slow
 def test_trainer_really_learns(tmp_path):
-    """On the repo's book, 60 steps take at least 1.5 nats a token off the validation loss (measured: see below)."""
+    """On the repo's book, 60 steps take at least 1.8 nats a token off the validation loss (measured: 2.27)."""
     parsed = training.parse_arguments(
-        f"--train_file {BOOK} --validation_fraction 0.1 --tokenizer_vocab_size 512 --block_size 256 --max_steps 60 "
-        "--config_overrides hidden_size=64,num_hidden_layers=2,query_key_dim=32,chunk_size=64 --learning_rate 5e-3 "
-        f"--per_device_train_batch_size 4 --save_strategy no --disable_tqdm true --output_dir {tmp_path / 'run'}".split()
+        f"--train_file {BOOK} --validation_fraction 0.1 --tokenizer_vocab_size 1024 --block_size 128 --max_steps 60 "
+        "--config_overrides hidden_size=128,num_hidden_layers=2,query_key_dim=64,chunk_size=64 --learning_rate 8e-3 "
+        f"--warmup_steps 6 --save_strategy no --disable_tqdm true --output_dir {tmp_path / 'run'}".split()
     )
     result = training.run_training("causal", *parsed)
     before, after = result["before"]["eval_loss"], result["after"]["eval_loss"]
-    assert before == pytest.approx(math.log(512), abs=0.3)
-    assert before - after >= 1.5
+    assert before == pytest.approx(math.log(1024), abs=0.3)
+    assert before - after >= 1.8
     # Less surprise than the frequencies of the tokens alone would leave: context is used.
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     train, validation = data.split_documents(data.load_documents(BOOK), 0.1)
-    counts = np.bincount(tokenizer(train[0]["text"])["input_ids"], minlength=512) + 1.0
+    counts = np.bincount(tokenizer(train[0]["text"])["input_ids"], minlength=1024) + 1.0
     unigram = -np.log(counts / counts.sum())[tokenizer(validation[0]["text"])["input_ids"]].mean()
     assert after < unigram
 

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text in, blocks of tokens out: loading, tokenizers, packing and collators for the two language-model trainings.
+
+Everything that `datasets`, `tokenizers` and `transformers` do is left to them. What is ours: checks that speak before
+work is lost, a packer that drops nothing and lets every token be predicted exactly once, masks that a resumed run
+draws again.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import itertools
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+Packing = Literal["concatenate", "documents"]
+IGNORE = -100  # the label that the losses of transformers and torch skip
+
+PACKING_VERSION = 1  # raise it when `pack` changes: `datasets` would find the blocks of the old one in its cache
+
+FILE_TYPES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+TOKENIZED = Features(
+    {
+        "input_ids": Sequence(Value("int32")),
+        "n_bytes": Value("int64"),
+        "n_words": Value("int64"),
+        "n_unknown": Value("int64"),
+    }
+)
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
+def check_text_file(path: Path) -> None:
+    """Read a text file (or a compressed one) through once, so that bad bytes are reported now and not in epoch two.
+
+    `datasets` itself lets some of them pass: its JSON reader replaces bytes that are not UTF-8 without a word.
+
+    Raises:
+        ValueError: the file is empty, blank, not UTF-8 (with the offset of the first wrong byte), or cut off.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done, blank = 0, True
+    try:
+        with DECOMPRESSORS.get(path.suffix, open)(path, "rb") as file:
+            while True:
+                chunk = file.read(1 << 20)
+                pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
+                blank = not decoder.decode(chunk, final=not chunk).strip() and blank
+                if not chunk:
+                    break
+                done += len(chunk)
+    except UnicodeDecodeError as error:
+        offset = done - pending + error.start
+        raise ValueError(
+            f"{path} must be UTF-8 text; byte {offset} (0x{error.object[error.start]:02x}) is not: {error.reason}. "
+            f"Convert it first, for instance: iconv -f latin1 -t utf-8 {path.name} > utf8_{path.name}"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole {path.suffix} file ({error}). Copy or download it again.") from None
+    if blank:
+        raise ValueError(f"{path} must hold text, but it is {'blank' if done else 'empty (0 bytes)'}.")
+
+
+def load_documents(
+    files: str | Path | list[str | Path] | None = None,
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    sample_by: Literal["document", "paragraph", "line"] = "document",
+    streaming: bool = False,
+    max_documents: int | None = None,
+) -> Dataset | IterableDataset:
+    """Load documents, one a row, in the single column `text`.
+
+    Args:
+        files: local files, all of one type: .txt, .md, .json, .jsonl, .csv or .parquet; all but the last also as
+            .gz, .xz or .bz2.
+        dataset_name: instead of files: a data set on the Hub, or a folder that `datasets.load_dataset` understands.
+        dataset_config_name: its configuration.
+        split: its split, for instance `"train"` or `"train[:5%]"`.
+        text_column: the column that holds the text.
+        sample_by: what a document is in .txt and .md files: the whole file, a paragraph (up to a blank line), a line.
+        streaming: read while training instead of first; the result is an `IterableDataset`.
+        max_documents: keep only the first ones.
+
+    Raises:
+        ValueError, FileNotFoundError: neither or both sources, a missing, empty or undecodable file, no such column.
+    """
+    if (files is None) == (dataset_name is None):
+        raise ValueError(f"Documents come either from files or from dataset_name, got {files=} and {dataset_name=}.")
+    if dataset_name is not None:
+        documents = load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
+        source = dataset_name
+    else:
+        paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
+        documents = _load_files(paths, sample_by, streaming)
+        source = ", ".join(map(str, paths))
+
+    columns = documents.column_names or list(next(iter(documents), {}))
+    if text_column not in columns:
+        raise ValueError(
+            f"text_column={text_column!r} must name a column of {source}; it has {', '.join(columns) or 'none'}. "
+            "Choose one with --text_column."
+        )
+    feature = (documents.features or {}).get(text_column)
+    if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"text_column={text_column!r} of {source} must hold strings, it holds {feature}.")
+    documents = documents.select_columns([text_column])
+    if text_column != "text":
+        documents = documents.rename_column(text_column, "text")
+    if max_documents is not None:
+        if max_documents < 1:
+            raise ValueError(f"max_documents must be at least 1, got {max_documents}.")
+        documents = documents.take(max_documents)
+    return documents
+
+
+def _load_files(paths: list[Path], sample_by: str, streaming: bool) -> Dataset | IterableDataset:
+    types = set()
+    for path in paths:
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"Data file {path} {what}. Give files, or a data set with --dataset_name.")
+        suffix = path.with_suffix("").suffix if path.suffix in DECOMPRESSORS else path.suffix
+        if suffix not in FILE_TYPES:
+            raise ValueError(
+                f"Data file {path} must end in one of {', '.join(FILE_TYPES)} (or that and "
+                f"{', '.join(DECOMPRESSORS)}), it ends in {path.suffix or 'nothing'!r}."
+            )
+        types.add(FILE_TYPES[suffix])
+        if FILE_TYPES[suffix] != "parquet":
+            check_text_file(path)
+    if len(types) > 1:
+        raise ValueError(f"Data files must be of one type, got {', '.join(sorted(types))}. Convert them first.")
+    builder = types.pop()
+    options = {"sample_by": sample_by} if builder == "text" else {}
+    try:
+        return load_dataset(builder, data_files=[str(p) for p in paths], split="train", streaming=streaming, **options)
+    except Exception as error:  # datasets hides the reason in the cause, behind "an error occurred"
+        reason = error.__cause__ or error
+        raise ValueError(f"Cannot read {', '.join(map(str, paths))} as {builder}: {reason}") from error
+
+
+def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    """Hold out the end for validation: the last `fraction` of the documents, or of the text if there is only one.
+
+    By position and not at random, since neighbouring passages of a book give each other away.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"The validation share must lie strictly between 0 and 1, got {fraction}.")
+    count = len(documents)
+    if count > 1:
+        border = count - min(count - 1, max(1, round(count * fraction)))
+        return documents.select(range(border)), documents.select(range(border, count))
+    text = documents[0]["text"]
+    border = int(len(text) * (1 - fraction))
+    while border < len(text) and not text[border].isspace():  # not inside a word
+        border += 1
+    parts = text[:border], text[border:]
+    if not all(part.strip() for part in parts):
+        raise ValueError(
+            f"A single document of {len(text)} characters cannot be split with {fraction:.0%} for validation: one "
+            "part is empty. Give a --validation_file."
+        )
+    return tuple(Dataset.from_dict({"text": [part]}) for part in parts)
+
+
+# --- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(
+    documents: Iterable[dict], vocab_size: int, *, max_bytes: int = 100_000_000
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer: no text is unknown to it, and decoding gives every byte back.
+
+    Its special tokens are `<|endoftext|>` (begin and end of a document, as in GPT-2), `<|pad|>` and `<|mask|>`.
+    Encoding puts `<|endoftext|>` in front, because that is what stands before a document in training.
+
+    Args:
+        documents: rows with the column `text`.
+        vocab_size: number of tokens, special ones included; at least 256 bytes and 3 special tokens.
+        max_bytes: read no more text than this.
+
+    Raises:
+        ValueError: vocab_size is below 259.
+    """
+    end, pad, mask = "<|endoftext|>", "<|pad|>", "<|mask|>"
+    # The mask takes the space before it, like the words it stands for ("the <|mask|> ran" hides " dog").
+    special = [AddedToken(token, special=True, lstrip=token == mask) for token in (end, pad, mask)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(
+            f"vocab_size must be at least {len(alphabet) + len(special)} (256 bytes and {len(special)} special "
+            f"tokens), got {vocab_size}."
+        )
+
+    def texts() -> Iterator[str]:
+        left = max_bytes
+        for document in documents:
+            if left <= 0:
+                break
+            left -= len((document["text"] or "").encode())
+            yield document["text"] or ""
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        texts(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, tokenizer.token_to_id(end))]
+    )
+    if tokenizer.get_vocab_size() < vocab_size:
+        logger.warning(f"The text gives {tokenizer.get_vocab_size()} tokens only, fewer than vocab_size={vocab_size}.")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=end,
+        eos_token=end,
+        pad_token=pad,
+        mask_token=special[2],
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name_or_path: str, *, masked: bool) -> PreTrainedTokenizerBase:
+    """Load a tokenizer by Hub name or folder, and check that it has the special tokens the training needs.
+
+    Raises:
+        ValueError: no token to end documents with, or none to mask with.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if document_end(tokenizer) is None:
+        raise ValueError(
+            f"The tokenizer {name_or_path} has neither an eos_token nor a sep_token to end documents with."
+        )
+    if masked and tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"The tokenizer {name_or_path} has no mask_token, which masked language modelling needs. Take another, or "
+            "leave --tokenizer out to have one trained on the data."
+        )
+    return tokenizer
+
+
+def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that ends a document: `eos_token`, else `sep_token` (BERT)."""
+    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+
+
+def document_start(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that begins a document: `bos_token`, else `cls_token` (BERT), else the one that ends it."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.cls_token_id):
+        if token_id is not None:
+            return token_id
+    return document_end(tokenizer)
+
+
+def tokenize_documents(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Turn the column `text` into `input_ids` (no special tokens), `n_bytes`, `n_words` and `n_unknown`.
+
+    Blank rows are left out. Bytes are those of the text in UTF-8; words are what whitespace separates.
+    """
+    options = {"num_proc": num_proc, "desc": "Tokenize", "writer_batch_size": 32}
+    return documents.map(
+        partial(_tokenize, tokenizer=tokenizer),
+        batched=True,
+        batch_size=32,  # documents may be whole books
+        remove_columns=["text"],
+        features=TOKENIZED,
+        **(options if isinstance(documents, Dataset) else {}),
+    )
+
+
+def _tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
+    texts = [text for text in batch["text"] if text and text.strip()]
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"The text column must hold strings, got {type(wrong).__name__}: {str(wrong)[:80]!r}.")
+    texts = [text.removeprefix("\ufeff") for text in texts]  # a byte-order mark is not text
+    # verbose=False: documents longer than the tokenizer's model_max_length are cut into blocks later.
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return {
+        "input_ids": ids,
+        "n_bytes": [len(text.encode()) for text in texts],
+        "n_words": [len(text.split()) for text in texts],
+        "n_unknown": [row.count(tokenizer.unk_token_id) for row in ids],
+    }
+
+
+def text_size(tokenized: Dataset) -> dict[str, int]:
+    """Documents, bytes, words and unknown tokens of a tokenised data set."""
+    columns = tokenized.select_columns(["n_bytes", "n_words", "n_unknown"]).with_format("numpy")[:]
+    return {"n_documents": len(tokenized), **{name: int(np.sum(column)) for name, column in columns.items()}}
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack(
+    documents: Iterable[dict],
+    *,
+    block_size: int,
+    causal: bool,
+    packing: Packing,
+    start_id: int,
+    end_id: int,
+    pad_id: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Cut documents into blocks of exactly `block_size` tokens, dropping none.
+
+    A document is written as start token, text, end token. With `"concatenate"`, an end token that equals the start
+    token stands once between two documents. With `"documents"`, `position_ids` restart at 0 at each document, which is
+    where the state and the attention of FLASH stop; a document that runs over the end of a block continues in the next
+    as a document of its own.
+
+    Causal blocks overlap by one token: the last one of a block is the first one, unpredicted, of the next. So every
+    token after the first is predicted exactly once, whatever the block size (with `"documents"`: every token but the
+    start of each document). Masked blocks do not overlap. The last block is padded on the right; padding has
+    `attention_mask` 0, label -100 and no influence.
+
+    Args:
+        documents: rows with `input_ids`.
+        causal: make `labels` (equal to `input_ids`, not shifted: the model shifts); masked labels come from the
+            collator.
+
+    Yields:
+        `input_ids`, `attention_mask`, for causal `labels`, for `"documents"` `position_ids`, all int `[block_size]`.
+    """
+    borders = packing == "documents"
+    ids, first = np.empty(0, np.int32), np.empty(0, bool)
+
+    def block(begin: int, end: int) -> dict[str, np.ndarray]:
+        tokens, starts = ids[begin:end], first[begin:end].copy()
+        starts[0] = True
+        fill = (0, block_size - len(tokens))
+        row = {
+            "input_ids": np.pad(tokens, fill, constant_values=pad_id),
+            "attention_mask": np.pad(np.ones(len(tokens), np.int8), fill),
+        }
+        if causal:
+            unpredicted = starts if borders else np.arange(len(tokens)) == 0
+            row["labels"] = np.pad(np.where(unpredicted, IGNORE, tokens), fill, constant_values=IGNORE)
+        if borders:
+            index = np.arange(len(tokens), dtype=np.int32)
+            row["position_ids"] = np.pad(index - np.maximum.accumulate(np.where(starts, index, 0)), fill)
+        return row
+
+    for number, document in enumerate(documents):
+        shared = not borders and start_id == end_id and number > 0
+        piece = np.concatenate([[] if shared else [start_id], document["input_ids"], [end_id]]).astype(np.int32)
+        ids = np.concatenate([ids, piece])
+        first = np.concatenate([first, np.arange(len(piece)) == 0])
+        begin = 0
+        # One token more than a block is awaited, to know whether the next block opens with a document's start: then
+        # nothing has to be repeated.
+        while len(ids) - begin > block_size:
+            end = begin + block_size
+            yield block(begin, end)
+            begin = end - (1 if causal and not (borders and first[end]) else 0)
+        ids, first = ids[begin:], first[begin:]
+    if len(ids):
+        yield block(0, len(ids))
+
+
+def pack_documents(
+    tokenized: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    causal: bool,
+    packing: Packing = "concatenate",
+    endless: bool = False,
+) -> Dataset | IterableDataset:
+    """[`pack`] over a data set; map-style in, map-style out (cached on disk), streaming in, streaming out.
+
+    Args:
+        endless: for streams, begin again when the documents are at an end (the part block is then filled from the next
+            pass). A stream has no length, so the training ends by `max_steps`; were the stream to end before that,
+            Trainer could not find its place again on resuming.
+
+    Raises:
+        ValueError: block_size below 2, an unknown packing, no text at all.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size must be at least 2 (one token to see, one to predict), got {block_size}.")
+    if packing not in ("concatenate", "documents"):
+        raise ValueError(f"packing must be 'concatenate' or 'documents', got {packing!r}.")
+    end_id, pad_id = document_end(tokenizer), tokenizer.pad_token_id
+    options = {
+        "block_size": block_size,
+        "causal": causal,
+        "packing": packing,
+        "start_id": document_start(tokenizer),
+        "end_id": end_id,
+        "pad_id": pad_id if pad_id is not None else end_id,  # any id will do, it is never seen
+    }
+    row = Sequence(Value("int32"), length=block_size)
+    names = ["input_ids"] + ["labels"] * causal + ["position_ids"] * (packing == "documents")
+    features = Features({**dict.fromkeys(names, row), "attention_mask": Sequence(Value("int8"), length=block_size)})
+    if isinstance(tokenized, Dataset):
+        if not len(tokenized):
+            raise ValueError("The data set has no text: every document is empty or blank.")
+        return Dataset.from_generator(
+            _pack_rows,
+            features=features,
+            gen_kwargs={"tokenized": tokenized, "options": options, "version": PACKING_VERSION},
+        )
+    return IterableDataset.from_generator(
+        _pack_stream, features=features, gen_kwargs={"tokenized": tokenized, "options": options, "endless": endless}
+    )
+
+
+def _pack_rows(tokenized: Dataset, options: dict, version: int) -> Iterator[dict]:
+    yield from pack(tokenized.select_columns(["input_ids"]).with_format("numpy"), **options)
+
+
+def _pack_stream(tokenized: IterableDataset, options: dict, endless: bool) -> Iterator[dict]:
+    def passes() -> Iterator[dict]:
+        for number in itertools.count() if endless else range(1):
+            tokenized.set_epoch(number)
+            empty = True
+            for document in tokenized:
+                empty = False
+                yield document
+            if empty:
+                raise ValueError("The data set has no text: every document is empty or blank.")
+            logger.info(f"The stream has been read {number + 1} time(s).")
+
+    yield from pack(passes(), **options)
+
+
+# --- collators -------------------------------------------------------------------------------------------------------
+
+
+def collate(examples: list[dict]) -> dict:
+    """`default_data_collator`, less a mask that masks nothing: FLASH then cuts its chunks by a plain reshape."""
+    # Rows of a stream come as the int32 arrays they were packed in; losses want int64.
+    batch = {name: values.long() for name, values in default_data_collator(examples).items()}
+    if "attention_mask" in batch and bool(batch["attention_mask"].all()):
+        del batch["attention_mask"]
+    return batch
+
+
+class MaskingCollator(DataCollatorForLanguageModeling):
+    """transformers' BERT masking, with random numbers drawn from (seed, epoch, content of the batch).
+
+    The generator of the base class runs on from batch to batch, and its state is in no checkpoint; nor would Trainer's
+    own random state do, since batches are fetched ahead. So a resumed run would see other masks. Here the masks of a
+    batch depend on nothing but the batch, and a resumed run draws them again, with any number of workers.
+
+    Blocks that have labels (see [`mask_once`]) are passed through.
+
+    Attributes:
+        epoch: set by the training's callback, so that a batch that comes back in another epoch is masked differently.
+    """
+
+    epoch: int = 0
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        if "labels" in examples[0]:
+            return collate(examples)
+        content = np.asarray([example["input_ids"] for example in examples], np.int32).tobytes()
+        self.generator = self.get_generator(zlib.crc32(content, zlib.crc32(f"{self.seed} {self.epoch}".encode())))
+        batch = collate(examples)
+        batch["input_ids"], batch["labels"] = self.torch_mask_tokens(batch["input_ids"])
+        return batch
+
+    def mask_once(self, blocks: Dataset) -> Dataset:
+        """Mask an evaluation set for good, so that every evaluation, before and after, asks the same questions."""
+        return blocks.map(self._mask_batch, batched=True, batch_size=64, desc="Mask once")
+
+    def _mask_batch(self, batch: dict) -> dict:
+        masked = self.torch_call([{"input_ids": row} for row in batch["input_ids"]])
+        return {name: masked[name].numpy() for name in ("input_ids", "labels")}
+
+
+__all__ = [
+    "MaskingCollator", "check_text_file", "collate", "document_end", "document_start", "load_documents",
+    "load_tokenizer", "pack", "pack_documents", "split_documents", "text_size", "tokenize_documents",
+    "train_tokenizer",
+]  # fmt: skip

@@ -1,0 +1,12 @@
+"""\
+python scripts/train_mlm.py --train_file tests/data/wizard_of_oz.txt --config scripts/tiny.json --output_dir runs/mlm
+
+Train a bidirectional FLASH to fill in masked tokens, or go on training one (--model). All arguments: --help;
+--max_steps 20 makes it short.
+"""
+
+from flash_hf.training import describe, parse_arguments, run_training
+
+
+if __name__ == "__main__":
+    print(describe("masked", run_training("masked", *parse_arguments(description=__doc__))))

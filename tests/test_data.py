@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading, tokenizers, packing and collators of flash_hf/data.py."""
+
+import gzip
+import json
+import lzma
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data
+
+
+BOOK = Path(__file__).parent / "data" / "wizard_of_oz.txt"
+# One, two, three and four bytes a character, a combining mark, Windows line ends, a tab.
+ODD_TEXT = "naïve – 日本語 🦁 e\u0301\r\n\t“Dorothy” didn’t\n\n  ok "
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep `datasets` from answering with the results of an earlier run."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer([{"text": BOOK.read_text()[:60_000]}], 400)
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    content = content.encode() if isinstance(content, str) else content
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    with opener(path, "wb") as file:
+        file.write(content)
+    return path
+
+
+def jsonl(*texts: str, column: str = "text") -> str:
+    return "".join(json.dumps({"id": i, column: text}, ensure_ascii=False) + "\n" for i, text in enumerate(texts))
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.xz", "a.json.gz"])
+def test_json_files_give_the_same_documents(tmp_path, name, streaming):
+    path = write(tmp_path / name, jsonl("one", ODD_TEXT, "three"))
+    documents = data.load_documents(path, streaming=streaming)
+    assert [dict(row) for row in documents] == [{"text": "one"}, {"text": ODD_TEXT}, {"text": "three"}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.md"])
+def test_a_text_file_is_one_document(tmp_path, name, streaming):
+    text = "First line\n\nSecond – paragraph\n"
+    documents = list(data.load_documents(write(tmp_path / name, text), streaming=streaming))
+    assert [row["text"] for row in documents] == [text]
+
+
+def test_sample_by_column_and_limit(tmp_path):
+    path = write(tmp_path / "a.txt", "one\ntwo\n\nthree\n")
+    assert data.load_documents(path, sample_by="line")["text"] == ["one", "two", "", "three"]
+    assert data.load_documents(path, sample_by="paragraph")["text"] == ["one\ntwo", "three\n"]
+    other = write(tmp_path / "a.jsonl", jsonl("one", "two", "three", column="content"))
+    assert data.load_documents(other, text_column="content", max_documents=2)["text"] == ["one", "two"]
+    more = write(tmp_path / "b.jsonl", jsonl("four", column="content"))
+    both = data.load_documents([other, more], text_column="content")
+    assert both["text"] == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_by_name(tmp_path, streaming):
+    """A folder stands for one of the Hub: `datasets.load_dataset` reads both, with configurations and splits."""
+    for split, texts in (("train", ["one", "two", "three"]), ("validation", ["four"])):
+        (tmp_path / "set" / "small").mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "set" / "small" / f"{split}.jsonl", jsonl(*texts, column="content"))
+    card = "---\nconfigs:\n- config_name: small\n  data_dir: small\n---\n"
+    write(tmp_path / "set" / "README.md", card)
+    options = {"dataset_config_name": "small", "text_column": "content", "streaming": streaming}
+    load = partial(data.load_documents, dataset_name=str(tmp_path / "set"), **options)
+    assert [row["text"] for row in load(split="train")] == ["one", "two", "three"]
+    assert [row["text"] for row in load(split="validation")] == ["four"]
+    if not streaming:
+        assert [row["text"] for row in load(split="train[1:]")] == ["two", "three"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz", "a.jsonl.gz"])
+def test_empty_and_blank_files_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"a\.\S+ must hold text, but it is empty \(0 bytes\)"):
+        data.load_documents(write(tmp_path / name, ""))
+    with pytest.raises(ValueError, match="must hold text, but it is blank"):
+        data.load_documents(write(tmp_path / name, " \n\n\t\n"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz"])
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("é" * 5, b"\xff\xfe"),
+        ("x" * ((1 << 20) - 1) + "日", b"\xe9t\xe9"),  # a character across the border of two reads comes before
+        ("x" * ((1 << 20) - 1), b"\xe6\x97x"),  # the wrong character itself lies across it
+        ("ok", b"\xe6\x97"),  # the file ends inside a character
+    ],
+)
+def test_a_file_that_is_not_utf8_is_refused_with_the_place(tmp_path, name, good, bad):
+    path = write(tmp_path / name, good.encode() + bad)
+    with pytest.raises(ValueError, match="must be UTF-8 text") as error:
+        data.load_documents(path)
+    assert f"byte {len(good.encode())} (0x{bad[0]:02x})" in str(error.value)
+    assert str(path) in str(error.value) and "iconv" in str(error.value)
+
+
+def test_truncated_archives_are_refused(tmp_path):
+    for name in ("a.txt.gz", "a.txt.xz"):
+        path = write(tmp_path / name, BOOK.read_bytes()[:50_000])
+        path.write_bytes(path.read_bytes()[:-500])
+        with pytest.raises(ValueError, match="is not a whole"):
+            data.load_documents(path)
+    path.with_suffix(".gz").write_bytes(b"plain text")
+    with pytest.raises(ValueError, match="is not a whole .gz file"):
+        data.load_documents(path.with_suffix(".gz"))
+
+
+def test_wrong_sources_are_refused(tmp_path):
+    good = write(tmp_path / "a.jsonl", jsonl("one"))
+    with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
+        data.load_documents([good, tmp_path / "none.txt"])
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        data.load_documents(tmp_path)
+    with pytest.raises(ValueError, match=r"must end in one of \.txt"):
+        data.load_documents(write(tmp_path / "a.pdf", "x"))
+    with pytest.raises(ValueError, match="of one type, got json, text"):
+        data.load_documents([good, write(tmp_path / "a.txt", "x")])
+    with pytest.raises(ValueError, match="either from files or from dataset_name"):
+        data.load_documents()
+    with pytest.raises(ValueError, match="either from files or from dataset_name"):
+        data.load_documents(good, dataset_name="x/y")
+    with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
+        data.load_documents(good, max_documents=0)
+    with pytest.raises(ValueError, match=r"Cannot read .*b\.jsonl as json"):
+        data.load_documents(write(tmp_path / "b.jsonl", '{"text": "one"}\n{"text": two}\n'))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_text_column_names_those_there_are(tmp_path, streaming):
+    path = write(tmp_path / "a.jsonl", jsonl("one", column="content"))
+    with pytest.raises(ValueError, match=r"text_column='text' .* it has id, content"):
+        data.load_documents(path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_numbers_is_refused(tmp_path, tokenizer, streaming):
+    path = write(tmp_path / "a.jsonl", jsonl("one"))
+    with pytest.raises(ValueError, match="must hold strings"):
+        list(data.tokenize_documents(data.load_documents(path, text_column="id", streaming=streaming), tokenizer))
+
+
+def test_split_documents():
+    documents = Dataset.from_dict({"text": [f"document {i}" for i in range(40)]})
+    train, validation = data.split_documents(documents, 0.1)
+    assert (len(train), len(validation)) == (36, 4)
+    assert [*train["text"], *validation["text"]] == list(documents["text"])
+    two = data.split_documents(documents.take(2), 0.9)  # both parts keep at least one
+    assert [len(part) for part in two] == [1, 1]
+
+    text = BOOK.read_text()
+    train, validation = data.split_documents(Dataset.from_dict({"text": [text]}), 0.1)
+    assert train[0]["text"] + validation[0]["text"] == text
+    assert validation[0]["text"][0].isspace()  # not inside a word
+    assert len(validation[0]["text"]) == pytest.approx(len(text) / 10, rel=0.01)
+    with pytest.raises(ValueError, match="cannot be split"):
+        data.split_documents(Dataset.from_dict({"text": ["oneword"]}), 0.1)
+    with pytest.raises(ValueError, match="strictly between 0 and 1, got 1.5"):
+        data.split_documents(documents, 1.5)
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def test_trained_tokenizer_loses_nothing(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = data.load_tokenizer(str(tmp_path), masked=True)
+    for either in (tokenizer, loaded):
+        assert len(either) == 400
+        ids = either(ODD_TEXT, add_special_tokens=False)["input_ids"]
+        assert either.decode(ids) == ODD_TEXT
+        assert set(either("Oz")) == {"input_ids", "attention_mask"}
+        assert either("Oz")["input_ids"][0] == data.document_start(either) == data.document_end(either)
+        assert len({either.bos_token_id, either.pad_token_id, either.mask_token_id}) == 3
+        # The space belongs to the mask, as it belongs to the word that the mask hides.
+        mask = either.mask_token
+        assert either(f"the {mask} ran")["input_ids"] == [either.bos_token_id] + [
+            *either("the", add_special_tokens=False)["input_ids"],
+            either.mask_token_id,
+            *either(" ran", add_special_tokens=False)["input_ids"],
+        ]
+
+
+def test_tokenizer_errors(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="vocab_size must be at least 259"):
+        data.train_tokenizer([{"text": "x"}], 258)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "mask_token": None}))
+    assert data.load_tokenizer(str(tmp_path), masked=False).mask_token is None
+    with pytest.raises(ValueError, match="has no mask_token"):
+        data.load_tokenizer(str(tmp_path), masked=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    with pytest.raises(ValueError, match="neither an eos_token nor a sep_token"):
+        data.load_tokenizer(str(tmp_path), masked=False)
+
+
+def test_tokenizer_training_stops_at_max_bytes():
+    read = []
+
+    def rows():
+        for number in range(1000):
+            read.append(number)
+            yield {"text": "ten bytes!"}
+
+    data.train_tokenizer(rows(), 300, max_bytes=95)
+    assert len(read) <= 11  # ten rows, and the one at which it is noticed
+
+
+def test_text_size_counts_bytes_words_and_skips_blank_rows(tokenizer):
+    byte_order_mark = "\ufeff"
+    documents = Dataset.from_dict({"text": ["one two", "", None, "  \n", f"{byte_order_mark}日本 x"]})
+    tokenized = data.tokenize_documents(documents, tokenizer)
+    assert data.text_size(tokenized) == {"n_documents": 2, "n_bytes": 7 + 8, "n_words": 4, "n_unknown": 0}
+    assert tokenizer.decode(tokenized[1]["input_ids"]) == "日本 x"
+    nothing = data.tokenize_documents(documents.select([1, 2, 3]), tokenizer)
+    with pytest.raises(ValueError, match="has no text"):
+        data.pack_documents(nothing, tokenizer, block_size=8, causal=True)
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+X = data.IGNORE
+HAND = [{"input_ids": [11, 12, 13]}, {"input_ids": [21]}, {"input_ids": [31, 32]}]
+
+
+def packed(documents=HAND, *, block_size=4, causal=True, packing="concatenate", start_id=1, end_id=2, pad_id=0):
+    ids = {"start_id": start_id, "end_id": end_id, "pad_id": pad_id}
+    rows = data.pack(documents, block_size=block_size, causal=causal, packing=packing, **ids)
+    return [{key: value.tolist() for key, value in row.items()} for row in rows]
+
+
+def test_pack_by_hand_concatenated():
+    rows = packed(block_size=5)
+    # The stream: 1 11 12 13 2 | 1 21 2 | 1 31 32 2, blocks sharing one token.
+    assert [row["input_ids"] for row in rows] == [[1, 11, 12, 13, 2], [2, 1, 21, 2, 1], [1, 31, 32, 2, 0]]
+    assert [row["labels"] for row in rows] == [[X, 11, 12, 13, 2], [X, 1, 21, 2, 1], [X, 31, 32, 2, X]]
+    assert [row["attention_mask"] for row in rows] == [[1] * 5, [1] * 5, [1, 1, 1, 1, 0]]
+    # One token for both ends (GPT-2) stands once between documents.
+    rows = packed(block_size=5, start_id=2)
+    assert [row["input_ids"] for row in rows] == [[2, 11, 12, 13, 2], [2, 21, 2, 31, 32], [32, 2, 0, 0, 0]]
+    rows = packed(block_size=5, causal=False)
+    assert [row["input_ids"] for row in rows] == [[1, 11, 12, 13, 2], [1, 21, 2, 1, 31], [32, 2, 0, 0, 0]]
+    assert [set(row) for row in rows] == [{"input_ids", "attention_mask"}] * 3
+
+
+def test_pack_by_hand_with_borders():
+    rows = packed(block_size=4, packing="documents")
+    assert [row["input_ids"] for row in rows] == [[1, 11, 12, 13], [13, 2, 1, 21], [21, 2, 1, 31], [31, 32, 2, 0]]
+    assert [row["labels"] for row in rows] == [[X, 11, 12, 13], [X, 2, X, 21], [X, 2, X, 31], [X, 32, 2, X]]
+    assert [row["position_ids"] for row in rows] == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 0, 1], [0, 1, 2, 0]]
+    # A block that ends with a document has nothing to repeat.
+    rows = packed(block_size=5, packing="documents")
+    assert [row["input_ids"] for row in rows] == [[1, 11, 12, 13, 2], [1, 21, 2, 1, 31], [31, 32, 2, 0, 0]]
+    assert [row["position_ids"] for row in rows] == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "documents"])
+@pytest.mark.parametrize("block_size", [2, 3, 7, 64, 1000])
+@pytest.mark.parametrize("start_id", [1, 2])
+def test_every_token_is_predicted_exactly_once(packing, block_size, start_id):
+    lengths = np.random.default_rng(block_size).integers(1, 30, size=20)
+    # Every token is another number, so that a count shows each one.
+    ids = np.split(np.arange(10, 10 + lengths.sum()), lengths.cumsum()[:-1])
+    documents = [{"input_ids": part} for part in ids]
+    rows = packed(documents, block_size=block_size, packing=packing, start_id=start_id)
+    labels = [label for row in rows for label in row["labels"] if label >= 10]
+    assert labels == list(range(10, 10 + lengths.sum()))
+    assert sum(label == 2 for row in rows for label in row["labels"]) == len(documents)  # each end, too
+    for row in rows:
+        assert all(len(values) == block_size for values in row.values())
+        real = np.array(row["attention_mask"])
+        assert (np.diff(real) <= 0).all() and real[0] == 1  # padding on the right only
+        assert row["labels"][0] == X
+        for index, label in enumerate(row["labels"]):
+            assert label in (X, row["input_ids"][index])
+            if "position_ids" in row and real[index] and row["position_ids"][index] == 0:
+                assert label == X  # nothing is predicted across a border
+    masked = packed(documents, block_size=block_size, packing=packing, start_id=start_id, causal=False)
+    tokens = [token for row in masked for token in row["input_ids"] if token >= 10]
+    assert tokens == list(range(10, 10 + lengths.sum()))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packing", ["concatenate", "documents"])
+def test_streaming_gives_the_blocks_of_the_map_style_set(tmp_path, tokenizer, causal, packing):
+    text = BOOK.read_text()
+    path = write(tmp_path / "a.jsonl", jsonl(*(text[i : i + 777] for i in range(0, 9000, 777)), ODD_TEXT))
+    blocks = {}
+    for streaming in (False, True):
+        tokenized = data.tokenize_documents(data.load_documents(path, streaming=streaming), tokenizer)
+        blocks[streaming] = data.pack_documents(tokenized, tokenizer, block_size=50, causal=causal, packing=packing)
+    rows = list(blocks[True])
+    assert len(rows) == len(blocks[False]) > 50
+    assert rows == list(blocks[False])
+
+    # Endless: the second pass begins in the block that the first one left unfilled.
+    endless = data.pack_documents(tokenized, tokenizer, block_size=50, causal=causal, packing=packing, endless=True)
+    again = list(endless.take(2 * len(rows) - 2))
+    assert again[: len(rows) - 1] == rows[:-1]
+    assert all(all(row["attention_mask"]) for row in again)
+    start = again[len(rows) - 1]["input_ids"]
+    left = sum(rows[-1]["attention_mask"])
+    assert start[:left] == rows[-1]["input_ids"][:left] and left < 50
+
+
+def test_a_text_shorter_than_a_block_is_kept(tokenizer):
+    tokenized = data.tokenize_documents(Dataset.from_dict({"text": ["Oz"]}), tokenizer)
+    (block,) = data.pack_documents(tokenized, tokenizer, block_size=64, causal=True)
+    ids = tokenizer("Oz")["input_ids"] + [tokenizer.eos_token_id]
+    assert block["input_ids"] == ids + [tokenizer.pad_token_id] * (64 - len(ids))
+    assert block["labels"] == [X] + ids[1:] + [X] * (64 - len(ids))
+    for wrong in ({"block_size": 1}, {"packing": "x"}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+            data.pack_documents(tokenized, tokenizer, **{"block_size": 8, "causal": True, **wrong})
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_packed_with_borders_have_the_loss_they_have_alone(causal):
+    """The sum of all documents' losses, each alone, is that of the packed blocks; without borders it is not."""
+    torch.manual_seed(0)
+    config = FlashConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, query_key_dim=8, chunk_size=4, initializer_range=0.5
+    )
+    model = (FlashForCausalLM if causal else FlashForMaskedLM)(config).eval()
+    lengths = [3, 9, 1, 17, 4, 12]  # with start and end: 58 tokens, so that one block of 64 holds all
+    documents = [{"input_ids": np.random.default_rng(n).integers(3, 50, n)} for n in lengths]
+
+    def loss(rows: list[dict]) -> tuple[float, int]:
+        total, count = 0.0, 0
+        for row in rows:
+            if not causal:
+                tokens = np.array(row["input_ids"])
+                row["labels"] = np.where((tokens % 3 == 0) & (tokens > 2), tokens, X)  # any choice will do
+            row = {key: torch.tensor(np.array(value))[None] for key, value in row.items()}
+            counted = int((row["labels"] != X).sum())
+            if counted:  # the mean of nothing is nan
+                total += model(**row).loss.item() * counted
+                count += counted
+        return total, count
+
+    alone = [loss(packed([row], block_size=n + 2, causal=causal)) for row, n in zip(documents, lengths, strict=True)]
+    want, count = np.sum(alone, axis=0)
+    got = {
+        packing: loss(packed(documents, block_size=64, causal=causal, packing=packing))
+        for packing in ("concatenate", "documents")
+    }
+    assert got["documents"] == (pytest.approx(want, rel=1e-5), count)
+    assert abs(got["concatenate"][0] / got["concatenate"][1] - want / count) > 0.01
+
+
+# --- collators -------------------------------------------------------------------------------------------------------
+
+
+def test_collate_drops_only_a_mask_without_padding():
+    full = {"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [X, 6]}
+    part = {"input_ids": [5, 0], "attention_mask": [1, 0], "labels": [X, X]}
+    batch = data.collate([full, full])
+    assert set(batch) == {"input_ids", "labels"} and batch["input_ids"].dtype == torch.int64
+    assert data.collate([full, part])["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": rng.integers(3, 400, 500).tolist()} for _ in range(20)]
+    rows[0]["input_ids"][-100:] = [tokenizer.pad_token_id] * 100
+    collator = data.MaskingCollator(tokenizer, seed=1)
+    first = collator(rows)
+    collator(rows[:3])  # whatever came in between
+    torch.rand(7)
+    again, fresh = collator(rows), data.MaskingCollator(tokenizer, seed=1)(rows)
+    for other in (again, fresh):
+        assert torch.equal(first["input_ids"], other["input_ids"]) and torch.equal(first["labels"], other["labels"])
+    for attribute, value in (("seed", 2), ("epoch", 1)):
+        changed = data.MaskingCollator(tokenizer, seed=1)
+        setattr(changed, attribute, value)
+        assert not torch.equal(first["labels"], changed(rows)["labels"])
+    assert not torch.equal(first["labels"][:3], collator(rows[:3])["labels"])
+
+    original, chosen = torch.tensor([row["input_ids"] for row in rows]), first["labels"] != X
+    assert torch.equal(first["labels"][chosen], original[chosen])
+    assert torch.equal(first["input_ids"][~chosen], original[~chosen])
+    assert not chosen[original == tokenizer.pad_token_id].any()
+    share = chosen.sum() / (original != tokenizer.pad_token_id).sum()
+    hidden = (first["input_ids"][chosen] == tokenizer.mask_token_id).float().mean()
+    assert 0.13 < share < 0.17 and 0.76 < hidden < 0.84  # 9,900 tokens: about 4 standard deviations
+
+
+def test_mask_once_fixes_the_validation_set(tokenizer):
+    tokenized = data.tokenize_documents(Dataset.from_dict({"text": [BOOK.read_text()[:20_000]]}), tokenizer)
+    blocks = data.pack_documents(tokenized, tokenizer, block_size=64, causal=False)
+    collator = data.MaskingCollator(tokenizer, seed=1)
+    masked = collator.mask_once(blocks)
+    collator.epoch = 5
+    batch = collator(list(masked))
+    for name in ("input_ids", "labels"):
+        assert batch[name].tolist() == list(masked[name])
+    assert "attention_mask" in batch  # of the last, partly filled block
+    labels = np.array(masked["labels"])
+    assert (labels != X).sum() > 0.1 * labels.size
+    assert np.array_equal(labels[labels != X], np.array(blocks["input_ids"])[labels != X])

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's Python runs as it stands, its table names every field, its commands name files and options that exist."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedConfig
+
+from flash_hf import FlashConfig
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_first_lines_say_that_flash_is_not_flashattention():
+    assert "FLASH is not FlashAttention" in "\n".join(README.splitlines()[:6])
+
+
+@pytest.mark.slow
+def test_python_examples_run_in_order(tmp_path):
+    examples = blocks("python")
+    assert len(examples) >= 4
+    for example in examples:
+        assert len(example.strip().splitlines()) <= 12
+    program = "\n".join(examples)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my-flash" / "model.safetensors").exists()
+    assert (tmp_path / "my-flash-tuned" / "model.safetensors").exists()
+
+
+def test_table_names_every_field():
+    table = README.split("## Configuration")[1].split("## ")[0]
+    own = {field.name for field in fields(FlashConfig)} - {field.name for field in fields(PreTrainedConfig)}
+    first_column = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    named = set(re.findall(r"`(\w+)`", first_column))
+    assert named == own
+
+
+@pytest.mark.slow
+def test_script_commands_run(tmp_path):
+    """The commands of "Train on text" that need no network, in their order, from the repo's root."""
+    commands = blocks("bash")[2].strip().splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        words = command.replace("runs/", f"{tmp_path}/").replace('"Dorothy looked"', "Dorothy").split()
+        assert words[0] == "python"
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert (tmp_path / "clm" / "model.safetensors").exists()
+
+
+def test_network_command_is_accepted_by_the_parser():
+    """Its options exist and fit together; loading the data needs the network."""
+    from flash_hf.training import parse_arguments
+
+    words = blocks("bash")[3].replace("\\\n", " ").split()
+    model_args, data_args, training_args = parse_arguments([*words[2:], "--use_cpu", "true"])  # bf16 needs a GPU otherwise
+    assert data_args.streaming and training_args.max_steps == 100000 and training_args.bf16
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts as a user runs them: the first-line commands, all options of generate.py, the demo in small."""
+
+import ast
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flash_hf import training
+
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
+TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"
+
+
+def first_line(script: str) -> list[str]:
+    """The command in the first line of a script's docstring, without the word python."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text()))
+    python, *command = shlex.split(docstring.splitlines()[0])
+    assert python == "python" and command[0] == f"scripts/{script}"
+    return command
+
+
+def run(command: list[str], cache: Path, **options) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own, from the root of the repository, without the network."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_DATASETS_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a causal model that has seen some of the book."""
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        parsed = training.parse_arguments(
+            f"--train_file {BOOK} --config_overrides {TINY} --tokenizer_vocab_size 400 --block_size 64 --max_steps 20 "
+            f"--learning_rate 5e-3 --eval_strategy no --eval_on_start false --disable_tqdm true "
+            f"--output_dir {folder / 'run'}".split()
+        )
+        training.run_training("causal", *parsed)
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_clm.py", "train_mlm.py"])
+def test_first_line_commands_train(script, tmp_path):
+    command = first_line(script)
+    place = command.index("--output_dir") + 1
+    command[place] = str(tmp_path / "run")
+    done = run([*command, "--max_steps", "4"], tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    before, after = re.search(r"^perplexity +([\d.,]+) +([\d.,]+)$", done.stdout, re.M).groups()
+    assert float(after.replace(",", "")) < float(before.replace(",", ""))
+    assert {"model.safetensors", "config.json", "tokenizer.json", "loss.png"} <= set(os.listdir(tmp_path / "run"))
+
+    again = run([*command, "--max_steps", "4"], tmp_path / "cache")
+    assert again.returncode != 0 and "--overwrite_output_dir" in again.stderr.splitlines()[-1]
+
+
+def test_train_scripts_print_the_error_last(tmp_path):
+    (tmp_path / "latin1.txt").write_bytes(b"M\xe4dchen")
+    command = [
+        "scripts/train_clm.py",
+        "--train_file",
+        str(tmp_path / "latin1.txt"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    done = run(command, tmp_path / "cache")
+    assert done.returncode != 0
+    assert "must be UTF-8 text; byte 1 (0xe4)" in done.stderr.splitlines()[-1]
+
+
+def generate(capsys, model: Path, *options: str) -> tuple[str, str]:
+    """Run generate.py in this process; returns stdout and stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["generate.py", "--model", str(model), "--device", "cpu", *options])
+        runpy.run_path(str(ROOT / "scripts" / "generate.py"), run_name="__main__")
+    return capsys.readouterr()
+
+
+def test_generate_continues_the_prompt_alike_in_every_arrangement(capsys, model, tmp_path, monkeypatch):
+    prompt = "Dorothy looked at the Scarecrow – and said, " * 4
+    options = ["--greedy", "--max_new_tokens", "40"]  # over two borders of chunks
+    out, err = generate(capsys, model, "--prompt", prompt, *options)
+    assert out.startswith(prompt) and len(out) > len(prompt) + 40
+    numbers = re.search(r"(\d+) prompt tokens, first token after ([\d.]+) s, then ([\d.]+) tokens/s \(40 new", err)
+    assert int(numbers[1]) > 48 and float(numbers[2]) > 0 and float(numbers[3]) > 1
+
+    (tmp_path / "prompt.txt").write_text(prompt, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    for other in (
+        ["--prompt_file", str(tmp_path / "prompt.txt")],
+        ["--prompt_file", "-"],
+        ["--prompt", prompt, "--cache", "static"],
+        ["--prompt", prompt, "--prefill_chunk_size", "7"],
+        ["--prompt", prompt, "--dtype", "float32"],
+    ):
+        assert generate(capsys, model, *other, *options)[0] == out
+
+
+def test_generate_samples_by_seed(capsys, model):
+    def sample(*options):
+        return generate(capsys, model, "--prompt", "Dorothy", "--max_new_tokens", "20", *options)[0]
+
+    assert sample("--seed", "1") == sample("--seed", "1") != sample("--seed", "2")
+    nearly_greedy = sample("--temperature", "1e-4", "--top_p", "1.0", "--top_k", "0")
+    assert nearly_greedy == sample("--greedy") == sample("--top_k", "1")
+
+
+def test_generate_refuses_bad_options(capsys, model, monkeypatch):
+    for options in ([], ["--prompt", "a", "--prompt_file", "b"], ["--prompt", "a", "--cache", "none"]):
+        with pytest.raises(SystemExit):
+            generate(capsys, model, *options)
+    with pytest.raises(FileNotFoundError):
+        generate(capsys, model, "--prompt_file", str(model / "none.txt"))
+
+
+@pytest.mark.slow
+def test_demo_in_small(tmp_path):
+    command = ["scripts/demo.py", "--output_dir", str(tmp_path / "demo"), "--config_overrides", TINY]
+    done = run([*command, "--causal_steps", "6", "--masked_steps", "6"], tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    for kind in ("causal", "masked"):
+        folder = tmp_path / "demo" / kind
+        before, after, shown, plot = re.search(
+            rf"^  {kind}: ([\d,.]+) -> ([\d,.]+) +checkpoint (\S+) +plot (\S+)$", done.stdout, re.M
+        ).groups()
+        assert float(after.replace(",", "")) < float(before.replace(",", ""))
+        assert Path(shown) == folder and (folder / "model.safetensors").is_file() and Path(plot).is_file()
+    text = (tmp_path / "demo" / "text.txt").read_text()
+    assert str(tmp_path / "demo" / "text.txt") in done.stdout
+    assert text.startswith("Dorothy looked") and len(text.split()) > 20
+    assert text.splitlines()[0] in done.stdout  # what was streamed is what was saved
+    answers = re.findall(r"^ +([\d.]+)% '", done.stdout, re.M)
+    assert len(answers) == 5 and sorted(map(float, answers), reverse=True) == list(map(float, answers))
