@@ -1,21 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLASH ("Transformer Quality in Linear Time", arXiv 2202.10447) for Hugging Face Transformers.
 
-Importing this package registers its classes with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
-`AutoModelForMaskedLM` under the model type `"flash_gau"`.
+Importing this package registers its classes with the Auto classes of transformers under the model type `"flash_gau"`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_flash import FlashConfig
-from .modeling_flash import FlashForCausalLM, FlashForMaskedLM, FlashModel, FlashPreTrainedModel
+from .modeling_flash import (
+    FlashForCausalLM,
+    FlashForMaskedLM,
+    FlashForMultipleChoice,
+    FlashForQuestionAnswering,
+    FlashForSequenceClassification,
+    FlashForTokenClassification,
+    FlashModel,
+    FlashPreTrainedModel,
+)
 
 
 __version__ = "0.1.0"
 
-AutoConfig.register(FlashConfig.model_type, FlashConfig, exist_ok=True)
-AutoModel.register(FlashConfig, FlashModel, exist_ok=True)
-AutoModelForCausalLM.register(FlashConfig, FlashForCausalLM, exist_ok=True)
-AutoModelForMaskedLM.register(FlashConfig, FlashForMaskedLM, exist_ok=True)
+AUTO_CLASSES = {
+    AutoModel: FlashModel,
+    AutoModelForCausalLM: FlashForCausalLM,
+    AutoModelForMaskedLM: FlashForMaskedLM,
+    AutoModelForMultipleChoice: FlashForMultipleChoice,
+    AutoModelForQuestionAnswering: FlashForQuestionAnswering,
+    AutoModelForSequenceClassification: FlashForSequenceClassification,
+    AutoModelForTokenClassification: FlashForTokenClassification,
+}
 
-__all__ = ["FlashConfig", "FlashForCausalLM", "FlashForMaskedLM", "FlashModel", "FlashPreTrainedModel", "__version__"]
+AutoConfig.register(FlashConfig.model_type, FlashConfig, exist_ok=True)
+for _auto, _model in AUTO_CLASSES.items():
+    _auto.register(FlashConfig, _model, exist_ok=True)
+
+__all__ = [
+    "AUTO_CLASSES",
+    "FlashConfig",
+    "FlashForCausalLM",
+    "FlashForMaskedLM",
+    "FlashForMultipleChoice",
+    "FlashForQuestionAnswering",
+    "FlashForSequenceClassification",
+    "FlashForTokenClassification",
+    "FlashModel",
+    "FlashPreTrainedModel",
+    "__version__",
+]

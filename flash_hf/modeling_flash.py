@@ -15,7 +15,15 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -636,4 +644,195 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-__all__ = ["FlashForCausalLM", "FlashForMaskedLM", "FlashGatedAttentionUnit", "FlashModel", "FlashPreTrainedModel"]
+# -- heads for fine-tuning; they follow the direction of the checkpoint they start from
+def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
+    """One vector a row, `[B, D]`: of the last real token, which alone has seen all, or, bidirectional, the mean."""
+    if attention_mask is None:
+        return hidden_BND[:, -1] if causal else hidden_BND.mean(1)
+    real_BN = attention_mask != 0
+    if causal:
+        last_B = torch.where(real_BN, torch.arange(real_BN.shape[1], device=real_BN.device), 0).amax(1)
+        return hidden_BND.gather(1, last_B[:, None, None].expand(-1, 1, hidden_BND.shape[2]))[:, 0]
+    total_BD = torch.where(real_BN[..., None], hidden_BND, 0).sum(1, dtype=wide(hidden_BND.dtype))
+    return (total_BD / real_BN.sum(1, keepdim=True).clamp(min=1)).to(hidden_BND.dtype)
+
+
+def per_item(mean_loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The mean over `labels` as this micro-batch's share of the mean over all items of an accumulated batch."""
+    return mean_loss if num_items_in_batch is None else mean_loss * labels.numel() / num_items_in_batch
+
+
+class FlashTaskModel(FlashPreTrainedModel):
+    """The base with dropout and one linear layer on top, under the name that transformers and PEFT expect."""
+
+    head_name = "score"
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = FlashModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        setattr(self, self.head_name, nn.Linear(config.hidden_size, self.head_width()))
+        self.post_init()
+
+    def head_width(self) -> int:
+        return self.num_labels
+
+    def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs) -> BaseModelOutputWithPast:
+        """Run the base; no decoding state, which nobody would read."""
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **{**kwargs, "use_cache": False},
+        )
+
+
+@auto_docstring
+class FlashForSequenceClassification(FlashTaskModel):
+    """FLASH with a classifier or regressor on the whole sequence (see `pool`)."""
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Classes (int64), values for a regression (float), or for each class 0.0 or 1.0.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.model.is_causal)
+        logits = self.score(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            loss = per_item(loss, labels, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+@auto_docstring
+class FlashForTokenClassification(FlashTaskModel):
+    """FLASH with a classifier on every token."""
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Classes, -100 where none is asked for (padding, later pieces of a word).
+        """
+        if labels is not None:
+            check_labels(labels, input_ids, inputs_embeds, 0)
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+@auto_docstring
+class FlashForQuestionAnswering(FlashTaskModel):
+    """FLASH that marks the span of an answer."""
+
+    head_name = "qa_outputs"
+
+    def head_width(self) -> int:
+        return 2
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            First and last token of the answer, as columns of `input_ids`.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+        if attention_mask is not None:
+            # The loss is a softmax over places: padding must not have a share in it.
+            logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = (x.contiguous() for x in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
+        )
+
+
+@auto_docstring
+class FlashForMultipleChoice(FlashTaskModel):
+    """FLASH that scores each of several continuations of a question; the highest score wins."""
+
+    def head_width(self) -> int:
+        return 1
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        r"""
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Token ids of every choice; the other inputs have the same leading dimensions.
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            The right choice.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.ndim != (4 if input_ids is None else 3):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"input_ids of a multiple choice must have shape (batch, choices, tokens), got {shape}.")
+        B, choices = given.shape[:2]
+        flat = [
+            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
+        ]
+        outputs = self.encode(*flat, kwargs)
+        pooled = pool(outputs.last_hidden_state, flat[1], self.model.is_causal)
+        logits = self.score(self.dropout(pooled)).view(B, choices)
+        loss = None
+        if labels is not None:
+            loss = per_item(F.cross_entropy(logits.float(), labels), labels, kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "FlashForCausalLM",
+    "FlashForMaskedLM",
+    "FlashForMultipleChoice",
+    "FlashForQuestionAnswering",
+    "FlashForSequenceClassification",
+    "FlashForTokenClassification",
+    "FlashGatedAttentionUnit",
+    "FlashModel",
+    "FlashPreTrainedModel",
+]

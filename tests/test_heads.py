@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fine-tuning heads: pooling, losses, padding, weights from and to other heads, pipelines, PEFT."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import pipeline
+
+from flash_hf import (
+    AUTO_CLASSES,
+    FlashForCausalLM,
+    FlashForMaskedLM,
+    FlashForMultipleChoice,
+    FlashForQuestionAnswering,
+    FlashForSequenceClassification,
+    FlashForTokenClassification,
+)
+from flash_hf.data import train_tokenizer
+from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+
+
+TASKS = [
+    FlashForSequenceClassification,
+    FlashForTokenClassification,
+    FlashForQuestionAnswering,
+    FlashForMultipleChoice,
+]
+DIRECTIONS = pytest.mark.parametrize("is_decoder", [True, False], ids=["causal", "bidirectional"])
+
+
+def labels_for(cls, rows, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if cls is FlashForTokenClassification:
+        return {"labels": torch.randint(0, 3, (rows, width), generator=generator)}
+    if cls is FlashForQuestionAnswering:
+        start = torch.randint(0, width, (rows,), generator=generator)
+        return {"start_positions": start, "end_positions": start}
+    return {"labels": torch.randint(0, 2 if cls is FlashForMultipleChoice else 3, (rows,), generator=generator)}
+
+
+def inputs_for(cls, config, rows, width, seed=0):
+    shape = (rows, 2, width) if cls is FlashForMultipleChoice else (rows, width)
+    ids = random_ids(config, *shape, seed=seed)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def padded(inputs, left, right):
+    return {name: F.pad(value, (left, right), value=5 * (name == "input_ids")) for name, value in inputs.items()}
+
+
+def answer(out):
+    return torch.stack([out.start_logits, out.end_logits], -1) if hasattr(out, "start_logits") else out.logits
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("cls", TASKS)
+def test_padding_never_matters(cls, is_decoder):
+    model = make_model(cls, tiny_config(num_labels=3, is_decoder=is_decoder))
+    inputs = inputs_for(cls, model.config, 2, 21)
+    labels = labels_for(cls, 2, 21)
+    expected = model(**inputs, **labels)
+    plain = model(input_ids=inputs["input_ids"])
+    assert_close(answer(plain), answer(expected), 1e-12)
+    per_token = cls in (FlashForTokenClassification, FlashForQuestionAnswering)
+    for left, right in ((1, 0), (7, 0), (0, 5), (11, 9)):
+        moved = dict(labels)
+        if cls is FlashForTokenClassification:
+            moved = {"labels": F.pad(labels["labels"], (left, right), value=-100)}
+        elif cls is FlashForQuestionAnswering:
+            moved = {name: value + left for name, value in labels.items()}
+        out = model(**padded(inputs, left, right), **moved)
+        got = answer(out)[:, left : left + 21] if per_token else answer(out)
+        assert_close(got, answer(expected), 1e-9, f"{left}, {right}")
+        assert_close(out.loss, expected.loss, 1e-6, f"loss {left}, {right}")
+        assert out.loss.isfinite()
+
+
+def test_pooling():
+    """Causal: the last real token, which has seen all. Bidirectional: the mean of the real tokens."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]])
+    for is_decoder in (True, False):
+        model = make_model(FlashForSequenceClassification, tiny_config(is_decoder=is_decoder))
+        ids = random_ids(model.config, 2, 5)
+        hidden = model.model(ids, attention_mask=mask).last_hidden_state
+        pooled = [hidden[0, 4], hidden[1, 1]] if is_decoder else [hidden[0, 2:].mean(0), hidden[1, :2].mean(0)]
+        expected = model.score(torch.stack(pooled))
+        assert_close(model(ids, attention_mask=mask).logits, expected, 1e-12)
+
+
+def test_losses():
+    config = {"vocab_size": 61}
+    ids = random_ids(tiny_config(), 4, 9)
+    one = make_model(FlashForSequenceClassification, tiny_config(num_labels=1, **config))
+    values = torch.randn(4, dtype=torch.float64)
+    assert_close(one(ids, labels=values).loss, (one(ids).logits[:, 0] - values).square().mean(), 1e-9)
+    several = make_model(FlashForSequenceClassification, tiny_config(num_labels=3, **config))
+    classes = torch.tensor([0, 2, 1, 1])
+    assert_close(several(ids, labels=classes).loss, F.cross_entropy(several(ids).logits, classes), 1e-9)
+    multi = make_model(FlashForSequenceClassification, tiny_config(num_labels=3, **config))
+    flags = torch.randint(0, 2, (4, 3)).double()
+    expected = F.binary_cross_entropy_with_logits(multi(ids).logits, flags)
+    assert_close(multi(ids, labels=flags).loss, expected, 1e-9)
+    tags = make_model(FlashForTokenClassification, tiny_config(num_labels=3, **config))
+    labels = torch.randint(-1, 3, (4, 9))
+    labels[labels == -1] = -100
+    expected = F.cross_entropy(tags(ids).logits.flatten(0, 1), labels.flatten())
+    assert_close(tags(ids, labels=labels).loss, expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "cls, problem",
+    [
+        (FlashForSequenceClassification, "regression"),
+        (FlashForSequenceClassification, "single_label_classification"),
+        (FlashForSequenceClassification, "multi_label_classification"),
+        (FlashForTokenClassification, None),
+        (FlashForMultipleChoice, None),
+    ],
+)
+def test_accumulated_gradients_are_exact(cls, problem):
+    """Micro-batches of 1, 3 and 2 rows, normalised by num_items_in_batch as Trainer hands it over."""
+    config = tiny_config(num_labels=3, problem_type=problem)
+    model = make_model(cls, config)
+    inputs, labels = inputs_for(cls, config, 6, 13), labels_for(cls, 6, 13)["labels"]
+    if problem in ("regression", "multi_label_classification"):
+        labels = torch.randint(0, 2, (6, 3)).double()
+    if cls is FlashForTokenClassification:
+        labels[0, 2:] = -100
+    count = labels.ne(-100).sum()
+    model(**inputs, labels=labels).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        part = {name: value[rows] for name, value in inputs.items()}
+        model(**part, labels=labels[rows], num_items_in_batch=count).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, expected[name], 1e-6, name)
+
+
+@pytest.mark.parametrize("source", [FlashForCausalLM, FlashForMaskedLM])
+@pytest.mark.parametrize("cls", TASKS)
+def test_only_the_head_is_new(cls, source, tmp_path):
+    pretrained = make_model(source, tiny_config(), dtype=torch.float32)
+    pretrained.save_pretrained(tmp_path / "base")
+    model, info = cls.from_pretrained(tmp_path / "base", num_labels=3, output_loading_info=True)
+    head = cls.head_name
+    assert set(info["missing_keys"]) == {f"{head}.weight", f"{head}.bias"} and not info["unexpected_keys"]
+    assert model.model.is_causal is (source is FlashForCausalLM)
+    for name, value in pretrained.model.state_dict().items():
+        assert torch.equal(value, model.model.state_dict()[name]), name
+    model.save_pretrained(tmp_path / "tuned")
+    again, info = cls.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not info["missing_keys"] and again.config.num_labels == 3
+    back, info = source.from_pretrained(tmp_path / "tuned", output_loading_info=True)
+    assert not info["missing_keys"] and set(info["unexpected_keys"]) == {f"{head}.weight", f"{head}.bias"}
+    assert torch.equal(back.lm_head.weight, pretrained.lm_head.weight)
+
+
+@pytest.mark.parametrize("cls", TASKS)
+def test_auto_classes(cls, tmp_path):
+    model = make_model(cls, tiny_config(num_labels=3), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    auto = next(auto for auto, registered in AUTO_CLASSES.items() if registered is cls)
+    assert type(auto.from_pretrained(tmp_path)) is cls
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    text = "Dorothy lived in the midst of the great Kansas prairies, with Uncle Henry, who was a farmer."
+    return train_tokenizer([{"text": text}] * 3, 300)
+
+
+@pytest.fixture
+def model_of(tokenizer):
+    def build(cls, **changes):
+        config = tiny_config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **changes)
+        return make_model(cls, config, dtype=torch.float32, scale=0.1)
+
+    return build
+
+
+TEXTS = ["Dorothy lived in Kansas.", "Uncle Henry and the great midst of the prairies, with Dorothy."]
+
+
+def test_text_generation_pipeline_batches(model_of, tokenizer):
+    generate = pipeline("text-generation", model=model_of(FlashForCausalLM), tokenizer=tokenizer)
+    options = {"max_new_tokens": 12, "do_sample": False, "return_full_text": False}
+    batched = [out[0]["generated_text"] for out in generate(TEXTS, batch_size=2, **options)]
+    assert batched == [generate(text, **options)[0]["generated_text"] for text in TEXTS]
+
+
+def test_chat_template_passes_through_generation(model_of, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    generate = pipeline("text-generation", model=model_of(FlashForCausalLM), tokenizer=tokenizer)
+    out = generate([{"role": "user", "content": TEXTS[0]}], max_new_tokens=8, do_sample=False)
+    assert out[0]["generated_text"][-1]["role"] == "assistant"
+    prompt = f"user: {TEXTS[0]}\nassistant:"
+    expected = generate(prompt, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert out[0]["generated_text"][-1]["content"] == expected
+
+
+def test_fill_mask_pipeline(model_of, tokenizer):
+    fill = pipeline("fill-mask", model=model_of(FlashForMaskedLM), tokenizer=tokenizer)
+    texts = [
+        f"Dorothy lived in {tokenizer.mask_token}.",
+        f"{tokenizer.mask_token} and the great midst of the prairies",
+    ]
+    together = fill(texts, batch_size=2)
+    for text, found in zip(texts, together, strict=True):
+        alone = fill(text)
+        assert [row["token"] for row in found] == [row["token"] for row in alone] and len(alone) == 5
+        assert abs(found[0]["score"] - alone[0]["score"]) < 1e-5
+
+
+@DIRECTIONS
+def test_classification_feature_and_question_pipelines(model_of, tokenizer, is_decoder):
+    classify = pipeline(
+        "text-classification",
+        model=model_of(FlashForSequenceClassification, is_decoder=is_decoder),
+        tokenizer=tokenizer,
+    )
+    tag = pipeline(
+        "token-classification", model=model_of(FlashForTokenClassification, is_decoder=is_decoder), tokenizer=tokenizer
+    )
+    together = classify(TEXTS, batch_size=2)
+    for text, found in zip(TEXTS, together, strict=True):
+        alone = classify(text)[0]
+        assert found["label"] == alone["label"] and abs(found["score"] - alone["score"]) < 1e-5
+        assert len(tag(text)) == len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    features = pipeline(
+        "feature-extraction", model=model_of(FlashForMaskedLM, is_decoder=is_decoder).model, tokenizer=tokenizer
+    )
+    vectors = torch.tensor(features(TEXTS[0])[0])
+    assert vectors.shape == (len(tokenizer(TEXTS[0])["input_ids"]), 24)
+
+
+def test_question_answering_leaves_padding_out(model_of, tokenizer):
+    """transformers 5 has no question-answering pipeline any more; what it did begins with this softmax over places."""
+    model = model_of(FlashForQuestionAnswering)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    padding = batch["attention_mask"] == 0
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert padding.any() and out.start_logits.softmax(-1)[padding].max() == 0
+    assert out.end_logits.softmax(-1)[padding].max() == 0
+
+
+def test_lora_merges_and_unloads_exactly():
+    peft = pytest.importorskip("peft")
+    base = make_model(FlashForCausalLM, tiny_config())
+    ids = random_ids(base.config, 2, 21)
+    before = base(ids).logits.detach().clone()
+    targets = ["u_proj", "v_proj", "z_proj", "o_proj"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    assert_close(model(input_ids=ids).logits, before, 1e-12)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    tuned = model(input_ids=ids).logits.detach().clone()
+    assert (tuned - before).abs().max() > 1e-3
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained and all("lora_" in name for name in trained)
+    model.merge_adapter()
+    assert_close(model(input_ids=ids).logits, tuned, 1e-5)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    assert type(merged) is FlashForCausalLM
+    assert_close(merged(ids).logits, tuned, 1e-5)
