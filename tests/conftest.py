@@ -7,6 +7,12 @@ import pytest
 import torch
 
 
+try:
+    import fcntl
+except ImportError:  # not on Windows; timings are then as noisy as the machine
+    fcntl = None
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The suite runs in one process a core.
@@ -18,6 +24,17 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def lane(request, tmp_path_factory):
+    """Tests marked `alone` measure time: while one runs, the other processes of pytest-xdist wait."""
+    if fcntl is None:
+        yield
+        return
+    with open(tmp_path_factory.getbasetemp().parent / "lane.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -44,6 +44,7 @@ def step_seconds(length: int) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_time_is_linear():
     times = dict.fromkeys(LENGTHS, float("inf"))
     # Each round can only bring every length nearer to its floor, in the smaller of a pair as in the larger.
