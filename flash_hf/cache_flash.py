@@ -50,9 +50,10 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         """Known on the host to have seen nothing: the first call may skip what a continuation needs."""
         return not self.is_initialized or (isinstance(self.cumulative_length, int) and self.cumulative_length == 0)
 
-    def lazy_initialization(self, config: FlashConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate a state that has seen nothing."""
-        C, S, E = config.chunk_size, config.query_key_dim, config.intermediate_size
+    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor) -> None:
+        """Allocate a state that has seen nothing, for values of this width (a shard of E under tensor parallelism)."""
+        batch, dtype, device = value_BNE.shape[0], value_BNE.dtype, value_BNE.device
+        C, S, E = config.chunk_size, config.query_key_dim, value_BNE.shape[2]
         quad, lin = config.attention_type != "global", config.attention_type != "local"
 
         def zeros(*shape, dtype=dtype):
@@ -209,9 +210,9 @@ class FlashStaticChunkCacheLayer(FlashChunkCacheLayer, StaticLayer):
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
-    def lazy_initialization(self, config: FlashConfig, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().lazy_initialization(config, batch, dtype, device)
-        self.cumulative_length = self.cumulative_length.to(device)
+    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor) -> None:
+        super().lazy_initialization(config, value_BNE)
+        self.cumulative_length = self.cumulative_length.to(self.device)
         self._pin()
 
     def _pin(self) -> None:
@@ -382,7 +383,9 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
             f"past_key_values holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, "
             f"or change the cache with batch_select_indices / batch_repeat_interleave."
         )
-    S, E = config.query_key_dim, config.intermediate_size
+    S, E = config.query_key_dim, layer.state.value.shape[2] if chunked else layer.values.shape[3]
+    if config.intermediate_size % E:
+        E = config.intermediate_size  # neither the width nor a tensor-parallel shard of it
     if chunked:
         state = layer.state
         key = state.quad_k if state.quad_k is not None else state.lin_k

@@ -275,7 +275,7 @@ def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
     B, N, features = x_BNF.shape
     row_B1 = torch.arange(B, device=x_BNF.device)[:, None] * N
     # -1 would send every empty slot to one row, whose gradient (all zeros) the backward would then add up serially.
-    spread_1K = torch.arange(index_BK.shape[1], device=x_BNF.device)[None] % N
+    spread_1K = torch.arange(index_BK.shape[1], device=x_BNF.device)[None].clamp(max=N - 1)
     flat = (torch.where(index_BK >= 0, index_BK, spread_1K) + row_B1).flatten()
     x_BKF = x_BNF.reshape(B * N, features).index_select(0, flat).view(B, -1, features)
     return torch.where((index_BK >= 0)[..., None], x_BKF, 0)

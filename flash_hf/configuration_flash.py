@@ -1,4 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The flash-hf contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """`FlashConfig`: every choice that changes the function FLASH computes, with the paper's base model as default."""
 
 import difflib
@@ -89,6 +102,12 @@ class FlashConfig(PreTrainedConfig):
     model_type = "flash_gau"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"head_dim": "query_key_dim"}
+    # Gate and values are cut over E; queries and keys are shared by all of E and stay whole.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.gau.u_proj": "colwise",
+        "layers.*.gau.v_proj": "colwise",
+        "layers.*.gau.o_proj": "rowwise",
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 768

@@ -1,4 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The flash-hf contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """FLASH for transformers: the gated attention unit, the model, and its language-model heads.
 
 Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
@@ -61,10 +74,10 @@ from .configuration_flash import FlashConfig
 class FlashScaleNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * g` with one learnt scalar (arXiv 1910.05895); statistics in float32."""
 
-    def __init__(self, eps: float):
+    def __init__(self, config: FlashConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.eps = eps
+        self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         x_wide = x.to(wide(x.dtype))
@@ -75,17 +88,19 @@ class FlashScaleNorm(nn.Module):
 class FlashRMSNorm(FlashScaleNorm):
     """The same with one gain a channel."""
 
-    def __init__(self, width: int, eps: float):
-        super().__init__(eps)
-        self.weight = nn.Parameter(torch.ones(width))
+    def __init__(self, config: FlashConfig):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
 
 
-def make_norm(config: FlashConfig) -> nn.Module:
-    if config.norm_type == "scale_norm":
-        return FlashScaleNorm(config.norm_eps)
-    if config.norm_type == "rms_norm":
-        return FlashRMSNorm(config.hidden_size, config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+class FlashLayerNorm(nn.LayerNorm):
+    """torch's, for checkpoints and ablations with it."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(config.hidden_size, eps=config.norm_eps)
+
+
+NORMS = {"scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm}
 
 
 class FlashScaledSinusoid(nn.Module):
@@ -184,7 +199,7 @@ class FlashT5Bias(nn.Module):
         return self.weight[bucket + torch.where(distance < exact, distance, far), 0] * self.scale
 
 
-BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT5Bias}
+BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT5Bias, None: None}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -216,9 +231,8 @@ class FlashGatedAttentionUnit(nn.Module):
         )
         self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), S)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.relative_bias = None
-        if self.has_quad and config.relative_bias is not None:
-            self.relative_bias = BIASES[config.relative_bias](config, causal)
+        bias = BIASES[config.relative_bias] if self.has_quad else None
+        self.relative_bias = None if bias is None else bias(config, causal)
 
     def heads(self, z: Tensor, rotary) -> Heads:
         weight, bias = self.offset_scale.weight, self.offset_scale.bias
@@ -268,7 +282,7 @@ class FlashGatedAttentionUnit(nn.Module):
         if isinstance(layout, StepLayout):
             heads = self.heads(z_BNS, rotary)
             if not cache.is_initialized:
-                cache.lazy_initialization(config, x_BND.shape[0], v_BNE.dtype, v_BNE.device)
+                cache.lazy_initialization(config, v_BNE)
             state = cache.begin_step(heads, v_BNE, documents)
             return self.o_proj(u_BNE * mixed_chunk_step(heads, v_BNE, layout, state, **settings))
 
@@ -281,7 +295,7 @@ class FlashGatedAttentionUnit(nn.Module):
         )  # fmt: skip
         if cache is not None:
             if not cache.is_initialized:
-                cache.lazy_initialization(config, x_BND.shape[0], v_BNE.dtype, v_BNE.device)
+                cache.lazy_initialization(config, v_BNE)
             if cache.record_past:
                 heads = Heads(*(None if head is None else layout.merge(head) for head in heads))
             cache.update(state, heads, v_BNE, documents)
@@ -293,7 +307,7 @@ class FlashLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: FlashConfig, layer_idx: int, causal: bool):
         super().__init__()
-        self.norm = make_norm(config)
+        self.norm = NORMS[config.norm_type](config)
         self.gau = FlashGatedAttentionUnit(config, layer_idx, causal)
         self.hidden_dropout = config.hidden_dropout
 
@@ -314,6 +328,8 @@ class FlashPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": FlashLayer}
     _can_compile_fullgraph = True
+    # A chunk's state depends on all tokens before it: no cutting of sequences over devices as for softmax attention.
+    _supports_context_parallel = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -324,7 +340,7 @@ class FlashPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FlashOffsetScale):
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
-        elif isinstance(module, tuple(BIASES.values())):
+        elif isinstance(module, (FlashToeplitzBias, FlashRotaryBias, FlashT5Bias)):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, FlashScaledSinusoid):
             init.constant_(module.scale, self.config.hidden_size**-0.5)
@@ -340,11 +356,12 @@ class FlashModel(FlashPreTrainedModel):
         # No padding_idx: padding enters no result anyway, and it would freeze the row of a model whose padding token
         # is its end-of-text token.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # CODEPATH: GAU-alpha has no sinusoid, the paper's models and the FLASH ports do.
         self.embed_positions = FlashScaledSinusoid(config) if config.use_scaled_sinusoid else None
         self.layers = nn.ModuleList(
             [FlashLayer(config, layer_idx, self.is_causal) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = make_norm(config)
+        self.norm = NORMS[config.norm_type](config)
         self.rotary_emb = FlashRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -385,8 +402,10 @@ class FlashModel(FlashPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
         position = layout.position_BGC if isinstance(layout, ChunkLayout) else layout.position_BN
+        # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
         rotary = self.rotary_emb(hidden_states, position) if self.config.use_rope else None
         bias_rotary = None
+        # CODEPATH: the paper's bias for spans over 512; the FLASH ports have T5's, FLASHQuad the Toeplitz one.
         if self.config.relative_bias == "rotary":
             bias_rotary = self.rotary_emb(
                 hidden_states, torch.arange(1 - bias_length, bias_length, device=position.device)
@@ -418,6 +437,7 @@ class FlashModel(FlashPreTrainedModel):
         first = cache.layers[0] if cache is not None else None
         marks = {"position_ids": position_ids, "cu_seq_lens": cu_seq_lens, "seq_idx": seq_idx}
         marks["attention_mask"] = attention_mask
+        # CODEPATH: FLASHQuad checkpoints; FLASH checkpoints have chunks.
         if self.config.attention_type == "quadratic":
             past = {}
             seen_B, past_length = None, 0
@@ -450,6 +470,7 @@ class FlashModel(FlashPreTrainedModel):
 
     def quadratic_span(self, keys: int) -> int:
         """Distances that the bias of FLASH-Quad covers for this many keys."""
+        # CODEPATH: as above.
         if self.config.relative_bias != "toeplitz":
             return keys
         span = self.config.span
@@ -535,6 +556,7 @@ def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
 class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     """FLASH with a language-model head, always causal; generates with a cache of constant size."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FlashConfig):
@@ -605,6 +627,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
 class FlashForMaskedLM(FlashPreTrainedModel):
     """FLASH with a masked language-model head, always bidirectional."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: FlashConfig):
@@ -662,6 +685,7 @@ def per_item(mean_loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int
     return mean_loss if num_items_in_batch is None else mean_loss * labels.numel() / num_items_in_batch
 
 
+@auto_docstring
 class FlashTaskModel(FlashPreTrainedModel):
     """The base with dropout and one linear layer on top, under the name that transformers and PEFT expect."""
 
