@@ -208,10 +208,15 @@ BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT
 class FlashOffsetScale(nn.Module):
     """`gamma_h * z + beta_h` for each head; rows in the order quad_q, quad_k, lin_q, lin_k (those the layer has)."""
 
-    def __init__(self, heads: int, width: int):
+    def __init__(self, heads: int, config: FlashConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, width))
-        self.bias = nn.Parameter(torch.zeros(heads, width))
+        self.weight = nn.Parameter(torch.empty(heads, config.query_key_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, config.query_key_dim))
+        self.interleaved = config.rope_interleaved
+
+    def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """The rotated heads, each `[..., S]`."""
+        return offset_scale(z, self.weight, self.bias, rotary, interleaved=self.interleaved).unbind(-2)
 
 
 class FlashGatedAttentionUnit(nn.Module):
@@ -229,14 +234,13 @@ class FlashGatedAttentionUnit(nn.Module):
             config.attention_type != "global",
             config.attention_type in ("mixed_chunk", "global"),
         )
-        self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), S)
+        self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), config)
         self.act_fn = ACT2FN[config.hidden_act]
         bias = BIASES[config.relative_bias] if self.has_quad else None
         self.relative_bias = None if bias is None else bias(config, causal)
 
     def heads(self, z: Tensor, rotary) -> Heads:
-        weight, bias = self.offset_scale.weight, self.offset_scale.bias
-        heads = offset_scale(z, weight, bias, rotary, interleaved=self.config.rope_interleaved).unbind(-2)
+        heads = self.offset_scale(z, rotary)
         return Heads(*(heads[:2] if self.has_quad else (None, None)), *(heads[-2:] if self.has_lin else (None, None)))
 
     def forward(

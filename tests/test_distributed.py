@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two CPU processes give the results of one: data parallel, FSDP2, tensor parallel; a model spread over devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
+from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+
+
+ROOT = Path(__file__).parent.parent
+TRAIN = (
+    "scripts/train_clm.py --train_file tests/data/wizard_of_oz.txt --config scripts/tiny.json --block_size 64 "
+    "--max_steps 5 --logging_steps 1 --eval_strategy no --eval_on_start false --use_cpu true --save_strategy no "
+    "--report_to none --tokenizer_vocab_size 400 --validation_fraction 0.01"
+).split()
+# A process each, one thread each; the package from this tree even if it is not installed.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def run(*command):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    run(*TRAIN, "--per_device_train_batch_size", 8, "--output_dir", folder / "out")
+    return folder / "out"
+
+
+def for_two_cpus(name, folder):
+    """The YAML file of the repo, with what a test machine lacks changed: GPUs, bf16, eight of them."""
+    settings = yaml.safe_load((ROOT / "scripts" / "accelerate" / name).read_text())
+    settings.update(num_processes=2, mixed_precision="no", use_cpu=True)
+    path = folder / name
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
+def test_two_processes_give_the_losses_of_one(name, single, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus(name, tmp_path)]
+    port = 29500 + os.getpid() % 1000 + (name == "ddp.yaml") * 1000
+    run(*launch, "--main_process_port", port, *TRAIN, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo",
+        "--output_dir", tmp_path / "out")  # fmt: skip
+    assert len(losses(single)) == 5
+    assert_close(losses(tmp_path / "out"), losses(single), 1e-5)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", single))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert_close(ours[key], value, 1e-3, key)
+
+
+def test_every_launch_file_is_read_and_names_the_layer():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = ROOT / "scripts" / "accelerate"
+    kinds = {path.name: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    types = {name: str(config.distributed_type).split(".")[-1] for name, config in kinds.items()}
+    assert types == {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "deepspeed_zero2.yaml": "DEEPSPEED"}
+    assert kinds["fsdp2.yaml"].fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in FlashForCausalLM._no_split_modules
+    assert kinds["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
+
+
+TENSOR_PARALLEL = """
+import sys
+import torch
+import flash_hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+assert model.model.layers[0].gau.u_proj.weight.to_local().shape[0] == 24, "u_proj is not sharded"
+inputs = torch.load(sys.argv[1] + "/inputs.pt", weights_only=True)
+with torch.no_grad():
+    logits = model(inputs["ids"], attention_mask=inputs["mask"]).logits
+tokens = model.generate(
+    inputs["ids"], attention_mask=inputs["mask"], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0
+)
+if torch.distributed.get_rank() == 0:
+    torch.save({"logits": logits, "tokens": tokens}, sys.argv[1] + "/out.pt")
+"""
+
+
+@pytest.mark.slow
+def test_tensor_parallel_over_two_processes(tmp_path):
+    model = make_model(FlashForCausalLM, tiny_config(tie_word_embeddings=False, vocab_size=62), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    model = FlashForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(model.config, 2, 29)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    torch.save({"ids": ids, "mask": mask}, tmp_path / "inputs.pt")
+    (tmp_path / "program.py").write_text(TENSOR_PARALLEL)
+    port = 31500 + os.getpid() % 1000
+    run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, tmp_path / "program.py", tmp_path)
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    with torch.no_grad():
+        assert_close(out["logits"][mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()], 1e-4)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(out["tokens"], model.generate(ids, attention_mask=mask, **options))
+
+
+def test_tensor_parallel_plan_names_modules_that_exist():
+    model = make_model(FlashForMaskedLM, tiny_config())
+    names = {name for name, _ in model.model.named_modules()}
+    for pattern in FlashConfig.base_model_tp_plan:
+        assert pattern.replace("*", "1") in names
+    for cls in (FlashForMaskedLM, FlashForCausalLM):
+        assert set(cls._tp_plan) == {"lm_head"}
+
+
+def test_device_map_with_layers_on_disk(tmp_path):
+    """Layers wait on disk and are fetched one by one: the layout has to follow them from device to device."""
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    model = FlashForCausalLM.from_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.embed_positions": "cpu", "model.layers.0": "cpu",
+              "model.layers.1": "disk", "model.layers.2": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
+              "lm_head": "cpu"}  # fmt: skip
+    spread = FlashForCausalLM.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk")
+    assert spread.model.layers[1].gau.u_proj.weight.device.type == "meta"
+    ids = random_ids(model.config, 2, 29)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        assert_close(spread(ids, attention_mask=mask).logits, expected, 1e-6)
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    got = spread.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(got, model.generate(ids, attention_mask=mask, **options))
+    automatic = FlashForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
+    with torch.no_grad():
+        out = automatic(ids.to(automatic.device), attention_mask=mask.to(automatic.device)).logits
+    assert_close(out, expected, 1e-4)
+
+
+def test_what_cannot_be_distributed_is_refused():
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    assert not model.supports_context_parallel
+    with pytest.raises(Exception, match="(?i)continuous batching|layer type|generate_batch"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
