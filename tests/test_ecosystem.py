@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users bring along: TRL, torchao, torch.export, ONNX, and the linter that transformers' own models pass."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TorchAoConfig
+
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
+from flash_hf.data import train_tokenizer
+from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+
+
+ROOT = Path(__file__).parent.parent
+BOOK = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A causal model that has learnt something, saved; its tokenizer; and tokens it has not seen."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer([{"text": BOOK}], 600)
+    ids = torch.tensor(tokenizer(BOOK, add_special_tokens=False)["input_ids"])
+    config = FlashConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, query_key_dim=32, chunk_size=32,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = FlashForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        starts = torch.randint(0, int(0.9 * len(ids)) - 130, (8,), generator=torch.Generator().manual_seed(step))
+        batch = torch.stack([ids[start : start + 129] for start in starts])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("trained")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, tokenizer, ids[int(0.9 * len(ids)) :][: 16 * 128].view(16, 128)
+
+
+def perplexity(model, ids):
+    with torch.no_grad():
+        return math.exp(model(ids, labels=ids).loss)
+
+
+@pytest.mark.slow
+def test_int8_weights_lose_less_than_one_percent_of_perplexity(trained):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    folder, tokenizer, held_out = trained
+    model = FlashForCausalLM.from_pretrained(folder)
+    quantised = FlashForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    assert "Int8" in type(quantised.model.layers[0].gau.u_proj.weight).__name__
+    before, after = perplexity(model, held_out), perplexity(quantised, held_out)
+    print(f"perplexity {before:.3f}, with int8 weights {after:.3f}")
+    assert before < 0.4 * len(tokenizer)  # it has learnt
+    assert after < 1.01 * before
+    prompt = held_out[:2, :40]
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "do_sample": False}
+    cached = quantised.generate(prompt, **options)
+    assert torch.equal(cached, quantised.generate(prompt, use_cache=False, **options))
+
+
+@pytest.mark.slow
+def test_trl_fine_tunes(trained, tmp_path):
+    from trl import SFTConfig, SFTTrainer
+
+    folder, tokenizer, _ = trained
+    rows = Dataset.from_dict({"text": [line for line in BOOK.splitlines() if len(line) > 200][:32]})
+    arguments = SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, max_length=128,
+        report_to="none", use_cpu=True, logging_steps=1, bf16=False, gradient_checkpointing=False, packing=False,
+    )  # fmt: skip
+    model = FlashForCausalLM.from_pretrained(folder)
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", [FlashForMaskedLM, FlashForCausalLM])
+@pytest.mark.parametrize("target", ["torch.export", "onnx"])
+def test_exported_forward_at_any_length(target, cls):
+    """Through transformers' own exporters, with a padded batch, at other lengths and rows than those traced."""
+    if target == "onnx":
+        from transformers.exporters.exporter_onnx import OnnxConfig as Config
+        from transformers.exporters.exporter_onnx import OnnxExporter as Exporter
+    else:
+        from transformers.exporters.exporter_dynamo import DynamoConfig as Config
+        from transformers.exporters.exporter_dynamo import DynamoExporter as Exporter
+    model = make_model(cls, tiny_config(), dtype=torch.float32)
+
+    def inputs(rows, length):
+        ids = random_ids(model.config, rows, length, seed=length)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        return {"input_ids": ids, "attention_mask": mask, **({"use_cache": False} if cls is FlashForCausalLM else {})}
+
+    exported = Exporter().export(model, inputs(2, 20), config=Config(dynamic=True))
+    for length in (20, 9, 33, 50):
+        batch = inputs(3, length)
+        got = torch.as_tensor(exported(**batch)["logits"])
+        assert_close(got, model(**batch).logits, 1e-5, f"length {length}")
+
+
+def test_linter_of_transformers_models():
+    """`transformers-mlinter` on the modeling file. On the configuration it has one wish, TRF057, that is not granted:
+    auto_docstring would write the fields' descriptions over ours, which say more."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mlinter", "--no-cache", "--no-progress", "flash_hf/modeling_flash.py"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

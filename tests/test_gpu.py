@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch tier on a CUDA device: the same answers as naive.py on the CPU, in every arrangement a user meets first."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
+from flash_hf.naive import naive_model
+from flash_hf.testing import assert_close, error_ratio, make_model, naive_config, random_ids, tiny_config
+
+
+pytestmark = pytest.mark.gpu
+HEADS = [FlashForCausalLM, FlashForMaskedLM]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic", "local", "global"])
+@pytest.mark.parametrize("activation", ["relu2", "softmax", "laplace"])
+def test_padded_packed_and_plain_equal_naive(cls, attention_type, activation):
+    config = tiny_config(attention_type=attention_type, attention_activation=activation)
+    for dtype, ratio in ((torch.float64, 1e-9), (torch.float32, 2e-4)):
+        model = make_model(cls, config, dtype=dtype)
+        weights = {name: value.double() for name, value in model.model.state_dict().items()}
+        ids = random_ids(config, 1, 29)
+        causal = cls is FlashForCausalLM
+        expected = naive_model(ids[0], weights, naive_config(config), causal=causal)[1]
+        model.cuda()
+        row = torch.cat([random_ids(config, 1, 11, seed=1), ids], 1).cuda()
+        mask = torch.cat([torch.zeros(1, 11), torch.ones(1, 29)], 1).long().cuda()
+        positions = torch.cat([torch.arange(11), torch.arange(29)])[None].cuda()
+        with torch.no_grad():
+            assert_close(model(ids.cuda()).logits[0], expected, ratio)
+            assert_close(model(row, attention_mask=mask).logits[0, 11:], expected, ratio)
+            assert_close(model(row, position_ids=positions).logits[0, 11:], expected, ratio)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_error_is_at_most_twice_naives(cls, dtype):
+    config = tiny_config(chunk_size=32)
+    model = make_model(cls, config, dtype=dtype, scale=0.1).cuda()
+    ids, causal = random_ids(config, 1, 500), cls is FlashForCausalLM
+    weights = {name: value.detach().cpu() for name, value in model.model.state_dict().items()}
+    exact = naive_model(ids[0], {k: v.double() for k, v in weights.items()}, naive_config(config), causal=causal)[1]
+    on_gpu = {k: v.cuda() for k, v in weights.items()}
+    plain = naive_model(ids[0].cuda(), on_gpu, naive_config(config), causal=causal)[1]
+    ours, theirs = error_ratio(model(ids.cuda()).logits[0], exact), error_ratio(plain, exact)
+    assert 0 < ours <= 2 * theirs, (ours, theirs)
+
+
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16k_tokens_forward_and_backward_are_finite(cls, dtype):
+    torch.manual_seed(0)
+    model = cls(FlashConfig(vocab_size=1000, num_hidden_layers=4)).to("cuda", dtype)
+    ids = random_ids(model.config, 2, 16384).cuda()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic"])
+def test_decoding_equals_the_whole(attention_type):
+    model = make_model(FlashForCausalLM, tiny_config(attention_type=attention_type), dtype=torch.float64).cuda()
+    ids = random_ids(model.config, 2, 45).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask).logits
+        for cache in (None, StaticCache(config=model.config, max_cache_len=64)):
+            out = model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache, use_cache=True)
+            for t in range(11, 45):
+                out = model(ids[:, t : t + 1], past_key_values=out.past_key_values)
+                assert_close(out.logits[:, 0], full[:, t], 1e-9)
+
+
+def test_generate_compiles_the_static_cache():
+    """generate() compiles decoding by itself on a GPU, with CUDA graphs; the tokens are those of the plain cache."""
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32).cuda()
+    ids = random_ids(model.config, 2, 29).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
