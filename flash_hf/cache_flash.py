@@ -282,8 +282,8 @@ class FlashQuadraticCacheLayer(DynamicLayer):
             )
 
     def reset(self) -> None:
-        super().reset()
-        self.position = self.document = None
+        self.keys = self.values = self.position = self.document = None
+        self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

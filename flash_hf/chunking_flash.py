@@ -265,8 +265,8 @@ class ChunkLayout(_Movable):
         x_BKF = x_BGCF.flatten(1, 2)
         if self.slot_BN is None:
             N = self.token_BN.shape[1]
-            # As in split. A copy, since whether a slice is dense depends on the remainder too.
-            return x_BKF.narrow_copy(1, 0, N) if is_tracing() else x_BKF[:, :N]
+            # As in split. Negative padding copies: whether a slice is dense would depend on the remainder too.
+            return F.pad(x_BKF, (0, 0, 0, N - x_BKF.shape[1])) if is_tracing() else x_BKF[:, :N]
         return _take_rows(x_BKF, self.slot_BN)
 
 

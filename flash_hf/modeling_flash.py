@@ -619,6 +619,15 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the host's paged cache holds keys and values by token, which FLASH sums up by chunk."""
+        raise NotImplementedError(
+            "Continuous batching (generate_batch, transformers serve --continuous-batching) pages a key-value cache, and "
+            "FLASH has none. Use generate() with a left-padded batch: the state is constant in size, so nothing needs paging."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
         """The padding mask of this call alone: with a static cache, a mask that grows would recompile every step."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch tier on a CUDA device: the same answers as naive.py on the CPU, in every arrangement a user meets first."""
+"""The torch tier on a CUDA device gives the answers of naive.py on the CPU, in every arrangement users meet first."""
 
 import pytest
 import torch
@@ -91,6 +91,7 @@ def test_generate_compiles_the_static_cache():
     ids = random_ids(model.config, 2, 29).cuda()
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
-    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    options["pad_token_id"] = 0
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
