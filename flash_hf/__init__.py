@@ -30,6 +30,9 @@ from .modeling_flash import (
 
 __version__ = "0.1.0"
 
+# For peft.LoraConfig(target_modules=...): every projection of the gated attention unit.
+LORA_TARGET_MODULES = ["u_proj", "v_proj", "z_proj", "o_proj"]
+
 AUTO_CLASSES = {
     AutoModel: FlashModel,
     AutoModelForCausalLM: FlashForCausalLM,
@@ -55,5 +58,6 @@ __all__ = [
     "FlashForTokenClassification",
     "FlashModel",
     "FlashPreTrainedModel",
+    "LORA_TARGET_MODULES",
     "__version__",
 ]

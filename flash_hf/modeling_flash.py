@@ -622,8 +622,9 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the host's paged cache holds keys and values by token, which FLASH sums up by chunk."""
         raise NotImplementedError(
-            "Continuous batching (generate_batch, transformers serve --continuous-batching) pages a key-value cache, and "
-            "FLASH has none. Use generate() with a left-padded batch: the state is constant in size, so nothing needs paging."
+            "Continuous batching (generate_batch, transformers serve --continuous-batching) pages a key-value cache, "
+            "and FLASH has none. Use generate() with a left-padded batch: the state is constant in size, so that there "
+            "is nothing to page."
         )
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching

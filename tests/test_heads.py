@@ -8,6 +8,7 @@ from transformers import pipeline
 
 from flash_hf import (
     AUTO_CLASSES,
+    LORA_TARGET_MODULES,
     FlashForCausalLM,
     FlashForMaskedLM,
     FlashForMultipleChoice,
@@ -249,8 +250,10 @@ def test_lora_merges_and_unloads_exactly():
     base = make_model(FlashForCausalLM, tiny_config())
     ids = random_ids(base.config, 2, 21)
     before = base(ids).logits.detach().clone()
-    targets = ["u_proj", "v_proj", "z_proj", "o_proj"]
-    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(r=4, target_modules=LORA_TARGET_MODULES, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config)
+    linear = {name.split(".")[-1] for name, module in base.named_modules() if "lora_A" in dict(module.named_children())}
+    assert linear == set(LORA_TARGET_MODULES)
     assert_close(model(input_ids=ids).logits, before, 1e-12)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
