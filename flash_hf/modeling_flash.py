@@ -623,7 +623,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         """Refused: the host's paged cache holds keys and values by token, which FLASH sums up by chunk."""
         raise NotImplementedError(
             "Continuous batching (generate_batch, transformers serve --continuous-batching) pages a key-value cache, "
-            "and FLASH has none. Use generate() with a left-padded batch: the state is constant in size, so that there "
+            "and FLASH has none. Use generate() with a left-padded batch: its state has one size, so that there "
             "is nothing to page."
         )
 
