@@ -350,6 +350,12 @@ class FlashStaticQuadraticCacheLayer(StaticLayer):
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
 
+LAYER_KINDS = {
+    CHUNK_LAYER_TYPE: (FlashChunkCacheLayer, FlashStaticChunkCacheLayer),
+    QUADRATIC_LAYER_TYPE: (FlashQuadraticCacheLayer, FlashStaticQuadraticCacheLayer),
+}
+
+
 def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     """Make sure that `cache` can hold this model's state, and give an empty `DynamicCache()` the right layers.
 
@@ -357,16 +363,23 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         ValueError: a cache of another kind of model, of another shape, or filled with another number of rows.
     """
     chunked = config.attention_type != "quadratic"
-    wanted = FlashChunkCacheLayer if chunked else (FlashQuadraticCacheLayer, FlashStaticQuadraticCacheLayer)
+    wanted = LAYER_KINDS[config.layer_types[0]]
     if not isinstance(cache, Cache):
         raise ValueError(
             f"past_key_values must be a transformers Cache, got {type(cache).__name__}. Use "
             f"DynamicCache(config=model.config)."
         )
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
-        kind = FlashChunkCacheLayer if chunked else FlashQuadraticCacheLayer
-        cache.layers.extend(kind() for _ in range(config.num_hidden_layers))
+        cache.layers.extend(wanted[0]() for _ in range(config.num_hidden_layers))
         cache.layer_class_to_replicate = None
+    for index, layer in enumerate(cache.layers):
+        # Two copies of this code in one process (the package, and a checkpoint's remote code): transformers builds a
+        # cache from the layers registered last, which may be the other copy's. Empty, they are as good as ours.
+        foreign = getattr(layer, "_layer_type", None) == config.layer_types[0] and not isinstance(layer, wanted)
+        if foreign and not layer.is_initialized:
+            dynamic, static = LAYER_KINDS[layer._layer_type]
+            is_static = isinstance(layer, StaticLayer)
+            cache.layers[index] = static(max_cache_len=layer.max_cache_len) if is_static else dynamic()
     if len(cache.layers) != config.num_hidden_layers or not all(isinstance(layer, wanted) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
