@@ -113,14 +113,14 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}: a length to keep is not "
-                f"supported."
+                "supported."
             )
         recorded = sum(entry[2].shape[1] for entry in self._recorded)
         if -tokens_to_remove > recorded:
             raise RuntimeError(
                 f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be taken "
-                f"back, since "
-                "closed chunks are kept as a sum. Call activate_past_recording() before the calls that may be undone."
+                "back, since closed chunks are kept as a sum. Call activate_past_recording() before the calls that may "
+                "be undone."
             )
         if tokens_to_remove:
             self._set(self._replay(recorded + tokens_to_remove))
@@ -367,7 +367,7 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     if not isinstance(cache, Cache):
         raise ValueError(
             f"past_key_values must be a transformers Cache, got {type(cache).__name__}. Use "
-            f"DynamicCache(config=model.config)."
+            "DynamicCache(config=model.config)."
         )
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(wanted[0]() for _ in range(config.num_hidden_layers))
@@ -380,12 +380,13 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
             dynamic, static = LAYER_KINDS[layer._layer_type]
             is_static = isinstance(layer, StaticLayer)
             cache.layers[index] = static(max_cache_len=layer.max_cache_len) if is_static else dynamic()
+            cache.layers[index].record_past = getattr(layer, "record_past", False)
     if len(cache.layers) != config.num_hidden_layers or not all(isinstance(layer, wanted) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
             f"past_key_values must be a cache of this model ({config.num_hidden_layers} layers, attention_type "
             f"{config.attention_type!r}), got {len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
-            f"it with "
+            "it with "
             "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
         )
     layer = cache.layers[0]
@@ -394,7 +395,7 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     if layer.batch_size != batch:
         raise ValueError(
             f"past_key_values holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, "
-            f"or change the cache with batch_select_indices / batch_repeat_interleave."
+            "or change the cache with batch_select_indices / batch_repeat_interleave."
         )
     S, E = config.query_key_dim, layer.state.value.shape[2] if chunked else layer.values.shape[3]
     if config.intermediate_size % E:
@@ -408,7 +409,7 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         found, expected = (layer.keys.shape[3], layer.values.shape[3]), (S, E)
     if found != expected:
         raise ValueError(
-            f"past_key_values was filled by a model of another shape (chunk_size, query_key_dim, value width ...: "
+            "past_key_values was filled by a model of another shape (chunk_size, query_key_dim, value width ...: "
             f"{found}); "
             f"this model needs {expected}. Start with an empty cache."
         )

@@ -71,7 +71,7 @@ def check_mask(attention_mask: Tensor, batch: int, length: int, past_length: int
         )
         raise ValueError(
             f"attention_mask must be a 2-D padding mask (batch, tokens) with 1 at real tokens, got {got}. FLASH "
-            f"derives causality itself: pass the tokenizer's mask, not a 4-D or additive one."
+            "derives causality itself: pass the tokenizer's mask, not a 4-D or additive one."
         )
     width = attention_mask.shape[1]
     # The length of a static cache is on the device: its columns are not counted here.
@@ -178,7 +178,7 @@ def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_
                 f"and agree with attention_mask, cu_seq_lens_q and the cache: row {row}, token {column} has "
                 f"{int(position_ids.expand(batch, -1)[row, column])}, expected "
                 f"{int(documents.position_BN.expand(batch, -1)[row, column])}. Leave position_ids out to have them "
-                f"counted."
+                "counted."
             )
     return documents
 

@@ -527,7 +527,7 @@ def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bo
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"input_ids must lie in [0, vocab_size = {config.vocab_size}), got {low if low < 0 else high}. Does "
-                f"the tokenizer belong to this model? After adding tokens call "
+                "the tokenizer belong to this model? After adding tokens call "
                 "model.resize_token_embeddings(len(tokenizer))."
             )
 
