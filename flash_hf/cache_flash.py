@@ -119,7 +119,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         if -tokens_to_remove > recorded:
             raise RuntimeError(
                 f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be taken "
-                "back, since closed chunks are kept as a sum. Call activate_past_recording() before the calls that may "
+                "back, since closed chunks are kept as a sum. Call activate_past_recording() before calls that may "
                 "be undone."
             )
         if tokens_to_remove:
@@ -386,8 +386,7 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         raise ValueError(
             f"past_key_values must be a cache of this model ({config.num_hidden_layers} layers, attention_type "
             f"{config.attention_type!r}), got {len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
-            "it with "
-            "DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+            "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
         )
     layer = cache.layers[0]
     if not layer.is_initialized:

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the paper compares FLASH with, under the same interface. Importing this registers it with the Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .transformer import (
+    TransformerPPConfig,
+    TransformerPPForCausalLM,
+    TransformerPPForMaskedLM,
+    TransformerPPForQuestionAnswering,
+    TransformerPPForSequenceClassification,
+    TransformerPPForTokenClassification,
+    TransformerPPModel,
+)
+
+
+AUTO_CLASSES = {
+    AutoModel: TransformerPPModel,
+    AutoModelForCausalLM: TransformerPPForCausalLM,
+    AutoModelForMaskedLM: TransformerPPForMaskedLM,
+    AutoModelForQuestionAnswering: TransformerPPForQuestionAnswering,
+    AutoModelForSequenceClassification: TransformerPPForSequenceClassification,
+    AutoModelForTokenClassification: TransformerPPForTokenClassification,
+}
+
+AutoConfig.register(TransformerPPConfig.model_type, TransformerPPConfig, exist_ok=True)
+for _auto, _model in AUTO_CLASSES.items():
+    _auto.register(TransformerPPConfig, _model, exist_ok=True)
+
+__all__ = ["AUTO_CLASSES", "TransformerPPConfig", *(model.__name__ for model in AUTO_CLASSES.values())]

@@ -1,0 +1,13 @@
+"""\
+python scripts/finetune.py --task classification --train_file tests/data/characters_train.jsonl --config scripts/tiny.json --tokenizer_vocab_size 600 --learning_rate 1e-2 --num_train_epochs 6 --output_dir runs/finetune
+
+Fine-tune FLASH (--model folder or Hub name; without it, a new model) to classify texts, to tag words or to find answers
+in a text. All arguments: --help.
+"""  # noqa: E501
+
+from flash_hf.finetuning import describe, parse_arguments, run_finetuning
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments(description=__doc__)
+    print(describe(run_finetuning(*arguments), arguments[2].output_dir))

@@ -1,0 +1,455 @@
+"""\
+python scripts/finetune_study.py --smoke --text tests/data/wizard_of_oz.txt --work runs/study
+
+FLASH against a Transformer++ of the same size, trained the same way: one tokenizer, the same text, blocks, masks,
+steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. For each set the learning
+rate is chosen for each model from one grid on the validation split; the test split is measured with it, over several
+seeds.
+
+The study is made of cells, each a process that writes work/cells/NAME.json; finished cells are not run again, so that
+a study that was cut off goes on where it stopped. summary.json (also read back) and summary.md tell all of it.
+On one GPU: --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, sentence_cls, movie_reviews, wnut17), --text FILES.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_from_disk
+from transformers import AutoModelForMaskedLM, set_seed
+
+import flash_hf.baselines  # registers Transformer++
+from flash_hf import FlashConfig, data, finetuning, training
+
+
+MODELS = ("flash", "transformer_pp")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def task_options(options: argparse.Namespace) -> dict[str, dict]:
+    """The labelled sets: files and how long each is trained, alike for both models."""
+    if options.data is None:
+        own = ROOT / "tests" / "data"
+        tasks = {
+            name: {"task": task, "train_file": [str(own / train)], "validation_file": [str(own / valid)],
+                   "test_file": [str(own / valid)], "epochs": 1, "batch": 16}
+            for name, task, train, valid in (
+                ("characters", "classification", "characters_train.jsonl", "characters_validation.jsonl"),
+                ("names", "tagging", "names_train.conll", "names_validation.conll"),
+            )
+        }  # fmt: skip
+        return tasks
+    folder, made = Path(options.data), Path(options.work) / "data"
+    reviews, wnut = folder / "movie_reviews", folder / "wnut17"
+    return {
+        "sst2": {
+            "task": "classification", "epochs": 1, "batch": 128, "text_column": "sentence",
+            "train_file": [str(folder / "glue" / "SST-2" / "train.tsv")],
+            "validation_file": [str(folder / "glue" / "SST-2" / "dev.tsv")],
+            "test_file": [str(made / "sst2_test.tsv")],
+        },
+        "movie_reviews": {
+            "task": "classification", "epochs": 6, "batch": 32,
+            "train_file": [str(reviews / "train.jsonl")], "validation_file": [str(reviews / "valid.jsonl")],
+            "test_file": [str(reviews / "test.jsonl")],
+        },
+        "wnut17": {
+            "task": "tagging", "epochs": 6, "batch": 32,
+            "train_file": [str(wnut / "wnut17train.conll")], "validation_file": [str(wnut / "emerging.dev.conll")],
+            "test_file": [str(wnut / "emerging.test.annotated")],
+        },
+    }  # fmt: skip
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Write whole or not at all: a cell that was cut off must not look finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(part, path)
+
+
+# --- stage 0: text ---------------------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Tokenizer and packed blocks of the pretraining text, and the labelled file that is in no common format."""
+    work = Path(options.work)
+    if (work / "text.json").is_file():
+        return
+    if options.data is not None:
+        # GLUE's test split has no labels; this is the same split from the Stanford treebank: "label text".
+        lines = (Path(options.data) / "sentence_cls" / "stsa.binary.test").read_text(encoding="utf-8").splitlines()
+        (work / "data").mkdir(parents=True, exist_ok=True)
+        rows = [f"{line[2:]}\t{line[0]}" for line in lines if line.strip()]
+        (work / "data" / "sst2_test.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    documents = [data.load_documents([file]) for file in options.text]
+    texts = [row["text"] for part in documents for row in part]
+    rows = Dataset.from_dict({"text": texts}).shuffle(seed=0) if len(texts) > 1 else Dataset.from_dict({"text": texts})
+    train, validation = data.split_documents(rows, 0.05 if options.smoke else 0.01)
+    tokenizer = data.train_tokenizer(train, options.vocab_size, max_bytes=20_000_000)
+    tokenizer.save_pretrained(work / "tokenizer")
+    workers = min(8, os.cpu_count() or 1, len(train))
+    size = {}
+    for name, part in (("train", train), ("validation", validation)):
+        tokens = data.tokenize_documents(
+            part, tokenizer, num_proc=workers if name == "train" and workers > 1 else None
+        )
+        blocks = data.pack_documents(tokens, tokenizer=tokenizer, block_size=options.block_size, causal=False)
+        blocks.save_to_disk(str(work / "blocks" / name))
+        size[name] = {**data.text_size(tokens), "blocks": len(blocks)}
+    write_json(work / "text.json", {"files": [Path(file).name for file in options.text], **size})
+
+
+# --- stage 1: masked pretraining -------------------------------------------------------------------------------------
+
+
+def model_configs(options: argparse.Namespace, tokenizer) -> dict:
+    """FLASH and the Transformer++ whose number of parameters is nearest to it."""
+    width, layers = options.hidden_size, options.layers
+    common = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "hidden_size": width}
+    flash = FlashConfig(
+        num_hidden_layers=layers, query_key_dim=32 if options.smoke else 128,
+        chunk_size=32 if options.smoke else 256, max_position_embeddings=options.block_size, **common,
+    )  # fmt: skip
+
+    def transformer(inner: int):
+        return flash_hf.baselines.TransformerPPConfig(
+            num_hidden_layers=layers // 2, num_attention_heads=max(1, width // 64), intermediate_size=inner,
+            max_position_embeddings=options.block_size, **common,
+        )  # fmt: skip
+
+    def size(config) -> int:
+        with torch.device("meta"):
+            return AutoModelForMaskedLM.from_config(config).num_parameters()
+
+    # The size is linear in the width of the feed-forward layers.
+    small, step = size(transformer(8)), size(transformer(16)) - size(transformer(8))
+    return {"flash": flash, "transformer_pp": transformer(8 + 8 * round((size(flash) - small) / step))}
+
+
+def pretrain(options: argparse.Namespace, name: str) -> dict:
+    work = Path(options.work)
+    tokenizer = data.load_tokenizer(str(work / "tokenizer"), masked=True)
+    blocks = {
+        part: load_from_disk(str(work / "blocks" / part)).with_format("numpy") for part in ("train", "validation")
+    }
+    cuda = torch.cuda.is_available()
+    args = training.FlashTrainingArguments(
+        output_dir=str(work / "runs" / f"pretrain-{name}"),
+        max_steps=options.pretrain_steps,
+        per_device_train_batch_size=options.batch_tokens // options.block_size,
+        per_device_eval_batch_size=min(32, options.batch_tokens // options.block_size),
+        learning_rate=options.pretrain_rate,
+        warmup_steps=0.05,
+        eval_strategy="no",
+        eval_on_start=False,
+        save_strategy="no",
+        logging_steps=max(1, options.pretrain_steps // 10),
+        bf16=cuda,
+        dataloader_num_workers=4 if cuda else 0,
+        dataloader_drop_last=len(blocks["train"]) * options.block_size > options.batch_tokens,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    set_seed(0)
+    model = AutoModelForMaskedLM.from_config(model_configs(options, tokenizer)[name])
+    collator = data.MaskingCollator(tokenizer, mlm_probability=0.15, seed=0)
+    size = json.loads((work / "text.json").read_text())["validation"]
+    trainer = training.FlashTrainer(
+        model=model,
+        args=args,
+        train_dataset=blocks["train"],
+        eval_dataset=collator.mask_once(blocks["validation"].with_format(None)),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=training.make_compute_metrics("masked", size),
+        preprocess_logits_for_metrics=partial(training.token_scores, causal=False),
+        callbacks=[training.MaskEpochCallback(collator)],
+    )
+    if options.compile and cuda:
+        for layer in model.model.layers:
+            layer.compile()
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begin
+    with torch.compiler.set_stance("force_eager"):  # a single pass is not worth a second graph
+        scores = trainer.evaluate()
+    trainer.save_model(str(work / "models" / name))
+    return {
+        "kind": "pretrain",
+        "model": name,
+        "config": model.config.to_diff_dict(),
+        "parameters": model.num_parameters(),
+        "steps": options.pretrain_steps,
+        "tokens": options.pretrain_steps * args.train_batch_size * options.block_size,
+        "learning_rate": options.pretrain_rate,
+        "seed": 0,
+        "train_seconds": round(seconds, 1),
+        "log": [{k: log[k] for k in ("step", "loss")} for log in trainer.state.log_history if "loss" in log],
+        "metrics": {"validation": {k.removeprefix("eval_"): v for k, v in scores.items() if k != "epoch"}},
+    }
+
+
+# --- stages 2 and 3: fine-tuning -------------------------------------------------------------------------------------
+
+
+def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: int) -> dict:
+    work = Path(options.work)
+    cuda = torch.cuda.is_available()
+    chosen = dict(task_options(options)[task])
+    epochs, batch = chosen.pop("epochs"), chosen.pop("batch")
+    cell = cell_name(name, task, rate, seed)
+    if options.smoke:
+        chosen |= {"max_train_examples": 64, "max_eval_examples": 32}
+    args = finetuning.FinetuningArguments(
+        output_dir=str(work / "runs" / cell),
+        overwrite_output_dir=True,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
+        learning_rate=rate,
+        warmup_steps=0.1,
+        eval_strategy="no",
+        save_strategy="no",
+        logging_steps=50,
+        seed=seed,
+        bf16=cuda,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    result = finetuning.run_finetuning(
+        training.ModelArguments(model=str(work / "models" / name)),
+        finetuning.TaskArguments(**chosen),
+        args,
+        plot=False,
+    )
+    shutil.rmtree(args.output_dir)  # a model for each cell would fill the disk
+    return {**result, "kind": "tune", "model": name, "data": task}
+
+
+def cell_name(name: str, task: str, rate: float, seed: int) -> str:
+    return f"tune-{name}-{task}-{rate:g}-{seed}"
+
+
+def run_cell(options: argparse.Namespace, cell: str) -> None:
+    """One cell, in this process; its name says which."""
+    kind, name, *rest = cell.split("-", 4)
+    if kind == "pretrain":
+        result = pretrain(options, name)
+    else:
+        # A rate may be 1e-05, and a task has no hyphen.
+        task, _, end = "-".join(rest).partition("-")
+        rate, _, seed = end.rpartition("-")
+        result = tune(options, name, task, float(rate), int(seed))
+    result |= finetuning.provenance()
+    if options.commit:  # a copy without its .git does not know
+        result["commit"] = options.commit
+    result["smoke"] = options.smoke
+    write_json(Path(options.work) / "cells" / f"{cell}.json", result)
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+class Study:
+    """Runs cells in processes beside each other: small fine-tunings leave most of a large GPU idle."""
+
+    def __init__(self, options: argparse.Namespace, begin: float):
+        self.options, self.begin, self.work = options, begin, Path(options.work)
+        self.failed: dict[str, str] = {}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def path(self, cell: str) -> Path:
+        return self.work / "cells" / f"{cell}.json"
+
+    def result(self, cell: str) -> dict | None:
+        return json.loads(self.path(cell).read_text()) if self.path(cell).is_file() else None
+
+    def run(self, cells: list[str], workers: int) -> None:
+        """Run those that are not finished."""
+        (self.work / "logs").mkdir(parents=True, exist_ok=True)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            list(pool.map(self.one, cells, [workers] * len(cells)))
+
+    def one(self, cell: str, workers: int) -> None:
+        if self.path(cell).is_file():
+            return
+        left = self.options.minutes * 60 - self.seconds()
+        if left < (5 if self.options.smoke else 30):
+            self.failed[cell] = f"not begun: {self.options.minutes:g} minutes are over"
+            return
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}  # fmt: skip
+        log, begin = self.work / "logs" / f"{cell}.log", self.seconds()
+        try:
+            with open(log, "w") as file:
+                done = subprocess.run(
+                    [sys.executable, __file__, *sys.argv[1:], "--cell", cell],
+                    stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left,
+                )  # fmt: skip
+            if done.returncode:
+                self.failed[cell] = log.read_text(errors="replace")[-1500:]
+        except subprocess.TimeoutExpired:
+            self.failed[cell] = f"cut off: {self.options.minutes:g} minutes are over"
+        state = "FAILED" if cell in self.failed else "done"
+        print(f"{self.seconds():6.1f} s  {cell}: {state} in {self.seconds() - begin:.1f} s", flush=True)
+
+    def rate(self, name: str, task: str) -> float | None:
+        """The rate of the grid that is best on the validation split; the lower one, if two are."""
+        scores = {}
+        for rate in self.options.rates:
+            result = self.result(cell_name(name, task, rate, 0))
+            if result is None:
+                return None  # a choice from a part of the grid would not be on equal terms
+            scores[rate] = result["metrics"]["validation"][result["main_metric"]]
+        return max(sorted(scores), key=scores.get)
+
+    def summary(self) -> dict:
+        cells = {path.stem: json.loads(path.read_text()) for path in sorted((self.work / "cells").glob("*.json"))}
+        table = []
+        for task in task_options(self.options):
+            for name in MODELS:
+                rate = self.rate(name, task)
+                if rate is None:
+                    continue
+                found = [self.result(cell_name(name, task, rate, seed)) for seed in range(self.options.seeds)]
+                found = [result for result in found if result is not None]
+                row = {"data": task, "model": name, "learning_rate": rate, "seeds": len(found)}
+                row |= {"metric": found[0]["main_metric"], "test_examples": found[0]["metrics"]["test"]["examples"]}
+                for split in ("validation", "test"):
+                    scores = [result["metrics"][split][row["metric"]] for result in found]
+                    row[split] = statistics.mean(scores)
+                    row[f"{split}_std"] = statistics.stdev(scores) if len(scores) > 1 else None
+                table.append(row)
+        pretraining = [
+            {key: cells[f"pretrain-{name}"][key] for key in ("model", "parameters", "tokens", "metrics")}
+            for name in MODELS
+            if f"pretrain-{name}" in cells
+        ]
+        settings = {key: value for key, value in vars(self.options).items() if key not in ("cell", "work", "out")}
+        text = self.work / "text.json"
+        return {
+            "study": "finetune", "settings": settings, "text": json.loads(text.read_text()),
+            "pretraining": pretraining, "table": table, "failed": self.failed, "seconds": round(self.seconds(), 1),
+            "cells": cells,
+        }  # fmt: skip
+
+
+def as_markdown(summary: dict) -> str:
+    lines = ["| pretraining | parameters | tokens | masked perplexity | masked accuracy |", "| --- " * 5 + "|"]
+    for row in summary["pretraining"]:
+        scores = row["metrics"]["validation"]
+        lines.append(
+            f"| {row['model']} | {row['parameters'] / 1e6:.2f} M | {row['tokens'] / 1e6:.1f} M | "
+            f"{scores['perplexity']:.2f} | {100 * scores['masked_accuracy']:.2f} % |"
+        )
+    lines += ["", "| data | model | learning rate | metric | validation | test | seeds |", "| --- " * 7 + "|"]
+    for row in summary["table"]:
+        shown = []
+        for split in ("validation", "test"):
+            std = row[f"{split}_std"]
+            shown.append(f"{100 * row[split]:.2f}" + (f" +- {100 * std:.2f}" if std is not None else ""))
+        lines.append(
+            f"| {row['data']} | {row['model']} | {row['learning_rate']:g} | {row['metric']} | {' | '.join(shown)} | "
+            f"{row['seeds']} |"
+        )
+    lines += ["", f"{summary['seconds']:.0f} s in all."]
+    lines += [f"Failed: {cell}: {why.strip().splitlines()[-1]}" for cell, why in summary["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def card_results(summary: dict) -> list[dict]:
+    """The mean test scores of FLASH, as flash_hf/cards.py wants them."""
+    command = shlex.join(["python", *sys.argv])
+    results = []
+    for row in summary["table"]:
+        if row["model"] == "flash":
+            cell = summary["cells"][cell_name("flash", row["data"], row["learning_rate"], 0)]
+            cell = {**cell, "data": row["data"], "metrics": {"test": {row["metric"]: row["test"]}}}
+            results += finetuning.card_results(cell, command)
+    return results
+
+
+def main() -> int:
+    begin = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of the labelled sets; without it, the small ones of tests/data")
+    parser.add_argument("--text", nargs="+", required=True, help="pretraining text: .txt, .jsonl (also .xz, .gz)")
+    parser.add_argument("--work", required=True, help="folder for models, logs and cells (about 1 GB)")
+    parser.add_argument("--out", help="folder for summary.json and summary.md; --work if left out")
+    parser.add_argument("--commit", help="to note with the results, where git cannot tell it")
+    parser.add_argument("--smoke", action="store_true", help="tiny models, few steps: does the study run?")
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument(
+        "--layers", type=int, default=12, help="layers of FLASH; Transformer++ has half as many blocks"
+    )
+    parser.add_argument("--vocab_size", type=int, default=16384)
+    parser.add_argument("--block_size", type=int, default=1024)
+    parser.add_argument("--batch_tokens", type=int, default=65536)
+    parser.add_argument("--pretrain_steps", type=int, default=1200)
+    parser.add_argument("--pretrain_rate", type=float, default=2e-3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="the grid of fine-tuning")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", help="a part of the labelled sets")
+    parser.add_argument("--workers", type=int, default=6, help="fine-tunings beside each other")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="layers, in pretraining"
+    )
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.smoke:
+        sizes = {"hidden_size": 64, "layers": 2, "vocab_size": 600, "block_size": 64, "batch_tokens": 512}
+        for name, value in {**sizes, "pretrain_steps": 10, "rates": [1e-3, 3e-3], "seeds": 2, "workers": 1}.items():
+            setattr(options, name, value)
+    if options.cell:
+        run_cell(options, options.cell)
+        return 0
+
+    out = Path(options.out or options.work)
+    study = Study(options, begin)
+    if not any((study.work / "cells").glob("*.json")) and (out / "summary.json").is_file():
+        earlier = json.loads((out / "summary.json").read_text())
+        for cell, result in earlier["cells"].items():
+            if result["kind"] == "tune":  # a pretraining is finished only where its model is
+                write_json(study.path(cell), result)
+    study.work.mkdir(parents=True, exist_ok=True)
+    prepare(options)
+    print(f"{study.seconds():6.1f} s  text: {(study.work / 'text.json').read_text()}", flush=True)
+    tasks = [task for task in task_options(options) if options.tasks is None or task in options.tasks]
+    study.run([f"pretrain-{name}" for name in MODELS], min(options.workers, len(MODELS)))
+    ready = [name for name in MODELS if study.result(f"pretrain-{name}") is not None]
+    # The long ones first, so that no worker is left with one at the end.
+    tasks.sort(key=lambda task: task != "movie_reviews")
+    study.run(
+        [cell_name(n, task, rate, 0) for task in tasks for n in ready for rate in options.rates], options.workers
+    )
+    chosen = [(n, task, study.rate(n, task)) for task in tasks for n in ready]
+    chosen = [cell for cell in chosen if cell[2] is not None]
+    study.run([cell_name(*cell, seed) for seed in range(1, options.seeds) for cell in chosen], options.workers)
+
+    summary = study.summary()
+    write_json(out / "summary.json", summary)
+    (out / "summary.md").write_text(as_markdown(summary))
+    write_json(out / "card_results.json", card_results(summary))
+    print(as_markdown(summary))
+    for cell, why in study.failed.items():
+        print(f"--- {cell}\n{why}", file=sys.stderr)
+    return bool(study.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flash_hf/finetuning.py and flash_hf/metrics: hand-worked scores, reading, aligning, learning, resuming, refusals."""
+
+import ast
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import evaluate
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import flash_hf.metrics
+from flash_hf import data, finetuning
+from flash_hf.cards import check_results
+from flash_hf.metrics import Accuracy, MacroF1, SpanF1, Squad
+from flash_hf.metrics.span_f1 import spans
+
+
+DATA = Path(__file__).parent / "data"
+METRICS = Path(flash_hf.metrics.__file__).parent
+FILES = {
+    "classification": ("characters_train.jsonl", "characters_validation.jsonl"),
+    "tagging": ("names_train.conll", "names_validation.conll"),
+    "qa": ("questions_train.json", "questions_validation.json"),
+}
+QUESTION = {"id": "1", "question": "q", "context": "c", "answers": {"text": ["x"], "answer_start": [0]}}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    data.train_tokenizer([{"text": (DATA / "wizard_of_oz.txt").read_text()}], 600).save_pretrained(folder)
+    return folder
+
+
+def arguments(task: str, output_dir: Path, tokenizer: Path | None = None, /, **changes):
+    options = {
+        "task": task,
+        "train_file": DATA / FILES[task][0],
+        "validation_file": DATA / FILES[task][1],
+        "config_overrides": "hidden_size=48,num_hidden_layers=2,query_key_dim=24,chunk_size=32",
+        "tokenizer": tokenizer,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 6,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": "true",
+        "output_dir": output_dir,
+        **changes,
+    }
+    command = []
+    for name, value in options.items():
+        if value is not None:
+            command += [f"--{name}", *([str(part) for part in value] if isinstance(value, list) else [str(value)])]
+    return finetuning.parse_arguments(command)
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --- metrics, by hand ------------------------------------------------------------------------------------------------
+
+
+def computed(name, predictions, references):
+    """By the class, and by evaluate's own loader from the file: without the network, and alike."""
+    metric = {"accuracy": Accuracy, "macro_f1": MacroF1, "span_f1": SpanF1, "squad": Squad}[name]
+    result = metric(keep_in_memory=True).compute(predictions=predictions, references=references)
+    loaded = evaluate.load(str(METRICS / f"{name}.py"), keep_in_memory=True)
+    assert loaded.compute(predictions=predictions, references=references) == result
+    return result
+
+
+def test_accuracy_and_macro_f1():
+    predictions, references = [0, 1, 1, 2, 0, 0], [0, 1, 2, 2, 0, 3]
+    assert computed("accuracy", predictions, references) == {"accuracy": pytest.approx(4 / 6)}
+    # class 0: 2 right, guessed 3, true 2; class 1: 1, 2, 1; class 2: 1, 1, 2; class 3: 0, 0, 1
+    expected = (4 / 5 + 2 / 3 + 2 / 3 + 0) / 4
+    assert computed("macro_f1", predictions, references) == {"macro_f1": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(
+    "tags, expected",
+    [
+        ("O B-x I-x O", {("x", 1, 3)}),
+        ("B-x B-x I-x", {("x", 0, 1), ("x", 1, 3)}),
+        ("I-x I-x O I-y", {("x", 0, 2), ("y", 3, 4)}),  # no B: a span all the same
+        ("B-x I-y I-y", {("x", 0, 1), ("y", 1, 3)}),  # another type begins another span
+        ("S-x I-x E-x I-x", {("x", 0, 1), ("x", 1, 3), ("x", 3, 4)}),
+        ("B-creative-work I-creative-work", {("creative-work", 0, 2)}),
+        ("O O", set()),
+    ],
+)
+def test_spans(tags, expected):
+    assert spans(tags.split()) == expected
+
+
+def test_span_f1():
+    references = ["B-x I-x O B-y".split(), "O B-x O".split()]
+    predictions = ["B-x I-x O B-x".split(), "O B-x I-x".split()]  # right; wrong type; wrong border
+    result = computed("span_f1", predictions, references)
+    assert result == {
+        "precision": pytest.approx(1 / 3), "recall": pytest.approx(1 / 3), "f1": pytest.approx(1 / 3),
+        "accuracy": pytest.approx(5 / 7),
+    }  # fmt: skip
+    nothing = computed("span_f1", [["O"], ["O"]], [["B-x"], ["O"]])
+    assert nothing == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "accuracy": 0.5}
+    with pytest.raises(ValueError, match="2 tags in references, but 1"):
+        SpanF1(keep_in_memory=True).compute(predictions=[["O"]], references=[["O", "O"]])
+
+
+def test_squad():
+    def answers(*texts):
+        return {"text": [*texts], "answer_start": [0] * len(texts)}
+
+    predictions = {"a": "The Tin Woodman!", "b": "a green city", "c": "", "d": "Kansas", "e": "Toto"}
+    references = {
+        "a": answers("tin woodman"),  # articles, case and signs do not count
+        "b": answers("the Emerald City", "green Emerald City"),  # 2 of 2 and of 3 words: 2 * 2 / 5
+        "c": answers(),  # rightly silent
+        "d": answers(),  # should have been silent
+        "e": answers("Dorothy"),
+    }
+    result = computed(
+        "squad",
+        [{"id": key, "prediction_text": text} for key, text in predictions.items()],
+        [{"id": key, "answers": value} for key, value in references.items()],
+    )
+    assert result == {"exact_match": pytest.approx(40.0), "f1": pytest.approx((100 + 80 + 100) / 5)}
+
+
+# --- learning, saving, resuming --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task, metric, at_least, epochs",
+    [("classification", "accuracy", 0.7, 6), ("tagging", "f1", 0.6, 5), ("qa", "f1", 60, 3)],
+)
+def test_learns_far_above_chance(task, metric, at_least, epochs, tokenizer, tmp_path):
+    """Chance: 0.46 for the most frequent class, 0 for all O, about 10 for a random name of a sentence."""
+    parsed = arguments(task, tmp_path / "run", tokenizer, num_train_epochs=epochs)
+    result = finetuning.run_finetuning(*parsed)
+    assert result["metrics"]["validation"][metric] > at_least, result["metrics"]
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert saved == json.loads(json.dumps(result)) and saved["versions"]["torch"] and saved["seed"] == 42
+    card = json.loads((tmp_path / "run" / "card_results.json").read_text())
+    check_results(card)
+    assert {entry["metric"]: entry["value"] for entry in card}[metric] == result["metrics"]["validation"][metric]
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
+    assert f"{metric} {result['metrics']['validation'][metric]:.4f}" in finetuning.describe(result, "run")
+    if task == "classification":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+        assert [*model.config.id2label.values()] == ["Dorothy", "Lion", "Scarecrow", "Tin Woodman"]
+        rows = [json.loads(line) for line in (DATA / FILES[task][1]).read_text().splitlines()]
+        classify = pipeline("text-classification", str(tmp_path / "run"))
+        right = [classify(row["text"])[0]["label"] == row["label"] for row in rows]
+        assert np.mean(right) == pytest.approx(result["metrics"]["validation"]["accuracy"])
+
+
+def test_resumed_run_equals_uninterrupted(tokenizer, tmp_path):
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 25, "max_train_examples": 240}
+    whole = finetuning.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))
+    for file in (tmp_path / "a" / "model.safetensors", tmp_path / "a" / "results.json"):
+        file.unlink()
+    options["resume_from_checkpoint"] = tmp_path / "a" / "checkpoint-25"
+    again = finetuning.run_finetuning(*arguments("classification", tmp_path / "b", tokenizer, **options))
+    assert again["steps"] == whole["steps"] == 30
+    assert again["metrics"]["validation"] == pytest.approx(whole["metrics"]["validation"], rel=1e-5)
+
+    wrong = write(tmp_path / "wrong.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 4)
+    options["train_file"], options["validation_file"] = wrong, None
+    with pytest.raises(ValueError, match="knows the labels Dorothy.*the data have x, y"):
+        finetuning.run_finetuning(*arguments("classification", tmp_path / "c", tokenizer, **options))
+
+
+def test_goes_on_from_a_model_and_tests(tokenizer, tmp_path):
+    """The labels keep the order of a model that knows them; a test set is measured on its own."""
+    options = {"num_train_epochs": 1, "max_train_examples": 32, "validation_file": None}
+    finetuning.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["id2label"] = dict(enumerate(reversed(config["id2label"].values())))
+    config["label2id"] = {name: number for number, name in config["id2label"].items()}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    options |= {"model": tmp_path / "a", "config_overrides": None, "test_file": DATA / FILES["classification"][1]}
+    result = finetuning.run_finetuning(*arguments("classification", tmp_path / "b", None, **options))
+    assert result["labels"] == ["Tin Woodman", "Scarecrow", "Lion", "Dorothy"]
+    assert result["metrics"]["test"]["examples"] == 50 and result["metrics"]["validation"]["examples"] == 4
+    assert result["train_examples"] == 28
+
+
+# --- reading and aligning --------------------------------------------------------------------------------------------
+
+
+def task_arguments(task: str, **changes) -> finetuning.TaskArguments:
+    return finetuning.TaskArguments(task=task, **{"train_file": ["none"], "stride": 0, **changes})
+
+
+def test_tables_keep_what_stands_there(tmp_path):
+    (tmp_path / "a.tsv").write_text('say "no\t1\nNA\t0\nnull\t1\n')
+    (tmp_path / "a.csv").write_text('text,label\n"one, ""two""",bad\nnull,good\n')
+    load = finetuning.Classification.load
+    rows = load(task_arguments("classification", column_names=["text", "label"]), [str(tmp_path / "a.tsv")], "", None)
+    assert rows["text"][:] == ['say "no', "NA", "null"] and rows["label"][:] == ["1", "0", "1"]
+    rows = load(task_arguments("classification"), [str(tmp_path / "a.csv")], "", None)
+    assert rows["text"][:] == ['one, "two"', "null"] and rows["label"][:] == ["bad", "good"]
+
+
+def test_class_names_and_their_order():
+    feature = ClassLabel(names=["neg", "pos"])
+    rows = Dataset.from_dict(
+        {"text": ["a", "b"], "label": [1, 0]}, Features({"text": Value("string"), "label": feature})
+    )
+    assert finetuning.Classification.check(rows, "it")["label"][:] == ["pos", "neg"]
+    assert finetuning.label_names({"10", "9", "1"}) == ["1", "9", "10"]
+    assert finetuning.label_names({"b", "a"}) == ["a", "b"]
+    assert finetuning.label_names({"b", "a"}, {0: "b", 1: "a"}) == ["b", "a"]
+    assert finetuning.label_names({"b", "a"}, {0: "LABEL_0", 1: "LABEL_1"}) == ["a", "b"]
+
+
+def test_column_files(tmp_path):
+    (tmp_path / "a.conll").write_text("-DOCSTART- -X- O\n\nThe DT O\nLion NN B-PER\n\n\nhe\tB-PER\n\t\nran\tO")
+    assert finetuning.read_column_file(tmp_path / "a.conll") == [
+        {"tokens": ["The", "Lion"], "tags": ["O", "B-PER"]},
+        {"tokens": ["he"], "tags": ["B-PER"]},
+        {"tokens": ["ran"], "tags": ["O"]},
+    ]
+    (tmp_path / "b.conll").write_text("The O\nLion\n")
+    with pytest.raises(ValueError, match="line 2 must hold a word and its tag, got 'Lion'"):
+        finetuning.read_column_file(tmp_path / "b.conll")
+
+
+def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
+    tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
+    words, tags = ["Dorothy", "unquestionably", "loves", "Zürich", "."], ["B-PER", "O", "O", "B-LOC", "O"]
+    labels = sorted(set(tags))
+    task = finetuning.Tagging(task_arguments("tagging"), tokenizer, labels)
+    rows = Dataset.from_list([{"tokens": words, "tags": tags}])
+    features = task.features(rows, "test")
+    row = features[0]
+    first = [place for place, label in enumerate(row["labels"]) if label != -100]
+    assert [labels[row["labels"][place]] for place in first] == tags
+    assert [row["word"][place] for place in first] == list(range(5))
+    ends = [*first[1:], len(row["input_ids"])]
+    pieces = [tokenizer.decode(row["input_ids"][a:b]).strip() for a, b in zip(first, ends, strict=True)]
+    assert pieces == words and len(row["input_ids"]) > 8
+
+    # Perfect predictions give 1; words behind a cut have none and count as missed.
+    guesses = np.where(np.array([row["labels"]]) < 0, 0, row["labels"])
+    prediction = SimpleNamespace(predictions=guesses, label_ids=np.array([row["labels"]]))
+    assert task.score(prediction, rows, features)["f1"] == 1
+    task.args.max_length = first[3]
+    features = task.features(rows, "test")
+    prediction.predictions = guesses[:, : first[3]]
+    assert len(features[0]["input_ids"]) == first[3]
+    assert task.score(prediction, rows, features)["recall"] == 0.5
+
+
+def test_long_contexts_are_split_and_answers_found(tokenizer):
+    """With windows that overlap, the answer's tokens are marked where it is whole, and decoding finds it again."""
+    tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
+    context = (DATA / "wizard_of_oz.txt").read_text()[5000:6500]
+    begin = context.index("Toto")
+    found, none = {"text": ["Toto"], "answer_start": [begin]}, {"text": [], "answer_start": []}
+    rows = [
+        {"id": "1", "question": "Who is black?", "context": context, "answers": found},
+        {"id": "2", "question": "Who?", "context": "Nobody.", "answers": none},
+    ]
+    rows = Dataset.from_list(rows)
+    task = finetuning.QuestionAnswering(task_arguments("qa", max_length=64, stride=16), tokenizer, [])
+    features = task.features(rows, "test")
+    assert len(features) > 8 and all(len(row["input_ids"]) <= 64 for row in features)
+    whole = [row for row in features if row["end_positions"] > 0]
+    assert len(whole) in (1, 2)
+    for row in whole:
+        marked = row["input_ids"][row["start_positions"] : row["end_positions"] + 1]
+        assert tokenizer.decode(marked).strip() == "Toto"
+    width = max(len(row["input_ids"]) for row in features)
+    logits = np.full((2, len(features), width), -5.0)
+    for number, row in enumerate(features):
+        for part, name in enumerate(("start_positions", "end_positions")):
+            # Sure where the answer is, less sure that it is elsewhere in the other windows.
+            logits[part, number, row[name]] = 9.0 if row["end_positions"] else 2.0
+    score = task.score(SimpleNamespace(predictions=tuple(logits)), rows, features)
+    assert score == {"exact_match": 100.0, "f1": 100.0}
+    # An end before its start is no answer, nor is one that is too long.
+    offsets = np.array([[-1, -1], [0, 1], [1, 2], [2, 3]])
+    start, end = np.array([0.0, 1, 2, 9]), np.array([0.0, 9, 2, 1])
+    assert task.answer("abc", [(start, end, offsets)], False) == "c"
+    task.args.max_answer_length = 2
+    assert task.answer("abc", [(np.array([0.0, 9, 0, 0]), np.array([0.0, 0, 5, 9]), offsets)], False) == "ab"
+    task.args.max_length = 20
+    with pytest.raises(ValueError, match="max_length = 20 must be longer than stride = 16"):
+        task.features(rows, "test")
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        arguments("classification", tmp_path, task="translation")
+    assert "invalid choice: 'translation'" in capsys.readouterr().err
+    for changes, message in [
+        ({"task": "translation"}, "task must be one of classification, tagging, qa, got 'translation'"),
+        ({"train_file": None}, "exactly one"),
+        ({"train_file": None, "dataset_name": "a", "test_file": ["b"]}, "--test_split"),
+        ({"validation_fraction": 1.0}, "validation_fraction"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_length": 100, "stride": 100}, r"stride must lie in \[0, max_length = 100\), got 100"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            finetuning.TaskArguments(**{"task": "qa", "train_file": ["a"], **changes})
+
+
+@pytest.mark.parametrize(
+    "task, files, changes, message",
+    [
+        ("classification", {"train": []}, {}, r"must hold text, but it is empty"),
+        ("classification", {"train": None}, {}, "does not exist"),
+        ("classification", {}, {"label_column": "class"}, "must have a column 'class'; it has .*--label_column"),
+        ("classification", {}, {"text_column": "review"}, "must have a column 'review'.*--text_column"),
+        ("classification", {"validation": [{"text": "x", "label": "Toto"}]}, {}, r"validation set .*Toto \(1 times"),
+        ("classification", {"train": [{"text": "x", "label": "a"}] * 3}, {}, "two labels or more, it has only 'a'"),
+        ("classification", {"train": [{"text": 5, "label": "a"}]}, {}, "must hold strings, got 5 in row 1"),
+        ("classification", {"train": [{"text": "x", "label": None}]}, {}, "must hold a label in every row, got None"),
+        ("classification", {"train": [{"text": "x", "label": 0.5}]}, {}, "must hold classes .*got 0.5"),
+        ("tagging", {"train": [{"tokens": ["a", "b"], "tags": ["O"]}]}, {}, "as many tags as words.* 1 for 2"),
+        ("tagging", {"validation": [{"tokens": ["a"], "tags": ["B-Q"]}]}, {}, "B-Q .1 times. does not"),
+        ("qa", {"train": [QUESTION]}, {}, "answer_start = 0 must be where 'x' begins"),
+    ],
+)  # fmt: skip
+def test_bad_data_is_refused(task, files, changes, message, tmp_path):
+    """Before a tokenizer is trained or a model built."""
+    given = {}
+    for name, rows in files.items():
+        given[f"{name}_file"] = [str(tmp_path / f"{name}.jsonl")]
+        if rows is not None:
+            write(tmp_path / f"{name}.jsonl", rows)
+    known = {"train_file": [str(DATA / FILES[task][0])], "validation_file": [str(DATA / FILES[task][1])]}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetuning.load_splits(finetuning.TaskArguments(task=task, **{**known, **given, **changes}))
+
+
+def test_bad_files_are_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{"data": [{"paragraphs": [{"qas": []}, 3]}]}')
+    with pytest.raises(ValueError, match="must be in SQuAD's format"):
+        finetuning.read_squad_file(tmp_path / "a.json")
+    (tmp_path / "a.xml").write_text("<a/>")
+    with pytest.raises(ValueError, match=r"must end in one of .*\.jsonl.*got '.xml'"):
+        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "a.xml")], "")
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="of one type, got .jsonl, .xml"):
+        finetuning.load_rows(task_arguments("qa"), [str(tmp_path / "a.xml"), str(tmp_path / "a.jsonl")], "")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"')
+    with pytest.raises(ValueError, match="Cannot read .*b.jsonl as json"):
+        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "b.jsonl")], "")
+
+
+def test_earlier_results_are_not_overwritten(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="must be empty"):
+        finetuning.run_finetuning(*arguments("classification", tmp_path))
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def first_line(script: str) -> list[str]:
+    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text()))
+    python, *command = shlex.split(docstring.splitlines()[0])
+    assert python == "python" and command[0] == f"scripts/{script}"
+    return command
+
+
+@pytest.mark.slow
+def test_first_line_command_learns(tmp_path):
+    command = first_line("finetune.py")
+    command[command.index("--output_dir") + 1] = str(tmp_path / "run")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+                   "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert result["metrics"]["validation"]["accuracy"] > 0.4
+    assert f"accuracy {result['metrics']['validation']['accuracy']:.4f}" in done.stdout
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """The study's script as a module, with cells that run in this process."""
+    spec = importlib.util.spec_from_file_location("finetune_study", ROOT / "scripts" / "finetune_study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.begun = []
+
+    def one(self, cell, workers):
+        if not self.path(cell).is_file():
+            module.begun.append(cell)
+            module.run_cell(self.options, cell)
+
+    monkeypatch.setattr(module.Study, "one", one)
+    return module
+
+
+@pytest.mark.slow
+def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monkeypatch, capsys):
+    command = [*first_line("finetune_study.py"), "--out", str(tmp_path / "out"), "--tasks", "names"]
+    command[command.index("--work") + 1] = str(tmp_path / "work")
+    command[command.index("--text") + 1] = str(DATA / "wizard_of_oz.txt")
+    monkeypatch.setattr(sys, "argv", command)
+    assert study.main() == 0
+    assert study.begun[:2] == ["pretrain-flash", "pretrain-transformer_pp"]
+    assert len(study.begun) == 2 + 2 * 2 + 2 and len(set(study.begun)) == 8
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    flash, other = summary["pretraining"]
+    assert abs(flash["parameters"] / other["parameters"] - 1) < 0.02 and flash["tokens"] == other["tokens"]
+    for row in summary["table"]:
+        cells = [
+            cell for cell in summary["cells"].values() if cell["kind"] == "tune" and cell["model"] == row["model"]
+        ]
+        by_rate = {cell["learning_rate"]: cell["metrics"]["validation"]["f1"] for cell in cells if cell["seed"] == 0}
+        assert by_rate[row["learning_rate"]] == max(by_rate.values())
+        tests = [cell["metrics"]["test"]["f1"] for cell in cells if cell["learning_rate"] == row["learning_rate"]]
+        assert row["test"] == pytest.approx(np.mean(tests)) and row["seeds"] == len(tests) == 2
+    check_results(json.loads((tmp_path / "out" / "card_results.json").read_text()))
+
+    lost = tmp_path / "work" / "cells" / f"{study.begun[-1]}.json"
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    study.begun.clear()
+    assert study.main() == 0
+    assert study.begun == [lost.stem]
+    assert json.loads(lost.read_text())["metrics"] == before["metrics"]
+
+    # Another machine, with the summary alone: only what its models are needed for is done again.
+    command[command.index("--work") + 1] = str(tmp_path / "elsewhere")
+    study.begun.clear()
+    assert study.main() == 0
+    assert study.begun == ["pretrain-flash", "pretrain-transformer_pp"]
