@@ -15,12 +15,13 @@
 """`FlashConfig`: every choice that changes the function FLASH computes, with the paper's base model as default."""
 
 import difflib
+import os
 from dataclasses import fields
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 
@@ -35,6 +36,16 @@ GLOBAL_NORMALIZATIONS = ("mean", "chunk")
 # Cache layers register themselves with transformers under these names (cache_flash.py).
 CHUNK_LAYER_TYPE = "flash_gau"
 QUADRATIC_LAYER_TYPE = "flash_gau_quadratic"
+
+# What no model has, but a broken or hostile config.json may: refused before memory is taken. A limit is far above what
+# has been built; whoever outgrows it raises it here.
+LIMITS = {
+    "vocab_size": 10**8, "hidden_size": 2**20, "num_hidden_layers": 10**5, "expansion_factor": 1000,
+    "query_key_dim": 2**16, "chunk_size": 2**24, "max_position_embeddings": 2**28, "t5_num_buckets": 2**20,
+    "t5_max_distance": 2**31, "attention_divisor": 1e30, "norm_eps": 1e3, "initializer_range": 1e3,
+}  # fmt: skip
+MAX_PARAMETERS = 10**12
+MAX_LABELS = 10**7
 
 # Keyword arguments that transformers itself understands without declaring them as fields.
 HOST_KEYS = {
@@ -142,6 +153,7 @@ class FlashConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
+        self._refuse_huge()  # before the base makes a list with an entry a layer
         if self.attention_divisor is None:
             # Resolved here so that it is saved: the function must not change when only chunk_size is overridden later.
             self.attention_divisor = self.span
@@ -151,6 +163,7 @@ class FlashConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         # A file may come from another version: keys this one does not know are kept as attributes, not refused.
         known = cls._known_keys()
+        config_dict = cls._without_foreign_choices(config_dict)
         extra = {key: value for key, value in config_dict.items() if key not in known and not key.startswith("_")}
         unused = kwargs.pop("return_unused_kwargs", False)
         config_dict = {key: value for key, value in config_dict.items() if key not in extra}
@@ -164,12 +177,40 @@ class FlashConfig(PreTrainedConfig):
         return (config, kwargs) if unused else config
 
     @classmethod
+    def _without_foreign_choices(cls, config_dict: dict) -> dict:
+        """What a file may not decide: kernels to fetch, a file elsewhere to read; and code it does not come with.
+
+        Raises:
+            ValueError: `transformers_weights` is not a plain file name, or `quantization_config` not a dictionary.
+        """
+        weights = config_dict.get("transformers_weights")
+        if weights is not None and (not isinstance(weights, str) or weights != os.path.basename(weights)):
+            raise ValueError(f"FlashConfig: `transformers_weights` must be a file name without path, got {weights!r}.")
+        quantization = config_dict.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict) and not hasattr(quantization, "to_dict"):
+            raise ValueError(f"FlashConfig: `quantization_config` must be a dictionary, got {quantization!r}.")
+        dropped = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+        if not cls.__module__.startswith("transformers_modules"):
+            # Saved again by the package, the model comes without its code.
+            dropped.add("auto_map")
+        return {key: value for key, value in config_dict.items() if key not in dropped}
+
+    @classmethod
     def _known_keys(cls) -> set[str]:
         return {field.name for field in fields(cls)} | HOST_KEYS | set(cls.attribute_map)
+
+    def _refuse_huge(self) -> None:
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not value <= limit:
+                raise ValueError(f"FlashConfig: `{name}` must be at most {limit}, got {value!r}.")
 
     def _refuse_unknown(self, kwargs: dict) -> None:
         if kwargs.get("per_layer_config"):
             raise ValueError("FlashConfig: `per_layer_config` is not supported: all layers share one set of fields.")
+        labels = kwargs.get("num_labels")
+        if labels is not None and not (isinstance(labels, int) and 0 < labels <= MAX_LABELS):
+            raise ValueError(f"FlashConfig: `num_labels` must be a number from 1 to {MAX_LABELS}, got {labels!r}.")
         # Generation settings are dropped by the base class, as for every model.
         allowed = self._known_keys() | set(GenerationConfig._get_default_generation_params())
         for key, value in kwargs.items():
@@ -213,7 +254,7 @@ class FlashConfig(PreTrainedConfig):
         """Check values and their combinations; the message names field, rule, value and cure."""
 
         def refuse(name: str, rule: str, cure: str = ""):
-            raise ValueError(f"FlashConfig: `{name}` must be {rule}, got {getattr(self, name)!r}.{cure}")
+            raise ValueError(f"FlashConfig: `{name}` must be {rule}, got {repr(getattr(self, name))[:500]}.{cure}")
 
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "query_key_dim", "chunk_size", "max_position_embeddings",
@@ -221,6 +262,7 @@ class FlashConfig(PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
+        self._refuse_huge()
         for name in ("expansion_factor", "norm_eps", "attention_divisor"):
             if not getattr(self, name) > 0:
                 refuse(name, "greater than 0")
@@ -249,6 +291,18 @@ class FlashConfig(PreTrainedConfig):
             refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
         if self.use_scaled_sinusoid and self.hidden_size % 2:
             refuse("hidden_size", "even for sine and cosine halves", " Or set use_scaled_sinusoid=False.")
+        D, E = self.hidden_size, self.intermediate_size
+        parameters = self.vocab_size * D + self.num_hidden_layers * (3 * D * E + D * self.query_key_dim)
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"FlashConfig: `hidden_size` ({D}), `expansion_factor`, `num_hidden_layers` "
+                f"({self.num_hidden_layers}) and `vocab_size` must together stay below {MAX_PARAMETERS} parameters, got {parameters}."
+            )
+        for name, value in (self.rope_parameters or {}).items():
+            wrong_type = name == "rope_type" and value != "default" and value not in ROPE_INIT_FUNCTIONS
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e30
+            if wrong_type or (name in ("rope_theta", "partial_rotary_factor", "factor") and not number):
+                refuse("rope_parameters", f"transformers' RoPE settings, with numbers above 0 (`{name}` is not)")
         if self.use_rope or self.relative_bias == "rotary":
             if self.query_key_dim % 2:
                 refuse(

@@ -335,6 +335,22 @@ class FlashPreTrainedModel(PreTrainedModel):
     # A chunk's state depends on all tokens before it: no cutting of sequences over devices as for softmax attention.
     _supports_context_parallel = False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' own, but weights are read from safetensors alone: a pickle can run code.
+
+        Raises:
+            ValueError: a pickle was asked for.
+        """
+        for name in ("use_safetensors", "weights_only"):
+            if kwargs.get(name) is False:
+                raise ValueError(
+                    f"FLASH loads safetensors only, got {name}=False: reading a pickle may run code. Weights that you "
+                    "trust can be read with torch.load(..., weights_only=True) and passed as state_dict."
+                )
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

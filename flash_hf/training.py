@@ -155,6 +155,11 @@ class FlashTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. Log "
+                "in with `hf auth login`, or set the environment variable HF_TOKEN."
+            )
         super().__post_init__()
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data is then the same whatever drew random numbers before

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402
+"""Folders written by flash_hf.hub as users without the package see them.
+
+test_remote_code.py saves the folders under REMOTE_ROOT and runs pytest on this file in a process of its own.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+# Also where the package is installed: from here on, `import flash_hf` fails.
+sys.modules["flash_hf"] = None
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, StaticCache, pipeline
+
+
+ROOT = Path(os.environ["REMOTE_ROOT"])
+SAVED = sorted(path.name for path in ROOT.iterdir() if (path / "expected.safetensors").exists())
+AUTO_MAP = json.loads((ROOT / SAVED[0] / "config.json").read_text())["auto_map"]
+
+
+def load(folder: Path, auto_class: str, **options):
+    return getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def outputs(model, inputs: dict) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [value for value in model(**inputs).to_tuple() if isinstance(value, torch.Tensor)]
+
+
+def check_exact(folder: Path, auto_class: str) -> None:
+    """The head that was saved gives what it gave in the process that saved it."""
+    stored = load_file(folder / "expected.safetensors")
+    inputs = {name.removeprefix("in."): value for name, value in stored.items() if name.startswith("in.")}
+    model, report = load(folder, auto_class, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    found = outputs(model, inputs)
+    assert found and all(torch.equal(value, stored[f"out.{i}"]) for i, value in enumerate(found))
+
+
+# First, before any of the folders' code has been imported.
+@pytest.mark.parametrize("auto_class", AUTO_MAP)
+def test_refused_without_the_flag(auto_class, monkeypatch):
+    # A user at a terminal is asked; this one answers no. Without a terminal it is refused as well.
+    for answer, flag in (("n", {}), (None, {}), ("y", {"trust_remote_code": False})):
+        monkeypatch.setattr("builtins.input", lambda prompt, answer=answer: answer or (_ for _ in ()).throw(EOFError))
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            getattr(transformers, auto_class).from_pretrained(ROOT / SAVED[0], **flag)
+    assert not [name for name in sys.modules if name.endswith("_flash")]
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_the_saved_head_is_exact(saved):
+    check_exact(ROOT / saved, saved)
+    assert "flash_hf" not in {name.split(".")[0] for name, module in sys.modules.items() if module}
+
+
+@pytest.mark.parametrize("auto_class", AUTO_MAP)
+@pytest.mark.parametrize("saved", ["AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"])
+def test_every_auto_class_loads_every_folder(saved, auto_class):
+    if auto_class == "AutoConfig":
+        config = AutoConfig.from_pretrained(ROOT / saved, trust_remote_code=True)
+        assert type(config).__name__ == "FlashConfig" and config.model_type == "flash_gau"
+        return
+    model, report = load(ROOT / saved, auto_class, output_loading_info=True)
+    assert type(model).__name__ == AUTO_MAP[auto_class].split(".")[1]
+    # Only a head may be new.
+    assert not [name for name in report["missing_keys"] if name.startswith("model.")]
+
+
+def test_generation_is_exact():
+    folder = ROOT / "AutoModelForCausalLM"
+    stored = load_file(folder / "expected.safetensors")
+    model = load(folder, "AutoModelForCausalLM")
+    new = {"max_new_tokens": 20, "do_sample": False}
+    expected = stored["generated"]
+    assert torch.equal(model.generate(stored["in.input_ids"], **new), expected)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    assert torch.equal(model.generate(stored["in.input_ids"], past_key_values=cache, **new), expected)
+
+
+def test_pipelines():
+    folder = ROOT / "AutoModelForCausalLM"
+    ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("w5 w6", return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [[5, 6]]
+    generate = pipeline("text-generation", folder, trust_remote_code=True)
+    found = generate("w5 w6", max_new_tokens=9, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    expected = load(folder, "AutoModelForCausalLM").generate(ids, max_new_tokens=9, do_sample=False)[0]
+    assert torch.as_tensor(found).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        pipeline("text-generation", folder, trust_remote_code=False)
+
+
+def test_saved_again_it_carries_the_code_on(tmp_path):
+    stored = load_file(ROOT / "AutoModelForMaskedLM" / "expected.safetensors")
+    model = load(ROOT / "AutoModelForMaskedLM", "AutoModelForMaskedLM")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(outputs(again, {"input_ids": stored["in.input_ids"]})[0], stored["out.0"])
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_two_versions_in_one_process():
+    """The last one that was loaded has registered its cache layers; the first one still generates."""
+    models = [load(ROOT / name, "AutoModelForCausalLM") for name in ("AutoModelForCausalLM", "other")]
+    assert type(models[0]) is not type(models[1])
+    stored = load_file(ROOT / "AutoModelForCausalLM" / "expected.safetensors")
+    for model in (*models, models[0]):
+        for options in ({}, {"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}):
+            ids = stored["in.input_ids"][:1] if "prompt_lookup_num_tokens" in options else stored["in.input_ids"]
+            found = model.generate(ids, max_new_tokens=20, do_sample=False, **options)
+            assert torch.equal(found, stored["generated"][: len(ids)]), options
+
+
+def test_code_runs_only_with_the_flag():
+    """`tampered` holds code that leaves a mark when it is imported."""
+    mark = ROOT / "mark"
+    for auto_class in AUTO_MAP:
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            getattr(transformers, auto_class).from_pretrained(ROOT / "tampered", trust_remote_code=False)
+    assert not mark.exists()
+    AutoModelForCausalLM.from_pretrained(ROOT / "tampered", trust_remote_code=True)
+    assert mark.exists()
