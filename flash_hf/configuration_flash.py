@@ -296,7 +296,8 @@ class FlashConfig(PreTrainedConfig):
         if parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"FlashConfig: `hidden_size` ({D}), `expansion_factor`, `num_hidden_layers` "
-                f"({self.num_hidden_layers}) and `vocab_size` must together stay below {MAX_PARAMETERS} parameters, got {parameters}."
+                f"({self.num_hidden_layers}) and `vocab_size` must together stay below {MAX_PARAMETERS} parameters, "
+                f"got {parameters}."
             )
         for name, value in (self.rope_parameters or {}).items():
             wrong_type = name == "rope_type" and value != "default" and value not in ROPE_INIT_FUNCTIONS

@@ -157,8 +157,8 @@ class FlashTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.hub_token is not None:
             raise ValueError(
-                "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. Log "
-                "in with `hf auth login`, or set the environment variable HF_TOKEN."
+                "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. "
+                "Log in with `hf auth login`, or set the environment variable HF_TOKEN."
             )
         super().__post_init__()
         if self.data_seed is None:
