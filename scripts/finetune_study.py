@@ -291,8 +291,9 @@ class Study:
         if left < (5 if self.options.smoke else 30):
             self.failed[cell] = f"not begun: {self.options.minutes:g} minutes are over"
             return
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
-                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}  # fmt: skip
+                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}  # fmt: skip
         log, begin = self.work / "logs" / f"{cell}.log", self.seconds()
         try:
             with open(log, "w") as file:
