@@ -7,15 +7,23 @@ Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width,
 
 from __future__ import annotations
 
+import functools
 import math
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slots
 
+
+logger = logging.get_logger(__name__)
+
+# Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
+KERNEL_INTERFACE = 1
 
 Activation = Literal["relu2", "softmax", "laplace"]
 Normalization = Literal["mean", "chunk"]
@@ -55,6 +63,62 @@ class DecodingState(NamedTuple):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type that sums over tokens are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Choice of backend
+# ------------------------------------------------------------------------------------------------------------------
+@functools.cache
+def load_kernels() -> tuple[ModuleType | None, str]:
+    """The package of Triton kernels, or None and the reason."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None, "triton is not installed"
+    try:
+        from flash_hf import kernels
+    except ImportError as error:
+        return None, f"flash_hf.kernels cannot be imported ({error})"
+    if kernels.INTERFACE != KERNEL_INTERFACE:
+        return None, "the installed flash_hf is another version than this model's code"
+    return kernels, ""
+
+
+def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bool) -> ModuleType | None:
+    """The kernels if `config.backend` wants them and they can run, else None: the torch tier computes.
+
+    Args:
+        dtype: what products are computed in.
+        dropout: whether attention dropout is active.
+
+    Raises:
+        ValueError: `backend="triton"` was asked for where it cannot run.
+    """
+    if config.backend == "torch":
+        return None
+    kernels, reason = load_kernels()
+    if kernels is not None:
+        reason = kernels.unavailable(device, dtype) or kernels.unsupported(config)
+        if reason is None and dropout:
+            reason = "attention_dropout has no kernels"
+        if reason is None and device.type == "cpu" and config.backend == "auto":
+            reason = "the device is a CPU"  # the interpreter is for tests that ask for it
+    if not reason:
+        return kernels
+    if config.backend == "triton":
+        raise ValueError(
+            f"FlashConfig: `backend` = 'triton' cannot run here: {reason}. Use backend='auto', which falls back to "
+            "torch, or backend='torch'; kernels need triton, an NVIDIA GPU of compute capability 8.0 or later, and "
+            "bfloat16, float16 or float32."
+        )
+    # Not logger.warning_once, which a compiler cannot trace.
+    _say_once(f"FLASH computes in plain torch, which is right but slower than its kernels: {reason}.")
+    return None
+
+
+@torch.compiler.disable
+def _say_once(message: str) -> None:
+    logger.warning_once(message)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -78,8 +78,12 @@ class FlashChunkCacheLayer(CacheLayerMixin):
             documents: the call's documents (read only when recording).
         """
         self._record(heads, value_BNE, documents)
+        self.store(state, value_BNE.shape[1])
+
+    def store(self, state: DecodingState, length: int) -> None:
+        """Store the state after a call of `length` tokens that need not be taken back."""
         self._set(state)
-        self.cumulative_length += value_BNE.shape[1]
+        self.cumulative_length += length
 
     def begin_step(self, heads: Heads, value_B1E: Tensor, documents: Documents) -> DecodingState:
         """The state for `mixed_chunk_step` to advance in place by one token."""

@@ -21,20 +21,20 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-class _Movable:
+class Movable:
     """A bundle of tensors that accelerate can move between devices as one (it calls `.to`)."""
 
     def to(self, device, non_blocking: bool = False, **kwargs):
         moved = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Movable)):
                 moved[field.name] = value.to(device, non_blocking=non_blocking)
         return replace(self, **moved)
 
 
 @dataclass(frozen=True)
-class Documents(_Movable):
+class Documents(Movable):
     """The document and the position of every token of this call.
 
     Attributes:
@@ -210,7 +210,7 @@ def count_positions(batch, length, device, valid_BN, start_BN, seen_B) -> Docume
 
 
 @dataclass(frozen=True)
-class ChunkLayout(_Movable):
+class ChunkLayout(Movable):
     """Where each token sits in the grid of chunks `[B, G, C]`, computed once per forward and shared by all layers.
 
     A document takes whole chunks; the slots left over are empty. With a cache, chunk 0 of a row continues its open
@@ -228,6 +228,7 @@ class ChunkLayout(_Movable):
         continues_B: whether the row's first document continues the cached one, bool `[B]`; None without cached tokens.
         final_B: the chunk that is open after this call, int64 `[B]`; None if it is the last for every row.
         seen_after_B: tokens of the open document after this call, int64 `[B or 1]`.
+        plan: how kernels walk through the chunks (`flash_hf.kernels.ChunkPlan`); None if torch computes.
     """
 
     token_BN: Tensor
@@ -242,6 +243,7 @@ class ChunkLayout(_Movable):
     phase_B: Tensor | None = None
     continues_B: Tensor | None = None
     final_B: Tensor | None = None
+    plan: Movable | None = None
 
     @property
     def before_BG(self) -> Tensor:
@@ -375,20 +377,22 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
 
 
 @dataclass(frozen=True)
-class StepLayout(_Movable):
+class StepLayout(Movable):
     """One new token a row, appended to a constant-size cache: no grid, every row at its own phase.
 
     Attributes:
         position_BN: position of the token in its document, int64 `[B, 1]`: also the number of cached tokens before it.
         valid_BN: False where the row's token is padding and must leave no trace, bool `[B, 1]`, or None.
+        fused: whether a kernel computes the step.
     """
 
     position_BN: Tensor
     valid_BN: Tensor | None = None
+    fused: bool = False
 
 
 @dataclass(frozen=True)
-class QuadraticLayout(_Movable):
+class QuadraticLayout(Movable):
     """Which keys each query sees in attention over whole documents.
 
     Attributes:

@@ -32,6 +32,7 @@ ATTENTION_ACTIVATIONS = ("relu2", "softmax", "laplace")
 RELATIVE_BIASES = ("toeplitz", "rotary", "t5", None)
 NORM_TYPES = ("scale_norm", "layer_norm", "rms_norm")
 GLOBAL_NORMALIZATIONS = ("mean", "chunk")
+BACKENDS = ("auto", "torch", "triton")
 
 # Cache layers register themselves with transformers under these names (cache_flash.py).
 CHUNK_LAYER_TYPE = "flash_gau"
@@ -103,6 +104,9 @@ class FlashConfig(PreTrainedConfig):
         is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
             head never.
         use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.
+        backend (`str`, defaults to `"auto"`): What computes: `"triton"` (kernels for NVIDIA GPUs; an error where they
+            cannot run), `"torch"`, or `"auto"`: kernels where they can run, with one warning where they cannot. The
+            function is the same.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
         tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output projection.
 
@@ -146,6 +150,7 @@ class FlashConfig(PreTrainedConfig):
     initializer_range: int | float = 0.02
     is_decoder: bool = False
     use_cache: bool = True
+    backend: str = "auto"
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -277,6 +282,7 @@ class FlashConfig(PreTrainedConfig):
             ("relative_bias", RELATIVE_BIASES),
             ("norm_type", NORM_TYPES),
             ("global_normalization", GLOBAL_NORMALIZATIONS),
+            ("backend", BACKENDS),
         ):
             value = getattr(self, name)
             if value not in valid:

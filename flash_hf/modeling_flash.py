@@ -18,6 +18,7 @@ Functions of attention_flash.py hold the maths, modules here hold parameters, mo
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_flash import (
     Heads,
+    kernels_for,
+    load_kernels,
     mixed_chunk_attention,
     mixed_chunk_step,
     offset_scale,
@@ -98,6 +101,16 @@ class FlashLayerNorm(nn.LayerNorm):
 
     def __init__(self, config: FlashConfig):
         super().__init__(config.hidden_size, eps=config.norm_eps)
+
+
+# Activations that the kernels compute themselves.
+SILU = ("silu", "swish")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that products with x are computed in: autocast's, or x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 NORMS = {"scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm}
@@ -263,6 +276,8 @@ class FlashGatedAttentionUnit(nn.Module):
             past_key_values: cache that holds this layer's state, updated in place.
         """
         config = self.config
+        if getattr(layout, "plan", None) is not None:
+            return self.fused_attention(x_BND, layout, rotary, bias_rotary, bias_length, past_key_values)
         u_BNE = self.act_fn(self.u_proj(x_BND))
         v_BNE = self.act_fn(self.v_proj(x_BND))
         z_BNS = self.act_fn(self.z_proj(x_BND))
@@ -306,6 +321,45 @@ class FlashGatedAttentionUnit(nn.Module):
         return self.o_proj(u_BNE * layout.merge(out_BGCE))
 
 
+    def kernel_options(self, layout: ChunkLayout, bias_rotary, bias_length: int, past_key_values: Cache | None) -> dict:
+        """What every kernel of this unit takes besides tensors of the input."""
+        config = self.config
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        return {
+            "causal": self.is_causal,
+            "chunk_size": config.chunk_size,
+            "divisor": config.attention_divisor,
+            "bias_R": None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
+            "has_quad": self.has_quad,
+            "has_lin": self.has_lin,
+            "interleaved": config.rope_interleaved,
+            "state": None if layout.phase_B is None else cache.state,
+            "return_state": cache is not None,
+        }
+
+    def fused_attention(self, x_BND, layout: ChunkLayout, rotary, bias_rotary, bias_length, past_key_values) -> Tensor:
+        """The unit with kernels between its projections, whatever modules these are."""
+        kernels = load_kernels()[0]
+        u_BNE, v_BNE, z_BNS = self.u_proj(x_BND), self.v_proj(x_BND), self.z_proj(x_BND)
+        silu = self.config.hidden_act in SILU
+        if not silu:
+            u_BNE, v_BNE, z_BNS = self.act_fn(u_BNE), self.act_fn(v_BNE), self.act_fn(z_BNS)
+        out_BNE, state = kernels.gated_attention(
+            u_BNE, v_BNE, z_BNS, self.offset_scale.weight, self.offset_scale.bias, rotary, layout, silu=silu,
+            **self.kernel_options(layout, bias_rotary, bias_length, past_key_values),
+        )  # fmt: skip
+        self.store(state, past_key_values, out_BNE.shape[1])
+        return self.o_proj(out_BNE)
+
+    def store(self, state, past_key_values: Cache | None, length: int) -> None:
+        """Put the state after `length` tokens into the cache, if there is one."""
+        if past_key_values is not None:
+            cache = past_key_values.layers[self.layer_idx]
+            if not cache.is_initialized:
+                cache.lazy_initialization(self.config, state.value)
+            cache.store(state, length)
+
+
 class FlashLayer(GradientCheckpointingLayer):
     """`x + GAU(norm(x))`."""
 
@@ -315,7 +369,36 @@ class FlashLayer(GradientCheckpointingLayer):
         self.gau = FlashGatedAttentionUnit(config, layer_idx, causal)
         self.hidden_dropout = config.hidden_dropout
 
+    def is_fusible(self, hidden_states: Tensor) -> bool:
+        """Whether one kernel call can stand for the layer's modules: they are what they seem, and nobody listens."""
+        gau, norm = self.gau, self.norm
+        kernels = load_kernels()[0]
+        return (
+            type(norm) is FlashScaleNorm
+            and gau.config.hidden_act in SILU
+            and not (self.hidden_dropout and self.training)
+            and compute_dtype(hidden_states) in (torch.bfloat16, torch.float32)
+            and not any(
+                module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+                for module in (gau, norm, gau.offset_scale)
+            )
+            and all(kernels.fusible(module) for module in (gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj))
+        )
+
     def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **layout: Any) -> Tensor:
+        plan = getattr(layout["layout"], "plan", None)
+        if plan is not None and self.is_fusible(hidden_states):
+            gau = self.gau
+            out, state = load_kernels()[0].layer(
+                hidden_states, self.norm.weight, self.norm.eps, gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj,
+                gau.offset_scale.weight, gau.offset_scale.bias, layout["rotary"], layout["layout"],
+                dtype=compute_dtype(hidden_states),
+                **gau.kernel_options(
+                    layout["layout"], layout["bias_rotary"], layout["bias_length"], past_key_values
+                ),
+            )  # fmt: skip
+            gau.store(state, past_key_values, out.shape[1])
+            return out
         out = self.gau(self.norm(hidden_states), past_key_values=past_key_values, **layout)
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
@@ -417,6 +500,7 @@ class FlashModel(FlashPreTrainedModel):
             B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
             kwargs.get("seq_idx"), past_key_values,
         )  # fmt: skip
+        layout = self.plan(layout, documents, inputs_embeds, past_key_values)
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
@@ -487,6 +571,27 @@ class FlashModel(FlashPreTrainedModel):
             return documents, StepLayout(documents.position_BN, documents.valid_BN), self.config.chunk_size
         layout = chunk_layout(documents, batch, self.config.chunk_size, causal=self.is_causal)
         return documents, layout, layout.position_BGC.shape[2]
+
+    def plan(self, layout, documents: Documents, x_BND: Tensor, cache: Cache | None):
+        """`layout` with what the kernels need, if they are to compute this call."""
+        config = self.config
+        dropout = bool(config.attention_dropout) and self.training
+        kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
+        first = None if cache is None else cache.layers[0]
+        # Rolling back needs keys by token; a packed continuation or one amid a chunk, the cached slots in the grid.
+        if kernels is None or isinstance(layout, QuadraticLayout) or (first is not None and first.record_past):
+            return layout
+        if isinstance(layout, StepLayout):
+            return replace(layout, fused=config.hidden_act in SILU)
+        if first is not None and documents.start_BN is not None:
+            return layout
+        if layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any())):
+            return layout
+        plan = kernels.chunk_plan(
+            layout, x_BND.shape[0], causal=self.is_causal, width=config.intermediate_size,
+            normalization=config.global_normalization, chunk_size=config.chunk_size,
+        )  # fmt: skip
+        return replace(layout, plan=plan)
 
     def quadratic_span(self, keys: int) -> int:
         """Distances that the bias of FLASH-Quad covers for this many keys."""

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels for FLASH: training, prefill and decoding steps, behind the functions of the torch tier.
+
+The model reaches them through `attention_flash.kernels_for`; README.md beside this file derives them. Importing this
+package needs triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor, nn
+
+from ..attention_flash import DecodingState, score_scale
+from ..chunking_flash import ChunkLayout
+from . import ops
+from .common import INTERPRET
+from .plan import ChunkPlan, chunk_plan
+
+
+# Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
+INTERFACE = 1
+
+MIN_TRITON = (3, 4)
+MIN_CAPABILITY = (8, 0)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_CHUNK, MAX_KEY_DIM = 512, 256
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot run on this device in this type, or None."""
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < MIN_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
+    if dtype not in DTYPES:
+        return f"there are no kernels for {dtype}"
+    if device.type == "cpu":
+        return None if INTERPRET else "the device is a CPU"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the device is not an NVIDIA GPU ({device.type})"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        name, needed = torch.cuda.get_device_name(device), ".".join(map(str, MIN_CAPABILITY))
+        return f"{name} has a compute capability below {needed}"
+    return None
+
+
+def unsupported(config) -> str | None:
+    """Why kernels cannot compute this configuration, or None."""
+    if config.attention_type == "quadratic":
+        return "FLASH-Quad (attention_type='quadratic') has no kernels"
+    if config.attention_activation != "relu2" and config.attention_type != "global":
+        return f"attention_activation={config.attention_activation!r} has no kernels"
+    if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
+        return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
+    if config.intermediate_size % 16:
+        return f"the width of the values ({config.intermediate_size}) is not a multiple of 16"
+    return None
+
+
+def _flat_rotary(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """cos and sin as tables `[slots, r / 2]`, and r."""
+    if rotary is None:
+        return None, None, 0
+    half = rotary[0].shape[-1]
+    return *(table.float().reshape(-1, half).contiguous() for table in rotary), 2 * half
+
+
+def _branches(layout: ChunkLayout, has_quad: bool, has_lin: bool, causal: bool, initial, return_state: bool):
+    # Within a first chunk the causal global part is zero.
+    needed = not causal or layout.position_BGC.shape[1] > 1 or initial is not None or return_state
+    return has_quad, has_lin and (needed or not has_quad)
+
+
+def _decoding_state(
+    heads: Tensor, final: Tensor, value_of, layout: ChunkLayout, chunk_size: int, S: int, has_quad: bool, has_lin: bool
+) -> DecodingState:
+    """The state after these tokens, from what the kernels left. `value_of(token)` gives values of flat tokens."""
+    plan: ChunkPlan = layout.plan
+    G, C, N = plan.chunks, plan.chunk_size, plan.tokens
+    B = heads.shape[1] // G
+    device = heads.device
+    if layout.final_B is None:
+        chunk_B = torch.full((B,), G - 1, device=device)
+    else:
+        chunk_B = layout.final_B
+    flat_B = torch.arange(B, device=device) * G + chunk_B
+    if plan.source_K is None:
+        column = chunk_B[:, None] * C + torch.arange(C, device=device)
+        token_BC = torch.where(column < N, column + torch.arange(B, device=device)[:, None] * N, -1)
+    else:
+        token_BC = plan.source_K.view(B * G, C)[flat_B].long()
+    value = torch.where((token_BC >= 0)[..., None], value_of(token_BC.clamp(min=0)), 0)
+
+    def key(row: int) -> Tensor:
+        return F.pad(heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S], (0, 0, 0, chunk_size - C))
+
+    return DecodingState(
+        quad_k=key(1) if has_quad else None,
+        lin_k=key(heads.shape[0] - 1) if has_lin else None,
+        value=F.pad(value, (0, 0, 0, chunk_size - C)),
+        total=final[:, :S].clone() if has_lin else None,
+        seen=layout.seen_after_B.expand(B).clone(),
+    )
+
+
+def gated_attention(
+    u_BNE: Tensor,
+    v_BNE: Tensor,
+    z_BNS: Tensor,
+    gamma_HS: Tensor,
+    beta_HS: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    layout: ChunkLayout,
+    *,
+    causal: bool,
+    chunk_size: int,
+    divisor: float,
+    bias_R: Tensor | None,
+    has_quad: bool,
+    has_lin: bool,
+    interleaved: bool,
+    silu: bool,
+    state: DecodingState | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, DecodingState | None]:
+    """`silu(u) * mixed_chunk_attention(heads(silu(z)), silu(v))` between the projections, `[B, N, E]`, and the state.
+
+    Args:
+        u_BNE, v_BNE, z_BNS: what the projections gave, bfloat16, float16 or float32; with `silu=False`, activated.
+        gamma_HS, beta_HS: offset-scale, rows quad_q, quad_k, lin_q, lin_k (those that the layer has).
+        rotary: cos and sin of the layout's positions, `[1 or B, G, C, r / 2]`.
+        layout: with its plan.
+        state: what the cache holds, at the border of a chunk in every row.
+
+    Otherwise as `attention_flash.mixed_chunk_attention`.
+    """
+    B, N, E = v_BNE.shape
+    plan: ChunkPlan = layout.plan
+    S = z_BNS.shape[2]
+    cos, sin, rotary_dim = _flat_rotary(rotary)
+    initial = None if state is None or not has_lin else _initial(state, layout, S)
+    quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
+    u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
+    out, heads, *_, final = torch.ops.flash_hf.gated_attention(
+        u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, N, plan.chunks,
+        plan.chunk_size, causal, quad, lin, silu, interleaved, rotary_dim,
+        score_scale("relu2", divisor, S), return_state and has_lin, ops.saved_attended(v.dtype, silu),
+    )  # fmt: skip
+    new_state = None
+    if return_state:
+        def value_of(token):
+            value = v.detach()[token]
+            return F.silu(value) if silu else value
+
+        new_state = _decoding_state(
+            heads.detach(), final.detach(), value_of, layout, chunk_size, S, has_quad, has_lin
+        )
+    return out.view(B, N, E), new_state
+
+
+def _rows(x_BNF: Tensor) -> Tensor:
+    x = x_BNF.reshape(-1, x_BNF.shape[-1])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _initial(state: DecodingState, layout: ChunkLayout, S: int) -> Tensor:
+    """The sum that a row's first document brings from the cache, on the kernels' padded key dimension."""
+    total = state.total * layout.continues_B[:, None, None]
+    SP = max(16, 1 << (S - 1).bit_length())
+    return F.pad(total, (0, 0, 0, SP - S)).contiguous()
+
+
+def fusible(linear: nn.Module) -> bool:
+    """Whether a projection is what it seems: a plain linear layer that nobody has replaced, hooked or quantised."""
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is not None
+        and type(linear.weight) in (nn.Parameter, Tensor)
+        and type(linear.bias) in (nn.Parameter, Tensor)
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and not hasattr(linear, "_hf_hook")
+        and "forward" not in linear.__dict__
+    )
+
+
+def layer(
+    x_BND: Tensor,
+    gain: Tensor,
+    eps: float,
+    u_proj: nn.Linear,
+    v_proj: nn.Linear,
+    z_proj: nn.Linear,
+    o_proj: nn.Linear,
+    gamma_HS: Tensor,
+    beta_HS: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    layout: ChunkLayout,
+    *,
+    causal: bool,
+    chunk_size: int,
+    divisor: float,
+    bias_R: Tensor | None,
+    has_quad: bool,
+    has_lin: bool,
+    interleaved: bool,
+    dtype: torch.dtype,
+    state: DecodingState | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, DecodingState | None]:
+    """A whole layer with ScaleNorm and SiLU, `x + o_proj(gated attention of norm(x))`, `[B, N, D]`, and the state.
+
+    Args:
+        gain, eps: of the norm.
+        dtype: what products are computed in, bfloat16 or float32; x and the parameters may be wider (autocast).
+
+    Otherwise as `gated_attention`.
+    """
+    B, N, D = x_BND.shape
+    plan: ChunkPlan = layout.plan
+    S, E = z_proj.weight.shape[0], v_proj.weight.shape[0]
+    cos, sin, rotary_dim = _flat_rotary(rotary)
+    initial = None if state is None or not has_lin else _initial(state, layout, S)
+    quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
+    y, rms, _, h, heads, *_, final = torch.ops.flash_hf.layer(
+        x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
+        z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
+        plan.index, initial, eps, N, plan.chunks, plan.chunk_size, causal, quad, lin, interleaved, rotary_dim,
+        score_scale("relu2", divisor, S), return_state and has_lin, dtype,
+    )  # fmt: skip
+    new_state = None
+    if return_state:
+        with torch.no_grad():
+            def value_of(token):
+                scale = (rms[token] * gain.float())[..., None]
+                return F.silu(h[:, E : 2 * E][token].float() * scale + v_proj.bias.float()).to(dtype)
+
+            new_state = _decoding_state(
+                heads.detach(), final.detach(), value_of, layout, chunk_size, S, has_quad, has_lin
+            )
+    return y.view(B, N, D), new_state
+
+
+__all__ = ["ChunkPlan", "chunk_plan", "fusible", "gated_attention", "layer", "unavailable", "unsupported"]

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels share: where a chunk's tokens lie, SiLU, rotation, and the arithmetic of a matrix product.
+
+Alphabet: as in attention_flash.py; GT chunks of all rows together, CP slots of a chunk and SP key dimensions padded to
+tile sizes (the padding is zero), T = B * N tokens. README.md beside this file has the derivation.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+
+# triton's interpreter runs kernels on the CPU, for tests; it knows no inline assembly.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: as torch's own are, in full unless the user allowed tf32."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "ieee"
+    return "tf32"
+
+
+def fast_math(dtype: torch.dtype) -> bool:
+    """Whether SiLU may use the hardware's tanh, whose error (2^-11) is below 16-bit rounding."""
+    return dtype in (torch.bfloat16, torch.float16) and not INTERPRET
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    """Logistic function. FAST: one special-function instruction instead of two, `(1 + tanh(x / 2)) / 2`."""
+    if FAST:
+        half = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return half * 0.5 + 0.5
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def silu(x, SILU: tl.constexpr, FAST: tl.constexpr):
+    """`x sigmoid(x)`, or x itself where the activation was applied before."""
+    if SILU:
+        return x * sigmoid(x, FAST)
+    else:
+        return x
+
+
+@triton.jit
+def silu_grad(x, SILU: tl.constexpr, FAST: tl.constexpr):
+    """Derivative of `silu`: `s (1 + x (1 - s))` with `s = sigmoid(x)`."""
+    if SILU:
+        s = sigmoid(x, FAST)
+        return s * (1.0 + x * (1.0 - s))
+    else:
+        return x * 0.0 + 1.0
+
+
+@triton.jit
+def token_rows(source_ptr, chunk, slot, N, G, C, RAGGED: tl.constexpr):
+    """Token index (int64, flat over rows) of a chunk's slots, and whether there is one.
+
+    Plain layouts are a padded reshape; ragged ones look the token up, so padding may stand anywhere.
+    """
+    if RAGGED:
+        token = tl.load(source_ptr + chunk.to(tl.int64) * C + slot, mask=slot < C, other=-1)
+        real = token >= 0
+        token = tl.where(real, token, 0).to(tl.int64)
+    else:
+        row = chunk // G
+        column = (chunk % G) * C + slot
+        real = (slot < C) & (column < N)
+        token = row.to(tl.int64) * N + tl.where(real, column, 0)
+    return token, real
+
+
+@triton.jit
+def load_rows(ptr, stride, token, real, column, width, EVEN_E: tl.constexpr):
+    """`x[token, column]` as it is stored, 0 at slots without a token and beyond the width."""
+    pointers = ptr + token[:, None] * stride + column[None, :]
+    if EVEN_E:
+        return tl.load(pointers, mask=real[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=real[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, stride, token, real, column, width, value, EVEN_E: tl.constexpr):
+    pointers = ptr + token[:, None] * stride + column[None, :]
+    if EVEN_E:
+        tl.store(pointers, value.to(ptr.dtype.element_ty), mask=real[:, None])
+    else:
+        tl.store(pointers, value.to(ptr.dtype.element_ty), mask=real[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def row_gain(rms_ptr, gain_ptr, token, real):
+    """`g / rms(x)` of each token: ScaleNorm's gain is one scalar, so it is applied after the projection."""
+    gain = tl.load(gain_ptr).to(tl.float32)
+    # A gain of exactly 0 would hide its own gradient, which is recovered by a division.
+    gain = tl.where(gain == 0.0, 1e-20, gain)
+    return tl.load(rms_ptr + token, mask=real, other=0.0) * gain
+
+
+@triton.jit
+def preactivation(raw, bias_ptr, column, width, gain, SCALED: tl.constexpr):
+    """float32 input of an activation: `gain * (x W) + b` when the norm is applied here, or what a linear layer gave."""
+    value = raw.to(tl.float32)
+    if SCALED:
+        bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+        value = value * gain[:, None] + bias[None, :]
+    return value
+
+
+@triton.jit
+def load_values(
+    v_ptr, stride, rms_ptr, gain_ptr, bias_ptr, token, real, column, E,
+    SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, EVEN_E: tl.constexpr,
+):  # fmt: skip
+    """Values `silu(h)` of a block of tokens, in the type that products take; 0 at slots without a token."""
+    value = load_rows(v_ptr, stride, token, real, column, E, EVEN_E)
+    if SCALED:
+        value = preactivation(value, bias_ptr, column, E, row_gain(rms_ptr, gain_ptr, token, real), SCALED)
+        # silu(b) is not 0 where there is no token.
+        value = tl.where(real[:, None], silu(value, SILU, FAST), 0.0)
+    elif SILU:
+        value = silu(value.to(tl.float32), SILU, FAST)
+    return value.to(v_ptr.dtype.element_ty)
+
+
+@triton.jit
+def load_state(prefix_ptr, carry_ptr, chunk, piece, s, column, E, SP: tl.constexpr, EVEN_E: tl.constexpr,
+               PREFIX: tl.constexpr, CARRY: tl.constexpr):  # fmt: skip
+    """Rows `s` of the state a chunk sees, over C: what its own piece holds before it, plus what earlier pieces do.
+
+    Without PREFIX (bidirectional) a document has one state, found at `carry[piece]`.
+    """
+    offset = s[:, None] * E + column[None, :]
+    mask = (column < E)[None, :]
+    if PREFIX:
+        pointers = prefix_ptr + chunk.to(tl.int64) * (SP * E) + offset
+        state = tl.load(pointers) if EVEN_E else tl.load(pointers, mask=mask, other=0.0)
+        if CARRY:
+            pointers = carry_ptr + piece.to(tl.int64) * (SP * E) + offset
+            carry = tl.load(pointers) if EVEN_E else tl.load(pointers, mask=mask, other=0.0)
+            state = (state.to(tl.float32) + carry.to(tl.float32)).to(prefix_ptr.dtype.element_ty)
+    else:
+        pointers = carry_ptr + piece.to(tl.int64) * (SP * E) + offset
+        state = tl.load(pointers) if EVEN_E else tl.load(pointers, mask=mask, other=0.0)
+    return state
+
+
+@triton.jit
+def rotation(column, rotary_dim, INTERLEAVED: tl.constexpr):
+    """For each key dimension: its partner in the rotation, its angle's index, the sign of the partner's sine, and
+    whether it is turned at all."""
+    if INTERLEAVED:
+        first = column % 2 == 0
+        partner = tl.where(first, column + 1, column - 1)
+        angle = column // 2
+    else:
+        half = rotary_dim // 2
+        first = column < half
+        partner = tl.where(first, column + half, column - half)
+        angle = tl.where(first, column, column - half)
+    turned = column < rotary_dim
+    partner = tl.where(turned, partner, column)
+    return partner, tl.where(turned, angle, 0), tl.where(first, -1.0, 1.0), turned

@@ -1,0 +1,638 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels as `torch.library` operators with gradients: the gated attention between the projections, and the whole
+layer. Both run the same launches; the layer also folds the norm, the residual sum and the gate's gradient into its
+matrix products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backward, forward, matmul
+from .common import dot_precision, fast_math
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes for one shape and type.
+
+    Attributes:
+        CP, SP: chunk and key dimension padded to whole tiles.
+        block: slots of a tile. block_e: value dimensions of a tile. block_k, block_s: step of a product.
+        warps, stages: of the tiled kernels.
+    """
+
+    CP: int
+    SP: int
+    block: int
+    block_e: int
+    block_k: int
+    block_s: int
+    warps: int
+    stages: int
+
+
+def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
+    """Tiles that fit a Hopper or Ampere multiprocessor; float32 halves them."""
+    block = max(16, 1 << (C - 1).bit_length()) if C <= 64 else 128
+    if dtype == torch.float32:
+        block = min(block, 64)
+    SP = max(16, 1 << (S - 1).bit_length())
+    step = 32 if dtype == torch.float32 else 64
+    block_e = 64 if dtype == torch.float32 else 128
+    return Tiles(
+        CP=-(-C // block) * block,
+        SP=SP,
+        block=block,
+        block_e=block_e,
+        block_k=min(step, block),
+        block_s=min(step, SP),
+        warps=8 if block == 128 else 4,
+        stages=2 if dtype == torch.float32 else 3,
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes and switches of one call, as the launches need them."""
+
+    B: int
+    N: int
+    G: int
+    C: int
+    E: int
+    S: int
+    H: int
+    causal: bool
+    quad: bool
+    lin: bool
+    scaled: bool
+    silu: bool
+    interleaved: bool
+    rotary_dim: int
+    scale: float
+    dtype: torch.dtype
+    tiles: Tiles
+
+    @property
+    def GT(self) -> int:
+        return self.B * self.G
+
+    @property
+    def row_tiles(self) -> int:
+        return self.tiles.CP // self.tiles.block
+
+    @property
+    def score_tiles(self) -> int:
+        n = self.row_tiles
+        return n * (n + 1) // 2 if self.causal else n * n
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def lin_row(shape: Shape) -> int:
+    """Row of the linear query among the heads, or -1."""
+    return shape.H - 2 if shape.lin else -1
+
+
+@dataclass
+class Inputs:
+    """What the attention launches read. Without `rms` the projections are complete and the biases are not used."""
+
+    u: Tensor
+    v: Tensor
+    z: Tensor
+    gamma: Tensor
+    beta: Tensor
+    bias_R: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    source: Tensor | None
+    index: list[Tensor]
+    rms: Tensor | None = None
+    gain: Tensor | None = None
+    bias_u: Tensor | None = None
+    bias_v: Tensor | None = None
+    bias_z: Tensor | None = None
+
+    def norm(self, bias: str) -> tuple:
+        """The pointers of the norm and of one bias; any tensor where they are not read."""
+        if self.rms is None:
+            return self.u, self.u, self.u
+        return self.rms, self.gain, getattr(self, bias)
+
+
+def ints(shape: Shape) -> tuple[int, int, int]:
+    return shape.N, shape.G, shape.C
+
+
+def switches(shape: Shape, inputs: Inputs) -> dict:
+    return {
+        "SCALED": shape.scaled,
+        "SILU": shape.silu,
+        "FAST": fast_math(shape.dtype),
+        "RAGGED": inputs.source is not None,
+    }
+
+
+def launch_states(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, values: bool, initial, final: str):
+    """Sums of `keys x^T` over pieces and documents: `(prefix, carry, final)`, empty where not needed.
+
+    Args:
+        keys: one head on the grid. x: values (`values=True`: the activation is applied) or output gradients, for which
+            documents are gone through backwards.
+        final: `"total"` for float32 sums over documents, `"state"` for these over C (bidirectional), or `""`.
+    """
+    t, (N, G, C), E = shape.tiles, ints(shape), shape.E
+    pieces, documents = inputs.index[2].shape[0], inputs.index[4].shape[0]
+    block_s = min(t.SP, 128)
+    new = x.new_empty
+    prefix = new((shape.GT, t.SP, E)) if shape.causal else new((0,))
+    total = new((pieces, t.SP, E), dtype=torch.float32)
+    flags = switches(shape, inputs)
+    if not values:
+        flags |= {"SCALED": False, "SILU": False}
+    source = inputs.source if inputs.source is not None else inputs.index[1]
+    forward.states_kernel[(pieces, cdiv(E, t.block_e), cdiv(t.SP, block_s))](
+        keys, x, x.stride(0), *inputs.norm("bias_v"), source, inputs.index[2], inputs.index[3], prefix, total,
+        N, G, C, E, CP=t.CP, SP=t.SP, **flags, EVEN_E=E % t.block_e == 0, PREFIX=shape.causal, REVERSE=not values,
+        BLOCK_S=block_s, BLOCK_E=t.block_e, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages,
+        num_warps=t.warps,
+    )  # fmt: skip
+    # With one piece a document, nothing comes before it.
+    has_carry = shape.causal and (pieces > documents or initial is not None)
+    carry = new((pieces, t.SP, E)) if has_carry else new((0,))
+    last = new((0,))
+    if final:
+        dtype = torch.float32 if final == "total" else shape.dtype
+        last = new((documents, t.SP, E), dtype=dtype)
+    if has_carry or final:
+        size = t.SP * E
+        forward.carry_kernel[(documents, cdiv(size, 1024))](
+            total, total if initial is None else initial, inputs.index[4], inputs.index[5], carry, last, size,
+            1.0 / C, 1.0 / C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=has_carry,
+            FINAL=bool(final), REVERSE=not values, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return prefix, carry, last
+
+
+def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_final: bool, want_attended: bool):
+    """`(out, heads, weights, prefix, carry, attended, final)`; see the operators for what each is."""
+    t, (N, G, C), E, S = shape.tiles, ints(shape), shape.E, shape.S
+    new = inputs.v.new_empty
+    flags = switches(shape, inputs)
+    precision = dot_precision(shape.dtype)
+    source = inputs.source if inputs.source is not None else inputs.index[1]
+    factor, group = inputs.index[:2]
+
+    heads = new((shape.H, shape.GT, t.CP, t.SP))
+    rope = inputs.cos is not None
+    block = min(t.block, 32)
+    forward.heads_kernel[(shape.GT * t.CP // block,)](
+        inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta,
+        inputs.cos if rope else factor, inputs.sin if rope else factor, factor, source, heads, N, G, C, shape.GT, S,
+        shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, LIN_Q=lin_row(shape), CP=t.CP, SP=t.SP,
+        ROPE=rope, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+    )  # fmt: skip
+    weights = new((0,))
+    if shape.quad:
+        weights = new((shape.GT, t.CP, t.CP))
+        biased = inputs.bias_R is not None
+        forward.scores_kernel[(shape.score_tiles, shape.GT)](
+            heads[0], heads[1], inputs.bias_R if biased else factor, weights, C, shape.scale, CP=t.CP, SP=t.SP,
+            BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
+            PRECISION=precision, num_warps=t.warps,
+        )  # fmt: skip
+    prefix, carry, final = (new((0,)) for _ in range(3))
+    if shape.lin:
+        asked = "total" if want_final else "" if shape.causal else "state"
+        prefix, carry, final = launch_states(
+            shape, inputs, heads[lin_row(shape) + 1], inputs.v, True, initial, asked
+        )
+        if not shape.causal:
+            carry, final = final, new((0,))
+    ragged = inputs.source is not None
+    out = inputs.v.new_zeros((shape.B * N, E)) if ragged else new((shape.B * N, E))
+    attended = torch.zeros_like(out) if want_attended else new((0,))
+    e_blocks = cdiv(E, t.block_e)
+    forward.output_kernel[(shape.GT * e_blocks * shape.row_tiles,)](
+        weights, heads[lin_row(shape)], prefix, carry, inputs.u, inputs.u.stride(0), inputs.v, inputs.v.stride(0),
+        *inputs.norm("bias_u"), inputs.norm("bias_v")[2], source, group, out, attended, N, G, C, E, e_blocks, CP=t.CP,
+        SP=t.SP, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal,
+        **flags, EVEN_E=E % t.block_e == 0, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e,
+        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, num_warps=t.warps,
+    )  # fmt: skip
+    return out, heads, weights, prefix, carry, attended, final
+
+
+def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, d_attended: Tensor, d_v: Tensor, d_z: Tensor):
+    """Gradients of v's and z's projections, written to `d_v` and `d_z`.
+
+    Args:
+        saved: heads, weights, prefix, carry of the forward.
+        d_attended: gradient before the gate, `[B * N, E]`.
+
+    Returns:
+        `(sums, d_bias_R, d_bias_v)`: `sums` float32 `[2 H + 1, S]`, the gradients of gamma, beta and z's bias;
+        `d_bias_R` float32 `[2 C - 1]` and `d_bias_v` float32 `[E]`, empty where there is none.
+    """
+    heads, weights, prefix, carry = saved
+    t, (N, G, C), E, S = shape.tiles, ints(shape), shape.E, shape.S
+    new = d_attended.new_empty
+    flags = switches(shape, inputs)
+    precision = dot_precision(shape.dtype)
+    source = inputs.source if inputs.source is not None else inputs.index[1]
+    factor, group = inputs.index[:2]
+    row = lin_row(shape)
+
+    d_prefix = d_carry = new((0,))
+    if shape.lin:
+        d_prefix, d_carry, final = launch_states(
+            shape, inputs, heads[row], d_attended, False, None, "" if shape.causal else "state"
+        )
+        if not shape.causal:
+            d_carry = final
+    has_carry = carry.numel() > 0
+    if shape.lin and has_carry and d_carry.numel() == 0:
+        # A cache's state was carried in, but no later piece carries a gradient back.
+        d_carry = torch.zeros_like(carry)
+
+    # Branches that a first chunk alone does not need have no gradient.
+    used = 2 * (shape.quad + shape.lin) == shape.H
+    d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
+    d_scores = torch.empty_like(weights)
+    e_blocks = cdiv(E, t.block_e)
+    programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
+    d_bias_v = new((shape.GT * shape.row_tiles, E), dtype=torch.float32) if shape.scaled else new((0,))
+    backward.chunk_gradients_kernel[(programs * shape.GT,)](
+        weights, d_attended, heads[row + 1], prefix, carry, d_prefix, d_carry, group, factor, inputs.v,
+        inputs.v.stride(0), *inputs.norm("bias_v"), source, d_scores, d_heads[row], d_heads[row + 1], d_v,
+        d_v.stride(0), d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
+        SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=has_carry,
+        CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, BLOCK=t.block,
+        BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages,
+        num_warps=t.warps,
+    )  # fmt: skip
+    d_bias_R = new((0,))
+    if shape.quad:
+        backward.quadratic_heads_kernel[(shape.GT, shape.row_tiles, 2)](
+            d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
+            BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=precision, STAGES=t.stages, num_warps=t.warps,
+        )  # fmt: skip
+        if inputs.bias_R is not None:
+            d_bias_R = launch_bias(shape, d_scores)
+    block = min(t.block, 32)
+    blocks = shape.GT * t.CP // block
+    rope = inputs.cos is not None
+    sums = new((blocks, 2 * shape.H + 1, t.SP), dtype=torch.float32)
+    backward.heads_gradient_kernel[(blocks,)](
+        d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma,
+        inputs.cos if rope else factor, inputs.sin if rope else factor, source, d_z, d_z.stride(0), sums,
+        N, G, C, shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, CP=t.CP, SP=t.SP,
+        ROPE=rope, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+    )  # fmt: skip
+    return sums.sum(0)[:, :S], d_bias_R, d_bias_v.sum(0) if shape.scaled else d_bias_v
+
+
+def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
+    """Gradient of the relative bias: sums of score gradients along the diagonals, float32 `[2 C - 1]`."""
+    t, C = shape.tiles, shape.C
+    programs = min(shape.GT, cdiv(256, shape.score_tiles))
+    per_program = cdiv(shape.GT, programs)
+    parts = d_scores.new_zeros((programs, t.CP, t.CP), dtype=torch.float32)
+    backward.bias_kernel[(shape.score_tiles, programs)](
+        d_scores, parts, shape.GT, per_program, CP=t.CP, TILES=shape.row_tiles, CAUSAL=shape.causal, BLOCK=t.block,
+        num_warps=t.warps,
+    )  # fmt: skip
+    # Rows of 2 C - 1 read from rows of 2 C entries are shifted by one each: diagonals become columns.
+    square = torch.nn.functional.pad(parts.sum(0)[:C, :C].flip(0), (0, C)).flatten()
+    return square[: C * (2 * C - 1)].view(C, 2 * C - 1).sum(0)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Gated attention, between the projections
+# ------------------------------------------------------------------------------------------------------------------
+def attention_shape(
+    u: Tensor, z: Tensor, gamma: Tensor, N: int, G: int, C: int, causal: bool, quad: bool, lin: bool, silu: bool,
+    interleaved: bool, rotary_dim: int, scale: float,
+) -> Shape:  # fmt: skip
+    S = z.shape[1]
+    return Shape(
+        u.shape[0] // N, N, G, C, u.shape[1], S, gamma.shape[0], causal, quad, lin, False, silu, interleaved,
+        rotary_dim, scale, u.dtype, tiles_for(C, S, u.dtype),
+    )  # fmt: skip
+
+
+def saved_attended(dtype: torch.dtype, silu: bool) -> bool:
+    """Whether the backward needs the attended value itself: float16 cannot hold what it would be recovered from, and
+    activations other than SiLU may be exactly 0."""
+    return dtype == torch.float16 or not silu
+
+
+@torch.library.custom_op("flash_hf::gated_attention", mutates_args=())
+def gated_attention_op(
+    u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, N: int, G: int, C: int,
+    causal: bool, quad: bool, lin: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
+    want_final: bool, want_attended: bool,
+) -> list[Tensor]:  # fmt: skip
+    shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
+    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
+    with on_device(u):
+        return list(launch_forward(shape, inputs, initial, want_final, want_attended))
+
+
+@gated_attention_op.register_fake
+def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, N, G, C, causal, quad, lin, silu, interleaved,
+      rotary_dim, scale, want_final, want_attended):  # fmt: skip
+    shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
+    return fake_forward(shape, v, index, initial is not None, want_final, want_attended)
+
+
+def fake_forward(shape: Shape, v: Tensor, index: list[Tensor], initial: bool, want_final: bool, want_attended: bool):
+    """Empty tensors of the shapes that `launch_forward` returns."""
+    t, E, new = shape.tiles, shape.E, v.new_empty
+    pieces, documents = index[2].shape[0], index[4].shape[0]
+    state = (t.SP, E)
+    prefix, carry, final = (new((0,)) for _ in range(3))
+    if shape.lin:
+        prefix = new((shape.GT, *state)) if shape.causal else new((0,))
+        if not shape.causal:
+            carry = new((documents, *state))
+        elif pieces > documents or initial:
+            carry = new((pieces, *state))
+        if want_final:
+            final = new((documents, *state), dtype=torch.float32)
+    return [
+        new((shape.B * shape.N, E)),
+        new((shape.H, shape.GT, t.CP, t.SP)),
+        new((shape.GT, t.CP, t.CP)) if shape.quad else new((0,)),
+        prefix,
+        carry,
+        new((shape.B * shape.N, E)) if want_attended else new((0,)),
+        final,
+    ]
+
+
+@torch.library.custom_op("flash_hf::gated_attention_backward", mutates_args=())
+def gated_attention_backward_op(
+    d_out: Tensor, u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, source: Tensor | None, index: list[Tensor], heads: Tensor,
+    weights: Tensor, prefix: Tensor, carry: Tensor, gated: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
+    lin: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
+    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
+    T, E = u.shape
+    # Padding belongs to no chunk: nobody would write its gradient.
+    d_v, d_z = ((torch.zeros if source is not None else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
+                for x in (v, z))  # fmt: skip
+    d_attended, d_u = u.new_empty(T, E), u.new_empty(T, E)
+    with on_device(u):
+        matmul.gate_kernel[(cdiv(T, 32), cdiv(E, 128))](
+            d_out, d_out.stride(0), u, u.stride(0), gated, d_attended, d_u, E, T, E, SILU=silu,
+            FAST=fast_math(u.dtype), ATTENDED=saved_attended(u.dtype, silu), EVEN_E=E % 128 == 0, BLOCK_M=32,
+            BLOCK_E=128, num_warps=4,
+        )  # fmt: skip
+        sums, d_bias_R, _ = launch_backward(
+            shape, inputs, (heads, weights, prefix, carry), d_attended, d_v, d_z
+        )
+    return [d_u, d_v, d_z, sums, d_bias_R]
+
+
+@gated_attention_backward_op.register_fake
+def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, weights, prefix, carry, gated, N, G, C,
+      causal, quad, lin, silu, interleaved, rotary_dim, scale):  # fmt: skip
+    new = u.new_empty
+    d_bias = new((2 * C - 1,), dtype=torch.float32) if quad and bias_R is not None else new((0,))
+    sums = new((2 * gamma.shape[0] + 1, z.shape[1]), dtype=torch.float32)
+    return [new(u.shape), new(v.shape), new(z.shape), sums, d_bias]
+
+
+def _save_attention(ctx, inputs, output):
+    u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, *static, want_final, want_attended = inputs
+    out, heads, weights, prefix, carry, attended, final = output
+    ctx.set_materialize_grads(False)
+    gated = attended if want_attended else out
+    ctx.optional = bias_R is not None, cos is not None, source is not None
+    optional = [x for x in (bias_R, cos, sin, source) if x is not None]
+    ctx.save_for_backward(u, v, z, gamma, beta, heads, weights, prefix, carry, gated, *index, *optional)
+    ctx.static = static
+
+
+def _optional(ctx, tensors: list) -> list:
+    """`[bias_R, cos, sin, source]` with None where there was none."""
+    has_bias, has_rope, has_source = ctx.optional
+    tensors = iter(tensors)
+    return [next(tensors) if has else None for has in (has_bias, has_rope, has_rope, has_source)]
+
+
+def _attention_backward(ctx, grads):
+    none = (None,) * 18
+    if grads[0] is None:
+        return (None,) * 23
+    u, v, z, gamma, beta, heads, weights, prefix, carry, gated, *rest = ctx.saved_tensors
+    index, optional = rest[:6], _optional(ctx, rest[6:])
+    bias_R = optional[0]
+    d_out = grads[0]
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    d_u, d_v, d_z, sums, d_bias = torch.ops.flash_hf.gated_attention_backward(
+        d_out, u, v, z, gamma, beta, *optional, index, heads, weights, prefix, carry, gated, *ctx.static
+    )
+    H = gamma.shape[0]
+    d_bias = None if bias_R is None or d_bias.numel() == 0 else d_bias.to(bias_R.dtype)
+    none = (None, None, None, [None] * 6, None) + (None,) * 12
+    return d_u, d_v, d_z, sums[:H].to(gamma.dtype), sums[H : 2 * H].to(beta.dtype), d_bias, *none
+
+
+gated_attention_op.register_autograd(_attention_backward, setup_context=_save_attention)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The whole layer
+# ------------------------------------------------------------------------------------------------------------------
+def product_blocks(dtype: torch.dtype) -> dict:
+    """Tiles of the matrix products with an epilogue."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "STAGES": 2, "num_warps": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 3, "num_warps": 8}
+
+
+def layer_shape(h_dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale) -> Shape:
+    S = w_z.shape[0]
+    return Shape(
+        T // N, N, G, C, w_u.shape[0], S, gamma.shape[0], causal, quad, lin, True, True, interleaved, rotary_dim,
+        scale, h_dtype, tiles_for(C, S, h_dtype),
+    )  # fmt: skip
+
+
+def split_columns(h: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
+    return h[:, :E], h[:, E : 2 * E], h[:, 2 * E :]
+
+
+@torch.library.custom_op("flash_hf::layer", mutates_args=())
+def layer_op(
+    x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor, b_z: Tensor,
+    w_o: Tensor, b_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, eps: float, N: int,
+    G: int, C: int, causal: bool, quad: bool, lin: bool, interleaved: bool, rotary_dim: int, scale: float,
+    want_final: bool, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    T, D = x.shape
+    shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
+    E = shape.E
+    rms = x.new_empty(T, dtype=torch.float32)
+    cast = x.new_empty((T, D), dtype=dtype) if x.dtype != dtype else x.new_empty((0,), dtype=dtype)
+    with on_device(x):
+        block_d = 1 << (D - 1).bit_length()
+        block_t = max(1, 4096 // block_d)
+        forward.rms_kernel[(cdiv(T, block_t),)](
+            x, rms, cast, T, D, eps, CAST=x.dtype != dtype, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8
+        )
+        raw_x = cast if x.dtype != dtype else x
+        h = torch.mm(raw_x, torch.cat([w_u, w_v, w_z]).to(dtype).t())
+        u, v, z = split_columns(h, E)
+        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
+        out, heads, weights, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
+        y = torch.empty_like(x)
+        blocks = product_blocks(dtype)
+        forward_grid = (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),)
+        matmul.residual_kernel[forward_grid](
+            out, w_o.to(dtype).contiguous(), b_o, x, y, T, D, E, EVEN_K=E % blocks["BLOCK_K"] == 0,
+            PRECISION=dot_precision(dtype), **blocks,
+        )  # fmt: skip
+    return [y, rms, cast, h, heads, weights, prefix, carry, out, final]
+
+
+@layer_op.register_fake
+def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, eps, N,
+      G, C, causal, quad, lin, interleaved, rotary_dim, scale, want_final, dtype):  # fmt: skip
+    T, D = x.shape
+    shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
+    cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
+    h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
+    out, heads, weights, prefix, carry, _, final = fake_forward(
+        shape, h, index, initial is not None, want_final, False
+    )
+    return [
+        torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, heads, weights, prefix, carry, out, final,
+    ]  # fmt: skip
+
+
+@torch.library.custom_op("flash_hf::layer_backward", mutates_args=())
+def layer_backward_op(
+    d_y: Tensor, x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor,
+    b_z: Tensor, w_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
+    sin: Tensor | None, source: Tensor | None, index: list[Tensor], rms: Tensor, h: Tensor, heads: Tensor,
+    weights: Tensor, prefix: Tensor, carry: Tensor, out: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
+    lin: bool, interleaved: bool, rotary_dim: int, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    T, D = d_y.shape
+    dtype = h.dtype
+    shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
+    E, S = shape.E, shape.S
+    raw_dy = d_y.to(dtype)
+    new = h.new_empty
+    with on_device(d_y):
+        d_h = h.new_zeros(h.shape) if source is not None else new(h.shape)
+        d_u, d_v, d_z = split_columns(d_h, E)
+        u, v, z = split_columns(h, E)
+        d_attended = new((T, E))
+        blocks = product_blocks(dtype)
+        row_blocks = cdiv(T, blocks["BLOCK_M"])
+        d_bias_u = new((row_blocks, E), dtype=torch.float32)
+        matmul.gate_product_kernel[(row_blocks * cdiv(E, blocks["BLOCK_N"]),)](
+            raw_dy, w_o.to(dtype).contiguous(), u, u.stride(0), rms, gain, b_u, out, d_attended, d_u, d_u.stride(0),
+            d_bias_u, T, E, D, FAST=fast_math(dtype), EVEN_K=D % blocks["BLOCK_K"] == 0,
+            PRECISION=dot_precision(dtype), **blocks,
+        )  # fmt: skip
+        d_w_o = torch.mm(raw_dy.t(), out)
+        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
+        sums, d_bias_R, d_bias_v = launch_backward(
+            shape, inputs, (heads, weights, prefix, carry), d_attended, d_v, d_z
+        )
+        del d_attended
+        p = torch.mm(d_h, torch.cat([w_u, w_v, w_z]).to(dtype))
+        d_w = torch.mm(d_h.t(), x)
+        del d_h
+        d_x = torch.empty_like(d_y)
+        block_d = 1 << (D - 1).bit_length()
+        block_t, steps = max(1, 4096 // block_d), 8
+        programs = cdiv(T, block_t * steps)
+        dot = new((T,), dtype=torch.float32)
+        d_b_o = new((programs, D), dtype=torch.float32)
+        backward.norm_gradient_kernel[(programs,)](
+            p, x, d_y, rms, d_x, dot, d_b_o, T, D, BLOCK_T=block_t, BLOCK_D=block_d, STEPS=steps, num_warps=8
+        )
+    nudged = gain.float()
+    nudged = torch.where(nudged == 0, 1e-20, nudged)
+    d_gain = dot.sum() / nudged
+    d_b = torch.cat([d_bias_u.sum(0), d_bias_v, sums[2 * shape.H]])
+    return [d_x, d_gain, d_w, d_b, d_w_o, d_b_o.sum(0), sums[: 2 * shape.H].clone(), d_bias_R]
+
+
+@layer_backward_op.register_fake
+def _(d_y, x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, bias_R, cos, sin, source, index, rms, h, heads,
+      weights, prefix, carry, out, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale):  # fmt: skip
+    D, E, S, H = d_y.shape[1], w_u.shape[0], w_z.shape[0], gamma.shape[0]
+
+    def wide(*size):
+        return d_y.new_empty(size, dtype=torch.float32)
+
+    d_bias = wide(2 * C - 1) if quad and bias_R is not None else h.new_empty((0,))
+    return [
+        torch.empty_like(d_y), wide(), h.new_empty((2 * E + S, D)), wide(2 * E + S), h.new_empty((D, E)), wide(D),
+        wide(2 * H, S), d_bias,
+    ]  # fmt: skip
+
+
+def _save_layer(ctx, inputs, output):
+    x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, *rest = (
+        inputs
+    )
+    eps, *static, want_final, dtype = rest
+    y, rms, cast, h, heads, weights, prefix, carry, out, final = output
+    ctx.set_materialize_grads(False)
+    ctx.optional = bias_R is not None, cos is not None, source is not None
+    optional = [t for t in (bias_R, cos, sin, source) if t is not None]
+    raw_x = cast if x.dtype != dtype else x
+    ctx.save_for_backward(
+        raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, weights, prefix, carry, out,
+        *index, *optional,
+    )  # fmt: skip
+    ctx.static, ctx.bias_dtype = static, b_o.dtype
+
+
+def _layer_backward(ctx, grads):
+    if grads[0] is None:
+        return (None,) * 30
+    (raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, weights, prefix, carry, out,
+     *rest) = ctx.saved_tensors  # fmt: skip
+    index, optional = rest[:6], _optional(ctx, rest[6:])
+    bias_R = optional[0]
+    d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums, d_bias_R = torch.ops.flash_hf.layer_backward(
+        grads[0].contiguous(), raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, *optional, index, rms, h,
+        heads, weights, prefix, carry, out, *ctx.static,
+    )  # fmt: skip
+    E, H = w_u.shape[0], gamma.shape[0]
+    d_bias_R = None if bias_R is None or d_bias_R.numel() == 0 else d_bias_R.to(bias_R.dtype)
+    none = (None, None, None, [None] * 6, None) + (None,) * 12
+    return (
+        d_x, d_gain.to(gain.dtype), d_w[:E].to(w_u.dtype), d_b[:E].to(b_u.dtype), d_w[E : 2 * E].to(w_v.dtype),
+        d_b[E : 2 * E].to(b_v.dtype), d_w[2 * E :].to(w_z.dtype), d_b[2 * E :].to(b_z.dtype), d_w_o.to(w_o.dtype),
+        d_b_o.to(ctx.bias_dtype), sums[:H].to(gamma.dtype), sums[H:].to(beta.dtype), d_bias_R, *none,
+    )  # fmt: skip
+
+
+layer_op.register_autograd(_layer_backward, setup_context=_save_layer)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the kernels walk through a batch: once per forward, `ChunkLayout` becomes flat lists of chunks and pieces.
+
+A piece is some consecutive chunks of one document. Sums over the chunks of a piece run in one program, sums over the
+pieces of a document in a second, short pass: so long documents fill the GPU as well as many short ones do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..attention_flash import Normalization, global_scale
+from ..chunking_flash import ChunkLayout, Movable
+
+
+# Programs that one pass over pieces should have at least: three for each multiprocessor of a large GPU.
+PROGRAMS = 400
+LONGEST_PIECE = 16
+
+
+@dataclass(frozen=True)
+class ChunkPlan(Movable):
+    """Flat chunks (all rows, one after the other) and what they belong to.
+
+    Attributes:
+        tokens: N, tokens a row. chunks: G, chunks a row. chunk_size: slots of a chunk in this layout.
+        source_K: token index (flat over rows) of every slot, -1 for none, int32 `[B * G * chunk_size]`; None if the
+            grid is a padded reshape.
+        factor_G: factor on the linear queries against states kept over `chunk_size`, float32 `[B * G]`.
+        group_G: the piece (causal) or document (bidirectional) of each chunk, int32 `[B * G]`.
+        piece_begin, piece_end: chunks of each piece, int32 `[pieces]`.
+        document_begin, document_end: pieces of each document, int32 `[documents]`.
+    """
+
+    tokens: int
+    chunks: int
+    chunk_size: int
+    source_K: Tensor | None
+    factor_G: Tensor
+    group_G: Tensor
+    piece_begin: Tensor
+    piece_end: Tensor
+    document_begin: Tensor
+    document_end: Tensor
+
+    @property
+    def index(self) -> list[Tensor]:
+        """The tensors that every kernel op takes."""
+        return [
+            self.factor_G, self.group_G, self.piece_begin, self.piece_end, self.document_begin, self.document_end,
+        ]  # fmt: skip
+
+
+def chunk_plan(
+    layout: ChunkLayout, batch: int, *, causal: bool, width: int, normalization: Normalization, chunk_size: int
+) -> ChunkPlan:
+    """The plan for `layout`, on its device. Packed rows are read on the host once; others are not.
+
+    Args:
+        width: E, from which follows how many chunks a piece should have.
+        chunk_size: the configured C, which `normalization="chunk"` divides by.
+    """
+    G, C = layout.position_BGC.shape[1:]
+    N = layout.token_BN.shape[1]
+    device = layout.position_BGC.device
+    chunks = batch * G
+    fits = max(1, chunks * -(-width // 128) // PROGRAMS)
+    longest = min(LONGEST_PIECE, 1 << (fits.bit_length() - 1)) if isinstance(fits, int) else LONGEST_PIECE
+
+    chunk = torch.arange(chunks, dtype=torch.int32, device=device)
+    if layout.first_BG is None:
+        per_row = -(-G // longest)
+        piece = torch.arange(batch * per_row, dtype=torch.int32, device=device)
+        row, part = piece // per_row, piece % per_row
+        piece_begin = row * G + part * longest
+        piece_end = row * G + ((part + 1) * longest).clamp(max=G)
+        row = torch.arange(batch, dtype=torch.int32, device=device)
+        document_begin, document_end = row * per_row, (row + 1) * per_row
+        group = (chunk // G) * per_row + (chunk % G) // longest if causal else chunk // G
+    else:
+        place = torch.arange(G, device=device) - layout.first_BG
+        starts_document = (place == 0).flatten()
+        starts_piece = (place % longest == 0).flatten()
+        piece_G = starts_piece.cumsum(0) - 1
+        piece_begin = starts_piece.nonzero()[:, 0]
+        piece_end = torch.cat([piece_begin[1:], piece_begin.new_tensor([chunks])])
+        document_begin = piece_G[starts_document]
+        document_end = torch.cat([document_begin[1:], piece_begin.new_tensor([len(piece_begin)])])
+        group = piece_G if causal else starts_document.cumsum(0) - 1
+
+    count_BG = layout.before_BG if causal else layout.count_BG
+    factor = global_scale(count_BG, normalization, chunk_size, torch.float32) * C
+    source = None
+    if layout.source_BK is not None:
+        first = torch.arange(batch, device=device)[:, None] * N
+        source = torch.where(layout.source_BK >= 0, layout.source_BK + first, -1).flatten().int()
+    return ChunkPlan(
+        tokens=N,
+        chunks=G,
+        chunk_size=C,
+        source_K=source,
+        factor_G=factor.expand(batch, G).reshape(-1).contiguous(),
+        group_G=group.int(),
+        piece_begin=piece_begin.int(),
+        piece_end=piece_end.int(),
+        document_begin=document_begin.int(),
+        document_end=document_end.int(),
+    )
