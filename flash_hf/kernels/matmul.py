@@ -59,25 +59,32 @@ def gate_kernel(
 @triton.jit
 def product_tile(
     a_ptr, b_ptr, a_stride, b_stride_k, b_stride_n, row, column, M, N, K,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `a b`, float32. Rows and columns beyond the edge repeat the last one and are not stored."""
+    """One tile of `a b`, float32. EVEN: M, N and K are whole numbers of blocks."""
     k = tl.arange(0, BLOCK_K)
-    a_pointers = a_ptr + tl.minimum(row, M - 1)[:, None] * a_stride + k[None, :]
-    b_pointers = b_ptr + k[:, None] * b_stride_k + tl.minimum(column, N - 1)[None, :].to(tl.int64) * b_stride_n
+    a_pointers = a_ptr + row[:, None] * a_stride + k[None, :]
+    b_pointers = b_ptr + k[:, None] * b_stride_k + column[None, :] * b_stride_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if EVEN_K:
+        if EVEN:
             a = tl.load(a_pointers)
             b = tl.load(b_pointers)
         else:
-            a = tl.load(a_pointers, mask=(start + k < K)[None, :], other=0.0)
-            b = tl.load(b_pointers, mask=(start + k < K)[:, None], other=0.0)
+            a = tl.load(a_pointers, mask=(row < M)[:, None] & (start + k < K)[None, :], other=0.0)
+            b = tl.load(b_pointers, mask=(start + k < K)[:, None] & (column < N)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         a_pointers += BLOCK_K
         b_pointers += BLOCK_K * b_stride_k
     return acc
+
+
+@triton.jit
+def left_half(x, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
+    """One half of a tile's columns: an epilogue of several tiles runs out of registers on a whole one."""
+    left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    return left if LEFT else right
 
 
 @triton.jit
@@ -92,7 +99,7 @@ def tile_of(program, m_blocks, n_blocks, GROUP: tl.constexpr):
 @triton.jit
 def residual_kernel(
     a_ptr, w_ptr, bias_ptr, x_ptr, y_ptr, M, N, K,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`y = x + a w^T + bias` with contiguous a `[M, K]`, w `[N, K]`, x and y `[M, N]`."""
@@ -100,20 +107,28 @@ def residual_kernel(
     row = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = product_tile(
-        a_ptr, w_ptr, K, 1, K, row, column, M, N, K, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STAGES
+        a_ptr, w_ptr, K, 1, K, row, column, M, N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STAGES
     )
-    mask = (row < M)[:, None] & (column < N)[None, :]
-    offset = row[:, None] * N + column[None, :]
-    bias = tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-    acc += bias[None, :] + tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    HALF: tl.constexpr = BLOCK_N // 2
+    for half in tl.static_range(2):
+        part = left_half(acc, half == 0, BLOCK_M, HALF)
+        column = block_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
+        offset = row[:, None] * N + column[None, :]
+        if EVEN:
+            part += tl.load(bias_ptr + column).to(tl.float32)[None, :] + tl.load(x_ptr + offset).to(tl.float32)
+            tl.store(y_ptr + offset, part.to(y_ptr.dtype.element_ty))
+        else:
+            mask = (row < M)[:, None] & (column < N)[None, :]
+            part += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+            part += tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + offset, part.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def gate_product_kernel(
     dy_ptr, w_ptr, u_ptr, u_stride, rms_ptr, gain_ptr, bias_ptr, saved_ptr, d_attended_ptr, d_u_ptr, d_u_stride,
     d_bias_ptr, M, N, K,
-    FAST: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FAST: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`d_out = dy w` and, without storing it, `gate_gradient`: dy `[M, K]`, w `[K, N]`, all else `[M, N]`.
@@ -124,15 +139,19 @@ def gate_product_kernel(
     block_m, block_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    d_out = product_tile(
-        dy_ptr, w_ptr, K, N, 1, row, column, M, N, K, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STAGES
+    acc = product_tile(
+        dy_ptr, w_ptr, K, N, 1, row, column, M, N, K, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STAGES
     )
     real = row < M
     gain = row_gain(rms_ptr, gain_ptr, row, real)
-    raw = load_rows(u_ptr, u_stride, row, real, column, N, False)
-    saved = load_rows(saved_ptr, N, row, real, column, N, False)
-    d_attended, d_u = gate_gradient(d_out, raw, saved, gain, bias_ptr, column, N, True, True, FAST, False)
-    d_u = tl.where(real[:, None], d_u, 0.0)
-    store_rows(d_attended_ptr, N, row, real, column, N, d_attended, False)
-    store_rows(d_u_ptr, d_u_stride, row, real, column, N, d_u * gain[:, None], False)
-    tl.store(d_bias_ptr + block_m.to(tl.int64) * N + column, tl.sum(d_u, 0), mask=column < N)
+    HALF: tl.constexpr = BLOCK_N // 2
+    for half in tl.static_range(2):
+        d_out = left_half(acc, half == 0, BLOCK_M, HALF)
+        column = block_n * BLOCK_N + half * HALF + tl.arange(0, HALF)
+        raw = load_rows(u_ptr, u_stride, row, real, column, N, EVEN)
+        saved = load_rows(saved_ptr, N, row, real, column, N, EVEN)
+        d_attended, d_u = gate_gradient(d_out, raw, saved, gain, bias_ptr, column, N, True, True, FAST, False)
+        store_rows(d_attended_ptr, N, row, real, column, N, d_attended, EVEN)
+        store_rows(d_u_ptr, d_u_stride, row, real, column, N, d_u * gain[:, None], EVEN)
+        d_u = tl.where(real[:, None], d_u, 0.0)
+        tl.store(d_bias_ptr + block_m.to(tl.int64) * N + column, tl.sum(d_u, 0), mask=column < N)

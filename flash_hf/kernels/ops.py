@@ -198,7 +198,7 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
 
     heads = new((shape.H, shape.GT, t.CP, t.SP))
     rope = inputs.cos is not None
-    block = min(t.block, 32)
+    block = min(t.block, 16)
     forward.heads_kernel[(shape.GT * t.CP // block,)](
         inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta,
         inputs.cos if rope else factor, inputs.sin if rope else factor, factor, source, heads, N, G, C, shape.GT, S,
@@ -292,7 +292,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, d_attended: Tens
         )  # fmt: skip
         if inputs.bias_R is not None:
             d_bias_R = launch_bias(shape, d_scores)
-    block = min(t.block, 32)
+    block = min(t.block, 16)
     blocks = shape.GT * t.CP // block
     rope = inputs.cos is not None
     sums = new((blocks, 2 * shape.H + 1, t.SP), dtype=torch.float32)
@@ -462,11 +462,16 @@ gated_attention_op.register_autograd(_attention_backward, setup_context=_save_at
 # ------------------------------------------------------------------------------------------------------------------
 # The whole layer
 # ------------------------------------------------------------------------------------------------------------------
-def product_blocks(dtype: torch.dtype) -> dict:
-    """Tiles of the matrix products with an epilogue."""
+def product_blocks(dtype: torch.dtype, gate: bool) -> dict:
+    """Tiles of the matrix products with an epilogue; the gate's needs registers for three more tiles."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "STAGES": 2, "num_warps": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 3, "num_warps": 8}
+    width = 128 if gate else 256
+    return {"BLOCK_M": 128, "BLOCK_N": width, "BLOCK_K": 64, "GROUP": 8, "STAGES": 4 if gate else 3, "num_warps": 8}
+
+
+def is_even(blocks: dict, M: int, N: int, K: int) -> bool:
+    return M % blocks["BLOCK_M"] == 0 and N % blocks["BLOCK_N"] == 0 and K % blocks["BLOCK_K"] == 0
 
 
 def layer_shape(h_dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale) -> Shape:
@@ -506,10 +511,10 @@ def layer_op(
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
         out, heads, weights, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
         y = torch.empty_like(x)
-        blocks = product_blocks(dtype)
+        blocks = product_blocks(dtype, gate=False)
         forward_grid = (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),)
         matmul.residual_kernel[forward_grid](
-            out, w_o.to(dtype).contiguous(), b_o, x, y, T, D, E, EVEN_K=E % blocks["BLOCK_K"] == 0,
+            out, w_o.to(dtype).contiguous(), b_o, x, y, T, D, E, EVEN=is_even(blocks, T, D, E),
             PRECISION=dot_precision(dtype), **blocks,
         )  # fmt: skip
     return [y, rms, cast, h, heads, weights, prefix, carry, out, final]
@@ -549,12 +554,12 @@ def layer_backward_op(
         d_u, d_v, d_z = split_columns(d_h, E)
         u, v, z = split_columns(h, E)
         d_attended = new((T, E))
-        blocks = product_blocks(dtype)
+        blocks = product_blocks(dtype, gate=True)
         row_blocks = cdiv(T, blocks["BLOCK_M"])
         d_bias_u = new((row_blocks, E), dtype=torch.float32)
         matmul.gate_product_kernel[(row_blocks * cdiv(E, blocks["BLOCK_N"]),)](
             raw_dy, w_o.to(dtype).contiguous(), u, u.stride(0), rms, gain, b_u, out, d_attended, d_u, d_u.stride(0),
-            d_bias_u, T, E, D, FAST=fast_math(dtype), EVEN_K=D % blocks["BLOCK_K"] == 0,
+            d_bias_u, T, E, D, FAST=fast_math(dtype), EVEN=is_even(blocks, T, E, D),
             PRECISION=dot_precision(dtype), **blocks,
         )  # fmt: skip
         d_w_o = torch.mm(raw_dy.t(), out)
