@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backward kernels of gated mixed chunk attention: scores, linear heads, values, heads, and the norm."""
+"""Backward kernels of gated mixed chunk attention: gate, scores, linear heads, values, heads, and the norm."""
 
 from __future__ import annotations
 
@@ -7,26 +7,90 @@ import triton
 import triton.language as tl
 
 from .common import (
+    basis,
+    load_grid,
     load_rows,
     load_state,
-    load_values,
+    load_tile,
     preactivation,
-    rotation,
+    rotated_pair,
     row_gain,
+    sigmoid,
     silu,
     silu_grad,
     store_rows,
     token_rows,
+    vector,
 )
 from .forward import lower_tile
 
 
 @triton.jit
+def gate_gradient(
+    d_out, raw, saved, gain, bias_ptr, column, E,
+    SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, ATTENDED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the attended value and of the gate's input h, from that of `out = silu(h) * attended`.
+
+    Without the attended value itself it is `out / (h s)`, `s = sigmoid(h)`, so that
+    `d_out attended silu'(h) = d_out out (1 / h + 1 - s)`. The forward keeps h away from 0.
+    """
+    h = preactivation(raw, bias_ptr, column, E, gain, SCALED)
+    saved = saved.to(tl.float32)
+    if SILU:
+        if not ATTENDED:
+            h = tl.where(h == 0.0, 1e-20, h)
+        s = sigmoid(h, FAST)
+        d_attended = d_out * h * s
+        if ATTENDED:
+            d_gate = d_out * saved * s * (1.0 + h * (1.0 - s))
+        else:
+            d_gate = d_out * saved * (1.0 / h + 1.0 - s)
+    else:
+        d_attended = d_out * h
+        d_gate = d_out * saved
+    return d_attended, d_gate
+
+
+@triton.jit
+def gate_kernel(
+    d_out_ptr, d_out_stride, u_ptr, u_stride, saved_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_u_ptr, bias_v_ptr,
+    d_attended_ptr, d_u_ptr, d_u_stride, value_ptr, d_bias_ptr, T, E,
+    SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, ATTENDED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Backward of the gate: `gate_gradient`, and the values again, which the other gradients need.
+
+    With SCALED the gate's gradient is stored times the norm's gain, as the projection's backward takes it, and its
+    sums over the program's tokens, `[row blocks, E]`, for the bias.
+    """
+    block_m = tl.program_id(0).to(tl.int64)
+    token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    real = token < T
+    d_out = load_rows(d_out_ptr, d_out_stride, token, real, column, E, EVEN).to(tl.float32)
+    u = load_rows(u_ptr, u_stride, token, real, column, E, EVEN)
+    saved = load_rows(saved_ptr, E, token, real, column, E, EVEN)
+    if SILU:
+        v = load_rows(v_ptr, v_stride, token, real, column, E, EVEN)
+    gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
+    d_attended, d_u = gate_gradient(d_out, u, saved, gain, bias_u_ptr, column, E, SCALED, SILU, FAST, ATTENDED)
+    store_rows(d_attended_ptr, E, token, real, column, E, d_attended, EVEN)
+    if SCALED:
+        sums = tl.sum(tl.where(real[:, None], d_u, 0.0), 0)
+        tl.store(d_bias_ptr + block_m * E + column, sums, mask=column < E)
+        d_u = d_u * gain[:, None]
+    store_rows(d_u_ptr, d_u_stride, token, real, column, E, d_u, EVEN)
+    if SILU:
+        value = silu(preactivation(v, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
+        store_rows(value_ptr, E, token, real, column, E, value, EVEN)
+
+
+@triton.jit
 def score_gradient(
-    chunk, index, d_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, a_ptr, d_score_ptr, N, G, C, E,
-    CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
-    FAST: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    chunk, index, d, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, E,
+    CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr,
+    TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of scores: `dA = d_attended V^T`, `d_score = 2 relu(score) dA = 2 sqrt(A) dA`."""
     block_m, block_n = lower_tile(index, TILES, CAUSAL)
@@ -34,14 +98,14 @@ def score_gradient(
     n = block_n * BLOCK + tl.arange(0, BLOCK)
     token_m, real_m = token_rows(source_ptr, chunk, m, N, G, C, RAGGED)
     token_n, real_n = token_rows(source_ptr, chunk, n, N, G, C, RAGGED)
+    row_m = chunk * CP + block_m * BLOCK
+    row_n = chunk * CP + block_n * BLOCK
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, E, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        d = load_rows(d_ptr, E, token_m, real_m, column, E, EVEN_E)
-        v = load_values(
-            v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr, token_n, real_n, column, E, SCALED, SILU, FAST, EVEN_E
-        )
-        acc = tl.dot(d, tl.trans(v), acc, input_precision=PRECISION)
+        d_tile = load_tile(d, E, token_m, real_m, row_m, column, start, E, EVEN_E, TMA)
+        v = load_tile(value, value_stride, token_n, real_n, row_n, column, start, E, EVEN_E, TMA)
+        acc = tl.dot(d_tile, tl.trans(v), acc, input_precision=PRECISION)
     place = (chunk.to(tl.int64) * CP + m)[:, None] * CP + n[None, :]
     weight = tl.load(a_ptr + place).to(tl.float32)
     tl.store(d_score_ptr + place, (acc * 2.0 * tl.sqrt(weight)).to(d_score_ptr.dtype.element_ty))
@@ -49,66 +113,66 @@ def score_gradient(
 
 @triton.jit
 def linear_gradient(
-    chunk, block_m, x_ptr, x_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, prefix_ptr, carry_ptr, piece, out_ptr,
-    factor, N, G, C, E,
-    CP: tl.constexpr, SP: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, SCALED: tl.constexpr,
-    SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    chunk, block_m, x, x_stride, source_ptr, prefix, carry, piece, out_ptr, factor, N, G, C, E,
+    CP: tl.constexpr, SP: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, RAGGED: tl.constexpr,
+    EVEN_E: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a linear head for a block of tokens, `factor * x state^T`: of the query from x = d_attended and the
     state it saw, of the key from x = V and the state's gradient."""
     m = block_m * BLOCK + tl.arange(0, BLOCK)
     token, real = token_rows(source_ptr, chunk, m, N, G, C, RAGGED)
     s = tl.arange(0, SP)
+    row = chunk * CP + block_m * BLOCK
     acc = tl.zeros((BLOCK, SP), tl.float32)
     for start in tl.range(0, E, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        x = load_values(
-            x_ptr, x_stride, rms_ptr, gain_ptr, bias_v_ptr, token, real, column, E, SCALED, SILU, FAST, EVEN_E
-        )
-        state = load_state(prefix_ptr, carry_ptr, chunk, piece, s, column, E, SP, EVEN_E, PREFIX, CARRY)
-        acc = tl.dot(x, tl.trans(state), acc, input_precision=PRECISION)
+        tile = load_tile(x, x_stride, token, real, row, column, start, E, EVEN_E, TMA)
+        state = load_state(prefix, carry, chunk, piece, s, 0, column, start, E, SP, EVEN_E, PREFIX, CARRY, TMA)
+        acc = tl.dot(tile, tl.trans(state), acc, input_precision=PRECISION)
     place = (chunk.to(tl.int64) * CP + m)[:, None] * SP + s[None, :]
     tl.store(out_ptr + place, (acc * factor).to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
 def value_gradient(
-    chunk, block_n, block_e, a_ptr, d_ptr, k_ptr, prefix_ptr, carry_ptr, piece, v_ptr, v_stride, rms_ptr, gain_ptr,
-    bias_v_ptr, source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, E,
+    chunk, block_n, block_e, a, d, keys, prefix, carry, piece, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr,
+    source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, E,
     CP: tl.constexpr, SP: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, PREFIX: tl.constexpr,
     CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the values' input for a tile: `(A^T d_attended + k_lin d_state) silu'(h)`, times the norm's gain if
     that is applied here, and its sums over the tile's tokens for the bias."""
-    n = block_n * BLOCK + tl.arange(0, BLOCK)
-    column = block_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    wide_chunk = chunk.to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    k = tl.arange(0, BLOCK_K)
+    first_n = block_n * BLOCK
+    first_e = block_e * BLOCK_E
+    column = first_e + tl.arange(0, BLOCK_E)
     acc = tl.zeros((BLOCK, BLOCK_E), tl.float32)
     if QUAD:
-        first = block_n * BLOCK if CAUSAL else 0
+        first = first_n if CAUSAL else 0
         for start in tl.range(first, CP, BLOCK_K, num_stages=STAGES):
-            m = start + tl.arange(0, BLOCK_K)
-            token, real = token_rows(source_ptr, chunk, m, N, G, C, RAGGED)
-            a = tl.load(a_ptr + (wide_chunk * CP + m)[:, None] * CP + n[None, :])
-            d = load_rows(d_ptr, E, token, real, column, E, EVEN_E)
-            acc = tl.dot(tl.trans(a), d, acc, input_precision=PRECISION)
+            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, RAGGED)
+            weight = load_grid(a, CP, chunk * CP + start, k, first_n, n, TMA)
+            d_tile = load_tile(d, E, token, real, chunk * CP + start, column, first_e, E, EVEN_E, TMA)
+            acc = tl.dot(tl.trans(weight), d_tile, acc, input_precision=PRECISION)
     if LIN:
+        s = tl.arange(0, BLOCK_S)
         for start in tl.range(0, SP, BLOCK_S, num_stages=STAGES):
-            s = start + tl.arange(0, BLOCK_S)
-            k = tl.load(k_ptr + (wide_chunk * CP + n)[:, None] * SP + s[None, :])
-            state = load_state(prefix_ptr, carry_ptr, chunk, piece, s, column, E, SP, EVEN_E, PREFIX, CARRY)
-            # States are kept over C; the query's factor makes up for it, and keys have none.
-            acc = tl.dot(k, state, acc, input_precision=PRECISION)
-    token, real = token_rows(source_ptr, chunk, n, N, G, C, RAGGED)
+            key = load_grid(keys, SP, chunk * CP + first_n, n, start, s, TMA)
+            state = load_state(
+                prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA
+            )
+            acc = tl.dot(key, state, acc, input_precision=PRECISION)
+    token, real = token_rows(source_ptr, chunk, first_n + n, N, G, C, RAGGED)
     raw = load_rows(v_ptr, v_stride, token, real, column, E, EVEN_E)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     d_h = acc * silu_grad(preactivation(raw, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
     if SCALED:
         d_h = tl.where(real[:, None], d_h, 0.0)
-        place = d_bias_ptr + (wide_chunk * (CP // BLOCK) + block_n) * E + column
+        place = d_bias_ptr + (chunk.to(tl.int64) * (CP // BLOCK) + block_n) * E + column
         tl.store(place, tl.sum(d_h, 0), mask=column < E)
         d_h = d_h * gain[:, None]
     store_rows(d_v_ptr, d_v_stride, token, real, column, E, d_h, EVEN_E)
@@ -116,17 +180,20 @@ def value_gradient(
 
 @triton.jit
 def chunk_gradients_kernel(
-    a_ptr, d_ptr, lin_k_ptr, prefix_ptr, carry_ptr, d_prefix_ptr, d_carry_ptr, piece_ptr, factor_ptr, v_ptr, v_stride,
-    rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_score_ptr, d_lin_q_ptr, d_lin_k_ptr, d_v_ptr, d_v_stride,
-    d_bias_ptr, N, G, C, E, E_BLOCKS,
+    a_ptr, a_slots, d_rows, d_slots, value, value_stride, keys, prefix, carry, d_prefix, d_carry, d_prefix_slots,
+    d_carry_slots, piece_ptr, factor_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_score_ptr,
+    d_lin_q_ptr, d_lin_k_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, E, E_BLOCKS,
     CP: tl.constexpr, SP: tl.constexpr, TILES: tl.constexpr, SCORE_TILES: tl.constexpr, QUAD: tl.constexpr,
     LIN: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr,
     SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All products of one chunk's backward, each program one tile of one of them. They read the same d_attended and
-    V; side by side in one launch they find them in the L2 cache."""
+    V; side by side in one launch they find them in the L2 cache.
+
+    `..._slots` are the same tensors, as descriptors of tiles that take slots as the product's inner dimension.
+    """
     score_programs: tl.constexpr = SCORE_TILES if QUAD else 0
     linear_programs: tl.constexpr = TILES if LIN else 0
     per_chunk = score_programs + 2 * linear_programs + TILES * E_BLOCKS
@@ -137,30 +204,30 @@ def chunk_gradients_kernel(
     if index < score_programs:
         if QUAD:
             score_gradient(
-                chunk, index, d_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, a_ptr, d_score_ptr,
-                N, G, C, E, CP, TILES, CAUSAL, SCALED, SILU, FAST, RAGGED, EVEN_K, BLOCK, BLOCK_K, PRECISION, STAGES,
+                chunk, index, d_rows, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, E, CP, TILES,
+                CAUSAL, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, STAGES,
             )  # fmt: skip
     elif index < score_programs + linear_programs:
         if LIN:
             linear_gradient(
-                chunk, index - score_programs, d_ptr, E, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, prefix_ptr,
-                carry_ptr, piece, d_lin_q_ptr, tl.load(factor_ptr + chunk), N, G, C, E, CP, SP, PREFIX, CARRY, False,
-                False, FAST, RAGGED, EVEN_K, BLOCK, BLOCK_K, PRECISION, STAGES,
+                chunk, index - score_programs, d_rows, E, source_ptr, prefix, carry, piece, d_lin_q_ptr,
+                tl.load(factor_ptr + chunk), N, G, C, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K,
+                PRECISION, STAGES,
             )  # fmt: skip
     elif index < score_programs + 2 * linear_programs:
         if LIN:
             linear_gradient(
-                chunk, index - score_programs - linear_programs, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr,
-                source_ptr, d_prefix_ptr, d_carry_ptr, piece, d_lin_k_ptr, 1.0, N, G, C, E, CP, SP, PREFIX, CARRY,
-                SCALED, SILU, FAST, RAGGED, EVEN_K, BLOCK, BLOCK_K, PRECISION, STAGES,
+                chunk, index - score_programs - linear_programs, value, value_stride, source_ptr, d_prefix, d_carry,
+                piece, d_lin_k_ptr, 1.0, N, G, C, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K,
+                PRECISION, STAGES,
             )  # fmt: skip
     else:
         tile = index - score_programs - 2 * linear_programs
         value_gradient(
-            chunk, tile % TILES, tile // TILES, a_ptr, d_ptr, lin_k_ptr, d_prefix_ptr, d_carry_ptr, piece, v_ptr,
+            chunk, tile % TILES, tile // TILES, a_slots, d_slots, keys, d_prefix_slots, d_carry_slots, piece, v_ptr,
             v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, E, CP, SP,
-            QUAD, LIN, PREFIX, CARRY, CAUSAL, SCALED, SILU, FAST, RAGGED, EVEN_E, BLOCK, BLOCK_E, BLOCK_K, BLOCK_S,
-            PRECISION, STAGES,
+            QUAD, LIN, PREFIX, CARRY, CAUSAL, SCALED, SILU, FAST, RAGGED, EVEN_E, TMA, BLOCK, BLOCK_E, BLOCK_K,
+            BLOCK_S, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -216,70 +283,105 @@ def bias_kernel(
 def heads_gradient_kernel(
     d_heads_ptr, z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, source_ptr, d_z_ptr,
     d_z_stride, sums_ptr, N, G, C, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
-    SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
+    H: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Backward of `heads_kernel`: gradient of z's input, and per program the sums over its tokens for gamma, beta and
-    z's bias, `[programs, 2 H + 1, SP]`. A rotation's transpose turns the other way."""
+    z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way."""
     blocks: tl.constexpr = CP // BLOCK_M
     program = tl.program_id(0)
     chunk = program // blocks
     slot = (program % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
-    column = tl.arange(0, SP)
-    partner, angle, sign, turned = rotation(column, rotary_dim, INTERLEAVED)
-    inside = column < S
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
-    h = preactivation(load_rows(z_ptr, z_stride, token, real, column, S, False), bias_ptr, column, S, gain, SCALED)
-    z = silu(h, SILU, FAST)
-    if ROPE:
-        row = (chunk * C + slot) % table_rows
-        table = row[:, None].to(tl.int64) * (rotary_dim // 2) + angle[None, :]
-        table_mask = (slot < C)[:, None] & turned[None, :]
-        cos = tl.load(cos_ptr + table, mask=table_mask, other=1.0)
-        sin = tl.load(sin_ptr + table, mask=table_mask, other=0.0) * sign[None, :]
-    mask = inside[None, :] & real[:, None]
-    sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * SP + column
-    d_z = tl.zeros((BLOCK_M, SP), tl.float32)
-    for head in tl.static_range(H):
-        place = ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
-        d = tl.load(d_heads_ptr + place + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if ROPE:
-            other = tl.load(d_heads_ptr + place + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-            d = d * cos - other * sin
-        gamma = tl.load(gamma_ptr + head * S + column, mask=inside, other=0.0).to(tl.float32)
-        d_z += d * gamma[None, :]
-        tl.store(sums + head * SP, tl.sum(d * z, 0))
-        tl.store(sums + (H + head) * SP, tl.sum(d, 0))
-    d_h = d_z * silu_grad(h, SILU, FAST)
-    tl.store(sums + 2 * H * SP, tl.sum(d_h, 0))
-    if SCALED:
-        d_h = d_h * gain[:, None]
-    store_rows(d_z_ptr, d_z_stride, token, real, column, S, d_h, False)
+    sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * S
+    d_z_row = d_z_ptr + token[:, None] * d_z_stride
+    dtype = d_z_ptr.dtype.element_ty
+    if HALF > 0:
+        one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
+        mask = real[:, None] & inside[None, :]
+        h_one = basis(z_ptr, z_stride, token, real, one, inside, gain, bias_ptr, SCALED)
+        h_two = basis(z_ptr, z_stride, token, real, two, inside, gain, bias_ptr, SCALED)
+        z_one = silu(h_one, SILU, FAST)
+        z_two = silu(h_two, SILU, FAST)
+        table = ((chunk * C + slot) % table_rows)[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[None, :]
+        cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
+        d_one = tl.zeros((BLOCK_M, HALF), tl.float32)
+        d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
+        for head in tl.static_range(H):
+            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
+            turned_one = tl.load(own + one[None, :], mask=mask, other=0.0).to(tl.float32)
+            turned_two = tl.load(own + two[None, :], mask=mask, other=0.0).to(tl.float32)
+            p_one = turned_one * cos + turned_two * sin
+            p_two = turned_two * cos - turned_one * sin
+            d_one += p_one * vector(gamma_ptr, head, S, one, inside)
+            d_two += p_two * vector(gamma_ptr, head, S, two, inside)
+            tl.store(sums + head * S + one, tl.sum(p_one * z_one, 0), mask=inside)
+            tl.store(sums + head * S + two, tl.sum(p_two * z_two, 0), mask=inside)
+            tl.store(sums + (H + head) * S + one, tl.sum(p_one, 0), mask=inside)
+            tl.store(sums + (H + head) * S + two, tl.sum(p_two, 0), mask=inside)
+        d_one *= silu_grad(h_one, SILU, FAST)
+        d_two *= silu_grad(h_two, SILU, FAST)
+        tl.store(sums + 2 * H * S + one, tl.sum(d_one, 0), mask=inside)
+        tl.store(sums + 2 * H * S + two, tl.sum(d_two, 0), mask=inside)
+        if SCALED:
+            d_one *= gain[:, None]
+            d_two *= gain[:, None]
+        tl.store(d_z_row + one[None, :], d_one.to(dtype), mask=mask)
+        tl.store(d_z_row + two[None, :], d_two.to(dtype), mask=mask)
+    if REST > 0:
+        column = rotary_dim + tl.arange(0, REST)
+        inside = column < S
+        mask = real[:, None] & inside[None, :]
+        h = basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED)
+        z = silu(h, SILU, FAST)
+        d_h = tl.zeros((BLOCK_M, REST), tl.float32)
+        for head in tl.static_range(H):
+            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
+            d = tl.load(own, mask=mask, other=0.0).to(tl.float32)
+            d_h += d * vector(gamma_ptr, head, S, column, inside)
+            tl.store(sums + head * S + column, tl.sum(d * z, 0), mask=inside)
+            tl.store(sums + (H + head) * S + column, tl.sum(d, 0), mask=inside)
+        d_h *= silu_grad(h, SILU, FAST)
+        tl.store(sums + 2 * H * S + column, tl.sum(d_h, 0), mask=inside)
+        if SCALED:
+            d_h *= gain[:, None]
+        tl.store(d_z_row + column[None, :], d_h.to(dtype), mask=mask)
 
 
 @triton.jit
 def norm_gradient_kernel(
-    p_ptr, x_ptr, dy_ptr, rms_ptr, dx_ptr, dot_ptr, sum_ptr, T, D,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    p_ptr, x_ptr, dy_ptr, rms_ptr, gain_ptr, dx_ptr, dot_ptr, sum_ptr, T, D,
+    RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Backward of ScaleNorm and of the residual sum: `dx = dy + p - x (p . x) / (D rms^2)`, where p is the gradient
-    through the projections with the norm's gain in it. `dot = p . x` gives the gain's gradient, and the sums of dy
-    over the program's tokens, `[programs, D]`, that of the output projection's bias."""
+    """Backward of ScaleNorm, `dx = p - x (p . x) / (D rms^2)` with the gradient p that includes the norm's gain, and
+    `dot = p . x` for the gain's gradient.
+
+    RESIDUAL: p comes from the projections' backward; the residual sum's gradient dy is added, and its sums over the
+    program's tokens, `[programs, D]`, are the output bias'. Otherwise p is `dy * gain` of a norm on its own.
+    """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     for step in range(STEPS):
         token = (program * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
-        mask = (token < T)[:, None] & (column < D)[None, :]
+        real = token < T
+        mask = real[:, None] & (column < D)[None, :]
         offset = token[:, None] * D + column[None, :]
-        p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        rms = tl.load(rms_ptr + token, mask=token < T, other=0.0)
+        rms = tl.load(rms_ptr + token, mask=real, other=0.0)
+        if RESIDUAL:
+            p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            total += tl.sum(dy, 0)
+        else:
+            p = dy * row_gain(rms_ptr, gain_ptr, token, real)[:, None]
+            dy = 0.0
         dot = tl.sum(p * x, 1)
         dx = dy + p - x * (dot * rms * rms / D)[:, None]
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        tl.store(dot_ptr + token, dot, mask=token < T)
-        total += tl.sum(dy, 0)
-    tl.store(sum_ptr + program * D + column, total, mask=column < D)
+        tl.store(dot_ptr + token, dot, mask=real)
+    if RESIDUAL:
+        tl.store(sum_ptr + program * D + column, total, mask=column < D)

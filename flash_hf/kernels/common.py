@@ -90,6 +90,25 @@ def load_rows(ptr, stride, token, real, column, width, EVEN_E: tl.constexpr):
 
 
 @triton.jit
+def load_tile(x, stride, token, real, row, column, start, width, EVEN_E: tl.constexpr, TMA: tl.constexpr):
+    """A tile of tokens and columns. TMA: x is a tensor descriptor, and the tile begins at (row, start); else a pointer,
+    and `load_rows` takes the tokens one by one."""
+    if TMA:
+        return x.load([row, start])
+    else:
+        return load_rows(x, stride, token, real, column, width, EVEN_E)
+
+
+@triton.jit
+def load_grid(x, width, row, rows, start, columns, TMA: tl.constexpr):
+    """A tile of a chunk grid `[all slots, width]`, whose sizes are whole tiles: by descriptor, or by pointer."""
+    if TMA:
+        return x.load([row, start])
+    else:
+        return tl.load(x + (row.to(tl.int64) + rows)[:, None] * width + (start + columns)[None, :])
+
+
+@triton.jit
 def store_rows(ptr, stride, token, real, column, width, value, EVEN_E: tl.constexpr):
     pointers = ptr + token[:, None] * stride + column[None, :]
     if EVEN_E:
@@ -118,56 +137,73 @@ def preactivation(raw, bias_ptr, column, width, gain, SCALED: tl.constexpr):
 
 
 @triton.jit
-def load_values(
-    v_ptr, stride, rms_ptr, gain_ptr, bias_ptr, token, real, column, E,
-    SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, EVEN_E: tl.constexpr,
+def values_of(
+    raw, rms_ptr, gain_ptr, bias_ptr, token, real, column, E,
+    SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Values `silu(h)` of a block of tokens, in the type that products take; 0 at slots without a token."""
-    value = load_rows(v_ptr, stride, token, real, column, E, EVEN_E)
+    """Values `silu(h)` of a block of tokens, float32; 0 at slots without a token."""
     if SCALED:
-        value = preactivation(value, bias_ptr, column, E, row_gain(rms_ptr, gain_ptr, token, real), SCALED)
+        gain = row_gain(rms_ptr, gain_ptr, token, real)
         # silu(b) is not 0 where there is no token.
-        value = tl.where(real[:, None], silu(value, SILU, FAST), 0.0)
-    elif SILU:
-        value = silu(value.to(tl.float32), SILU, FAST)
-    return value.to(v_ptr.dtype.element_ty)
+        return tl.where(real[:, None], silu(preactivation(raw, bias_ptr, column, E, gain, SCALED), SILU, FAST), 0.0)
+    else:
+        return silu(raw.to(tl.float32), SILU, FAST)
 
 
 @triton.jit
-def load_state(prefix_ptr, carry_ptr, chunk, piece, s, column, E, SP: tl.constexpr, EVEN_E: tl.constexpr,
-               PREFIX: tl.constexpr, CARRY: tl.constexpr):  # fmt: skip
-    """Rows `s` of the state a chunk sees, over C: what its own piece holds before it, plus what earlier pieces do.
+def load_sums(x, index, s, first, column, start, E, SP: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr):
+    """A tile of `x[index]`, x `[.., SP, E]`: rows from `first` on, columns from `start` on."""
+    if TMA:
+        return x.load([index * SP + first, start])
+    else:
+        pointers = x + index.to(tl.int64) * (SP * E) + (first + s)[:, None] * E + column[None, :]
+        if EVEN_E:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=(column < E)[None, :], other=0.0)
+
+
+@triton.jit
+def load_state(
+    prefix, carry, chunk, piece, s, first, column, start, E, SP: tl.constexpr, EVEN_E: tl.constexpr,
+    PREFIX: tl.constexpr, CARRY: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """A tile of the state a chunk sees, over C: what its own piece holds before it, plus what earlier pieces do.
 
     Without PREFIX (bidirectional) a document has one state, found at `carry[piece]`.
     """
-    offset = s[:, None] * E + column[None, :]
-    mask = (column < E)[None, :]
     if PREFIX:
-        pointers = prefix_ptr + chunk.to(tl.int64) * (SP * E) + offset
-        state = tl.load(pointers) if EVEN_E else tl.load(pointers, mask=mask, other=0.0)
+        state = load_sums(prefix, chunk, s, first, column, start, E, SP, EVEN_E, TMA)
         if CARRY:
-            pointers = carry_ptr + piece.to(tl.int64) * (SP * E) + offset
-            carry = tl.load(pointers) if EVEN_E else tl.load(pointers, mask=mask, other=0.0)
-            state = (state.to(tl.float32) + carry.to(tl.float32)).to(prefix_ptr.dtype.element_ty)
+            before = load_sums(carry, piece, s, first, column, start, E, SP, EVEN_E, TMA)
+            state = (state.to(tl.float32) + before.to(tl.float32)).to(state.dtype)
+        return state
     else:
-        pointers = carry_ptr + piece.to(tl.int64) * (SP * E) + offset
-        state = tl.load(pointers) if EVEN_E else tl.load(pointers, mask=mask, other=0.0)
-    return state
+        return load_sums(carry, piece, s, first, column, start, E, SP, EVEN_E, TMA)
 
 
 @triton.jit
-def rotation(column, rotary_dim, INTERLEAVED: tl.constexpr):
-    """For each key dimension: its partner in the rotation, its angle's index, the sign of the partner's sine, and
-    whether it is turned at all."""
+def rotated_pair(rotary_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Key dimensions that RoPE turns into each other, `[HALF]` each, and which of them exist."""
+    i = tl.arange(0, HALF)
     if INTERLEAVED:
-        first = column % 2 == 0
-        partner = tl.where(first, column + 1, column - 1)
-        angle = column // 2
+        return 2 * i, 2 * i + 1, i < rotary_dim // 2
     else:
-        half = rotary_dim // 2
-        first = column < half
-        partner = tl.where(first, column + half, column - half)
-        angle = tl.where(first, column, column - half)
-    turned = column < rotary_dim
-    partner = tl.where(turned, partner, column)
-    return partner, tl.where(turned, angle, 0), tl.where(first, -1.0, 1.0), turned
+        return i, i + rotary_dim // 2, i < rotary_dim // 2
+
+
+@triton.jit
+def basis(z_ptr, stride, token, real, column, inside, gain, bias_ptr, SCALED: tl.constexpr):
+    """float32 input of the basis' activation at some key dimensions."""
+    raw = tl.load(z_ptr + token[:, None] * stride + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+    value = raw.to(tl.float32)
+    if SCALED:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        value = value * gain[:, None] + bias[None, :]
+    return value
+
+
+@triton.jit
+def vector(ptr, row, width, column, inside):
+    """`ptr[row, column]` as float32 `[1, columns]`."""
+    return tl.load(ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]

@@ -7,15 +7,19 @@ import triton
 import triton.language as tl
 
 from .common import (
+    basis,
+    load_grid,
     load_rows,
     load_state,
-    load_values,
+    load_tile,
     preactivation,
-    rotation,
+    rotated_pair,
     row_gain,
     silu,
     store_rows,
     token_rows,
+    values_of,
+    vector,
 )
 
 
@@ -40,44 +44,48 @@ def rms_kernel(
 def heads_kernel(
     z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, factor_ptr, source_ptr,
     heads_ptr, N, G, C, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, LIN_Q: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, ROPE: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    H: tl.constexpr, LIN_Q: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Heads `RoPE(gamma_h silu(z) + beta_h)` on the chunk grid, `[H, GT, CP, SP]`; the linear query times its chunk's
-    factor. Each dimension loads its partner's z too, so that the rotation needs no exchange between threads."""
+    factor. HALF pairs of dimensions are turned, REST pass through."""
     blocks: tl.constexpr = CP // BLOCK_M
     chunk = tl.program_id(0) // blocks
     slot = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
-    column = tl.arange(0, SP)
-    partner, angle, sign, turned = rotation(column, rotary_dim, INTERLEAVED)
-    inside = column < S
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
-    z = preactivation(load_rows(z_ptr, z_stride, token, real, column, S, False), bias_ptr, column, S, gain, SCALED)
-    z = silu(z, SILU, FAST)
-    out_mask = inside[None, :] & real[:, None]
-    if ROPE:
-        other = load_rows(z_ptr, z_stride, token, real, partner, S, False)
-        other = silu(preactivation(other, bias_ptr, partner, S, gain, SCALED), SILU, FAST)
-        row = (chunk * C + slot) % table_rows
-        table = row[:, None].to(tl.int64) * (rotary_dim // 2) + angle[None, :]
-        table_mask = (slot < C)[:, None] & turned[None, :]
-        cos = tl.load(cos_ptr + table, mask=table_mask, other=1.0)
-        sin = tl.load(sin_ptr + table, mask=table_mask, other=0.0) * sign[None, :]
-    for head in tl.static_range(H):
-        gamma = tl.load(gamma_ptr + head * S + column, mask=inside, other=0.0).to(tl.float32)
-        beta = tl.load(beta_ptr + head * S + column, mask=inside, other=0.0).to(tl.float32)
-        value = z * gamma[None, :] + beta[None, :]
-        if ROPE:
-            gamma = tl.load(gamma_ptr + head * S + partner, mask=inside, other=0.0).to(tl.float32)
-            beta = tl.load(beta_ptr + head * S + partner, mask=inside, other=0.0).to(tl.float32)
-            value = value * cos + (other * gamma[None, :] + beta[None, :]) * sin
-        if head == LIN_Q:
-            value = value * tl.load(factor_ptr + chunk)
-        place = (head * GT + chunk).to(tl.int64) * CP + slot
-        value = tl.where(out_mask, value, 0.0).to(heads_ptr.dtype.element_ty)
-        tl.store(heads_ptr + place[:, None] * SP + column[None, :], value)
+    factor = tl.load(factor_ptr + chunk)
+    if HALF > 0:
+        one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
+        z_one = silu(basis(z_ptr, z_stride, token, real, one, inside, gain, bias_ptr, SCALED), SILU, FAST)
+        z_two = silu(basis(z_ptr, z_stride, token, real, two, inside, gain, bias_ptr, SCALED), SILU, FAST)
+        table = ((chunk * C + slot) % table_rows)[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[None, :]
+        # A token's slots alone: an empty slot's head is 0.
+        mask = real[:, None] & inside[None, :]
+        cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
+        sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
+        for head in tl.static_range(H):
+            p_one = z_one * vector(gamma_ptr, head, S, one, inside) + vector(beta_ptr, head, S, one, inside)
+            p_two = z_two * vector(gamma_ptr, head, S, two, inside) + vector(beta_ptr, head, S, two, inside)
+            if head == LIN_Q:
+                p_one *= factor
+                p_two *= factor
+            out = heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
+            dtype = heads_ptr.dtype.element_ty
+            tl.store(out + one[None, :], (p_one * cos - p_two * sin).to(dtype), mask=inside[None, :])
+            tl.store(out + two[None, :], (p_two * cos + p_one * sin).to(dtype), mask=inside[None, :])
+    if REST > 0:
+        column = rotary_dim + tl.arange(0, REST)
+        inside = column < S
+        z = silu(basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED), SILU, FAST)
+        for head in tl.static_range(H):
+            p = z * vector(gamma_ptr, head, S, column, inside) + vector(beta_ptr, head, S, column, inside)
+            if head == LIN_Q:
+                p *= factor
+            p = tl.where(real[:, None], p, 0.0)
+            out = heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
+            tl.store(out, p.to(heads_ptr.dtype.element_ty), mask=inside[None, :])
 
 
 @triton.jit
@@ -123,39 +131,60 @@ def scores_kernel(
 
 @triton.jit
 def states_kernel(
-    k_ptr, x_ptr, x_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, prefix_ptr, total_ptr,
-    N, G, C, E,
+    keys, x, x_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, value_ptr, prefix_ptr,
+    total_ptr, N, G, C, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, PREFIX: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, VALUES: tl.constexpr, PREFIX: tl.constexpr,
+    REVERSE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """`sum k x^T` over the chunks of one piece (consecutive chunks of one document), `[pieces, SP, E]` in float32, and
     with PREFIX what the sum was before each chunk, over C, `[GT, SP, E]`. REVERSE goes through the chunks backwards,
-    for the gradient."""
+    for the gradient. With VALUES x is the values' input: they are computed here and stored for the other kernels."""
     piece = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    s = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
+    first_e = tl.program_id(1) * BLOCK_E
+    first_s = tl.program_id(2) * BLOCK_S
+    column = first_e + tl.arange(0, BLOCK_E)
+    s = tl.arange(0, BLOCK_S)
+    k = tl.arange(0, BLOCK_K)
     begin = tl.load(begin_ptr + piece)
     end = tl.load(end_ptr + piece)
-    offset = s[:, None] * E + column[None, :]
-    mask = (column < E)[None, :] & (s < SP)[:, None]
+    offset = (first_s + s)[:, None] * E + column[None, :]
+    mask = (column < E)[None, :]
     acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
     inverse = 1.0 / C
-    for step in range(0, end - begin):
-        chunk = end - 1 - step if REVERSE else begin + step
+    STEPS: tl.constexpr = CP // BLOCK_K
+    # One loop, so that loads run ahead across the chunks' borders.
+    for step in tl.range(0, (end - begin) * STEPS, num_stages=STAGES):
+        chunk = end - 1 - step // STEPS if REVERSE else begin + step // STEPS
         if PREFIX:
-            pointers = prefix_ptr + chunk.to(tl.int64) * (SP * E) + offset
-            tl.store(pointers, (acc * inverse).to(prefix_ptr.dtype.element_ty), mask=mask)
-        for start in tl.range(0, CP, BLOCK_K, num_stages=STAGES):
-            slot = start + tl.arange(0, BLOCK_K)
-            token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
-            k = tl.load(k_ptr + (chunk.to(tl.int64) * CP + slot)[:, None] * SP + s[None, :])
-            x = load_values(
-                x_ptr, x_stride, rms_ptr, gain_ptr, bias_ptr, token, real, column, E, SCALED, SILU, FAST, EVEN_E
-            )
-            acc = tl.dot(tl.trans(k), x, acc, input_precision=PRECISION)
+            if step % STEPS == 0:
+                pointers = prefix_ptr + chunk.to(tl.int64) * (SP * E) + offset
+                tl.store(pointers, (acc * inverse).to(prefix_ptr.dtype.element_ty), mask=mask)
+        slot = (step % STEPS) * BLOCK_K
+        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, RAGGED)
+        key = load_grid(keys, SP, chunk * CP + slot, k, first_s, s, TMA)
+        value = load_tile(x, x_stride, token, real, chunk * CP + slot, column, first_e, E, EVEN_E, TMA)
+        if VALUES:
+            value = values_of(value, rms_ptr, gain_ptr, bias_ptr, token, real, column, E, SCALED, SILU, FAST)
+            value = value.to(value_ptr.dtype.element_ty)
+            store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
+        acc = tl.dot(tl.trans(key), value, acc, input_precision=PRECISION)
     tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)
+
+
+@triton.jit
+def values_kernel(
+    v_ptr, v_stride, rms_ptr, gain_ptr, bias_ptr, value_ptr, T, E,
+    SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Values `silu(h)`, where no sum over them is needed."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    real = token < T
+    raw = load_rows(v_ptr, v_stride, token, real, column, E, False)
+    value = values_of(raw, rms_ptr, gain_ptr, bias_ptr, token, real, column, E, SCALED, SILU, FAST)
+    store_rows(value_ptr, E, token, real, column, E, value, False)
 
 
 @triton.jit
@@ -184,12 +213,13 @@ def carry_kernel(
 
 @triton.jit
 def output_kernel(
-    a_ptr, q_ptr, prefix_ptr, carry_ptr, u_ptr, u_stride, v_ptr, v_stride, rms_ptr, gain_ptr, bias_u_ptr, bias_v_ptr,
-    source_ptr, piece_ptr, out_ptr, attended_ptr, N, G, C, E, E_BLOCKS,
+    a, q, prefix, carry, u_ptr, u_stride, value, value_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, piece_ptr,
+    out_ptr, attended_ptr, N, G, C, E, E_BLOCKS,
     CP: tl.constexpr, SP: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, PREFIX: tl.constexpr,
     CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, ATTENDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, ATTENDED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`silu(u) * (A V + q_lin state)` of one tile of tokens and value dimensions.
 
@@ -198,35 +228,35 @@ def output_kernel(
     M_BLOCKS: tl.constexpr = CP // BLOCK_M
     program = tl.program_id(0)
     block_m = program % M_BLOCKS
-    block_e = (program // M_BLOCKS) % E_BLOCKS
+    first_e = ((program // M_BLOCKS) % E_BLOCKS) * BLOCK_E
     chunk = program // (M_BLOCKS * E_BLOCKS)
-    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    wide_chunk = chunk.to(tl.int64)
+    column = first_e + tl.arange(0, BLOCK_E)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    row = chunk * CP + block_m * BLOCK_M
     acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     if QUAD:
         last = (block_m + 1) * BLOCK_M if CAUSAL else CP
         for start in tl.range(0, last, BLOCK_K, num_stages=STAGES):
-            n = start + tl.arange(0, BLOCK_K)
-            token, real = token_rows(source_ptr, chunk, n, N, G, C, RAGGED)
-            a = tl.load(a_ptr + (wide_chunk * CP + m)[:, None] * CP + n[None, :])
-            v = load_values(
-                v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr, token, real, column, E, SCALED, SILU, FAST, EVEN_E
-            )
-            acc = tl.dot(a, v, acc, input_precision=PRECISION)
+            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, RAGGED)
+            weight = load_grid(a, CP, row, m, start, k, TMA)
+            v = load_tile(value, value_stride, token, real, chunk * CP + start, column, first_e, E, EVEN_E, TMA)
+            acc = tl.dot(weight, v, acc, input_precision=PRECISION)
     if LIN:
         piece = tl.load(piece_ptr + chunk)
+        s = tl.arange(0, BLOCK_S)
         for start in tl.range(0, SP, BLOCK_S, num_stages=STAGES):
-            s = start + tl.arange(0, BLOCK_S)
-            q = tl.load(q_ptr + (wide_chunk * CP + m)[:, None] * SP + s[None, :])
-            state = load_state(prefix_ptr, carry_ptr, chunk, piece, s, column, E, SP, EVEN_E, PREFIX, CARRY)
-            acc = tl.dot(q, state, acc, input_precision=PRECISION)
-    token, real = token_rows(source_ptr, chunk, m, N, G, C, RAGGED)
+            query = load_grid(q, SP, row, m, start, s, TMA)
+            state = load_state(
+                prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA
+            )
+            acc = tl.dot(query, state, acc, input_precision=PRECISION)
+    token, real = token_rows(source_ptr, chunk, block_m * BLOCK_M + m, N, G, C, RAGGED)
     if ATTENDED:
         store_rows(attended_ptr, E, token, real, column, E, acc, EVEN_E)
     u = load_rows(u_ptr, u_stride, token, real, column, E, EVEN_E)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
-    u = preactivation(u, bias_u_ptr, column, E, gain, SCALED)
+    u = preactivation(u, bias_ptr, column, E, gain, SCALED)
     if SILU:
         # The backward recovers the attended value as out / silu(u): u must not be 0.
         u = tl.where(u == 0.0, 1e-20, u)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import backward, forward, matmul
 from .common import dot_precision, fast_math
@@ -23,7 +24,7 @@ class Tiles:
     Attributes:
         CP, SP: chunk and key dimension padded to whole tiles.
         block: slots of a tile. block_e: value dimensions of a tile. block_k, block_s: step of a product.
-        warps, stages: of the tiled kernels.
+        warps, stages, registers: of the tiled kernels; a limit on registers lets two programs share a multiprocessor.
     """
 
     CP: int
@@ -34,6 +35,11 @@ class Tiles:
     block_s: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict:
+        return {"num_warps": self.warps, "maxnreg": self.registers}
 
 
 def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
@@ -51,7 +57,7 @@ def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
         block_e=block_e,
         block_k=min(step, block),
         block_s=min(step, SP),
-        warps=8 if block == 128 else 4,
+        warps=4,
         stages=2 if dtype == torch.float32 else 3,
     )
 
@@ -83,6 +89,16 @@ class Shape:
         return self.B * self.G
 
     @property
+    def pairs(self) -> dict:
+        """Key dimensions in pairs that RoPE turns, and those it leaves alone, each padded to a power of two."""
+        rest = self.S - self.rotary_dim
+        return {"HALF": power_of_two(self.rotary_dim // 2), "REST": power_of_two(rest)}
+
+    def tma(self, inputs: Inputs) -> bool:
+        """Whether every tile of a chunk is a rectangle of memory: no padding, whole chunks, whole tiles."""
+        return inputs.source is None and self.N == self.G * self.C and self.C == self.tiles.CP
+
+    @property
     def row_tiles(self) -> int:
         return self.tiles.CP // self.tiles.block
 
@@ -95,6 +111,19 @@ class Shape:
 def on_device(x: Tensor):
     """Triton launches on the current device: make it x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
+
+
+def tiled(x: Tensor, tma: bool, *block: int):
+    """`x` as a matrix of its last dimension, described for loads of whole blocks by the tensor memory accelerator."""
+    if not tma or x.numel() == 0:
+        return x
+    x = x.view(-1, x.shape[-1])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -126,6 +155,11 @@ class Inputs:
     bias_v: Tensor | None = None
     bias_z: Tensor | None = None
 
+    @property
+    def tokens(self) -> Tensor:
+        """`source`, or any tensor where it is not read."""
+        return self.index[1] if self.source is None else self.source
+
     def norm(self, bias: str) -> tuple:
         """The pointers of the norm and of one bias; any tensor where they are not read."""
         if self.rms is None:
@@ -146,13 +180,16 @@ def switches(shape: Shape, inputs: Inputs) -> dict:
     }
 
 
-def launch_states(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, values: bool, initial, final: str):
+def launch_states(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, value: Tensor | None, initial, final: str,
+                  reverse: bool = False):  # fmt: skip
     """Sums of `keys x^T` over pieces and documents: `(prefix, carry, final)`, empty where not needed.
 
     Args:
-        keys: one head on the grid. x: values (`values=True`: the activation is applied) or output gradients, for which
-            documents are gone through backwards.
+        keys: one head on the grid.
+        x: values, or output gradients.
+        value: where to store the values, for x the input of their activation.
         final: `"total"` for float32 sums over documents, `"state"` for these over C (bidirectional), or `""`.
+        reverse: go through documents backwards, for gradients.
     """
     t, (N, G, C), E = shape.tiles, ints(shape), shape.E
     pieces, documents = inputs.index[2].shape[0], inputs.index[4].shape[0]
@@ -160,15 +197,13 @@ def launch_states(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, values:
     new = x.new_empty
     prefix = new((shape.GT, t.SP, E)) if shape.causal else new((0,))
     total = new((pieces, t.SP, E), dtype=torch.float32)
-    flags = switches(shape, inputs)
-    if not values:
-        flags |= {"SCALED": False, "SILU": False}
-    source = inputs.source if inputs.source is not None else inputs.index[1]
+    tma = shape.tma(inputs)
     forward.states_kernel[(pieces, cdiv(E, t.block_e), cdiv(t.SP, block_s))](
-        keys, x, x.stride(0), *inputs.norm("bias_v"), source, inputs.index[2], inputs.index[3], prefix, total,
-        N, G, C, E, CP=t.CP, SP=t.SP, **flags, EVEN_E=E % t.block_e == 0, PREFIX=shape.causal, REVERSE=not values,
-        BLOCK_S=block_s, BLOCK_E=t.block_e, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages,
-        num_warps=t.warps,
+        tiled(keys, tma, t.block_k, block_s), tiled(x, tma, t.block_k, t.block_e), x.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
+        x if value is None else value, prefix, total, N, G, C, E, CP=t.CP, SP=t.SP, **switches(shape, inputs),
+        EVEN_E=E % t.block_e == 0, TMA=tma, VALUES=value is not None, PREFIX=shape.causal, REVERSE=reverse, BLOCK_S=block_s,
+        BLOCK_E=t.block_e, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages,
+        **t.launch,
     )  # fmt: skip
     # With one piece a document, nothing comes before it.
     has_carry = shape.causal and (pieces > documents or initial is not None)
@@ -182,28 +217,28 @@ def launch_states(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, values:
         forward.carry_kernel[(documents, cdiv(size, 1024))](
             total, total if initial is None else initial, inputs.index[4], inputs.index[5], carry, last, size,
             1.0 / C, 1.0 / C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=has_carry,
-            FINAL=bool(final), REVERSE=not values, BLOCK=1024, num_warps=4,
+            FINAL=bool(final), REVERSE=reverse, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return prefix, carry, last
 
 
 def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_final: bool, want_attended: bool):
     """`(out, heads, weights, prefix, carry, attended, final)`; see the operators for what each is."""
-    t, (N, G, C), E, S = shape.tiles, ints(shape), shape.E, shape.S
+    t, (N, G, C), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
     new = inputs.v.new_empty
-    flags = switches(shape, inputs)
-    precision = dot_precision(shape.dtype)
-    source = inputs.source if inputs.source is not None else inputs.index[1]
+    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
     factor, group = inputs.index[:2]
+    row = lin_row(shape)
 
-    heads = new((shape.H, shape.GT, t.CP, t.SP))
     rope = inputs.cos is not None
-    block = min(t.block, 16)
+    size = (shape.H, shape.GT, t.CP, t.SP)
+    heads = new(size) if t.SP == S else inputs.v.new_zeros(size)
+    block = min(t.block, 32)
     forward.heads_kernel[(shape.GT * t.CP // block,)](
         inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta,
-        inputs.cos if rope else factor, inputs.sin if rope else factor, factor, source, heads, N, G, C, shape.GT, S,
-        shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, LIN_Q=lin_row(shape), CP=t.CP, SP=t.SP,
-        ROPE=rope, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+        inputs.cos if rope else factor, inputs.sin if rope else factor, factor, inputs.tokens, heads, N, G, C,
+        shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, LIN_Q=row, CP=t.CP, SP=t.SP,
+        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     weights = new((0,))
     if shape.quad:
@@ -214,55 +249,73 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
             BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
             PRECISION=precision, num_warps=t.warps,
         )  # fmt: skip
+    value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
     if shape.lin:
         asked = "total" if want_final else "" if shape.causal else "state"
-        prefix, carry, final = launch_states(
-            shape, inputs, heads[lin_row(shape) + 1], inputs.v, True, initial, asked
-        )
+        prefix, carry, final = launch_states(shape, inputs, heads[row + 1], inputs.v, value, initial, asked)
         if not shape.causal:
             carry, final = final, new((0,))
-    ragged = inputs.source is not None
-    out = inputs.v.new_zeros((shape.B * N, E)) if ragged else new((shape.B * N, E))
+    elif shape.silu:
+        forward.values_kernel[(cdiv(T, 32), cdiv(E, 128))](
+            inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), value, T, E, SCALED=shape.scaled, SILU=True,
+            FAST=fast_math(shape.dtype), BLOCK_M=32, BLOCK_E=128, num_warps=4,
+        )  # fmt: skip
+    value = inputs.v if value is None else value
+    out = inputs.v.new_zeros((T, E)) if inputs.source is not None else new((T, E))
     attended = torch.zeros_like(out) if want_attended else new((0,))
-    e_blocks = cdiv(E, t.block_e)
+    e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
     forward.output_kernel[(shape.GT * e_blocks * shape.row_tiles,)](
-        weights, heads[lin_row(shape)], prefix, carry, inputs.u, inputs.u.stride(0), inputs.v, inputs.v.stride(0),
-        *inputs.norm("bias_u"), inputs.norm("bias_v")[2], source, group, out, attended, N, G, C, E, e_blocks, CP=t.CP,
-        SP=t.SP, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal,
-        **flags, EVEN_E=E % t.block_e == 0, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e,
-        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, num_warps=t.warps,
+        tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
+        tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
+        inputs.u.stride(0), tiled(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"), inputs.tokens, group, out, attended, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
+        QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal, **flags,
+        EVEN_E=E % t.block_e == 0, TMA=tma, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k,
+        BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
     )  # fmt: skip
     return out, heads, weights, prefix, carry, attended, final
 
 
-def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, d_attended: Tensor, d_v: Tensor, d_z: Tensor):
-    """Gradients of v's and z's projections, written to `d_v` and `d_z`.
+def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d_out: Tensor, d_h: tuple, reuse: bool):
+    """Gradients of the projections' outputs, written to `d_h`, those of u, v and z.
 
     Args:
         saved: heads, weights, prefix, carry of the forward.
-        d_attended: gradient before the gate, `[B * N, E]`.
+        gated: the forward's output, or the attended value itself where it was kept.
+        d_out: gradient of the output, `[B * N, E]`; overwritten with `reuse`.
 
     Returns:
-        `(sums, d_bias_R, d_bias_v)`: `sums` float32 `[2 H + 1, S]`, the gradients of gamma, beta and z's bias;
-        `d_bias_R` float32 `[2 C - 1]` and `d_bias_v` float32 `[E]`, empty where there is none.
+        `(sums, d_bias_R, d_bias_u, d_bias_v)`: `sums` float32 `[2 H + 1, S]`, the gradients of gamma, beta and z's
+        bias; `d_bias_R` float32 `[2 C - 1]`; the others float32 `[E]`. Empty where there is none.
     """
     heads, weights, prefix, carry = saved
-    t, (N, G, C), E, S = shape.tiles, ints(shape), shape.E, shape.S
-    new = d_attended.new_empty
-    flags = switches(shape, inputs)
-    precision = dot_precision(shape.dtype)
-    source = inputs.source if inputs.source is not None else inputs.index[1]
+    d_u, d_v, d_z = d_h
+    t, (N, G, C), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
+    new = gated.new_empty
+    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
     factor, group = inputs.index[:2]
     row = lin_row(shape)
 
+    d_attended = d_out if reuse else new((T, E))
+    value = new((T, E)) if shape.silu else inputs.v
+    block_m, block_e = 32, 128
+    row_blocks = cdiv(T, block_m)
+    d_bias_u = new((row_blocks if shape.scaled else 0, E), dtype=torch.float32)
+    backward.gate_kernel[(row_blocks, cdiv(E, block_e))](
+        d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
+        *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0), value, d_bias_u, T, E,
+        SCALED=shape.scaled, SILU=shape.silu, FAST=fast_math(shape.dtype),
+        ATTENDED=saved_attended(shape.dtype, shape.silu), EVEN=E % block_e == 0, BLOCK_M=block_m, BLOCK_E=block_e,
+        num_warps=4,
+    )  # fmt: skip
+
     d_prefix = d_carry = new((0,))
     if shape.lin:
+        asked = "" if shape.causal else "state"
         d_prefix, d_carry, final = launch_states(
-            shape, inputs, heads[row], d_attended, False, None, "" if shape.causal else "state"
+            shape, inputs, heads[row], d_attended, None, None, asked, reverse=True
         )
-        if not shape.causal:
-            d_carry = final
+        d_carry = d_carry if shape.causal else final
     has_carry = carry.numel() > 0
     if shape.lin and has_carry and d_carry.numel() == 0:
         # A cache's state was carried in, but no later piece carries a gradient back.
@@ -272,37 +325,41 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, d_attended: Tens
     used = 2 * (shape.quad + shape.lin) == shape.H
     d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
     d_scores = torch.empty_like(weights)
-    e_blocks = cdiv(E, t.block_e)
+    e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
     programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
-    d_bias_v = new((shape.GT * shape.row_tiles, E), dtype=torch.float32) if shape.scaled else new((0,))
+    d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
     backward.chunk_gradients_kernel[(programs * shape.GT,)](
-        weights, d_attended, heads[row + 1], prefix, carry, d_prefix, d_carry, group, factor, inputs.v,
-        inputs.v.stride(0), *inputs.norm("bias_v"), source, d_scores, d_heads[row], d_heads[row + 1], d_v,
-        d_v.stride(0), d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
-        SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=has_carry,
-        CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, BLOCK=t.block,
-        BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages,
-        num_warps=t.warps,
+        weights, tiled(weights, tma, t.block_k, t.block), tiled(d_attended, tma, t.block, t.block_k),
+        tiled(d_attended, tma, t.block_k, t.block_e), tiled(value, tma, t.block, t.block_k), value.stride(0),
+        tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
+        tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k), tiled(d_carry, tma, t.SP, t.block_k),
+        tiled(d_prefix, tma, t.block_s, t.block_e), tiled(d_carry, tma, t.block_s, t.block_e), group, factor,
+        inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, d_scores, d_heads[row],
+        d_heads[row + 1], d_v, d_v.stride(0), d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
+        TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal,
+        CARRY=has_carry, CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0,
+        TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages,
+        **t.launch,
     )  # fmt: skip
     d_bias_R = new((0,))
     if shape.quad:
         backward.quadratic_heads_kernel[(shape.GT, shape.row_tiles, 2)](
             d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
-            BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=precision, STAGES=t.stages, num_warps=t.warps,
+            BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=precision, STAGES=t.stages, **t.launch,
         )  # fmt: skip
         if inputs.bias_R is not None:
             d_bias_R = launch_bias(shape, d_scores)
-    block = min(t.block, 16)
+    block = min(t.block, 32)
     blocks = shape.GT * t.CP // block
     rope = inputs.cos is not None
-    sums = new((blocks, 2 * shape.H + 1, t.SP), dtype=torch.float32)
+    sums = new((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
     backward.heads_gradient_kernel[(blocks,)](
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma,
-        inputs.cos if rope else factor, inputs.sin if rope else factor, source, d_z, d_z.stride(0), sums,
+        inputs.cos if rope else factor, inputs.sin if rope else factor, inputs.tokens, d_z, d_z.stride(0), sums,
         N, G, C, shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, CP=t.CP, SP=t.SP,
-        ROPE=rope, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
     )  # fmt: skip
-    return sums.sum(0)[:, :S], d_bias_R, d_bias_v.sum(0) if shape.scaled else d_bias_v
+    return sums.sum(0), d_bias_R, d_bias_u.sum(0), d_bias_v.sum(0)
 
 
 def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
@@ -395,19 +452,12 @@ def gated_attention_backward_op(
     shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
     inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
     T, E = u.shape
-    # Padding belongs to no chunk: nobody would write its gradient.
-    d_v, d_z = ((torch.zeros if source is not None else torch.empty)(x.shape, dtype=x.dtype, device=x.device)
-                for x in (v, z))  # fmt: skip
-    d_attended, d_u = u.new_empty(T, E), u.new_empty(T, E)
+    make = torch.zeros if source is not None else torch.empty  # padding is in no chunk: nobody writes its gradient
+    d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (v, z))
+    d_u = u.new_empty(T, E)
     with on_device(u):
-        matmul.gate_kernel[(cdiv(T, 32), cdiv(E, 128))](
-            d_out, d_out.stride(0), u, u.stride(0), gated, d_attended, d_u, E, T, E, SILU=silu,
-            FAST=fast_math(u.dtype), ATTENDED=saved_attended(u.dtype, silu), EVEN_E=E % 128 == 0, BLOCK_M=32,
-            BLOCK_E=128, num_warps=4,
-        )  # fmt: skip
-        sums, d_bias_R, _ = launch_backward(
-            shape, inputs, (heads, weights, prefix, carry), d_attended, d_v, d_z
-        )
+        saved = heads, weights, prefix, carry
+        sums, d_bias_R, *_ = launch_backward(shape, inputs, saved, gated, d_out, (d_u, d_v, d_z), False)
     return [d_u, d_v, d_z, sums, d_bias_R]
 
 
@@ -462,16 +512,11 @@ gated_attention_op.register_autograd(_attention_backward, setup_context=_save_at
 # ------------------------------------------------------------------------------------------------------------------
 # The whole layer
 # ------------------------------------------------------------------------------------------------------------------
-def product_blocks(dtype: torch.dtype, gate: bool) -> dict:
-    """Tiles of the matrix products with an epilogue; the gate's needs registers for three more tiles."""
+def product_blocks(dtype: torch.dtype) -> dict:
+    """Tiles of the output projection."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "STAGES": 2, "num_warps": 4}
-    width = 128 if gate else 256
-    return {"BLOCK_M": 128, "BLOCK_N": width, "BLOCK_K": 64, "GROUP": 8, "STAGES": 4 if gate else 3, "num_warps": 8}
-
-
-def is_even(blocks: dict, M: int, N: int, K: int) -> bool:
-    return M % blocks["BLOCK_M"] == 0 and N % blocks["BLOCK_N"] == 0 and K % blocks["BLOCK_K"] == 0
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 3, "num_warps": 8}
 
 
 def layer_shape(h_dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale) -> Shape:
@@ -511,11 +556,12 @@ def layer_op(
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
         out, heads, weights, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
         y = torch.empty_like(x)
-        blocks = product_blocks(dtype, gate=False)
+        blocks = product_blocks(dtype)
         forward_grid = (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),)
         matmul.residual_kernel[forward_grid](
-            out, w_o.to(dtype).contiguous(), b_o, x, y, T, D, E, EVEN=is_even(blocks, T, D, E),
-            PRECISION=dot_precision(dtype), **blocks,
+            tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
+            tiled(w_o.to(dtype).contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
+            EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(dtype), **blocks,
         )  # fmt: skip
     return [y, rms, cast, h, heads, weights, prefix, carry, out, final]
 
@@ -535,6 +581,12 @@ def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos,
     ]  # fmt: skip
 
 
+def gain_gradient(dot: Tensor, gain: Tensor) -> Tensor:
+    """Gradient of ScaleNorm's gain from `dot = p . x` of each token, where p has the gain in it."""
+    gain = gain.float()
+    return dot.sum() / torch.where(gain == 0, 1e-20, gain)  # as the kernels read it
+
+
 @torch.library.custom_op("flash_hf::layer_backward", mutates_args=())
 def layer_backward_op(
     d_y: Tensor, x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor,
@@ -546,28 +598,20 @@ def layer_backward_op(
     T, D = d_y.shape
     dtype = h.dtype
     shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
-    E, S = shape.E, shape.S
+    E = shape.E
     raw_dy = d_y.to(dtype)
     new = h.new_empty
     with on_device(d_y):
         d_h = h.new_zeros(h.shape) if source is not None else new(h.shape)
-        d_u, d_v, d_z = split_columns(d_h, E)
         u, v, z = split_columns(h, E)
-        d_attended = new((T, E))
-        blocks = product_blocks(dtype, gate=True)
-        row_blocks = cdiv(T, blocks["BLOCK_M"])
-        d_bias_u = new((row_blocks, E), dtype=torch.float32)
-        matmul.gate_product_kernel[(row_blocks * cdiv(E, blocks["BLOCK_N"]),)](
-            raw_dy, w_o.to(dtype).contiguous(), u, u.stride(0), rms, gain, b_u, out, d_attended, d_u, d_u.stride(0),
-            d_bias_u, T, E, D, FAST=fast_math(dtype), EVEN=is_even(blocks, T, E, D),
-            PRECISION=dot_precision(dtype), **blocks,
-        )  # fmt: skip
+        d_out = torch.mm(raw_dy, w_o.to(dtype))
         d_w_o = torch.mm(raw_dy.t(), out)
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
-        sums, d_bias_R, d_bias_v = launch_backward(
-            shape, inputs, (heads, weights, prefix, carry), d_attended, d_v, d_z
+        saved = heads, weights, prefix, carry
+        sums, d_bias_R, d_bias_u, d_bias_v = launch_backward(
+            shape, inputs, saved, out, d_out, split_columns(d_h, E), True
         )
-        del d_attended
+        del d_out
         p = torch.mm(d_h, torch.cat([w_u, w_v, w_z]).to(dtype))
         d_w = torch.mm(d_h.t(), x)
         del d_h
@@ -578,12 +622,11 @@ def layer_backward_op(
         dot = new((T,), dtype=torch.float32)
         d_b_o = new((programs, D), dtype=torch.float32)
         backward.norm_gradient_kernel[(programs,)](
-            p, x, d_y, rms, d_x, dot, d_b_o, T, D, BLOCK_T=block_t, BLOCK_D=block_d, STEPS=steps, num_warps=8
-        )
-    nudged = gain.float()
-    nudged = torch.where(nudged == 0, 1e-20, nudged)
-    d_gain = dot.sum() / nudged
-    d_b = torch.cat([d_bias_u.sum(0), d_bias_v, sums[2 * shape.H]])
+            p, x, d_y, rms, gain, d_x, dot, d_b_o, T, D, RESIDUAL=True, BLOCK_T=block_t, BLOCK_D=block_d,
+            STEPS=steps, num_warps=8,
+        )  # fmt: skip
+    d_gain = gain_gradient(dot, gain)
+    d_b = torch.cat([d_bias_u, d_bias_v, sums[2 * shape.H]])
     return [d_x, d_gain, d_w, d_b, d_w_o, d_b_o.sum(0), sums[: 2 * shape.H].clone(), d_bias_R]
 
 
