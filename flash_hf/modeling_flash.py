@@ -82,7 +82,10 @@ class FlashScaleNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
         self.eps = config.norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        """The norm; `fused`: by a kernel, if it has this one."""
+        if fused and type(self) is FlashScaleNorm:
+            return load_kernels()[0].scale_norm(x, self.weight, self.eps)
         x_wide = x.to(wide(x.dtype))
         normed = x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight).to(x.dtype)
@@ -101,6 +104,9 @@ class FlashLayerNorm(nn.LayerNorm):
 
     def __init__(self, config: FlashConfig):
         super().__init__(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        return super().forward(x)
 
 
 # Activations that the kernels compute themselves.
@@ -321,7 +327,7 @@ class FlashGatedAttentionUnit(nn.Module):
         return self.o_proj(u_BNE * layout.merge(out_BGCE))
 
 
-    def kernel_options(self, layout: ChunkLayout, bias_rotary, bias_length: int, past_key_values: Cache | None) -> dict:
+    def kernel_options(self, layout: ChunkLayout, bias_rotary, bias_length, past_key_values: Cache | None) -> dict:
         """What every kernel of this unit takes besides tensors of the input."""
         config = self.config
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
@@ -378,10 +384,7 @@ class FlashLayer(GradientCheckpointingLayer):
             and gau.config.hidden_act in SILU
             and not (self.hidden_dropout and self.training)
             and compute_dtype(hidden_states) in (torch.bfloat16, torch.float32)
-            and not any(
-                module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-                for module in (gau, norm, gau.offset_scale)
-            )
+            and all(kernels.is_bare(module) for module in (gau, norm, gau.offset_scale))
             and all(kernels.fusible(module) for module in (gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj))
         )
 
@@ -524,7 +527,8 @@ class FlashModel(FlashPreTrainedModel):
                 bias_length=bias_length,
                 past_key_values=past_key_values,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        hidden_states = self.norm(hidden_states, fused=getattr(layout, "plan", None) is not None)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def lay_out(
         self,

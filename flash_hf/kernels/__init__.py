@@ -167,8 +167,14 @@ def _rows(x_BNF: Tensor) -> Tensor:
 def _initial(state: DecodingState, layout: ChunkLayout, S: int) -> Tensor:
     """The sum that a row's first document brings from the cache, on the kernels' padded key dimension."""
     total = state.total * layout.continues_B[:, None, None]
-    SP = max(16, 1 << (S - 1).bit_length())
+    SP = max(16, ops.power_of_two(S))
     return F.pad(total, (0, 0, 0, SP - S)).contiguous()
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether nobody listens to a module's calls or has replaced its forward: it may be left out."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    return not hooked and "forward" not in module.__dict__
 
 
 def fusible(linear: nn.Module) -> bool:
@@ -178,10 +184,7 @@ def fusible(linear: nn.Module) -> bool:
         and linear.bias is not None
         and type(linear.weight) in (nn.Parameter, Tensor)
         and type(linear.bias) in (nn.Parameter, Tensor)
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and not hasattr(linear, "_hf_hook")
-        and "forward" not in linear.__dict__
+        and is_bare(linear)
     )
 
 
@@ -242,4 +245,10 @@ def layer(
     return y.view(B, N, D), new_state
 
 
-__all__ = ["ChunkPlan", "chunk_plan", "fusible", "gated_attention", "layer", "unavailable", "unsupported"]
+def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """ScaleNorm, `x / sqrt(mean(x^2) + eps) * gain`, in the type of x."""
+    x = x_BND.reshape(-1, x_BND.shape[-1])
+    return torch.ops.flash_hf.scale_norm(x.contiguous(), gain, eps)[0].view(x_BND.shape)
+
+
+__all__ = ["ChunkPlan", "chunk_plan", "fusible", "is_bare", "gated_attention", "layer", "scale_norm", "unavailable", "unsupported"]

@@ -24,20 +24,23 @@ from .common import (
 
 
 @triton.jit
-def rms_kernel(
-    x_ptr, rms_ptr, cast_ptr, T, D, eps,
-    CAST: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+def norm_kernel(
+    x_ptr, gain_ptr, rms_ptr, out_ptr, T, D, eps,
+    CAST: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`1 / sqrt(mean(x^2) + eps)` of each token, and x in the products' type if that is another."""
+    """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm itself."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
-    mask = (token < T)[:, None] & (column < D)[None, :]
+    real = token < T
+    mask = real[:, None] & (column < D)[None, :]
     offset = token[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0)
-    if CAST:
-        tl.store(cast_ptr + offset, x.to(cast_ptr.dtype.element_ty), mask=mask)
-    x = x.to(tl.float32)
-    tl.store(rms_ptr + token, tl.rsqrt(tl.sum(x * x, 1) / D + eps), mask=token < T)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    tl.store(rms_ptr + token, rms, mask=real)
+    if SCALE:
+        x = x * (rms * tl.load(gain_ptr).to(tl.float32))[:, None]
+    if CAST or SCALE:
+        tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -44,10 +44,10 @@ class Tiles:
 
 def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
     """Tiles that fit a Hopper or Ampere multiprocessor; float32 halves them."""
-    block = max(16, 1 << (C - 1).bit_length()) if C <= 64 else 128
+    block = max(16, power_of_two(C)) if C <= 64 else 128
     if dtype == torch.float32:
         block = min(block, 64)
-    SP = max(16, 1 << (S - 1).bit_length())
+    SP = max(16, power_of_two(S))
     step = 32 if dtype == torch.float32 else 64
     block_e = 64 if dtype == torch.float32 else 128
     return Tiles(
@@ -531,6 +531,31 @@ def split_columns(h: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
     return h[:, :E], h[:, E : 2 * E], h[:, 2 * E :]
 
 
+def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *, cast: bool, scale: bool) -> None:
+    """Fill `rms` and, with `cast` or `scale`, `out`; see `norm_kernel`."""
+    T, D = x.shape
+    block_d = power_of_two(D)
+    block_t = max(1, 4096 // block_d)
+    forward.norm_kernel[(cdiv(T, block_t),)](
+        x, gain, rms, out, T, D, eps, CAST=cast, SCALE=scale, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8
+    )
+
+
+def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor):
+    """Fill `d_x`, and return `(dot, sums of d_y over tokens)`; see `norm_gradient_kernel`."""
+    T, D = x.shape
+    block_d = power_of_two(D)
+    block_t, steps = max(1, 4096 // block_d), 8
+    programs = cdiv(T, block_t * steps)
+    dot = x.new_empty((T,), dtype=torch.float32)
+    sums = x.new_empty((programs if p is not None else 0, D), dtype=torch.float32)
+    backward.norm_gradient_kernel[(programs,)](
+        d_y if p is None else p, x, d_y, rms, gain, d_x, dot, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
+        BLOCK_D=block_d, STEPS=steps, num_warps=8,
+    )  # fmt: skip
+    return dot, sums.sum(0)
+
+
 @torch.library.custom_op("flash_hf::layer", mutates_args=())
 def layer_op(
     x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor, b_z: Tensor,
@@ -545,11 +570,7 @@ def layer_op(
     rms = x.new_empty(T, dtype=torch.float32)
     cast = x.new_empty((T, D), dtype=dtype) if x.dtype != dtype else x.new_empty((0,), dtype=dtype)
     with on_device(x):
-        block_d = 1 << (D - 1).bit_length()
-        block_t = max(1, 4096 // block_d)
-        forward.rms_kernel[(cdiv(T, block_t),)](
-            x, rms, cast, T, D, eps, CAST=x.dtype != dtype, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8
-        )
+        launch_norm(x, gain, eps, rms, cast, cast=x.dtype != dtype, scale=False)
         raw_x = cast if x.dtype != dtype else x
         h = torch.mm(raw_x, torch.cat([w_u, w_v, w_z]).to(dtype).t())
         u, v, z = split_columns(h, E)
@@ -616,18 +637,10 @@ def layer_backward_op(
         d_w = torch.mm(d_h.t(), x)
         del d_h
         d_x = torch.empty_like(d_y)
-        block_d = 1 << (D - 1).bit_length()
-        block_t, steps = max(1, 4096 // block_d), 8
-        programs = cdiv(T, block_t * steps)
-        dot = new((T,), dtype=torch.float32)
-        d_b_o = new((programs, D), dtype=torch.float32)
-        backward.norm_gradient_kernel[(programs,)](
-            p, x, d_y, rms, gain, d_x, dot, d_b_o, T, D, RESIDUAL=True, BLOCK_T=block_t, BLOCK_D=block_d,
-            STEPS=steps, num_warps=8,
-        )  # fmt: skip
+        dot, d_b_o = launch_norm_gradient(p, x, d_y, rms, gain, d_x)
     d_gain = gain_gradient(dot, gain)
     d_b = torch.cat([d_bias_u, d_bias_v, sums[2 * shape.H]])
-    return [d_x, d_gain, d_w, d_b, d_w_o, d_b_o.sum(0), sums[: 2 * shape.H].clone(), d_bias_R]
+    return [d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums[: 2 * shape.H].clone(), d_bias_R]
 
 
 @layer_backward_op.register_fake
@@ -684,3 +697,48 @@ def _layer_backward(ctx, grads):
 
 
 layer_op.register_autograd(_layer_backward, setup_context=_save_layer)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# ScaleNorm on its own, for the end of the model
+# ------------------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("flash_hf::scale_norm", mutates_args=())
+def scale_norm_op(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, rms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    with on_device(x):
+        launch_norm(x, gain, eps, rms, y, cast=False, scale=True)
+    return y, rms
+
+
+@scale_norm_op.register_fake
+def _(x, gain, eps):
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("flash_hf::scale_norm_backward", mutates_args=())
+def scale_norm_backward_op(d_y: Tensor, x: Tensor, rms: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    d_x = torch.empty_like(x)
+    with on_device(x):
+        dot, _ = launch_norm_gradient(None, x, d_y, rms, gain, d_x)
+    return d_x, gain_gradient(dot, gain)
+
+
+@scale_norm_backward_op.register_fake
+def _(d_y, x, rms, gain):
+    return torch.empty_like(x), x.new_empty((), dtype=torch.float32)
+
+
+def _save_norm(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], output[1], inputs[1])
+
+
+def _norm_backward(ctx, d_y, _):
+    if d_y is None:
+        return None, None, None
+    x, rms, gain = ctx.saved_tensors
+    d_x, d_gain = torch.ops.flash_hf.scale_norm_backward(d_y.contiguous(), x, rms, gain)
+    return d_x, d_gain.to(gain.dtype), None
+
+
+scale_norm_op.register_autograd(_norm_backward, setup_context=_save_norm)
