@@ -87,6 +87,61 @@ def gate_kernel(
 
 
 @triton.jit
+def gate_states_kernel(
+    queries, d_out, d_out_stride, u, u_stride, saved, v, v_stride, rms_ptr, gain_ptr, bias_u_ptr, bias_v_ptr,
+    source_ptr, begin_ptr, end_ptr, d_attended_ptr, d_u_ptr, d_u_stride, value_ptr, d_bias_ptr, prefix_ptr, total_ptr,
+    N, G, C, E,
+    CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+    RAGGED: tl.constexpr, ATTENDED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`gate_kernel` and the gradient of the states in one pass over a piece, from its last chunk to its first:
+    `sum q_lin d_attended^T` as `states_kernel` sums `k v^T`. `d_bias` has one row a piece."""
+    piece = tl.program_id(0)
+    first_e = tl.program_id(1) * BLOCK_E
+    column = first_e + tl.arange(0, BLOCK_E)
+    s = tl.arange(0, SP)
+    k = tl.arange(0, BLOCK_K)
+    begin = tl.load(begin_ptr + piece)
+    end = tl.load(end_ptr + piece)
+    offset = s[:, None] * E + column[None, :]
+    mask = (column < E)[None, :]
+    acc = tl.zeros((SP, BLOCK_E), tl.float32)
+    d_bias = tl.zeros((BLOCK_E,), tl.float32)
+    inverse = 1.0 / C
+    STEPS: tl.constexpr = CP // BLOCK_K
+    for step in tl.range(0, (end - begin) * STEPS, num_stages=STAGES):
+        chunk = end - 1 - step // STEPS
+        if PREFIX:
+            if step % STEPS == 0:
+                pointers = prefix_ptr + chunk.to(tl.int64) * (SP * E) + offset
+                tl.store(pointers, (acc * inverse).to(prefix_ptr.dtype.element_ty), mask=mask)
+        slot = (step % STEPS) * BLOCK_K
+        row = chunk * CP + slot
+        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, RAGGED)
+        query = load_grid(queries, SP, row, k, 0, s, TMA)
+        d = load_tile(d_out, d_out_stride, token, real, row, column, first_e, E, EVEN_E, TMA).to(tl.float32)
+        raw = load_tile(u, u_stride, token, real, row, column, first_e, E, EVEN_E, TMA)
+        kept = load_tile(saved, E, token, real, row, column, first_e, E, EVEN_E, TMA)
+        gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
+        d_attended, d_u = gate_gradient(d, raw, kept, gain, bias_u_ptr, column, E, SCALED, SILU, FAST, ATTENDED)
+        d_attended = d_attended.to(d_attended_ptr.dtype.element_ty)
+        store_rows(d_attended_ptr, E, token, real, column, E, d_attended, EVEN_E)
+        if SCALED:
+            d_bias += tl.sum(tl.where(real[:, None], d_u, 0.0), 0)
+            d_u = d_u * gain[:, None]
+        store_rows(d_u_ptr, d_u_stride, token, real, column, E, d_u, EVEN_E)
+        if SILU:
+            h = load_tile(v, v_stride, token, real, row, column, first_e, E, EVEN_E, TMA)
+            value = silu(preactivation(h, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
+            store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
+        acc = tl.dot(tl.trans(query), d_attended, acc, input_precision=PRECISION)
+    tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)
+    if SCALED:
+        tl.store(d_bias_ptr + piece.to(tl.int64) * E + column, d_bias, mask=column < E)
+
+
+@triton.jit
 def score_gradient(
     chunk, index, d, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, E,
     CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr,
@@ -197,7 +252,8 @@ def chunk_gradients_kernel(
     score_programs: tl.constexpr = SCORE_TILES if QUAD else 0
     linear_programs: tl.constexpr = TILES if LIN else 0
     per_chunk = score_programs + 2 * linear_programs + TILES * E_BLOCKS
-    program = tl.program_id(0)
+    # From the last chunk on: the pass before ended there, and the cache still holds what it wrote.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     chunk = program // per_chunk
     index = program % per_chunk
     piece = tl.load(piece_ptr + chunk)

@@ -134,41 +134,41 @@ def scores_kernel(
 
 @triton.jit
 def states_kernel(
-    keys, x, x_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, value_ptr, prefix_ptr,
-    total_ptr, N, G, C, E,
+    keys, v, v_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, value_ptr, prefix_ptr, total_ptr,
+    N, G, C, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, VALUES: tl.constexpr, PREFIX: tl.constexpr,
-    REVERSE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`sum k x^T` over the chunks of one piece (consecutive chunks of one document), `[pieces, SP, E]` in float32, and
-    with PREFIX what the sum was before each chunk, over C, `[GT, SP, E]`. REVERSE goes through the chunks backwards,
-    for the gradient. With VALUES x is the values' input: they are computed here and stored for the other kernels."""
-    piece = tl.program_id(0)
+    """`sum k v^T` over the chunks of one piece (consecutive chunks of one document), `[pieces, SP, E]` in float32, and
+    with PREFIX what the sum was before each chunk, over C, `[GT, SP, E]`. The values are computed here, from their
+    input, and stored for the other kernels."""
+    # From the last piece on: the projection ended there, and the cache still holds what it wrote.
+    piece = tl.num_programs(0) - 1 - tl.program_id(0)
     first_e = tl.program_id(1) * BLOCK_E
-    first_s = tl.program_id(2) * BLOCK_S
     column = first_e + tl.arange(0, BLOCK_E)
-    s = tl.arange(0, BLOCK_S)
+    s = tl.arange(0, SP)
     k = tl.arange(0, BLOCK_K)
     begin = tl.load(begin_ptr + piece)
     end = tl.load(end_ptr + piece)
-    offset = (first_s + s)[:, None] * E + column[None, :]
+    offset = s[:, None] * E + column[None, :]
     mask = (column < E)[None, :]
-    acc = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    acc = tl.zeros((SP, BLOCK_E), tl.float32)
     inverse = 1.0 / C
     STEPS: tl.constexpr = CP // BLOCK_K
     # One loop, so that loads run ahead across the chunks' borders.
     for step in tl.range(0, (end - begin) * STEPS, num_stages=STAGES):
-        chunk = end - 1 - step // STEPS if REVERSE else begin + step // STEPS
+        chunk = begin + step // STEPS
         if PREFIX:
             if step % STEPS == 0:
                 pointers = prefix_ptr + chunk.to(tl.int64) * (SP * E) + offset
                 tl.store(pointers, (acc * inverse).to(prefix_ptr.dtype.element_ty), mask=mask)
         slot = (step % STEPS) * BLOCK_K
+        row = chunk * CP + slot
         token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, RAGGED)
-        key = load_grid(keys, SP, chunk * CP + slot, k, first_s, s, TMA)
-        value = load_tile(x, x_stride, token, real, chunk * CP + slot, column, first_e, E, EVEN_E, TMA)
-        if VALUES:
+        key = load_grid(keys, SP, row, k, 0, s, TMA)
+        value = load_tile(v, v_stride, token, real, row, column, first_e, E, EVEN_E, TMA)
+        if SILU:
             value = values_of(value, rms_ptr, gain_ptr, bias_ptr, token, real, column, E, SCALED, SILU, FAST)
             value = value.to(value_ptr.dtype.element_ty)
             store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)

@@ -36,6 +36,8 @@ class Tiles:
     warps: int
     stages: int
     registers: int | None = None
+    gate_k: int = 32
+    gate_stages: int = 3
 
     @property
     def launch(self) -> dict:
@@ -49,16 +51,17 @@ def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
         block = min(block, 64)
     SP = max(16, power_of_two(S))
     step = 32 if dtype == torch.float32 else 64
-    block_e = 64 if dtype == torch.float32 else 128
+    large = block == 128
     return Tiles(
         CP=-(-C // block) * block,
         SP=SP,
         block=block,
-        block_e=block_e,
+        block_e=64 if dtype == torch.float32 else 128,
         block_k=min(step, block),
         block_s=min(step, SP),
-        warps=4,
-        stages=2 if dtype == torch.float32 else 3,
+        warps=8 if large else 4,
+        stages=2,
+        registers=128 if large and SP <= 128 else None,
     )
 
 
@@ -180,46 +183,48 @@ def switches(shape: Shape, inputs: Inputs) -> dict:
     }
 
 
-def launch_states(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, value: Tensor | None, initial, final: str,
-                  reverse: bool = False):  # fmt: skip
-    """Sums of `keys x^T` over pieces and documents: `(prefix, carry, final)`, empty where not needed.
+def has_carry(shape: Shape, index: list[Tensor], initial: bool) -> bool:
+    """Whether anything comes before some piece: not with one piece a document."""
+    return shape.causal and (index[2].shape[0] > index[4].shape[0] or initial)
+
+
+def state_buffers(shape: Shape, index: list[Tensor], new) -> tuple[Tensor, Tensor]:
+    """`(prefix, total)`: what a sum was before each chunk (causal), and that over each piece in float32."""
+    size = (shape.tiles.SP, shape.E)
+    prefix = new((shape.GT, *size)) if shape.causal else new((0,))
+    return prefix, new((index[2].shape[0], *size), dtype=torch.float32)
+
+
+def launch_carry(shape: Shape, index: list[Tensor], total: Tensor, initial, carried: bool, final: str, reverse: bool):
+    """Sums over a document's pieces: `(carry, final)`, empty where not needed.
 
     Args:
-        keys: one head on the grid.
-        x: values, or output gradients.
-        value: where to store the values, for x the input of their activation.
+        carried: fill `carry`, the sum over C before each piece.
         final: `"total"` for float32 sums over documents, `"state"` for these over C (bidirectional), or `""`.
         reverse: go through documents backwards, for gradients.
     """
-    t, (N, G, C), E = shape.tiles, ints(shape), shape.E
-    pieces, documents = inputs.index[2].shape[0], inputs.index[4].shape[0]
-    block_s = min(t.SP, 128)
-    new = x.new_empty
-    prefix = new((shape.GT, t.SP, E)) if shape.causal else new((0,))
-    total = new((pieces, t.SP, E), dtype=torch.float32)
-    tma = shape.tma(inputs)
-    forward.states_kernel[(pieces, cdiv(E, t.block_e), cdiv(t.SP, block_s))](
-        tiled(keys, tma, t.block_k, block_s), tiled(x, tma, t.block_k, t.block_e), x.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
-        x if value is None else value, prefix, total, N, G, C, E, CP=t.CP, SP=t.SP, **switches(shape, inputs),
-        EVEN_E=E % t.block_e == 0, TMA=tma, VALUES=value is not None, PREFIX=shape.causal, REVERSE=reverse, BLOCK_S=block_s,
-        BLOCK_E=t.block_e, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages,
-        **t.launch,
-    )  # fmt: skip
-    # With one piece a document, nothing comes before it.
-    has_carry = shape.causal and (pieces > documents or initial is not None)
-    carry = new((pieces, t.SP, E)) if has_carry else new((0,))
-    last = new((0,))
-    if final:
-        dtype = torch.float32 if final == "total" else shape.dtype
-        last = new((documents, t.SP, E), dtype=dtype)
-    if has_carry or final:
-        size = t.SP * E
-        forward.carry_kernel[(documents, cdiv(size, 1024))](
-            total, total if initial is None else initial, inputs.index[4], inputs.index[5], carry, last, size,
-            1.0 / C, 1.0 / C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=has_carry,
-            FINAL=bool(final), REVERSE=reverse, BLOCK=1024, num_warps=4,
+    documents, size = index[4].shape[0], shape.tiles.SP * shape.E
+    carry = total.new_empty(total.shape if carried else (0,), dtype=shape.dtype)
+    dtype = torch.float32 if final == "total" else shape.dtype
+    last = total.new_empty((documents, *total.shape[1:]) if final else (0,), dtype=dtype)
+    if carried or final:
+        forward.carry_kernel[(documents, cdiv(size, 512))](
+            total, total if initial is None else initial, index[4], index[5], carry, last, size, 1.0 / shape.C,
+            1.0 / shape.C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=carried,
+            FINAL=bool(final), REVERSE=reverse, BLOCK=512, num_warps=4,
         )  # fmt: skip
-    return prefix, carry, last
+    return carry, last
+
+
+def piece_launch(shape: Shape, inputs: Inputs) -> dict:
+    """What both passes over pieces take."""
+    t = shape.tiles
+    block_e = t.block_e if t.SP <= 128 else t.block_e // 2
+    return {
+        "CP": t.CP, "SP": t.SP, **switches(shape, inputs), "EVEN_E": shape.E % block_e == 0,
+        "TMA": shape.tma(inputs), "PREFIX": shape.causal, "BLOCK_E": block_e, "BLOCK_K": t.block_k,
+        "PRECISION": dot_precision(shape.dtype), "num_warps": t.warps,
+    }  # fmt: skip
 
 
 def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_final: bool, want_attended: bool):
@@ -247,13 +252,23 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
         forward.scores_kernel[(shape.score_tiles, shape.GT)](
             heads[0], heads[1], inputs.bias_R if biased else factor, weights, C, shape.scale, CP=t.CP, SP=t.SP,
             BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
-            PRECISION=precision, num_warps=t.warps,
+            PRECISION=precision, num_warps=4,
         )  # fmt: skip
     value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
     if shape.lin:
+        prefix, total = state_buffers(shape, inputs.index, new)
+        options = piece_launch(shape, inputs)
+        tma, block_e = options["TMA"], options["BLOCK_E"]
+        forward.states_kernel[(total.shape[0], cdiv(E, block_e))](
+            tiled(heads[row + 1], tma, t.block_k, t.SP), tiled(inputs.v, tma, t.block_k, block_e),
+            inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
+            inputs.v if value is None else value, prefix, total, N, G, C, E, **options,
+            STAGES=2 if shape.dtype == torch.float32 else 3,
+        )  # fmt: skip
+        carried = has_carry(shape, inputs.index, initial is not None)
         asked = "total" if want_final else "" if shape.causal else "state"
-        prefix, carry, final = launch_states(shape, inputs, heads[row + 1], inputs.v, value, initial, asked)
+        carry, final = launch_carry(shape, inputs.index, total, initial, carried, asked, False)
         if not shape.causal:
             carry, final = final, new((0,))
     elif shape.silu:
@@ -268,7 +283,8 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
     forward.output_kernel[(shape.GT * e_blocks * shape.row_tiles,)](
         tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
         tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
-        inputs.u.stride(0), tiled(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"), inputs.tokens, group, out, attended, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
+        inputs.u.stride(0), tiled(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
+        inputs.tokens, group, out, attended, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
         QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal, **flags,
         EVEN_E=E % t.block_e == 0, TMA=tma, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k,
         BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
@@ -298,28 +314,38 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
 
     d_attended = d_out if reuse else new((T, E))
     value = new((T, E)) if shape.silu else inputs.v
-    block_m, block_e = 32, 128
-    row_blocks = cdiv(T, block_m)
-    d_bias_u = new((row_blocks if shape.scaled else 0, E), dtype=torch.float32)
-    backward.gate_kernel[(row_blocks, cdiv(E, block_e))](
-        d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
-        *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0), value, d_bias_u, T, E,
-        SCALED=shape.scaled, SILU=shape.silu, FAST=fast_math(shape.dtype),
-        ATTENDED=saved_attended(shape.dtype, shape.silu), EVEN=E % block_e == 0, BLOCK_M=block_m, BLOCK_E=block_e,
-        num_warps=4,
-    )  # fmt: skip
-
-    d_prefix = d_carry = new((0,))
+    kept = saved_attended(shape.dtype, shape.silu)
+    carried = carry.numel() > 0 and shape.causal
+    d_prefix, d_carry = new((0,)), new((0,))
     if shape.lin:
-        asked = "" if shape.causal else "state"
-        d_prefix, d_carry, final = launch_states(
-            shape, inputs, heads[row], d_attended, None, None, asked, reverse=True
+        d_prefix, total = state_buffers(shape, inputs.index, new)
+        pieces = total.shape[0]
+        options = piece_launch(shape, inputs)
+        tma, block_e = options["TMA"], options["BLOCK_E"]
+        block_k = min(t.gate_k, t.block_k)
+        options |= {"BLOCK_K": block_k, "STAGES": t.gate_stages}
+        block = block_k, block_e
+        d_bias_u = new((pieces if shape.scaled else 0, E), dtype=torch.float32)
+        backward.gate_states_kernel[(pieces, cdiv(E, block_e))](
+            tiled(heads[row], tma, block_k, t.SP), tiled(d_out, tma, *block), d_out.stride(0),
+            tiled(inputs.u, tma, *block), inputs.u.stride(0), tiled(gated, tma, *block), tiled(inputs.v, tma, *block),
+            inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2], inputs.tokens, inputs.index[2],
+            inputs.index[3], d_attended, d_u, d_u.stride(0), value, d_bias_u, d_prefix, total, N, G, C, E, **options,
+            ATTENDED=kept,
+        )  # fmt: skip
+        d_carry, final = launch_carry(
+            shape, inputs.index, total, None, carried, "" if shape.causal else "state", True
         )
         d_carry = d_carry if shape.causal else final
-    has_carry = carry.numel() > 0
-    if shape.lin and has_carry and d_carry.numel() == 0:
-        # A cache's state was carried in, but no later piece carries a gradient back.
-        d_carry = torch.zeros_like(carry)
+    else:
+        block_m, block_e = 64, 128
+        d_bias_u = new((cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
+        backward.gate_kernel[(cdiv(T, block_m), cdiv(E, block_e))](
+            d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
+            *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0), value, d_bias_u, T, E,
+            SCALED=shape.scaled, SILU=shape.silu, FAST=fast_math(shape.dtype), ATTENDED=kept,
+            EVEN=E % block_e == 0, BLOCK_M=block_m, BLOCK_E=block_e, num_warps=8,
+        )  # fmt: skip
 
     # Branches that a first chunk alone does not need have no gradient.
     used = 2 * (shape.quad + shape.lin) == shape.H
@@ -337,7 +363,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, d_scores, d_heads[row],
         d_heads[row + 1], d_v, d_v.stride(0), d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
         TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal,
-        CARRY=has_carry, CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0,
+        CARRY=carried, CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0,
         TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages,
         **t.launch,
     )  # fmt: skip
@@ -357,7 +383,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma,
         inputs.cos if rope else factor, inputs.sin if rope else factor, inputs.tokens, d_z, d_z.stride(0), sums,
         N, G, C, shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, CP=t.CP, SP=t.SP,
-        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=8,
     )  # fmt: skip
     return sums.sum(0), d_bias_R, d_bias_u.sum(0), d_bias_v.sum(0)
 
@@ -451,10 +477,8 @@ def gated_attention_backward_op(
 ) -> list[Tensor]:  # fmt: skip
     shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
     inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
-    T, E = u.shape
     make = torch.zeros if source is not None else torch.empty  # padding is in no chunk: nobody writes its gradient
-    d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (v, z))
-    d_u = u.new_empty(T, E)
+    d_u, d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (u, v, z))
     with on_device(u):
         saved = heads, weights, prefix, carry
         sums, d_bias_R, *_ = launch_backward(shape, inputs, saved, gated, d_out, (d_u, d_v, d_z), False)
@@ -516,7 +540,7 @@ def product_blocks(dtype: torch.dtype) -> dict:
     """Tiles of the output projection."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "STAGES": 2, "num_warps": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 3, "num_warps": 8}
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 4, "num_warps": 8}
 
 
 def layer_shape(h_dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale) -> Shape:
@@ -545,13 +569,13 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
     """Fill `d_x`, and return `(dot, sums of d_y over tokens)`; see `norm_gradient_kernel`."""
     T, D = x.shape
     block_d = power_of_two(D)
-    block_t, steps = max(1, 4096 // block_d), 8
+    block_t, steps = max(1, 4096 // block_d), 16
     programs = cdiv(T, block_t * steps)
     dot = x.new_empty((T,), dtype=torch.float32)
     sums = x.new_empty((programs if p is not None else 0, D), dtype=torch.float32)
     backward.norm_gradient_kernel[(programs,)](
         d_y if p is None else p, x, d_y, rms, gain, d_x, dot, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
-        BLOCK_D=block_d, STEPS=steps, num_warps=8,
+        BLOCK_D=block_d, STEPS=steps, num_warps=4,
     )  # fmt: skip
     return dot, sums.sum(0)
 
@@ -625,8 +649,8 @@ def layer_backward_op(
     with on_device(d_y):
         d_h = h.new_zeros(h.shape) if source is not None else new(h.shape)
         u, v, z = split_columns(h, E)
-        d_out = torch.mm(raw_dy, w_o.to(dtype))
         d_w_o = torch.mm(raw_dy.t(), out)
+        d_out = torch.mm(raw_dy, w_o.to(dtype))
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
         saved = heads, weights, prefix, carry
         sums, d_bias_R, d_bias_u, d_bias_v = launch_backward(
