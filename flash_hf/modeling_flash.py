@@ -116,7 +116,8 @@ SILU = ("silu", "swish")
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that products with x are computed in: autocast's, or x's own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 NORMS = {"scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm}

@@ -383,7 +383,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma,
         inputs.cos if rope else factor, inputs.sin if rope else factor, inputs.tokens, d_z, d_z.stride(0), sums,
         N, G, C, shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, CP=t.CP, SP=t.SP,
-        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=8,
+        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     return sums.sum(0), d_bias_R, d_bias_u.sum(0), d_bias_v.sum(0)
 

@@ -16,8 +16,8 @@ from ..attention_flash import Normalization, global_scale
 from ..chunking_flash import ChunkLayout, Movable
 
 
-# Programs that one pass over pieces should have at least: three for each multiprocessor of a large GPU.
-PROGRAMS = 400
+# Programs that one pass over pieces should have at least: about two for each multiprocessor of a large GPU.
+PROGRAMS = 250
 LONGEST_PIECE = 16
 
 
@@ -68,7 +68,7 @@ def chunk_plan(
     device = layout.position_BGC.device
     chunks = batch * G
     fits = max(1, chunks * -(-width // 128) // PROGRAMS)
-    longest = min(LONGEST_PIECE, 1 << (fits.bit_length() - 1)) if isinstance(fits, int) else LONGEST_PIECE
+    longest = min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
 
     chunk = torch.arange(chunks, dtype=torch.int32, device=device)
     if layout.first_BG is None:
