@@ -15,10 +15,10 @@ from ..attention_flash import DecodingState, Normalization
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# A program of fewer columns only reads the keys once more; below this many programs a GPU has idle multiprocessors.
+# Programs that keep a large GPU's multiprocessors (108 to 132) busy. More of them only read the keys more often.
 FULL_GPU = 96
-# Slots of the open chunk a program holds at once, and how many such blocks are under way.
-BLOCK_SLOTS, STAGES = 32, 3
+# Blocks of slots under way at once.
+STAGES = 3
 # Under numpy 2.4 the interpreter of triton 3.6 cannot end a loop at a tensor (triton issue 9171): it walks through all
 # slots, of which the masks leave the same.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -34,23 +34,11 @@ def _activated(x_ptr, index, mask, SILU: tl.constexpr):
 
 
 @triton.jit
-def _scaled(z, gamma_ptr, beta_ptr, index, mask):
-    """`gamma z + beta`."""
-    gamma = tl.load(gamma_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    return gamma * z + beta
-
-
-@triton.jit
-def _head(
-    z_S, partner_S, cos_S, sin_S, gamma_ptr, beta_ptr, col_S, pair_S, in_S, turned_S,
-    ROTARY: tl.constexpr, ROW: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """Row ROW of the heads, `RoPE(gamma z + beta)`: column s is `h_s cos +- h_pair sin`, the sign being in `sin_S`."""
-    head_S = _scaled(z_S, gamma_ptr + ROW * S, beta_ptr + ROW * S, col_S, in_S)
-    if ROTARY:
-        head_S = head_S * cos_S + _scaled(partner_S, gamma_ptr + ROW * S, beta_ptr + ROW * S, pair_S, turned_S) * sin_S
-    return head_S
+def _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S):
+    """`RoPE(gamma z + beta)`: the column itself times cos plus its partner times +-sin."""
+    gamma_2S = tl.load(gamma_ptr + col_2S, mask=in_2S, other=0.0).to(tl.float32)
+    beta_2S = tl.load(beta_ptr + col_2S, mask=in_2S, other=0.0).to(tl.float32)
+    return tl.sum((gamma_2S * z_2S + beta_2S) * turn_2S, 0)
 
 
 @triton.jit
@@ -99,53 +87,47 @@ def _gated_step_kernel(
     total_ptr += row * S * E
     total_at = col_S[:, None] * E + e_E[None, :]
     total_mask = in_S[:, None] & in_E[None, :] & valid
-    EARLY: tl.constexpr = BLOCK_S * BLOCK_E <= 4096
+    EARLY: tl.constexpr = BLOCK_S * BLOCK_E <= 8192
     if HAS_LIN and EARLY:
         total_SE = tl.load(total_ptr + total_at, mask=total_mask, other=0.0)
 
-    # -- the new token's heads. Columns of a pair meet by loading z twice, which costs less than a shuffle.
-    z_ptr += row * z_stride
-    z_S = _activated(z_ptr, col_S, in_S, SILU)
-    ROTARY: tl.constexpr = HALF > 0
-    partner_S, cos_S, sin_S, pair_S, turned_S = z_S, z_S, z_S, col_S, in_S
-    if ROTARY:
-        turned_S = col_S < 2 * HALF
-        if INTERLEAVED:
-            pair_S, angle_S, first_S = col_S ^ 1, col_S // 2, col_S % 2 == 0
-        else:
-            first_S = col_S < HALF
-            pair_S = tl.where(first_S, col_S + HALF, col_S - HALF)
-            angle_S = tl.where(first_S, col_S, col_S - HALF)
-        partner_S = _activated(z_ptr, pair_S, turned_S, SILU)
-        # Beyond the turned columns a turn by zero.
-        cos_S = tl.load(cos_ptr + row * rotary_stride + angle_S, mask=turned_S, other=1.0).to(tl.float32)
-        sin_S = tl.load(sin_ptr + row * rotary_stride + angle_S, mask=turned_S, other=0.0).to(tl.float32)
-        sin_S = tl.where(first_S, -sin_S, sin_S)
+    # -- the new token's heads. The columns of a pair meet by loading z twice, itself in row 0 and its partner in row 1
+    # of a tile, which is then summed. (Apart from saving shuffles, a sum is something that the compiler does once and
+    # hands around; heads computed elementwise it would compute anew, loads and all, for every layout that reads them.)
+    col_1S = col_S[None, :]
+    turned_1S = col_1S < 2 * HALF
+    if INTERLEAVED:
+        first_1S, pair_1S, angle_1S = col_1S % 2 == 0, col_1S ^ 1, col_1S // 2
+    else:
+        first_1S = col_1S < HALF
+        pair_1S, angle_1S = tl.where(first_1S, col_1S + HALF, col_1S - HALF), tl.where(first_1S, col_1S, col_1S - HALF)
+    itself_21 = tl.arange(0, 2)[:, None] == 0
+    col_2S = tl.where(itself_21, col_1S, pair_1S)
+    in_2S = tl.where(itself_21, col_1S < S, turned_1S)
+    cos_ptr += row * rotary_stride
+    sin_ptr += row * rotary_stride
+    # Beyond the turned columns a turn by zero.
+    cos_2S = tl.load(cos_ptr + angle_1S, mask=turned_1S & itself_21, other=1.0).to(tl.float32)
+    sin_2S = tl.load(sin_ptr + angle_1S, mask=turned_1S & ~itself_21, other=0.0).to(tl.float32)
+    turn_2S = tl.where(itself_21, cos_2S, tl.where(first_1S, -sin_2S, sin_2S))
+    z_2S = _activated(z_ptr + row * z_stride, col_2S, in_2S, SILU)
     # Keys and value as the state will hold them: what a token adds to the total has to cancel, for as long as its
     # chunk is open, against what its slot says.
     cache: tl.constexpr = value_ptr.dtype.element_ty
     v_E = _activated(v_ptr + row * v_stride, e_E, in_E, SILU).to(cache)
-    LIN: tl.constexpr = 2 if HAS_QUAD else 0
+    LIN: tl.constexpr = 2 * S if HAS_QUAD else 0
     own_weight = 0.0
     if HAS_QUAD:
-        quad_q_S = _head(
-            z_S, partner_S, cos_S, sin_S, gamma_ptr, beta_ptr, col_S, pair_S, in_S, turned_S, ROTARY, 0, S
-        )  # fmt: skip
-        quad_k_S = _head(
-            z_S, partner_S, cos_S, sin_S, gamma_ptr, beta_ptr, col_S, pair_S, in_S, turned_S, ROTARY, 1, S
-        ).to(cache)  # fmt: skip
+        quad_q_S = _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S)
+        quad_k_S = _head(z_2S, turn_2S, gamma_ptr + S, beta_ptr + S, col_2S, in_2S).to(cache)
         quad_q_S *= score_scale
         own_score = tl.sum(quad_q_S * quad_k_S.to(tl.float32), 0)
         if HAS_BIAS:
             own_score += tl.load(bias_ptr + C - 1).to(tl.float32)
         own_weight = tl.where(own_score < 0, 0.0, own_score * own_score)
     if HAS_LIN:
-        lin_q_S = _head(
-            z_S, partner_S, cos_S, sin_S, gamma_ptr, beta_ptr, col_S, pair_S, in_S, turned_S, ROTARY, LIN, S
-        )  # fmt: skip
-        lin_k_S = _head(
-            z_S, partner_S, cos_S, sin_S, gamma_ptr, beta_ptr, col_S, pair_S, in_S, turned_S, ROTARY, LIN + 1, S
-        ).to(cache)  # fmt: skip
+        lin_q_S = _head(z_2S, turn_2S, gamma_ptr + LIN, beta_ptr + LIN, col_2S, in_2S)
+        lin_k_S = _head(z_2S, turn_2S, gamma_ptr + LIN + S, beta_ptr + LIN + S, col_2S, in_2S).to(cache)
         scale = 1.0 / C
         if MEAN:
             scale = 1.0 / tl.maximum(closed, 1).to(tl.float32)
@@ -204,14 +186,18 @@ def _gated_step_kernel(
     tl.store(out_ptr + row * E + e_E, tl.where(valid, out_E * u_E, 0.0), mask=in_E)
 
 
-def launch_shape(batch: int, width: int, key_dim: int) -> tuple[int, int]:
-    """BLOCK_E and warps: the widest block that leaves enough programs, since every program reads all keys of its row,
-    and whose `[S, BLOCK_E]` of the total fits the registers."""
+def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[int, int, int]:
+    """BLOCK_C, BLOCK_E and warps.
+
+    The widest block of E that leaves enough programs, since every program reads all keys of its row, and whose
+    `[S, BLOCK_E]` of the total fits the registers; the slots whose keys fill 8 KiB of shared memory.
+    """
     block_s = triton.next_power_of_2(key_dim)
+    block_c = min(max(8192 // (block_s * itemsize), 8), 32)
     for block_e in (128, 64, 32):
         if batch * triton.cdiv(width, block_e) >= FULL_GPU and block_e * block_s <= 16384:
-            return block_e, 8 if block_e * block_s > 4096 else 4
-    return 16, 4
+            return block_c, block_e, 8 if block_e * block_s > 4096 else 4
+    return block_c, 16, 4
 
 
 @torch.library.custom_op("flash_hf::gated_step", mutates_args=("quad_k", "lin_k", "value", "total", "seen"))
@@ -239,7 +225,7 @@ def _gated_step(
     B, _, E = u.shape
     C, S = value.shape[1], z.shape[2]
     out = u.new_empty(B, 1, E)
-    block_e, warps = launch_shape(B, E, S)
+    block_c, block_e, warps = launch_shape(B, E, S, value.element_size())
     # An absent tensor's place is taken by one that its flag keeps the kernel from touching.
     with torch.cuda.device_of(u):
         _gated_step_kernel[(B * triton.cdiv(E, block_e),)](
@@ -254,7 +240,7 @@ def _gated_step(
             C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],
             HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias is not None,
             HAS_VALID=valid is not None, MEAN=mean, INTERLEAVED=interleaved, SILU=silu,
-            BLOCK_C=BLOCK_SLOTS, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
+            BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
             INTERPRETED=INTERPRETED, num_warps=warps,
         )  # fmt: skip
     return out
