@@ -21,7 +21,8 @@ from flash_hf.kernels import step as kernel  # noqa: E402
 from flash_hf.testing import assert_close, error_ratio  # noqa: E402
 
 
-if DEVICE == "cpu" and any(isinstance(x, triton.JITFunction) for x in (triton.language.sum, kernel._gated_step_kernel)):
+COMPILED = any(isinstance(x, triton.JITFunction) for x in (triton.language.sum, kernel._gated_step_kernel))
+if DEVICE == "cpu" and COMPILED:
     pytest.skip("triton was imported without TRITON_INTERPRET=1, and there is no CUDA device", allow_module_level=True)
 
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
