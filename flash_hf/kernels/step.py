@@ -72,7 +72,7 @@ def _gated_step_kernel(
     slots = phase
     if HAS_VALID:
         valid = tl.load(valid_ptr + row * valid_stride) != 0
-        # Padding: its phase means nothing, so no slot may be read.
+        # Padding: its phase means nothing, and its output is 0 whatever it would read.
         slots = tl.where(valid, slots, 0)
     else:
         valid = True
