@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoding step of a layer in one launch: everything between the input projections and the output projection.
+
+Alphabet as in attention_flash.py: B rows, C slots of a chunk, E value width, S query/key width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..attention_flash import DecodingState, Normalization
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Programs that keep a large GPU's multiprocessors (108 to 132) busy. More of them only read the keys more often.
+FULL_GPU = 96
+# Blocks of slots under way at once.
+STAGES = 3
+# Under numpy 2.4 the interpreter of triton 3.6 cannot end a loop at a tensor (triton issue 9171): it walks through all
+# slots, of which the masks leave the same.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _activated(x_ptr, index, mask, SILU: tl.constexpr):
+    """`x sigmoid(x)` in float32, or x if the caller has done that."""
+    x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        x = x * tl.sigmoid(x)
+    return x
+
+
+@triton.jit
+def _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S):
+    """`RoPE(gamma z + beta)`: the column itself times cos plus its partner times +-sin."""
+    gamma_2S = tl.load(gamma_ptr + col_2S, mask=in_2S, other=0.0).to(tl.float32)
+    beta_2S = tl.load(beta_ptr + col_2S, mask=in_2S, other=0.0).to(tl.float32)
+    return tl.sum((gamma_2S * z_2S + beta_2S) * turn_2S, 0)
+
+
+@triton.jit
+def _gated_step_kernel(
+    u_ptr, v_ptr, z_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, position_ptr, valid_ptr,
+    quad_k_ptr, lin_k_ptr, value_ptr, total_ptr, seen_ptr, bias_ptr, out_ptr,
+    u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale,
+    C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
+    HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
+    MEAN: tl.constexpr, INTERLEAVED: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One row and BLOCK_E of its value columns. With p slots of the open chunk filled and c the global part's scale,
+
+        out = silu(u) (sum_{j<p} (A_j - c lin_q.lin_k_j) v_j + A_p v_p + c lin_q total)
+        A_j = relu(quad_q.quad_k_j score_scale + bias[j - p + C - 1])^2
+        total += lin_k_p v_p^T
+
+    where total, before that update, holds all tokens before this one.
+    """
+    blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    # Programs of one row are neighbours in time, so that all but the first find its keys in L2.
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+
+    # Not from `seen`, which another program of this row may have advanced already.
+    position = tl.load(position_ptr + row * position_stride)
+    phase = (position % C).to(tl.int32)
+    closed = position - phase
+    slots = phase
+    if HAS_VALID:
+        valid = tl.load(valid_ptr + row * valid_stride) != 0
+        # Padding: its phase means nothing, and its output is 0 whatever it would read.
+        slots = tl.where(valid, slots, 0)
+    else:
+        valid = True
+
+    col_S = tl.arange(0, BLOCK_S)
+    in_S = col_S < S
+    e_E = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    in_E = e_E < E
+
+    # A small block of the total is asked for first: it has the time of the whole loop below to arrive. A large one is
+    # not worth the registers, since then there are other programs to fill the wait.
+    total_ptr += row * S * E
+    total_at = col_S[:, None] * E + e_E[None, :]
+    total_mask = in_S[:, None] & in_E[None, :] & valid
+    EARLY: tl.constexpr = BLOCK_S * BLOCK_E <= 8192
+    if HAS_LIN and EARLY:
+        total_SE = tl.load(total_ptr + total_at, mask=total_mask, other=0.0)
+
+    # -- the new token's heads. The columns of a pair meet by loading z twice, itself in row 0 and its partner in row 1
+    # of a tile, which is then summed. (Apart from saving shuffles, a sum is something that the compiler does once and
+    # hands around; heads computed elementwise it would compute anew, loads and all, for every layout that reads them.)
+    col_1S = col_S[None, :]
+    turned_1S = col_1S < 2 * HALF
+    if INTERLEAVED:
+        first_1S, pair_1S, angle_1S = col_1S % 2 == 0, col_1S ^ 1, col_1S // 2
+    else:
+        first_1S = col_1S < HALF
+        pair_1S, angle_1S = tl.where(first_1S, col_1S + HALF, col_1S - HALF), tl.where(first_1S, col_1S, col_1S - HALF)
+    itself_21 = tl.arange(0, 2)[:, None] == 0
+    col_2S = tl.where(itself_21, col_1S, pair_1S)
+    in_2S = tl.where(itself_21, col_1S < S, turned_1S)
+    cos_ptr += row * rotary_stride
+    sin_ptr += row * rotary_stride
+    # Beyond the turned columns a turn by zero.
+    cos_2S = tl.load(cos_ptr + angle_1S, mask=turned_1S & itself_21, other=1.0).to(tl.float32)
+    sin_2S = tl.load(sin_ptr + angle_1S, mask=turned_1S & ~itself_21, other=0.0).to(tl.float32)
+    turn_2S = tl.where(itself_21, cos_2S, tl.where(first_1S, -sin_2S, sin_2S))
+    z_2S = _activated(z_ptr + row * z_stride, col_2S, in_2S, SILU)
+    # Keys and value as the state will hold them: what a token adds to the total has to cancel, for as long as its
+    # chunk is open, against what its slot says.
+    cache: tl.constexpr = value_ptr.dtype.element_ty
+    v_E = _activated(v_ptr + row * v_stride, e_E, in_E, SILU).to(cache)
+    LIN: tl.constexpr = 2 * S if HAS_QUAD else 0
+    own_weight = 0.0
+    if HAS_QUAD:
+        quad_q_S = _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S)
+        quad_k_S = _head(z_2S, turn_2S, gamma_ptr + S, beta_ptr + S, col_2S, in_2S).to(cache)
+        quad_q_S *= score_scale
+        own_score = tl.sum(quad_q_S * quad_k_S.to(tl.float32), 0)
+        if HAS_BIAS:
+            own_score += tl.load(bias_ptr + C - 1).to(tl.float32)
+        own_weight = tl.where(own_score < 0, 0.0, own_score * own_score)
+    if HAS_LIN:
+        lin_q_S = _head(z_2S, turn_2S, gamma_ptr + LIN, beta_ptr + LIN, col_2S, in_2S)
+        lin_k_S = _head(z_2S, turn_2S, gamma_ptr + LIN + S, beta_ptr + LIN + S, col_2S, in_2S).to(cache)
+        scale = 1.0 / C
+        if MEAN:
+            scale = 1.0 / tl.maximum(closed, 1).to(tl.float32)
+        lin_q_S *= tl.where(closed > 0, scale, 0.0)
+        # In a document's first chunk there is nothing to take back.
+        lin_slots = tl.where(closed > 0, slots, 0)
+
+    # -- the open chunk's slots before this one; what lies in the others is never loaded
+    quad_k_ptr += row * C * S
+    lin_k_ptr += row * C * S
+    value_ptr += row * C * E
+    # Slots are summed last: across threads once, not once a block.
+    sum_CE = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+    for start in tl.range(0, C if INTERPRETED else slots, BLOCK_C, num_stages=STAGES):
+        slot_C = start + tl.arange(0, BLOCK_C)
+        live_C = slot_C < slots
+        weight_C = tl.zeros([BLOCK_C], tl.float32)
+        key_at = slot_C[:, None] * S + col_S[None, :]
+        if HAS_QUAD:
+            key_CS = tl.load(quad_k_ptr + key_at, mask=live_C[:, None] & in_S[None, :], other=0.0).to(tl.float32)
+            score_C = tl.sum(key_CS * quad_q_S[None, :], 1)
+            if HAS_BIAS:
+                score_C += tl.load(bias_ptr + slot_C - phase + C - 1, mask=live_C, other=0.0).to(tl.float32)
+            # Not a maximum, which would turn NaN into 0.
+            weight_C = tl.where(score_C < 0, 0.0, score_C * score_C)
+        if HAS_LIN:
+            key_mask = (slot_C < lin_slots)[:, None] & in_S[None, :]
+            key_CS = tl.load(lin_k_ptr + key_at, mask=key_mask, other=0.0).to(tl.float32)
+            weight_C -= tl.sum(key_CS * lin_q_S[None, :], 1)
+        # The bias gives empty slots a weight, but never a value.
+        value_at = slot_C[:, None] * E + e_E[None, :]
+        value_CE = tl.load(value_ptr + value_at, mask=live_C[:, None] & in_E[None, :], other=0.0).to(tl.float32)
+        sum_CE += weight_C[:, None] * value_CE
+    new_E = v_E.to(tl.float32)
+    out_E = tl.sum(sum_CE, 0) + own_weight * new_E
+
+    # -- the state
+    writes_E = in_E & valid
+    tl.store(value_ptr + phase.to(tl.int64) * E + e_E, v_E, mask=writes_E)
+    if HAS_LIN:
+        if not EARLY:
+            total_SE = tl.load(total_ptr + total_at, mask=total_mask, other=0.0)
+        out_E += tl.sum(total_SE * lin_q_S[:, None], 0)
+        total_SE += lin_k_S.to(tl.float32)[:, None] * new_E[None, :]
+        tl.store(total_ptr + total_at, total_SE, mask=total_mask)
+    # Once a row.
+    writes = (block == 0) & valid
+    if HAS_QUAD:
+        tl.store(quad_k_ptr + phase.to(tl.int64) * S + col_S, quad_k_S, mask=in_S & writes)
+    if HAS_LIN:
+        tl.store(lin_k_ptr + phase.to(tl.int64) * S + col_S, lin_k_S, mask=in_S & writes)
+    tl.store(seen_ptr + row, tl.load(seen_ptr + row, mask=writes, other=0) + 1, mask=writes)
+
+    u_E = _activated(u_ptr + row * u_stride, e_E, in_E, SILU)
+    # Zero for padding: with a phase that means nothing its own bias may do anything.
+    tl.store(out_ptr + row * E + e_E, tl.where(valid, out_E * u_E, 0.0), mask=in_E)
+
+
+def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[int, int, int]:
+    """BLOCK_C, BLOCK_E and warps.
+
+    The widest block of E that leaves enough programs, since every program reads all keys of its row, and whose
+    `[S, BLOCK_E]` of the total fits the registers; the slots whose keys fill 8 KiB of shared memory.
+    """
+    block_s = triton.next_power_of_2(key_dim)
+    block_c = min(max(8192 // (block_s * itemsize), 8), 32)
+    for block_e in (128, 64, 32):
+        if batch * triton.cdiv(width, block_e) >= FULL_GPU and block_e * block_s <= 16384:
+            return block_c, block_e, 8 if block_e * block_s > 4096 else 4
+    return block_c, 16, 4
+
+
+def _launch(
+    u: Tensor,
+    v: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    valid: Tensor | None,
+    quad_k: Tensor | None,
+    lin_k: Tensor | None,
+    value: Tensor,
+    total: Tensor | None,
+    seen: Tensor,
+    bias: Tensor | None,
+    divisor: float,
+    mean: bool,
+    interleaved: bool,
+    silu: bool,
+) -> Tensor:
+    B, _, E = u.shape
+    C, S = value.shape[1], z.shape[2]
+    out = u.new_empty(B, 1, E)
+    block_c, block_e, warps = launch_shape(B, E, S, value.element_size())
+    # An absent tensor's place is taken by one that its flag keeps the kernel from touching.
+    with torch.cuda.device_of(u):
+        _gated_step_kernel[(B * triton.cdiv(E, block_e),)](
+            u, v, z, gamma, beta, z if cos is None else cos, z if sin is None else sin,
+            position, position if valid is None else valid,
+            value if quad_k is None else quad_k, value if lin_k is None else lin_k, value,
+            value if total is None else total, seen, z if bias is None else bias, out,
+            u.stride(0), v.stride(0), z.stride(0),
+            0 if cos is None or cos.shape[0] == 1 else cos.shape[2],
+            0 if position.shape[0] == 1 else position.stride(0), 0 if valid is None else valid.stride(0),
+            1.0 / divisor,
+            C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],
+            HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias is not None,
+            HAS_VALID=valid is not None, MEAN=mean, INTERLEAVED=interleaved, SILU=silu,
+            BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
+            INTERPRETED=INTERPRETED, num_warps=warps,
+        )  # fmt: skip
+    return out
+
+
+# Not torch.library.custom_op: around an op that writes to its arguments its wrappers took 0.23 ms a call of the host,
+# against 0.01 ms this way (2 shared cores, torch 2.13). What they are for, gradients, is refused below.
+_LIBRARY = torch.library.Library("flash_hf", "FRAGMENT")
+_LIBRARY.define(
+    "gated_step" + torch.library.infer_schema(_launch, mutates_args=("quad_k", "lin_k", "value", "total", "seen")),
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+)
+for _key in ("CUDA", "CPU"):
+    _LIBRARY.impl("gated_step", _launch, _key)
+
+
+@torch.library.register_fake("flash_hf::gated_step", lib=_LIBRARY)
+def _(u, *others):
+    return u.new_empty(u.shape)
+
+
+def _require(name: str, tensor: Tensor, shape: tuple, dtypes: tuple | None = None, *, dense: bool = False) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}.")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise ValueError(
+            f"{name} must be of {' or '.join(map(str, dtypes))}, got {tensor.dtype}. Other types are for the torch "
+            "tier, mixed_chunk_step."
+        )
+    if dense and not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, since it is updated in place, got strides {tensor.stride()}. Store "
+            f"{name}.contiguous() in the cache."
+        )
+
+
+def gated_step(
+    u: Tensor,
+    v: Tensor,
+    z: Tensor,
+    gamma_HS: Tensor,
+    beta_HS: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    position_B1: Tensor,
+    valid_B1: Tensor | None,
+    state: DecodingState,
+    *,
+    divisor: float,
+    bias_R: Tensor | None,
+    normalization: Normalization,
+    has_quad: bool = True,
+    has_lin: bool = True,
+    interleaved: bool = False,
+    silu: bool = True,
+) -> Tensor:
+    """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel; advances `state`.
+
+    Args:
+        u, v, z: projections of one new token a row, `[B, 1, E]`, `[B, 1, E]`, `[B, 1, S]`, float32, float16 or
+            bfloat16. They may be slices of one buffer.
+        gamma_HS, beta_HS: offset-scale, `[H, S]`: rows quad_q, quad_k, lin_q, lin_k, without those of absent branches.
+        rotary: cos and sin of the tokens' positions, `[B or 1, 1, r / 2]`, or None.
+        position_B1: tokens of the row's document before this one, int64 `[B or 1, 1]`. No view of `state.seen`, which
+            the kernel advances while it reads this.
+        valid_B1: False where the token is padding, bool `[B, 1]`, or None.
+        state: updated in place, padding rows excepted. Contiguous.
+        divisor: constant under the scores.
+        bias_R: relative bias `[2 * C - 1]`, or None.
+        has_quad, has_lin: branches of the layer.
+        interleaved: RoPE turns the pairs (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
+        silu: u, v and z come before their activation.
+
+    Returns:
+        `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
+
+    Raises:
+        ValueError: for a device, shape, dtype, layout or normalization that the kernel has no code for.
+        RuntimeError: if a gradient would have to pass.
+    """
+    if not (u.is_cuda or INTERPRETED):
+        raise ValueError(
+            f"u must be on a CUDA device, got {u.device}. Other devices decode with the torch tier, mixed_chunk_step."
+        )
+    quad_k, lin_k, value, total, seen = state
+    B, E, S, C = u.shape[0], u.shape[-1], z.shape[-1], value.shape[1]
+    if normalization not in ("mean", "chunk"):
+        raise ValueError(f"normalization must be 'mean' or 'chunk', got {normalization!r}.")
+    if not (has_quad or has_lin):
+        raise ValueError("has_quad, has_lin must not both be False: such a layer has no heads and no output.")
+    if has_quad != (quad_k is not None) or has_lin != (lin_k is not None) or has_lin != (total is not None):
+        raise ValueError(
+            f"state must hold the branches of the layer, has_quad={has_quad} and has_lin={has_lin}; of quad_k, lin_k, "
+            f"total it holds {[x is not None for x in (quad_k, lin_k, total)]}. Start with an empty cache."
+        )
+    if S > 256:
+        raise ValueError(f"z must have at most 256 columns, got {S}. Wider keys decode with mixed_chunk_step.")
+    for name, tensor, width in (("u", u, E), ("v", v, E), ("z", z, S)):
+        _require(name, tensor, (B, 1, width), DTYPES)
+    heads = 2 * (has_quad + has_lin)
+    _require("gamma_HS", gamma_HS, (heads, S))
+    _require("beta_HS", beta_HS, (heads, S))
+    _require("state.value", value, (B, C, E), DTYPES, dense=True)
+    _require("state.seen", seen, (B,), (torch.int64,), dense=True)
+    if has_quad:
+        _require("state.quad_k", quad_k, (B, C, S), (value.dtype,), dense=True)
+        if bias_R is not None:
+            _require("bias_R", bias_R, (2 * C - 1,))
+    else:
+        bias_R = None
+    if has_lin:
+        _require("state.lin_k", lin_k, (B, C, S), (value.dtype,), dense=True)
+        _require("state.total", total, (B, S, E), (torch.float32,), dense=True)
+    _require("position_B1", position_B1, (1 if position_B1.shape[0] == 1 else B, 1), (torch.int64,))
+    if valid_B1 is not None:
+        _require("valid_B1", valid_B1, (B, 1), (torch.bool,))
+    cos = sin = None
+    if rotary is not None:
+        cos, sin = rotary
+        half = cos.shape[-1]
+        if 2 * half > S:
+            raise ValueError(f"rotary must turn at most the {S} columns of z, got {2 * half}.")
+        for name, tensor in (("cos", cos), ("sin", sin)):
+            _require(f"rotary's {name}", tensor, (1 if cos.shape[0] == 1 else B, 1, half))
+        cos, sin = (cos.contiguous(), sin.contiguous()) if half else (None, None)
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, v, z, gamma_HS, beta_HS, bias_R, cos, sin)
+    ):
+        raise RuntimeError(
+            "gated_step has no backward, since it overwrites the state it reads, and an input requires grad. Decode "
+            "under torch.no_grad(), or use mixed_chunk_attention with a state."
+        )
+    u, v, z = (x if x.stride(-1) == 1 else x.contiguous() for x in (u, v, z))
+    bias_R = None if bias_R is None else bias_R.contiguous()
+    return torch.ops.flash_hf.gated_step.default(
+        u, v, z, gamma_HS.contiguous(), beta_HS.contiguous(), cos, sin, position_B1, valid_B1, *state, bias_R,
+        float(divisor), normalization == "mean", interleaved, silu,
+    )  # fmt: skip

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused decoding step equals the torch tier: the same functions one by one, over many steps and every border.
+
+Without a CUDA device the kernel runs in triton's interpreter, which has to be asked for before the kernel is imported.
+"""
+
+import os
+
+import pytest
+import torch
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+triton = pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
+
+from flash_hf.attention_flash import DecodingState, Heads, mixed_chunk_step, offset_scale, wide  # noqa: E402
+from flash_hf.chunking_flash import StepLayout  # noqa: E402
+from flash_hf.kernels import step as kernel  # noqa: E402
+from flash_hf.testing import assert_close, error_ratio  # noqa: E402
+
+
+COMPILED = any(isinstance(x, triton.JITFunction) for x in (triton.language.sum, kernel._gated_step_kernel))
+if DEVICE == "cpu" and COMPILED:
+    pytest.skip("triton was imported without TRITON_INTERPRET=1, and there is no CUDA device", allow_module_level=True)
+
+BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
+
+
+def allocated(B, C, E, S, dtype, quad=True, lin=True, fill=float("nan")):
+    """A state that has seen nothing, in whose slots earlier chunks left `fill`."""
+
+    def leftover(*shape):
+        return torch.full((B, *shape), fill, dtype=dtype, device=DEVICE)
+
+    total = torch.zeros(B, S, E, dtype=wide(dtype), device=DEVICE) if lin else None
+    seen = torch.zeros(B, dtype=torch.long, device=DEVICE)
+    keys = (leftover(C, S) if present else None for present in (quad, lin))
+    return DecodingState(*keys, leftover(C, E), total, seen)
+
+
+def copied(state):
+    return DecodingState(*(None if x is None else x.clone() for x in state))
+
+
+def converted(state, dtype):
+    return DecodingState(
+        *(x if x is None or x.dtype == torch.long else x.to(wide(dtype) if x is state.total else dtype) for x in state)
+    )
+
+
+def angles(position_B1, half):
+    """cos and sin, `[B, 1, half]`."""
+    angle = position_B1[..., None].float() * 10000.0 ** -(torch.arange(half, device=DEVICE) / max(half, 1))
+    return angle.cos(), angle.sin()
+
+
+def torch_step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor, bias_R, normalization, has_quad=True,
+               has_lin=True, interleaved=False, silu=True):  # fmt: skip
+    """What the kernel replaces, in the dtype of its arguments."""
+    if silu:
+        u, v, z = (torch.nn.functional.silu(x) for x in (u, v, z))
+    heads = offset_scale(z, gamma, beta, rotary, interleaved=interleaved).unbind(-2)
+    heads = Heads(*(heads[:2] if has_quad else (None, None)), *(heads[-2:] if has_lin else (None, None)))
+    layout = StepLayout(position, valid)
+    return u * mixed_chunk_step(
+        heads, v, layout, state, divisor=divisor, bias_R=bias_R, normalization=normalization
+    )  # fmt: skip
+
+
+class Case:
+    """Weights, and tokens as slices of one buffer of projections, as a fused projection would give them."""
+
+    def __init__(self, dtype=torch.float32, B=3, C=4, E=24, S=8, r=None, quad=True, lin=True, bias=True,
+                 normalization="mean", interleaved=False, silu=True, seed=0):  # fmt: skip
+        self.dtype, self.B, self.C, self.E, self.S, self.r = dtype, B, C, E, S, S if r is None else r
+        self.generator = torch.Generator().manual_seed(seed)
+        H = 2 * (quad + lin)
+        self.gamma, self.beta = self.randn(H, S), self.randn(H, S) * 0.3
+        self.settings = {
+            "divisor": 2.0, "bias_R": self.randn(2 * C - 1) * 0.5 if bias and quad else None, "has_lin": lin,
+            "has_quad": quad, "normalization": normalization, "interleaved": interleaved, "silu": silu,
+        }  # fmt: skip
+        self.state = allocated(B, C, E, S, dtype, quad, lin)
+
+    def randn(self, *shape):
+        return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
+
+    def token(self):
+        return self.randn(self.B, 1, 2 * self.E + self.S).split([self.E, self.E, self.S], -1)
+
+    def arguments(self, state, valid=None, token=None):
+        position = state.seen[:, None].clone()
+        rotary = angles(position, self.r // 2) if self.r else None
+        return (*(token or self.token()), self.gamma, self.beta, rotary, position, valid, state)
+
+
+def stored(state):
+    """Everything the state means, named: slots from the phase on mean nothing."""
+    C = state.value.shape[1]
+    count = torch.where(state.seen > 0, (state.seen - 1) % C + 1, 0)
+    filled = (torch.arange(C, device=DEVICE) < count[:, None])[..., None]
+    for name, x in state._asdict().items():
+        if x is not None:
+            yield name, torch.where(filled, x, 0) if name in ("quad_k", "lin_k", "value") else x
+
+
+def assert_same(case, steps, ratio=1e-5, valids=None):
+    """Kernel and torch tier step by step, from one state each; the torch tier's leftovers must be finite."""
+    mine, theirs = case.state, DecodingState(*(None if x is None else x.nan_to_num(0) for x in copied(case.state)))
+    for index in range(steps):
+        valid = None if valids is None else valids[:, index : index + 1].to(DEVICE)
+        token = case.token()
+        real = torch.ones(case.B, dtype=torch.bool, device=DEVICE) if valid is None else valid[:, 0]
+        before = copied(mine)
+        out = kernel.gated_step(*case.arguments(mine, valid, token), **case.settings)
+        expected = torch_step(*case.arguments(theirs, valid, token), **case.settings)
+        assert out.shape == (case.B, 1, case.E) and out.dtype == case.dtype and out.isfinite().all()
+        assert_close(out[real], expected[real], ratio, f"output of step {index}")
+        for (name, x), (_, y) in zip(stored(mine), stored(theirs), strict=True):
+            assert x.dtype == y.dtype
+            assert_close(x, y, ratio, f"{name} after step {index}")
+        assert torch.equal(mine.seen, theirs.seen)
+        for old, new in zip(before, mine, strict=True):
+            if old is not None:
+                assert torch.equal(old[~real].nan_to_num(7), new[~real].nan_to_num(7))
+
+
+def test_steps_across_three_borders():
+    assert_same(Case(C=4), 13)
+
+
+@pytest.mark.parametrize("quad, lin", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("normalization", ["mean", "chunk"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_branches_and_scales(quad, lin, normalization, bias):
+    assert_same(Case(quad=quad, lin=lin, normalization=normalization, bias=bias, C=3), 8)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("r", [0, 2, 6, 12])
+def test_rotary(r, interleaved):
+    assert_same(Case(S=12, r=r, interleaved=interleaved), 6)
+
+
+@pytest.mark.parametrize("C, E, S", [(1, 24, 8), (2, 37, 12), (5, 1, 2), (4, 16, 1), (3, 130, 20)])
+def test_sizes_that_no_block_divides(C, E, S):
+    assert_same(Case(C=C, E=E, S=S, B=2, r=S // 4 * 2), 2 * C + 2)
+
+
+@pytest.mark.parametrize("C, phase", [(40, 38), (65, 31), (512, 510)])
+def test_chunks_of_several_blocks(C, phase):
+    """From a state with closed chunks, over the border of a block and of the chunk."""
+    case = Case(C=C, B=1, S=4)
+    state = case.state
+    for name in ("quad_k", "lin_k", "value"):
+        getattr(state, name)[:, :phase] = case.randn(1, phase, getattr(state, name).shape[2]) * 0.3
+    state.total.copy_(case.randn(*state.total.shape) * C)
+    state.seen.fill_(2 * C + phase)
+    assert_same(case, 4)
+
+
+@pytest.mark.parametrize(
+    "batch, width, key_dim, itemsize", [(1, 1536, 128, 2), (8, 1536, 128, 4), (64, 1536, 128, 2), (64, 1000, 256, 4)]
+)
+def test_launch_shapes(batch, width, key_dim, itemsize, monkeypatch):
+    """Every shape of blocks that a launch may choose gives the same numbers; the batch itself is too large here."""
+    block_c, block_e, warps = kernel.launch_shape(batch, width, key_dim, itemsize)
+    padded = triton.next_power_of_2(key_dim)
+    assert block_e * padded <= 16384 and block_c * padded * itemsize <= 8192
+    monkeypatch.setattr(kernel, "launch_shape", lambda *sizes: (block_c, block_e, warps))
+    assert_same(Case(B=1, C=3, E=150, S=key_dim, r=key_dim // 2), 5)
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_before_and_after_the_activation(silu):
+    assert_same(Case(silu=silu), 6)
+
+
+def test_ragged_rows_and_padding_leave_no_trace():
+    """Rows at phase 0, mid and last slot of their chunks at once; padding between, before and after real tokens."""
+    valids = torch.rand(4, 14, generator=torch.Generator().manual_seed(1)) < 0.6
+    valids[0], valids[1, :5] = False, False
+    valids[1, 5:] = True
+    assert_same(Case(B=4, C=4), 14, valids=valids)
+
+
+def test_padding_at_a_position_that_is_not_seen():
+    """Padding's position is some valid position: not even its phase may be believed."""
+    case = Case(B=2, C=4)
+    assert_same(case, 5)
+    before = copied(case.state)
+    u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state)
+    valid = torch.zeros(2, 1, dtype=torch.bool, device=DEVICE)
+    out = kernel.gated_step(u, v, z, gamma, beta, rotary, position + 2, valid, state, **case.settings)
+    assert (out == 0).all()
+    for old, new in zip(before, case.state, strict=True):
+        assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_low_precision_error_is_at_most_twice_torchs(dtype):
+    case = Case(dtype=dtype, B=2, C=8, E=64, S=32)
+    mine, theirs, exact = case.state, copied(case.state), copied(case.state)
+    theirs, exact = (DecodingState(*(x.nan_to_num(0) for x in state)) for state in (theirs, exact))
+    exact = converted(exact, torch.float64)
+    errors = []
+    for _ in range(18):
+        token = case.token()
+        arguments = case.arguments(exact, token=token)
+        doubles = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments[:5]]
+        settings = {**case.settings, "bias_R": case.settings["bias_R"].double()}
+        expected = torch_step(*doubles, *arguments[5:], **settings)
+        ours = kernel.gated_step(*case.arguments(mine, token=token), **case.settings)
+        plain = torch_step(*case.arguments(theirs, token=token), **case.settings)
+        errors.append((error_ratio(ours, expected), error_ratio(plain, expected)))
+        assert_close(mine.total, exact.total, 2 * error_ratio(theirs.total, exact.total) + 1e-6, "total")
+    ours, plain = (torch.tensor(column).mean() for column in zip(*errors, strict=True))
+    assert 0 < ours <= 2 * plain, errors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+def test_an_open_chunk_cancels_from_the_total(dtype):
+    """The total less the slots is the closed chunks' sum: a slot that differs from what was summed would stay in."""
+    case = Case(dtype=dtype, B=1, C=4, lin=True, quad=False, normalization="chunk")
+    for _ in range(4):
+        kernel.gated_step(*case.arguments(case.state), **case.settings)
+    closed = case.state.total.clone()
+    for _ in range(3):
+        kernel.gated_step(*case.arguments(case.state), **case.settings)
+    key, value = (x[:, :3].float() for x in (case.state.lin_k, case.state.value))
+    assert_close(case.state.total - key.transpose(1, 2) @ value, closed, 2e-6)
+
+
+def test_parameters_of_another_type_and_one_position_for_all_rows():
+    """Under autocast projections are float16 and parameters float32; a row of positions may serve every row."""
+    case = Case(dtype=torch.float16, B=2)
+    case.gamma, case.beta = case.gamma.float(), case.beta.float()
+    u, v, z, *_ = case.arguments(case.state)
+    position = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    theirs = DecodingState(*(x.nan_to_num(0) for x in copied(case.state)))
+    rest = (case.gamma, case.beta, angles(position, 4), position, None)
+    out = kernel.gated_step(u, v, z, *rest, case.state, **case.settings)
+    settings = {**case.settings, "bias_R": case.settings["bias_R"].float()}
+    expected = torch_step(u.float(), v.float(), z.float(), *rest, converted(theirs, torch.float32), **settings)
+    assert_close(out, expected, 2e-3)
+
+
+def test_strided_and_transposed_projections():
+    case = Case()
+    u, v, z = case.token()
+    other = copied(case.state)
+    wide_u = torch.stack([u, u], -1)[..., 0]
+    assert wide_u.stride(-1) == 2
+    out = kernel.gated_step(*case.arguments(case.state, token=(wide_u, v, z)), **case.settings)
+    dense = tuple(x.contiguous() for x in (u, v, z))
+    assert torch.equal(out, kernel.gated_step(*case.arguments(other, token=dense), **case.settings))
+
+
+def op_arguments(case, valid=None):
+    u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state, valid)
+    cos, sin = rotary or (None, None)
+    return (u, v, z, gamma, beta, cos, sin, position, valid, *state, case.settings["bias_R"], 2.0, True, False, True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"quad": False}, {"lin": False}, {"r": 0, "bias": False}])
+def test_opcheck(settings):
+    case = Case(**settings)
+    case.state = allocated(case.B, 4, 24, 8, torch.float32, settings.get("quad", True), settings.get("lin", True), 0.5)
+    valid = torch.tensor([[True], [False], [True]], device=DEVICE) if settings else None
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.flash_hf.gated_step.default, op_arguments(case, valid), test_utils=tests)
+
+
+def test_compiles_in_one_graph():
+    case = Case()
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(kernel.gated_step, fullgraph=True, backend=backend)
+    mine, theirs = copied(case.state), case.state
+    addresses = [x.data_ptr() for x in mine]
+    for _ in range(6):
+        token = case.token()
+        out = compiled(*case.arguments(mine, token=token), **case.settings)
+        assert torch.equal(out, kernel.gated_step(*case.arguments(theirs, token=token), **case.settings))
+        for (name, x), (_, y) in zip(stored(mine), stored(theirs), strict=True):
+            assert torch.equal(x, y), name
+    assert addresses == [x.data_ptr() for x in mine]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B", [1, 5, 64])
+def test_full_size_in_a_cuda_graph(dtype, B):
+    """A captured step replayed over borders: the phase is read on the device."""
+    case = Case(dtype=dtype, B=B, C=256, E=1536, S=128)
+    case.gamma *= 0.1
+    state = case.state
+    arguments = case.arguments(state)
+    # Compiled outside of the capture, on another state.
+    kernel.gated_step(*arguments[:-1], copied(state), **case.settings)
+    theirs = converted(DecodingState(*(x.nan_to_num(0) for x in copied(state))), torch.float32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernel.gated_step(*arguments, **case.settings)
+    plain = {**case.settings, "bias_R": case.settings["bias_R"].float()}
+    for index in range(600):
+        new, position = case.token(), state.seen[:, None].clone()
+        for old, value in zip((*arguments[:3], *arguments[5], arguments[6]), (*new, *angles(position, 64), position),
+                              strict=True):  # fmt: skip
+            old.copy_(value)
+        graph.replay()
+        floats = [x.float() for x in (*new, case.gamma, case.beta)]
+        expected = torch_step(*floats, angles(position, 64), position, None, theirs, **plain)
+        if index % 50 in (0, 1) or 250 < index < 262 or 508 < index < 518:
+            assert_close(out, expected, 1e-4 if dtype == torch.float32 else 0.02, f"step {index}")
+    assert (state.seen == 600).all()
+
+
+@pytest.mark.gpu
+def test_two_runs_are_bit_equal():
+    first, second = (Case(dtype=torch.float16, B=16, C=64, E=1536, S=128) for _ in range(2))
+    for case in (first, second):
+        case.gamma *= 0.1
+    for _ in range(130):
+        outs = [kernel.gated_step(*case.arguments(case.state), **case.settings) for case in (first, second)]
+        assert torch.equal(*outs)
+    for one, other in zip(first.state, second.state, strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+
+def test_gradients_are_refused():
+    case = Case()
+    case.gamma.requires_grad_()
+    with pytest.raises(RuntimeError, match="no backward"):
+        kernel.gated_step(*case.arguments(case.state), **case.settings)
+    with torch.no_grad():
+        kernel.gated_step(*case.arguments(case.state), **case.settings)
+
+
+def test_errors_name_argument_and_value():
+    case = Case()
+    good = case.arguments(case.state)
+
+    def refused(match, index=None, value=None, **settings):
+        arguments = list(good)
+        if index is not None:
+            arguments[index] = value
+        with pytest.raises(ValueError, match=match):
+            kernel.gated_step(*arguments, **{**case.settings, **settings})
+
+    state = case.state
+    refused("normalization.*'sum'", normalization="sum")
+    refused("branches", has_lin=False)
+    refused("u must be of.*float64", 0, good[0].double())
+    refused(r"v must have the shape \(3, 1, 24\)", 1, good[1][..., :7])
+    refused(r"gamma_HS must have the shape \(4, 8\)", 3, good[3][:2])
+    refused(r"bias_R must have the shape \(7,\)", bias_R=case.settings["bias_R"][:6])
+    refused("rotary must turn at most", 5, angles(good[6], 5))
+    refused("position_B1 must be of", 6, good[6].int())
+    refused("valid_B1 must be of", 7, good[6])
+    sparse = state.value.repeat(1, 1, 2)[..., ::2]
+    refused("state.value must be contiguous", 8, state._replace(value=sparse))
+    refused("state.total must be of", 8, state._replace(total=state.total.double()))
