@@ -394,3 +394,31 @@ def test_another_csv_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="no table of scripts/benchmark.py"):
         benchmark_report.read([tmp_path / "other.csv"])
+
+
+# -- processes
+def script_arguments(path: Path, **changes) -> argparse.Namespace:
+    values = {"device": "cpu", "smoke": False, "models": None, "groups": None, "contexts": None, "output": path}
+    values |= {"rounds": 1, "reps": 1, "limit_s": 300.0}
+    return argparse.Namespace(**{**values, **changes})
+
+
+def test_the_most_important_pairs_come_first(tmp_path):
+    script = runpy.run_path(str(SCRIPT))
+    pairs = script["order"](script_arguments(tmp_path, device="cuda"))
+    assert pairs[:5] == [
+        ("device", "matmul"), ("flash", "train"), ("transformer++", "train"), ("flash", "decode"),
+        ("transformer++", "decode"),
+    ]  # fmt: skip
+    assert ("gla", "train") in pairs[-12:] and not any(group == "cpu" for _, group in pairs)
+    chosen = script["order"](script_arguments(tmp_path, models=("llama", "flash"), groups=("decode",)))
+    assert chosen == [("flash", "decode"), ("llama", "decode")]
+
+
+def test_a_process_that_takes_too_long_leaves_a_row(tmp_path):
+    path = tmp_path / "rows.csv"
+    runpy.run_path(str(SCRIPT))["in_process"](script_arguments(path, limit_s=0.05), "flash", "train")
+    (row,) = rows_of(path)
+    assert (row["model"], row["measurement"], row["ms"]) == ("flash", "train", "")
+    assert row["note"].startswith("stopped after")
+    assert "- flash, train: stopped after" in benchmark_report.tables(benchmark_report.read([path]))
