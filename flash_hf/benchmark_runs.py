@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What scripts/benchmark.py runs: the cases of each group, and the CSV that every row goes to as it is measured."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import platform
+import subprocess
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from .benchmarking import (
+    BASE,
+    MODELS,
+    SMALL,
+    SMOKE,
+    Candidate,
+    Size,
+    Timing,
+    Unsupported,
+    build,
+    capture,
+    clean,
+    copy_rate,
+    first_layers,
+    matmul_rate,
+    measure,
+    model_flops,
+    once,
+    parameter_count,
+    peak_gib,
+    quartiles,
+    training_step,
+    utilisation,
+)
+
+
+GROUPS = ("matmul", "train", "decode", "prefill", "layer", "forward", "cpu")
+COLUMNS = (
+    "date", "machine", "gpu", "commit", "torch", "triton", "transformers", "model", "direction", "measurement",
+    "context", "batch", "tokens", "ms", "ms_q25", "ms_q75", "samples", "tokens_per_s", "peak_gib", "mfu", "parameters",
+    "note",
+)  # fmt: skip
+TOKENS = 65_536
+# The contexts that the issue's table asks for come first: a run that is cut off keeps them.
+CONTEXTS = (8192, 512, 2048, 65_536, 32_768, 131_072)
+# Models of flash-linear-attention tune each shape for minutes.
+FLA_CONTEXTS = (8192, 2048, 32_768)
+STEPS = 32  # decoding steps in one sample
+
+
+def default_groups(args: argparse.Namespace) -> tuple[str, ...]:
+    """All groups that mean something on the device; a smoke run has them all."""
+    if args.smoke:
+        return GROUPS
+    return ("cpu",) if args.device == "cpu" else tuple(group for group in GROUPS if group != "cpu")
+
+
+def default_models(args: argparse.Namespace) -> tuple[str, ...]:
+    """What runs without further packages in a smoke run; otherwise all but the variants kept for comparison."""
+    if args.smoke:
+        return ("flash", "transformer++", "llama", "flash-quad")
+    if args.device == "cpu":
+        return ("flash", "flash-pytorch", "flash-pytorch-full")
+    variants = ("flash-compiled", "transformer++-baseline", "flash-pytorch-full")
+    return tuple(name for name in MODELS if name not in variants)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Rows
+# ------------------------------------------------------------------------------------------------------------------
+def commit() -> str:
+    """The commit that is measured, with `-dirty` for changes on top; `FLASH_COMMIT` where there is no git."""
+    if given := os.environ.get("FLASH_COMMIT"):
+        return given
+
+    def git(*command: str) -> str:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The CPU's name; on Linux from /proc, which knows more than `platform`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "CPU"
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+class Recorder:
+    """Appends rows to a CSV, one at a time, each on the disk before the next is measured."""
+
+    def __init__(self, path: Path, device: str):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:
+            with path.open(newline="", encoding="utf-8") as file:
+                header = tuple(next(csv.reader(file)))
+            if header != COLUMNS:
+                raise ValueError(f"--output {path} is not a table of this benchmark (columns {header}): name another.")
+        gpu = torch.cuda.get_device_name() if device == "cuda" else processor()
+        self.common = {
+            "machine": platform.node(), "gpu": gpu, "commit": commit(), "torch": torch.__version__,
+            "triton": triton_version(), "transformers": transformers.__version__,
+        }  # fmt: skip
+
+    def add(self, timing: Timing | None = None, **values) -> None:
+        row = {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **self.common, **values}
+        if timing is not None:
+            row |= {"ms": timing.median, "ms_q25": timing.q25, "ms_q75": timing.q75, "samples": timing.samples}
+            if row.get("tokens"):
+                row["tokens_per_s"] = row["tokens"] / timing.median * 1e3
+        for name, value in row.items():
+            if isinstance(value, float):
+                row[name] = f"{value:.6g}"
+        empty = not self.path.exists() or not self.path.stat().st_size
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if empty:
+                writer.writeheader()
+            writer.writerow(row)
+        what = [str(row.get(name, "")) for name in ("model", "direction", "measurement", "context", "batch")]
+        took = f"{row['ms']} ms [{row['ms_q25']}, {row['ms_q75']}]" if timing is not None else "-"
+        more = [f"{name} {row[name]}" for name in ("peak_gib", "mfu") if row.get(name) is not None]
+        print("  ".join([*what, took, *more, row.get("note", "")]), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Cases
+# ------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """One row: what is measured, in which direction, on `batch` rows of `context` tokens."""
+
+    measurement: str
+    context: int
+    batch: int
+    causal: bool = True
+    recompute: bool = False
+
+    @property
+    def direction(self) -> str:
+        return "causal" if self.causal else "bidirectional"
+
+
+def cases(group: str, model: str, smoke: bool, contexts: tuple[int, ...] | None = None) -> list[Case]:
+    """The cases of a group, the most important first; `contexts` keeps only those."""
+    tokens, middle, longest = (128, 64, 128) if smoke else (TOKENS, 8192, 65_536)
+    ladder = FLA_CONTEXTS if model in ("gla", "gated-deltanet") else CONTEXTS
+    ladder = (64, 32) if smoke else ladder
+    if group in ("train", "forward"):
+        # 128K of context do not fit in 65,536 tokens: that case alone takes one row of 131,072.
+        found = [Case(group, context, max(1, tokens // context)) for context in ladder]
+        found.insert(1, Case(group, middle, tokens // middle, causal=False))
+        if group == "train":
+            found.insert(2, Case("train, checkpointing", middle, tokens // middle, recompute=True))
+    elif group == "prefill":
+        found = [Case("prefill", longest, 1)]
+    elif group == "decode":
+        small, large = (32, 2) if smoke else (1024, 64)
+        found = [Case("decode", longest, 1), Case("decode", small, 1), Case("decode", longest // 2, large)]
+    elif group == "layer":
+        found = [
+            Case(f"layer, {what}", context, max(1, tokens // context))
+            for context in ladder[:4]
+            for what in ("forward", "train")
+        ]
+    else:
+        raise ValueError(f"group must be one of {GROUPS}, got {group!r}.")
+    return [case for case in found if contexts is None or case.context in contexts]
+
+
+def prepare(candidate: Candidate, case: Case, size: Size, device: str, dtype: torch.dtype):
+    """What to time for a case, and options of `measure`."""
+    shape = (case.batch, case.context, size.width)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    if case.measurement == "decode":
+        x = normal(case.batch, 1, size.width)
+        candidate.module.eval()
+        step, rewind = candidate.decoder(case.batch, case.context, STEPS * 3, x)
+        call = capture(step, rewind) if device == "cuda" else step
+        return call, {"calls": STEPS, "before": rewind}
+    x = normal(*shape)
+    if case.measurement == "prefill":
+        candidate.module.eval()
+        return lambda: candidate.prefill(x), {}
+    if case.measurement == "forward":
+        return lambda: candidate.hidden(x), {}
+    module, hidden = candidate.module, candidate.hidden
+    if case.measurement.startswith("layer"):
+        # Two gated attention units stand for one block of attention and feed-forward.
+        module, hidden = first_layers(candidate, len(candidate.module.layers) // size.blocks, x)
+        if candidate.compile_layers:
+            for layer in module:
+                layer.compile(dynamic=False)
+        if case.measurement == "layer, forward":
+            return lambda: hidden(x), {}
+    elif case.recompute:
+        candidate.recompute(True)
+    return training_step(module, hidden, x.requires_grad_(), normal(*shape)), {}
+
+
+def note_of(error: BaseException) -> str:
+    """Why a case has no numbers, in one line."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, Unsupported):
+        return str(error)
+    traceback.print_exc()
+    return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+
+def is_training(case: Case) -> bool:
+    return "train" in case.measurement
+
+
+def run_case(case: Case, name: str, candidate: Candidate, size: Size, args, dtype, peak, recorder: Recorder) -> None:
+    """Measure a case and record it; what fails is recorded, too."""
+    row = {
+        "model": name, "direction": case.direction, "measurement": case.measurement, "context": case.context,
+        "batch": case.batch, "tokens": case.batch * (1 if case.measurement == "decode" else case.context),
+        "parameters": parameter_count(candidate.module), "note": candidate.note,
+    }  # fmt: skip
+    clean(args.device)
+    # What stays for the next case: the model, not this case's gradients, cache or inputs.
+    try:
+        with torch.set_grad_enabled(is_training(case)):
+            call, options = prepare(candidate, case, size, args.device, dtype)
+            timing = measure(call, args.device, reps=args.reps, **options)
+        flops = model_flops(name, size, case.context, case.causal)
+        if flops is not None and case.measurement.startswith("layer"):
+            flops /= size.blocks
+        # A step of decoding reads, it does not compute: no share of the arithmetic rate.
+        if flops is not None and case.measurement != "decode":
+            row["mfu"] = utilisation(flops * (3 if is_training(case) else 1), row["tokens"], timing.median, peak)
+        recorder.add(timing, **row, peak_gib=peak_gib(args.device))
+    except Exception as error:
+        recorder.add(**{**row, "note": note_of(error)})
+    finally:
+        candidate.module.train()
+        candidate.module.zero_grad(set_to_none=True)
+        if case.recompute:
+            try:
+                candidate.recompute(False)
+            except Unsupported:
+                pass
+
+
+def run(args: argparse.Namespace, model: str, group: str) -> None:
+    """All cases of one group for one model, `args.rounds` times."""
+    recorder = Recorder(args.output, args.device)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    size = SMOKE if args.smoke else BASE
+    if args.smoke:
+        torch.set_num_threads(1)  # models this small only wait for each other on several
+    # As in training; the gate has run in full float32.
+    torch.set_float32_matmul_precision("high")
+    # A compiled layer meets every shape of its cases, each with a graph of its own.
+    torch._dynamo.config.recompile_limit = 64
+    if group == "cpu":
+        run_cpu(args, recorder)
+        return
+    # Of this very process: clocks differ between cards and minutes.
+    timing, peak = matmul_rate(args.device, dtype, 8192 if args.device == "cuda" else 256)
+    if group == "matmul":
+        recorder.add(timing, model="device", measurement="matmul", note=f"{peak / 1e12:.4g} TFLOP/s {dtype}")
+        timing, rate = copy_rate(args.device, 2**30 if args.device == "cuda" else 2**24)
+        recorder.add(timing, model="device", measurement="copy", note=f"{rate / 1e9:.4g} GB/s read and written")
+        return
+    chosen = cases(group, model, args.smoke, args.contexts)
+    for causal in (True, False):
+        mine = [case for case in chosen if case.causal == causal]
+        if not mine:
+            continue
+        try:
+            # A layer is compiled once its arguments were watched (first_layers); decoding is one CUDA graph for all.
+            whole = group not in ("layer", "decode")
+            candidate = build(model, size, causal, args.device, dtype, compile=whole)
+            candidate.compile_layers = MODELS[model].compiled and group == "layer" and args.device == "cuda"
+        except Exception as error:
+            for case in mine:
+                recorder.add(model=model, direction=case.direction, measurement=case.measurement, context=case.context,
+                             batch=case.batch, note=note_of(error))  # fmt: skip
+            continue
+        for _ in range(args.rounds):
+            for case in mine:
+                run_case(case, model, candidate, size, args, dtype, peak, recorder)
+        del candidate
+        clean(args.device)
+
+
+def run_cpu(args: argparse.Namespace, recorder: Recorder) -> None:
+    """Training steps on two threads, the models in turn within each context: other programs disturb all alike."""
+    size, tokens, contexts = (SMOKE, 128, (64,)) if args.smoke else (SMALL, 8192, (2048, 8192))
+    torch.set_num_threads(1 if args.smoke else 2)
+    candidates = {}
+    for name in args.models or default_models(args):
+        try:
+            candidates[name] = build(name, size, True, "cpu", torch.float32)
+        except Unsupported as error:
+            recorder.add(model=name, measurement="cpu train", note=str(error))
+    for context in contexts:
+        x = torch.randn(tokens // context, context, size.width, requires_grad=True)
+        gradient = torch.randn_like(x)
+        steps = {name: training_step(c.module, c.hidden, x, gradient) for name, c in candidates.items()}
+        samples, busy = {name: [] for name in steps}, {name: [] for name in steps}
+        for turn in range(args.rounds * args.reps + 1):
+            for name, step in steps.items():
+                begin = time.process_time()
+                duration = once(step, "cpu")
+                if turn:  # the first warms up
+                    samples[name].append(duration)
+                    busy[name].append((time.process_time() - begin) * 1e3)
+        for name, found in samples.items():
+            # Where other programs run, too, the fastest step and the processor time say more than the median.
+            note = (
+                f"{torch.get_num_threads()} threads, float32, D={size.width}, {size.layers} layers; fastest "
+                f"{min(found):.0f} ms; processor time {quartiles(busy[name]).median:.0f} ms"
+            )
+            note += f"; load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+            recorder.add(
+                quartiles(found), model=name, direction="causal", measurement="cpu train", context=context,
+                batch=tokens // context, tokens=tokens, parameters=parameter_count(candidates[name].module), note=note,
+            )  # fmt: skip
+
+
+__all__ = ["COLUMNS", "GROUPS", "Case", "Recorder", "cases", "default_groups", "default_models", "run", "run_case"]
