@@ -7,7 +7,6 @@ Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width,
 
 from __future__ import annotations
 
-import functools
 import math
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -68,9 +67,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 # ------------------------------------------------------------------------------------------------------------------
 # Choice of backend
 # ------------------------------------------------------------------------------------------------------------------
-@functools.cache
+_loaded: list[tuple[ModuleType | None, str]] = []
+
+
 def load_kernels() -> tuple[ModuleType | None, str]:
     """The package of Triton kernels, or None and the reason."""
+    if not _loaded:  # not functools.cache, which torch.compile would warn of
+        _loaded.append(_import_kernels())
+    return _loaded[0]
+
+
+def _import_kernels() -> tuple[ModuleType | None, str]:
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -10,6 +10,7 @@ Alphabet: B rows, N tokens of this call, G chunks, C slots of a chunk, M keys (q
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -246,6 +247,11 @@ class ChunkLayout(Movable):
     plan: Movable | None = None
 
     @property
+    def fused(self) -> bool:
+        """Whether kernels compute."""
+        return self.plan is not None
+
+    @property
     def before_BG(self) -> Tensor:
         """Tokens of the document in earlier chunks, int64 `[B or 1, G]`."""
         return self.position_BGC[..., 0]
@@ -408,6 +414,7 @@ class QuadraticLayout(Movable):
     offset_BNM: Tensor | None = None
     key_position_BN: Tensor | None = None
     key_document_BN: Tensor | None = None
+    fused: ClassVar[bool] = False
 
 
 def quadratic_layout(

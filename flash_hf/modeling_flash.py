@@ -150,6 +150,16 @@ class FlashRotaryEmbedding(nn.Module):
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Moves as every module does, but stays in float32: angles of long contexts need more than 8 bits."""
+        kept = [buffer.float() for buffer in (self.inv_freq, self.original_inv_freq)]
+        super()._apply(fn, recurse)
+        for name, exact in zip(("inv_freq", "original_inv_freq"), kept, strict=True):
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, exact.to(moved.device))
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: FlashConfig, device=None, **kwargs) -> tuple[Tensor, float]:
         exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim
@@ -283,8 +293,10 @@ class FlashGatedAttentionUnit(nn.Module):
             past_key_values: cache that holds this layer's state, updated in place.
         """
         config = self.config
-        if getattr(layout, "plan", None) is not None:
-            return self.fused_attention(x_BND, layout, rotary, bias_rotary, bias_length, past_key_values)
+        if layout.fused:
+            return self.fused_attention(
+                x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values
+            )
         u_BNE = self.act_fn(self.u_proj(x_BND))
         v_BNE = self.act_fn(self.v_proj(x_BND))
         z_BNS = self.act_fn(self.z_proj(x_BND))
@@ -344,15 +356,31 @@ class FlashGatedAttentionUnit(nn.Module):
             "return_state": cache is not None,
         }
 
-    def fused_attention(self, x_BND, layout: ChunkLayout, rotary, bias_rotary, bias_length, past_key_values) -> Tensor:
-        """The unit with kernels between its projections, whatever modules these are."""
+    def fused_attention(
+        self, x_BND, layout: ChunkLayout | StepLayout, documents, rotary, bias_rotary, bias_length, past_key_values
+    ) -> Tensor:
+        """The unit with one kernel call between its projections, whatever modules these are."""
         kernels = load_kernels()[0]
+        config = self.config
         u_BNE, v_BNE, z_BNS = self.u_proj(x_BND), self.v_proj(x_BND), self.z_proj(x_BND)
-        silu = self.config.hidden_act in SILU
+        silu = config.hidden_act in SILU
         if not silu:
             u_BNE, v_BNE, z_BNS = self.act_fn(u_BNE), self.act_fn(v_BNE), self.act_fn(z_BNS)
+        heads = self.offset_scale.weight, self.offset_scale.bias
+        if isinstance(layout, StepLayout):
+            cache = past_key_values.layers[self.layer_idx]
+            if not cache.is_initialized:
+                cache.lazy_initialization(config, v_BNE)
+            out_BNE = kernels.gated_step(
+                u_BNE, v_BNE, z_BNS, *heads, rotary, layout.position_BN, layout.valid_BN,
+                cache.begin_step(None, v_BNE, documents), divisor=config.attention_divisor,
+                bias_R=None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
+                normalization=config.global_normalization, has_quad=self.has_quad, has_lin=self.has_lin,
+                interleaved=config.rope_interleaved, silu=silu,
+            )  # fmt: skip
+            return self.o_proj(out_BNE)
         out_BNE, state = kernels.gated_attention(
-            u_BNE, v_BNE, z_BNS, self.offset_scale.weight, self.offset_scale.bias, rotary, layout, silu=silu,
+            u_BNE, v_BNE, z_BNS, *heads, rotary, layout, silu=silu,
             **self.kernel_options(layout, bias_rotary, bias_length, past_key_values),
         )  # fmt: skip
         self.store(state, past_key_values, out_BNE.shape[1])
@@ -390,8 +418,8 @@ class FlashLayer(GradientCheckpointingLayer):
         )
 
     def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **layout: Any) -> Tensor:
-        plan = getattr(layout["layout"], "plan", None)
-        if plan is not None and self.is_fusible(hidden_states):
+        fused = layout["layout"].fused
+        if fused and isinstance(layout["layout"], ChunkLayout) and self.is_fusible(hidden_states):
             gau = self.gau
             out, state = load_kernels()[0].layer(
                 hidden_states, self.norm.weight, self.norm.eps, gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj,
@@ -403,7 +431,7 @@ class FlashLayer(GradientCheckpointingLayer):
             )  # fmt: skip
             gau.store(state, past_key_values, out.shape[1])
             return out
-        out = self.gau(self.norm(hidden_states), past_key_values=past_key_values, **layout)
+        out = self.gau(self.norm(hidden_states, fused=fused), past_key_values=past_key_values, **layout)
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
 
@@ -528,7 +556,7 @@ class FlashModel(FlashPreTrainedModel):
                 bias_length=bias_length,
                 past_key_values=past_key_values,
             )
-        hidden_states = self.norm(hidden_states, fused=getattr(layout, "plan", None) is not None)
+        hidden_states = self.norm(hidden_states, fused=layout.fused)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def lay_out(
@@ -587,7 +615,7 @@ class FlashModel(FlashPreTrainedModel):
         if kernels is None or isinstance(layout, QuadraticLayout) or (first is not None and first.record_past):
             return layout
         if isinstance(layout, StepLayout):
-            return replace(layout, fused=config.hidden_act in SILU)
+            return replace(layout, fused=True)
         if first is not None and documents.start_BN is not None:
             return layout
         if layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any())):

@@ -15,6 +15,9 @@ except ImportError:  # not on Windows; timings are then as noisy as the machine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Kernels run in triton's interpreter where there is no GPU. It has to be asked for before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # The suite runs in one process a core.
 torch.set_num_threads(1)
 # Under this mode torch.empty returns NaN, so that a result with an unwritten element cannot pass.

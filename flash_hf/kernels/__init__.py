@@ -17,6 +17,7 @@ from ..chunking_flash import ChunkLayout
 from . import ops
 from .common import INTERPRET
 from .plan import ChunkPlan, chunk_plan
+from .step import gated_step
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
@@ -251,4 +252,7 @@ def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
     return torch.ops.flash_hf.scale_norm(x.contiguous(), gain, eps)[0].view(x_BND.shape)
 
 
-__all__ = ["ChunkPlan", "chunk_plan", "fusible", "is_bare", "gated_attention", "layer", "scale_norm", "unavailable", "unsupported"]
+__all__ = [
+    "ChunkPlan", "chunk_plan", "fusible", "gated_attention", "gated_step", "is_bare", "layer", "scale_norm",
+    "unavailable", "unsupported",
+]  # fmt: skip

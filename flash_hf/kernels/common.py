@@ -91,8 +91,8 @@ def load_rows(ptr, stride, token, real, column, width, EVEN_E: tl.constexpr):
 
 @triton.jit
 def load_tile(x, stride, token, real, row, column, start, width, EVEN_E: tl.constexpr, TMA: tl.constexpr):
-    """A tile of tokens and columns. TMA: x is a tensor descriptor, and the tile begins at (row, start); else a pointer,
-    and `load_rows` takes the tokens one by one."""
+    """A tile of tokens and columns. TMA: x is a tensor descriptor, and the tile begins at (row, start); else x is a
+    pointer, and `load_rows` takes the tokens one by one."""
     if TMA:
         return x.load([row, start])
     else:
@@ -119,7 +119,7 @@ def store_rows(ptr, stride, token, real, column, width, value, EVEN_E: tl.conste
 
 @triton.jit
 def row_gain(rms_ptr, gain_ptr, token, real):
-    """`g / rms(x)` of each token: ScaleNorm's gain is one scalar, so it is applied after the projection."""
+    """`g / rms(x)` of each token: ScaleNorm's gain is one scalar, so it can be applied after the projection."""
     gain = tl.load(gain_ptr).to(tl.float32)
     # A gain of exactly 0 would hide its own gradient, which is recovered by a division.
     gain = tl.where(gain == 0.0, 1e-20, gain)
@@ -128,7 +128,7 @@ def row_gain(rms_ptr, gain_ptr, token, real):
 
 @triton.jit
 def preactivation(raw, bias_ptr, column, width, gain, SCALED: tl.constexpr):
-    """float32 input of an activation: `gain * (x W) + b` when the norm is applied here, or what a linear layer gave."""
+    """float32 input of an activation: `gain * (x W) + b` where the norm is applied here, or what a linear gave."""
     value = raw.to(tl.float32)
     if SCALED:
         bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)

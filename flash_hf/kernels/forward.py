@@ -28,7 +28,7 @@ def norm_kernel(
     x_ptr, gain_ptr, rms_ptr, out_ptr, T, D, eps,
     CAST: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm itself."""
+    """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     real = token < T

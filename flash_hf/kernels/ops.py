@@ -286,8 +286,8 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
         inputs.u.stride(0), tiled(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
         inputs.tokens, group, out, attended, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
         QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal, **flags,
-        EVEN_E=E % t.block_e == 0, TMA=tma, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k,
-        BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
+        EVEN_E=E % t.block_e == 0, TMA=tma, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e,
+        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
     )  # fmt: skip
     return out, heads, weights, prefix, carry, attended, final
 
@@ -358,14 +358,14 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         weights, tiled(weights, tma, t.block_k, t.block), tiled(d_attended, tma, t.block, t.block_k),
         tiled(d_attended, tma, t.block_k, t.block_e), tiled(value, tma, t.block, t.block_k), value.stride(0),
         tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
-        tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k), tiled(d_carry, tma, t.SP, t.block_k),
-        tiled(d_prefix, tma, t.block_s, t.block_e), tiled(d_carry, tma, t.block_s, t.block_e), group, factor,
-        inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, d_scores, d_heads[row],
+        tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k),
+        tiled(d_carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.block_s, t.block_e),
+        tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, d_scores, d_heads[row],
         d_heads[row + 1], d_v, d_v.stride(0), d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
         TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal,
         CARRY=carried, CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0,
-        TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages,
-        **t.launch,
+        TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision,
+        STAGES=t.stages, **t.launch,
     )  # fmt: skip
     d_bias_R = new((0,))
     if shape.quad:

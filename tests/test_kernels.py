@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels equal the torch tier, forward and every gradient: on a GPU, or in triton's interpreter."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import StaticCache
+from transformers.utils import logging
+
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
+from flash_hf.attention_flash import kernels_for
+from flash_hf.testing import assert_close, error_ratio, make_model, random_ids
+
+
+pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
+from flash_hf import kernels  # noqa: E402
+from flash_hf.kernels import ops  # noqa: E402
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if kernels.unavailable(torch.device(DEVICE), torch.float32):
+    pytest.skip("triton was imported without TRITON_INTERPRET=1, and there is no GPU", allow_module_level=True)
+
+LAYOUTS = ("odd", "whole chunks", "short", "padded", "packed")
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def config_of(**changes) -> FlashConfig:
+    defaults = {
+        "vocab_size": 11, "hidden_size": 32, "num_hidden_layers": 2, "query_key_dim": 16, "chunk_size": 16,
+        "max_position_embeddings": 128, "is_decoder": True, "backend": "triton",
+    }  # fmt: skip
+    return FlashConfig(**{**defaults, **changes})
+
+
+def marks_of(layout: str, length: int = 45) -> tuple[int, dict]:
+    """The length of two rows, and the arguments that mark what is padding and where documents begin."""
+    if layout == "padded":
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[0, :6] = mask[1, 19:23] = mask[1, 41:] = 0
+        return length, {"attention_mask": mask.to(DEVICE)}
+    if layout == "packed":
+        first, second = length // 3, length // 5
+        position = torch.cat([torch.arange(n) for n in (first, second, length - first - second)])
+        return length, {"position_ids": position[None].repeat(2, 1).to(DEVICE)}
+    return {"odd": length, "whole chunks": 64, "short": 5}[layout], {}
+
+
+def through(model, x, marks, weight):
+    """The output at real tokens, and the gradients of the input and of every parameter."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    out = model(inputs_embeds=x, use_cache=False, **marks).last_hidden_state
+    real = marks.get("attention_mask", torch.ones(out.shape[:2], device=out.device))[..., None]
+    (out.double() * weight * real).sum().backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return (out * real).detach(), {"input": x.grad, **grads}
+
+
+def compare(config, layout, dtype=torch.float32, *, whole=True, length=45, scale=0.3, seed=0):
+    """Kernels and torch tier against the torch tier in float64: errors of the output and of every gradient."""
+    model = make_model(FlashModel, config, dtype=dtype, scale=scale, seed=seed).to(DEVICE)
+    if not whole:
+        for layer in model.layers:
+            layer.gau.u_proj.register_forward_hook(lambda *_: None)  # then the projections are called one by one
+    tokens, marks = marks_of(layout, length)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, tokens, config.hidden_size, generator=generator).to(DEVICE, dtype)
+    weight = torch.randn(2, tokens, config.hidden_size, generator=generator).double().to(DEVICE)
+    fast = through(model, x, marks, weight)
+    config.backend = "torch"
+    model.config.backend = "torch"
+    plain = through(model, x, marks, weight)
+    exact = through(model.double(), x.double(), marks, weight)
+    assert fast[1].keys() == exact[1].keys()
+    for name in ("output", *exact[1]):
+        got, same, truth = ((r[0] if name == "output" else r[1][name]) for r in (fast, plain, exact))
+        if truth.abs().max() == 0:
+            assert got.abs().max() == 0, name
+            continue
+        # One number's rounding errors may cancel by chance in one of the two.
+        chance = (400 if truth.numel() == 1 else 10) if dtype == torch.float32 else 4 * (truth.numel() == 1)
+        limit = 2 * error_ratio(same, truth) + chance * torch.finfo(dtype).eps
+        assert error_ratio(got, truth) <= limit, (name, layout)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_equal_the_torch_tier(layout, causal, whole):
+    compare(config_of(is_decoder=causal), layout, whole=whole)
+
+
+VARIANTS = {
+    "local": {"attention_type": "local"},
+    "global": {"attention_type": "global"},
+    "no bias": {"relative_bias": None},
+    "rotary bias": {"relative_bias": "rotary"},
+    "t5 bias, no rope": {"relative_bias": "t5", "use_rope": False},
+    "interleaved": {"rope_interleaved": True},
+    "partial rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "over chunk": {"global_normalization": "chunk"},
+    "layer norm": {"norm_type": "layer_norm"},
+    "relu": {"hidden_act": "relu"},
+    "odd sizes": {"chunk_size": 11, "query_key_dim": 10, "hidden_size": 24},
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_the_torch_tier(variant, causal):
+    compare(config_of(is_decoder=causal, num_hidden_layers=1, **VARIANTS[variant]), "odd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["odd", "padded"])
+def test_several_tiles_of_a_chunk(layout, causal):
+    compare(config_of(is_decoder=causal, chunk_size=150, num_hidden_layers=1), layout, length=333)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_float16_error_is_at_most_twice_the_torch_tiers(causal):
+    compare(config_of(is_decoder=causal), "odd", torch.float16, scale=0.2)
+
+
+def test_many_pieces_of_a_document(monkeypatch):
+    """Long documents are summed in pieces; here each chunk is one."""
+    monkeypatch.setattr(kernels.plan, "LONGEST_PIECE", 1)
+    for causal in (True, False):
+        for layout in ("odd", "packed"):
+            compare(config_of(is_decoder=causal, num_hidden_layers=1), layout, length=55)
+
+
+def test_two_runs_are_bit_equal():
+    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
+    x = torch.randn(2, 45, 32, device=DEVICE)
+    first, second = (through(model, x, {}, 1.0) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+def test_checkpointing_changes_nothing():
+    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE).train()
+    x = torch.randn(2, 45, 32, device=DEVICE)
+    plain = through(model, x, {}, 1.0)
+    model.gradient_checkpointing_enable()
+    again = through(model, x, {}, 1.0)
+    assert torch.equal(plain[0], again[0])
+    assert all(torch.equal(plain[1][name], again[1][name]) for name in plain[1])
+
+
+def test_a_gain_of_zero_has_a_gradient():
+    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.norm.weight.zero_()
+    x = torch.randn(2, 45, 32, device=DEVICE)
+    fast = through(model, x, {}, 1.0)[1]
+    model.config.backend = "torch"
+    exact = through(model, x, {}, 1.0)[1]
+    for i in range(2):
+        assert exact[f"layers.{i}.norm.weight"].abs() > 1e-3
+        assert_close(fast[f"layers.{i}.norm.weight"], exact[f"layers.{i}.norm.weight"], 1e-4)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_compiles_to_one_graph(causal):
+    config = config_of(is_decoder=causal, num_hidden_layers=1)
+    model = make_model(FlashModel, config, dtype=torch.float32).to(DEVICE)
+    x = torch.randn(2, 45, 32, device=DEVICE)
+    expected = through(model, x, {}, 1.0)
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    got = through(compiled, x, {}, 1.0)
+    assert_close(got[0], expected[0], 1e-5)
+    for name, value in expected[1].items():
+        assert_close(got[1]["_orig_mod." + name if name != "input" else name], value, 1e-4, name)
+
+
+def test_operators_pass_opcheck():
+    torch.manual_seed(0)
+    D, E, S, C, N = 32, 64, 16, 16, 35
+    layout = FlashModel(config_of()).lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1]
+    plan = kernels.chunk_plan(layout, 2, causal=True, width=E, normalization="mean", chunk_size=C)
+
+    def new(*shape):
+        return torch.randn(shape, device=DEVICE).requires_grad_()
+
+    x, gain = new(2 * N, D), new()
+    u, v, z = new(2 * N, E), new(2 * N, E), new(2 * N, S)
+    heads = new(4, S), new(4, S), new(2 * C - 1)
+    angle = torch.rand(3 * C, S // 2, device=DEVICE)
+    tables = angle.cos(), angle.sin(), None, plan.index, None
+    sizes = N, plan.chunks, C, True, True, True
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        ops.gated_attention_op, (u, v, z, *heads, *tables, *sizes, True, False, S, 1 / C, False, False),
+        test_utils=checks,
+    )  # fmt: skip
+    weights = new(E, D), new(E), new(E, D), new(E), new(S, D), new(S), new(D, E), new(D)
+    arguments = x, gain, *weights, *heads, *tables, 1e-5, *sizes, False, S, 1 / C, False, torch.float32
+    torch.library.opcheck(ops.layer_op, arguments, test_utils=checks)
+    torch.library.opcheck(ops.scale_norm_op, (x, gain, 1e-5), test_utils=checks)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Prefill and decoding
+# ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "local", "global"])
+@pytest.mark.parametrize("static", [False, True])
+def test_prefill_and_steps_equal_the_torch_tier(attention_type, static):
+    config = config_of(attention_type=attention_type)
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    ids = random_ids(config, 2, 55).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    model.config.backend = "torch"
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        model.config.backend = "triton"
+        cache = StaticCache(config=config, max_cache_len=64) if static else None
+        # Over a border, on the border of a chunk in no row, token by token over the next one.
+        out, logits = None, []
+        for begin, end in ((0, 23), (23, 40), *((t, t + 1) for t in range(40, 55))):
+            out = model(
+                ids[:, begin:end], attention_mask=mask[:, :end], use_cache=True,
+                past_key_values=cache if out is None else out.past_key_values,
+            )  # fmt: skip
+            logits.append(out.logits)
+    real = mask[..., None]
+    assert_close(torch.cat(logits, 1) * real, expected * real, 1e-5)
+
+
+def test_chunked_prefill_continues_on_the_border():
+    config = config_of()
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    ids = random_ids(config, 2, 80).to(DEVICE)
+    with torch.no_grad():
+        whole = model(ids, use_cache=True)
+        out = model(ids[:, :32], use_cache=True)
+        rest = model(ids[:, 32:], past_key_values=out.past_key_values)
+    assert_close(rest.logits, whole.logits[:, 32:], 1e-5)
+    for ours, theirs in zip(rest.past_key_values.layers, whole.past_key_values.layers, strict=True):
+        assert_close(ours.state.total, theirs.state.total, 1e-5)
+        assert torch.equal(ours.state.seen, theirs.state.seen)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 16}])
+def test_generation_gives_the_torch_tiers_tokens(options):
+    config = config_of()
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    ids = random_ids(config, 1, 37).to(DEVICE)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    fast = model.generate(ids, **settings)
+    model.config.backend = "torch"
+    assert torch.equal(fast, model.generate(ids, **settings))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Which modules and types the kernels stand for
+# ------------------------------------------------------------------------------------------------------------------
+def test_replaced_modules_are_called():
+    """A projection that is no plain linear layer any more (LoRA, quantised, hooked) is not bypassed."""
+    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
+    x = torch.randn(1, 20, 32, device=DEVICE)
+    with torch.no_grad():
+        plain = model(inputs_embeds=x).last_hidden_state
+        model.layers[0].gau.v_proj.register_forward_hook(lambda module, args, out: out * 2)
+        hooked = model(inputs_embeds=x).last_hidden_state
+        model.config.backend = "torch"
+        assert_close(hooked, model(inputs_embeds=x).last_hidden_state, 1e-5)
+    assert error_ratio(hooked, plain) > 1e-2
+
+
+def test_autocast_computes_in_its_type():
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bfloat16 products are wrong
+    model = make_model(FlashForMaskedLM, config_of(is_decoder=False), dtype=torch.float32, scale=0.2).to(DEVICE)
+    ids = random_ids(model.config, 2, 45).to(DEVICE)
+    exact = model(ids).logits
+    errors = []
+    for backend in ("triton", "torch"):
+        model.config.backend = backend
+        model.zero_grad()
+        with torch.autocast(DEVICE, dtype=dtype):
+            out = model(ids, labels=ids)
+        out.loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        errors.append(error_ratio(out.logits, exact))
+    assert 0 < errors[0] <= 2 * errors[1]
+
+
+def test_falls_back_once_and_says_why(caplog):
+    config = config_of(backend="auto", attention_activation="softmax")
+    model = make_model(FlashModel, config, dtype=torch.float32)
+    logger = logging.get_logger("flash_hf.attention_flash")
+    logger.warning_once.cache_clear() if hasattr(logger.warning_once, "cache_clear") else None
+    logger.propagate = True
+    logging.enable_propagation()
+    try:
+        for _ in range(3):
+            model(inputs_embeds=torch.randn(1, 9, 32))
+    finally:
+        logging.disable_propagation()
+    said = [record.message for record in caplog.records if "plain torch" in record.message]
+    assert len(said) == 1 and "softmax" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_type": "quadratic"}, "quadratic"),
+        ({"attention_activation": "laplace"}, "laplace"),
+        ({"chunk_size": 1024}, "chunk_size"),
+        ({"hidden_size": 30, "expansion_factor": 1}, "multiple of 16"),
+    ],
+)
+def test_asking_for_what_cannot_be_is_refused(changes, reason):
+    model = FlashModel(config_of(**changes))
+    with pytest.raises(ValueError, match=f"`backend` = 'triton'.*{reason}.*backend='auto'"):
+        model(inputs_embeds=torch.randn(1, 9, model.config.hidden_size))
+
+
+def test_float64_and_dropout_are_the_torch_tiers():
+    config = config_of(backend="auto")
+    device = torch.device(DEVICE)
+    assert kernels_for(config, device, torch.float64, dropout=False) is None
+    assert kernels_for(config, device, torch.float32, dropout=True) is None
+    config.backend = "triton"
+    assert kernels_for(config, device, torch.float32, dropout=False) is kernels
+
+
+def test_without_a_gpu_or_triton_the_model_runs():
+    """In a process of its own: no interpreter, and triton that cannot be imported."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from flash_hf import FlashConfig, FlashModel
+config = FlashConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, query_key_dim=8, chunk_size=4)
+print(FlashModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.isfinite().all().item())
+config.backend = "triton"
+try:
+    FlashModel(config)(torch.tensor([[1, 2, 3]]))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("True\n") and "triton is not installed" in done.stdout
+    assert done.stderr.count("triton is not installed") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# On the GPU alone
+# ------------------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_error_is_at_most_twice_the_torch_tiers(layout, causal, whole):
+    config = config_of(is_decoder=causal, chunk_size=64, query_key_dim=64, hidden_size=256)
+    compare(config, layout, torch.bfloat16, whole=whole, length=777, scale=0.06)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("chunk_size", "key_dim"), [(256, 128), (512, 256), (128, 32), (100, 48)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_chunk_and_key_sizes(chunk_size, key_dim, causal, dtype):
+    config = config_of(is_decoder=causal, chunk_size=chunk_size, query_key_dim=key_dim, hidden_size=256)
+    compare(config, "odd", dtype, length=1300, scale=0.06)
