@@ -26,6 +26,8 @@ def test_hub(transport, tmp_path):
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "0" if transport == "xet" else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # datasets would count the download elsewhere.
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         # hf_xet tries for five minutes by default.
         "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
         "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
@@ -43,3 +45,6 @@ def test_hub(transport, tmp_path):
     log = done.stdout + done.stderr
     assert "authorization" in log.lower(), "the requests were not logged"
     assert "hf_alice" not in log and "hf_bob" not in log
+    # Nothing is asked of anybody else, such as the service that converts pickles and gets the token for it.
+    asked = set(re.findall(r"Request \S+: [A-Z]+ https?://([^/:\s]+)", log))
+    assert asked == {"127.0.0.1", "localhost"}
