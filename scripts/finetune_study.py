@@ -8,7 +8,7 @@ measured with them, over several seeds.
 
 The study is made of cells, each a process that writes work/cells/NAME.json; finished cells are not run again, so that
 a study that was cut off goes on where it stopped. summary.json (also read back) and summary.md tell all of it;
---render summary.json prints the README's part of it.
+--render summary.json prints the README's section of it.
 On one GPU: --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, sentence_cls, movie_reviews, wnut17), --text FILES.
 """
 
@@ -231,7 +231,9 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
     epochs, batch, accumulate = (chosen.pop(name) for name in ("epochs", "batch", "accumulate"))
     cell = cell_name(name, task, rate, seed)
     if options.smoke:
-        chosen |= {"max_train_examples": 64, "max_eval_examples": 32}
+        # The first 400 sentences of WNUT-17 have all of its tags.
+        few = 400 if chosen["task"] == "tagging" else 64
+        chosen |= {"max_train_examples": few, "max_eval_examples": 32, "max_length": 512}
     args = finetuning.FinetuningArguments(
         output_dir=str(work / "runs" / cell),
         overwrite_output_dir=True,
@@ -411,13 +413,13 @@ TITLES = {
 
 
 def as_readme(summary: dict) -> str:
-    """The README's table, with what is needed to judge it."""
+    """The README's section: the table, with what is needed to judge it."""
 
     def listed(values) -> str:
         return ", ".join(f"{value:g}" for value in values)
 
     pair = summary["pretraining"]
-    lines = ["| | FLASH | Transformer++ |", "| --- | --- | --- |"]
+    lines = ["### Beside a Transformer++ of the same size", "", "| | FLASH | Transformer++ |", "| --- | --- | --- |"]
     sizes = [f"{row['parameters'] / 1e6:.1f} M" for row in pair]
     lines.append(f"| parameters | {' | '.join(sizes)} |")
     perplexities = [row["metrics"]["validation"]["perplexity"] for row in pair]
@@ -445,7 +447,8 @@ def as_readme(summary: dict) -> str:
         f"One masked pretraining each on {tokens}, in blocks of {settings['block_size']},",
         "then fine-tuning; mean +- standard deviation over seeds. Learning rates are the best on the validation",
         f"split for each model, of {grids[0]} in pretraining ({chosen} were) and of {grids[1]} in fine-tuning; all",
-        f"else is alike. {cell['machine']}, {versions}, commit {(cell['commit'] or 'unknown')[:9]}.",
+        f"else is alike (`scripts/finetune_study.py`). {cell['machine']}, {versions}, commit "
+        f"{(cell['commit'] or 'unknown')[:9]}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -466,7 +469,7 @@ def main() -> int:
     begin = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the labelled sets; without it, the small ones of tests/data")
-    parser.add_argument("--render", metavar="SUMMARY", help="print the README's table of a summary.json, and end")
+    parser.add_argument("--render", metavar="SUMMARY", help="print the README's section of a summary.json, and end")
     parser.add_argument("--text", nargs="+", help="pretraining text: .txt, .jsonl (also .xz, .gz)")
     parser.add_argument("--work", help="folder for models, logs and cells (about 1 GB)")
     parser.add_argument("--out", help="folder for summary.json and summary.md; --work if left out")

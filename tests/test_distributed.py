@@ -82,6 +82,31 @@ def test_every_launch_file_is_read_and_names_the_layer():
     assert kinds["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
 
 
+def test_the_deepspeed_file_selects_zero(monkeypatch):
+    """As far as it goes without DeepSpeed: what `accelerate launch` tells its processes, and what they make of it."""
+    from accelerate.commands import launch
+    from accelerate.utils import DeepSpeedPlugin
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    launched = []
+    monkeypatch.setattr(launch, "deepspeed_launcher", launched.append)
+    path = ROOT / "scripts" / "accelerate" / "deepspeed_zero2.yaml"
+    launch.launch_command(launch.launch_command_parser().parse_args(["--config_file", str(path), *TRAIN]))
+    (args,) = launched
+    assert [args.training_script, *args.training_script_args] == TRAIN and args.num_processes == 8
+    _, environment = prepare_deepspeed_cmd_env(args)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    for name in [name for name in environment if name.startswith("ACCELERATE_")]:
+        monkeypatch.setenv(name, environment[name])
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true" and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    config = DeepSpeedPlugin().deepspeed_config
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "none"
+    # Trainer fills these in.
+    assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
+
+
 TENSOR_PARALLEL = """
 import sys
 import torch
