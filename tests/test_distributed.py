@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
@@ -182,6 +184,15 @@ def test_device_map_with_layers_on_disk(tmp_path):
 def test_what_cannot_be_distributed_is_refused():
     model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
     assert not model.supports_context_parallel
+    # Trainer asks for SDPA; without it, ranks would get these positions: a part of the sequence, or two of its ends.
+    settings = SimpleNamespace(cp_enabled=True, cp_backend="torch")
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=settings))
+    ids = random_ids(model.config, 1, 8)
+    with pytest.raises(ValueError, match="Context parallelism is supported only with SDPA"):
+        Trainer._prepare_context_parallel_inputs(trainer, model, {"input_ids": ids})
+    for positions in ([*range(8, 16)], [0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]):
+        with pytest.raises(ValueError, match="position_ids"):
+            model(ids, position_ids=torch.tensor([positions]))
     for start in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(NotImplementedError, match="Continuous batching.*left-padded batch"):
             start([[1, 2, 3]], max_new_tokens=2)
