@@ -34,8 +34,7 @@ from transformers import (
     default_data_collator,
 )
 
-from flash_hf import FlashForCausalLM
-from flash_hf.hub import push_with_code
+from flash_hf import FlashForCausalLM, push_with_code
 from flash_hf.testing import make_model, random_ids, tiny_config
 
 
