@@ -324,7 +324,10 @@ class Study:
             self.failed[cell] = f"not begun: {self.options.minutes:g} minutes are over"
             return
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+        # On a GPU, and in tests beside other work, threads that wait for each other only cost time.
+        lean = self.options.smoke or torch.cuda.is_available()
+        threads = 1 if lean else max(1, (os.cpu_count() or 1) // workers)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads),
                        "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths,
                        # Batches of ever new lengths leave gaps that other processes could use.
                        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # fmt: skip
