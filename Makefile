@@ -1,4 +1,4 @@
-# make test | make demo | make .venv | make clean. A fresh clone needs Python 3.11 or later with pip, and make.
+# make test | make demo | make oldest | make .venv | make clean. A fresh clone needs Python 3.11 or later with pip, and make.
 # Another interpreter: make test PYTHON=python3.12. More for pytest: make test PYTEST_ARGS='-k cache'.
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 # The stamp is younger than what it depends on exactly when the environment is up to date.
 STAMP := .venv/.stamp
 
-.PHONY: .venv test demo clean
+.PHONY: .venv test demo oldest clean
 
 .venv: $(STAMP)
 
@@ -27,6 +27,23 @@ test: $(STAMP)
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
 
+# The contracts with the oldest transformers that setup.cfg allows, in an environment of its own. pip chooses anew what
+# goes with that version.
+OLDEST := 5.17.0
+CONTRACTS := $(addprefix tests/test_,configuration.py documents.py ecosystem.py finetuning.py generation.py heads.py \
+	hub.py modeling.py remote_code.py security.py training.py)
+
+oldest: .venv-oldest/.stamp
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n 2 $(CONTRACTS) $(PYTEST_ARGS)
+
+.venv-oldest/.stamp: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(transformers|huggingface_hub|hf-xet|httpcore2|httpx2|tokenizers|accelerate|peft|trl)==' constraints.txt \
+		> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt torch==2.13.0
+	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt transformers==$(OLDEST) -e ".[dev]"
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from .configuration_flash import FlashConfig
+from .hub import push_with_code, save_with_code
 from .modeling_flash import (
     FlashForCausalLM,
     FlashForMaskedLM,
@@ -60,4 +61,6 @@ __all__ = [
     "FlashPreTrainedModel",
     "LORA_TARGET_MODULES",
     "__version__",
+    "push_with_code",
+    "save_with_code",
 ]

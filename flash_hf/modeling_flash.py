@@ -17,7 +17,9 @@
 Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
 """
 
+import contextlib
 import copy
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -435,6 +437,22 @@ class FlashLayer(GradientCheckpointingLayer):
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
 
+@contextlib.contextmanager
+def without_conversion():
+    """Where only safetensors will do and a repository has none, transformers sends its name, and the token, to a
+    service on the web that converts pickles. Nobody asked for that; the variable is the library's only switch."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------------------------------
@@ -464,7 +482,8 @@ class FlashPreTrainedModel(PreTrainedModel):
                     "trust can be read with torch.load(..., weights_only=True) and passed as state_dict."
                 )
         kwargs["use_safetensors"] = True
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with without_conversion():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

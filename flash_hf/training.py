@@ -25,6 +25,7 @@ import yaml
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import data
@@ -357,7 +359,14 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
 
 
 class FlashTrainer(Trainer):
-    """Trainer with weight decay on matrices only, and with masks that follow the epoch."""
+    """Trainer with weight decay on matrices only, and an evaluation that keeps the rows in their order."""
+
+    def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
+        """`group_by_length` is for training; transformers shuffles the evaluation too, and a score that looks up the
+        words or the text of each row would take another row's."""
+        if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
+            return None
+        return SequentialSampler(eval_dataset)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weights of linear layers and embeddings.

@@ -2,12 +2,13 @@
 python scripts/finetune_study.py --smoke --text tests/data/wizard_of_oz.txt --work runs/study
 
 FLASH against a Transformer++ of the same size, trained the same way: one tokenizer, the same text, blocks, masks,
-steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. For each set the learning
-rate is chosen for each model from one grid on the validation split; the test split is measured with it, over several
-seeds.
+steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. The learning rates, of
+pretraining and for each set, are chosen for each model from one grid on the validation split; the test split is
+measured with them, over several seeds.
 
 The study is made of cells, each a process that writes work/cells/NAME.json; finished cells are not run again, so that
-a study that was cut off goes on where it stopped. summary.json (also read back) and summary.md tell all of it.
+a study that was cut off goes on where it stopped. summary.json (also read back) and summary.md tell all of it;
+--render summary.json prints the README's section of it.
 On one GPU: --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, sentence_cls, movie_reviews, wnut17), --text FILES.
 """
 
@@ -37,12 +38,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def task_options(options: argparse.Namespace) -> dict[str, dict]:
-    """The labelled sets: files and how long each is trained, alike for both models."""
+    """The labelled sets: files and how long each is trained, alike for both models; `batch` is examples a pass."""
     if options.data is None:
         own = ROOT / "tests" / "data"
         tasks = {
             name: {"task": task, "train_file": [str(own / train)], "validation_file": [str(own / valid)],
-                   "test_file": [str(own / valid)], "epochs": 1, "batch": 16}
+                   "test_file": [str(own / valid)], "epochs": 1, "batch": 16,
+                   "accumulate": 1}
             for name, task, train, valid in (
                 ("characters", "classification", "characters_train.jsonl", "characters_validation.jsonl"),
                 ("names", "tagging", "names_train.conll", "names_validation.conll"),
@@ -51,22 +53,24 @@ def task_options(options: argparse.Namespace) -> dict[str, dict]:
         return tasks
     folder, made = Path(options.data), Path(options.work) / "data"
     reviews, wnut = folder / "movie_reviews", folder / "wnut17"
+    # The long one comes last: what is cut off, if time runs out, should be one set, not all.
     return {
         "sst2": {
-            "task": "classification", "epochs": 1, "batch": 128, "text_column": "sentence",
+            "task": "classification", "epochs": 1, "batch": 128, "accumulate": 1, "text_column": "sentence",
             "train_file": [str(folder / "glue" / "SST-2" / "train.tsv")],
             "validation_file": [str(folder / "glue" / "SST-2" / "dev.tsv")],
             "test_file": [str(made / "sst2_test.tsv")],
         },
-        "movie_reviews": {
-            "task": "classification", "epochs": 6, "batch": 32,
-            "train_file": [str(reviews / "train.jsonl")], "validation_file": [str(reviews / "valid.jsonl")],
-            "test_file": [str(reviews / "test.jsonl")],
-        },
         "wnut17": {
-            "task": "tagging", "epochs": 6, "batch": 32,
+            "task": "tagging", "epochs": 5, "batch": 32, "accumulate": 1,
             "train_file": [str(wnut / "wnut17train.conll")], "validation_file": [str(wnut / "emerging.dev.conll")],
             "test_file": [str(wnut / "emerging.test.annotated")],
+        },
+        # Up to 4,000 tokens each: eight at a time are what several processes on one GPU have memory for.
+        "movie_reviews": {
+            "task": "classification", "epochs": 4, "batch": 8, "accumulate": 2,
+            "train_file": [str(reviews / "train.jsonl")], "validation_file": [str(reviews / "valid.jsonl")],
+            "test_file": [str(reviews / "test.jsonl")],
         },
     }  # fmt: skip
 
@@ -138,7 +142,7 @@ def model_configs(options: argparse.Namespace, tokenizer) -> dict:
     return {"flash": flash, "transformer_pp": transformer(8 + 8 * round((size(flash) - small) / step))}
 
 
-def pretrain(options: argparse.Namespace, name: str) -> dict:
+def pretrain(options: argparse.Namespace, name: str, rate: float) -> dict:
     work = Path(options.work)
     tokenizer = data.load_tokenizer(str(work / "tokenizer"), masked=True)
     blocks = {
@@ -146,11 +150,11 @@ def pretrain(options: argparse.Namespace, name: str) -> dict:
     }
     cuda = torch.cuda.is_available()
     args = training.FlashTrainingArguments(
-        output_dir=str(work / "runs" / f"pretrain-{name}"),
+        output_dir=str(work / "runs" / pretrain_name(name, rate)),
         max_steps=options.pretrain_steps,
         per_device_train_batch_size=options.batch_tokens // options.block_size,
         per_device_eval_batch_size=min(32, options.batch_tokens // options.block_size),
-        learning_rate=options.pretrain_rate,
+        learning_rate=rate,
         warmup_steps=0.05,
         eval_strategy="no",
         eval_on_start=False,
@@ -185,7 +189,7 @@ def pretrain(options: argparse.Namespace, name: str) -> dict:
     seconds = time.perf_counter() - begin
     with torch.compiler.set_stance("force_eager"):  # a single pass is not worth a second graph
         scores = trainer.evaluate()
-    trainer.save_model(str(work / "models" / name))
+    trainer.save_model(str(work / "models" / pretrain_name(name, rate)))
     return {
         "kind": "pretrain",
         "model": name,
@@ -193,12 +197,28 @@ def pretrain(options: argparse.Namespace, name: str) -> dict:
         "parameters": model.num_parameters(),
         "steps": options.pretrain_steps,
         "tokens": options.pretrain_steps * args.train_batch_size * options.block_size,
-        "learning_rate": options.pretrain_rate,
+        "learning_rate": rate,
         "seed": 0,
         "train_seconds": round(seconds, 1),
         "log": [{k: log[k] for k in ("step", "loss")} for log in trainer.state.log_history if "loss" in log],
         "metrics": {"validation": {k.removeprefix("eval_"): v for k, v in scores.items() if k != "epoch"}},
     }
+
+
+def pretrain_name(name: str, rate: float) -> str:
+    return f"pretrain-{name}-{rate:g}"
+
+
+def best_pretraining(options: argparse.Namespace, name: str) -> str | None:
+    """The cell of the rate with the lowest validation loss, once there are all of the grid."""
+    losses = {}
+    for rate in options.pretrain_rates:
+        cell = pretrain_name(name, rate)
+        path = Path(options.work) / "cells" / f"{cell}.json"
+        if not path.is_file():
+            return None  # a choice from a part of the grid would not be on equal terms
+        losses[cell] = json.loads(path.read_text())["metrics"]["validation"]["loss"]
+    return min(losses, key=losses.get)
 
 
 # --- stages 2 and 3: fine-tuning -------------------------------------------------------------------------------------
@@ -208,16 +228,20 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
     work = Path(options.work)
     cuda = torch.cuda.is_available()
     chosen = dict(task_options(options)[task])
-    epochs, batch = chosen.pop("epochs"), chosen.pop("batch")
+    epochs, batch, accumulate = (chosen.pop(name) for name in ("epochs", "batch", "accumulate"))
     cell = cell_name(name, task, rate, seed)
     if options.smoke:
-        chosen |= {"max_train_examples": 64, "max_eval_examples": 32}
+        # The first 400 sentences of WNUT-17 have all of its tags.
+        few = 400 if chosen["task"] == "tagging" else 64
+        chosen |= {"max_train_examples": few, "max_eval_examples": 32, "max_length": 512}
     args = finetuning.FinetuningArguments(
         output_dir=str(work / "runs" / cell),
         overwrite_output_dir=True,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        train_sampling_strategy="group_by_length",
         learning_rate=rate,
         warmup_steps=0.1,
         eval_strategy="no",
@@ -228,14 +252,15 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
         report_to="none",
         disable_tqdm=True,
     )
+    start = best_pretraining(options, name)
     result = finetuning.run_finetuning(
-        training.ModelArguments(model=str(work / "models" / name)),
+        training.ModelArguments(model=str(work / "models" / start)),
         finetuning.TaskArguments(**chosen),
         args,
         plot=False,
     )
     shutil.rmtree(args.output_dir)  # a model for each cell would fill the disk
-    return {**result, "kind": "tune", "model": name, "data": task}
+    return {**result, "kind": "tune", "model": name, "data": task, "pretraining": start}
 
 
 def cell_name(name: str, task: str, rate: float, seed: int) -> str:
@@ -244,18 +269,21 @@ def cell_name(name: str, task: str, rate: float, seed: int) -> str:
 
 def run_cell(options: argparse.Namespace, cell: str) -> None:
     """One cell, in this process; its name says which."""
-    kind, name, *rest = cell.split("-", 4)
+    begin = time.perf_counter()
+    kind, name, rest = cell.split("-", 2)  # a rate may be 1e-05; names and tasks have no hyphen
     if kind == "pretrain":
-        result = pretrain(options, name)
+        result = pretrain(options, name, float(rest))
     else:
-        # A rate may be 1e-05, and a task has no hyphen.
-        task, _, end = "-".join(rest).partition("-")
+        task, _, end = rest.partition("-")
         rate, _, seed = end.rpartition("-")
         result = tune(options, name, task, float(rate), int(seed))
     result |= finetuning.provenance()
     if options.commit:  # a copy without its .git does not know
         result["commit"] = options.commit
     result["smoke"] = options.smoke
+    result["cell_seconds"] = round(time.perf_counter() - begin, 1)
+    if torch.cuda.is_available():
+        result["peak_gigabytes"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     write_json(Path(options.work) / "cells" / f"{cell}.json", result)
 
 
@@ -279,10 +307,14 @@ class Study:
         return json.loads(self.path(cell).read_text()) if self.path(cell).is_file() else None
 
     def run(self, cells: list[str], workers: int) -> None:
-        """Run those that are not finished."""
+        """Run those that are not finished; again and alone those for which the GPU's memory was too small."""
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             list(pool.map(self.one, cells, [workers] * len(cells)))
+        for cell in cells if workers > 1 else []:
+            if "OutOfMemoryError" in self.failed.get(cell, ""):
+                del self.failed[cell]
+                self.one(cell, 1)
 
     def one(self, cell: str, workers: int) -> None:
         if self.path(cell).is_file():
@@ -292,8 +324,13 @@ class Study:
             self.failed[cell] = f"not begun: {self.options.minutes:g} minutes are over"
             return
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
-                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths}  # fmt: skip
+        # On a GPU, and in tests beside other work, threads that wait for each other only cost time.
+        lean = self.options.smoke or torch.cuda.is_available()
+        threads = 1 if lean else max(1, (os.cpu_count() or 1) // workers)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads),
+                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths,
+                       # Batches of ever new lengths leave gaps that other processes could use.
+                       "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # fmt: skip
         log, begin = self.work / "logs" / f"{cell}.log", self.seconds()
         try:
             with open(log, "w") as file:
@@ -314,7 +351,7 @@ class Study:
         for rate in self.options.rates:
             result = self.result(cell_name(name, task, rate, 0))
             if result is None:
-                return None  # a choice from a part of the grid would not be on equal terms
+                return None
             scores[rate] = result["metrics"]["validation"][result["main_metric"]]
         return max(sorted(scores), key=scores.get)
 
@@ -335,11 +372,9 @@ class Study:
                     row[split] = statistics.mean(scores)
                     row[f"{split}_std"] = statistics.stdev(scores) if len(scores) > 1 else None
                 table.append(row)
-        pretraining = [
-            {key: cells[f"pretrain-{name}"][key] for key in ("model", "parameters", "tokens", "metrics")}
-            for name in MODELS
-            if f"pretrain-{name}" in cells
-        ]
+        facts = ("model", "parameters", "tokens", "learning_rate", "metrics")
+        chosen = [best_pretraining(self.options, name) for name in MODELS]
+        pretraining = [{key: cells[cell][key] for key in facts} for cell in chosen if cell is not None]
         settings = {key: value for key, value in vars(self.options).items() if key not in ("cell", "work", "out")}
         text = self.work / "text.json"
         return {
@@ -350,11 +385,13 @@ class Study:
 
 
 def as_markdown(summary: dict) -> str:
-    lines = ["| pretraining | parameters | tokens | masked perplexity | masked accuracy |", "| --- " * 5 + "|"]
+    lines = ["| pretraining | parameters | tokens | learning rate | masked perplexity | masked accuracy |"]
+    lines.append("| --- " * 6 + "|")
     for row in summary["pretraining"]:
         scores = row["metrics"]["validation"]
         lines.append(
             f"| {row['model']} | {row['parameters'] / 1e6:.2f} M | {row['tokens'] / 1e6:.1f} M | "
+            f"{row['learning_rate']:g} | "
             f"{scores['perplexity']:.2f} | {100 * scores['masked_accuracy']:.2f} % |"
         )
     lines += ["", "| data | model | learning rate | metric | validation | test | seeds |", "| --- " * 7 + "|"]
@@ -369,6 +406,53 @@ def as_markdown(summary: dict) -> str:
         )
     lines += ["", f"{summary['seconds']:.0f} s in all."]
     lines += [f"Failed: {cell}: {why.strip().splitlines()[-1]}" for cell, why in summary["failed"].items()]
+    return "\n".join(lines) + "\n"
+
+
+TITLES = {
+    "sst2": "SST-2, accuracy", "movie_reviews": "movie reviews, whole, accuracy", "wnut17": "WNUT-17, F1",
+    "names": "names (tests/data), F1", "characters": "characters (tests/data), accuracy",
+}  # fmt: skip
+
+
+def as_readme(summary: dict) -> str:
+    """The README's section: the table, with what is needed to judge it."""
+
+    def listed(values) -> str:
+        return ", ".join(f"{value:g}" for value in values)
+
+    pair = summary["pretraining"]
+    lines = ["### Beside a Transformer++ of the same size", "", "| | FLASH | Transformer++ |", "| --- | --- | --- |"]
+    sizes = [f"{row['parameters'] / 1e6:.1f} M" for row in pair]
+    lines.append(f"| parameters | {' | '.join(sizes)} |")
+    perplexities = [row["metrics"]["validation"]["perplexity"] for row in pair]
+    lines.append(f"| masked perplexity of held-out text | {' | '.join(f'{value:.2f}' for value in perplexities)} |")
+    rows = {(row["data"], row["model"]): row for row in summary["table"]}
+    for task, title in TITLES.items():
+        if not all((task, name) in rows for name in MODELS):
+            continue
+        pair = [rows[task, name] for name in MODELS]
+        shown = [
+            f"{100 * row['test']:.1f}" + (f" +- {100 * row['test_std']:.1f}" if row["seeds"] > 1 else "")
+            for row in pair
+        ]
+        seeds = " and ".join(dict.fromkeys(str(row["seeds"]) for row in pair))
+        counts = f"{pair[0]['test_examples']:,} test examples, {seeds} seeds"
+        lines.append(f"| {title} ({counts}) | {' | '.join(shown)} |")
+    settings = summary["settings"]
+    cell = next(cell for cell in summary["cells"].values() if cell["kind"] == "pretrain")
+    tokens = f"{summary['pretraining'][0]['tokens'] / 1e6:.1f} M tokens of {', '.join(summary['text']['files'])}"
+    grids = [listed(settings[name]) for name in ("pretrain_rates", "rates")]
+    chosen = listed(row["learning_rate"] for row in summary["pretraining"])
+    versions = ", ".join(f"{name} {cell['versions'][name]}" for name in ("torch", "transformers"))
+    lines += [
+        "",
+        f"One masked pretraining each on {tokens}, in blocks of {settings['block_size']},",
+        "then fine-tuning; mean +- standard deviation over seeds. Learning rates are the best on the validation",
+        f"split for each model, of {grids[0]} in pretraining ({chosen} were) and of {grids[1]} in fine-tuning; all",
+        f"else is alike (`scripts/finetune_study.py`). {cell['machine']}, {versions}, commit "
+        f"{(cell['commit'] or 'unknown')[:9]}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -388,8 +472,9 @@ def main() -> int:
     begin = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the labelled sets; without it, the small ones of tests/data")
-    parser.add_argument("--text", nargs="+", required=True, help="pretraining text: .txt, .jsonl (also .xz, .gz)")
-    parser.add_argument("--work", required=True, help="folder for models, logs and cells (about 1 GB)")
+    parser.add_argument("--render", metavar="SUMMARY", help="print the README's section of a summary.json, and end")
+    parser.add_argument("--text", nargs="+", help="pretraining text: .txt, .jsonl (also .xz, .gz)")
+    parser.add_argument("--work", help="folder for models, logs and cells (about 1 GB)")
     parser.add_argument("--out", help="folder for summary.json and summary.md; --work if left out")
     parser.add_argument("--commit", help="to note with the results, where git cannot tell it")
     parser.add_argument("--smoke", action="store_true", help="tiny models, few steps: does the study run?")
@@ -399,19 +484,26 @@ def main() -> int:
     )
     parser.add_argument("--vocab_size", type=int, default=16384)
     parser.add_argument("--block_size", type=int, default=1024)
-    parser.add_argument("--batch_tokens", type=int, default=65536)
-    parser.add_argument("--pretrain_steps", type=int, default=1200)
-    parser.add_argument("--pretrain_rate", type=float, default=2e-3)
+    parser.add_argument("--batch_tokens", type=int, default=32768)
+    parser.add_argument("--pretrain_steps", type=int, default=800)
+    parser.add_argument(
+        "--pretrain_rates", type=float, nargs="+", default=[1e-3, 2e-3], help="the grid of pretraining"
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="the grid of fine-tuning")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tasks", nargs="+", help="a part of the labelled sets")
-    parser.add_argument("--workers", type=int, default=6, help="fine-tunings beside each other")
+    parser.add_argument("--workers", type=int, default=4, help="fine-tunings beside each other")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="layers, in pretraining"
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.render:
+        print(as_readme(json.loads(Path(options.render).read_text())), end="")
+        return 0
+    if not options.text or not options.work:
+        parser.error("--text and --work are needed")
     if options.smoke:
         sizes = {"hidden_size": 64, "layers": 2, "vocab_size": 600, "block_size": 64, "batch_tokens": 512}
         for name, value in {**sizes, "pretrain_steps": 10, "rates": [1e-3, 3e-3], "seeds": 2, "workers": 1}.items():
@@ -431,10 +523,8 @@ def main() -> int:
     prepare(options)
     print(f"{study.seconds():6.1f} s  text: {(study.work / 'text.json').read_text()}", flush=True)
     tasks = [task for task in task_options(options) if options.tasks is None or task in options.tasks]
-    study.run([f"pretrain-{name}" for name in MODELS], min(options.workers, len(MODELS)))
-    ready = [name for name in MODELS if study.result(f"pretrain-{name}") is not None]
-    # The long ones first, so that no worker is left with one at the end.
-    tasks.sort(key=lambda task: task != "movie_reviews")
+    study.run([pretrain_name(n, rate) for rate in options.pretrain_rates for n in MODELS], min(options.workers, 2))
+    ready = [name for name in MODELS if best_pretraining(options, name) is not None]
     study.run(
         [cell_name(n, task, rate, 0) for task in tasks for n in ready for rate in options.rates], options.workers
     )

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
@@ -80,6 +82,31 @@ def test_every_launch_file_is_read_and_names_the_layer():
     assert types == {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "deepspeed_zero2.yaml": "DEEPSPEED"}
     assert kinds["fsdp2.yaml"].fsdp_config["fsdp_transformer_layer_cls_to_wrap"] in FlashForCausalLM._no_split_modules
     assert kinds["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
+
+
+def test_the_deepspeed_file_selects_zero(monkeypatch):
+    """As far as it goes without DeepSpeed: what `accelerate launch` tells its processes, and what they make of it."""
+    from accelerate.commands import launch
+    from accelerate.utils import DeepSpeedPlugin
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    launched = []
+    monkeypatch.setattr(launch, "deepspeed_launcher", launched.append)
+    path = ROOT / "scripts" / "accelerate" / "deepspeed_zero2.yaml"
+    launch.launch_command(launch.launch_command_parser().parse_args(["--config_file", str(path), *TRAIN]))
+    (args,) = launched
+    assert [args.training_script, *args.training_script_args] == TRAIN and args.num_processes == 8
+    _, environment = prepare_deepspeed_cmd_env(args)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    for name in [name for name in environment if name.startswith("ACCELERATE_")]:
+        monkeypatch.setenv(name, environment[name])
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true" and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    config = DeepSpeedPlugin().deepspeed_config
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "none"
+    # Trainer fills these in.
+    assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
 
 
 TENSOR_PARALLEL = """
@@ -157,6 +184,15 @@ def test_device_map_with_layers_on_disk(tmp_path):
 def test_what_cannot_be_distributed_is_refused():
     model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
     assert not model.supports_context_parallel
+    # Trainer asks for SDPA; without it, ranks would get these positions: a part of the sequence, or two of its ends.
+    settings = SimpleNamespace(cp_enabled=True, cp_backend="torch")
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=settings))
+    ids = random_ids(model.config, 1, 8)
+    with pytest.raises(ValueError, match="Context parallelism is supported only with SDPA"):
+        Trainer._prepare_context_parallel_inputs(trainer, model, {"input_ids": ids})
+    for positions in ([*range(8, 16)], [0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]):
+        with pytest.raises(ValueError, match="position_ids"):
+            model(ids, position_ids=torch.tensor([positions]))
     for start in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(NotImplementedError, match="Continuous batching.*left-padded batch"):
             start([[1, 2, 3]], max_new_tokens=2)

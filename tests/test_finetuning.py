@@ -149,12 +149,17 @@ def test_squad():
 
 
 @pytest.mark.parametrize(
-    "task, metric, at_least, epochs",
-    [("classification", "accuracy", 0.7, 6), ("tagging", "f1", 0.6, 5), ("qa", "f1", 60, 3)],
+    "task, metric, at_least, epochs, order",
+    [
+        ("classification", "accuracy", 0.7, 6, "random"),
+        ("tagging", "f1", 0.6, 5, "random"),
+        ("tagging", "f1", 0.6, 5, "group_by_length"),
+        ("qa", "f1", 60, 3, "random"),
+    ],
 )
-def test_learns_far_above_chance(task, metric, at_least, epochs, tokenizer, tmp_path):
+def test_learns_far_above_chance(task, metric, at_least, epochs, order, tokenizer, tmp_path):
     """Chance: 0.46 for the most frequent class, 0 for all O, about 10 for a random name of a sentence."""
-    parsed = arguments(task, tmp_path / "run", tokenizer, num_train_epochs=epochs)
+    parsed = arguments(task, tmp_path / "run", tokenizer, num_train_epochs=epochs, train_sampling_strategy=order)
     result = finetuning.run_finetuning(*parsed)
     assert result["metrics"]["validation"][metric] > at_least, result["metrics"]
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -429,11 +434,21 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     command[command.index("--text") + 1] = str(DATA / "wizard_of_oz.txt")
     monkeypatch.setattr(sys, "argv", command)
     assert study.main() == 0
-    assert study.begun[:2] == ["pretrain-flash", "pretrain-transformer_pp"]
-    assert len(study.begun) == 2 + 2 * 2 + 2 and len(set(study.begun)) == 8
+    pretraining = [f"pretrain-{name}-{rate}" for rate in ("0.001", "0.002") for name in ("flash", "transformer_pp")]
+    assert study.begun[:4] == pretraining
+    assert len(study.begun) == 4 + 2 * 2 + 2 and len(set(study.begun)) == 10
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     flash, other = summary["pretraining"]
     assert abs(flash["parameters"] / other["parameters"] - 1) < 0.02 and flash["tokens"] == other["tokens"]
+    for row in (flash, other):
+        losses = {
+            cell["learning_rate"]: cell["metrics"]["validation"]["loss"] for cell in summary["cells"].values()
+            if cell["kind"] == "pretrain" and cell["model"] == row["model"]
+        }  # fmt: skip
+        assert len(losses) == 2 and losses[row["learning_rate"]] == min(losses.values())
+    start = {row["model"]: f"pretrain-{row['model']}-{row['learning_rate']:g}" for row in (flash, other)}
+    tuned = [cell for cell in summary["cells"].values() if cell["kind"] == "tune"]
+    assert all(cell["pretraining"] == start[cell["model"]] for cell in tuned)
     for row in summary["table"]:
         cells = [
             cell for cell in summary["cells"].values() if cell["kind"] == "tune" and cell["model"] == row["model"]
@@ -456,4 +471,30 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     command[command.index("--work") + 1] = str(tmp_path / "elsewhere")
     study.begun.clear()
     assert study.main() == 0
-    assert study.begun == ["pretrain-flash", "pretrain-transformer_pp"]
+    assert study.begun == pretraining
+
+    # The README's table.
+    monkeypatch.setattr(sys, "argv", ["finetune_study.py", "--render", str(tmp_path / "out" / "summary.json")])
+    capsys.readouterr()
+    assert study.main() == 0
+    table = capsys.readouterr().out
+    assert "| | FLASH | Transformer++ |" in table and "2 seeds" in table
+    assert max(map(len, table.splitlines())) < 120
+    for row in summary["table"]:
+        assert f"{100 * row['test']:.1f} +- {100 * row['test_std']:.1f}" in table
+
+
+def test_study_runs_again_alone_what_had_too_little_memory(study, tmp_path, monkeypatch):
+    options = SimpleNamespace(work=tmp_path)
+    runs = study.Study(options, 0.0)
+    tries = []
+
+    def one(self, cell, workers):
+        tries.append((cell, workers))
+        if cell != "fine" and workers > 1:
+            self.failed[cell] = {"large": "torch.OutOfMemoryError: CUDA out of memory.", "wrong": "ValueError"}[cell]
+
+    monkeypatch.setattr(study.Study, "one", one)
+    runs.run(["fine", "large", "wrong"], 2)
+    assert sorted(tries[:3]) == [("fine", 2), ("large", 2), ("wrong", 2)]
+    assert tries[3:] == [("large", 1)] and [*runs.failed] == ["wrong"]

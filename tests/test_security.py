@@ -122,6 +122,26 @@ def test_an_honest_pickle_is_not_read_either(tmp_path):
     assert torch.equal(loaded.embed_tokens.weight, model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("before", [None, "0"])
+def test_no_conversion_service_is_asked_while_loading(before, tmp_path, monkeypatch):
+    """test_hub.py sees that no request goes out; here, that the switch is thrown for our models and put back."""
+    name, seen = "DISABLE_SAFETENSORS_CONVERSION", []
+    if before is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, before)
+    own = FlashModel.__init__
+    monkeypatch.setattr(
+        FlashModel, "__init__", lambda self, config: (seen.append(os.environ.get(name)), own(self, config))[1]
+    )
+    FlashModel(tiny_config()).save_pretrained(tmp_path / "model")
+    AutoModel.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModel.from_pretrained(tmp_path / "model")
+    assert seen == [before, "1"] and os.environ.get(name) == before
+
+
 def test_generation_code_of_a_checkpoint_does_not_run(tmp_path):
     FlashForCausalLM(tiny_config()).save_pretrained(tmp_path)
     (tmp_path / "custom_generate").mkdir()
