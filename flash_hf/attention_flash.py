@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slots
+from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slots, is_tracing
 
 
 logger = logging.get_logger(__name__)
@@ -118,14 +118,9 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
             "torch, or backend='torch'; kernels need triton, an NVIDIA GPU of compute capability 8.0 or later, and "
             "bfloat16, float16 or float32."
         )
-    # Not logger.warning_once, which a compiler cannot trace.
-    _say_once(f"FLASH computes in plain torch, which is right but slower than its kernels: {reason}.")
+    if not is_tracing():
+        logger.warning_once(f"FLASH computes in plain torch, which is right but slower than its kernels: {reason}.")
     return None
-
-
-@torch.compiler.disable
-def _say_once(message: str) -> None:
-    logger.warning_once(message)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ SILU = ("silu", "swish")
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that products with x are computed in: autocast's, or x's own."""
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
@@ -506,6 +506,7 @@ class FlashModel(FlashPreTrainedModel):
 
     def __init__(self, config: FlashConfig):
         super().__init__(config)
+        load_kernels()  # before a compiler traces
         self.is_causal = config.is_decoder
         # No padding_idx: padding enters no result anyway, and it would freeze the row of a model whose padding token
         # is its end-of-text token.

@@ -23,6 +23,7 @@ from .common import (
     vector,
 )
 from .forward import lower_tile
+from .launch import kernel
 
 
 @triton.jit
@@ -52,6 +53,7 @@ def gate_gradient(
     return d_attended, d_gate
 
 
+@kernel
 @triton.jit
 def gate_kernel(
     d_out_ptr, d_out_stride, u_ptr, u_stride, saved_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_u_ptr, bias_v_ptr,
@@ -86,6 +88,7 @@ def gate_kernel(
         store_rows(value_ptr, E, token, real, column, E, value, EVEN)
 
 
+@kernel
 @triton.jit
 def gate_states_kernel(
     queries, d_out, d_out_stride, u, u_stride, saved, v, v_stride, rms_ptr, gain_ptr, bias_u_ptr, bias_v_ptr,
@@ -233,6 +236,7 @@ def value_gradient(
     store_rows(d_v_ptr, d_v_stride, token, real, column, E, d_h, EVEN_E)
 
 
+@kernel
 @triton.jit
 def chunk_gradients_kernel(
     a_ptr, a_slots, d_rows, d_slots, value, value_stride, keys, prefix, carry, d_prefix, d_carry, d_prefix_slots,
@@ -287,6 +291,7 @@ def chunk_gradients_kernel(
         )  # fmt: skip
 
 
+@kernel
 @triton.jit
 def quadratic_heads_kernel(
     d_score_ptr, q_ptr, k_ptr, d_q_ptr, d_k_ptr, scale,
@@ -318,6 +323,7 @@ def quadratic_heads_kernel(
         tl.store(d_k_ptr + place, (acc * scale).to(d_k_ptr.dtype.element_ty))
 
 
+@kernel
 @triton.jit
 def bias_kernel(
     d_score_ptr, out_ptr, GT, PER_PROGRAM,
@@ -335,6 +341,7 @@ def bias_kernel(
     tl.store(out_ptr + tl.program_id(1) * CP * CP + place, acc)
 
 
+@kernel
 @triton.jit
 def heads_gradient_kernel(
     d_heads_ptr, z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, source_ptr, d_z_ptr,
@@ -407,6 +414,7 @@ def heads_gradient_kernel(
         tl.store(d_z_row + column[None, :], d_h.to(dtype), mask=mask)
 
 
+@kernel
 @triton.jit
 def norm_gradient_kernel(
     p_ptr, x_ptr, dy_ptr, rms_ptr, gain_ptr, dx_ptr, dot_ptr, sum_ptr, T, D,

@@ -21,8 +21,10 @@ from .common import (
     values_of,
     vector,
 )
+from .launch import kernel
 
 
+@kernel
 @triton.jit
 def norm_kernel(
     x_ptr, gain_ptr, rms_ptr, out_ptr, T, D, eps,
@@ -43,6 +45,7 @@ def norm_kernel(
         tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@kernel
 @triton.jit
 def heads_kernel(
     z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, factor_ptr, source_ptr,
@@ -103,6 +106,7 @@ def lower_tile(index, TILES: tl.constexpr, CAUSAL: tl.constexpr):
         return index // TILES, index % TILES
 
 
+@kernel
 @triton.jit
 def scores_kernel(
     q_ptr, k_ptr, bias_ptr, a_ptr, C, scale,
@@ -132,6 +136,7 @@ def scores_kernel(
     tl.store(a_ptr + (chunk * CP + m)[:, None] * CP + n[None, :], (score * score).to(a_ptr.dtype.element_ty))
 
 
+@kernel
 @triton.jit
 def states_kernel(
     keys, v, v_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, value_ptr, prefix_ptr, total_ptr,
@@ -176,6 +181,7 @@ def states_kernel(
     tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)
 
 
+@kernel
 @triton.jit
 def values_kernel(
     v_ptr, v_stride, rms_ptr, gain_ptr, bias_ptr, value_ptr, T, E,
@@ -190,6 +196,7 @@ def values_kernel(
     store_rows(value_ptr, E, token, real, column, E, value, False)
 
 
+@kernel
 @triton.jit
 def carry_kernel(
     total_ptr, initial_ptr, begin_ptr, end_ptr, carry_ptr, final_ptr, size, carry_scale, final_scale,
@@ -214,6 +221,7 @@ def carry_kernel(
         tl.store(final_ptr + document.to(tl.int64) * size + place, final, mask=mask)
 
 
+@kernel
 @triton.jit
 def output_kernel(
     a, q, prefix, carry, u_ptr, u_stride, value, value_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, piece_ptr,

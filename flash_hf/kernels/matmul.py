@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
+
 
 @triton.jit
 def left_half(x, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
@@ -23,6 +25,7 @@ def tile_of(program, m_blocks, n_blocks, GROUP: tl.constexpr):
     return first + (program % per_group) % size, (program % per_group) // size
 
 
+@kernel
 @triton.jit
 def residual_kernel(
     a, w, bias_ptr, x_ptr, y_ptr, M, N, K,

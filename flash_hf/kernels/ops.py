@@ -208,7 +208,8 @@ def launch_carry(shape: Shape, index: list[Tensor], total: Tensor, initial, carr
     dtype = torch.float32 if final == "total" else shape.dtype
     last = total.new_empty((documents, *total.shape[1:]) if final else (0,), dtype=dtype)
     if carried or final:
-        forward.carry_kernel[(documents, cdiv(size, 512))](
+        forward.carry_kernel(
+            (documents, cdiv(size, 512)),
             total, total if initial is None else initial, index[4], index[5], carry, last, size, 1.0 / shape.C,
             1.0 / shape.C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=carried,
             FINAL=bool(final), REVERSE=reverse, BLOCK=512, num_warps=4,
@@ -227,8 +228,24 @@ def piece_launch(shape: Shape, inputs: Inputs) -> dict:
     }  # fmt: skip
 
 
+def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
+    """Attention weights inside the chunks, `[GT, CP, CP]`; empty without that branch."""
+    t = shape.tiles
+    if not shape.quad:
+        return heads.new_empty((0,))
+    weights = heads.new_empty((shape.GT, t.CP, t.CP))
+    biased = inputs.bias_R is not None
+    forward.scores_kernel(
+        (shape.score_tiles, shape.GT),
+        heads[0], heads[1], inputs.bias_R if biased else inputs.index[0], weights, shape.C, shape.scale, CP=t.CP,
+        SP=t.SP, BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
+        PRECISION=dot_precision(shape.dtype), num_warps=4,
+    )  # fmt: skip
+    return weights
+
+
 def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_final: bool, want_attended: bool):
-    """`(out, heads, weights, prefix, carry, attended, final)`; see the operators for what each is."""
+    """`(out, heads, prefix, carry, attended, final)`; see the operators for what each is."""
     t, (N, G, C), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
     new = inputs.v.new_empty
     flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
@@ -239,28 +256,22 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
     size = (shape.H, shape.GT, t.CP, t.SP)
     heads = new(size) if t.SP == S else inputs.v.new_zeros(size)
     block = min(t.block, 32)
-    forward.heads_kernel[(shape.GT * t.CP // block,)](
+    forward.heads_kernel(
+        (shape.GT * t.CP // block,),
         inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta,
         inputs.cos if rope else factor, inputs.sin if rope else factor, factor, inputs.tokens, heads, N, G, C,
         shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, LIN_Q=row, CP=t.CP, SP=t.SP,
         **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
     )  # fmt: skip
-    weights = new((0,))
-    if shape.quad:
-        weights = new((shape.GT, t.CP, t.CP))
-        biased = inputs.bias_R is not None
-        forward.scores_kernel[(shape.score_tiles, shape.GT)](
-            heads[0], heads[1], inputs.bias_R if biased else factor, weights, C, shape.scale, CP=t.CP, SP=t.SP,
-            BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
-            PRECISION=precision, num_warps=4,
-        )  # fmt: skip
+    weights = launch_scores(shape, inputs, heads)
     value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
     if shape.lin:
         prefix, total = state_buffers(shape, inputs.index, new)
         options = piece_launch(shape, inputs)
         tma, block_e = options["TMA"], options["BLOCK_E"]
-        forward.states_kernel[(total.shape[0], cdiv(E, block_e))](
+        forward.states_kernel(
+            (total.shape[0], cdiv(E, block_e)),
             tiled(heads[row + 1], tma, t.block_k, t.SP), tiled(inputs.v, tma, t.block_k, block_e),
             inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
             inputs.v if value is None else value, prefix, total, N, G, C, E, **options,
@@ -272,7 +283,8 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
         if not shape.causal:
             carry, final = final, new((0,))
     elif shape.silu:
-        forward.values_kernel[(cdiv(T, 32), cdiv(E, 128))](
+        forward.values_kernel(
+            (cdiv(T, 32), cdiv(E, 128)),
             inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), value, T, E, SCALED=shape.scaled, SILU=True,
             FAST=fast_math(shape.dtype), BLOCK_M=32, BLOCK_E=128, num_warps=4,
         )  # fmt: skip
@@ -280,7 +292,8 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
     out = inputs.v.new_zeros((T, E)) if inputs.source is not None else new((T, E))
     attended = torch.zeros_like(out) if want_attended else new((0,))
     e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
-    forward.output_kernel[(shape.GT * e_blocks * shape.row_tiles,)](
+    forward.output_kernel(
+        (shape.GT * e_blocks * shape.row_tiles,),
         tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
         tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
         inputs.u.stride(0), tiled(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
@@ -289,14 +302,14 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
         EVEN_E=E % t.block_e == 0, TMA=tma, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e,
         BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
     )  # fmt: skip
-    return out, heads, weights, prefix, carry, attended, final
+    return out, heads, prefix, carry, attended, final
 
 
 def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d_out: Tensor, d_h: tuple, reuse: bool):
     """Gradients of the projections' outputs, written to `d_h`, those of u, v and z.
 
     Args:
-        saved: heads, weights, prefix, carry of the forward.
+        saved: heads, prefix, carry of the forward. The weights are computed again: cheaper than their memory.
         gated: the forward's output, or the attended value itself where it was kept.
         d_out: gradient of the output, `[B * N, E]`; overwritten with `reuse`.
 
@@ -304,7 +317,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         `(sums, d_bias_R, d_bias_u, d_bias_v)`: `sums` float32 `[2 H + 1, S]`, the gradients of gamma, beta and z's
         bias; `d_bias_R` float32 `[2 C - 1]`; the others float32 `[E]`. Empty where there is none.
     """
-    heads, weights, prefix, carry = saved
+    heads, prefix, carry = saved
     d_u, d_v, d_z = d_h
     t, (N, G, C), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
     new = gated.new_empty
@@ -312,6 +325,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     factor, group = inputs.index[:2]
     row = lin_row(shape)
 
+    weights = launch_scores(shape, inputs, heads)
     d_attended = d_out if reuse else new((T, E))
     value = new((T, E)) if shape.silu else inputs.v
     kept = saved_attended(shape.dtype, shape.silu)
@@ -326,7 +340,8 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         options |= {"BLOCK_K": block_k, "STAGES": t.gate_stages}
         block = block_k, block_e
         d_bias_u = new((pieces if shape.scaled else 0, E), dtype=torch.float32)
-        backward.gate_states_kernel[(pieces, cdiv(E, block_e))](
+        backward.gate_states_kernel(
+            (pieces, cdiv(E, block_e)),
             tiled(heads[row], tma, block_k, t.SP), tiled(d_out, tma, *block), d_out.stride(0),
             tiled(inputs.u, tma, *block), inputs.u.stride(0), tiled(gated, tma, *block), tiled(inputs.v, tma, *block),
             inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2], inputs.tokens, inputs.index[2],
@@ -340,7 +355,8 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     else:
         block_m, block_e = 64, 128
         d_bias_u = new((cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
-        backward.gate_kernel[(cdiv(T, block_m), cdiv(E, block_e))](
+        backward.gate_kernel(
+            (cdiv(T, block_m), cdiv(E, block_e)),
             d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
             *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0), value, d_bias_u, T, E,
             SCALED=shape.scaled, SILU=shape.silu, FAST=fast_math(shape.dtype), ATTENDED=kept,
@@ -354,7 +370,8 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
     programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
     d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
-    backward.chunk_gradients_kernel[(programs * shape.GT,)](
+    backward.chunk_gradients_kernel(
+        (programs * shape.GT,),
         weights, tiled(weights, tma, t.block_k, t.block), tiled(d_attended, tma, t.block, t.block_k),
         tiled(d_attended, tma, t.block_k, t.block_e), tiled(value, tma, t.block, t.block_k), value.stride(0),
         tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
@@ -362,14 +379,15 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         tiled(d_carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.block_s, t.block_e),
         tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.v, inputs.v.stride(0),
         *inputs.norm("bias_v"), inputs.tokens, d_scores, d_heads[row], d_heads[row + 1], d_v, d_v.stride(0),
-        d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal,
-        CARRY=carried, CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0,
-        TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision,
-        STAGES=t.stages, **t.launch,
+        d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles,
+        QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried, CAUSAL=shape.causal, **flags,
+        EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e,
+        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
     )  # fmt: skip
     d_bias_R = new((0,))
     if shape.quad:
-        backward.quadratic_heads_kernel[(shape.GT, shape.row_tiles, 2)](
+        backward.quadratic_heads_kernel(
+            (shape.GT, shape.row_tiles, 2),
             d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
             BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=precision, STAGES=t.stages, **t.launch,
         )  # fmt: skip
@@ -379,7 +397,8 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     blocks = shape.GT * t.CP // block
     rope = inputs.cos is not None
     sums = new((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
-    backward.heads_gradient_kernel[(blocks,)](
+    backward.heads_gradient_kernel(
+        (blocks,),
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma,
         inputs.cos if rope else factor, inputs.sin if rope else factor, inputs.tokens, d_z, d_z.stride(0), sums,
         N, G, C, shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, CP=t.CP, SP=t.SP,
@@ -394,7 +413,8 @@ def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
     programs = min(shape.GT, cdiv(256, shape.score_tiles))
     per_program = cdiv(shape.GT, programs)
     parts = d_scores.new_zeros((programs, t.CP, t.CP), dtype=torch.float32)
-    backward.bias_kernel[(shape.score_tiles, programs)](
+    backward.bias_kernel(
+        (shape.score_tiles, programs),
         d_scores, parts, shape.GT, per_program, CP=t.CP, TILES=shape.row_tiles, CAUSAL=shape.causal, BLOCK=t.block,
         num_warps=t.warps,
     )  # fmt: skip
@@ -460,7 +480,6 @@ def fake_forward(shape: Shape, v: Tensor, index: list[Tensor], initial: bool, wa
     return [
         new((shape.B * shape.N, E)),
         new((shape.H, shape.GT, t.CP, t.SP)),
-        new((shape.GT, t.CP, t.CP)) if shape.quad else new((0,)),
         prefix,
         carry,
         new((shape.B * shape.N, E)) if want_attended else new((0,)),
@@ -471,8 +490,8 @@ def fake_forward(shape: Shape, v: Tensor, index: list[Tensor], initial: bool, wa
 @torch.library.custom_op("flash_hf::gated_attention_backward", mutates_args=())
 def gated_attention_backward_op(
     d_out: Tensor, u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, source: Tensor | None, index: list[Tensor], heads: Tensor,
-    weights: Tensor, prefix: Tensor, carry: Tensor, gated: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
+    cos: Tensor | None, sin: Tensor | None, source: Tensor | None, index: list[Tensor], heads: Tensor, prefix: Tensor,
+    carry: Tensor, gated: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
     lin: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
@@ -480,13 +499,13 @@ def gated_attention_backward_op(
     make = torch.zeros if source is not None else torch.empty  # padding is in no chunk: nobody writes its gradient
     d_u, d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (u, v, z))
     with on_device(u):
-        saved = heads, weights, prefix, carry
+        saved = heads, prefix, carry
         sums, d_bias_R, *_ = launch_backward(shape, inputs, saved, gated, d_out, (d_u, d_v, d_z), False)
     return [d_u, d_v, d_z, sums, d_bias_R]
 
 
 @gated_attention_backward_op.register_fake
-def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, weights, prefix, carry, gated, N, G, C,
+def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, prefix, carry, gated, N, G, C,
       causal, quad, lin, silu, interleaved, rotary_dim, scale):  # fmt: skip
     new = u.new_empty
     d_bias = new((2 * C - 1,), dtype=torch.float32) if quad and bias_R is not None else new((0,))
@@ -496,12 +515,12 @@ def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, weigh
 
 def _save_attention(ctx, inputs, output):
     u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, *static, want_final, want_attended = inputs
-    out, heads, weights, prefix, carry, attended, final = output
+    out, heads, prefix, carry, attended, final = output
     ctx.set_materialize_grads(False)
     gated = attended if want_attended else out
     ctx.optional = bias_R is not None, cos is not None, source is not None
     optional = [x for x in (bias_R, cos, sin, source) if x is not None]
-    ctx.save_for_backward(u, v, z, gamma, beta, heads, weights, prefix, carry, gated, *index, *optional)
+    ctx.save_for_backward(u, v, z, gamma, beta, heads, prefix, carry, gated, *index, *optional)
     ctx.static = static
 
 
@@ -516,13 +535,13 @@ def _attention_backward(ctx, grads):
     none = (None,) * 18
     if grads[0] is None:
         return (None,) * 23
-    u, v, z, gamma, beta, heads, weights, prefix, carry, gated, *rest = ctx.saved_tensors
+    u, v, z, gamma, beta, heads, prefix, carry, gated, *rest = ctx.saved_tensors
     index, optional = rest[:6], _optional(ctx, rest[6:])
     bias_R = optional[0]
     d_out = grads[0]
     d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     d_u, d_v, d_z, sums, d_bias = torch.ops.flash_hf.gated_attention_backward(
-        d_out, u, v, z, gamma, beta, *optional, index, heads, weights, prefix, carry, gated, *ctx.static
+        d_out, u, v, z, gamma, beta, *optional, index, heads, prefix, carry, gated, *ctx.static
     )
     H = gamma.shape[0]
     d_bias = None if bias_R is None or d_bias.numel() == 0 else d_bias.to(bias_R.dtype)
@@ -560,7 +579,8 @@ def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *
     T, D = x.shape
     block_d = power_of_two(D)
     block_t = max(1, 4096 // block_d)
-    forward.norm_kernel[(cdiv(T, block_t),)](
+    forward.norm_kernel(
+        (cdiv(T, block_t),),
         x, gain, rms, out, T, D, eps, CAST=cast, SCALE=scale, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8
     )
 
@@ -573,7 +593,8 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
     programs = cdiv(T, block_t * steps)
     dot = x.new_empty((T,), dtype=torch.float32)
     sums = x.new_empty((programs if p is not None else 0, D), dtype=torch.float32)
-    backward.norm_gradient_kernel[(programs,)](
+    backward.norm_gradient_kernel(
+        (programs,),
         d_y if p is None else p, x, d_y, rms, gain, d_x, dot, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
         BLOCK_D=block_d, STEPS=steps, num_warps=4,
     )  # fmt: skip
@@ -599,16 +620,16 @@ def layer_op(
         h = torch.mm(raw_x, torch.cat([w_u, w_v, w_z]).to(dtype).t())
         u, v, z = split_columns(h, E)
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
-        out, heads, weights, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
+        out, heads, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
         y = torch.empty_like(x)
         blocks = product_blocks(dtype)
-        forward_grid = (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),)
-        matmul.residual_kernel[forward_grid](
+        matmul.residual_kernel(
+            (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),),
             tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
             tiled(w_o.to(dtype).contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
             EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(dtype), **blocks,
         )  # fmt: skip
-    return [y, rms, cast, h, heads, weights, prefix, carry, out, final]
+    return [y, rms, cast, h, heads, prefix, carry, out, final]
 
 
 @layer_op.register_fake
@@ -618,11 +639,11 @@ def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos,
     shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
     cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
     h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
-    out, heads, weights, prefix, carry, _, final = fake_forward(
+    out, heads, prefix, carry, _, final = fake_forward(
         shape, h, index, initial is not None, want_final, False
     )
     return [
-        torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, heads, weights, prefix, carry, out, final,
+        torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, heads, prefix, carry, out, final,
     ]  # fmt: skip
 
 
@@ -637,7 +658,7 @@ def layer_backward_op(
     d_y: Tensor, x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor,
     b_z: Tensor, w_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, source: Tensor | None, index: list[Tensor], rms: Tensor, h: Tensor, heads: Tensor,
-    weights: Tensor, prefix: Tensor, carry: Tensor, out: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
+    prefix: Tensor, carry: Tensor, out: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
     lin: bool, interleaved: bool, rotary_dim: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     T, D = d_y.shape
@@ -652,7 +673,7 @@ def layer_backward_op(
         d_w_o = torch.mm(raw_dy.t(), out)
         d_out = torch.mm(raw_dy, w_o.to(dtype))
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
-        saved = heads, weights, prefix, carry
+        saved = heads, prefix, carry
         sums, d_bias_R, d_bias_u, d_bias_v = launch_backward(
             shape, inputs, saved, out, d_out, split_columns(d_h, E), True
         )
@@ -669,7 +690,7 @@ def layer_backward_op(
 
 @layer_backward_op.register_fake
 def _(d_y, x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, bias_R, cos, sin, source, index, rms, h, heads,
-      weights, prefix, carry, out, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale):  # fmt: skip
+      prefix, carry, out, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale):  # fmt: skip
     D, E, S, H = d_y.shape[1], w_u.shape[0], w_z.shape[0], gamma.shape[0]
 
     def wide(*size):
@@ -687,13 +708,13 @@ def _save_layer(ctx, inputs, output):
         inputs
     )
     eps, *static, want_final, dtype = rest
-    y, rms, cast, h, heads, weights, prefix, carry, out, final = output
+    y, rms, cast, h, heads, prefix, carry, out, final = output
     ctx.set_materialize_grads(False)
     ctx.optional = bias_R is not None, cos is not None, source is not None
     optional = [t for t in (bias_R, cos, sin, source) if t is not None]
     raw_x = cast if x.dtype != dtype else x
     ctx.save_for_backward(
-        raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, weights, prefix, carry, out,
+        raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out,
         *index, *optional,
     )  # fmt: skip
     ctx.static, ctx.bias_dtype = static, b_o.dtype
@@ -702,13 +723,13 @@ def _save_layer(ctx, inputs, output):
 def _layer_backward(ctx, grads):
     if grads[0] is None:
         return (None,) * 30
-    (raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, weights, prefix, carry, out,
+    (raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out,
      *rest) = ctx.saved_tensors  # fmt: skip
     index, optional = rest[:6], _optional(ctx, rest[6:])
     bias_R = optional[0]
     d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums, d_bias_R = torch.ops.flash_hf.layer_backward(
         grads[0].contiguous(), raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, *optional, index, rms, h,
-        heads, weights, prefix, carry, out, *ctx.static,
+        heads, prefix, carry, out, *ctx.static,
     )  # fmt: skip
     E, H = w_u.shape[0], gamma.shape[0]
     d_bias_R = None if bias_R is None or d_bias_R.numel() == 0 else d_bias_R.to(bias_R.dtype)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launching kernels cheaply: a layer's training step has some fifteen launches of up to forty arguments each, and
+triton's own dispatch takes about as long over each as the GPU does."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .common import INTERPRET
+
+
+def _kind(value) -> object:
+    """What triton compiles a kernel anew for: types, sizes of described tiles, and what divides by 16 or is 1."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, tuple(value.block_shape)
+    if isinstance(value, int):
+        return value % 16 == 0, value == 1, value < 2**31
+    return type(value)
+
+
+class Kernel:
+    """A jitted function that remembers what it was compiled to.
+
+    Called with its grid, its run-time arguments in order, and the others by name: `kernel(grid, x, y, BLOCK=64,
+    num_warps=4)`.
+    """
+
+    def __init__(self, function: triton.JITFunction):
+        self.function = function
+        self.compiled: dict = {}
+
+    def __call__(self, grid: tuple[int, ...], *arguments, num_warps: int, maxnreg: int | None = None, **constants):
+        if INTERPRET:
+            return self.function[grid](*arguments, **constants)
+        device = torch.cuda.current_device()
+        key = device, num_warps, maxnreg, *map(_kind, arguments), *constants.values()
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            options = {} if maxnreg is None else {"maxnreg": maxnreg}
+            self.compiled[key] = self.function[grid](*arguments, **constants, num_warps=num_warps, **options)
+            return None
+        names = self.function.arg_names
+        return compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names[len(arguments):]])
+
+
+def kernel(function: triton.JITFunction) -> Kernel:
+    """Decorator over `triton.jit` for functions that are launched, not called by others."""
+    return Kernel(function)
