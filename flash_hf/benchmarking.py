@@ -633,8 +633,6 @@ def check_kernels(size: Size, device: str, length: int, batch: int = 2) -> list[
         def run(backend, dtype, config=config, exact=exact, x=x, gradient=gradient):
             model = FlashModel(config[backend]).to(device, dtype).train()
             model.load_state_dict(exact.state_dict())
-            # Frequencies rounded to bfloat16 would hide every other error.
-            model.rotary_emb.inv_freq = exact.rotary_emb.inv_freq.float()
             return results(model, x, gradient)
 
         for dtype in (torch.float32, torch.bfloat16):

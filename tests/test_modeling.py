@@ -247,6 +247,17 @@ def test_missing_weights_are_initialised_as_in_a_fresh_model(tmp_path):
 # -- low precision
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_stay_exact(dtype):
+    """Rounded to 8 bits, they would turn the keys of a long context by radians too much."""
+    model = FlashForCausalLM(tiny_config())
+    exact = model.model.rotary_emb.inv_freq.clone()
+    moved = model.to(dtype).to("meta").to_empty(device="cpu").to(dtype)
+    assert moved.model.rotary_emb.inv_freq.dtype == moved.model.rotary_emb.original_inv_freq.dtype == torch.float32
+    model = FlashForCausalLM(tiny_config()).to(dtype)
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cls", HEADS)
 def test_long_inputs_are_finite_in_low_precision(cls, dtype):
     torch.manual_seed(0)

@@ -152,3 +152,15 @@ def test_demo_in_small(tmp_path):
     assert text.splitlines()[0] in done.stdout  # what was streamed is what was saved
     answers = re.findall(r"^ +([\d.]+)% '", done.stdout, re.M)
     assert len(answers) == 5 and sorted(map(float, answers), reverse=True) == list(map(float, answers))
+
+
+@pytest.mark.slow
+def test_compare_backends_in_small(tmp_path):
+    command = [*first_line("compare_backends.py"), "--folder", str(tmp_path), "--batch", "2", "--length", "100"]
+    done = run(command, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "backends.csv").read_text().splitlines()
+    assert lines[0] == "step,torch,torch-float32" and len(lines) == 6
+    first = [float(value) for value in lines[1].split(",")[1:]]
+    assert first[0] == pytest.approx(first[1], rel=1e-2) and first[1] == pytest.approx(5.55, abs=0.1)  # ln 256
+    assert (tmp_path / "backends.png").stat().st_size > 1000

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""\
+python scripts/compare_backends.py --text tests/data/wizard_of_oz.txt --steps 5 --runs torch torch-float32 --tiny
+
+Train one model from the same weights on the same batches with the kernels and with plain torch, and see whether the
+loss curves part. Rounding makes any two runs part a little: how much is shown by torch in float32 beside torch in
+bfloat16.
+
+Tokens are the text's bytes. Writes FOLDER/backends.csv (loss of each step and run) and FOLDER/backends.png, and prints
+the mean loss of the last tenth of the steps.
+"""
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import torch
+
+from flash_hf import FlashConfig, FlashForCausalLM
+
+
+# Name: backend, type of the matrix products.
+RUNS = {
+    "triton": ("triton", torch.bfloat16),
+    "torch": ("torch", torch.bfloat16),
+    "torch-float32": ("torch", torch.float32),
+}
+
+
+def train(options: argparse.Namespace, run: str, text: torch.Tensor) -> list[float]:
+    """Losses of `options.steps` steps of AdamW with warm-up, in nats a byte."""
+    backend, dtype = RUNS[run]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = {"hidden_size": 64, "num_hidden_layers": 2, "query_key_dim": 32, "chunk_size": 64}
+    if not options.tiny:
+        size = {"hidden_size": 512, "num_hidden_layers": 8}
+    torch.manual_seed(options.seed)
+    model = FlashForCausalLM(FlashConfig(vocab_size=256, backend=backend, **size)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    generator = torch.Generator().manual_seed(options.seed)
+    losses = []
+    for _ in range(options.steps):
+        first = torch.randint(0, len(text) - options.length, (options.batch,), generator=generator)
+        ids = torch.stack([text[i : i + options.length] for i in first]).long().to(device)
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="text file to train on")
+    parser.add_argument("--folder", default="runs/backends", help="where the results go")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16, help="rows a step")
+    parser.add_argument("--length", type=int, default=1000, help="bytes a row: no multiple of a chunk, on purpose")
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="a model for a laptop")
+    options = parser.parse_args()
+
+    # A copy: bytes are read-only, and torch wants memory it may write to.
+    text = torch.frombuffer(bytearray(Path(options.text).read_bytes()), dtype=torch.uint8)
+    folder = Path(options.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    curves, last = {}, max(1, options.steps // 10)
+    for run in options.runs:
+        begin = time.perf_counter()
+        curves[run] = train(options, run, text)
+        mean = sum(curves[run][-last:]) / last
+        seconds = time.perf_counter() - begin
+        print(f"{run}: {mean:.4f} nats a byte over the last {last} steps, {seconds:.0f} s", flush=True)
+    with (folder / "backends.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *curves])
+        writer.writerows([step + 1, *(f"{value:.6f}" for value in row)] for step, row in
+                         enumerate(zip(*curves.values(), strict=True)))  # fmt: skip
+    plot(curves, folder / "backends.png")
+
+
+def plot(curves: dict[str, list[float]], path: Path) -> None:
+    """The curves above each other, and their differences from torch's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, height_ratios=(2, 1))
+    for name, losses in curves.items():
+        above.plot(losses, label=name, linewidth=0.8)
+        if "torch" in curves and name != "torch":
+            difference = [a - b for a, b in zip(losses, curves["torch"], strict=True)]
+            below.plot(difference, label=f"{name} - torch", linewidth=0.8)
+    above.set(ylabel="loss, nats a byte")
+    below.set(xlabel="step", ylabel="difference")
+    for axes in (above, below):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
