@@ -101,8 +101,9 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
     Raises:
         ValueError: `backend="triton"` was asked for where it cannot run.
     """
-    if config.backend == "torch":
-        return None
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if config.backend == "torch" or (config.backend == "auto" and exporting):
+        return None  # an exported graph is to run where there is no flash_hf
     kernels, reason = load_kernels()
     if kernels is not None:
         reason = kernels.unavailable(device, dtype) or kernels.unsupported(config)

@@ -295,7 +295,8 @@ class FlashGatedAttentionUnit(nn.Module):
             past_key_values: cache that holds this layer's state, updated in place.
         """
         config = self.config
-        if layout.fused:
+        # Offloaded parameters are there only while their own module is called.
+        if layout.fused and load_kernels()[0].is_bare(self.offset_scale):
             return self.fused_attention(
                 x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values
             )
