@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from functools import partial
 from pathlib import Path
@@ -409,6 +410,7 @@ def as_markdown(summary: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+NAMES = {"flash": "FLASH", "transformer_pp": "Transformer++"}
 TITLES = {
     "sst2": "SST-2, accuracy", "movie_reviews": "movie reviews, whole, accuracy", "wnut17": "WNUT-17, F1",
     "names": "names (tests/data), F1", "characters": "characters (tests/data), accuracy",
@@ -416,44 +418,117 @@ TITLES = {
 
 
 def as_readme(summary: dict) -> str:
-    """The README's section: the table, with what is needed to judge it."""
+    """The README's section: every rate of both models, what was not run, and what is needed to judge the rest."""
+    settings, cells, failed = (summary[key] for key in ("settings", "cells", "failed"))
+    bold = {pretrain_name(row["model"], row["learning_rate"]) for row in summary["pretraining"]}
+    bold |= {cell_name(row["model"], row["data"], row["learning_rate"], 0) for row in summary["table"]}
+    test_examples = {cell["data"]: cell["metrics"]["test"]["examples"]
+                     for cell in cells.values() if cell["kind"] == "tune"}  # fmt: skip
 
-    def listed(values) -> str:
-        return ", ".join(f"{value:g}" for value in values)
+    def seeds_of(task: str, name: str, rate: float) -> list[str]:
+        return [cell_name(name, task, rate, seed) for seed in range(settings["seeds"])]
 
-    pair = summary["pretraining"]
-    lines = ["### Beside a Transformer++ of the same size", "", "| | FLASH | Transformer++ |", "| --- | --- | --- |"]
-    sizes = [f"{row['parameters'] / 1e6:.1f} M" for row in pair]
-    lines.append(f"| parameters | {' | '.join(sizes)} |")
-    perplexities = [row["metrics"]["validation"]["perplexity"] for row in pair]
-    lines.append(f"| masked perplexity of held-out text | {' | '.join(f'{value:.2f}' for value in perplexities)} |")
-    rows = {(row["data"], row["model"]): row for row in summary["table"]}
+    def shown(names: list[str], score) -> str:
+        """The mean over the seeds that there are; without any, why."""
+        scores = [score(cells[name]) for name in names if name in cells]
+        if not scores:
+            why = failed.get(names[0], "not run")
+            return next((state for state in ("not begun", "cut off", "not run") if why.startswith(state)), "failed")
+        text = f"{statistics.mean(scores):.2f}"
+        if len(scores) > 1:
+            text += f" +- {statistics.stdev(scores):.2f}"
+        return f"**{text}**" if names[0] in bold else text
+
+    def rows(title: str, rates: list[float], names, score) -> list[str]:
+        found = [(f"{rate:g}", *(shown(names(name, rate), score) for name in MODELS)) for rate in rates]
+        if not any(cell in cells for rate in rates for name in MODELS for cell in names(name, rate)):
+            found = [("all", *found[0][1:])]
+        return [f"|{'' if i else f' {title}'} | {' | '.join(values)} |" for i, values in enumerate(found)]
+
+    lines = ["### Beside a Transformer++ of the same size", ""]
+    lines += ["| | learning rate | FLASH | Transformer++ |", "| --- | --- | --- | --- |"]
+    sizes = [f"{row['parameters'] / 1e6:.2f} M" for row in summary["pretraining"]]
+    lines.append(f"| parameters | | {' | '.join(sizes)} |")
+    lines += rows("masked perplexity of held-out text", settings["pretrain_rates"],
+                  lambda name, rate: [pretrain_name(name, rate)],
+                  lambda cell: cell["metrics"]["validation"]["perplexity"])  # fmt: skip
     for task, title in TITLES.items():
-        if not all((task, name) in rows for name in MODELS):
-            continue
-        pair = [rows[task, name] for name in MODELS]
-        shown = [
-            f"{100 * row['test']:.1f}" + (f" +- {100 * row['test_std']:.1f}" if row["seeds"] > 1 else "")
-            for row in pair
-        ]
-        seeds = " and ".join(dict.fromkeys(str(row["seeds"]) for row in pair))
-        counts = f"{pair[0]['test_examples']:,} test examples, {seeds} seeds"
-        lines.append(f"| {title} ({counts}) | {' | '.join(shown)} |")
-    settings = summary["settings"]
-    cell = next(cell for cell in summary["cells"].values() if cell["kind"] == "pretrain")
-    tokens = f"{summary['pretraining'][0]['tokens'] / 1e6:.1f} M tokens of {', '.join(summary['text']['files'])}"
-    grids = [listed(settings[name]) for name in ("pretrain_rates", "rates")]
-    chosen = listed(row["learning_rate"] for row in summary["pretraining"])
-    versions = ", ".join(f"{name} {cell['versions'][name]}" for name in ("torch", "transformers"))
-    lines += [
-        "",
-        f"One masked pretraining each on {tokens}, in blocks of {settings['block_size']},",
-        "then fine-tuning; mean +- standard deviation over seeds. Learning rates are the best on the validation",
-        f"split for each model, of {grids[0]} in pretraining ({chosen} were) and of {grids[1]} in fine-tuning; all",
-        f"else is alike (`scripts/finetune_study.py`). {cell['machine']}, {versions}, commit "
-        f"{(cell['commit'] or 'unknown')[:9]}.",
-    ]
+        if any(f"-{task}-" in cell for cell in (*cells, *failed)):
+            count = f" ({test_examples[task]:,} test examples)" if task in test_examples else ""
+            lines += rows(title + count, settings["rates"], partial(seeds_of, task),
+                          lambda cell: 100 * cell["metrics"]["test"][cell["main_metric"]])  # fmt: skip
+
+    cell = next(cell for cell in cells.values() if cell["kind"] == "pretrain")
+    tokens = summary["pretraining"][0]["tokens"] / 1e6
+    depth = {one["model"]: one["config"]["num_hidden_layers"] for one in cells.values() if one["kind"] == "pretrain"}
+    seeds = " or ".join(sorted({str(row["seeds"]) for row in summary["table"]})) or "1"
+    paragraphs = [
+        f"{depth['flash']} layers of FLASH, {depth['transformer_pp']} blocks of Transformer++, both of width "
+        f"{settings['hidden_size']}; all else but the learning rates is alike. For each rate, one masked pretraining "
+        f"on {tokens:.1f} M tokens of {', '.join(summary['text']['files'])}, {cell['steps']:,} steps in blocks of "
+        f"{settings['block_size']:,}; then the best model of each kind is fine-tuned with each rate of a second grid. "
+        "Accuracy and F1 are those of the test split, in percent, "
+        + ("of one seed: nothing is known of the spread." if seeds == "1" else
+           f"of one seed; for the chosen rates, mean +- standard deviation over {seeds} seeds.")
+        + " Bold: chosen on the validation split, which needs all rates of a model."
+    ]  # fmt: skip
+    if failed:
+        paragraphs.append(missing(failed, len(cells)))
+    edges = at_the_edge(summary)
+    if edges:
+        paragraphs.append(
+            f"Chosen at the end of their grid, so that a rate outside of it may be better: {'; '.join(edges)}."
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
+    paragraphs.append(f"{cell['machine']}, {versions}, commit {(cell['commit'] or 'unknown')[:9]}:")
+    for paragraph in paragraphs:
+        lines += ["", *textwrap.wrap(paragraph, 119, break_on_hyphens=False, break_long_words=False)]
+    lines += ["", "```bash", as_command(settings), "```"]
     return "\n".join(lines) + "\n"
+
+
+def missing(failed: dict[str, str], done: int) -> str:
+    """What a study lacks that was cut off, with the reasons."""
+    rates, seeds = {}, {}
+    for cell in failed:
+        kind, name, rest = cell.split("-", 2)
+        task, _, end = ("pretraining", "", f"{rest}-0") if kind == "pretrain" else rest.partition("-")
+        rate, _, seed = end.rpartition("-")
+        title = f"{NAMES[name]} {TITLES.get(task, task).split(',')[0]}"
+        if seed == "0":
+            rates.setdefault(title, []).append(rate)
+        else:
+            seeds.setdefault(f"{title} {rate}", []).append(int(seed) + 1)
+    parts = [f"{title} {', '.join(values)}" for title, values in rates.items()]
+    parts += [f"{title} (seed {', '.join(map(str, values))})" for title, values in seeds.items()]
+    why = "; ".join(dict.fromkeys((why.strip() or "no message").splitlines()[-1] for why in failed.values()))
+    return f"**This study is partial**: {done} cells are done, {len(failed)} are not ({why}): {'; '.join(parts)}."
+
+
+def at_the_edge(summary: dict) -> list[str]:
+    """The chosen rates that are the lowest or the highest of their grid."""
+    settings, found = summary["settings"], []
+    rows = [("pretraining", "pretrain_rates", row) for row in summary["pretraining"]]
+    rows += [(TITLES[row["data"]].split(",")[0], "rates", row) for row in summary["table"]]
+    for title, grid, row in rows:
+        ends = {min(settings[grid]): "lowest", max(settings[grid]): "highest"}
+        if row["learning_rate"] in ends:
+            found.append(f"{NAMES[row['model']]} {title} {row['learning_rate']:g} ({ends[row['learning_rate']]})")
+    return found
+
+
+def as_command(settings: dict) -> str:
+    """The command of a study: what differs from the defaults, files and folders without the place they were in."""
+    words = ["python", "scripts/finetune_study.py"]
+    for name, value in settings.items():
+        if name in ("commit", "render") or value == make_parser().get_default(name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(Path(one).name if name in ("data", "text") else f"{one}" for one in values)]
+    return shlex.join([*words, "--work", "runs/study"])
 
 
 def card_results(summary: dict) -> list[dict]:
@@ -468,8 +543,7 @@ def card_results(summary: dict) -> list[dict]:
     return results
 
 
-def main() -> int:
-    begin = time.perf_counter()
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the labelled sets; without it, the small ones of tests/data")
     parser.add_argument("--render", metavar="SUMMARY", help="print the README's section of a summary.json, and end")
@@ -498,6 +572,12 @@ def main() -> int:
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="layers, in pretraining"
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> int:
+    begin = time.perf_counter()
+    parser = make_parser()
     options = parser.parse_args()
     if options.render:
         print(as_readme(json.loads(Path(options.render).read_text())), end="")

@@ -478,10 +478,31 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     capsys.readouterr()
     assert study.main() == 0
     table = capsys.readouterr().out
-    assert "| | FLASH | Transformer++ |" in table and "2 seeds" in table
-    assert max(map(len, table.splitlines())) < 120
+    assert "| FLASH | Transformer++ |" in table and "over 2 seeds" in table and "partial" not in table
     for row in summary["table"]:
-        assert f"{100 * row['test']:.1f} +- {100 * row['test_std']:.1f}" in table
+        assert f"**{100 * row['test']:.2f} +- {100 * row['test_std']:.2f}**" in table
+    rendered = shlex.split(table.split("```bash\n")[1].split("\n")[0])
+    assert rendered[:2] == ["python", command[0]] and {"--smoke", "--text", "wizard_of_oz.txt"} <= set(rendered)
+
+
+def test_study_that_was_cut_off_says_what_it_lacks(study):
+    """Rates and seeds that are gone are named, and a model without all rates has no choice."""
+    summary = json.loads((ROOT / "scripts" / "results" / "finetune_study.json").read_text())
+    gone = {"tune-flash-sst2-0.001-0": "cut off: 7.2 minutes are over", "pretrain-flash-0.001": "x\nValueError: y"}
+    summary["cells"] = {name: cell for name, cell in summary["cells"].items() if name not in gone}
+    summary["failed"] = {**gone, "tune-flash-wnut17-0.001-1": "not begun: 7.2 minutes are over"}
+    summary["table"] = [row for row in summary["table"] if (row["data"], row["model"]) != ("sst2", "flash")]
+    text = study.as_readme(summary)
+    flat = " ".join(text.split())
+    assert "| | 0.001 | cut off | 79.96 |" in text and "held-out text | 0.001 | failed | **79.59** |" in text
+    assert "**81.71**" not in text and "movie reviews" not in text
+    assert (
+        "12 cells are done, 3 are not (cut off: 7.2 minutes are over; ValueError: y; "
+        "not begun: 7.2 minutes are over): FLASH SST-2 0.001; FLASH pretraining 0.001; FLASH WNUT-17 0.001 (seed 2)."
+        in flat
+    )
+    assert "Transformer++ SST-2 0.0001 (lowest)" in flat and "FLASH SST-2 0.001 (highest)" not in flat
+    assert "| | 0.001 | **21.65** | not run |" in text
 
 
 def test_study_runs_again_alone_what_had_too_little_memory(study, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's Python runs as it stands, its table names every field, its commands name what exists."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -73,3 +75,34 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_study_is_what_the_kept_results_render_to():
+    """And the kept table is what the kept cells give: no figure of the README is written by hand."""
+    kept = "scripts/results/finetune_study.json"
+    command = [sys.executable, "scripts/finetune_study.py", "--render", kept]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "### Beside a Transformer++" in done.stdout and done.stdout in README and f"`{kept}`" in README
+    assert max(len(line) for line in done.stdout.split("```")[0].splitlines()) <= 119
+
+    summary = json.loads((ROOT / kept).read_text())
+    cells = summary["cells"].values()
+    assert not any(cell["smoke"] for cell in cells) and {cell["commit"] for cell in cells} == {
+        summary["settings"]["commit"]
+    }
+    for row in summary["pretraining"]:
+        tried = [cell for cell in cells if cell["kind"] == "pretrain" and cell["model"] == row["model"]]
+        best = min(tried, key=lambda cell: cell["metrics"]["validation"]["loss"])
+        assert len(tried) == len(summary["settings"]["pretrain_rates"])
+        assert (row["learning_rate"], row["metrics"]) == (best["learning_rate"], best["metrics"])
+    for row in summary["table"]:
+        tried = [cell for cell in cells if (cell["model"], cell.get("data")) == (row["model"], row["data"])]
+        first = [cell for cell in tried if cell["seed"] == 0]
+        best = max(first, key=lambda cell: cell["metrics"]["validation"][row["metric"]])
+        chosen = [cell for cell in tried if cell["learning_rate"] == row["learning_rate"]]
+        assert len(first) == len(summary["settings"]["rates"]) and best["learning_rate"] == row["learning_rate"]
+        for split in ("validation", "test"):
+            scores = [cell["metrics"][split][row["metric"]] for cell in chosen]
+            assert len(scores) == row["seeds"] and row[split] == pytest.approx(sum(scores) / len(scores))
