@@ -489,15 +489,20 @@ def test_study_that_was_cut_off_says_what_it_lacks(study):
     """Rates and seeds that are gone are named, and a model without all rates has no choice."""
     summary = json.loads((ROOT / "scripts" / "results" / "finetune_study.json").read_text())
     gone = {"tune-flash-sst2-0.001-0": "cut off: 7.2 minutes are over", "pretrain-flash-0.001": "x\nValueError: y"}
-    summary["cells"] = {name: cell for name, cell in summary["cells"].items() if name not in gone}
+    summary["cells"] = {
+        name: cell for name, cell in summary["cells"].items() if name not in gone and "movie_reviews" not in name
+    }
     summary["failed"] = {**gone, "tune-flash-wnut17-0.001-1": "not begun: 7.2 minutes are over"}
-    summary["table"] = [row for row in summary["table"] if (row["data"], row["model"]) != ("sst2", "flash")]
+    summary["table"] = [
+        row for row in summary["table"]
+        if (row["data"], row["model"]) != ("sst2", "flash") and row["data"] != "movie_reviews"
+    ]  # fmt: skip
     text = study.as_readme(summary)
     flat = " ".join(text.split())
-    assert "| | 0.001 | cut off | 79.96 |" in text and "held-out text | 0.001 | failed | **79.59** |" in text
+    assert "| | 0.001 | cut off | 79.96 |" in text and "held-out text | 0.001 | failed | **80.42** |" in text
     assert "**81.71**" not in text and "movie reviews" not in text
     assert (
-        "12 cells are done, 3 are not (cut off: 7.2 minutes are over; ValueError: y; "
+        "14 cells are done, 3 are not (cut off: 7.2 minutes are over; ValueError: y; "
         "not begun: 7.2 minutes are over): FLASH SST-2 0.001; FLASH pretraining 0.001; FLASH WNUT-17 0.001 (seed 2)."
         in flat
     )
