@@ -489,20 +489,20 @@ def test_study_that_was_cut_off_says_what_it_lacks(study):
     """Rates and seeds that are gone are named, and a model without all rates has no choice."""
     summary = json.loads((ROOT / "scripts" / "results" / "finetune_study.json").read_text())
     gone = {"tune-flash-sst2-0.001-0": "cut off: 7.2 minutes are over", "pretrain-flash-0.001": "x\nValueError: y"}
+    unknown = "tune-transformer_pp-wnut17-0.001-0"
     summary["cells"] = {
-        name: cell for name, cell in summary["cells"].items() if name not in gone and "movie_reviews" not in name
-    }
+        name: cell for name, cell in summary["cells"].items()
+        if name not in gone and name != unknown and "movie_reviews" not in name
+    }  # fmt: skip
     summary["failed"] = {**gone, "tune-flash-wnut17-0.001-1": "not begun: 7.2 minutes are over"}
-    summary["table"] = [
-        row for row in summary["table"]
-        if (row["data"], row["model"]) != ("sst2", "flash") and row["data"] != "movie_reviews"
-    ]  # fmt: skip
+    chosen = {("sst2", "transformer_pp"), ("wnut17", "flash")}
+    summary["table"] = [row for row in summary["table"] if (row["data"], row["model"]) in chosen]
     text = study.as_readme(summary)
     flat = " ".join(text.split())
     assert "| | 0.001 | cut off | 79.96 |" in text and "held-out text | 0.001 | failed | **80.42** |" in text
     assert "**81.71**" not in text and "movie reviews" not in text
     assert (
-        "14 cells are done, 3 are not (cut off: 7.2 minutes are over; ValueError: y; "
+        "13 cells are done, 3 are not (cut off: 7.2 minutes are over; ValueError: y; "
         "not begun: 7.2 minutes are over): FLASH SST-2 0.001; FLASH pretraining 0.001; FLASH WNUT-17 0.001 (seed 2)."
         in flat
     )
