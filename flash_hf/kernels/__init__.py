@@ -23,7 +23,7 @@ from .step import gated_step
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
 INTERFACE = 1
 
-MIN_TRITON = (3, 4)
+MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHUNK, MAX_KEY_DIM = 512, 256
