@@ -216,10 +216,14 @@ def test_operators_pass_opcheck():
 # ------------------------------------------------------------------------------------------------------------------
 # Prefill and decoding
 # ------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("attention_type", ["mixed_chunk", "local", "global"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attention_type": "local"}, {"attention_type": "global"}, {"chunk_size": 11, "query_key_dim": 10}],
+    ids=["mixed", "local", "global", "odd sizes"],
+)
 @pytest.mark.parametrize("static", [False, True])
-def test_prefill_and_steps_equal_the_torch_tier(attention_type, static):
-    config = config_of(attention_type=attention_type)
+def test_prefill_and_steps_equal_the_torch_tier(changes, static):
+    config = config_of(**changes)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 2, 55).to(DEVICE)
     mask = torch.ones_like(ids)
