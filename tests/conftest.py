@@ -40,6 +40,15 @@ def lane(request, tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def exact_float32():
+    """float32 products in full precision, whatever a test before has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")

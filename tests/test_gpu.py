@@ -10,16 +10,8 @@ from flash_hf.naive import naive_model
 from flash_hf.testing import assert_close, error_ratio, make_model, naive_config, random_ids, tiny_config
 
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
 HEADS = [FlashForCausalLM, FlashForMaskedLM]
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("cls", HEADS)

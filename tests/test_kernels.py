@@ -23,15 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if kernels.unavailable(torch.device(DEVICE), torch.float32):
     pytest.skip("triton was imported without TRITON_INTERPRET=1, and there is no GPU", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("exact_float32")
 LAYOUTS = ("odd", "whole chunks", "short", "padded", "packed")
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def config_of(**changes) -> FlashConfig:
