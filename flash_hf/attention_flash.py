@@ -106,7 +106,7 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
         return None  # an exported graph is to run where there is no flash_hf
     kernels, reason = load_kernels()
     if kernels is not None:
-        reason = kernels.unavailable(device, dtype) or kernels.unsupported(config)
+        reason = kernels.unavailable(device, dtype) or kernels.unsupported(config, device)
         if reason is None and dropout:
             reason = "attention_dropout has no kernels"
         if reason is None and device.type == "cpu" and config.backend == "auto":

@@ -27,6 +27,7 @@ MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHUNK, MAX_KEY_DIM = 512, 256
+LARGE_SHARED = 160 * 1024
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -46,14 +47,18 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def unsupported(config) -> str | None:
-    """Why kernels cannot compute this configuration, or None."""
+def unsupported(config, device: torch.device) -> str | None:
+    """Why kernels cannot compute this configuration on this device, or None."""
     if config.attention_type == "quadratic":
         return "FLASH-Quad (attention_type='quadratic') has no kernels"
     if config.attention_activation != "relu2" and config.attention_type != "global":
         return f"attention_activation={config.attention_activation!r} has no kernels"
     if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
+    if config.query_key_dim > 128 and device.type == "cuda":
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if shared < LARGE_SHARED:
+            return f"query_key_dim above 128 needs {LARGE_SHARED} bytes of shared memory, the GPU has {shared}"
     if config.intermediate_size % 16:
         return f"the width of the values ({config.intermediate_size}) is not a multiple of 16"
     return None

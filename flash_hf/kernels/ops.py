@@ -98,8 +98,17 @@ class Shape:
         return {"HALF": power_of_two(self.rotary_dim // 2), "REST": power_of_two(rest)}
 
     def tma(self, inputs: Inputs) -> bool:
-        """Whether every tile of a chunk is a rectangle of memory: no padding, whole chunks, whole tiles."""
-        return inputs.source is None and self.N == self.G * self.C and self.C == self.tiles.CP
+        """Whether every tile of a chunk is a rectangle of memory that descriptors can describe: no padding, whole
+        chunks, whole tiles, rows that begin at multiples of 16 bytes."""
+        size = self.dtype.itemsize
+        return (
+            has_tma(inputs.v.device)
+            and inputs.source is None
+            and self.N == self.G * self.C
+            and self.C == self.tiles.CP
+            and self.E * size % 16 == 0
+            and all(x.stride(0) * size % 16 == 0 and x.data_ptr() % 16 == 0 for x in (inputs.u, inputs.v))
+        )
 
     @property
     def row_tiles(self) -> int:
@@ -109,6 +118,12 @@ class Shape:
     def score_tiles(self) -> int:
         n = self.row_tiles
         return n * (n + 1) // 2 if self.causal else n * n
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the device has a tensor memory accelerator and the shared memory to use it well (Hopper, and Blackwell
+    of data centres). Elsewhere descriptors cost more than they save."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def on_device(x: Tensor):
@@ -601,6 +616,22 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
     return dot, sums.sum(0)
 
 
+def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
+    """`x + out w_o^T + b_o`, in the type of x."""
+    if not has_tma(x.device):
+        return x + torch.addmm(b_o.to(out.dtype), out, w_o.t())
+    (T, D), E = x.shape, out.shape[1]
+    y = torch.empty_like(x)
+    blocks = product_blocks(out.dtype)
+    matmul.residual_kernel(
+        (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),),
+        tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
+        tiled(w_o.contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
+        EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(out.dtype), **blocks,
+    )  # fmt: skip
+    return y
+
+
 @torch.library.custom_op("flash_hf::layer", mutates_args=())
 def layer_op(
     x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor, b_z: Tensor,
@@ -621,14 +652,7 @@ def layer_op(
         u, v, z = split_columns(h, E)
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
         out, heads, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
-        y = torch.empty_like(x)
-        blocks = product_blocks(dtype)
-        matmul.residual_kernel(
-            (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),),
-            tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
-            tiled(w_o.to(dtype).contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
-            EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(dtype), **blocks,
-        )  # fmt: skip
+        y = launch_residual(x, out, w_o.to(dtype), b_o)
     return [y, rms, cast, h, heads, prefix, carry, out, final]
 
 
