@@ -107,7 +107,8 @@ def performer_attention(
             q_log = q @ project_SR - q.square().sum(-1, keepdim=True) / 2
             k_log = (k @ project_SR - k.square().sum(-1, keepdim=True) / 2).masked_fill(~occupied, -math.inf)
             # Every feature has its own scale: of a key's largest, moved over to the queries, where the largest of each
-            # query cancels in the quotient. So no denominator underflows, whatever the norms. No gradient is due.
+            # query cancels in the quotient. So the denominator over a whole document cannot underflow, whatever the
+            # norms (one scale for all features could let it). No gradient is due.
             largest = k_log.detach().amax((1, 3), keepdim=True).clamp(min=-1e30)
             q_log = q_log + largest
             q_phi = torch.exp(q_log - q_log.detach().amax(-1, keepdim=True))
@@ -120,8 +121,11 @@ def performer_attention(
         out = q_phi @ totals(k_phi.transpose(-1, -2) @ v, layout, causal=causal)
         if causal:
             out = out + (q_phi @ k_phi.transpose(-1, -2)).tril() @ v
-        # The clamp is for slots that see nothing (padding).
-        return (out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(out.dtype).tiny)).to(dtype)
+        # Slots that see nothing (padding) stay 0; and so do, in float32, tokens whose every key is exp(-69) below a
+        # later one's, where the gradient of the quotient would overflow.
+        below = out[..., -1:]
+        below = torch.where(below < torch.finfo(below.dtype).tiny ** 0.8, 1.0, below)
+        return (out[..., :-1] / below).to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------------
