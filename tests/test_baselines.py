@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
@@ -364,20 +365,20 @@ def test_each_mixer_is_its_dense_statement(name, length, is_decoder):
 def test_more_features_come_closer_to_softmax():
     """FAVOR+ estimates the softmax kernel without bias, and orthogonal features better than independent ones."""
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 40, 16, generator=generator, dtype=torch.float64) * 0.7
+    q, k = torch.randn(2, 40, 16, generator=generator, dtype=torch.float64) * 0.3
     exact = torch.exp(q @ k.T / 4)
 
     def error(draw) -> float:
         total = 0.0
-        for seed in range(40):
+        for seed in range(400):
             features = draw(seed).double()
             phi = [torch.exp(x @ features.T - x.square().sum(1, keepdim=True) / 2) for x in (q / 2, k / 2)]
-            total += float(((phi[0] @ phi[1].T / len(features) - exact) / exact).square().mean()) / 40
+            total += float(((phi[0] @ phi[1].T / len(features) - exact) / exact).square().mean()) / 400
         return total
 
-    few, many = (error(lambda seed, count=count: orthogonal_features(count, 16, seed)) for count in (16, 256))
+    few, many = (error(lambda seed, count=count: orthogonal_features(count, 16, seed)) for count in (16, 128))
     plain = error(lambda seed: torch.randn(16, 16, generator=torch.Generator().manual_seed(seed)))
-    assert many < few / 8 and few < plain
+    assert many < few / 6 and few < 0.93 * plain, (many, few, plain)
     directions = F.normalize(orthogonal_features(20, 16, 3).double(), dim=1)
     assert_close(directions[:16] @ directions[:16].T, torch.eye(16), 1e-6)
     assert_close(directions[16:] @ directions[16:].T, torch.eye(4), 1e-6)
@@ -430,8 +431,8 @@ def test_gradients_come_from_where_the_direction_allows(name):
 def test_bf16_gradients_are_finite_and_reach_every_parameter(name):
     for cls in (TransformerPPForCausalLM, TransformerPPForMaskedLM):
         model = cls(small(name, attention_dropout=0.1, hidden_dropout=0.1)).bfloat16().train()
-        ids, mask = random_ids(model.config, 2, 37), torch.ones(2, 37, dtype=torch.long)
-        mask[0, :9] = mask[1, 30:] = 0
+        ids, mask = random_ids(model.config, 3, 37), torch.ones(3, 37, dtype=torch.long)
+        mask[0, :9] = mask[1, 30:] = mask[2] = 0
         model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
         for parameter, tensor in model.named_parameters():
             assert tensor.grad is not None and tensor.grad.isfinite().all(), f"{name}: {parameter}"
@@ -446,10 +447,8 @@ def test_baselines_save_load_and_checkpoint(name, tmp_path):
     ids = random_ids(model.config, 2, 20)
     model.save_pretrained(tmp_path)
     loaded = TransformerPPForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.to_dict() == {**model.config.to_dict(), **{
-        key: loaded.config.to_dict()[key] for key in ("_name_or_path", "architectures", "dtype")
-        if key in loaded.config.to_dict()
-    }}  # fmt: skip
+    expected = {key: value for key, value in BASELINES[name].items() if key != "chunk_size"}
+    assert all(getattr(loaded.config, key) == value for key, value in expected.items())
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     model.train()
     model(ids, labels=ids).loss.backward()
@@ -513,31 +512,50 @@ def test_thirty_steps_on_the_book_lower_the_loss(name, tmp_path):
     assert sum(losses[-5:]) / 5 < losses[0] - 1.2, losses
 
 
+def lean_layer(name: str) -> TransformerPPModel:
+    """One causal layer whose cost is mostly attention."""
+    sizes = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    changes = {"intermediate_size": 128, "performer_features": 64, "is_decoder": True}
+    return TransformerPPModel(baseline_config(name, **sizes, **changes)).eval()
+
+
+# Four times the tokens; Combiner has 128 + N / 128 scores a token, which is its claim: N^1.5 if rows grow with N.
+GROWTH = {"performer": 4.3, "mc-transformer++": 4.3, "combiner": 5.4, "mhsa-relu2": 16.0}
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_operations_grow_as_claimed(name):
+    model, flops = lean_layer(name), []
+    for length in (2048, 8192) if name != "mhsa-relu2" else (512, 2048):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(random_ids(model.config, 1, length))
+        flops.append(counter.get_total_flops())
+    assert 3.9 < flops[1] / flops[0] <= GROWTH[name]
+    assert flops[1] / flops[0] > 9 or name != "mhsa-relu2"
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_time_grows_as_claimed():
-    """Four times the tokens: about 4 times the time where linear is claimed, and clearly less than for softmax."""
-    growth = {}
-    for name in ("performer", "combiner", "mc-transformer++", "mhsa-relu2"):
-        sizes = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-        model = TransformerPPModel(
-            baseline_config(name, **sizes, intermediate_size=128, performer_features=64, is_decoder=True)
-        ).eval()
-        seconds = {}
-        for length in (512, 2048):
-            ids = random_ids(model.config, 1, length)
+    """16 times the tokens: far from the 256 times of a quadratic cost, which shows at 4 times already. Processor time,
+    with room for arrays that leave the caches: `test_operations_grow_as_claimed` is the sharp form."""
+    seconds = {}
+    for name in GROWTH:
+        model, seconds[name] = lean_layer(name), []
+        for length in (512, 2048) if name == "mhsa-relu2" else (512, 2048, 8192):
+            ids, times = random_ids(model.config, 1, length), []
             with torch.no_grad():
-                model(ids)
-                best = math.inf
-                for _ in range(8):
-                    start = time.perf_counter()
+                for _ in range(7):
+                    start = time.process_time()
                     model(ids)
-                    best = min(best, time.perf_counter() - start)
-            seconds[length] = best
-        growth[name] = seconds[2048] / seconds[512]
-        print(f"{name}: {seconds[512] * 1e3:.1f} ms at 512, {seconds[2048] * 1e3:.1f} ms at 2,048")
-    for name in ("performer", "combiner", "mc-transformer++"):
-        assert growth[name] < 5.5 and growth[name] < growth["mhsa-relu2"], growth
+                    times.append(time.process_time() - start)
+            seconds[name].append(min(times))
+        spent = ", ".join(f"{value * 1e3:.1f}" for value in seconds[name])
+        print(f"{name}: {spent} ms at 512, 2,048, 8,192 tokens")
+    quadratic = seconds.pop("mhsa-relu2")
+    for name, (short, middle, long) in seconds.items():
+        assert long / short < 48, f"{name}: {long / short:.1f} times the time for 16 times the tokens"
+        assert middle < quadratic[1] / 2, name
 
 
 def test_bad_settings_of_baselines_are_refused():
