@@ -482,6 +482,9 @@ def test_performer_features_are_seeded_and_redrawn(tmp_path):
     resumed(ids)
     resumed(ids)
     assert torch.equal(features(resumed), seen[-1])  # as if it had not been interrupted
+    other.save_pretrained(tmp_path / "fixed")
+    switched = TransformerPPForCausalLM.from_pretrained(tmp_path / "fixed", performer_redraw_interval=2).train()
+    assert int(switched.model.passes) == 0 and torch.equal(features(switched), features(other))
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ PERFORMER_KERNELS = ("softmax", "relu")
 @strict
 class TransformerPPConfig(PreTrainedConfig):
     r"""
-    Configuration of Transformer++. `TransformerPPConfig()` has the size of `FlashConfig()`: 12 blocks of width 768.
+    Configuration of Transformer++ and of what is made from it. `TransformerPPConfig()` is Transformer++ at the size of
+    `FlashConfig()`: 12 blocks of width 768.
 
     Args:
         vocab_size (`int`, defaults to 32000): Rows of the embedding matrix.
@@ -370,6 +371,8 @@ class TransformerPPPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, self.config.hidden_size**-0.5)
         elif isinstance(module, PerformerMixer):
             init.copy_(module.features, module.draw(0))
+        elif isinstance(module, TransformerPPModel) and hasattr(module, "passes"):
+            init.zeros_(module.passes)
         elif isinstance(module, MixedChunkMixer):
             init.ones_(module.gamma)
             init.zeros_(module.beta)
