@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .presets import BASELINES, baseline_config, matched_config
 from .transformer import (
     TransformerPPConfig,
     TransformerPPForCausalLM,
@@ -35,4 +36,7 @@ AutoConfig.register(TransformerPPConfig.model_type, TransformerPPConfig, exist_o
 for _auto, _model in AUTO_CLASSES.items():
     _auto.register(TransformerPPConfig, _model, exist_ok=True)
 
-__all__ = ["AUTO_CLASSES", "TransformerPPConfig", *(model.__name__ for model in AUTO_CLASSES.values())]
+__all__ = [
+    "AUTO_CLASSES", "BASELINES", "TransformerPPConfig", "baseline_config", "matched_config",
+    *(model.__name__ for model in AUTO_CLASSES.values()),
+]  # fmt: skip
