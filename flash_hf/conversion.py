@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -321,8 +322,8 @@ def refuse_lucidrains_options(kind: str, causal, shift_tokens, reduce_group_non_
     if shift_tokens:
         raise ValueError(
             f"`shift_tokens` must be False for {kind!r}, got {shift_tokens!r}: FlashConfig has no token shift (half "
-            "of the normalised channels taken from the token before), and no weights make up for it. Train the original "
-            "with shift_tokens=False."
+            "of the normalised channels come from the token before), and no weights make up for it. Train the "
+            "original with shift_tokens=False."
         )
     if not causal and not reduce_group_non_causal_attn:
         raise ValueError(
@@ -769,9 +770,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # Never the whole pickle: that could run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # Not torch's message, which advises to trust the file.
         raise ValueError(
-            f"`path` must hold tensors that torch.load(weights_only=True) reads, but {path} does not ({error}). Save "
+            f"`path` must hold tensors that torch.load(weights_only=True) reads, and {path} does not. Save "
             "model.state_dict() with the original code, not the module."
         ) from error
     for key in ("state_dict", "model"):
@@ -786,21 +788,21 @@ def save_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> bool
     """Copy a BERT tokenizer (`vocab.txt`) or a `tokenizer.json` beside a converted model; whether there was one.
 
     Args:
-        source: the original's folder.
+        source: the original's folder, or a file in it.
         folder: the converted model's.
     """
     from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-    source = Path(source)
+    source = Path(source) if Path(source).is_dir() else Path(source).parent
     if (source / "vocab.txt").is_file():
-        tokenizer = BertTokenizerFast.from_pretrained(str(source))
+        tokenizer_class = BertTokenizerFast
     elif (source / "tokenizer.json").is_file():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(source))
+        tokenizer_class = PreTrainedTokenizerFast
     else:
         return False
     # FLASH has no token types; type 0 is in the word embeddings.
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.save_pretrained(str(folder))
+    names = ["input_ids", "attention_mask"]
+    tokenizer_class.from_pretrained(str(source), model_input_names=names).save_pretrained(str(folder))
     return True
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python scripts/convert_checkpoint.py --input tests/data/lucidrains_causal.safetensors --output runs/converted --direction causal --shift_tokens no --chunk_size 8
+"""python scripts/convert_checkpoint.py tests/data/flash_causal.safetensors runs/hf --causal --no-shift --chunk_size 24
 
 Convert a checkpoint of another FLASH implementation (JunnYu's FLASH and FLASHQuad, lucidrains' FLASH-pytorch) into a
 folder that from_pretrained loads: exactly, or not at all, with the reason. All options: --help.
-"""  # noqa: E501
+"""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ from flash_hf.conversion import CONVERTERS, convert, detect_kind, read_state_dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="the original: .bin, .pt or .safetensors, or a folder with one")
-    parser.add_argument("--output", required=True, help="folder for config, safetensors and tokenizer")
+    parser.add_argument("input", help="the original: .bin, .pt or .safetensors, or a folder with one")
+    parser.add_argument("output", help="folder for config, safetensors and tokenizer")
     parser.add_argument("--kind", choices=tuple(CONVERTERS), help="what it is; by default told by its names")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the output")
     parser.add_argument("--encoder_only", action="store_true", help="a FlashModel, without the language-model head")
@@ -26,8 +26,10 @@ def main() -> None:
         help="length that inputs were padded to, 0 for none; by default 512, as the public checkpoints were trained",
     )  # fmt: skip
     lucidrains = parser.add_argument_group("FLASH-pytorch: what its constructor got, which the file does not tell")
-    lucidrains.add_argument("--direction", choices=("causal", "bidirectional"), help="causal=True or causal=False")
-    lucidrains.add_argument("--shift_tokens", choices=("yes", "no"), help="FLASHTransformer's default is yes")
+    lucidrains.add_argument("--causal", action=argparse.BooleanOptionalAction, help="causal")
+    lucidrains.add_argument(
+        "--shift", action=argparse.BooleanOptionalAction, help="shift_tokens, True by default in FLASHTransformer"
+    )
     lucidrains.add_argument("--chunk_size", type=int, help="group_size; 256 by default")
     lucidrains.add_argument("--laplace", action="store_true", help="laplace_attn_fn=True")
     lucidrains.add_argument("--separate_groups", action="store_true", help="reduce_group_non_causal_attn=False")
@@ -39,8 +41,8 @@ def main() -> None:
         given = {
             "encoder_only": args.encoder_only or None,
             "padded_length": args.padded_length,
-            "causal": None if args.direction is None else args.direction == "causal",
-            "shift_tokens": None if args.shift_tokens is None else args.shift_tokens == "yes",
+            "causal": args.causal,
+            "shift_tokens": args.shift,
             "group_size": args.chunk_size,
             "laplace_attn_fn": args.laplace or None,
             "reduce_group_non_causal_attn": False if args.separate_groups else None,
