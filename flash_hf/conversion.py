@@ -314,10 +314,11 @@ def final_layer_norm(needed_eps: float) -> dict[str, tuple[object, str]]:
 # ------------------------------------------------------------------------------------------------------------------
 def refuse_lucidrains_options(kind: str, causal, shift_tokens, reduce_group_non_causal_attn) -> None:
     """Raise ValueError for options of the original that cannot be expressed, or that were not told."""
-    tell("causal", causal, kind, "whether it was built with causal=True. Pass causal=True or causal=False")
+    tell("causal", causal, kind, "whether it was built with causal=True. Pass True (--causal) or False (--no-causal)")
     tell(
         "shift_tokens", shift_tokens, kind,
-        "whether it was built with shift_tokens (FLASHTransformer's default is True). Pass what its constructor got",
+        "whether it was built with shift_tokens (FLASHTransformer's default is True, FLASH's is False). Pass what its "
+        "constructor got (--shift or --no-shift)",
     )  # fmt: skip
     if shift_tokens:
         raise ValueError(
@@ -529,7 +530,6 @@ def convert_junnyu_flash(
         return Converted(FlashConfig(**known), tensors, "FlashModel", (*notes, ENCODER_NOTE))
     head = "cls.predictions."
     V = len(embedding_VD)
-    source.drop(f"{head}bias")
     tensors |= fold_decoder(
         source.take(f"{head}decoder.weight", V, D), source.take(f"{head}decoder.bias", V),
         source.take(f"{head}LayerNorm.weight", D), source.take(f"{head}LayerNorm.bias", D),
@@ -606,9 +606,14 @@ def convert_junnyu_flash_quad(state: Mapping[str, Tensor], *, settings: Mapping 
         take_norm(f"{theirs}LayerNorm", f"{ours}norm")
     head = "cls.predictions."
     tensors["lm_head.weight"] = source.take(f"{head}decoder.weight", V, D)
-    bias_name = f"{head}decoder.bias" if f"{head}decoder.bias" in source else f"{head}bias"
-    tensors["lm_head.bias"] = source.take(bias_name, V)
-    source.drop(f"{head}bias")
+    # One parameter under two names; some versions of transformers save only the first.
+    biases = [source.take(name, V) for name in (f"{head}bias", f"{head}decoder.bias") if name in source]
+    if not biases or not torch.equal(biases[0], biases[-1]):
+        raise ValueError(
+            f"state: `{head}bias` and `{head}decoder.bias` must be the same (one of them may be missing). Keep the one "
+            "that the original code loads last."
+        )
+    tensors["lm_head.bias"] = biases[0]
     tensors["transform.dense.weight"] = source.take(f"{head}transform.dense.weight", D, D)
     tensors["transform.dense.bias"] = source.take(f"{head}transform.dense.bias", D)
     take_norm(f"{head}transform.LayerNorm", "transform.norm")
@@ -748,6 +753,8 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"`path` must be a file or a folder, but {path} does not exist.")
     settings_path = folder / "config.json"
     settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"`path`: {settings_path} must hold a JSON object, got {type(settings).__name__}.")
     if path.name.endswith(".index.json"):
         shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
         if any(name != os.path.basename(name) for name in shards):

@@ -153,7 +153,7 @@ def junnyu_flash_state(norm, layers=2):
 
 
 def junnyu_flash_quad(state, ids, span):
-    """Logits for token type 0."""
+    """Logits for token type 0; beyond 512 tokens the bias is that of two rotated vectors."""
 
     def scale_norm(x, gain):
         return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
@@ -169,7 +169,10 @@ def junnyu_flash_quad(state, ids, span):
         y = silu(scale_norm(x, own["LayerNorm.scala"]) @ own["uv.weight"].T + own["uv.bias"])
         u, v, z = y[..., :E], y[..., E : 2 * E], y[..., 2 * E :]
         q, k = (turn_halves(z * own["weight"][h] + own["bias"][h]) for h in range(2))
-        weights = (q @ k.transpose(1, 2) / span + own["w"][offset + span - 1]).clamp(min=0) ** 2
+        bias = own["w"][offset + span - 1]
+        if span > 512:
+            bias = turn_halves(own["a"].expand(N, -1)) @ turn_halves(own["b"].expand(N, -1)).T
+        weights = (q @ k.transpose(1, 2) / span + bias).clamp(min=0) ** 2
         x = x + (u * (weights @ v)) @ own["o.weight"].T + own["o.bias"]
     x = silu(x @ state[f"{head}transform.dense.weight"].T + state[f"{head}transform.dense.bias"])
     x = scale_norm(x, state[f"{head}transform.LayerNorm.scala"])
@@ -268,12 +271,20 @@ def test_junnyu_logits(length):
 
 @pytest.mark.skipif(not HAS_TRANSFORM, reason="FlashConfig cannot express the model")
 @pytest.mark.parametrize("length", [1, 17, 64])
-def test_junnyu_quad_logits(length):
-    state = junnyu_flash_quad_state(span=64)
+@pytest.mark.parametrize("span", [64, 520])
+def test_junnyu_quad_logits(span, length):
+    state = junnyu_flash_quad_state(span)
     ids = ids_of(2, length)
     converted = convert(state)
-    assert converted.config.attention_divisor == 64 and converted.config.attention_type == "quadratic"
-    assert_close(exact(converted.build())(ids).logits, junnyu_flash_quad(state, ids, 64), 1e-9)
+    assert converted.config.attention_divisor == span and converted.config.attention_type == "quadratic"
+    assert_close(exact(converted.build())(ids).logits, junnyu_flash_quad(state, ids, span), 1e-9)
+
+
+def test_junnyu_quad_biases_must_agree():
+    state = junnyu_flash_quad_state()
+    state["cls.predictions.bias"] = state["cls.predictions.bias"] + 1
+    with pytest.raises(ValueError, match="must be the same"):
+        convert(state)
 
 
 # -- FLASH-pytorch: its stored results, then itself
@@ -418,7 +429,7 @@ def test_tensors_that_are_refused(name, tensor, message):
 
 @pytest.mark.parametrize("state, message", [
     ({"gau_alpha.encoder.layer.0.gau.i_dense.weight": torch.ones(1)}, "post-norm.*softmax_plus"),
-    ({"offsetscale.gamma": torch.ones(2, 4), "to_out.0.weight": torch.ones(1)}, "divides its scores"),
+    ({"offsetscale.gamma": torch.ones(2, 4), "to_out.0.weight": torch.ones(1)}, "another function at every length"),
     ({"bert.embeddings.word_embeddings.weight": torch.ones(1)}, "must be those of one of"),
     ({}, "must be those of one of"),
 ])  # fmt: skip
