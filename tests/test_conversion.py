@@ -443,8 +443,14 @@ def test_padded_length_is_checked():
         convert_junnyu_flash(junnyu_flash_state("scalenorm"), padded_length=0)
 
 
-class Opaque:
-    pass
+class Mark:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_files_that_are_refused(tmp_path):
@@ -452,9 +458,10 @@ def test_files_that_are_refused(tmp_path):
         read_state_dict(tmp_path / "absent.bin")
     with pytest.raises(ValueError, match="got none"):
         read_state_dict(tmp_path)
-    torch.save({"model": Opaque()}, tmp_path / "a.pt")
+    torch.save({"model": Mark(tmp_path / "mark")}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="weights_only=True.*not the module"):
         read_state_dict(tmp_path)
+    assert not (tmp_path / "mark").exists()
     torch.save([torch.ones(1)], tmp_path / "b.pt")
     with pytest.raises(ValueError, match="one file of weights"):
         read_state_dict(tmp_path)
