@@ -2,6 +2,7 @@
 """Converted checkpoints compute what the originals do: restatements of JunnYu's ports from their formulas, stored
 results of FLASH-pytorch, and that package itself where it is installed. What cannot be expressed is refused."""
 
+import functools
 import json
 import math
 import runpy
@@ -85,6 +86,7 @@ def turn_halves(x):
     return torch.cat([pairs.real, pairs.imag], -1)
 
 
+@functools.cache
 def t5_bucket(offset):
     """Bidirectional, 32 buckets, distances to 128; T5's float32 at the borders."""
     distance = abs(offset)
@@ -236,6 +238,17 @@ def test_junnyu_logits_with_layer_norm_throughout(length):
     converted = convert(state, settings=SETTINGS, padded_length=None)
     ids = ids_of(2, length)
     assert_close(exact(converted.build())(ids).logits, junnyu_flash(state, ids, 24)[1], 1e-9)
+
+
+def test_junnyu_as_its_authors_use_it():
+    """Chunks of 256, a text of 300 tokens padded to 512: all defaults."""
+    state = junnyu_flash_state("layernorm")
+    model = exact(convert(state).build())
+    ids = ids_of(1, 512)
+    mask = (torch.arange(512) < 300).long()[None]
+    expected = junnyu_flash(state, ids * mask, 256, mask)[1][:, :300]
+    assert_close(model(ids[:, :300]).logits, expected, 1e-9)
+    assert_close(model(ids * mask, attention_mask=mask).logits[:, :300], expected, 1e-9)
 
 
 def test_junnyu_defaults_are_those_of_the_public_checkpoints():
