@@ -43,7 +43,8 @@ QUADRATIC_LAYER_TYPE = "flash_gau_quadratic"
 LIMITS = {
     "vocab_size": 10**8, "hidden_size": 2**20, "num_hidden_layers": 10**5, "expansion_factor": 1000,
     "query_key_dim": 2**16, "chunk_size": 2**24, "max_position_embeddings": 2**28, "t5_num_buckets": 2**20,
-    "t5_max_distance": 2**31, "attention_divisor": 1e30, "norm_eps": 1e3, "initializer_range": 1e3,
+    "t5_max_distance": 2**31, "attention_divisor": 1e30, "norm_eps": 1e3, "final_norm_eps": 1e3,
+    "initializer_range": 1e3,
 }  # fmt: skip
 MAX_PARAMETERS = 10**12
 MAX_LABELS = 10**7
@@ -88,6 +89,8 @@ class FlashConfig(PreTrainedConfig):
         norm_type (`str`, defaults to `"scale_norm"`): `"scale_norm"` (RMS with one scalar gain), `"layer_norm"` or
             `"rms_norm"`.
         norm_eps (`float`, defaults to 1e-5): Added to the mean square, or the variance, inside the root.
+        final_norm_type (`str`, *optional*): Norm before the head, if another than `norm_type`.
+        final_norm_eps (`float`, *optional*): Its eps, if another than `norm_eps`.
         hidden_act (`str`, defaults to `"silu"`): Activation of gate, values and the shared query/key basis.
         use_rope (`bool`, defaults to `True`): Rotate queries and keys by their position in the document.
         rope_parameters (`dict`, *optional*): transformers' RoPE settings (`rope_theta`, `rope_type`,
@@ -138,6 +141,8 @@ class FlashConfig(PreTrainedConfig):
     t5_max_distance: int = 128
     norm_type: str = "scale_norm"
     norm_eps: float = 1e-5
+    final_norm_type: str | None = None
+    final_norm_eps: float | None = None
     hidden_act: str = "silu"
     use_rope: bool = True
     rope_parameters: RopeParameters | dict | None = None
@@ -268,8 +273,8 @@ class FlashConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
         self._refuse_huge()
-        for name in ("expansion_factor", "norm_eps", "attention_divisor"):
-            if not getattr(self, name) > 0:
+        for name in ("expansion_factor", "norm_eps", "final_norm_eps", "attention_divisor"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 refuse(name, "greater than 0")
         for name in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -281,6 +286,7 @@ class FlashConfig(PreTrainedConfig):
             ("attention_activation", ATTENTION_ACTIVATIONS),
             ("relative_bias", RELATIVE_BIASES),
             ("norm_type", NORM_TYPES),
+            ("final_norm_type", (*NORM_TYPES, None)),
             ("global_normalization", GLOBAL_NORMALIZATIONS),
             ("backend", BACKENDS),
         ):

@@ -79,10 +79,10 @@ from .configuration_flash import FlashConfig
 class FlashScaleNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * g` with one learnt scalar (arXiv 1910.05895); statistics in float32."""
 
-    def __init__(self, config: FlashConfig):
+    def __init__(self, config: FlashConfig, eps: float | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
-        self.eps = config.norm_eps
+        self.eps = config.norm_eps if eps is None else eps
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         """The norm; `fused`: by a kernel, if it has this one."""
@@ -96,16 +96,16 @@ class FlashScaleNorm(nn.Module):
 class FlashRMSNorm(FlashScaleNorm):
     """The same with one gain a channel."""
 
-    def __init__(self, config: FlashConfig):
-        super().__init__(config)
+    def __init__(self, config: FlashConfig, eps: float | None = None):
+        super().__init__(config, eps)
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
 
 
 class FlashLayerNorm(nn.LayerNorm):
     """torch's, for checkpoints and ablations with it."""
 
-    def __init__(self, config: FlashConfig):
-        super().__init__(config.hidden_size, eps=config.norm_eps)
+    def __init__(self, config: FlashConfig, eps: float | None = None):
+        super().__init__(config.hidden_size, eps=config.norm_eps if eps is None else eps)
 
     def forward(self, x: Tensor, fused: bool = False) -> Tensor:
         return super().forward(x)
@@ -517,7 +517,8 @@ class FlashModel(FlashPreTrainedModel):
         self.layers = nn.ModuleList(
             [FlashLayer(config, layer_idx, self.is_causal) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = NORMS[config.norm_type](config)
+        # CODEPATH: the FLASH ports have ScaleNorm in their layers and a LayerNorm before the head.
+        self.norm = NORMS[config.final_norm_type or config.norm_type](config, config.final_norm_eps)
         self.rotary_emb = FlashRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
