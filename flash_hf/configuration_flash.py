@@ -89,8 +89,12 @@ class FlashConfig(PreTrainedConfig):
         norm_type (`str`, defaults to `"scale_norm"`): `"scale_norm"` (RMS with one scalar gain), `"layer_norm"` or
             `"rms_norm"`.
         norm_eps (`float`, defaults to 1e-5): Added to the mean square, or the variance, inside the root.
-        final_norm_type (`str`, *optional*): Norm before the head, if another than `norm_type`.
+        final_norm_type (`str`, *optional*): Norm before the head, if another than `norm_type`; `"none"` for none.
         final_norm_eps (`float`, *optional*): Its eps, if another than `norm_eps`.
+        embedding_norm (`bool`, defaults to `False`): Normalise the sum of the embeddings before the first layer.
+        mlm_transform (`bool`, defaults to `False`): The masked head has BERT's transform, a linear layer, `hidden_act`
+            and a norm, before its decoder.
+        lm_head_bias (`bool`, defaults to `False`): The masked head's decoder has a bias.
         hidden_act (`str`, defaults to `"silu"`): Activation of gate, values and the shared query/key basis.
         use_rope (`bool`, defaults to `True`): Rotate queries and keys by their position in the document.
         rope_parameters (`dict`, *optional*): transformers' RoPE settings (`rope_theta`, `rope_type`,
@@ -143,6 +147,9 @@ class FlashConfig(PreTrainedConfig):
     norm_eps: float = 1e-5
     final_norm_type: str | None = None
     final_norm_eps: float | None = None
+    embedding_norm: bool = False
+    mlm_transform: bool = False
+    lm_head_bias: bool = False
     hidden_act: str = "silu"
     use_rope: bool = True
     rope_parameters: RopeParameters | dict | None = None
@@ -286,7 +293,7 @@ class FlashConfig(PreTrainedConfig):
             ("attention_activation", ATTENTION_ACTIVATIONS),
             ("relative_bias", RELATIVE_BIASES),
             ("norm_type", NORM_TYPES),
-            ("final_norm_type", (*NORM_TYPES, None)),
+            ("final_norm_type", (*NORM_TYPES, "none", None)),
             ("global_normalization", GLOBAL_NORMALIZATIONS),
             ("backend", BACKENDS),
         ):

@@ -122,7 +122,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
-NORMS = {"scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm}
+class FlashNoNorm(nn.Module):
+    """The input as it is, for checkpoints whose encoder ends without a norm."""
+
+    def __init__(self, config: FlashConfig, eps: float | None = None):
+        super().__init__()
+
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        return x
+
+
+NORMS = {
+    "scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm, "none": FlashNoNorm,
+}  # fmt: skip
 
 
 class FlashScaledSinusoid(nn.Module):
@@ -514,6 +526,8 @@ class FlashModel(FlashPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # CODEPATH: GAU-alpha has no sinusoid, the paper's models and the FLASH ports do.
         self.embed_positions = FlashScaledSinusoid(config) if config.use_scaled_sinusoid else None
+        # CODEPATH: FLASHQuad checkpoints normalise their embeddings.
+        self.embed_norm = NORMS[config.norm_type](config) if config.embedding_norm else None
         self.layers = nn.ModuleList(
             [FlashLayer(config, layer_idx, self.is_causal) for layer_idx in range(config.num_hidden_layers)]
         )
@@ -558,6 +572,8 @@ class FlashModel(FlashPreTrainedModel):
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states, fused=layout.fused)
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
         position = layout.position_BGC if isinstance(layout, ChunkLayout) else layout.position_BN
         # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
@@ -813,6 +829,19 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         return None if attention_mask is None or length == 1 else attention_mask[:, -length:]
 
 
+class FlashHeadTransform(nn.Module):
+    """BERT's transform before the decoder: `norm(act(x W + b))`."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = NORMS[config.norm_type](config)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.norm(self.act_fn(self.dense(x_BND)))
+
+
 @auto_docstring
 class FlashForMaskedLM(FlashPreTrainedModel):
     """FLASH with a masked language-model head, always bidirectional."""
@@ -823,7 +852,9 @@ class FlashForMaskedLM(FlashPreTrainedModel):
     def __init__(self, config: FlashConfig):
         super().__init__(with_direction(config, is_decoder=False))
         self.model = FlashModel(self.config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # CODEPATH: FLASHQuad checkpoints have BERT's head.
+        self.transform = FlashHeadTransform(config) if config.mlm_transform else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -850,7 +881,10 @@ class FlashForMaskedLM(FlashPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        if self.transform is not None:
+            hidden_states = self.transform(hidden_states)
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
