@@ -492,6 +492,7 @@ class TransformerPPForMaskedLM(TransformerPPForCausalLM):
     """Transformer++ with a masked language-model head, always bidirectional."""
 
     is_decoder = False
+    transform = None  # FLASH's head may have one
     forward = FlashForMaskedLM.forward
 
 
