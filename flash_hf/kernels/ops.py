@@ -25,6 +25,8 @@ class Tiles:
         CP, SP: chunk and key dimension padded to whole tiles.
         block: slots of a tile. block_e: value dimensions of a tile. block_k, block_s: step of a product.
         warps, stages, registers: of the tiled kernels; a limit on registers lets two programs share a multiprocessor.
+        gate_k, gate_stages: slots a step, and steps under way, in the pass over the gate, which loads four tiles a
+            step.
     """
 
     CP: int
@@ -190,6 +192,7 @@ def ints(shape: Shape) -> tuple[int, int, int]:
 
 
 def switches(shape: Shape, inputs: Inputs) -> dict:
+    """What every kernel that reads tokens is compiled for."""
     return {
         "SCALED": shape.scaled,
         "SILU": shape.silu,
