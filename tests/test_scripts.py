@@ -164,3 +164,12 @@ def test_compare_backends_in_small(tmp_path):
     first = [float(value) for value in lines[1].split(",")[1:]]
     assert first[0] == pytest.approx(first[1], rel=1e-2) and first[1] == pytest.approx(5.55, abs=0.1)  # ln 256
     assert (tmp_path / "backends.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_profile_step_in_small(tmp_path):
+    done = run([*first_line("profile_step.py"), "--steps", "2"], tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    total = float(re.search(r"^operators: ([\d.]+) ms a step$", done.stdout, re.M).group(1))
+    rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", done.stdout, re.M)]
+    assert 0 < sum(rows) <= total * 1.01 and rows == sorted(rows, reverse=True)
