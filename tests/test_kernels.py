@@ -134,6 +134,13 @@ def test_many_pieces_of_a_document(monkeypatch):
             compare(config_of(is_decoder=causal, num_hidden_layers=1), layout, length=55)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_gpus_without_descriptors(monkeypatch, causal):
+    """Before Hopper tiles are loaded by pointers, and the output projection is torch's."""
+    monkeypatch.setattr(ops, "has_tma", lambda device: False)
+    compare(config_of(is_decoder=causal, num_hidden_layers=1), "whole chunks")
+
+
 def test_two_runs_are_bit_equal():
     model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
     x = torch.randn(2, 45, 32, device=DEVICE)
