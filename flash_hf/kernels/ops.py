@@ -176,6 +176,13 @@ class Inputs:
     bias_z: Tensor | None = None
 
     @property
+    def tables(self) -> tuple[Tensor, Tensor, int]:
+        """cos, sin and their number of rows; any tensor where there is no RoPE."""
+        if self.cos is None:
+            return self.index[0], self.index[0], 1
+        return self.cos, self.sin, self.cos.shape[0]
+
+    @property
     def tokens(self) -> Tensor:
         """`source`, or any tensor where it is not read."""
         return self.index[1] if self.source is None else self.source
@@ -270,16 +277,15 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
     factor, group = inputs.index[:2]
     row = lin_row(shape)
 
-    rope = inputs.cos is not None
+    cos, sin, table_rows = inputs.tables
     size = (shape.H, shape.GT, t.CP, t.SP)
     heads = new(size) if t.SP == S else inputs.v.new_zeros(size)
     block = min(t.block, 32)
     forward.heads_kernel(
         (shape.GT * t.CP // block,),
-        inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta,
-        inputs.cos if rope else factor, inputs.sin if rope else factor, factor, inputs.tokens, heads, N, G, C,
-        shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, LIN_Q=row, CP=t.CP, SP=t.SP,
-        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+        inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin, factor,
+        inputs.tokens, heads, N, G, C, shape.GT, S, shape.rotary_dim, table_rows, H=shape.H, LIN_Q=row, CP=t.CP,
+        SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     weights = launch_scores(shape, inputs, heads)
     value = new((T, E)) if shape.silu else None
@@ -413,13 +419,12 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
             d_bias_R = launch_bias(shape, d_scores)
     block = min(t.block, 32)
     blocks = shape.GT * t.CP // block
-    rope = inputs.cos is not None
+    cos, sin, table_rows = inputs.tables
     sums = new((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
     backward.heads_gradient_kernel(
         (blocks,),
-        d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma,
-        inputs.cos if rope else factor, inputs.sin if rope else factor, inputs.tokens, d_z, d_z.stride(0), sums,
-        N, G, C, shape.GT, S, shape.rotary_dim, inputs.cos.shape[0] if rope else 1, H=shape.H, CP=t.CP, SP=t.SP,
+        d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens, d_z,
+        d_z.stride(0), sums, N, G, C, shape.GT, S, shape.rotary_dim, table_rows, H=shape.H, CP=t.CP, SP=t.SP,
         **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     return sums.sum(0), d_bias_R, d_bias_u.sum(0), d_bias_v.sum(0)
@@ -550,14 +555,13 @@ def _optional(ctx, tensors: list) -> list:
 
 
 def _attention_backward(ctx, grads):
-    none = (None,) * 18
     if grads[0] is None:
         return (None,) * 23
     u, v, z, gamma, beta, heads, prefix, carry, gated, *rest = ctx.saved_tensors
     index, optional = rest[:6], _optional(ctx, rest[6:])
     bias_R = optional[0]
-    d_out = grads[0]
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
+    # Descriptors cannot describe an expanded gradient.
+    d_out = grads[0].contiguous()
     d_u, d_v, d_z, sums, d_bias = torch.ops.flash_hf.gated_attention_backward(
         d_out, u, v, z, gamma, beta, *optional, index, heads, prefix, carry, gated, *ctx.static
     )
