@@ -148,7 +148,7 @@ def gated_attention(
     initial = None if state is None or not has_lin else _initial(state, layout, S)
     quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
-    out, heads, *_, final = torch.ops.flash_hf.gated_attention(
+    out, heads, *_, final = ops.gated_attention(
         u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, N, plan.chunks,
         plan.chunk_size, causal, quad, lin, silu, interleaved, rotary_dim,
         score_scale("relu2", divisor, S), return_state and has_lin, ops.saved_attended(v.dtype, silu),
@@ -232,7 +232,7 @@ def layer(
     cos, sin, rotary_dim = _flat_rotary(rotary)
     initial = None if state is None or not has_lin else _initial(state, layout, S)
     quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
-    y, rms, _, h, heads, *_, final = torch.ops.flash_hf.layer(
+    y, rms, _, h, heads, *_, final = ops.layer(
         x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
         z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
         plan.index, initial, eps, N, plan.chunks, plan.chunk_size, causal, quad, lin, interleaved, rotary_dim,

@@ -7,10 +7,14 @@ matrix products.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import backward, forward, matmul
@@ -446,6 +450,47 @@ def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
     return square[: C * (2 * C - 1)].view(C, 2 * C - 1).sum(0)
 
 
+def is_watched(tensors: tuple) -> bool:
+    """Whether somebody looks at operators and not at results: a compiler, an exporter, a function transform, a
+    dispatch mode (fake tensors, selective checkpointing), a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in tensors)
+    )
+
+
+def direct(forward: Callable, backward: Callable, save: Callable, gradients: Callable, operator: Callable) -> Callable:
+    """`operator` for eager callers without the dispatcher, whose Python costs more than a layer's launches do.
+
+    Args:
+        forward, backward: what the operator and its gradient's operator do.
+        save, gradients: the context's set-up and the gradient, as `register_autograd` takes them, after `backward`.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs = forward(*inputs)
+            save(ctx, inputs, outputs)
+            ctx.mark_non_differentiable(*outputs[1:])
+            return tuple(outputs)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, *grads):
+            # An operator's list of tensors has a list of gradients, a function's has none.
+            return tuple(None if isinstance(grad, list) else grad for grad in gradients(backward, ctx, grads))
+
+    def call(*inputs) -> list[Tensor] | tuple[Tensor, ...]:
+        if is_watched(inputs):
+            return operator(*inputs)
+        return Direct.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+
+    return call
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Gated attention, between the projections
 # ------------------------------------------------------------------------------------------------------------------
@@ -466,8 +511,7 @@ def saved_attended(dtype: torch.dtype, silu: bool) -> bool:
     return dtype == torch.float16 or not silu
 
 
-@torch.library.custom_op("flash_hf::gated_attention", mutates_args=())
-def gated_attention_op(
+def attention_forward(
     u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, N: int, G: int, C: int,
     causal: bool, quad: bool, lin: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
@@ -477,6 +521,9 @@ def gated_attention_op(
     inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
     with on_device(u):
         return list(launch_forward(shape, inputs, initial, want_final, want_attended))
+
+
+gated_attention_op = torch.library.custom_op("flash_hf::gated_attention", attention_forward, mutates_args=())
 
 
 @gated_attention_op.register_fake
@@ -510,8 +557,7 @@ def fake_forward(shape: Shape, v: Tensor, index: list[Tensor], initial: bool, wa
     ]
 
 
-@torch.library.custom_op("flash_hf::gated_attention_backward", mutates_args=())
-def gated_attention_backward_op(
+def attention_backward(
     d_out: Tensor, u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, source: Tensor | None, index: list[Tensor], heads: Tensor, prefix: Tensor,
     carry: Tensor, gated: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
@@ -525,6 +571,11 @@ def gated_attention_backward_op(
         saved = heads, prefix, carry
         sums, d_bias_R, *_ = launch_backward(shape, inputs, saved, gated, d_out, (d_u, d_v, d_z), False)
     return [d_u, d_v, d_z, sums, d_bias_R]
+
+
+gated_attention_backward_op = torch.library.custom_op(
+    "flash_hf::gated_attention_backward", attention_backward, mutates_args=()
+)
 
 
 @gated_attention_backward_op.register_fake
@@ -554,7 +605,7 @@ def _optional(ctx, tensors: list) -> list:
     return [next(tensors) if has else None for has in (has_bias, has_rope, has_rope, has_source)]
 
 
-def _attention_backward(ctx, grads):
+def _attention_gradients(backward, ctx, grads):
     if grads[0] is None:
         return (None,) * 23
     u, v, z, gamma, beta, heads, prefix, carry, gated, *rest = ctx.saved_tensors
@@ -562,7 +613,7 @@ def _attention_backward(ctx, grads):
     bias_R = optional[0]
     # Descriptors cannot describe an expanded gradient.
     d_out = grads[0].contiguous()
-    d_u, d_v, d_z, sums, d_bias = torch.ops.flash_hf.gated_attention_backward(
+    d_u, d_v, d_z, sums, d_bias = backward(
         d_out, u, v, z, gamma, beta, *optional, index, heads, prefix, carry, gated, *ctx.static
     )
     H = gamma.shape[0]
@@ -571,7 +622,10 @@ def _attention_backward(ctx, grads):
     return d_u, d_v, d_z, sums[:H].to(gamma.dtype), sums[H : 2 * H].to(beta.dtype), d_bias, *none
 
 
-gated_attention_op.register_autograd(_attention_backward, setup_context=_save_attention)
+gated_attention_op.register_autograd(
+    partial(_attention_gradients, gated_attention_backward_op), setup_context=_save_attention
+)
+gated_attention = direct(attention_forward, attention_backward, _save_attention, _attention_gradients, gated_attention_op)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -639,8 +693,7 @@ def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("flash_hf::layer", mutates_args=())
-def layer_op(
+def layer_forward(
     x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor, b_z: Tensor,
     w_o: Tensor, b_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, eps: float, N: int,
@@ -661,6 +714,9 @@ def layer_op(
         out, heads, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
         y = launch_residual(x, out, w_o.to(dtype), b_o)
     return [y, rms, cast, h, heads, prefix, carry, out, final]
+
+
+layer_op = torch.library.custom_op("flash_hf::layer", layer_forward, mutates_args=())
 
 
 @layer_op.register_fake
@@ -684,8 +740,7 @@ def gain_gradient(dot: Tensor, gain: Tensor) -> Tensor:
     return dot.sum() / torch.where(gain == 0, 1e-20, gain)  # as the kernels read it
 
 
-@torch.library.custom_op("flash_hf::layer_backward", mutates_args=())
-def layer_backward_op(
+def layer_backward(
     d_y: Tensor, x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor,
     b_z: Tensor, w_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, source: Tensor | None, index: list[Tensor], rms: Tensor, h: Tensor, heads: Tensor,
@@ -717,6 +772,9 @@ def layer_backward_op(
     d_gain = gain_gradient(dot, gain)
     d_b = torch.cat([d_bias_u, d_bias_v, sums[2 * shape.H]])
     return [d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums[: 2 * shape.H].clone(), d_bias_R]
+
+
+layer_backward_op = torch.library.custom_op("flash_hf::layer_backward", layer_backward, mutates_args=())
 
 
 @layer_backward_op.register_fake
@@ -751,14 +809,14 @@ def _save_layer(ctx, inputs, output):
     ctx.static, ctx.bias_dtype = static, b_o.dtype
 
 
-def _layer_backward(ctx, grads):
+def _layer_gradients(backward, ctx, grads):
     if grads[0] is None:
         return (None,) * 30
     (raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out,
      *rest) = ctx.saved_tensors  # fmt: skip
     index, optional = rest[:6], _optional(ctx, rest[6:])
     bias_R = optional[0]
-    d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums, d_bias_R = torch.ops.flash_hf.layer_backward(
+    d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums, d_bias_R = backward(
         grads[0].contiguous(), raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, *optional, index, rms, h,
         heads, prefix, carry, out, *ctx.static,
     )  # fmt: skip
@@ -772,7 +830,8 @@ def _layer_backward(ctx, grads):
     )  # fmt: skip
 
 
-layer_op.register_autograd(_layer_backward, setup_context=_save_layer)
+layer_op.register_autograd(partial(_layer_gradients, layer_backward_op), setup_context=_save_layer)
+layer = direct(layer_forward, layer_backward, _save_layer, _layer_gradients, layer_op)
 
 
 # ------------------------------------------------------------------------------------------------------------------
