@@ -625,7 +625,9 @@ def _attention_gradients(backward, ctx, grads):
 gated_attention_op.register_autograd(
     partial(_attention_gradients, gated_attention_backward_op), setup_context=_save_attention
 )
-gated_attention = direct(attention_forward, attention_backward, _save_attention, _attention_gradients, gated_attention_op)
+gated_attention = direct(
+    attention_forward, attention_backward, _save_attention, _attention_gradients, gated_attention_op
+)
 
 
 # ------------------------------------------------------------------------------------------------------------------
