@@ -71,6 +71,7 @@ from .chunking_flash import (
     resolve_documents,
 )  # fmt: skip
 from .configuration_flash import FlashConfig
+from .loss_flash import can_split, loss_without_logits
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -480,6 +481,8 @@ class FlashPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # A chunk's state depends on all tokens before it: no cutting of sequences over devices as for softmax attention.
     _supports_context_parallel = False
+    # Whether language models in training return their loss without logits; set on an instance, see the heads.
+    skip_logits = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -497,6 +500,20 @@ class FlashPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = True
         with without_conversion():
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def skips_logits(self, asked: bool | None, labels: Tensor | None, loss_options: dict[str, Any]) -> bool:
+        """Whether a head's loss is to be computed without logits: it was asked for and can be done. A compiler wants
+        shapes that do not depend on the labels, and a loss of the user's own wants logits."""
+        if asked is None:
+            asked = self.skip_logits and self.training
+        return (
+            asked
+            and labels is not None
+            and "shift_labels" not in loss_options
+            and not is_tracing()
+            and not hasattr(self, "_loss_function")
+            and can_split(self.lm_head)
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -773,11 +790,15 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted.
+        skip_logits (`bool`, *optional*):
+            With labels: return the loss and no logits, which saves most of a step's memory where the vocabulary is
+            large. By default as the attribute `model.skip_logits` says (False), in training.
 
         Example:
 
@@ -799,11 +820,17 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        logits, loss = None, None
+        if self.skips_logits(skip_logits, labels, kwargs):
+            loss = loss_without_logits(
+                self.lm_head, outputs.last_hidden_state, labels, shift=True,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )  # fmt: skip
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -866,11 +893,15 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict at the masked places, -100 elsewhere.
+        skip_logits (`bool`, *optional*):
+            With labels: return the loss and no logits; tokens that are not masked get none at all. By default as the
+            attribute `model.skip_logits` says (False), in training.
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0)
@@ -884,10 +915,15 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:
             hidden_states = self.transform(hidden_states)
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        logits, loss = None, None
+        if self.skips_logits(skip_logits, labels, kwargs):
+            loss = loss_without_logits(
+                self.lm_head, hidden_states, labels, shift=False, num_items_in_batch=kwargs.get("num_items_in_batch")
+            )
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

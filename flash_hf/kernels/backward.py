@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from .common import (
+    add_state_product,
     basis,
     load_grid,
     load_rows,
-    load_state,
     load_tile,
     preactivation,
     rotated_pair,
@@ -20,7 +20,7 @@ from .common import (
     silu_grad,
     store_rows,
     token_rows,
-    vector,
+    vectors,
 )
 from .forward import lower_tile
 from .launch import kernel
@@ -96,7 +96,7 @@ def gate_states_kernel(
     N, G, C, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, ATTENDED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TOTAL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`gate_kernel` and the gradient of the states in one pass over a piece, from its last chunk to its first:
     `sum q_lin d_attended^T` as `states_kernel` sums `k v^T`. `d_bias` has one row a piece."""
@@ -139,7 +139,8 @@ def gate_states_kernel(
             value = silu(preactivation(h, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
             store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
         acc = tl.dot(tl.trans(query), d_attended, acc, input_precision=PRECISION)
-    tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)
+    if TOTAL:
+        tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)
     if SCALED:
         tl.store(d_bias_ptr + piece.to(tl.int64) * E + column, d_bias, mask=column < E)
 
@@ -186,8 +187,10 @@ def linear_gradient(
     for start in tl.range(0, E, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
         tile = load_tile(x, x_stride, token, real, row, column, start, E, EVEN_E, TMA)
-        state = load_state(prefix, carry, chunk, piece, s, 0, column, start, E, SP, EVEN_E, PREFIX, CARRY, TMA)
-        acc = tl.dot(tile, tl.trans(state), acc, input_precision=PRECISION)
+        acc = add_state_product(
+            acc, tile, prefix, carry, chunk, piece, s, 0, column, start, E, SP, EVEN_E, PREFIX, CARRY, TMA, True,
+            PRECISION,
+        )  # fmt: skip
     place = (chunk.to(tl.int64) * CP + m)[:, None] * SP + s[None, :]
     tl.store(out_ptr + place, (acc * factor).to(out_ptr.dtype.element_ty))
 
@@ -220,10 +223,10 @@ def value_gradient(
         s = tl.arange(0, BLOCK_S)
         for start in tl.range(0, SP, BLOCK_S, num_stages=STAGES):
             key = load_grid(keys, SP, chunk * CP + first_n, n, start, s, TMA)
-            state = load_state(
-                prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA
-            )
-            acc = tl.dot(key, state, acc, input_precision=PRECISION)
+            acc = add_state_product(
+                acc, key, prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA,
+                False, PRECISION,
+            )  # fmt: skip
     token, real = token_rows(source_ptr, chunk, first_n + n, N, G, C, RAGGED)
     raw = load_rows(v_ptr, v_stride, token, real, column, E, EVEN_E)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
@@ -246,7 +249,7 @@ def chunk_gradients_kernel(
     LIN: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr,
     SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_K: tl.constexpr,
     TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, LONG_STAGES: tl.constexpr,
 ):  # fmt: skip
     """All products of one chunk's backward, each program one tile of one of them. They read the same d_attended and
     V; side by side in one launch they find them in the L2 cache.
@@ -265,7 +268,7 @@ def chunk_gradients_kernel(
         if QUAD:
             score_gradient(
                 chunk, index, d_rows, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, E, CP, TILES,
-                CAUSAL, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, STAGES,
+                CAUSAL, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, LONG_STAGES,
             )  # fmt: skip
     elif index < score_programs + linear_programs:
         if LIN:
@@ -359,6 +362,10 @@ def heads_gradient_kernel(
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * S
+    # All heads at once: one load instead of one a head after the stores of the head before.
+    head = tl.arange(0, H)[:, None]
+    place = (head * GT + chunk).to(tl.int64) * CP + slot[None, :]
+    own = d_heads_ptr + place[:, :, None] * SP
     d_z_row = d_z_ptr + token[:, None] * d_z_stride
     dtype = d_z_ptr.dtype.element_ty
     if HALF > 0:
@@ -371,20 +378,16 @@ def heads_gradient_kernel(
         table = ((chunk * C + slot) % table_rows)[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[None, :]
         cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
-        d_one = tl.zeros((BLOCK_M, HALF), tl.float32)
-        d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
-        for head in tl.static_range(H):
-            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
-            turned_one = tl.load(own + one[None, :], mask=mask, other=0.0).to(tl.float32)
-            turned_two = tl.load(own + two[None, :], mask=mask, other=0.0).to(tl.float32)
-            p_one = turned_one * cos + turned_two * sin
-            p_two = turned_two * cos - turned_one * sin
-            d_one += p_one * vector(gamma_ptr, head, S, one, inside)
-            d_two += p_two * vector(gamma_ptr, head, S, two, inside)
-            tl.store(sums + head * S + one, tl.sum(p_one * z_one, 0), mask=inside)
-            tl.store(sums + head * S + two, tl.sum(p_two * z_two, 0), mask=inside)
-            tl.store(sums + (H + head) * S + one, tl.sum(p_one, 0), mask=inside)
-            tl.store(sums + (H + head) * S + two, tl.sum(p_two, 0), mask=inside)
+        turned_one = tl.load(own + one[None, None, :], mask=mask[None, :, :], other=0.0).to(tl.float32)
+        turned_two = tl.load(own + two[None, None, :], mask=mask[None, :, :], other=0.0).to(tl.float32)
+        p_one = turned_one * cos[None, :, :] + turned_two * sin[None, :, :]
+        p_two = turned_two * cos[None, :, :] - turned_one * sin[None, :, :]
+        tl.store(sums + head * S + one[None, :], tl.sum(p_one * z_one[None, :, :], 1), mask=inside[None, :])
+        tl.store(sums + head * S + two[None, :], tl.sum(p_two * z_two[None, :, :], 1), mask=inside[None, :])
+        tl.store(sums + (H + head) * S + one[None, :], tl.sum(p_one, 1), mask=inside[None, :])
+        tl.store(sums + (H + head) * S + two[None, :], tl.sum(p_two, 1), mask=inside[None, :])
+        d_one = tl.sum(p_one * vectors(gamma_ptr, S, one, inside, H), 0)
+        d_two = tl.sum(p_two * vectors(gamma_ptr, S, two, inside, H), 0)
         d_one *= silu_grad(h_one, SILU, FAST)
         d_two *= silu_grad(h_two, SILU, FAST)
         tl.store(sums + 2 * H * S + one, tl.sum(d_one, 0), mask=inside)
@@ -400,13 +403,10 @@ def heads_gradient_kernel(
         mask = real[:, None] & inside[None, :]
         h = basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED)
         z = silu(h, SILU, FAST)
-        d_h = tl.zeros((BLOCK_M, REST), tl.float32)
-        for head in tl.static_range(H):
-            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
-            d = tl.load(own, mask=mask, other=0.0).to(tl.float32)
-            d_h += d * vector(gamma_ptr, head, S, column, inside)
-            tl.store(sums + head * S + column, tl.sum(d * z, 0), mask=inside)
-            tl.store(sums + (H + head) * S + column, tl.sum(d, 0), mask=inside)
+        p = tl.load(own + column[None, None, :], mask=mask[None, :, :], other=0.0).to(tl.float32)
+        tl.store(sums + head * S + column[None, :], tl.sum(p * z[None, :, :], 1), mask=inside[None, :])
+        tl.store(sums + (H + head) * S + column[None, :], tl.sum(p, 1), mask=inside[None, :])
+        d_h = tl.sum(p * vectors(gamma_ptr, S, column, inside, H), 0)
         d_h *= silu_grad(h, SILU, FAST)
         tl.store(sums + 2 * H * S + column, tl.sum(d_h, 0), mask=inside)
         if SCALED:

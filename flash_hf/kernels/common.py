@@ -164,22 +164,24 @@ def load_sums(x, index, s, first, column, start, E, SP: tl.constexpr, EVEN_E: tl
 
 
 @triton.jit
-def load_state(
-    prefix, carry, chunk, piece, s, first, column, start, E, SP: tl.constexpr, EVEN_E: tl.constexpr,
-    PREFIX: tl.constexpr, CARRY: tl.constexpr, TMA: tl.constexpr,
+def add_state_product(
+    acc, left, prefix, carry, chunk, piece, s, first, column, start, E,
+    SP: tl.constexpr, EVEN_E: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, TMA: tl.constexpr,
+    TRANS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the state a chunk sees, over C: what its own piece holds before it, plus what earlier pieces do.
+    """`acc + left state`, or `left state^T` with TRANS, for a tile of the state a chunk sees, over C: what its own
+    piece holds before it, plus what earlier pieces do.
 
-    Without PREFIX (bidirectional) a document has one state, found at `carry[piece]`.
+    Without PREFIX (bidirectional) a document has one state, found at `carry[piece]`. Two products cost less than one
+    sum: the sum would go from memory to registers and back before the tensor cores can read it.
     """
     if PREFIX:
         state = load_sums(prefix, chunk, s, first, column, start, E, SP, EVEN_E, TMA)
-        if CARRY:
-            before = load_sums(carry, piece, s, first, column, start, E, SP, EVEN_E, TMA)
-            state = (state.to(tl.float32) + before.to(tl.float32)).to(state.dtype)
-        return state
-    else:
-        return load_sums(carry, piece, s, first, column, start, E, SP, EVEN_E, TMA)
+        acc = tl.dot(left, tl.trans(state) if TRANS else state, acc, input_precision=PRECISION)
+    if CARRY or not PREFIX:
+        state = load_sums(carry, piece, s, first, column, start, E, SP, EVEN_E, TMA)
+        acc = tl.dot(left, tl.trans(state) if TRANS else state, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -207,3 +209,10 @@ def basis(z_ptr, stride, token, real, column, inside, gain, bias_ptr, SCALED: tl
 def vector(ptr, row, width, column, inside):
     """`ptr[row, column]` as float32 `[1, columns]`."""
     return tl.load(ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def vectors(ptr, width, column, inside, H: tl.constexpr):
+    """`ptr[:, column]` of all heads as float32 `[H, 1, columns]`."""
+    head = tl.arange(0, H)[:, None, None]
+    return tl.load(ptr + head * width + column[None, None, :], mask=inside[None, None, :], other=0.0).to(tl.float32)

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from .common import (
+    add_state_product,
     basis,
     load_grid,
     load_rows,
-    load_state,
     load_tile,
     preactivation,
     rotated_pair,
@@ -142,12 +142,12 @@ def states_kernel(
     keys, v, v_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, value_ptr, prefix_ptr, total_ptr,
     N, G, C, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr, TOTAL: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`sum k v^T` over the chunks of one piece (consecutive chunks of one document), `[pieces, SP, E]` in float32, and
-    with PREFIX what the sum was before each chunk, over C, `[GT, SP, E]`. The values are computed here, from their
-    input, and stored for the other kernels."""
+    """`sum k v^T` over the chunks of one piece (consecutive chunks of one document): with TOTAL `[pieces, SP, E]` in
+    float32, and with PREFIX what the sum was before each chunk, over C, `[GT, SP, E]`. The values are computed here,
+    from their input, and stored for the other kernels."""
     # From the last piece on: the projection ended there, and the cache still holds what it wrote.
     piece = tl.num_programs(0) - 1 - tl.program_id(0)
     first_e = tl.program_id(1) * BLOCK_E
@@ -178,7 +178,8 @@ def states_kernel(
             value = value.to(value_ptr.dtype.element_ty)
             store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
         acc = tl.dot(tl.trans(key), value, acc, input_precision=PRECISION)
-    tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)
+    if TOTAL:
+        tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)
 
 
 @kernel
@@ -258,10 +259,10 @@ def output_kernel(
         s = tl.arange(0, BLOCK_S)
         for start in tl.range(0, SP, BLOCK_S, num_stages=STAGES):
             query = load_grid(q, SP, row, m, start, s, TMA)
-            state = load_state(
-                prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA
-            )
-            acc = tl.dot(query, state, acc, input_precision=PRECISION)
+            acc = add_state_product(
+                acc, query, prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA,
+                False, PRECISION,
+            )  # fmt: skip
     token, real = token_rows(source_ptr, chunk, block_m * BLOCK_M + m, N, G, C, RAGGED)
     if ATTENDED:
         store_rows(attended_ptr, E, token, real, column, E, acc, EVEN_E)

@@ -29,6 +29,7 @@ class Tiles:
         CP, SP: chunk and key dimension padded to whole tiles.
         block: slots of a tile. block_e: value dimensions of a tile. block_k, block_s: step of a product.
         warps, stages, registers: of the tiled kernels; a limit on registers lets two programs share a multiprocessor.
+        long_stages: stages of the products over the value dimensions.
         gate_k, gate_stages: slots a step, and steps under way, in the pass over the gate, which loads four tiles a
             step.
     """
@@ -42,6 +43,7 @@ class Tiles:
     warps: int
     stages: int
     registers: int | None = None
+    long_stages: int = 2
     gate_k: int = 32
     gate_stages: int = 3
 
@@ -68,6 +70,7 @@ def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
         warps=8 if large else 4,
         stages=2,
         registers=128 if large and SP <= 128 else None,
+        long_stages=3 if large and SP <= 128 else 2,
     )
 
 
@@ -217,11 +220,11 @@ def has_carry(shape: Shape, index: list[Tensor], initial: bool) -> bool:
     return shape.causal and (index[2].shape[0] > index[4].shape[0] or initial)
 
 
-def state_buffers(shape: Shape, index: list[Tensor], new) -> tuple[Tensor, Tensor]:
-    """`(prefix, total)`: what a sum was before each chunk (causal), and that over each piece in float32."""
+def state_buffers(shape: Shape, index: list[Tensor], new, total: bool) -> tuple[Tensor, Tensor]:
+    """`(prefix, total)`: what a sum was before each chunk (causal), and that over each piece in float32, if asked."""
     size = (shape.tiles.SP, shape.E)
-    prefix = new((shape.GT, *size)) if shape.causal else new((0,))
-    return prefix, new((index[2].shape[0], *size), dtype=torch.float32)
+    prefix = new((shape.GT, *size)) if shape.causal else new((0, *size))
+    return prefix, new((index[2].shape[0] if total else 0, *size), dtype=torch.float32)
 
 
 def launch_carry(shape: Shape, index: list[Tensor], total: Tensor, initial, carried: bool, final: str, reverse: bool):
@@ -295,18 +298,19 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
     value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
     if shape.lin:
-        prefix, total = state_buffers(shape, inputs.index, new)
+        carried = has_carry(shape, inputs.index, initial is not None)
+        asked = "total" if want_final else "" if shape.causal else "state"
+        needed = carried or bool(asked)
+        prefix, total = state_buffers(shape, inputs.index, new, needed)
         options = piece_launch(shape, inputs)
         tma, block_e = options["TMA"], options["BLOCK_E"]
         forward.states_kernel(
-            (total.shape[0], cdiv(E, block_e)),
+            (inputs.index[2].shape[0], cdiv(E, block_e)),
             tiled(heads[row + 1], tma, t.block_k, t.SP), tiled(inputs.v, tma, t.block_k, block_e),
             inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
             inputs.v if value is None else value, prefix, total, N, G, C, E, **options,
-            STAGES=2 if shape.dtype == torch.float32 else 3,
+            TOTAL=needed, STAGES=2 if shape.dtype == torch.float32 else 3,
         )  # fmt: skip
-        carried = has_carry(shape, inputs.index, initial is not None)
-        asked = "total" if want_final else "" if shape.causal else "state"
         carry, final = launch_carry(shape, inputs.index, total, initial, carried, asked, False)
         if not shape.causal:
             carry, final = final, new((0,))
@@ -360,8 +364,9 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     carried = carry.numel() > 0 and shape.causal
     d_prefix, d_carry = new((0,)), new((0,))
     if shape.lin:
-        d_prefix, total = state_buffers(shape, inputs.index, new)
-        pieces = total.shape[0]
+        needed = carried or not shape.causal
+        d_prefix, total = state_buffers(shape, inputs.index, new, needed)
+        pieces = inputs.index[2].shape[0]
         options = piece_launch(shape, inputs)
         tma, block_e = options["TMA"], options["BLOCK_E"]
         block_k = min(t.gate_k, t.block_k)
@@ -374,7 +379,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
             tiled(inputs.u, tma, *block), inputs.u.stride(0), tiled(gated, tma, *block), tiled(inputs.v, tma, *block),
             inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2], inputs.tokens, inputs.index[2],
             inputs.index[3], d_attended, d_u, d_u.stride(0), value, d_bias_u, d_prefix, total, N, G, C, E, **options,
-            ATTENDED=kept,
+            ATTENDED=kept, TOTAL=needed,
         )  # fmt: skip
         d_carry, final = launch_carry(
             shape, inputs.index, total, None, carried, "" if shape.causal else "state", True
@@ -410,7 +415,8 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles,
         QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried, CAUSAL=shape.causal, **flags,
         EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e,
-        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
+        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, LONG_STAGES=t.long_stages,
+        **t.launch,
     )  # fmt: skip
     d_bias_R = new((0,))
     if shape.quad:

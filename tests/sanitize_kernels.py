@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every kernel on small, awkward shapes, for a memory checker to look at. Needs a GPU.
+
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize_kernels.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize_kernels.py
+"""
+
+import torch
+
+from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
+
+
+# chunk_size, query_key_dim, hidden_size, tokens: whole chunks (descriptors) and odd lengths (pointers).
+SHAPES = ((128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131))
+
+
+def train(causal: bool, ragged: bool, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    chunk_size, query_key_dim, width, tokens = shape
+    config = FlashConfig(
+        vocab_size=11, hidden_size=width, num_hidden_layers=1, query_key_dim=query_key_dim, chunk_size=chunk_size,
+        is_decoder=causal, backend="triton",
+    )  # fmt: skip
+    model = FlashModel(config).to("cuda", dtype)
+    x = torch.randn(2, tokens, width, device="cuda", dtype=dtype, requires_grad=True)
+    mask = torch.ones(2, tokens, dtype=torch.long, device="cuda")
+    mask[0, : tokens // 3] = 0
+    model(inputs_embeds=x, attention_mask=mask if ragged else None).last_hidden_state.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in (x, *model.parameters()) if p.grad is not None)
+
+
+def decode(dtype: torch.dtype) -> None:
+    config = FlashConfig(
+        vocab_size=11, hidden_size=64, num_hidden_layers=1, query_key_dim=32, chunk_size=32, backend="triton"
+    )
+    model = FlashForCausalLM(config).to("cuda", dtype).eval()
+    ids = torch.randint(0, 11, (2, 61), device="cuda")
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert out.shape == (2, 67)
+
+
+def main() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in SHAPES:
+            for causal in (True, False):
+                for ragged in (False, True):
+                    train(causal, ragged, shape, dtype)
+                    print("ran", dtype, shape, "causal" if causal else "bidirectional", "ragged" * ragged, flush=True)
+        decode(dtype)
+        print("ran", dtype, "decoding", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss without logits is the loss from logits: number, gradients, every kind of label."""
+
+import pytest
+import torch
+from torch import nn
+
+from flash_hf import FlashForCausalLM, FlashForMaskedLM, loss_flash
+from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+
+
+HEADS = [FlashForCausalLM, FlashForMaskedLM]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def labelled(config, share):
+    ids = random_ids(config, 3, 29)
+    labels = ids.clone()
+    labels[torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) > share] = -100
+    return ids, labels
+
+
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(40)])
+def test_equals_the_loss_from_logits(cls, share, items, monkeypatch):
+    monkeypatch.setattr(loss_flash, "SLICE", 16)  # several slices, the last one not full
+    model = make_model(cls, tiny_config(**({"lm_head_bias": True} if cls is FlashForMaskedLM else {}))).train()
+    ids, labels = labelled(model.config, share)
+    extra = {} if items is None else {"num_items_in_batch": items}
+    expected = model(ids, labels=labels, **extra)
+    wanted = gradients(model, expected.loss)
+    out = model(ids, labels=labels, skip_logits=True, **extra)
+    assert out.logits is None and expected.logits is not None
+    assert_close(out.loss, expected.loss, 1e-6)
+    got = gradients(model, out.loss)
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert_close(got[name], wanted[name], 1e-6, name)
+
+
+def test_no_label_at_all_gives_what_logits_give():
+    model = make_model(FlashForCausalLM, tiny_config())
+    ids = random_ids(model.config, 1, 5)
+    labels = torch.full_like(ids, -100)
+    assert model(ids, labels=labels).loss.isnan() and model(ids, labels=labels, skip_logits=True).loss.isnan()
+
+
+def test_the_attribute_acts_in_training_alone():
+    model = make_model(FlashForCausalLM, tiny_config())
+    ids = random_ids(model.config, 1, 9)
+    model.skip_logits = True
+    assert model.train()(ids, labels=ids).logits is None
+    assert model(ids, labels=ids, skip_logits=False).logits is not None
+    assert model(ids).logits is not None
+    assert model.eval()(ids, labels=ids).logits is not None
+    assert "skip_logits" not in model.config.to_dict()
+
+
+def test_logits_are_computed_where_the_loss_cannot_do_without():
+    """A head that was replaced or hooked, a loss of the user's own, labels shifted by the caller, and compilers."""
+    config = tiny_config()
+    ids = random_ids(config, 1, 9)
+
+    def out(change, **options):
+        model = make_model(FlashForCausalLM, config)
+        change(model)
+        return model(ids, labels=ids, skip_logits=True, **options)
+
+    assert out(lambda model: None).logits is None
+    assert out(lambda model: model.lm_head.register_forward_hook(lambda *_: None)).logits is not None
+    assert out(lambda model: setattr(model, "lm_head", nn.Sequential(model.lm_head))).logits is not None
+    assert out(lambda model: setattr(model, "loss_function", lambda logits, *_, **__: logits.sum())).logits is not None
+    assert out(lambda model: None, shift_labels=ids).logits is not None
+
+
+def test_logits_of_labelled_tokens_alone(monkeypatch):
+    """What is skipped takes no memory: the head sees the tokens that have a label, and a slice of them at a time."""
+    rows = []
+    monkeypatch.setattr(loss_flash, "SLICE", 8)
+    original = loss_flash.sum_of_slice
+    monkeypatch.setattr(loss_flash, "sum_of_slice", lambda hidden, *rest: rows.append(len(hidden)) or
+                        original(hidden, *rest))  # fmt: skip
+    model = make_model(FlashForMaskedLM, tiny_config())
+    ids, labels = labelled(model.config, 0.3)
+    model(ids, labels=labels, skip_logits=True)
+    assert sum(rows) == int((labels != -100).sum()) < ids.numel() and max(rows) <= 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_liger_equals_the_loss_from_logits(cls, dtype, exact_float32):
+    pytest.importorskip("liger_kernel")
+    model = make_model(cls, tiny_config(vocab_size=1000), dtype=torch.float32).cuda().train()
+    ids, labels = (x.cuda() for x in labelled(model.config, 0.5))
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = model(ids, labels=labels).loss
+        loss = model(ids, labels=labels, skip_logits=True).loss
+    ratio = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_close(loss, expected, ratio)
+    wanted, got = gradients(model, expected), gradients(model, loss)
+    for name in wanted:
+        assert_close(got[name], wanted[name], 10 * ratio, name)
