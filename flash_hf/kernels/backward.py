@@ -20,7 +20,7 @@ from .common import (
     silu_grad,
     store_rows,
     token_rows,
-    vectors,
+    vector,
 )
 from .forward import lower_tile
 from .launch import kernel
@@ -362,10 +362,6 @@ def heads_gradient_kernel(
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * S
-    # All heads at once: one load instead of one a head after the stores of the head before.
-    head = tl.arange(0, H)[:, None]
-    place = (head * GT + chunk).to(tl.int64) * CP + slot[None, :]
-    own = d_heads_ptr + place[:, :, None] * SP
     d_z_row = d_z_ptr + token[:, None] * d_z_stride
     dtype = d_z_ptr.dtype.element_ty
     if HALF > 0:
@@ -378,16 +374,20 @@ def heads_gradient_kernel(
         table = ((chunk * C + slot) % table_rows)[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[None, :]
         cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
-        turned_one = tl.load(own + one[None, None, :], mask=mask[None, :, :], other=0.0).to(tl.float32)
-        turned_two = tl.load(own + two[None, None, :], mask=mask[None, :, :], other=0.0).to(tl.float32)
-        p_one = turned_one * cos[None, :, :] + turned_two * sin[None, :, :]
-        p_two = turned_two * cos[None, :, :] - turned_one * sin[None, :, :]
-        tl.store(sums + head * S + one[None, :], tl.sum(p_one * z_one[None, :, :], 1), mask=inside[None, :])
-        tl.store(sums + head * S + two[None, :], tl.sum(p_two * z_two[None, :, :], 1), mask=inside[None, :])
-        tl.store(sums + (H + head) * S + one[None, :], tl.sum(p_one, 1), mask=inside[None, :])
-        tl.store(sums + (H + head) * S + two[None, :], tl.sum(p_two, 1), mask=inside[None, :])
-        d_one = tl.sum(p_one * vectors(gamma_ptr, S, one, inside, H), 0)
-        d_two = tl.sum(p_two * vectors(gamma_ptr, S, two, inside, H), 0)
+        d_one = tl.zeros((BLOCK_M, HALF), tl.float32)
+        d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
+        for head in tl.static_range(H):
+            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
+            turned_one = tl.load(own + one[None, :], mask=mask, other=0.0).to(tl.float32)
+            turned_two = tl.load(own + two[None, :], mask=mask, other=0.0).to(tl.float32)
+            p_one = turned_one * cos + turned_two * sin
+            p_two = turned_two * cos - turned_one * sin
+            d_one += p_one * vector(gamma_ptr, head, S, one, inside)
+            d_two += p_two * vector(gamma_ptr, head, S, two, inside)
+            tl.store(sums + head * S + one, tl.sum(p_one * z_one, 0), mask=inside)
+            tl.store(sums + head * S + two, tl.sum(p_two * z_two, 0), mask=inside)
+            tl.store(sums + (H + head) * S + one, tl.sum(p_one, 0), mask=inside)
+            tl.store(sums + (H + head) * S + two, tl.sum(p_two, 0), mask=inside)
         d_one *= silu_grad(h_one, SILU, FAST)
         d_two *= silu_grad(h_two, SILU, FAST)
         tl.store(sums + 2 * H * S + one, tl.sum(d_one, 0), mask=inside)
@@ -403,10 +403,13 @@ def heads_gradient_kernel(
         mask = real[:, None] & inside[None, :]
         h = basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED)
         z = silu(h, SILU, FAST)
-        p = tl.load(own + column[None, None, :], mask=mask[None, :, :], other=0.0).to(tl.float32)
-        tl.store(sums + head * S + column[None, :], tl.sum(p * z[None, :, :], 1), mask=inside[None, :])
-        tl.store(sums + (H + head) * S + column[None, :], tl.sum(p, 1), mask=inside[None, :])
-        d_h = tl.sum(p * vectors(gamma_ptr, S, column, inside, H), 0)
+        d_h = tl.zeros((BLOCK_M, REST), tl.float32)
+        for head in tl.static_range(H):
+            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
+            d = tl.load(own, mask=mask, other=0.0).to(tl.float32)
+            d_h += d * vector(gamma_ptr, head, S, column, inside)
+            tl.store(sums + head * S + column, tl.sum(d * z, 0), mask=inside)
+            tl.store(sums + (H + head) * S + column, tl.sum(d, 0), mask=inside)
         d_h *= silu_grad(h, SILU, FAST)
         tl.store(sums + 2 * H * S + column, tl.sum(d_h, 0), mask=inside)
         if SCALED:

@@ -209,10 +209,3 @@ def basis(z_ptr, stride, token, real, column, inside, gain, bias_ptr, SCALED: tl
 def vector(ptr, row, width, column, inside):
     """`ptr[row, column]` as float32 `[1, columns]`."""
     return tl.load(ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def vectors(ptr, width, column, inside, H: tl.constexpr):
-    """`ptr[:, column]` of all heads as float32 `[H, 1, columns]`."""
-    head = tl.arange(0, H)[:, None, None]
-    return tl.load(ptr + head * width + column[None, None, :], mask=inside[None, None, :], other=0.0).to(tl.float32)
