@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import difflib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -22,6 +25,7 @@ from typing import Literal
 import numpy as np
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -35,6 +39,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -45,6 +50,8 @@ from transformers.utils import logging
 
 from . import data
 from .configuration_flash import FlashConfig
+from .streaming import STREAM_STATE, BlockStream, write_state
+from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
 
 
 logger = logging.get_logger(__name__)
@@ -63,12 +70,20 @@ class ModelArguments:
         default=None, metadata={"help": "Folder or Hub name of a model to go on from. Without it, a new one is made."}
     )
     config: str | None = field(
-        default=None, metadata={"help": "JSON or YAML file with fields of FlashConfig for a new model."}
+        default=None,
+        metadata={
+            "help": "YAML or JSON file with any of these options, for instance a recipe of scripts/recipes. What the "
+            "command line says goes over it."
+        },
+    )
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "Fields of FlashConfig for a new model: a mapping in a --config file, JSON as an option."},
     )
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": "Fields of FlashConfig for a new model, over those of --config, for instance: "
+            "help": "Fields of FlashConfig for a new model, over those of --model_config, for instance: "
             "hidden_size=128,num_hidden_layers=4,relative_bias=null"
         },
     )
@@ -106,7 +121,10 @@ class DataArguments:
         metadata={"help": "Read the training text while training. Needs --max_steps and a validation set."},
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Blocks held in memory to shuffle a stream; 0 keeps its order."}
+        default=1000, metadata={"help": "Blocks of a stream that are shuffled at a time; 0 keeps its order."}
+    )
+    stream_patience: float = field(
+        default=600.0, metadata={"help": "Seconds to try again for, when the network is lost in a stream."}
     )
     max_train_documents: int | None = field(default=None, metadata={"help": "Train on the first ones only."})
     max_eval_documents: int | None = field(default=None, metadata={"help": "Validate on the first ones only."})
@@ -126,6 +144,8 @@ class DataArguments:
             raise ValueError("Training text must come from either --train_file or --dataset_name: give exactly one.")
         if self.shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer must be 0 or more, got {self.shuffle_buffer}.")
+        if self.stream_patience < 0:
+            raise ValueError(f"stream_patience must be 0 or more seconds, got {self.stream_patience}.")
 
 
 @dataclass
@@ -155,6 +175,27 @@ class FlashTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Train anew in a folder that holds an earlier run; its checkpoints are deleted."},
     )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens in a step, over all devices; gradients are accumulated over as many batches as that takes."
+        },
+    )
+    per_device_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that a device computes at a time, instead of --per_device_train_batch_size."},
+    )
+    sequence_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Steps in which rows grow from --sequence_warmup_start to --block_size; no token is lost."},
+    )
+    sequence_warmup_start: int = field(
+        default=128, metadata={"help": "Tokens in a row at first; doubled again and again it gives --block_size."}
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "What a device can do at most, for MFU. Known of common GPUs computing in bf16 or fp16."},
+    )
 
     def __post_init__(self):
         if self.hub_token is not None:
@@ -167,39 +208,105 @@ class FlashTrainingArguments(TrainingArguments):
             self.data_seed = self.seed  # the order of the data is then the same whatever drew random numbers before
 
 
+# An option of the command line takes the place of these in the file, too: they say the same in another way.
+ALTERNATIVES = {
+    "train_file": ("dataset_name", "dataset_config_name", "train_split", "validation_split"),
+    "dataset_name": ("train_file", "validation_file", "dataset_config_name", "train_split", "validation_split"),
+    "validation_file": ("validation_split",),
+    "validation_split": ("validation_file",),
+    "per_device_train_batch_size": ("per_device_batch_tokens",),
+    "gradient_accumulation_steps": ("batch_tokens",),
+    "num_train_epochs": ("max_steps",),
+    "model": ("model_config", "config_overrides"),
+}
+
+
 def parse_arguments(
     arguments: list[str] | None = None, description: str | None = None
 ) -> tuple[ModelArguments, DataArguments, FlashTrainingArguments]:
-    """Read the command line; a single argument that ends in .json or .yaml names a file of arguments instead."""
+    """Read the command line, and under it the options of a `--config` file (see [`parse_with_config`])."""
     parser = HfArgumentParser((ModelArguments, DataArguments, FlashTrainingArguments), description=description)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
-        parse = parser.parse_json_file if arguments[0].endswith(".json") else parser.parse_yaml_file
-        return parse(arguments[0])
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    return parse_with_config(parser, arguments)
+
+
+def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = None) -> tuple:
+    """Parse a command line; the options in the file that `--config` names stand before those of the command line.
+
+    The file is YAML or JSON: a mapping of options, without their dashes, to values. `model_config` is a mapping of
+    fields of `FlashConfig`. A first argument that ends in .yaml, .yml or .json is taken for `--config`.
+
+    Raises:
+        ValueError, FileNotFoundError: the file is missing or holds no mapping, or a key is no option.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
+        arguments.insert(0, "--config")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(arguments)[0].config
+    words = []
+    if path is not None:
+        given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+        replaced = given | {other for name in given for other in ALTERNATIVES.get(name, ())}
+        for name, value in read_config(path, parser).items():
+            if name not in replaced and value is not None:
+                words += _as_words(name, value)
+    return parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False)
+
+
+def _as_words(name: str, value: object) -> list[str]:
+    """An option of a file as it would stand on the command line."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, (dict, bool)):
+        value = json.dumps(value)  # true and false, in small letters
+    return [f"--{name}={value}"]
+
+
+def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
+    """The options in a YAML or JSON file, all of them known to `parser`.
+
+    Raises:
+        ValueError, FileNotFoundError: see [`parse_with_config`].
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config must be a YAML or JSON file of options; {path} is no file.")
+    # Not YAML for both: it reads 1e-5 as a string.
+    options = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {path} must hold a mapping of options, got {type(options).__name__}.")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            cure = f"Did you mean {near[0]!r}?" if near else "--help lists the options."
+            if name in FlashConfig.__dataclass_fields__:
+                cure = "It is a field of FlashConfig: put it under model_config."
+            raise ValueError(f"--config {path} has {name!r}, which is no option. {cure}")
+    return options
 
 
 def config_fields(model_args: ModelArguments) -> dict:
-    """The fields of `--config` and, over them, of `--config_overrides`; values are JSON, else strings.
+    """The fields of `--model_config` and, over them, of `--config_overrides`; values are JSON, else strings.
 
     Raises:
-        ValueError, FileNotFoundError: the file is missing or holds no mapping; an override is not `name=value`.
+        ValueError: `--model_config` is no mapping in JSON; an override is not `name=value`.
     """
     fields = {}
-    if model_args.config is not None:
-        path = Path(model_args.config)
-        if not path.is_file():
-            raise FileNotFoundError(f"--config must be a JSON or YAML file of FlashConfig fields; {path} is no file.")
-        # Not YAML for both: it reads 1e-5 as a string.
-        fields = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    if model_args.model_config is not None:
+        try:
+            fields = json.loads(model_args.model_config)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--model_config must be JSON, but: {error}. Or put it into a --config file.") from error
         if not isinstance(fields, dict):
-            raise ValueError(f"--config {path} must hold a mapping of fields, got {type(fields).__name__}.")
+            raise ValueError(f"--model_config must be a mapping of fields, got {type(fields).__name__}.")
     for item in (model_args.config_overrides or "").split(","):
         name, equals, value = item.partition("=")
         if item and not equals:
             raise ValueError(
                 f"--config_overrides must read name=value,name=value, got {item!r}. Put values that hold commas "
-                "into a --config file."
+                "under model_config in a --config file."
             )
         if item:
             try:
@@ -208,10 +315,53 @@ def config_fields(model_args: ModelArguments) -> dict:
                 fields[name.strip()] = value.strip()
     if model_args.model is not None and fields:
         raise ValueError(
-            f"--config and --config_overrides make a new model, but --model {model_args.model} brings its own "
+            f"--model_config and --config_overrides make a new model, but --model {model_args.model} brings its own "
             f"configuration: leave out {', '.join(fields)}, or --model."
         )
     return fields
+
+
+def set_batch(args: FlashTrainingArguments, block_size: int) -> None:
+    """Turn batches given in tokens into rows on a device and batches to accumulate, for the devices there are.
+
+    Raises:
+        ValueError: they cannot be made of whole rows, or whole batches, of that size.
+    """
+    if args.per_device_batch_tokens is not None:
+        rows, rest = divmod(args.per_device_batch_tokens, block_size)
+        if rest or not rows:
+            raise ValueError(
+                f"per_device_batch_tokens must be a multiple of block_size={block_size}, got "
+                f"{args.per_device_batch_tokens}. Take {max(1, rows) * block_size}."
+            )
+        args.per_device_train_batch_size = rows
+    if args.batch_tokens is not None:
+        devices = args.world_size * max(1, args.n_gpu)
+        together = devices * args.per_device_train_batch_size * block_size
+        args.gradient_accumulation_steps, rest = divmod(args.batch_tokens, together)
+        if rest or not args.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_tokens must be a multiple of {together} ({devices} devices x "
+                f"{args.per_device_train_batch_size} rows x {block_size} tokens), got {args.batch_tokens}. Change "
+                "--per_device_batch_tokens."
+            )
+
+
+def warmup_length(step: int, *, steps: int, start: int, block_size: int) -> int:
+    """Tokens in a row at a step of the sequence-length warm-up: `start` doubled, as far as a straight line allows.
+
+    Raises:
+        ValueError: `start` doubled again and again never gives `block_size`.
+    """
+    lengths = [start]
+    while 0 < lengths[-1] < block_size:
+        lengths.append(2 * lengths[-1])
+    if lengths[-1] != block_size:
+        raise ValueError(
+            f"sequence_warmup_start must give block_size={block_size} when doubled again and again, got {start}."
+        )
+    line = start + (block_size - start) * step / steps if step < steps else block_size
+    return max(length for length in lengths if length <= line)
 
 
 # --- checks before any work ------------------------------------------------------------------------------------------
@@ -243,9 +393,20 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
         )
 
 
-def missing_from_checkpoint(folder: Path) -> list[str]:
-    """What a folder lacks to be a checkpoint that training can go on from; cut-off files count as missing."""
-    missing = [] if (folder / "trainer_state.json").is_file() else ["trainer_state.json"]
+def missing_from_checkpoint(folder: Path, *, streaming: bool = False) -> list[str]:
+    """What a folder lacks to be a checkpoint that training can go on from; cut-off files count as missing.
+
+    Args:
+        streaming: whether it has to know its place in a stream, too.
+    """
+    missing = []
+    for name in ("trainer_state.json", *([STREAM_STATE] if streaming else [])):
+        try:
+            json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            missing.append(name)
+        except ValueError as error:
+            missing.append(f"{name} (damaged: {error})")
     weights = list(folder.glob("model*.safetensors"))
     if not weights:
         missing.append("model.safetensors")
@@ -263,8 +424,13 @@ def missing_from_checkpoint(folder: Path) -> list[str]:
     return missing
 
 
-def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
+def find_checkpoint(
+    resume_from_checkpoint: str | None, output_dir: str | Path, *, streaming: bool = False
+) -> Path | None:
     """The checkpoint to go on from: a folder, or `"last"` (also `"true"`) for the last whole one of `output_dir`.
+
+    Args:
+        streaming: whether the training text is a stream.
 
     Raises:
         ValueError: it is no checkpoint, or not a whole one; the message says what it lacks and which ones there are.
@@ -277,7 +443,7 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
     for place in (folder, folder.parent, Path(output_dir)):
         found = [path for path in place.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
         found.sort(key=lambda path: int(path.name[11:]))
-        missing |= {path: missing_from_checkpoint(path) for path in found}
+        missing |= {path: missing_from_checkpoint(path, streaming=streaming) for path in found}
     whole = [path for path, lacks in missing.items() if not lacks]
     if wants_last:
         here = [path for path in missing if path.parent == folder]
@@ -289,7 +455,7 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
     elif not folder.is_dir():
         reason = f"{folder} is not a folder"
     else:
-        lacks = missing_from_checkpoint(folder)
+        lacks = missing_from_checkpoint(folder, streaming=streaming)
         if not lacks:
             return folder
         reason = f"{folder} lacks {', '.join(lacks)}"
@@ -359,7 +525,92 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
 
 
 class FlashTrainer(Trainer):
-    """Trainer with weight decay on matrices only, and an evaluation that keeps the rows in their order."""
+    """Trainer with weight decay on matrices only, speed in its log, exact resuming of streams, rows that grow, a word
+    about checkpoints that could not be saved, and an evaluation that keeps the rows in their order."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        devices = self.args.world_size * max(1, self.args.n_gpu)
+        half = self.args.bf16 or self.args.fp16
+        peak = device_peak(device_name(), half=half, peak_tflops=getattr(self.args, "peak_tflops", None))
+        self.speed = SpeedMeter(None if peak is None else peak * devices)
+        self._resumed_from: str | None = None
+        self._batches_used = 0
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(SpeedBar)
+        if isinstance(self.train_dataset, BlockStream):
+            self.add_callback(StreamEpochCallback)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def go_on_with_stream(self, checkpoint: Path) -> None:
+        """Let the stream begin where it was when `checkpoint` was saved. Train with `ignore_data_skip` then."""
+        self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text()))
+        self._resumed_from = str(checkpoint)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, cut to the length that the sequence warm-up has reached."""
+        steps = getattr(self.args, "sequence_warmup_steps", 0)
+        if self.state.global_step < steps:
+            length = partial(warmup_length, self.state.global_step, steps=steps, start=self.args.sequence_warmup_start)
+            epoch_iterator = (
+                data.cut_rows(batch, length(block_size=batch["input_ids"].shape[-1])) for batch in epoch_iterator
+            )
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches_used += len(batches)
+        if self._resumed_from is not None:
+            # As Trainer does after skipping batches: what fetching draws was drawn before the checkpoint, too.
+            self._load_rng_state(self._resumed_from)
+            self._resumed_from = None
+        for batch in batches:
+            if "input_ids" in batch:
+                tokens, config = batch["input_ids"].numel() * self.args.world_size, self.model.config
+                flops = None
+                if isinstance(config, FlashConfig):
+                    head = self.model.get_output_embeddings() is not None
+                    context = batch["input_ids"].shape[-1]
+                    flops = training_flops(config, context, causal=config.is_decoder, head=head)
+                self.speed.count(tokens, flops)
+        return batches, count
+
+    # --- log, validation, checkpoints --------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `tokens_per_second` and `mfu` (if the peak of the device is known) to a line of the training's log."""
+        if "loss" in logs:
+            logs.update(self.speed.read())
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        begin = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self.speed.pause(time.perf_counter() - begin)
+        return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        begin = time.perf_counter()
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch makes a RuntimeError of a full disk
+            streaming = isinstance(self.train_dataset, BlockStream)
+            if folder.is_dir() and missing_from_checkpoint(folder, streaming=streaming) and self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is of no use, and takes up room
+            raise OSError(
+                f"The checkpoint {folder} could not be saved: {type(error).__name__}: {error}. Those saved before are "
+                "whole. Make room (--save_total_limit keeps only the last ones), then go on with "
+                "--resume_from_checkpoint last."
+            ) from error
+        self.speed.pause(time.perf_counter() - begin)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Here, because it comes before older checkpoints are deleted.
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.train_dataset, BlockStream) and self.args.process_index == 0:
+            used = self._batches_used * self.args.train_batch_size * self.args.world_size
+            write_state(self.train_dataset.state_dict(self.train_dataset.first_row + used), output_dir)
+
+    # --- rules -------------------------------------------------------------------------------------------------------
 
     def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
         """`group_by_length` is for training; transformers shuffles the evaluation too, and a score that looks up the
@@ -377,6 +628,14 @@ class FlashTrainer(Trainer):
         return [
             f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
         ]
+
+
+class StreamEpochCallback(TrainerCallback):
+    """Count the epoch of a stream, its share of `max_steps`, from the first step of the run: Trainer begins anew in a
+    resumed run that skips no batches."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps
 
 
 class MaskEpochCallback(TrainerCallback):
@@ -401,8 +660,10 @@ class LossPlotCallback(TrainerCallback):
 
 def write_log(log_history: list[dict], folder: Path) -> None:
     """Write a training log as JSON, as CSV, and as a plot of training and validation loss against the step."""
-    (folder / "log_history.json").write_text(json.dumps(log_history, indent=1))
-    with open(folder / "log_history.csv", "w", newline="") as file:
+    # Beside the old files, which are replaced when the new ones are whole: the disk may be full.
+    new = {name: folder / f".{name}.tmp" for name in ("log_history.json", "log_history.csv", "loss.png")}
+    new["log_history.json"].write_text(json.dumps(log_history, indent=1))
+    with open(new["log_history.csv"], "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=dict.fromkeys(key for entry in log_history for key in entry))
         writer.writeheader()
         writer.writerows(log_history)
@@ -420,7 +681,9 @@ def write_log(log_history: list[dict], folder: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    figure.savefig(new["loss.png"], dpi=120, format="png")
+    for name, path in new.items():
+        os.replace(path, folder / name)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -507,14 +770,25 @@ def new_config(kind: Kind, fields: dict, tokenizer: PreTrainedTokenizerBase | No
 
 
 def load_or_train_tokenizer(
-    kind: Kind, model_args: ModelArguments, train: Dataset | IterableDataset, resume: Path | None
+    kind: Kind,
+    model_args: ModelArguments,
+    train: Dataset | IterableDataset,
+    resume: Path | None,
+    *,
+    first: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one."""
+    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one.
+
+    Args:
+        first: whether this is the first of the run's processes; it trains the tokenizer for all of them.
+    """
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
         return data.load_tokenizer(str(source), masked=kind == "masked")
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
-    return data.train_tokenizer(train, model_args.tokenizer_vocab_size)
+    tokenizer = [data.train_tokenizer(train, model_args.tokenizer_vocab_size) if first else None]
+    broadcast_object_list(tokenizer)
+    return tokenizer[0]
 
 
 def build_trainer(
@@ -530,24 +804,32 @@ def build_trainer(
     causal = kind == "causal"
     with args.main_process_first(desc="tokenising and packing"):
         tokenize = partial(data.tokenize_documents, tokenizer=tokenizer, num_proc=data_args.num_proc)
-        tokenized = [tokenize(train), tokenize(validation)]
-        pack = partial(
-            data.pack_documents,
-            tokenizer=tokenizer,
-            block_size=data_args.block_size,
-            causal=causal,
-            packing=data_args.packing,
-        )
-        train_blocks, eval_blocks = pack(tokenized[0], endless=True), pack(tokenized[1])
-        size = data.text_size(tokenized[1])
+        options = {
+            "tokenizer": tokenizer,
+            "block_size": data_args.block_size,
+            "causal": causal,
+            "packing": data_args.packing,
+        }
+        if isinstance(train, IterableDataset):
+            train_blocks = BlockStream(
+                train,
+                **options,
+                shuffle_buffer=data_args.shuffle_buffer,
+                seed=args.data_seed,
+                patience=data_args.stream_patience,
+                source=data_args.dataset_name or ", ".join(data_args.train_file),
+            )
+        else:
+            train_blocks = data.pack_documents(tokenize(train), **options)
+        tokenized = tokenize(validation)
+        eval_blocks = data.pack_documents(tokenized, **options)
+        size = data.text_size(tokenized)
         logger.info(f"Validation text: {size}, in {len(eval_blocks)} blocks of {data_args.block_size} tokens.")
         if size["n_unknown"]:
             logger.warning(
                 f"{size['n_unknown']} tokens of the validation text are unknown to the tokenizer; guessing them is "
                 "too easy, so perplexities come out too low."
             )
-        if isinstance(train_blocks, IterableDataset) and data_args.shuffle_buffer:
-            train_blocks = train_blocks.shuffle(seed=args.data_seed, buffer_size=data_args.shuffle_buffer)
         collator, callbacks = data.collate, [LossPlotCallback()]
         if not causal:
             collator = data.MaskingCollator(tokenizer, mlm_probability=data_args.mlm_probability, seed=args.data_seed)
@@ -578,11 +860,20 @@ def run_training(
         `before` and `after` (the metrics of the validation text; `before` is None if `eval_on_start` is off),
         `train_seconds`, `output_dir`, `plot`.
     """
-    resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
+    resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, streaming=data_args.streaming)
+    if args.process_index == 0:  # another process may look when this one has begun to write
+        check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
+    set_batch(args, data_args.block_size)
+    if args.sequence_warmup_steps:
+        warmup_length(0, steps=1, start=args.sequence_warmup_start, block_size=data_args.block_size)
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError(
             f"max_steps must be at least 1 with --streaming, got {args.max_steps}: a stream has no length."
+        )
+    if data_args.streaming and args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers must be 0 with --streaming, got {args.dataloader_num_workers}: a stream is read "
+            "by a thread of its own, which tokenises on all cores."
         )
     fields = config_fields(model_args)
     if model_args.model is None:
@@ -591,7 +882,7 @@ def run_training(
 
     set_seed(args.seed)
     train, validation = load_text(data_args)
-    tokenizer = load_or_train_tokenizer(kind, model_args, train, resume)
+    tokenizer = load_or_train_tokenizer(kind, model_args, train, resume, first=args.process_index == 0)
     model = load_model(kind, model_args, tokenizer, resume)
     trainer = build_trainer(kind, model, tokenizer, train, validation, data_args, args)
 
@@ -601,6 +892,9 @@ def run_training(
             if (old / "trainer_state.json").is_file():
                 logger.warning(f"Deleting {old} of an earlier run.")
                 shutil.rmtree(old)
+    if resume is not None and isinstance(trainer.train_dataset, BlockStream):
+        trainer.go_on_with_stream(resume)
+        args.ignore_data_skip = True
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
@@ -634,6 +928,6 @@ def describe(kind: Kind, result: dict) -> str:
 
 __all__ = [
     "DataArguments", "FlashTrainer", "FlashTrainingArguments", "LossPlotCallback", "ModelArguments", "build_trainer",
-    "check_output_dir", "describe", "find_checkpoint", "make_compute_metrics", "parse_arguments", "run_training",
-    "token_scores", "write_log",
+    "check_output_dir", "describe", "find_checkpoint", "make_compute_metrics", "parse_arguments", "parse_with_config",
+    "run_training", "set_batch", "token_scores", "warmup_length", "write_log",
 ]  # fmt: skip
