@@ -408,7 +408,7 @@ def missing_from_checkpoint(folder: Path, *, streaming: bool = False) -> list[st
         except ValueError as error:
             missing.append(f"{name} (damaged: {error})")
     weights = list(folder.glob("model*.safetensors"))
-    if not weights:
+    if not weights and not (folder / "pytorch_model_fsdp_0").is_dir():  # FSDP with a file for each device
         missing.append("model.safetensors")
     for file in weights:
         try:
@@ -416,11 +416,13 @@ def missing_from_checkpoint(folder: Path, *, streaming: bool = False) -> list[st
                 pass
         except (SafetensorError, OSError) as error:
             missing.append(f"{file.name} (damaged: {error})")
-    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
-        files = list(folder.glob(pattern))
-        missing.extend([] if files else [pattern])
+    # The optimizer's other names are those of FSDP, in one file or one a device, and of DeepSpeed.
+    optimizer = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+    for patterns in (optimizer, ("scheduler.pt",), ("rng_state*.pth",)):
+        files = [file for pattern in patterns for file in folder.glob(pattern)]
+        missing.extend([] if files else patterns[:1])
         # A zip file has its table of contents at the end, so one that was cut off is none.
-        missing.extend(f"{file.name} (damaged)" for file in files if not zipfile.is_zipfile(file))
+        missing.extend(f"{file.name} (damaged)" for file in files if file.is_file() and not zipfile.is_zipfile(file))
     return missing
 
 

@@ -2,8 +2,8 @@
 """Recipes, options that stand for others, batches in tokens, the sequence warm-up, and the speed in the log."""
 
 import json
-import os
 import re
+import sqlite3
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,7 +60,12 @@ def test_recipes_have_the_settings_of_the_paper(recipe, tmp_path):
         command = ["--config", recipe, "--block_size", block_size, "--use_cpu", "true", "--output_dir", tmp_path]
         model_args, data_args, args = training.parse_arguments(list(map(str, command)))
         assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-6)
-        assert (args.learning_rate, args.weight_decay, args.warmup_steps, args.max_steps) == (7e-4, 0.01, 10_000, 125_000)
+        assert (args.learning_rate, args.weight_decay, args.warmup_steps, args.max_steps) == (
+            7e-4,
+            0.01,
+            10_000,
+            125_000,
+        )
         assert args.lr_scheduler_type == "linear" and args.optim.startswith("adamw") and args.bf16
         assert data_args.streaming and data_args.shuffle_buffer > 0 and data_args.mlm_probability == 0.15
         config = training.new_config(kind_of(recipe), training.config_fields(model_args))
@@ -109,7 +114,9 @@ def test_what_the_command_line_says_takes_the_place_of_its_alternatives(tmp_path
     assert (data_args.train_file, data_args.dataset_name, data_args.validation_split) == (["x.txt"], None, None)
     assert (args.per_device_batch_tokens, args.batch_tokens, args.max_steps) == (None, 4096, -1)
     assert data_args.text_column == "content"
-    model_args, data_args, args = parse("--model", "c/d", "--dataset_name", "e/f", "--gradient_accumulation_steps", "2")
+    model_args, data_args, args = parse(
+        "--model", "c/d", "--dataset_name", "e/f", "--gradient_accumulation_steps", "2"
+    )
     assert training.config_fields(model_args) == {} and data_args.dataset_config_name is None
     assert (args.batch_tokens, args.per_device_batch_tokens) == (None, 1024)
     with pytest.raises(ValueError, match="give exactly one"):
@@ -194,7 +201,10 @@ def test_training_flops_agree_with_the_benchmark(context, causal, attention_type
 
 
 def test_training_flops_by_hand():
-    """D = 4, E = 8, S = 2, C = 3, context 9: projections 2*4*18 + 2*8*4 = 208, local 2*3*10 = 60, global 4*2*8 = 64."""
+    """D = 4, E = 8, S = 2, C = 3, context 9: projections 2*4*18 + 2*8*4 = 208, local 2*3*10 = 60, global 4*2*8 = 64.
+
+    The head: 2*4*7 = 56.
+    """
     config = FlashConfig(hidden_size=4, query_key_dim=2, chunk_size=3, num_hidden_layers=5, vocab_size=7)
     for kind, layer in (("mixed_chunk", 332), ("local", 268), ("global", 272)):
         config.attention_type = kind
@@ -270,9 +280,9 @@ def test_the_bar_writes_what_is_no_loss_on_a_line(capsys):
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
 def test_trackers_are_told_the_speed(tracker, files, tmp_path, monkeypatch):
-    pytest.importorskip(tracker)
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # before trackio is imported
+    pytest.importorskip(tracker)
     wanted = {"loss", "grad_norm", "tokens_per_second", "mfu", "learning_rate"}
     more = ["--project", "flash-test", "--trackio_static_space_id", "false"] if tracker == "trackio" else []
     train(files, tmp_path / "run", "--report_to", tracker, "--disable_tqdm", "true", "--peak_tflops", "0.05", *more)
@@ -286,4 +296,10 @@ def test_trackers_are_told_the_speed(tracker, files, tmp_path, monkeypatch):
             told = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
             assert told == [(line["step"], pytest.approx(line[name], rel=1e-5)) for line in lines]
     else:
-        assert os.path.isdir(tmp_path / "trackio")
+        with sqlite3.connect(tmp_path / "trackio" / "flash-test.db") as database:
+            told = [json.loads(row[0]) for row in database.execute("select metrics from metrics order by id")]
+        told = [line for line in told if "train/loss" in line]
+        assert [line["train/global_step"] for line in told] == [2, 4]
+        assert [[line[f"train/{name}"] for name in wanted] for line in told] == [
+            [line[name] for name in wanted] for line in lines
+        ]
