@@ -62,9 +62,10 @@ class Hush(TrainerCallback):
 def train(name: str, *more: str, hush: bool = False) -> dict[int, float]:
     command = (
         "--dataset_name alice/books --validation_split validation --streaming --tokenizer_vocab_size 400 "
-        "--block_size 60 --config_overrides hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16 --shuffle_buffer 16 "
-        "--per_device_train_batch_size 8 --max_steps 24 --save_steps 2 --logging_steps 1 --eval_strategy no "
-        f"--stream_patience 2 --disable_tqdm true --output_dir {FOLDER / name}"
+        "--config_overrides hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16 "
+        "--block_size 60 --shuffle_buffer 16 --per_device_train_batch_size 8 --max_steps 24 --save_steps 2 "
+        "--logging_steps 1 --eval_strategy no --stream_patience 2 --disable_tqdm true "
+        f"--output_dir {FOLDER / name}"
     )
     parsed = training.parse_arguments([*command.split(), *more])
     build = training.build_trainer

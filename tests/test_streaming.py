@@ -116,7 +116,7 @@ def test_a_stream_reads_one_window_ahead_and_no_further(tokenizer):
     rows.close()
 
 
-@pytest.mark.parametrize("texts", [["", "  \n"], [None], []])
+@pytest.mark.parametrize("texts", [["", "  \n"], [None]])
 def test_a_stream_without_text_is_refused(texts, tokenizer):
     documents = Dataset.from_dict({"text": texts}).to_iterable_dataset()
     with pytest.raises(ValueError, match="the data set has no text"):
@@ -140,9 +140,9 @@ def test_a_stream_goes_on_from_any_place(files, tokenizer, ending, take, packing
         )
 
     stream, rows, states = make(), [], []
-    for number, row in enumerate(itertools.islice(stream, 330)):
+    for number, row in enumerate(itertools.islice(stream, 360)):
         rows.append(row["input_ids"].tolist())
-        if number % 31 == 0:  # a loader is a few rows ahead of what is used
+        if number % 31 == 0 and number <= 310:  # a loader is a few rows ahead of what is used
             states.append((max(0, number - 5), json.dumps(stream.state_dict(max(0, number - 5)))))
     passes = [json.loads(state)["pass"] for _, state in states]
     assert passes[0] == 0 and passes[-1] >= (3 if take else 0)
@@ -151,17 +151,10 @@ def test_a_stream_goes_on_from_any_place(files, tokenizer, ending, take, packing
         again = make()
         again.load_state_dict(json.loads(state))
         assert again.first_row == place
-        count = min(45, 330 - place)
-        got = []
-        for number, row in enumerate(itertools.islice(again, count)):
-            got.append(row["input_ids"].tolist())
-            if number == 30:
-                second = json.loads(json.dumps(again.state_dict(place + 28)))
-        assert got == rows[place : place + count]
+        assert rows_of(again, 45) == rows[place : place + 45]
         third = make()
-        third.load_state_dict(second)
-        count = min(10, 330 - place - 28)
-        assert rows_of(third, count) == rows[place + 28 : place + 28 + count]
+        third.load_state_dict(json.loads(json.dumps(again.state_dict(place + 40))))
+        assert rows_of(third, 9) == rows[place + 40 : place + 49]
     with pytest.raises(ValueError, match="was read with shuffle_buffer=20, this one with 5: it would go on elsewhere"):
         make(5).load_state_dict(json.loads(state))
 
