@@ -193,11 +193,13 @@ def test_compiles_to_one_graph(causal):
         assert_close(got[1]["_orig_mod." + name if name != "input" else name], value, 1e-4, name)
 
 
-def test_operators_pass_opcheck():
+@pytest.mark.parametrize("causal", [True, False])
+def test_operators_pass_opcheck(causal):
     torch.manual_seed(0)
     D, E, S, C, N = 32, 64, 16, 16, 35
-    layout = FlashModel(config_of()).lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1]
-    plan = kernels.chunk_plan(layout, 2, causal=True, width=E, normalization="mean", chunk_size=C)
+    model = FlashModel(config_of(is_decoder=causal))
+    layout = model.lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1]
+    plan = kernels.chunk_plan(layout, 2, causal=causal, width=E, normalization="mean", chunk_size=C)
 
     def new(*shape):
         return torch.randn(shape, device=DEVICE).requires_grad_()
@@ -207,7 +209,7 @@ def test_operators_pass_opcheck():
     heads = new(4, S), new(4, S), new(2 * C - 1)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
     tables = angle.cos(), angle.sin(), None, plan.index, None
-    sizes = N, plan.chunks, C, True, True, True
+    sizes = N, plan.chunks, C, causal, True, True
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
         ops.gated_attention_op, (u, v, z, *heads, *tables, *sizes, True, False, S, 1 / C, False, False),

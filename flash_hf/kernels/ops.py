@@ -223,7 +223,7 @@ def has_carry(shape: Shape, index: list[Tensor], initial: bool) -> bool:
 def state_buffers(shape: Shape, index: list[Tensor], new, total: bool) -> tuple[Tensor, Tensor]:
     """`(prefix, total)`: what a sum was before each chunk (causal), and that over each piece in float32, if asked."""
     size = (shape.tiles.SP, shape.E)
-    prefix = new((shape.GT, *size)) if shape.causal else new((0, *size))
+    prefix = new((shape.GT, *size)) if shape.causal else new((0,))
     return prefix, new((index[2].shape[0] if total else 0, *size), dtype=torch.float32)
 
 
