@@ -534,6 +534,8 @@ def build_trainer(
             collator = data.MaskingCollator(tokenizer, mlm_probability=data_args.mlm_probability, seed=args.data_seed)
             callbacks.append(MaskEpochCallback(collator))
             eval_blocks = collator.mask_once(eval_blocks)
+    # A training step needs the loss alone; logits would be its largest tensors.
+    model.skip_logits = True
     return FlashTrainer(
         model=model,
         args=args,

@@ -291,6 +291,7 @@ def test_metrics_equal_a_direct_computation(files, tmp_path, kind, packing):
             if label != data.IGNORE:
                 guess = probabilities[place - 1 if kind == "causal" else place]
                 nats, right, count = nats - guess[label].item(), right + int(guess.argmax() == label), count + 1
+    assert trainer.model.skip_logits  # in training; the metrics above had their logits
     assert got["eval_tokens"] == count
     assert got["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
     assert got["eval_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
