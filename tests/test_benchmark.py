@@ -422,3 +422,18 @@ def test_a_process_that_takes_too_long_leaves_a_row(tmp_path):
     assert (row["model"], row["measurement"], row["ms"]) == ("flash", "train", "")
     assert row["note"].startswith("stopped after")
     assert "- flash, train: stopped after" in benchmark_report.tables(benchmark_report.read([path]))
+
+
+CONTEXTS = (512, 2048, 8192, 32_768, 65_536, 131_072)
+
+
+def test_the_readme_shows_what_the_kept_results_give():
+    kept = "scripts/results/benchmark/h100.csv"
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text()
+    results = benchmark_report.read([root / kept])
+    assert benchmark_report.target_table(results) in readme and kept in readme
+    for model, title in (("flash", "FLASH"), ("transformer++", "Transformer++")):
+        times = [benchmark_report.pick(results, model, "train", context).ms for context in CONTEXTS]
+        row = " | ".join(f"{time:.1f}" if time < 100 else f"{time:,.0f}" for time in times)
+        assert f"| {title} | {row} |" in readme.replace("**", "")
