@@ -44,6 +44,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import data
+from .budget import MAX_STEPS, TimeBudget
 from .configuration_flash import FlashConfig
 
 
@@ -155,6 +156,13 @@ class FlashTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Train anew in a folder that holds an earlier run; its checkpoints are deleted."},
     )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "End the training so many minutes after the start of the program (its imports not counted); the "
+            "learning rate then rises and falls by the clock instead of by the step."
+        },
+    )
 
     def __post_init__(self):
         if self.hub_token is not None:
@@ -162,7 +170,16 @@ class FlashTrainingArguments(TrainingArguments):
                 "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. "
                 "Log in with `hf auth login`, or set the environment variable HF_TOKEN."
             )
+        self.started = time.monotonic()
+        if self.max_minutes is not None and self.max_steps <= 0:
+            self.max_steps = MAX_STEPS
         super().__post_init__()
+        if self.max_minutes is not None and (self.world_size > 1 or self.lr_scheduler_type != "linear"):
+            raise ValueError(
+                "max_minutes must be left out with several processes, whose clocks differ, and with another "
+                f"lr_scheduler_type than linear, got {self.world_size} processes and {self.lr_scheduler_type}. Give "
+                "max_steps."
+            )
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data is then the same whatever drew random numbers before
 
@@ -359,7 +376,14 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
 
 
 class FlashTrainer(Trainer):
-    """Trainer with weight decay on matrices only, and an evaluation that keeps the rows in their order."""
+    """Trainer with weight decay on matrices only, an evaluation that keeps the rows in their order, and a clock."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.budget = None
+        if (minutes := getattr(self.args, "max_minutes", None)) is not None:
+            self.budget = TimeBudget(minutes, self.args.warmup_steps, self.args.started)
+            self.add_callback(self.budget)
 
     def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
         """`group_by_length` is for training; transformers shuffles the evaluation too, and a score that looks up the
@@ -367,6 +391,12 @@ class FlashTrainer(Trainer):
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
         return SequentialSampler(eval_dataset)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The one of the arguments, or the clock's."""
+        if self.budget is not None and self.lr_scheduler is None:
+            self.lr_scheduler = self.budget.scheduler(self.optimizer if optimizer is None else optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weights of linear layers and embeddings.
