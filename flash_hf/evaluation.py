@@ -13,9 +13,11 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
+import yaml
 from datasets import Dataset
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -219,6 +221,57 @@ def pseudo_perplexity(
     }
 
 
+# --- lm-evaluation-harness ---------------------------------------------------------------------------------------------
+
+
+def run_lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-evaluation-harness whose data lie beside them, through its Python interface.
+
+    Args:
+        folder: tasks (`.yaml`) whose `data_files` name files of the same folder.
+        limit: the first questions of each task only.
+
+    Returns:
+        The metrics of each task, by their names in the harness, each with its standard error.
+
+    Raises:
+        ImportError: the harness is not installed.
+        ValueError: no task in the folder.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError('lm-eval-harness is missing: pip install "flash-hf[eval]".') from error
+    tasks = []
+    for path in sorted(Path(folder).glob("*.yaml")):
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+        files = task["dataset_kwargs"]["data_files"]
+        # The harness would look for them in the folder it runs in.
+        task["dataset_kwargs"]["data_files"] = {split: str(path.parent / name) for split, name in files.items()}
+        tasks.append(task)
+    if not tasks:
+        raise ValueError(f"folder must hold tasks in .yaml files, but {folder} holds none.")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
+    found = lm_eval.simple_evaluate(
+        model=wrapped, tasks=tasks, limit=limit, bootstrap_iters=1000, random_seed=0, numpy_random_seed=0,
+        torch_random_seed=0,
+    )  # fmt: skip
+    scores = {}
+    for task, metrics in found["results"].items():
+        names = {name: name.removesuffix(",none").replace("_stderr", ", standard error") for name in metrics}
+        numbers = {names[name]: value for name, value in metrics.items() if name != "alias"}
+        scores[task] = {name: value for name, value in numbers.items() if isinstance(value, float)}
+    return scores
+
+
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 
@@ -306,5 +359,5 @@ def tokens_per_second(
 
 __all__ = [
     "DocumentScores", "Progress", "cache_bytes", "masked_scores", "memory_bytes", "position_edges",
-    "pseudo_perplexity", "read_long", "score_document", "score_documents", "tokens_per_second",
+    "pseudo_perplexity", "read_long", "run_lm_eval", "score_document", "score_documents", "tokens_per_second",
 ]  # fmt: skip

@@ -28,6 +28,7 @@ from flash_hf.benchmark_runs import commit, processor
 
 
 MEASURES = ("perplexity", "masked", "pseudo", "speed", "lm_eval")
+LM_EVAL_TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
 TASKS = {AutoModelForCausalLM: "text-generation", AutoModelForMaskedLM: "fill-mask"}
 
 
@@ -115,9 +116,7 @@ def main() -> None:
                 speed = evaluation.tokens_per_second(model, batch_size=1, length=512, new_tokens=64)
                 note("random-tokens", "none", {"decoded tokens/s, batch 1": speed})
         else:
-            from flash_hf.lm_eval_tasks import run_lm_eval
-
-            for task, scores in run_lm_eval(model, tokenizer, limit=args.limit).items():
+            for task, scores in evaluation.run_lm_eval(model, tokenizer, LM_EVAL_TASKS, limit=args.limit).items():
                 note(task, "test", scores)
 
     if args.output is not None:
