@@ -64,8 +64,12 @@ class TimeBudget(TrainerCallback, ExportableState):
         # Not by restore_callback_states_from_checkpoint: it makes a new object, and the scheduler asks this one.
         kept = state.stateful_callbacks.get(type(self).__name__)
         self.before = kept["attributes"]["before"] if kept and state.global_step else 0.0
-        self.begin = time.monotonic()
-        self.end = (self.begin if self.started is None else self.started) + 60 * self.minutes
+        self.begin = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.begin is None:  # not before the validation at the start, which would use up the warm-up
+            self.begin = time.monotonic()
+            self.end = (self.begin if self.started is None else self.started) + 60 * self.minutes
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() >= self.end:
