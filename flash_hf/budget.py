@@ -16,8 +16,8 @@ MAX_STEPS = 100_000_000  # more than any time allows: the clock ends the run
 class TimeBudget(TrainerCallback, ExportableState):
     """End the training when its minutes are over, with a learning rate that rises and falls by the clock.
 
-    So the rate comes down to 0 at the end whatever the speed turns out to be, and when it changes on the way (a machine
-    that is shared). Two runs with one seed see the same data, but not the same rate at each step: for curves that can
+    So the rate comes down to 0 at the end whatever the speed turns out to be, also if it changes on the way (a shared
+    machine). Two runs with one seed see the same data, but not the same rate at each step: for curves that can
     be compared, give `max_steps`.
 
     Args:

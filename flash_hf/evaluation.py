@@ -188,7 +188,7 @@ def pseudo_perplexity(
         max_tokens: longer texts are cut there.
 
     Returns:
-        `pseudo_perplexity` (by token), `word_pseudo_perplexity`, `accuracy`, `tokens`.
+        `pseudo_perplexity` (by token), `word_pseudo_perplexity`, `pseudo_accuracy`, `pseudo_tokens`.
 
     Raises:
         ValueError: no text.
@@ -216,12 +216,12 @@ def pseudo_perplexity(
     return {
         "pseudo_perplexity": math.exp(nats / tokens),
         "word_pseudo_perplexity": math.exp(nats / words),
-        "accuracy": right / tokens,
-        "tokens": tokens,
+        "pseudo_accuracy": right / tokens,
+        "pseudo_tokens": tokens,
     }
 
 
-# --- lm-evaluation-harness ---------------------------------------------------------------------------------------------
+# --- lm-evaluation-harness -------------------------------------------------------------------------------------------
 
 
 def run_lm_eval(

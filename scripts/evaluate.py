@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--files", nargs="+", help="held-out texts, as the training scripts take them")
-    parser.add_argument("--dataset", default=None, help="what the results call these; the first file's name if left out")
+    parser.add_argument("--dataset", default=None, help="what the results call these; else the first file's name")
     parser.add_argument("--measure", nargs="+", choices=MEASURES, required=True)
     parser.add_argument("--max_documents", type=int, default=None, help="of the files, the first ones only")
     parser.add_argument("--context", type=int, default=None, help="perplexity: tokens to remember; all if left out")

@@ -93,7 +93,7 @@ def test_a_run_ends_in_time_and_saves(tmp_path, monkeypatch):
 
 
 def test_what_makes_no_sense_is_refused(tmp_path):
-    for minutes, warmup, words in ((0, 0.1, "max_minutes must be greater than 0, got 0"), (1, -1, "warmup_steps must")):
+    for minutes, warmup, words in ((0, 0.1, "max_minutes must be greater than 0"), (1, -1, "warmup_steps must")):
         with pytest.raises(ValueError, match=words):
             TimeBudget(minutes, warmup)
     with pytest.raises(ValueError, match="max_minutes must be left out.*COSINE.*Give max_steps"):

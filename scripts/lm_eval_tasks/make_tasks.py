@@ -49,7 +49,7 @@ def cloze(parts: list[str]) -> list[dict]:
 
 
 def following(parts: list[str], draw: random.Random) -> list[dict]:
-    """Passages with four sentences, of which one follows and the others, about as long, stand elsewhere in the book."""
+    """Passages and four sentences each: one that follows, others, about as long, from elsewhere in the book."""
     rows = []
     for before, number in contexts(parts):
         true, length = parts[number], len(parts[number].split())
