@@ -113,6 +113,14 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
+def published(cards: Path) -> list[tuple[Path, Path, Path]]:
+    """Folder, facts and results of each model in model_cards/; `facts/NAME.json` belongs to the folder NAME."""
+    return [
+        (cards / facts.stem, facts, cards / facts.stem / "results.json")
+        for facts in sorted((cards / "facts").glob("*.json"))
+    ]
+
+
 def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], template: str | os.PathLike) -> ModelCard:
     """The card of a saved model.
 
@@ -185,4 +193,4 @@ def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], templ
     return ModelCard(text)
 
 
-__all__ = ["check_facts", "check_results", "make_card"]
+__all__ = ["check_facts", "check_results", "make_card", "published"]

@@ -315,7 +315,8 @@ def read_long(
         while done < mark:
             # Up to the next multiple, so that a mark inside leaves the later segments whole.
             end = min(mark, (done // segment + 1) * segment)
-            with torch.inference_mode():
+            # Not inference_mode: decoding writes into the state, and may do so outside of it.
+            with torch.no_grad():
                 model(ids_N[None, done:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
             done = end
         yield Progress(done, time.perf_counter() - begin, memory_bytes(), cache_bytes(cache))
