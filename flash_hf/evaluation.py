@@ -199,7 +199,7 @@ def pseudo_perplexity(
         ids = [data.document_start(tokenizer), *ids, data.document_end(tokenizer)]
         whole_N = torch.tensor(ids, device=model.device)
         places = torch.arange(1, len(ids) - 1, device=model.device)
-        for place_B in places.split(batch_size):
+        for place_B in places.split(batch_size) if len(places) else ():
             rows = torch.arange(len(place_B), device=model.device)
             batch_BN = whole_N.repeat(len(place_B), 1)
             batch_BN[rows, place_B] = tokenizer.mask_token_id

@@ -88,6 +88,7 @@ def main() -> None:
             print(f"{dataset:<28}{split:<14}{metric:<34}{found[-1]['value']}", flush=True)
 
     documents = data.load_documents(args.files, max_documents=args.max_documents) if args.files else None
+    split = "validation" if args.max_documents is None else f"validation, first {args.max_documents} documents"
     name = args.dataset or (Path(args.files[0]).name.split(".")[0] if args.files else "none")
     for measure in args.measure:
         if measure == "perplexity":
@@ -95,18 +96,19 @@ def main() -> None:
                 model, tokenizer, documents, context=args.context, segment=args.segment
             )
             suffix = "" if args.context is None else f", context {args.context}"
-            note(name, "validation", {metric + suffix: value for metric, value in scores.metrics().items()})
+            note(name, split, {metric + suffix: value for metric, value in scores.metrics().items()})
             places = {f"loss, tokens {row['above'] + 1} to {row['up_to']}": row["loss"] for row in scores.by_position}
-            note(name, "validation", {metric + suffix: value for metric, value in places.items()})
+            note(name, split, {metric + suffix: value for metric, value in places.items()})
         elif measure == "masked":
             scores = evaluation.masked_scores(
                 model, tokenizer, documents, block_size=args.block_size, mlm_probability=args.mlm_probability,
                 batch_size=args.batch_size,
             )  # fmt: skip
-            note(name, "validation", scores)
+            note(name, split, scores)
         elif measure == "pseudo":
             texts = (row["text"] for row in documents.take(min(args.passages, len(documents))))
-            note(name, "validation", evaluation.pseudo_perplexity(model, tokenizer, texts, batch_size=args.batch_size))
+            scores = evaluation.pseudo_perplexity(model, tokenizer, texts, batch_size=args.batch_size)
+            note(name, f"validation, first {args.passages} documents", scores)
         elif measure == "speed":
             note("random-tokens", "none", {
                 f"forward tokens/s, length {length}": evaluation.tokens_per_second(model, batch_size=1, length=length)

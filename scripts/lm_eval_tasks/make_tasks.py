@@ -17,7 +17,7 @@ from flash_hf.data import load_documents
 
 
 CONTEXT_WORDS = 60  # at least
-SENTENCE = re.compile(r"(?<=[.!?])[\"']?\s+(?=[\"'A-Z])")
+SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"']))\s+(?=[\"'A-Z])")
 
 
 def sentences(text: str) -> list[str]:
