@@ -1,7 +1,8 @@
 """python scripts/make_card.py --folder runs/demo/causal --facts tests/data/card_facts.json --results tests/data/card_results.json
 
 Write README.md, the model card, into a saved model's folder. Facts and results are described in flash_hf/cards.py.
---published does so for every model of model_cards/, and brings the code in their folders up to date.
+--published does so for every model of model_cards/, brings the code in their folders up to date, and prints the table
+of the README.
 """  # noqa: E501
 
 import argparse
@@ -12,8 +13,28 @@ from flash_hf.cards import make_card, published
 from flash_hf.hub import add_code
 
 
+# What the README shows of the results: model, metric, data set, and how to say it.
+SHOWN = (
+    ("flash-7m-causal", "bits_per_byte, context 4096", "books_valid", "bits a byte of held-out books"),
+    ("flash-7m-causal", "perplexity, context 4096", "books_valid", "perplexity by token"),
+    ("flash-7m-causal", "word_perplexity, context 4096", "books_valid", "perplexity by word"),
+    ("flash-7m-causal", "acc_norm", "book_next", "which of four sentences comes next, accuracy (chance: 0.25)"),
+    ("flash-7m-masked", "masked_accuracy", "passages_valid", "accuracy on masked tokens, 15 % of held-out passages"),
+    ("flash-7m-masked", "perplexity of masked tokens", "passages_valid", "perplexity of these"),
+    ("flash-7m-masked", "pseudo_perplexity", "sentences_valid", "pseudo-perplexity of held-out short passages"),
+)
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
 TEMPLATE = CARDS / "TEMPLATE.md"
+
+
+def table() -> str:
+    """The README's table of the published models."""
+    lines = ["| checkpoint | measured | value |", "| --- | --- | --- |"]
+    for name, metric, dataset, words in SHOWN:
+        results = json.loads((CARDS / name / "results.json").read_text(encoding="utf-8"))
+        value = next(row["value"] for row in results if (row["metric"], row["dataset"]) == (metric, dataset))
+        lines.append(f"| [{name}](model_cards/{name}/README.md) | {words} | {value:.4g} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -34,6 +55,8 @@ def main() -> None:
         facts, results = (json.loads(path.read_text(encoding="utf-8")) for path in (facts, results))
         make_card(folder, facts, results, args.template).save(folder / "README.md")
         print(folder / "README.md")
+    if args.published:
+        print(table())
 
 
 if __name__ == "__main__":

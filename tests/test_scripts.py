@@ -134,6 +134,22 @@ def test_generate_refuses_bad_options(capsys, model, monkeypatch):
         generate(capsys, model, "--prompt_file", str(model / "none.txt"))
 
 
+def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
+    """The checkpoint of this repository on the whole of Oz's first 3,000 tokens, and on a longer reading of it."""
+    command = first_line("continue_book.py")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*command, "--tokens", "3000", "--segment", "512", "--max_new_tokens", "30"])
+    runpy.run_path(str(ROOT / "scripts" / "continue_book.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    rows = re.findall(r"^ +([\d,]+) +[\d.]+ +\d+ +([\d.]+) MiB +(\d+) MiB$", out, re.M)
+    assert [row[0] for row in rows] == ["1,000", "2,999"]
+    # 12 layers of [256, 128 + 128 + 512] and [128, 512] numbers of four bytes.
+    assert {row[1] for row in rows} == {"12.00"} and "state 12.00 MiB" in out
+    assert 0 < int(rows[1][2]) < int(rows[0][2]) + 200
+    story = out.split("\n...")[1].split("tokens written")[0]
+    assert "Aunt Em" in story and len(story.split()) > 50
+
+
 @pytest.mark.slow
 def test_demo_in_small(tmp_path):
     command = ["scripts/demo.py", "--output_dir", str(tmp_path / "demo"), "--config_overrides", TINY]
@@ -150,8 +166,11 @@ def test_demo_in_small(tmp_path):
     assert str(tmp_path / "demo" / "text.txt") in done.stdout
     assert text.startswith("Dorothy looked") and len(text.split()) > 20
     assert text.splitlines()[0] in done.stdout  # what was streamed is what was saved
-    answers = re.findall(r"^ +([\d.]+)% '", done.stdout, re.M)
-    assert len(answers) == 5 and sorted(map(float, answers), reverse=True) == list(map(float, answers))
+    answers = [float(answer) for answer in re.findall(r"^ +([\d.]+)% '", done.stdout, re.M)]
+    assert len(answers) == 10  # of the checkpoint and of the new model
+    for five in (answers[:5], answers[5:]):
+        assert sorted(five, reverse=True) == five
+    assert re.search(r"continues a text ===\n.*It was a cold evening in November, and the old house \w", done.stdout)
 
 
 @pytest.mark.slow
