@@ -6,6 +6,7 @@ perplexity  causal: of whole documents (or --context tokens of them), by token, 
 masked      masked: loss and accuracy on tokens masked at random, as in the training
 pseudo      masked: pseudo-perplexity of passages, every token masked by itself
 speed       tokens a second, forward and, for a causal model, one after the other
+recall      causal: associative recall and a needle in random tokens (flash_hf/recall.py), --lengths tokens long
 lm_eval     causal: the tasks of scripts/lm_eval_tasks by lm-eval-harness (pip install "flash-hf[eval]"), no network
 
 --output is a list of results in a file; several runs may write into one, a result measured again takes the old one's
@@ -27,7 +28,7 @@ from flash_hf import data, evaluation
 from flash_hf.benchmark_runs import commit, processor
 
 
-MEASURES = ("perplexity", "masked", "pseudo", "speed", "lm_eval")
+MEASURES = ("perplexity", "masked", "pseudo", "speed", "recall", "lm_eval")
 LM_EVAL_TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
 TASKS = {AutoModelForCausalLM: "text-generation", AutoModelForMaskedLM: "fill-mask"}
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--mlm_probability", type=float, default=0.15, help="masked: share of the tokens masked")
     parser.add_argument("--passages", type=int, default=100, help="pseudo: the first documents, so many")
     parser.add_argument("--batch_size", type=int, default=8, help="of masked and pseudo")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 8192], help="speed: tokens of a forward pass")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 8192], help="speed, recall: tokens of a row")
     parser.add_argument("--limit", type=int, default=None, help="lm_eval: the first questions of each task only")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16, or auto: as saved")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one")
@@ -69,7 +70,8 @@ def main() -> None:
     config = AutoConfig.from_pretrained(args.model)
     masked = "MaskedLM" in (config.architectures or [""])[0]
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    wrong = {"masked", "pseudo"} & set(args.measure) if not masked else {"perplexity", "lm_eval"} & set(args.measure)
+    causal_only = {"perplexity", "recall", "lm_eval"} & set(args.measure)
+    wrong = {"masked", "pseudo"} & set(args.measure) if not masked else causal_only
     if wrong:
         parser.error(f"{', '.join(sorted(wrong))} cannot be measured with {(config.architectures or ['no head'])[0]}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -85,7 +87,7 @@ def main() -> None:
                 "value": value if isinstance(value, int) else float(f"{value:.5g}"), "command": command,
                 "machine": machine_name(model.device), "commit": commit(),
             })  # fmt: skip
-            print(f"{dataset:<28}{split:<14}{metric:<34}{found[-1]['value']}", flush=True)
+            print(f"{dataset:<24} {split:<14} {metric:<34} {found[-1]['value']}", flush=True)
 
     documents = data.load_documents(args.files, max_documents=args.max_documents) if args.files else None
     split = "validation" if args.max_documents is None else f"validation, first {args.max_documents} documents"
@@ -117,6 +119,16 @@ def main() -> None:
             if not masked:
                 speed = evaluation.tokens_per_second(model, batch_size=1, length=512, new_tokens=64)
                 note("random-tokens", "none", {"decoded tokens/s, batch 1": speed})
+        elif measure == "recall":
+            from flash_hf.recall import mqar, needle
+
+            for length in args.lengths:
+                draw, size = torch.Generator().manual_seed(0), model.config.vocab_size
+                for task, rows in (
+                    ("mqar, 8 pairs", mqar(32, length, 8, size, draw)), ("needle", needle(32, length, size, draw))
+                ):  # fmt: skip
+                    accuracy = evaluation.answer_accuracy(model, *rows, batch_size=args.batch_size)
+                    note("random-tokens", "none", {f"{task}, accuracy, length {length}": accuracy})
         else:
             for task, scores in evaluation.run_lm_eval(model, tokenizer, LM_EVAL_TASKS, limit=args.limit).items():
                 note(task, "test", scores)

@@ -170,7 +170,7 @@ def test_a_picture_must_be_there(folder):
     assert "picture" not in card.data.to_dict() and "example" not in card.data.to_dict()
 
 
-# --- the checkpoints of this repository: each folder is what a Hub repository holds -----------------------------------
+# --- the checkpoints of this repository: each folder is what a Hub repository holds ----------------------------------
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

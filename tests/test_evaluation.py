@@ -116,6 +116,18 @@ def test_no_text_is_refused(causal, masked, tokenizer):
         evaluation.pseudo_perplexity(masked, tokenizer, [""])
 
 
+def test_answers_are_counted_where_they_are_asked(causal):
+    inputs = random_ids(causal.config, 5, 30)
+    labels = torch.full_like(inputs, -100)
+    with pytest.raises(ValueError, match="labels_BN must ask for something"):
+        evaluation.answer_accuracy(causal, inputs, labels)
+    with torch.no_grad():
+        likeliest = causal(inputs).logits.argmax(-1)
+    labels[:, 7] = likeliest[:, 7]
+    labels[:2, 20] = (likeliest[:2, 20] + 1) % 300
+    assert evaluation.answer_accuracy(causal, inputs, labels, batch_size=2) == 5 / 7
+
+
 # --- masked ----------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +296,14 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
 
     evaluate(monkeypatch, folders["masked"], *files, "--measure", "masked", "pseudo", "--block_size", "64")
     assert "masked_accuracy" in capsys.readouterr().out
+
+
+def test_the_script_asks_for_recall(folders, monkeypatch, capsys):
+    pytest.importorskip("flash_hf.recall")
+    evaluate(monkeypatch, folders["causal"], "--measure", "recall", "--lengths", "64")
+    out = capsys.readouterr().out
+    for task in ("mqar, 8 pairs", "needle"):
+        assert 0 <= float(re.search(rf"{task}, accuracy, length 64 +([\d.]+)$", out, re.M)[1]) < 0.5
 
 
 def test_the_script_refuses_what_cannot_be_measured(folders, monkeypatch, capsys):
