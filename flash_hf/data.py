@@ -11,7 +11,6 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
-import itertools
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,8 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -287,37 +288,50 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def tokenize_documents(
-    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
-) -> Dataset | IterableDataset:
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
+) -> Dataset:
     """Turn the column `text` into `input_ids` (no special tokens), `n_bytes`, `n_words` and `n_unknown`.
 
     Blank rows are left out. Bytes are those of the text in UTF-8; words are what whitespace separates.
     """
-    options = {"num_proc": num_proc, "desc": "Tokenize", "writer_batch_size": 32}
     return documents.map(
         partial(_tokenize, tokenizer=tokenizer),
         batched=True,
         batch_size=32,  # documents may be whole books
         remove_columns=["text"],
         features=TOKENIZED,
-        **(options if isinstance(documents, Dataset) else {}),
+        num_proc=num_proc,
+        desc="Tokenize",
+        writer_batch_size=32,
     )
 
 
 def _tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
-    texts = [text for text in batch["text"] if text and text.strip()]
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f"The text column must hold strings, got {type(wrong).__name__}: {str(wrong)[:80]!r}.")
-    texts = [text.removeprefix("\ufeff") for text in texts]  # a byte-order mark is not text
-    # verbose=False: documents longer than the tokenizer's model_max_length are cut into blocks later.
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    texts, ids = tokenize_texts(batch["text"], tokenizer)
     return {
         "input_ids": ids,
         "n_bytes": [len(text.encode()) for text in texts],
         "n_words": [len(text.split()) for text in texts],
         "n_unknown": [row.count(tokenizer.unk_token_id) for row in ids],
     }
+
+
+def tokenize_texts(
+    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], list[list[int]]]:
+    """The texts that are not blank, and their tokens, without special ones.
+
+    Raises:
+        ValueError: a text is no string.
+    """
+    texts = [text for text in texts if text and (not isinstance(text, str) or text.strip())]
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"The text column must hold strings, got {type(wrong).__name__}: {str(wrong)[:80]!r}.")
+    texts = [text.removeprefix("\ufeff") for text in texts]  # a byte-order mark is not text
+    # verbose=False: documents longer than the tokenizer's model_max_length are cut into blocks later.
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return texts, ids
 
 
 def text_size(tokenized: Dataset) -> dict[str, int]:
@@ -329,16 +343,7 @@ def text_size(tokenized: Dataset) -> dict[str, int]:
 # --- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(
-    documents: Iterable[dict],
-    *,
-    block_size: int,
-    causal: bool,
-    packing: Packing,
-    start_id: int,
-    end_id: int,
-    pad_id: int,
-) -> Iterator[dict[str, np.ndarray]]:
+class Packer:
     """Cut documents into blocks of exactly `block_size` tokens, dropping none.
 
     A document is written as start token, text, end token. With `"concatenate"`, an end token that equals the start
@@ -351,75 +356,78 @@ def pack(
     start of each document). Masked blocks do not overlap. The last block is padded on the right; padding has
     `attention_mask` 0, label -100 and no influence.
 
-    Args:
-        documents: rows with `input_ids`.
-        causal: make `labels` (equal to `input_ids`, not shifted: the model shifts); masked labels come from the
-            collator.
+    A block is a dictionary of `input_ids`, `attention_mask`, for causal `labels` (equal to `input_ids`, not shifted:
+    the model shifts; masked labels come from the collator), for `"documents"` `position_ids`, all int `[block_size]`.
 
-    Yields:
-        `input_ids`, `attention_mask`, for causal `labels`, for `"documents"` `position_ids`, all int `[block_size]`.
+    Between two documents the packer holds at most one block of tokens: that is its state.
     """
-    borders = packing == "documents"
-    ids, first = np.empty(0, np.int32), np.empty(0, bool)
 
-    def block(begin: int, end: int) -> dict[str, np.ndarray]:
-        tokens, starts = ids[begin:end], first[begin:end].copy()
+    def __init__(self, *, block_size: int, causal: bool, packing: Packing, start_id: int, end_id: int, pad_id: int):
+        self.block_size, self.causal, self.borders = block_size, causal, packing == "documents"
+        self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
+        self.ids, self.first, self.begun = np.empty(0, np.int32), np.empty(0, bool), False
+
+    def add(self, input_ids: Iterable[int]) -> list[dict[str, np.ndarray]]:
+        """The blocks that are full once this document (its tokens, without start and end) is added."""
+        shared = not self.borders and self.start_id == self.end_id and self.begun
+        piece = np.concatenate([[] if shared else [self.start_id], input_ids, [self.end_id]]).astype(np.int32)
+        self.ids = np.concatenate([self.ids, piece])
+        self.first = np.concatenate([self.first, np.arange(len(piece)) == 0])
+        self.begun = True
+        blocks, begin = [], 0
+        # One token more than a block is awaited, to know whether the next block opens with a document's start: then
+        # nothing has to be repeated.
+        while len(self.ids) - begin > self.block_size:
+            end = begin + self.block_size
+            blocks.append(self._block(begin, end))
+            begin = end - (1 if self.causal and not (self.borders and self.first[end]) else 0)
+        self.ids, self.first = self.ids[begin:], self.first[begin:]
+        return blocks
+
+    def rest(self) -> list[dict[str, np.ndarray]]:
+        """The tokens that are left, as one padded block, or none."""
+        return [self._block(0, len(self.ids))] if len(self.ids) else []
+
+    def state_dict(self) -> dict:
+        """What is left over from the documents so far; for JSON."""
+        return {"ids": self.ids.tolist(), "starts": np.flatnonzero(self.first).tolist(), "begun": self.begun}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the packer went on whose [`state_dict`] this is."""
+        self.ids, self.begun = np.array(state["ids"], np.int32), state["begun"]
+        self.first = np.isin(np.arange(len(self.ids)), state["starts"])
+
+    def _block(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        tokens, starts = self.ids[begin:end], self.first[begin:end].copy()
         starts[0] = True
-        fill = (0, block_size - len(tokens))
+        fill = (0, self.block_size - len(tokens))
         row = {
-            "input_ids": np.pad(tokens, fill, constant_values=pad_id),
+            "input_ids": np.pad(tokens, fill, constant_values=self.pad_id),
             "attention_mask": np.pad(np.ones(len(tokens), np.int8), fill),
         }
-        if causal:
-            unpredicted = starts if borders else np.arange(len(tokens)) == 0
+        if self.causal:
+            unpredicted = starts if self.borders else np.arange(len(tokens)) == 0
             row["labels"] = np.pad(np.where(unpredicted, IGNORE, tokens), fill, constant_values=IGNORE)
-        if borders:
+        if self.borders:
             index = np.arange(len(tokens), dtype=np.int32)
             row["position_ids"] = np.pad(index - np.maximum.accumulate(np.where(starts, index, 0)), fill)
         return row
 
-    for number, document in enumerate(documents):
-        shared = not borders and start_id == end_id and number > 0
-        piece = np.concatenate([[] if shared else [start_id], document["input_ids"], [end_id]]).astype(np.int32)
-        ids = np.concatenate([ids, piece])
-        first = np.concatenate([first, np.arange(len(piece)) == 0])
-        begin = 0
-        # One token more than a block is awaited, to know whether the next block opens with a document's start: then
-        # nothing has to be repeated.
-        while len(ids) - begin > block_size:
-            end = begin + block_size
-            yield block(begin, end)
-            begin = end - (1 if causal and not (borders and first[end]) else 0)
-        ids, first = ids[begin:], first[begin:]
-    if len(ids):
-        yield block(0, len(ids))
 
-
-def pack_documents(
-    tokenized: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    block_size: int,
-    causal: bool,
-    packing: Packing = "concatenate",
-    endless: bool = False,
-) -> Dataset | IterableDataset:
-    """[`pack`] over a data set; map-style in, map-style out (cached on disk), streaming in, streaming out.
-
-    Args:
-        endless: for streams, begin again when the documents are at an end (the part block is then filled from the next
-            pass). A stream has no length, so the training ends by `max_steps`; were the stream to end before that,
-            Trainer could not find its place again on resuming.
+def packing_options(
+    tokenizer: PreTrainedTokenizerBase, *, block_size: int, causal: bool, packing: Packing
+) -> dict[str, int | bool | str]:
+    """The arguments of [`Packer`] for a tokenizer, checked.
 
     Raises:
-        ValueError: block_size below 2, an unknown packing, no text at all.
+        ValueError: block_size below 2, an unknown packing.
     """
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2 (one token to see, one to predict), got {block_size}.")
     if packing not in ("concatenate", "documents"):
         raise ValueError(f"packing must be 'concatenate' or 'documents', got {packing!r}.")
     end_id, pad_id = document_end(tokenizer), tokenizer.pad_token_id
-    options = {
+    return {
         "block_size": block_size,
         "causal": causal,
         "packing": packing,
@@ -427,39 +435,57 @@ def pack_documents(
         "end_id": end_id,
         "pad_id": pad_id if pad_id is not None else end_id,  # any id will do, it is never seen
     }
+
+
+def pack_documents(
+    tokenized: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    causal: bool,
+    packing: Packing = "concatenate",
+) -> Dataset:
+    """The blocks of [`Packer`] for a whole data set, cached on disk. Streams: [`streaming.BlockStream`].
+
+    Raises:
+        ValueError: block_size below 2, an unknown packing, no text at all.
+    """
+    options = packing_options(tokenizer, block_size=block_size, causal=causal, packing=packing)
+    if not len(tokenized):
+        raise ValueError("The data set has no text: every document is empty or blank.")
     row = Sequence(Value("int32"), length=block_size)
     names = ["input_ids"] + ["labels"] * causal + ["position_ids"] * (packing == "documents")
     features = Features({**dict.fromkeys(names, row), "attention_mask": Sequence(Value("int8"), length=block_size)})
-    if isinstance(tokenized, Dataset):
-        if not len(tokenized):
-            raise ValueError("The data set has no text: every document is empty or blank.")
-        return Dataset.from_generator(
-            _pack_rows,
-            features=features,
-            gen_kwargs={"tokenized": tokenized, "options": options, "version": PACKING_VERSION},
-        )
-    return IterableDataset.from_generator(
-        _pack_stream, features=features, gen_kwargs={"tokenized": tokenized, "options": options, "endless": endless}
+    return Dataset.from_generator(
+        _pack_rows,
+        features=features,
+        gen_kwargs={"tokenized": tokenized, "options": options, "version": PACKING_VERSION},
     )
 
 
 def _pack_rows(tokenized: Dataset, options: dict, version: int) -> Iterator[dict]:
-    yield from pack(tokenized.select_columns(["input_ids"]).with_format("numpy"), **options)
+    packer = Packer(**options)
+    for document in tokenized.select_columns(["input_ids"]).with_format("numpy"):
+        yield from packer.add(document["input_ids"])
+    yield from packer.rest()
 
 
-def _pack_stream(tokenized: IterableDataset, options: dict, endless: bool) -> Iterator[dict]:
-    def passes() -> Iterator[dict]:
-        for number in itertools.count() if endless else range(1):
-            tokenized.set_epoch(number)
-            empty = True
-            for document in tokenized:
-                empty = False
-                yield document
-            if empty:
-                raise ValueError("The data set has no text: every document is empty or blank.")
-            logger.info(f"The stream has been read {number + 1} time(s).")
+def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Cut each row of a batch of blocks into rows of `length` tokens, which know nothing of each other.
 
-    yield from pack(passes(), **options)
+    Args:
+        batch: `[B, N]` each; `position_ids` restart at 0 at each document.
+        length: a divisor of N.
+
+    Returns:
+        `[B * N / length, length]` each; `position_ids` restart at the beginning of a row, too.
+    """
+    cut = {name: values.reshape(-1, length) for name, values in batch.items()}
+    if "position_ids" in cut:
+        index = torch.arange(length, device=cut["position_ids"].device).expand_as(cut["position_ids"])
+        starts = torch.where(cut["position_ids"] == 0, index, 0)
+        cut["position_ids"] = index - starts.cummax(-1).values
+    return cut
 
 
 # --- collators -------------------------------------------------------------------------------------------------------
@@ -475,16 +501,17 @@ def collate(examples: list[dict]) -> dict:
 
 
 class MaskingCollator(DataCollatorForLanguageModeling):
-    """transformers' BERT masking, with random numbers drawn from (seed, epoch, content of the batch).
+    """transformers' BERT masking, with random numbers drawn from (seed, epoch, content of the row).
 
     The generator of the base class runs on from batch to batch, and its state is in no checkpoint; nor would Trainer's
     own random state do, since batches are fetched ahead. So a resumed run would see other masks. Here the masks of a
-    batch depend on nothing but the batch, and a resumed run draws them again, with any number of workers.
+    row depend on nothing but the row: a resumed run draws them again, and so does one with another number of workers,
+    of devices, or of rows on a device.
 
     Blocks that have labels (see [`mask_once`]) are passed through.
 
     Attributes:
-        epoch: set by the training's callback, so that a batch that comes back in another epoch is masked differently.
+        epoch: set by the training's callback, so that a row that comes back in another epoch is masked differently.
     """
 
     epoch: int = 0
@@ -492,10 +519,12 @@ class MaskingCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict]) -> dict:
         if "labels" in examples[0]:
             return collate(examples)
-        content = np.asarray([example["input_ids"] for example in examples], np.int32).tobytes()
-        self.generator = self.get_generator(zlib.crc32(content, zlib.crc32(f"{self.seed} {self.epoch}".encode())))
         batch = collate(examples)
-        batch["input_ids"], batch["labels"] = self.torch_mask_tokens(batch["input_ids"])
+        start, rows = zlib.crc32(f"{self.seed} {self.epoch}".encode()), []
+        for row in batch["input_ids"]:
+            self.generator = self.get_generator(zlib.crc32(row.numpy().astype(np.int32).tobytes(), start))
+            rows.append(self.torch_mask_tokens(row[None]))
+        batch["input_ids"], batch["labels"] = (torch.cat(parts) for parts in zip(*rows, strict=True))
         return batch
 
     def mask_once(self, blocks: Dataset) -> Dataset:
@@ -508,7 +537,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 
 
 __all__ = [
-    "MaskingCollator", "check_text_file", "collate", "document_end", "document_start", "load_documents",
-    "load_tokenizer", "pack", "pack_documents", "split_documents", "text_size", "tokenize_documents",
-    "train_tokenizer",
+    "MaskingCollator", "Packer", "check_text_file", "collate", "cut_rows", "document_end", "document_start",
+    "load_documents", "load_tokenizer", "pack_documents", "packing_options", "split_documents", "text_size",
+    "tokenize_documents", "tokenize_texts", "train_tokenizer",
 ]  # fmt: skip

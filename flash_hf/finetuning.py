@@ -53,6 +53,7 @@ from .training import (
     config_fields,
     find_checkpoint,
     new_config,
+    parse_with_config,
 )
 
 
@@ -143,11 +144,9 @@ class FinetuningArguments(FlashTrainingArguments):
 def parse_arguments(
     arguments: list[str] | None = None, description: str | None = None
 ) -> tuple[ModelArguments, TaskArguments, FinetuningArguments]:
-    """Read the command line."""
+    """Read the command line, and under it the options of a `--config` file (see [`training.parse_with_config`])."""
     parser = HfArgumentParser((ModelArguments, TaskArguments, FinetuningArguments), description=description)
-    return parser.parse_args_into_dataclasses(
-        sys.argv[1:] if arguments is None else arguments, look_for_args_file=False
-    )
+    return parse_with_config(parser, arguments)
 
 
 # --- reading labelled data -------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal and masked language-model training on the Trainer of transformers: arguments, checks, metrics, loss plot.
+"""Causal and masked language-model training on the Trainer of transformers: checks, metrics, checkpoints, loss plot.
 
 `scripts/train_clm.py` and `scripts/train_mlm.py` are `run_training("causal")` and `run_training("masked")`.
 """
@@ -8,227 +8,59 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
-import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
-import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from . import data
-from .budget import MAX_STEPS, TimeBudget
+from .arguments import (
+    DataArguments,
+    FlashTrainingArguments,
+    ModelArguments,
+    config_fields,
+    parse_arguments,
+    parse_with_config,
+    set_batch,
+    warmup_length,
+)
+from .budget import TimeBudget
 from .configuration_flash import FlashConfig
+from .streaming import STREAM_STATE, BlockStream, write_state
+from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
 
 
 logger = logging.get_logger(__name__)
 
 Kind = Literal["causal", "masked"]
-
-
-# --- arguments -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ModelArguments:
-    """Which model and tokenizer."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name of a model to go on from. Without it, a new one is made."}
-    )
-    config: str | None = field(
-        default=None, metadata={"help": "JSON or YAML file with fields of FlashConfig for a new model."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={
-            "help": "Fields of FlashConfig for a new model, over those of --config, for instance: "
-            "hidden_size=128,num_hidden_layers=4,relative_bias=null"
-        },
-    )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={"help": "Folder or Hub name of a tokenizer. Without it: the model's, or one trained on the data."},
-    )
-    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "Size of the tokenizer, if one is trained."})
-
-
-@dataclass
-class DataArguments:
-    """Which text, and how it is cut."""
-
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Text files: .txt, .md, .json, .jsonl, .csv (also .gz, .xz, .bz2), .parquet."}
-    )
-    validation_file: list[str] | None = field(
-        default=None,
-        metadata={"help": "The same for validation. Without it, the end of the training text is held out."},
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Instead of files: a data set on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_split: str = field(default="train", metadata={"help": "Its split to train on."})
-    validation_split: str | None = field(
-        default=None, metadata={"help": "Its split to validate on. Without it, the end of the training split."}
-    )
-    validation_fraction: float = field(default=0.05, metadata={"help": "Share of the text held out for validation."})
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    sample_by: Literal["document", "paragraph", "line"] = field(
-        default="document", metadata={"help": "What one document is in a .txt or .md file."}
-    )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the training text while training. Needs --max_steps and a validation set."},
-    )
-    shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Blocks held in memory to shuffle a stream; 0 keeps its order."}
-    )
-    max_train_documents: int | None = field(default=None, metadata={"help": "Train on the first ones only."})
-    max_eval_documents: int | None = field(default=None, metadata={"help": "Validate on the first ones only."})
-    block_size: int = field(default=512, metadata={"help": "Tokens in a training example."})
-    packing: Literal["concatenate", "documents"] = field(
-        default="concatenate",
-        metadata={
-            "help": "concatenate: one stream of tokens cut into blocks. documents: the same, but position_ids restart "
-            "at each document, so that nothing is seen across its borders."
-        },
-    )
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens masked (masked model only)."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-
-    def __post_init__(self):
-        if (self.train_file is None) == (self.dataset_name is None):
-            raise ValueError("Training text must come from either --train_file or --dataset_name: give exactly one.")
-        if self.shuffle_buffer < 0:
-            raise ValueError(f"shuffle_buffer must be 0 or more, got {self.shuffle_buffer}.")
-
-
-@dataclass
-class FlashTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of FLASH (the paper's optimiser) and of an honest log."""
-
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, on matrices only."})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all steps."}
-    )
-    eval_strategy: str = field(default="steps", metadata={"help": "When to validate: no, steps or epoch."})
-    eval_on_start: bool = field(default=True, metadata={"help": "Validate before the first step, to have a baseline."})
-    logging_steps: float = field(default=10, metadata={"help": "Log the training loss every so many steps."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave NaN and infinite losses out of the log. Off: a failure must be seen."}
-    )
-    use_cache: bool = field(
-        default=True,
-        metadata={"help": "Value of config.use_cache. Trainer's own default, False, would be saved with the model."},
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available, metadata={"help": "Pin memory for faster copies to a device."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False,
-        metadata={"help": "Train anew in a folder that holds an earlier run; its checkpoints are deleted."},
-    )
-    max_minutes: float | None = field(
-        default=None,
-        metadata={
-            "help": "End the training so many minutes after the start of the program (its imports not counted); the "
-            "learning rate then rises and falls by the clock instead of by the step."
-        },
-    )
-
-    def __post_init__(self):
-        if self.hub_token is not None:
-            raise ValueError(
-                "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. "
-                "Log in with `hf auth login`, or set the environment variable HF_TOKEN."
-            )
-        self.started = time.monotonic()
-        if self.max_minutes is not None and self.max_steps <= 0:
-            self.max_steps = MAX_STEPS
-        super().__post_init__()
-        if self.max_minutes is not None and (self.world_size > 1 or self.lr_scheduler_type != "linear"):
-            raise ValueError(
-                "max_minutes must be left out with several processes, whose clocks differ, and with another "
-                f"lr_scheduler_type than linear, got {self.world_size} processes and {self.lr_scheduler_type}. Give "
-                "max_steps."
-            )
-        if self.data_seed is None:
-            self.data_seed = self.seed  # the order of the data is then the same whatever drew random numbers before
-
-
-def parse_arguments(
-    arguments: list[str] | None = None, description: str | None = None
-) -> tuple[ModelArguments, DataArguments, FlashTrainingArguments]:
-    """Read the command line; a single argument that ends in .json or .yaml names a file of arguments instead."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, FlashTrainingArguments), description=description)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
-        parse = parser.parse_json_file if arguments[0].endswith(".json") else parser.parse_yaml_file
-        return parse(arguments[0])
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-
-
-def config_fields(model_args: ModelArguments) -> dict:
-    """The fields of `--config` and, over them, of `--config_overrides`; values are JSON, else strings.
-
-    Raises:
-        ValueError, FileNotFoundError: the file is missing or holds no mapping; an override is not `name=value`.
-    """
-    fields = {}
-    if model_args.config is not None:
-        path = Path(model_args.config)
-        if not path.is_file():
-            raise FileNotFoundError(f"--config must be a JSON or YAML file of FlashConfig fields; {path} is no file.")
-        # Not YAML for both: it reads 1e-5 as a string.
-        fields = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-        if not isinstance(fields, dict):
-            raise ValueError(f"--config {path} must hold a mapping of fields, got {type(fields).__name__}.")
-    for item in (model_args.config_overrides or "").split(","):
-        name, equals, value = item.partition("=")
-        if item and not equals:
-            raise ValueError(
-                f"--config_overrides must read name=value,name=value, got {item!r}. Put values that hold commas "
-                "into a --config file."
-            )
-        if item:
-            try:
-                fields[name.strip()] = json.loads(value)
-            except json.JSONDecodeError:
-                fields[name.strip()] = value.strip()
-    if model_args.model is not None and fields:
-        raise ValueError(
-            f"--config and --config_overrides make a new model, but --model {model_args.model} brings its own "
-            f"configuration: leave out {', '.join(fields)}, or --model."
-        )
-    return fields
 
 
 # --- checks before any work ------------------------------------------------------------------------------------------
@@ -260,11 +92,22 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
         )
 
 
-def missing_from_checkpoint(folder: Path) -> list[str]:
-    """What a folder lacks to be a checkpoint that training can go on from; cut-off files count as missing."""
-    missing = [] if (folder / "trainer_state.json").is_file() else ["trainer_state.json"]
+def missing_from_checkpoint(folder: Path, *, streaming: bool = False) -> list[str]:
+    """What a folder lacks to be a checkpoint that training can go on from; cut-off files count as missing.
+
+    Args:
+        streaming: whether it has to know its place in a stream, too.
+    """
+    missing = []
+    for name in ("trainer_state.json", *([STREAM_STATE] if streaming else [])):
+        try:
+            json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            missing.append(name)
+        except ValueError as error:
+            missing.append(f"{name} (damaged: {error})")
     weights = list(folder.glob("model*.safetensors"))
-    if not weights:
+    if not weights and not (folder / "pytorch_model_fsdp_0").is_dir():  # FSDP with a file for each device
         missing.append("model.safetensors")
     for file in weights:
         try:
@@ -272,16 +115,23 @@ def missing_from_checkpoint(folder: Path) -> list[str]:
                 pass
         except (SafetensorError, OSError) as error:
             missing.append(f"{file.name} (damaged: {error})")
-    for pattern in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
-        files = list(folder.glob(pattern))
-        missing.extend([] if files else [pattern])
+    # The optimizer's other names are those of FSDP, in one file or one a device, and of DeepSpeed.
+    optimizer = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+    for patterns in (optimizer, ("scheduler.pt",), ("rng_state*.pth",)):
+        files = [file for pattern in patterns for file in folder.glob(pattern)]
+        missing.extend([] if files else patterns[:1])
         # A zip file has its table of contents at the end, so one that was cut off is none.
-        missing.extend(f"{file.name} (damaged)" for file in files if not zipfile.is_zipfile(file))
+        missing.extend(f"{file.name} (damaged)" for file in files if file.is_file() and not zipfile.is_zipfile(file))
     return missing
 
 
-def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
+def find_checkpoint(
+    resume_from_checkpoint: str | None, output_dir: str | Path, *, streaming: bool = False
+) -> Path | None:
     """The checkpoint to go on from: a folder, or `"last"` (also `"true"`) for the last whole one of `output_dir`.
+
+    Args:
+        streaming: whether the training text is a stream.
 
     Raises:
         ValueError: it is no checkpoint, or not a whole one; the message says what it lacks and which ones there are.
@@ -294,7 +144,7 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
     for place in (folder, folder.parent, Path(output_dir)):
         found = [path for path in place.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
         found.sort(key=lambda path: int(path.name[11:]))
-        missing |= {path: missing_from_checkpoint(path) for path in found}
+        missing |= {path: missing_from_checkpoint(path, streaming=streaming) for path in found}
     whole = [path for path, lacks in missing.items() if not lacks]
     if wants_last:
         here = [path for path in missing if path.parent == folder]
@@ -306,7 +156,7 @@ def find_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) 
     elif not folder.is_dir():
         reason = f"{folder} is not a folder"
     else:
-        lacks = missing_from_checkpoint(folder)
+        lacks = missing_from_checkpoint(folder, streaming=streaming)
         if not lacks:
             return folder
         reason = f"{folder} lacks {', '.join(lacks)}"
@@ -376,14 +226,96 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
 
 
 class FlashTrainer(Trainer):
-    """Trainer with weight decay on matrices only, an evaluation that keeps the rows in their order, and a clock."""
+    """Trainer with weight decay on matrices only, speed in its log, exact resuming of streams, rows that grow, an end
+    by the clock, a word about checkpoints that could not be saved, and an evaluation that keeps the rows in order."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        devices = self.args.world_size * max(1, self.args.n_gpu)
+        half = self.args.bf16 or self.args.fp16
+        peak = device_peak(device_name(), half=half, peak_tflops=getattr(self.args, "peak_tflops", None))
+        self.speed = SpeedMeter(None if peak is None else peak * devices)
+        self._resumed_from: str | None = None
+        self._batches_used = 0
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(SpeedBar)
+        if isinstance(self.train_dataset, BlockStream):
+            self.add_callback(StreamEpochCallback)
         self.budget = None
         if (minutes := getattr(self.args, "max_minutes", None)) is not None:
             self.budget = TimeBudget(minutes, self.args.warmup_steps, self.args.started)
             self.add_callback(self.budget)
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def go_on_with_stream(self, checkpoint: Path) -> None:
+        """Let the stream begin where it was when `checkpoint` was saved. Train with `ignore_data_skip` then."""
+        self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text()))
+        self._resumed_from = str(checkpoint)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of a step, cut to the length that the sequence warm-up has reached."""
+        steps = getattr(self.args, "sequence_warmup_steps", 0)
+        if self.state.global_step < steps:
+            length = partial(warmup_length, self.state.global_step, steps=steps, start=self.args.sequence_warmup_start)
+            epoch_iterator = (
+                data.cut_rows(batch, length(block_size=batch["input_ids"].shape[-1])) for batch in epoch_iterator
+            )
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches_used += len(batches)
+        if self._resumed_from is not None:
+            # As Trainer does after skipping batches: what fetching draws was drawn before the checkpoint, too.
+            self._load_rng_state(self._resumed_from)
+            self._resumed_from = None
+        for batch in batches:
+            if "input_ids" in batch:
+                tokens, config = batch["input_ids"].numel() * self.args.world_size, self.model.config
+                flops = None
+                if isinstance(config, FlashConfig):
+                    head = self.model.get_output_embeddings() is not None
+                    context = batch["input_ids"].shape[-1]
+                    flops = training_flops(config, context, causal=config.is_decoder, head=head)
+                self.speed.count(tokens, flops)
+        return batches, count
+
+    # --- log, validation, checkpoints --------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `tokens_per_second` and `mfu` (if the peak of the device is known) to a line of the training's log."""
+        if "loss" in logs:
+            logs.update(self.speed.read())
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        begin = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self.speed.pause(time.perf_counter() - begin)
+        return metrics
+
+    def _save_checkpoint(self, model, trial) -> None:
+        begin = time.perf_counter()
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch makes a RuntimeError of a full disk
+            streaming = isinstance(self.train_dataset, BlockStream)
+            if folder.is_dir() and missing_from_checkpoint(folder, streaming=streaming) and self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is of no use, and takes up room
+            raise OSError(
+                f"The checkpoint {folder} could not be saved: {type(error).__name__}: {error}. Those saved before are "
+                "whole. Make room (--save_total_limit keeps only the last ones), then go on with "
+                "--resume_from_checkpoint last."
+            ) from error
+        self.speed.pause(time.perf_counter() - begin)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Here, because it comes before older checkpoints are deleted.
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.train_dataset, BlockStream) and self.args.process_index == 0:
+            used = self._batches_used * self.args.train_batch_size * self.args.world_size
+            write_state(self.train_dataset.state_dict(self.train_dataset.first_row + used), output_dir)
+
+    # --- rules -------------------------------------------------------------------------------------------------------
 
     def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
         """`group_by_length` is for training; transformers shuffles the evaluation too, and a score that looks up the
@@ -392,7 +324,7 @@ class FlashTrainer(Trainer):
             return None
         return SequentialSampler(eval_dataset)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
         """The one of the arguments, or the clock's."""
         if self.budget is not None and self.lr_scheduler is None:
             self.lr_scheduler = self.budget.scheduler(self.optimizer if optimizer is None else optimizer)
@@ -407,6 +339,14 @@ class FlashTrainer(Trainer):
         return [
             f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
         ]
+
+
+class StreamEpochCallback(TrainerCallback):
+    """Count the epoch of a stream, its share of `max_steps`, from the first step of the run: Trainer begins anew in a
+    resumed run that skips no batches."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps
 
 
 class MaskEpochCallback(TrainerCallback):
@@ -431,8 +371,10 @@ class LossPlotCallback(TrainerCallback):
 
 def write_log(log_history: list[dict], folder: Path) -> None:
     """Write a training log as JSON, as CSV, and as a plot of training and validation loss against the step."""
-    (folder / "log_history.json").write_text(json.dumps(log_history, indent=1))
-    with open(folder / "log_history.csv", "w", newline="") as file:
+    # Beside the old files, which are replaced when the new ones are whole: the disk may be full.
+    new = {name: folder / f".{name}.tmp" for name in ("log_history.json", "log_history.csv", "loss.png")}
+    new["log_history.json"].write_text(json.dumps(log_history, indent=1))
+    with open(new["log_history.csv"], "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=dict.fromkeys(key for entry in log_history for key in entry))
         writer.writeheader()
         writer.writerows(log_history)
@@ -450,7 +392,9 @@ def write_log(log_history: list[dict], folder: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    figure.savefig(new["loss.png"], dpi=120, format="png")
+    for name, path in new.items():
+        os.replace(path, folder / name)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -537,14 +481,25 @@ def new_config(kind: Kind, fields: dict, tokenizer: PreTrainedTokenizerBase | No
 
 
 def load_or_train_tokenizer(
-    kind: Kind, model_args: ModelArguments, train: Dataset | IterableDataset, resume: Path | None
+    kind: Kind,
+    model_args: ModelArguments,
+    train: Dataset | IterableDataset,
+    resume: Path | None,
+    *,
+    first: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one."""
+    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one.
+
+    Args:
+        first: whether this is the first of the run's processes; it trains the tokenizer for all of them.
+    """
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
         return data.load_tokenizer(str(source), masked=kind == "masked")
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
-    return data.train_tokenizer(train, model_args.tokenizer_vocab_size)
+    tokenizer = [data.train_tokenizer(train, model_args.tokenizer_vocab_size) if first else None]
+    broadcast_object_list(tokenizer)
+    return tokenizer[0]
 
 
 def build_trainer(
@@ -560,24 +515,32 @@ def build_trainer(
     causal = kind == "causal"
     with args.main_process_first(desc="tokenising and packing"):
         tokenize = partial(data.tokenize_documents, tokenizer=tokenizer, num_proc=data_args.num_proc)
-        tokenized = [tokenize(train), tokenize(validation)]
-        pack = partial(
-            data.pack_documents,
-            tokenizer=tokenizer,
-            block_size=data_args.block_size,
-            causal=causal,
-            packing=data_args.packing,
-        )
-        train_blocks, eval_blocks = pack(tokenized[0], endless=True), pack(tokenized[1])
-        size = data.text_size(tokenized[1])
+        options = {
+            "tokenizer": tokenizer,
+            "block_size": data_args.block_size,
+            "causal": causal,
+            "packing": data_args.packing,
+        }
+        if isinstance(train, IterableDataset):
+            train_blocks = BlockStream(
+                train,
+                **options,
+                shuffle_buffer=data_args.shuffle_buffer,
+                seed=args.data_seed,
+                patience=data_args.stream_patience,
+                source=data_args.dataset_name or ", ".join(data_args.train_file),
+            )
+        else:
+            train_blocks = data.pack_documents(tokenize(train), **options)
+        tokenized = tokenize(validation)
+        eval_blocks = data.pack_documents(tokenized, **options)
+        size = data.text_size(tokenized)
         logger.info(f"Validation text: {size}, in {len(eval_blocks)} blocks of {data_args.block_size} tokens.")
         if size["n_unknown"]:
             logger.warning(
                 f"{size['n_unknown']} tokens of the validation text are unknown to the tokenizer; guessing them is "
                 "too easy, so perplexities come out too low."
             )
-        if isinstance(train_blocks, IterableDataset) and data_args.shuffle_buffer:
-            train_blocks = train_blocks.shuffle(seed=args.data_seed, buffer_size=data_args.shuffle_buffer)
         collator, callbacks = data.collate, [LossPlotCallback()]
         if not causal:
             collator = data.MaskingCollator(tokenizer, mlm_probability=data_args.mlm_probability, seed=args.data_seed)
@@ -608,11 +571,20 @@ def run_training(
         `before` and `after` (the metrics of the validation text; `before` is None if `eval_on_start` is off),
         `train_seconds`, `output_dir`, `plot`.
     """
-    resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
+    resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, streaming=data_args.streaming)
+    if args.process_index == 0:  # another process may look when this one has begun to write
+        check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
+    set_batch(args, data_args.block_size)
+    if args.sequence_warmup_steps:
+        warmup_length(0, steps=1, start=args.sequence_warmup_start, block_size=data_args.block_size)
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError(
             f"max_steps must be at least 1 with --streaming, got {args.max_steps}: a stream has no length."
+        )
+    if data_args.streaming and args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers must be 0 with --streaming, got {args.dataloader_num_workers}: a stream is read "
+            "by a thread of its own, which tokenises on all cores."
         )
     fields = config_fields(model_args)
     if model_args.model is None:
@@ -621,7 +593,7 @@ def run_training(
 
     set_seed(args.seed)
     train, validation = load_text(data_args)
-    tokenizer = load_or_train_tokenizer(kind, model_args, train, resume)
+    tokenizer = load_or_train_tokenizer(kind, model_args, train, resume, first=args.process_index == 0)
     model = load_model(kind, model_args, tokenizer, resume)
     trainer = build_trainer(kind, model, tokenizer, train, validation, data_args, args)
 
@@ -631,6 +603,9 @@ def run_training(
             if (old / "trainer_state.json").is_file():
                 logger.warning(f"Deleting {old} of an earlier run.")
                 shutil.rmtree(old)
+    if resume is not None and isinstance(trainer.train_dataset, BlockStream):
+        trainer.go_on_with_stream(resume)
+        args.ignore_data_skip = True
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
@@ -664,6 +639,6 @@ def describe(kind: Kind, result: dict) -> str:
 
 __all__ = [
     "DataArguments", "FlashTrainer", "FlashTrainingArguments", "LossPlotCallback", "ModelArguments", "build_trainer",
-    "check_output_dir", "describe", "find_checkpoint", "make_compute_metrics", "parse_arguments", "run_training",
-    "token_scores", "write_log",
+    "check_output_dir", "describe", "find_checkpoint", "make_compute_metrics", "parse_arguments", "parse_with_config",
+    "run_training", "set_batch", "token_scores", "warmup_length", "write_log",
 ]  # fmt: skip

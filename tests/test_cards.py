@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import jinja2
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import flash_hf
-from flash_hf import FlashConfig, FlashForCausalLM
+from flash_hf import FlashConfig, FlashForCausalLM, training
 from flash_hf.cards import PIPELINE_TAGS, check_facts, check_results, make_card, published
 from flash_hf.hub import add_code, registered_classes
 from flash_hf.testing import tiny_config
@@ -202,6 +203,21 @@ def test_a_published_model_is_small_and_measured(name):
     assert len(measured) >= 2
     for key in measured:
         assert found[key] == pytest.approx(last[f"eval_{key}"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_what_its_recipe_makes(name, tmp_path):
+    recipe = ROOT / "scripts" / "recipes" / "checkpoints" / f"{name}.yaml"
+    command = ["--config", str(recipe), "--train_file", "books.jsonl", "--max_minutes", "5", "--use_cpu", "true"]
+    model_args, data_args, args = training.parse_arguments([*command, "--output_dir", str(tmp_path)])
+    config = FlashConfig.from_pretrained(PUBLISHED[name][0])
+    made = training.new_config("causal" if config.is_decoder else "masked", training.config_fields(model_args))
+    own = {field.name for field in fields(FlashConfig)} - {"vocab_size", "dtype", "architectures", "is_decoder"}
+    own -= {"transformers_version"} | {field for field in own if field.endswith("token_id")}
+    assert {field: getattr(made, field) for field in own} == {field: getattr(config, field) for field in own}
+    assert model_args.tokenizer_vocab_size == config.vocab_size == 8192 and args.bf16
+    assert data_args.block_size == config.max_position_embeddings
+    assert data_args.block_size * args.per_device_train_batch_size == 65_536
 
 
 def test_the_published_causal_model_knows_english():

@@ -153,11 +153,12 @@ def test_a_missing_text_column_names_those_there_are(tmp_path, streaming):
         data.load_documents(path, streaming=streaming)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_column_of_numbers_is_refused(tmp_path, tokenizer, streaming):
+def test_a_column_of_numbers_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", jsonl("one"))
     with pytest.raises(ValueError, match="must hold strings"):
-        list(data.tokenize_documents(data.load_documents(path, text_column="id", streaming=streaming), tokenizer))
+        data.tokenize_documents(data.load_documents(path, text_column="id"), tokenizer)
+    with pytest.raises(ValueError, match="must hold strings, got int"):
+        data.tokenize_texts(["one", 2], tokenizer)
 
 
 def test_split_documents():
@@ -246,7 +247,8 @@ HAND = [{"input_ids": [11, 12, 13]}, {"input_ids": [21]}, {"input_ids": [31, 32]
 
 def packed(documents=HAND, *, block_size=4, causal=True, packing="concatenate", start_id=1, end_id=2, pad_id=0):
     ids = {"start_id": start_id, "end_id": end_id, "pad_id": pad_id}
-    rows = data.pack(documents, block_size=block_size, causal=causal, packing=packing, **ids)
+    packer = data.Packer(block_size=block_size, causal=causal, packing=packing, **ids)
+    rows = [row for document in documents for row in packer.add(document["input_ids"])] + packer.rest()
     return [{key: value.tolist() for key, value in row.items()} for row in rows]
 
 
@@ -301,27 +303,41 @@ def test_every_token_is_predicted_exactly_once(packing, block_size, start_id):
     assert tokens == list(range(10, 10 + lengths.sum()))
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packing", ["concatenate", "documents"])
-def test_streaming_gives_the_blocks_of_the_map_style_set(tmp_path, tokenizer, causal, packing):
-    text = BOOK.read_text()
-    path = write(tmp_path / "a.jsonl", jsonl(*(text[i : i + 777] for i in range(0, 9000, 777)), ODD_TEXT))
-    blocks = {}
-    for streaming in (False, True):
-        tokenized = data.tokenize_documents(data.load_documents(path, streaming=streaming), tokenizer)
-        blocks[streaming] = data.pack_documents(tokenized, tokenizer, block_size=50, causal=causal, packing=packing)
-    rows = list(blocks[True])
-    assert len(rows) == len(blocks[False]) > 50
-    assert rows == list(blocks[False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_packer_goes_on_from_its_state(packing, causal):
+    """After any number of documents, through JSON."""
+    lengths = np.random.default_rng(0).integers(1, 30, size=12)
+    documents = [np.arange(10, 10 + n) for n in lengths]
+    options = {"block_size": 16, "causal": causal, "packing": packing, "start_id": 1, "end_id": 1, "pad_id": 0}
+    packer, states, blocks = data.Packer(**options), [], []
+    for document in documents:
+        states.append((len(blocks), json.dumps(packer.state_dict())))
+        blocks += packer.add(document)
+    blocks += packer.rest()
+    for number, (begin, state) in enumerate(states):
+        other = data.Packer(**options)
+        other.load_state_dict(json.loads(state))
+        again = [block for document in documents[number:] for block in other.add(document)] + other.rest()
+        assert len(again) == len(blocks) - begin
+        for got, want in zip(again, blocks[begin:], strict=True):
+            assert got.keys() == want.keys() and all(np.array_equal(got[name], want[name]) for name in want)
 
-    # Endless: the second pass begins in the block that the first one left unfilled.
-    endless = data.pack_documents(tokenized, tokenizer, block_size=50, causal=causal, packing=packing, endless=True)
-    again = list(endless.take(2 * len(rows) - 2))
-    assert again[: len(rows) - 1] == rows[:-1]
-    assert all(all(row["attention_mask"]) for row in again)
-    start = again[len(rows) - 1]["input_ids"]
-    left = sum(rows[-1]["attention_mask"])
-    assert start[:left] == rows[-1]["input_ids"][:left] and left < 50
+
+@pytest.mark.parametrize("length", [4, 8, 16])
+def test_cut_rows_are_blocks_of_their_own(length):
+    """A row that is cut is what it would be if it were packed alone; no token is lost."""
+    documents = [{"input_ids": np.arange(10 * n, 10 * n + n)} for n in (5, 3, 9, 1, 6)]
+    rows = packed(documents, block_size=16, packing="documents", causal=False)
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    cut = data.cut_rows(batch, length)
+    assert torch.equal(cut["input_ids"].flatten(), batch["input_ids"].flatten())
+    assert torch.equal(cut["attention_mask"].flatten(), batch["attention_mask"].flatten())
+    old, new = batch["position_ids"].reshape(-1, length), cut["position_ids"]
+    assert (new[:, 0] == 0).all()
+    for before, after in zip(old.tolist(), new.tolist(), strict=True):
+        starts = [i for i, position in enumerate(before) if position == 0 or i == 0]
+        assert after == [i - max(start for start in starts if start <= i) for i in range(length)]
 
 
 def test_a_text_shorter_than_a_block_is_kept(tokenizer):
@@ -395,7 +411,9 @@ def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
         changed = data.MaskingCollator(tokenizer, seed=1)
         setattr(changed, attribute, value)
         assert not torch.equal(first["labels"], changed(rows)["labels"])
-    assert not torch.equal(first["labels"][:3], collator(rows[:3])["labels"])
+    # The other rows of a batch do not matter, so the masks are the same however many devices share the rows.
+    assert torch.equal(first["labels"][5:8], collator(rows[5:8])["labels"])
+    assert not torch.equal(first["labels"][5] != X, first["labels"][6] != X)
 
     original, chosen = torch.tensor([row["input_ids"] for row in rows]), first["labels"] != X
     assert torch.equal(first["labels"][chosen], original[chosen])

@@ -59,6 +59,37 @@ def for_two_cpus(name, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "streaming"), [("clm", True), ("mlm", False)])
+def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
+    """A stream is read once and shared out, a tokenizer trained once, and masks do not depend on who has which rows.
+
+    A checkpoint of the two is gone on from by the one: the place in the stream, too.
+    """
+    text = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text()
+    for name, begin, end in (("train", 0, 60_000), ("validation", 60_000, 61_000)):
+        rows = [json.dumps({"text": text[i : i + 700]}) + "\n" for i in range(begin, end, 700)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    command = (
+        f"scripts/train_{kind}.py --train_file {tmp_path / 'train.jsonl'} --config scripts/tiny.json --block_size 64 "
+        f"--validation_file {tmp_path / 'validation.jsonl'} --batch_tokens 1024 --max_steps 5 --logging_steps 1 "
+        f"--shuffle_buffer 30 --eval_strategy no --eval_on_start false --use_cpu true --save_steps 3 "
+        f"--tokenizer_vocab_size 400 --streaming {str(streaming).lower()}"
+    ).split()
+    run(*command, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "one")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus("ddp.yaml", tmp_path)]
+    port = 32500 + os.getpid() % 1000 + 3 * (kind == "mlm") + streaming
+    run(*launch, "--main_process_port", port, *command, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo",
+        "--output_dir", tmp_path / "two")  # fmt: skip
+    assert len(losses(tmp_path / "one")) == 5
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
+    checkpoint = tmp_path / "two" / "checkpoint-3"
+    run(*command, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "two", "--resume_from_checkpoint",
+        checkpoint)  # fmt: skip
+    assert len(losses(tmp_path / "two")) == 5
+    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
 def test_two_processes_give_the_losses_of_one(name, single, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus(name, tmp_path)]

@@ -69,7 +69,8 @@ def test_network_command_is_accepted_by_the_parser():
     words = blocks("bash")[3].replace("\\\n", " ").split()
     # bf16 is refused without a GPU, unless the CPU is asked for.
     _, data_args, training_args = parse_arguments([*words[2:], "--use_cpu", "true"])
-    assert data_args.streaming and training_args.max_steps == 100000 and training_args.bf16
+    assert data_args.streaming and training_args.max_steps == 125_000 and training_args.bf16
+    assert data_args.block_size == 8192
 
 
 def test_make_targets_exist():

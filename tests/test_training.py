@@ -442,10 +442,25 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
     with pytest.raises(FileNotFoundError, match="is no file"):
         run(config=tmp_path / "none.json")
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ValueError, match="must hold a mapping of fields, got list"):
+    with pytest.raises(ValueError, match="must hold a mapping of options, got list"):
         run(config=tmp_path / "list.yaml")
+    (tmp_path / "misspelt.yaml").write_text("learning_rat: 1.0\n")
+    with pytest.raises(ValueError, match="'learning_rat', which is no option. Did you mean 'learning_rate'"):
+        run(config=tmp_path / "misspelt.yaml")
+    (tmp_path / "flat.json").write_text('{"query_key_dim": 16}')
+    with pytest.raises(ValueError, match="It is a field of FlashConfig: put it under model_config"):
+        run(config=tmp_path / "flat.json")
+    for wrong, message in (("{", "must be JSON"), ("[1]", "must be a mapping of fields, got list")):
+        with pytest.raises(ValueError, match=f"--model_config {message}"):
+            run(model_config=wrong)
     with pytest.raises(ValueError, match="brings its own configuration"):
         run(model="somewhere")
+    with pytest.raises(ValueError, match="dataloader_num_workers must be 0 with --streaming, got 2"):
+        run("--streaming", dataloader_num_workers=2)
+    with pytest.raises(ValueError, match="sequence_warmup_start must give block_size=60 when doubled.*got 7"):
+        run(sequence_warmup_steps=5, sequence_warmup_start=7)
+    with pytest.raises(ValueError, match="stream_patience must be 0 or more seconds, got -1"):
+        run(stream_patience=-1)
     with pytest.raises(ValueError, match="max_steps must be at least 1 with --streaming, got -1"):
         run("--streaming", max_steps=None)
     for changes in ({"train_file": None}, {"dataset_name": "x/y"}):
@@ -468,15 +483,16 @@ def test_wrong_data_is_refused(files, tmp_path):
 
 
 def test_config_file_and_overrides(files, tmp_path):
-    (tmp_path / "a.json").write_text('{"hidden_size": 48, "norm_eps": 1e-6}')
-    (tmp_path / "a.yaml").write_text("hidden_size: 48\nrelative_bias: null\nrope_parameters: {rope_theta: 500.0}\n")
+    (tmp_path / "a.json").write_text('{"model_config": {"hidden_size": 48, "norm_eps": 1e-6}}')
+    fields = "{hidden_size: 48, relative_bias: null, rope_parameters: {rope_theta: 500.0}}"
+    (tmp_path / "a.yaml").write_text(f"model_config: {fields}\n")
     overrides = "chunk_size=32,attention_type=local,relative_bias=null,use_rope=false,norm_eps=1e-4"
-    args = training.ModelArguments(config=str(tmp_path / "a.json"), config_overrides=overrides)
+    args = arguments(files, tmp_path, config=tmp_path / "a.json", config_overrides=overrides)[0]
     assert training.config_fields(args) == {
         "hidden_size": 48, "norm_eps": 1e-4, "chunk_size": 32, "attention_type": "local", "relative_bias": None,
         "use_rope": False,
     }  # fmt: skip
-    args = training.ModelArguments(config=str(tmp_path / "a.yaml"))
+    args = arguments(files, tmp_path, config=tmp_path / "a.yaml", config_overrides=None)[0]
     assert training.new_config("causal", training.config_fields(args)).rope_parameters["rope_theta"] == 500
     tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
     padded = training.ModelArguments(config_overrides="vocab_size=320,hidden_size=32,num_hidden_layers=1")
@@ -488,8 +504,12 @@ def test_config_file_and_overrides(files, tmp_path):
 
 @pytest.mark.parametrize("ending", ["json", "yaml"])
 def test_arguments_from_a_file(tmp_path, ending):
+    """As the first argument, or named by --config; the command line goes over the file."""
     options = {"train_file": ["a.txt"], "output_dir": str(tmp_path), "block_size": 128, "learning_rate": 0.002}
     (tmp_path / f"run.{ending}").write_text(json.dumps(options))  # JSON is YAML, too
     _, data_args, args = training.parse_arguments([str(tmp_path / f"run.{ending}")])
     assert (data_args.block_size, data_args.train_file, args.learning_rate) == (128, ["a.txt"], 0.002)
     assert (args.adam_epsilon, args.weight_decay, args.data_seed) == (1e-6, 0.01, args.seed)
+    command = ["--block_size", "64", "--config", str(tmp_path / f"run.{ending}"), "--train_file", "b.txt", "c.txt"]
+    _, data_args, args = training.parse_arguments(command)
+    assert (data_args.block_size, data_args.train_file, args.learning_rate) == (64, ["b.txt", "c.txt"], 0.002)

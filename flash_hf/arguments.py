@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the trainings: dataclasses, `--config` files and recipes, batches in tokens."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .budget import MAX_STEPS
+from .configuration_flash import FlashConfig
+
+
+@dataclass
+class ModelArguments:
+    """Which model and tokenizer."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a model to go on from. Without it, a new one is made."}
+    )
+    config: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML or JSON file with any of these options, for instance a recipe of scripts/recipes. What the "
+            "command line says goes over it."
+        },
+    )
+    model_config: str | None = field(
+        default=None,
+        metadata={"help": "Fields of FlashConfig for a new model: a mapping in a --config file, JSON as an option."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of FlashConfig for a new model, over those of --model_config, for instance: "
+            "hidden_size=128,num_hidden_layers=4,relative_bias=null"
+        },
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of a tokenizer. Without it: the model's, or one trained on the data."},
+    )
+    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "Size of the tokenizer, if one is trained."})
+
+
+@dataclass
+class DataArguments:
+    """Which text, and how it is cut."""
+
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": "Text files: .txt, .md, .json, .jsonl, .csv (also .gz, .xz, .bz2), .parquet."}
+    )
+    validation_file: list[str] | None = field(
+        default=None,
+        metadata={"help": "The same for validation. Without it, the end of the training text is held out."},
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Instead of files: a data set on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    train_split: str = field(default="train", metadata={"help": "Its split to train on."})
+    validation_split: str | None = field(
+        default=None, metadata={"help": "Its split to validate on. Without it, the end of the training split."}
+    )
+    validation_fraction: float = field(default=0.05, metadata={"help": "Share of the text held out for validation."})
+    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    sample_by: Literal["document", "paragraph", "line"] = field(
+        default="document", metadata={"help": "What one document is in a .txt or .md file."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read the training text while training. Needs --max_steps and a validation set."},
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Blocks of a stream that are shuffled at a time; 0 keeps its order."}
+    )
+    stream_patience: float = field(
+        default=600.0, metadata={"help": "Seconds to try again for, when the network is lost in a stream."}
+    )
+    max_train_documents: int | None = field(default=None, metadata={"help": "Train on the first ones only."})
+    max_eval_documents: int | None = field(default=None, metadata={"help": "Validate on the first ones only."})
+    block_size: int = field(default=512, metadata={"help": "Tokens in a training example."})
+    packing: Literal["concatenate", "documents"] = field(
+        default="concatenate",
+        metadata={
+            "help": "concatenate: one stream of tokens cut into blocks. documents: the same, but position_ids restart "
+            "at each document, so that nothing is seen across its borders."
+        },
+    )
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens masked (masked model only)."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+
+    def __post_init__(self):
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError("Training text must come from either --train_file or --dataset_name: give exactly one.")
+        if self.shuffle_buffer < 0:
+            raise ValueError(f"shuffle_buffer must be 0 or more, got {self.shuffle_buffer}.")
+        if self.stream_patience < 0:
+            raise ValueError(f"stream_patience must be 0 or more seconds, got {self.stream_patience}.")
+
+
+@dataclass
+class FlashTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of FLASH (the paper's optimiser) and of an honest log."""
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, on matrices only."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all steps."}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to validate: no, steps or epoch."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Validate before the first step, to have a baseline."})
+    logging_steps: float = field(default=10, metadata={"help": "Log the training loss every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and infinite losses out of the log. Off: a failure must be seen."}
+    )
+    use_cache: bool = field(
+        default=True,
+        metadata={"help": "Value of config.use_cache. Trainer's own default, False, would be saved with the model."},
+    )
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available, metadata={"help": "Pin memory for faster copies to a device."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train anew in a folder that holds an earlier run; its checkpoints are deleted."},
+    )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "End the training so many minutes after the start of the program (its imports not counted); the "
+            "learning rate then rises and falls by the clock instead of by the step."
+        },
+    )
+    batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens in a step, over all devices; gradients are accumulated over as many batches as that takes."
+        },
+    )
+    per_device_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that a device computes at a time, instead of --per_device_train_batch_size."},
+    )
+    sequence_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "Steps in which rows grow from --sequence_warmup_start to --block_size; no token is lost."},
+    )
+    sequence_warmup_start: int = field(
+        default=128, metadata={"help": "Tokens in a row at first; doubled again and again it gives --block_size."}
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "What a device can do at most, for MFU. Known of common GPUs computing in bf16 or fp16."},
+    )
+
+    def __post_init__(self):
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. "
+                "Log in with `hf auth login`, or set the environment variable HF_TOKEN."
+            )
+        self.started = time.monotonic()
+        if self.max_minutes is not None and self.max_steps <= 0:
+            self.max_steps = MAX_STEPS
+        super().__post_init__()
+        if self.max_minutes is not None and (self.world_size > 1 or self.lr_scheduler_type != "linear"):
+            raise ValueError(
+                "max_minutes must be left out with several processes, whose clocks differ, and with another "
+                f"lr_scheduler_type than linear, got {self.world_size} processes and {self.lr_scheduler_type}. Give "
+                "max_steps."
+            )
+        if self.data_seed is None:
+            self.data_seed = self.seed  # the order of the data is then the same whatever drew random numbers before
+
+
+# An option of the command line takes the place of these in the file, too: they say the same in another way.
+ALTERNATIVES = {
+    "train_file": ("dataset_name", "dataset_config_name", "train_split", "validation_split"),
+    "dataset_name": ("train_file", "validation_file", "dataset_config_name", "train_split", "validation_split"),
+    "validation_file": ("validation_split",),
+    "validation_split": ("validation_file",),
+    "per_device_train_batch_size": ("per_device_batch_tokens",),
+    "gradient_accumulation_steps": ("batch_tokens",),
+    "num_train_epochs": ("max_steps",),
+    "max_minutes": ("max_steps",),
+    "model": ("model_config", "config_overrides"),
+}
+
+
+def parse_arguments(
+    arguments: list[str] | None = None, description: str | None = None
+) -> tuple[ModelArguments, DataArguments, FlashTrainingArguments]:
+    """Read the command line, and under it the options of a `--config` file (see [`parse_with_config`])."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, FlashTrainingArguments), description=description)
+    return parse_with_config(parser, arguments)
+
+
+def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = None) -> tuple:
+    """Parse a command line; the options in the file that `--config` names stand before those of the command line.
+
+    The file is YAML or JSON: a mapping of options, without their dashes, to values. `model_config` is a mapping of
+    fields of `FlashConfig`. A first argument that ends in .yaml, .yml or .json is taken for `--config`.
+
+    Raises:
+        ValueError, FileNotFoundError: the file is missing or holds no mapping, or a key is no option.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
+        arguments.insert(0, "--config")
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(arguments)[0].config
+    words = []
+    if path is not None:
+        given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+        replaced = given | {other for name in given for other in ALTERNATIVES.get(name, ())}
+        for name, value in read_config(path, parser).items():
+            if name not in replaced and value is not None:
+                words += _as_words(name, value)
+    return parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False)
+
+
+def _as_words(name: str, value: object) -> list[str]:
+    """An option of a file as it would stand on the command line."""
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, (dict, bool)):
+        value = json.dumps(value)  # true and false, in small letters
+    return [f"--{name}={value}"]
+
+
+def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
+    """The options in a YAML or JSON file, all of them known to `parser`.
+
+    Raises:
+        ValueError, FileNotFoundError: see [`parse_with_config`].
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config must be a YAML or JSON file of options; {path} is no file.")
+    # Not YAML for both: it reads 1e-5 as a string.
+    options = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    if not isinstance(options, dict):
+        raise ValueError(f"--config {path} must hold a mapping of options, got {type(options).__name__}.")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            cure = f"Did you mean {near[0]!r}?" if near else "--help lists the options."
+            if name in FlashConfig.__dataclass_fields__:
+                cure = "It is a field of FlashConfig: put it under model_config."
+            raise ValueError(f"--config {path} has {name!r}, which is no option. {cure}")
+    return options
+
+
+def config_fields(model_args: ModelArguments) -> dict:
+    """The fields of `--model_config` and, over them, of `--config_overrides`; values are JSON, else strings.
+
+    Raises:
+        ValueError: `--model_config` is no mapping in JSON; an override is not `name=value`.
+    """
+    fields = {}
+    if model_args.model_config is not None:
+        try:
+            fields = json.loads(model_args.model_config)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--model_config must be JSON, but: {error}. Or put it into a --config file.") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"--model_config must be a mapping of fields, got {type(fields).__name__}.")
+    for item in (model_args.config_overrides or "").split(","):
+        name, equals, value = item.partition("=")
+        if item and not equals:
+            raise ValueError(
+                f"--config_overrides must read name=value,name=value, got {item!r}. Put values that hold commas "
+                "under model_config in a --config file."
+            )
+        if item:
+            try:
+                fields[name.strip()] = json.loads(value)
+            except json.JSONDecodeError:
+                fields[name.strip()] = value.strip()
+    if model_args.model is not None and fields:
+        raise ValueError(
+            f"--model_config and --config_overrides make a new model, but --model {model_args.model} brings its own "
+            f"configuration: leave out {', '.join(fields)}, or --model."
+        )
+    return fields
+
+
+def set_batch(args: FlashTrainingArguments, block_size: int) -> None:
+    """Turn batches given in tokens into rows on a device and batches to accumulate, for the devices there are.
+
+    Raises:
+        ValueError: they cannot be made of whole rows, or whole batches, of that size.
+    """
+    if args.per_device_batch_tokens is not None:
+        rows, rest = divmod(args.per_device_batch_tokens, block_size)
+        if rest or not rows:
+            raise ValueError(
+                f"per_device_batch_tokens must be a multiple of block_size={block_size}, got "
+                f"{args.per_device_batch_tokens}. Take {max(1, rows) * block_size}."
+            )
+        args.per_device_train_batch_size = rows
+    if args.batch_tokens is not None:
+        devices = args.world_size * max(1, args.n_gpu)
+        together = devices * args.per_device_train_batch_size * block_size
+        args.gradient_accumulation_steps, rest = divmod(args.batch_tokens, together)
+        if rest or not args.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_tokens must be a multiple of {together} ({devices} devices x "
+                f"{args.per_device_train_batch_size} rows x {block_size} tokens), got {args.batch_tokens}. Change "
+                "--per_device_batch_tokens."
+            )
+
+
+def warmup_length(step: int, *, steps: int, start: int, block_size: int) -> int:
+    """Tokens in a row at a step of the sequence-length warm-up: `start` doubled, as far as a straight line allows.
+
+    Raises:
+        ValueError: `start` doubled again and again never gives `block_size`.
+    """
+    lengths = [start]
+    while 0 < lengths[-1] < block_size:
+        lengths.append(2 * lengths[-1])
+    if lengths[-1] != block_size:
+        raise ValueError(
+            f"sequence_warmup_start must give block_size={block_size} when doubled again and again, got {start}."
+        )
+    line = start + (block_size - start) * step / steps if step < steps else block_size
+    return max(length for length in lengths if length <= line)
+
+
+__all__ = [
+    "DataArguments", "FlashTrainingArguments", "ModelArguments", "config_fields", "parse_arguments",
+    "parse_with_config", "set_batch", "warmup_length",
+]  # fmt: skip

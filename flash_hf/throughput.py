@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens a second and model FLOP utilisation (MFU) of a training, and the progress bar that shows them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import ProgressCallback
+
+from .configuration_flash import FlashConfig
+
+
+# TFLOP/s of dense products in bfloat16 or float16, from NVIDIA's data sheets; the first name that fits is taken.
+PEAK_TFLOPS = {
+    "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.4, "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0,
+    "L40S": 362.1, "L40": 181.1, "L4": 121.0,
+}  # fmt: skip
+
+
+def training_flops(config: FlashConfig, context: int, *, causal: bool, head: bool = True) -> float:
+    """Floating-point operations that a token costs in training, from products of matrices alone.
+
+    Forward, with `D`, `E`, `S`, `C` the widths of model, values and keys and the chunk: a layer's projections
+    `2 D (2E + S) + 2 E D`; its local part `2 keys (S + E)`, where a causal query sees half of its chunk, `(C + 1) / 2`
+    keys; its global part `4 S E`, less one chunk's if causal, whose last state is not read; the head `2 D V`. The
+    backward costs twice as much. Recomputation is not counted: MFU is about the model's own arithmetic.
+
+    Args:
+        context: tokens in a row.
+        head: whether there is one that predicts tokens.
+    """
+    D, E, S = config.hidden_size, config.intermediate_size, config.query_key_dim
+    chunk = context if config.attention_type == "quadratic" else min(config.chunk_size, context)
+    keys, chunks = (chunk + 1) / 2 if causal else chunk, -(-context // chunk)
+    local = 0.0 if config.attention_type == "global" else 2 * keys * (S + E)
+    across = 4 * S * E * ((chunks - 1) / chunks if causal else 1.0)
+    if config.attention_type in ("quadratic", "local"):
+        across = 0.0
+    layer = 2 * D * (2 * E + S) + 2 * E * D + local + across
+    return 3 * (config.num_hidden_layers * layer + (2 * D * config.vocab_size if head else 0))
+
+
+def device_peak(device_name: str | None, *, half: bool, peak_tflops: float | None = None) -> float | None:
+    """Operations a second that one device could do: `peak_tflops`, else what is known of it, else None.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` gives it; None without a GPU.
+        half: whether the training computes in bfloat16 or float16, which the table is for.
+        peak_tflops: what the user says, in TFLOP/s.
+    """
+    if peak_tflops is not None:
+        return peak_tflops * 1e12
+    if device_name is None or not half:
+        return None
+    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+
+
+class SpeedMeter:
+    """Tokens a second, and MFU, between two readings; the time of validating and saving is left out.
+
+    Args:
+        peak: operations a second that all devices together could do; None leaves MFU out.
+    """
+
+    def __init__(self, peak: float | None = None):
+        self.peak = peak
+        self.began: float | None = None
+        self.tokens = self.flops = 0.0
+
+    def count(self, tokens: int, flops_per_token: float | None) -> None:
+        """Add a step's tokens, of all devices; the first call starts the clock."""
+        self.began = time.perf_counter() if self.began is None else self.began
+        self.tokens += tokens
+        self.flops += tokens * (flops_per_token or 0.0)
+
+    def pause(self, seconds: float) -> None:
+        """Take `seconds` that were not spent on training off the time."""
+        if self.began is not None:
+            self.began += seconds
+
+    def read(self) -> dict[str, float]:
+        """`tokens_per_second`, and `mfu` between 0 and 1, since the last reading."""
+        now = time.perf_counter()
+        if self.began is None or now <= self.began:
+            return {}
+        seconds, self.began = now - self.began, now
+        speeds = {"tokens_per_second": self.tokens / seconds}
+        if self.peak and self.flops:
+            speeds["mfu"] = self.flops / seconds / self.peak
+        self.tokens = self.flops = 0.0
+        return speeds
+
+
+class SpeedBar(ProgressCallback):
+    """Trainer's progress bar, with loss, gradient norm, tokens a second and MFU in the bar itself."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+        elif self.training_bar is not None:
+            shown = {"loss": "{:.4f}", "grad_norm": "{:.3f}", "tokens_per_second": "{:,.0f}", "mfu": "{:.1%}"}
+            short = {"grad_norm": "grad", "tokens_per_second": "tok/s"}
+            self.training_bar.set_postfix(
+                {short.get(name, name): form.format(logs[name]) for name, form in shown.items() if name in logs}
+            )
+
+
+def device_name() -> str | None:
+    """Name of the current GPU, or None."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+__all__ = ["PEAK_TFLOPS", "SpeedBar", "SpeedMeter", "device_name", "device_peak", "training_flops"]

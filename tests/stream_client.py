@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402
+"""python tests/stream_client.py FOLDER: a training on a stream from the Hub (hub_server.py) that falls silent midway.
+
+A process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import hub_server
+
+
+FOLDER = Path(sys.argv[1])
+SERVER, os.environ["HF_ENDPOINT"], HUB = hub_server.serve(root=str(FOLDER / "hub"))
+os.environ["HF_TOKEN"] = "hf_alice"
+
+import datasets
+from huggingface_hub import HfApi
+from transformers import TrainerCallback
+
+from flash_hf import streaming, training
+
+
+BOOK = Path(__file__).parent / "data" / "wizard_of_oz.txt"
+silent = False  # whether the server answers nobody
+
+
+def answer_or_not(handler, parse=SERVER.RequestHandlerClass.parse_request):
+    if silent:
+        handler.close_connection = True
+        return False
+    return parse(handler)
+
+
+SERVER.RequestHandlerClass.parse_request = answer_or_not
+# What libraries wait for by themselves would make this test minutes long; and documents are to be read in small parts.
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0.1
+streaming.BATCH_CHARACTERS = 2000
+
+
+def push() -> None:
+    api, text = HfApi(), BOOK.read_text()
+    api.create_repo("alice/books", repo_type="dataset")
+    for name, begin, end in [("validation", 150_000, 151_500), *((n, n * 4000, n * 4000 + 4000) for n in range(8))]:
+        rows = [json.dumps({"text": text[i : i + 301]}) + "\n" for i in range(begin, end, 301)]
+        place = "validation.jsonl" if name == "validation" else f"train-{name}.jsonl"
+        api.upload_file(
+            path_or_fileobj="".join(rows).encode(), path_in_repo=place, repo_id="alice/books", repo_type="dataset"
+        )
+
+
+class Hush(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        global silent
+        silent = silent or state.global_step == 5
+
+
+def train(name: str, *more: str, hush: bool = False) -> dict[int, float]:
+    command = (
+        "--dataset_name alice/books --validation_split validation --streaming --tokenizer_vocab_size 400 "
+        "--config_overrides hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16 "
+        "--block_size 60 --shuffle_buffer 16 --per_device_train_batch_size 8 --max_steps 24 --save_steps 2 "
+        "--logging_steps 1 --eval_strategy no --stream_patience 2 --disable_tqdm true "
+        f"--output_dir {FOLDER / name}"
+    )
+    parsed = training.parse_arguments([*command.split(), *more])
+    build = training.build_trainer
+
+    def build_with_hush(*args):
+        trainer = build(*args)
+        trainer.add_callback(Hush)
+        return trainer
+
+    training.build_trainer = build_with_hush if hush else build
+    try:
+        training.run_training("causal", *parsed)
+    finally:
+        training.build_trainer = build
+    log = json.loads((FOLDER / name / "log_history.json").read_text())
+    return {line["step"]: line["loss"] for line in log if "loss" in line}
+
+
+push()
+whole = train("whole")
+assert sorted(whole) == list(range(1, 25))
+try:
+    train("broken", hush=True)
+except ConnectionError as error:
+    assert "alice/books could not be read for" in str(error) and "--resume_from_checkpoint last" in str(error), error
+else:
+    raise AssertionError("the stream did not notice that the server had fallen silent")
+saved = sorted((FOLDER / "broken").glob("checkpoint-*"))
+assert 2 <= len(saved) < 12 and all(not training.missing_from_checkpoint(path, streaming=True) for path in saved)
+silent = False
+assert train("broken", "--resume_from_checkpoint", "last") == whole
+print("as if it had not happened")
