@@ -496,6 +496,8 @@ def load_or_train_tokenizer(
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
         return data.load_tokenizer(str(source), masked=kind == "masked")
+    if "input_ids" in (train.column_names or ()):
+        raise ValueError("Tokenised documents must come with the --tokenizer that they were made with.")
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
     tokenizer = [data.train_tokenizer(train, model_args.tokenizer_vocab_size) if first else None]
     broadcast_object_list(tokenizer)

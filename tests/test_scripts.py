@@ -3,6 +3,7 @@
 
 import ast
 import io
+import json
 import os
 import re
 import runpy
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_hf import training
+from flash_hf import data, training
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,38 @@ def test_train_scripts_print_the_error_last(tmp_path):
     done = run(command, tmp_path / "cache")
     assert done.returncode != 0
     assert "must be UTF-8 text; byte 1 (0xe4)" in done.stderr.splitlines()[-1]
+
+
+def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": BOOK.read_text()[begin : begin + 4000]} for begin in range(0, 20_000, 4000)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, files = ROOT / "model_cards" / "flash-7m-causal", {"text": tmp_path / "text.jsonl"}
+    files["tokens"] = tmp_path / "new" / "tokens.parquet"
+    options = ["--files", str(files["text"]), "--tokenizer", str(tokenizer), "--output", str(files["tokens"])]
+    monkeypatch.setattr(sys, "argv", ["tokenize_text.py", *options])
+    runpy.run_path(str(ROOT / "scripts" / "tokenize_text.py"), run_name="__main__")
+    assert "'n_bytes': 20000" in capsys.readouterr().out
+
+    common = (
+        f"--config_overrides {TINY} --block_size 64 --max_steps 3 --disable_tqdm true --max_train_documents 4 "
+        f"--validation_fraction 0.3 --save_strategy no"
+    ).split()
+    results = {}
+    for name, file in files.items():
+        command = [*common, "--train_file", str(file), "--output_dir", str(tmp_path / name)]
+        parsed = training.parse_arguments([*command, "--tokenizer", str(tokenizer)])
+        results[name] = training.run_training("causal", *parsed)["after"]
+    for metric in ("eval_loss", "eval_word_perplexity", "eval_bits_per_byte"):
+        assert results["text"][metric] == results["tokens"][metric]
+    command = ["--train_file", str(files["tokens"]), "--config_overrides", TINY, "--output_dir", str(tmp_path / "c")]
+    with pytest.raises(ValueError, match="must come with the --tokenizer that they were made with"):
+        training.run_training("causal", *training.parse_arguments(command))
+    small = data.train_tokenizer(rows, 300)
+    with pytest.raises(ValueError, match="tokenizer has 300 tokens. Give the --tokenizer"):
+        data.tokenize_documents(data.load_documents(files["tokens"]), small)
+    with pytest.raises(ValueError, match="A single tokenised document cannot be split"):
+        data.split_documents(data.load_documents(files["tokens"], max_documents=1), 0.5)
 
 
 def generate(capsys, model: Path, *options: str) -> tuple[str, str]:
