@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -203,6 +204,18 @@ def test_a_published_model_is_small_and_measured(name):
     assert len(measured) >= 2
     for key in measured:
         assert found[key] == pytest.approx(last[f"eval_{key}"], rel=1e-4)
+
+
+def test_the_readme_shows_the_results():
+    readme = (ROOT / "README.md").read_text()
+    assert runpy.run_path(str(ROOT / "scripts" / "make_card.py"))["table"]() in readme
+    results = json.loads(PUBLISHED["flash-7m-causal"][2].read_text())
+    whole, cut = (
+        next(row["value"] for row in results if row["metric"] == metric)
+        for metric in ("bits_per_byte", "bits_per_byte, context 4096")
+    )
+    said = " ".join(readme.split("### A book in constant memory")[1].split("\n## ")[0].split())
+    assert f"cost this small model {whole:.3f} bits a byte, and {cut:.3f} if it forgets" in said
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
