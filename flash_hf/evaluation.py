@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a language model is worth, and what it costs: scores of whole books, of masked words, speed, memory.
 
-Every function takes a model as it is and returns plain numbers; `scripts/evaluate.py` writes them down as the results
-that model cards are made from. Any causal or masked model of transformers will do, except where a cache of constant
-size is asked for.
+Every function takes a model as it is and returns plain numbers; `scripts/evaluate_model.py` writes them down as the
+results that model cards are made from. Any causal or masked model of transformers will do.
 """
 
 from __future__ import annotations

@@ -244,7 +244,8 @@ def test_the_questions_are_made_by_rule(tmp_path, monkeypatch, capsys):
 def test_the_harness_runs_on_local_data(folders, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason='needs pip install "flash-hf[eval]"')
     monkeypatch.chdir(tmp_path)  # the data are found from anywhere
-    model = AutoModelForCausalLM.from_pretrained(folders["causal"])
+    # The harness takes the training length for the longest context.
+    model = AutoModelForCausalLM.from_pretrained(folders["causal"], max_position_embeddings=4096)
     tokenizer = AutoTokenizer.from_pretrained(folders["causal"])
     scores = evaluation.run_lm_eval(model, tokenizer, TASKS, limit=4)
     assert set(scores) == {"book_cloze", "book_next"}
@@ -263,8 +264,8 @@ def test_a_missing_harness_is_named(causal, tokenizer, monkeypatch):
 
 
 def evaluate(monkeypatch, model: Path, *options: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", "--model", str(model), "--device", "cpu", *options])
-    runpy.run_path(str(ROOT / "scripts" / "evaluate.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["scripts/evaluate_model.py", "--model", str(model), "--device", "cpu", *options])
+    runpy.run_path(str(ROOT / "scripts" / "evaluate_model.py"), run_name="__main__")
 
 
 def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, capsys):

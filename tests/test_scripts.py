@@ -2,6 +2,7 @@
 """The scripts as a user runs them: the first-line commands, all options of generate.py, the demo in small."""
 
 import ast
+import importlib.metadata
 import io
 import json
 import os
@@ -225,3 +226,9 @@ def test_profile_step_in_small(tmp_path):
     total = float(re.search(r"^operators: ([\d.]+) ms a step$", done.stdout, re.M).group(1))
     rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", done.stdout, re.M)]
     assert 0 < sum(rows) <= total * 1.01 and rows == sorted(rows, reverse=True)
+
+
+def test_no_script_hides_a_package():
+    """A script finds the modules beside it first: scripts/evaluate.py would be what flash_hf.metrics imports."""
+    packages = {name.split(".")[0] for name in importlib.metadata.packages_distributions()}
+    assert not {path.stem for path in (ROOT / "scripts").glob("*.py")} & (packages | set(sys.stdlib_module_names))

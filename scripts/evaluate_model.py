@@ -1,4 +1,4 @@
-"""python scripts/evaluate.py --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity speed
+"""python scripts/evaluate_model.py --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
 
 Measure a model on held-out text and write the numbers down as JSON, from which scripts/make_card.py makes its card:
 
