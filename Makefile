@@ -1,4 +1,5 @@
-# make test | make demo | make oldest | make .venv | make clean. A fresh clone needs Python 3.11 or later with pip, and make.
+# make test | make demo | make cards | make oldest | make .venv | make clean. A fresh clone needs Python 3.11 or later
+# with pip, and make.
 # Another interpreter: make test PYTHON=python3.12. More for pytest: make test PYTEST_ARGS='-k cache'.
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -6,7 +7,7 @@ PYTEST_ARGS ?=
 # The stamp is younger than what it depends on exactly when the environment is up to date.
 STAMP := .venv/.stamp
 
-.PHONY: .venv test demo oldest clean
+.PHONY: .venv test demo cards oldest clean
 
 .venv: $(STAMP)
 
@@ -26,6 +27,10 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
+
+# After a change of the model's code or of results: the folders in model_cards/ hold both.
+cards: $(STAMP)
+	HF_HUB_OFFLINE=1 .venv/bin/python scripts/make_card.py --published
 
 # The contracts with the oldest transformers that setup.cfg allows, in an environment of its own. pip chooses anew what
 # goes with that version.

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .budget import MAX_STEPS
 from .configuration_flash import FlashConfig
 
 
@@ -131,6 +133,13 @@ class FlashTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Train anew in a folder that holds an earlier run; its checkpoints are deleted."},
     )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "End the training so many minutes after the start of the program (its imports not counted); the "
+            "learning rate then rises and falls by the clock instead of by the step."
+        },
+    )
     batch_tokens: int | None = field(
         default=None,
         metadata={
@@ -159,7 +168,16 @@ class FlashTrainingArguments(TrainingArguments):
                 "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. "
                 "Log in with `hf auth login`, or set the environment variable HF_TOKEN."
             )
+        self.started = time.monotonic()
+        if self.max_minutes is not None and self.max_steps <= 0:
+            self.max_steps = MAX_STEPS
         super().__post_init__()
+        if self.max_minutes is not None and (self.world_size > 1 or self.lr_scheduler_type != "linear"):
+            raise ValueError(
+                "max_minutes must be left out with several processes, whose clocks differ, and with another "
+                f"lr_scheduler_type than linear, got {self.world_size} processes and {self.lr_scheduler_type}. Give "
+                "max_steps."
+            )
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data is then the same whatever drew random numbers before
 
@@ -173,6 +191,7 @@ ALTERNATIVES = {
     "per_device_train_batch_size": ("per_device_batch_tokens",),
     "gradient_accumulation_steps": ("batch_tokens",),
     "num_train_epochs": ("max_steps",),
+    "max_minutes": ("max_steps",),
     "model": ("model_config", "config_overrides"),
 }
 

@@ -24,7 +24,8 @@ from .hub import registered_classes
 REQUIRED_FACTS = (
     "repo_id", "summary", "license", "language", "datasets", "training_data", "training", "intended_use", "limits",
 )  # fmt: skip
-OPTIONAL_FACTS = ("base_model", "license_link", "license_name", "tags")
+OPTIONAL_FACTS = ("base_model", "example", "license_link", "license_name", "picture", "tags")
+SECTIONS = ("example", "picture", "tags")  # optional, and no metadata of the Hub by these names
 RESULT_FIELDS = ("task", "dataset", "split", "metric", "value", "command", "machine", "commit")
 
 # Names that the Hub gives to tasks.
@@ -112,6 +113,14 @@ def count_parameters(folder: Path) -> int:
     return total
 
 
+def published(cards: Path) -> list[tuple[Path, Path, Path]]:
+    """Folder, facts and results of each model in model_cards/; `facts/NAME.json` belongs to the folder NAME."""
+    return [
+        (cards / facts.stem, facts, cards / facts.stem / "results.json")
+        for facts in sorted((cards / "facts").glob("*.json"))
+    ]
+
+
 def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], template: str | os.PathLike) -> ModelCard:
     """The card of a saved model.
 
@@ -120,7 +129,8 @@ def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], templ
             code is there are read from it.
         facts: What only people know: `repo_id`, `summary`, `license`, `language` (a code or a list), `datasets` (a
             list of names on the Hub), and the sections `training_data`, `training`, `intended_use` and `limits` in
-            Markdown. If it applies: `base_model`, `license_name`, `license_link`, `tags`.
+            Markdown. If it applies: `base_model`, `license_name`, `license_link`, `tags`, `example` (Markdown: what
+            the model makes of an input) and `picture` (a file of the folder: the curve of the training).
         results: Measured numbers, each with `task` (the Hub's name of the task), `dataset`, `split`, `metric`,
             `value`, `command`, `machine` and `commit`. An empty list makes a card that says so.
         template: model_cards/TEMPLATE.md of the repository, or another Jinja template.
@@ -139,7 +149,10 @@ def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], templ
         raise ValueError(f"`folder` must hold one of {', '.join(sorted(auto_classes))}, got {architecture}.")
     auto_class = auto_classes[architecture]
     name = facts["repo_id"].split("/")[-1]
-    optional = {key: facts[key] for key in OPTIONAL_FACTS if key in facts and key != "tags"}
+    optional = {key: facts[key] for key in OPTIONAL_FACTS if key in facts and key not in SECTIONS}
+    picture = facts.get("picture")
+    if picture is not None and not (folder / picture).is_file():
+        raise ValueError(f"`picture` must be a file of {folder}, and {picture!r} is not there.")
     data = ModelCardData(
         model_name=name,
         license=facts["license"],
@@ -174,8 +187,10 @@ def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], templ
         config=config,
         has_code="auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")),
         results=results,
+        example=facts.get("example"),
+        picture=picture,
     )
     return ModelCard(text)
 
 
-__all__ = ["check_facts", "check_results", "make_card"]
+__all__ = ["check_facts", "check_results", "make_card", "published"]

@@ -98,7 +98,7 @@ def load_documents(
     streaming: bool = False,
     max_documents: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Load documents, one a row, in the single column `text`.
+    """Load documents, one a row, in the single column `text`; or, as `scripts/tokenize_text.py` wrote them, tokenised.
 
     Args:
         files: local files, all of one type: .txt, .md, .json, .jsonl, .csv or .parquet; all but the last also as
@@ -125,6 +125,8 @@ def load_documents(
         source = ", ".join(map(str, paths))
 
     columns = documents.column_names or list(next(iter(documents), {}))
+    if text_column not in columns and set(TOKENIZED) <= set(columns) and isinstance(documents, Dataset):
+        return _first(documents.select_columns(list(TOKENIZED)), max_documents).cast(TOKENIZED)
     if text_column not in columns:
         raise ValueError(
             f"text_column={text_column!r} must name a column of {source}; it has {', '.join(columns) or 'none'}. "
@@ -136,11 +138,13 @@ def load_documents(
     documents = documents.select_columns([text_column])
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
-    if max_documents is not None:
-        if max_documents < 1:
-            raise ValueError(f"max_documents must be at least 1, got {max_documents}.")
-        documents = documents.take(max_documents)
-    return documents
+    return _first(documents, max_documents)
+
+
+def _first(documents: Dataset | IterableDataset, max_documents: int | None) -> Dataset | IterableDataset:
+    if max_documents is not None and max_documents < 1:
+        raise ValueError(f"max_documents must be at least 1, got {max_documents}.")
+    return documents if max_documents is None else documents.take(max_documents)
 
 
 def _load_files(paths: list[Path], sample_by: str, streaming: bool) -> Dataset | IterableDataset:
@@ -177,6 +181,8 @@ def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Datas
     if not 0 < fraction < 1:
         raise ValueError(f"The validation share must lie strictly between 0 and 1, got {fraction}.")
     count = len(documents)
+    if count == 1 and "text" not in documents.column_names:
+        raise ValueError("A single tokenised document cannot be split for validation. Give a --validation_file.")
     if count > 1:
         border = count - min(count - 1, max(1, round(count * fraction)))
         return documents.select(range(border)), documents.select(range(border, count))
@@ -292,8 +298,21 @@ def tokenize_documents(
 ) -> Dataset:
     """Turn the column `text` into `input_ids` (no special tokens), `n_bytes`, `n_words` and `n_unknown`.
 
-    Blank rows are left out. Bytes are those of the text in UTF-8; words are what whitespace separates.
+    Blank rows are left out. Bytes are those of the text in UTF-8; words are what whitespace separates. Documents that
+    are tokenised already stay as they are.
+
+    Raises:
+        ValueError: they have tokens that the tokenizer does not know.
     """
+    if "input_ids" in documents.column_names:
+        column = documents.select_columns(["input_ids"]).with_format("numpy")
+        largest = max((int(row["input_ids"].max(initial=0)) for row in column), default=0)
+        if largest >= len(tokenizer):
+            raise ValueError(
+                f"The tokenised documents hold the token {largest}, and the tokenizer has {len(tokenizer)} tokens. "
+                "Give the --tokenizer that they were made with."
+            )
+        return documents
     return documents.map(
         partial(_tokenize, tokenizer=tokenizer),
         batched=True,
@@ -456,18 +475,34 @@ def pack_documents(
     row = Sequence(Value("int32"), length=block_size)
     names = ["input_ids"] + ["labels"] * causal + ["position_ids"] * (packing == "documents")
     features = Features({**dict.fromkeys(names, row), "attention_mask": Sequence(Value("int8"), length=block_size)})
-    return Dataset.from_generator(
-        _pack_rows,
+    pack = _PackBatches(Packer(**options), names=list(features), last=len(tokenized) - 1, version=PACKING_VERSION)
+    tokens = tokenized.select_columns(["input_ids"]).with_format("numpy")
+    blocks = tokens.map(
+        pack,
+        with_indices=True,
+        batched=True,
+        batch_size=32,  # documents may be whole books
+        remove_columns=["input_ids"],
         features=features,
-        gen_kwargs={"tokenized": tokenized, "options": options, "version": PACKING_VERSION},
+        desc="Pack",
     )
+    return blocks.with_format(None)
 
 
-def _pack_rows(tokenized: Dataset, options: dict, version: int) -> Iterator[dict]:
-    packer = Packer(**options)
-    for document in tokenized.select_columns(["input_ids"]).with_format("numpy"):
-        yield from packer.add(document["input_ids"])
-    yield from packer.rest()
+class _PackBatches:
+    """A [`Packer`] as `datasets` maps it: what a batch leaves over goes into the next one, so the order matters.
+
+    Blocks are handed over as one array a column, which is written at once; one by one, each number becomes an object.
+    """
+
+    def __init__(self, packer: Packer, *, names: list[str], last: int, version: int):
+        self.packer, self.names, self.last, self.version = packer, names, last, version
+
+    def __call__(self, batch: dict, indices: list[int]) -> dict:
+        blocks = [block for ids in batch["input_ids"] for block in self.packer.add(np.asarray(ids, np.int32))]
+        if indices[-1] == self.last:
+            blocks += self.packer.rest()
+        return {name: np.stack([block[name] for block in blocks]) if blocks else [] for name in self.names}
 
 
 def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoConfig,
@@ -51,6 +52,7 @@ from .arguments import (
     set_batch,
     warmup_length,
 )
+from .budget import TimeBudget
 from .configuration_flash import FlashConfig
 from .streaming import STREAM_STATE, BlockStream, write_state
 from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
@@ -224,8 +226,8 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
 
 
 class FlashTrainer(Trainer):
-    """Trainer with weight decay on matrices only, speed in its log, exact resuming of streams, rows that grow, a word
-    about checkpoints that could not be saved, and an evaluation that keeps the rows in their order."""
+    """Trainer with weight decay on matrices only, speed in its log, exact resuming of streams, rows that grow, an end
+    by the clock, a word about checkpoints that could not be saved, and an evaluation that keeps the rows in order."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -239,6 +241,10 @@ class FlashTrainer(Trainer):
             self.add_callback(SpeedBar)
         if isinstance(self.train_dataset, BlockStream):
             self.add_callback(StreamEpochCallback)
+        self.budget = None
+        if (minutes := getattr(self.args, "max_minutes", None)) is not None:
+            self.budget = TimeBudget(minutes, self.args.warmup_steps, self.args.started)
+            self.add_callback(self.budget)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -317,6 +323,12 @@ class FlashTrainer(Trainer):
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
         return SequentialSampler(eval_dataset)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
+        """The one of the arguments, or the clock's."""
+        if self.budget is not None and self.lr_scheduler is None:
+            self.lr_scheduler = self.budget.scheduler(self.optimizer if optimizer is None else optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weights of linear layers and embeddings.
@@ -484,6 +496,8 @@ def load_or_train_tokenizer(
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
         return data.load_tokenizer(str(source), masked=kind == "masked")
+    if "input_ids" in (train.column_names or ()):
+        raise ValueError("Tokenised documents must come with the --tokenizer that they were made with.")
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
     tokenizer = [data.train_tokenizer(train, model_args.tokenizer_vocab_size) if first else None]
     broadcast_object_list(tokenizer)

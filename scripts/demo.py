@@ -1,7 +1,8 @@
 """python scripts/demo.py
 
-The whole way on a CPU, in about two minutes: train a tiny causal and a tiny masked FLASH on a book, report perplexity
-before and after, save, load again through the Auto classes, continue a text and fill in a mask.
+The whole way on a CPU, in about two minutes: see what the checkpoints of this repository write and fill in, then train
+a tiny causal and a tiny masked FLASH on a book, report perplexity before and after, save, load again through the Auto
+classes, continue a text and fill in a mask.
 """
 
 import argparse
@@ -15,9 +16,38 @@ import flash_hf  # noqa: F401  registers FLASH with the Auto classes
 from flash_hf.training import describe, parse_arguments, run_training
 
 
-BOOK = Path(__file__).resolve().parent.parent / "tests" / "data" / "wizard_of_oz.txt"
+ROOT = Path(__file__).resolve().parent.parent
+BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
+CHECKPOINTS = ROOT / "model_cards"
 PROMPT = "Dorothy looked at the Tin Woodman and said,"
 MASKED = "The Scarecrow and the Tin {mask} walked along the road of yellow brick."
+OPENING = "It was a cold evening in November, and the old house"
+SENTENCE = "I have never {mask} such a thing in all my life."
+
+
+def continue_text(folder: Path, prompt: str) -> str:
+    """Sample a continuation, printed as it is made; returns prompt and continuation."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    set_seed(0)
+    tokens = model.generate(
+        **tokenizer(prompt, return_tensors="pt"),
+        max_new_tokens=120,
+        do_sample=True,
+        temperature=0.7,
+        top_k=40,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def fill_in(folder: Path, sentence: str) -> None:
+    """Print the likeliest words for `{mask}` in the sentence."""
+    fill_mask = pipeline("fill-mask", model=str(folder), dtype=torch.float32)
+    question = sentence.format(mask=fill_mask.tokenizer.mask_token)
+    print(question)
+    for answer in fill_mask(question):
+        print(f"  {answer['score']:6.1%} {answer['token_str']!r}")
 
 
 def train(kind: str, output_dir: Path, args: argparse.Namespace, steps: int, *more: str) -> dict:
@@ -63,31 +93,19 @@ def main() -> None:
     begin = time.perf_counter()
     causal_dir, masked_dir = args.output_dir / "causal", args.output_dir / "masked"
 
+    print("\n=== model_cards/flash-7m-causal, trained on books, continues a text ===", flush=True)
+    continue_text(CHECKPOINTS / "flash-7m-causal", OPENING)
+    print("\n=== model_cards/flash-7m-masked, trained on books and articles, fills in a word ===")
+    fill_in(CHECKPOINTS / "flash-7m-masked", SENTENCE)
+
     causal = train("causal", causal_dir, args, args.causal_steps)
     masked = train("masked", masked_dir, args, args.masked_steps, "--tokenizer", str(causal_dir))
 
     print("\n=== The causal model, loaded again, continues a text ===", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(causal_dir)
-    model = AutoModelForCausalLM.from_pretrained(causal_dir)
-    set_seed(0)
-    with torch.inference_mode():
-        tokens = model.generate(
-            **tokenizer(PROMPT, return_tensors="pt"),
-            max_new_tokens=120,
-            do_sample=True,
-            temperature=0.7,
-            top_k=40,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        )
     text = args.output_dir / "text.txt"
-    text.write_text(tokenizer.decode(tokens[0], skip_special_tokens=True) + "\n", encoding="utf-8")
-
+    text.write_text(continue_text(causal_dir, PROMPT) + "\n", encoding="utf-8")
     print("\n=== The masked model, loaded again, fills in a word ===")
-    fill_mask = pipeline("fill-mask", model=str(masked_dir))
-    question = MASKED.format(mask=fill_mask.tokenizer.mask_token)
-    print(question)
-    for answer in fill_mask(question):
-        print(f"  {answer['score']:6.1%} {answer['token_str']!r}")
+    fill_in(masked_dir, MASKED)
 
     print(
         f"\nDone in {time.perf_counter() - begin:.0f} s. Perplexity on the last tenth of the book, before and after:"

@@ -1,29 +1,62 @@
 """python scripts/make_card.py --folder runs/demo/causal --facts tests/data/card_facts.json --results tests/data/card_results.json
 
 Write README.md, the model card, into a saved model's folder. Facts and results are described in flash_hf/cards.py.
+--published does so for every model of model_cards/, brings the code in their folders up to date, and prints the table
+of the README.
 """  # noqa: E501
 
 import argparse
 import json
 from pathlib import Path
 
-from flash_hf.cards import make_card
+from flash_hf.cards import make_card, published
+from flash_hf.hub import add_code
 
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "model_cards" / "TEMPLATE.md"
+# What the README shows of the results: model, metric, data set, and how to say it.
+SHOWN = (
+    ("flash-7m-causal", "bits_per_byte, context 4096", "books_valid", "bits a byte of held-out books"),
+    ("flash-7m-causal", "perplexity, context 4096", "books_valid", "perplexity by token"),
+    ("flash-7m-causal", "word_perplexity, context 4096", "books_valid", "perplexity by word"),
+    ("flash-7m-causal", "acc_norm", "book_next", "which of four sentences comes next, accuracy (chance: 0.25)"),
+    ("flash-7m-masked", "masked_accuracy", "passages_valid", "accuracy on masked tokens, 15 % of held-out passages"),
+    ("flash-7m-masked", "perplexity of masked tokens", "passages_valid", "perplexity of these"),
+    ("flash-7m-masked", "pseudo_perplexity", "sentences_valid", "pseudo-perplexity of held-out short passages"),
+)
+CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+TEMPLATE = CARDS / "TEMPLATE.md"
+
+
+def table() -> str:
+    """The README's table of the published models."""
+    lines = ["| checkpoint | measured | value |", "| --- | --- | --- |"]
+    for name, metric, dataset, words in SHOWN:
+        results = json.loads((CARDS / name / "results.json").read_text(encoding="utf-8"))
+        value = next(row["value"] for row in results if (row["metric"], row["dataset"]) == (metric, dataset))
+        lines.append(f"| [{name}](model_cards/{name}/README.md) | {words} | {value:.4g} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--folder", required=True, type=Path, help="the saved model")
-    parser.add_argument("--facts", required=True, type=Path, help="JSON object of facts")
-    parser.add_argument("--results", required=True, type=Path, help="JSON list of results, [] if there are none")
+    parser.add_argument("--folder", type=Path, help="the saved model")
+    parser.add_argument("--facts", type=Path, help="JSON object of facts")
+    parser.add_argument("--results", type=Path, help="JSON list of results, [] if there are none")
+    parser.add_argument("--published", action="store_true", help="all models of model_cards/ instead of one")
     parser.add_argument("--template", default=TEMPLATE, type=Path, help="Jinja template of the card")
     args = parser.parse_args()
+    one = (args.folder, args.facts, args.results)
+    if args.published == any(one) or not (args.published or all(one)):
+        parser.error("give --folder, --facts and --results, or --published alone")
 
-    facts, results = (json.loads(path.read_text(encoding="utf-8")) for path in (args.facts, args.results))
-    make_card(args.folder, facts, results, args.template).save(args.folder / "README.md")
-    print(args.folder / "README.md")
+    for folder, facts, results in published(CARDS) if args.published else [one]:
+        if args.published:
+            add_code(folder)
+        facts, results = (json.loads(path.read_text(encoding="utf-8")) for path in (facts, results))
+        make_card(folder, facts, results, args.template).save(folder / "README.md")
+        print(folder / "README.md")
+    if args.published:
+        print(table())
 
 
 if __name__ == "__main__":

@@ -5,18 +5,23 @@ import copy
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import jinja2
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import flash_hf
-from flash_hf import FlashForCausalLM
-from flash_hf.cards import PIPELINE_TAGS, check_facts, check_results, make_card
+from flash_hf import FlashConfig, FlashForCausalLM, training
+from flash_hf.cards import PIPELINE_TAGS, check_facts, check_results, make_card, published
 from flash_hf.hub import add_code, registered_classes
 from flash_hf.testing import tiny_config
 
@@ -25,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
 FACTS = json.loads((ROOT / "tests" / "data" / "card_facts.json").read_text())
 RESULTS = json.loads((ROOT / "tests" / "data" / "card_results.json").read_text())
+PUBLISHED = {folder.name: (folder, facts, results) for folder, facts, results in published(ROOT / "model_cards")}
 
 
 @pytest.fixture
@@ -155,3 +161,123 @@ def test_other_mistakes_are_refused(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="`folder` must hold the weights"):
         make_card(folder, FACTS, RESULTS, TEMPLATE)
+
+
+def test_a_picture_must_be_there(folder):
+    with pytest.raises(ValueError, match="`picture` must be a file of .*'curve.png' is not there"):
+        make_card(folder, {**FACTS, "picture": "curve.png"}, RESULTS, TEMPLATE)
+    (folder / "curve.png").write_bytes(b"")
+    card = make_card(folder, {**FACTS, "picture": "curve.png", "example": "It wrote: *once*"}, RESULTS, TEMPLATE)
+    assert "](curve.png)" in card.text and "## Example\n\nIt wrote: *once*" in card.text
+    assert "picture" not in card.data.to_dict() and "example" not in card.data.to_dict()
+
+
+# --- the checkpoints of this repository: each folder is what a Hub repository holds ----------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_folder_is_up_to_date(name):
+    """The card is made from its facts and results, the code is the package's; `make cards` makes them so."""
+    folder, facts, results = (PUBLISHED[name][0], *(json.loads(path.read_text()) for path in PUBLISHED[name][1:]))
+    assert make_card(folder, facts, results, TEMPLATE).content == (folder / "README.md").read_text(), "make cards"
+    package = Path(flash_hf.__file__).parent
+    code = {path.name for path in folder.glob("*.py")}
+    assert code == {path.name for path in package.glob("*_flash.py")}
+    for file in code:
+        assert (folder / file).read_bytes() == (package / file).read_bytes(), f"{file}: make cards"
+    assert json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_small_and_measured(name):
+    folder, _, results = PUBLISHED[name]
+    weights = folder / "model.safetensors"
+    assert weights.stat().st_size < 16_000_000
+    with safe_open(weights, "pt") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}
+    # What the results tell of the training is the end of its log.
+    log = json.loads((folder / "log_history.json").read_text())
+    last = [entry for entry in log if "eval_loss" in entry][-1]
+    rows = [row for row in json.loads(results.read_text()) if "scripts/train_" in row["command"]]
+    found = {row["metric"].split()[0].rstrip(","): row["value"] for row in rows}
+    measured = [key for key in ("perplexity", "word_perplexity", "bits_per_byte", "masked_accuracy") if key in found]
+    assert len(measured) >= 2
+    for key in measured:
+        assert found[key] == pytest.approx(last[f"eval_{key}"], rel=1e-4)
+
+
+def test_the_readme_shows_the_results():
+    readme = (ROOT / "README.md").read_text()
+    assert runpy.run_path(str(ROOT / "scripts" / "make_card.py"))["table"]() in readme
+    results = json.loads(PUBLISHED["flash-7m-causal"][2].read_text())
+    whole, cut = (
+        next(row["value"] for row in results if row["metric"] == metric)
+        for metric in ("bits_per_byte", "bits_per_byte, context 4096")
+    )
+    said = " ".join(readme.split("### A book in constant memory")[1].split("\n## ")[0].split())
+    assert f"cost this small model {whole:.3f} bits a byte, and {cut:.3f} if it forgets" in said
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_what_its_recipe_makes(name, tmp_path):
+    recipe = ROOT / "scripts" / "recipes" / "checkpoints" / f"{name}.yaml"
+    command = ["--config", str(recipe), "--train_file", "books.jsonl", "--max_minutes", "5", "--use_cpu", "true"]
+    model_args, data_args, args = training.parse_arguments([*command, "--output_dir", str(tmp_path)])
+    config = FlashConfig.from_pretrained(PUBLISHED[name][0])
+    made = training.new_config("causal" if config.is_decoder else "masked", training.config_fields(model_args))
+    own = {field.name for field in fields(FlashConfig)} - {"vocab_size", "dtype", "architectures", "is_decoder"}
+    own -= {"transformers_version"} | {field for field in own if field.endswith("token_id")}
+    assert {field: getattr(made, field) for field in own} == {field: getattr(config, field) for field in own}
+    assert model_args.tokenizer_vocab_size == config.vocab_size == 8192 and args.bf16
+    assert data_args.block_size == config.max_position_embeddings
+    assert data_args.block_size * args.per_device_train_batch_size == 65_536
+
+
+def test_the_published_causal_model_knows_english():
+    folder = PUBLISHED["flash-7m-causal"][0]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.max_position_embeddings == 4096 and isinstance(model.config, FlashConfig)
+    # A passage of "The Wind in the Willows", which it has not read; a text of the same letters costs far more.
+    text = "The Mole had been working very hard all the morning, spring-cleaning his little home."
+    shuffled = "".join(sorted(text))
+
+    def bits_per_byte(text: str) -> float:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            loss = model(ids, labels=ids).loss
+        return loss.item() * (ids.shape[1] - 1) / len(text) / 0.6931
+
+    assert bits_per_byte(text) < 2 < 4 < bits_per_byte(shuffled)
+    prompt = tokenizer("It was a cold evening in November, and", return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False)
+    new = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
+    assert len(re.findall(r"\b(?:the|a|and|of|to|was|he|she|I|it|in|had)\b", new)) >= 8
+
+
+def test_the_published_masked_model_fills_in_words():
+    folder = PUBLISHED["flash-7m-masked"][0]
+    fill_mask = pipeline("fill-mask", model=str(folder), dtype=torch.float32)
+    mask = fill_mask.tokenizer.mask_token
+    for sentence, word in (
+        (f"I have never{mask} such a thing in all my life.", " seen"),
+        (f"He was born in London, the capital of{mask}.", " England"),
+        (f"The king and the{mask} sat upon their thrones.", " queen"),
+    ):
+        assert word in [answer["token_str"] for answer in fill_mask(sentence, top_k=10)], sentence
+
+
+@pytest.mark.slow
+def test_a_published_model_loads_without_the_package():
+    program = f"""
+import sys; sys.modules["flash_hf"] = None
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+for name, auto in (("causal", AutoModelForCausalLM), ("masked", AutoModelForMaskedLM)):
+    folder = {str(ROOT / "model_cards")!r} + f"/flash-7m-{{name}}"
+    model, report = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    print(type(model).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["FlashForCausalLM", "FlashForMaskedLM"]

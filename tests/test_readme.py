@@ -34,6 +34,7 @@ def test_python_examples_run_in_order(tmp_path):
     for example in examples:
         assert len(example.strip().splitlines()) <= 12
     program = "\n".join(examples)
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # "in a clone of this repository"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-flash" / "model.safetensors").exists()

@@ -2,7 +2,9 @@
 """The scripts as a user runs them: the first-line commands, all options of generate.py, the demo in small."""
 
 import ast
+import importlib.metadata
 import io
+import json
 import os
 import re
 import runpy
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_hf import training
+from flash_hf import data, training
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +91,38 @@ def test_train_scripts_print_the_error_last(tmp_path):
     assert "must be UTF-8 text; byte 1 (0xe4)" in done.stderr.splitlines()[-1]
 
 
+def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"text": BOOK.read_text()[begin : begin + 4000]} for begin in range(0, 20_000, 4000)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer, files = ROOT / "model_cards" / "flash-7m-causal", {"text": tmp_path / "text.jsonl"}
+    files["tokens"] = tmp_path / "new" / "tokens.parquet"
+    options = ["--files", str(files["text"]), "--tokenizer", str(tokenizer), "--output", str(files["tokens"])]
+    monkeypatch.setattr(sys, "argv", ["tokenize_text.py", *options])
+    runpy.run_path(str(ROOT / "scripts" / "tokenize_text.py"), run_name="__main__")
+    assert "'n_bytes': 20000" in capsys.readouterr().out
+
+    common = (
+        f"--config_overrides {TINY} --block_size 64 --max_steps 3 --disable_tqdm true --max_train_documents 4 "
+        "--validation_fraction 0.3 --save_strategy no --eval_strategy no --eval_on_start false"
+    ).split()
+    results = {}
+    for name, file in files.items():
+        command = [*common, "--train_file", str(file), "--output_dir", str(tmp_path / name)]
+        parsed = training.parse_arguments([*command, "--tokenizer", str(tokenizer)])
+        results[name] = training.run_training("causal", *parsed)["after"]
+    for metric in ("eval_loss", "eval_word_perplexity", "eval_bits_per_byte"):
+        assert results["text"][metric] == results["tokens"][metric]
+    command = ["--train_file", str(files["tokens"]), "--config_overrides", TINY, "--output_dir", str(tmp_path / "c")]
+    with pytest.raises(ValueError, match="must come with the --tokenizer that they were made with"):
+        training.run_training("causal", *training.parse_arguments(command))
+    small = data.train_tokenizer(rows, 300)
+    with pytest.raises(ValueError, match="tokenizer has 300 tokens. Give the --tokenizer"):
+        data.tokenize_documents(data.load_documents(files["tokens"]), small)
+    with pytest.raises(ValueError, match="A single tokenised document cannot be split"):
+        data.split_documents(data.load_documents(files["tokens"], max_documents=1), 0.5)
+
+
 def generate(capsys, model: Path, *options: str) -> tuple[str, str]:
     """Run generate.py in this process; returns stdout and stderr."""
     with pytest.MonkeyPatch.context() as patch:
@@ -134,6 +168,22 @@ def test_generate_refuses_bad_options(capsys, model, monkeypatch):
         generate(capsys, model, "--prompt_file", str(model / "none.txt"))
 
 
+def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
+    """The checkpoint of this repository on the whole of Oz's first 3,000 tokens, and on a longer reading of it."""
+    command = first_line("continue_book.py")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [*command, "--tokens", "3000", "--segment", "512", "--max_new_tokens", "30"])
+    runpy.run_path(str(ROOT / "scripts" / "continue_book.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    rows = re.findall(r"^ +([\d,]+) +[\d.]+ +\d+ +([\d.]+) MiB +(\d+) MiB$", out, re.M)
+    assert [row[0] for row in rows] == ["1,000", "2,999"]
+    # 12 layers of [256, 128 + 128 + 512] and [128, 512] numbers of four bytes.
+    assert {row[1] for row in rows} == {"12.00"} and "state 12.00 MiB" in out
+    assert 0 < int(rows[1][2]) < int(rows[0][2]) + 200
+    story = out.split("\n...")[1].split("tokens written")[0]
+    assert "Aunt Em" in story and len(story.split()) > 50
+
+
 @pytest.mark.slow
 def test_demo_in_small(tmp_path):
     command = ["scripts/demo.py", "--output_dir", str(tmp_path / "demo"), "--config_overrides", TINY]
@@ -150,8 +200,11 @@ def test_demo_in_small(tmp_path):
     assert str(tmp_path / "demo" / "text.txt") in done.stdout
     assert text.startswith("Dorothy looked") and len(text.split()) > 20
     assert text.splitlines()[0] in done.stdout  # what was streamed is what was saved
-    answers = re.findall(r"^ +([\d.]+)% '", done.stdout, re.M)
-    assert len(answers) == 5 and sorted(map(float, answers), reverse=True) == list(map(float, answers))
+    answers = [float(answer) for answer in re.findall(r"^ +([\d.]+)% '", done.stdout, re.M)]
+    assert len(answers) == 10  # of the checkpoint and of the new model
+    for five in (answers[:5], answers[5:]):
+        assert sorted(five, reverse=True) == five
+    assert re.search(r"continues a text ===\n.*It was a cold evening in November, and the old house \w", done.stdout)
 
 
 @pytest.mark.slow
@@ -173,3 +226,9 @@ def test_profile_step_in_small(tmp_path):
     total = float(re.search(r"^operators: ([\d.]+) ms a step$", done.stdout, re.M).group(1))
     rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", done.stdout, re.M)]
     assert 0 < sum(rows) <= total * 1.01 and rows == sorted(rows, reverse=True)
+
+
+def test_no_script_hides_a_package():
+    """A script finds the modules beside it first: scripts/evaluate.py would be what flash_hf.metrics imports."""
+    packages = {name.split(".")[0] for name in importlib.metadata.packages_distributions()}
+    assert not {path.stem for path in (ROOT / "scripts").glob("*.py")} & (packages | set(sys.stdlib_module_names))

@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a language model is worth, and what it costs: scores of whole books, of masked words, speed, memory.
+
+Every function takes a model as it is and returns plain numbers; `scripts/evaluate_model.py` writes them down as the
+results that model cards are made from. Any causal or masked model of transformers will do.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from datasets import Dataset
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from . import data
+from .training import token_scores
+
+
+# --- causal: perplexity, by position ---------------------------------------------------------------------------------
+
+
+def score_document(model: PreTrainedModel, ids_N: Tensor, *, segment: int = 4096) -> tuple[Tensor, Tensor]:
+    """Score every token of a document but the first, each with all that comes before it, in constant memory.
+
+    Args:
+        ids_N: the document, int64 `[N]`, on the model's device.
+        segment: tokens read at once; the state goes from one to the next. A multiple of the chunk is fastest.
+
+    Returns:
+        Negative log-likelihoods in nats, float32, and whether the likeliest token was right, bool: both `[N - 1]`, on
+        the CPU.
+    """
+    cache, scores = DynamicCache(config=model.config), []
+    with torch.inference_mode():
+        for begin in range(0, len(ids_N) - 1, segment):
+            part = ids_N[begin : begin + segment + 1]
+            logits = model(part[None, :segment], past_key_values=cache, use_cache=True).logits
+            # token_scores shifts by itself: the last logits have no target here, except at a border.
+            logits = logits[:, : len(part) - 1]
+            padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))
+            scores.append([score[0, 1:].cpu() for score in token_scores(padded, part[None], causal=True)])
+    return tuple(torch.cat(parts) for parts in zip(*scores, strict=True))
+
+
+def position_edges(longest: int, first: int = 256) -> list[int]:
+    """0, 256, 512, 1024, ... up to the first that is not below `longest`."""
+    edges = [0, first]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    return edges
+
+
+@dataclass
+class DocumentScores:
+    """Sums over all predicted tokens, and over those whose context has a length within each pair of edges."""
+
+    nats: float
+    right: int
+    tokens: int
+    n_bytes: int
+    n_words: int
+    by_position: list[dict[str, float]]
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names of training.py; word perplexity and bits per byte count the ends of documents, as there."""
+        loss = self.nats / self.tokens
+        return {
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "word_perplexity": math.exp(self.nats / self.n_words),
+            "bits_per_byte": self.nats / math.log(2) / self.n_bytes,
+            "accuracy": self.right / self.tokens,
+            "tokens": self.tokens,
+        }
+
+
+def score_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[dict],
+    *,
+    context: int | None = None,
+    segment: int = 4096,
+) -> DocumentScores:
+    """Perplexity of whole documents, each with its start and end token, as one context or cut into several.
+
+    Args:
+        documents: rows with the column `text`.
+        context: forget what came before after so many tokens: each stretch of `context + 1` tokens (they overlap by
+            one, so that no token is left out) is scored by itself. None: a document is one context.
+        segment: as for [`score_document`].
+
+    Raises:
+        ValueError: no text, or a context below 1.
+    """
+    if context is not None and context < 1:
+        raise ValueError(f"context must be at least 1, got {context}.")
+    nats, right, places, n_bytes, n_words = [], [], [], 0, 0
+    for row in documents:
+        text = (row["text"] or "").removeprefix("\ufeff")
+        if not text.strip():
+            continue
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [data.document_start(tokenizer), *ids, data.document_end(tokenizer)]
+        ids_N = torch.tensor(ids, device=model.device)
+        step = context or len(ids)
+        for begin in range(0, len(ids) - 1, step):
+            scores = score_document(model, ids_N[begin : begin + step + 1], segment=segment)
+            nats.append(scores[0])
+            right.append(scores[1])
+            places.append(torch.arange(1, len(scores[0]) + 1))  # tokens that each was predicted from
+        n_bytes, n_words = n_bytes + len(text.encode()), n_words + len(text.split())
+    if not nats:
+        raise ValueError("The documents hold no text: every one is empty or blank.")
+    nats_T, right_T, places_T = torch.cat(nats).double(), torch.cat(right), torch.cat(places)
+    by_position = []
+    edges = position_edges(int(places_T.max()))
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = (places_T > low) & (places_T <= high)
+        tokens = int(inside.sum())
+        by_position.append({"above": low, "up_to": high, "tokens": tokens, "loss": nats_T[inside].mean().item()})
+    return DocumentScores(
+        nats=nats_T.sum().item(), right=int(right_T.sum()), tokens=len(nats_T), n_bytes=n_bytes, n_words=n_words,
+        by_position=by_position,
+    )  # fmt: skip
+
+
+def answer_accuracy(model: PreTrainedModel, inputs_BN: Tensor, labels_BN: Tensor, *, batch_size: int = 8) -> float:
+    """Share of the labelled places whose likeliest next token is the label, as in flash_hf/recall.py's tasks.
+
+    Args:
+        inputs_BN: int64 `[B, N]`.
+        labels_BN: int64 `[B, N]`, -100 where nothing is asked. A label stands at the token it follows: no shift.
+
+    Raises:
+        ValueError: nothing is asked.
+    """
+    right, asked = 0, int((labels_BN != data.IGNORE).sum())
+    if not asked:
+        raise ValueError("labels_BN must ask for something, but every label is -100.")
+    for inputs, labels in zip(inputs_BN.split(batch_size), labels_BN.split(batch_size), strict=True):
+        with torch.inference_mode():
+            likeliest = model(inputs.to(model.device)).logits.argmax(-1).cpu()
+        right += int((likeliest == labels)[labels != data.IGNORE].sum())
+    return right / asked
+
+
+# --- masked ----------------------------------------------------------------------------------------------------------
+
+
+def masked_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Dataset,
+    *,
+    block_size: int,
+    packing: data.Packing = "documents",
+    mlm_probability: float = 0.15,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Loss, perplexity and accuracy on tokens masked at random, BERT's way, all at once, as in the training.
+
+    Args:
+        documents: a data set with the column `text`.
+        block_size, packing, mlm_probability, seed: as in the training.
+    """
+    tokenized = data.tokenize_documents(documents, tokenizer)
+    blocks = data.pack_documents(tokenized, tokenizer, block_size=block_size, causal=False, packing=packing)
+    collator = data.MaskingCollator(tokenizer, mlm_probability=mlm_probability, seed=seed)
+    nats, right, tokens = 0.0, 0, 0
+    for begin in range(0, len(blocks), batch_size):
+        rows = blocks.select(range(begin, min(begin + batch_size, len(blocks))))
+        batch = {name: value.to(model.device) for name, value in collator.torch_call(list(rows)).items()}
+        labels = batch.pop("labels")
+        with torch.inference_mode():
+            scores = token_scores(model(**batch).logits, labels, causal=False)
+        counted = labels != data.IGNORE
+        nats += scores[0][counted].sum(dtype=torch.float64).item()
+        right += int(scores[1][counted].sum())
+        tokens += int(counted.sum())
+    loss = nats / tokens
+    return {"loss": loss, "perplexity": math.exp(loss), "masked_accuracy": right / tokens, "tokens": tokens}
+
+
+def pseudo_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    max_tokens: int = 256,
+    batch_size: int = 64,
+) -> dict[str, float]:
+    """Every token masked by itself and guessed from all others (Salazar et al., arXiv 1910.14659).
+
+    Args:
+        texts: short ones: a text of n tokens costs n passes over n tokens.
+        max_tokens: longer texts are cut there.
+
+    Returns:
+        `pseudo_perplexity` (by token), `word_pseudo_perplexity`, `pseudo_accuracy`, `pseudo_tokens`.
+
+    Raises:
+        ValueError: no text.
+    """
+    nats, right, tokens, words = 0.0, 0, 0, 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+        ids = [data.document_start(tokenizer), *ids, data.document_end(tokenizer)]
+        whole_N = torch.tensor(ids, device=model.device)
+        places = torch.arange(1, len(ids) - 1, device=model.device)
+        for place_B in places.split(batch_size) if len(places) else ():
+            rows = torch.arange(len(place_B), device=model.device)
+            batch_BN = whole_N.repeat(len(place_B), 1)
+            batch_BN[rows, place_B] = tokenizer.mask_token_id
+            with torch.inference_mode():
+                logits_BV = model(batch_BN).logits[rows, place_B].float()
+            truth_B = whole_N[place_B]
+            nats += torch.nn.functional.cross_entropy(logits_BV, truth_B, reduction="sum").item()
+            right += int((logits_BV.argmax(-1) == truth_B).sum())
+        tokens += len(places)
+        # Words that the (maybe cut) text has.
+        words += len(tokenizer.decode(ids[1:-1]).split())
+    if not tokens:
+        raise ValueError("The texts hold no token to mask.")
+    return {
+        "pseudo_perplexity": math.exp(nats / tokens),
+        "word_pseudo_perplexity": math.exp(nats / words),
+        "pseudo_accuracy": right / tokens,
+        "pseudo_tokens": tokens,
+    }
+
+
+# --- lm-evaluation-harness -------------------------------------------------------------------------------------------
+
+
+def run_lm_eval(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, dict[str, float]]:
+    """Run tasks of lm-evaluation-harness whose data lie beside them, through its Python interface.
+
+    Args:
+        folder: tasks (`.yaml`) whose `data_files` name files of the same folder.
+        limit: the first questions of each task only.
+
+    Returns:
+        The metrics of each task, by their names in the harness, each with its standard error.
+
+    Raises:
+        ImportError: the harness is not installed.
+        ValueError: no task in the folder.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ImportError('lm-eval-harness is missing: pip install "flash-hf[eval]".') from error
+    tasks = []
+    for path in sorted(Path(folder).glob("*.yaml")):
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
+        files = task["dataset_kwargs"]["data_files"]
+        # The harness would look for them in the folder it runs in.
+        task["dataset_kwargs"]["data_files"] = {split: str(path.parent / name) for split, name in files.items()}
+        tasks.append(task)
+    if not tasks:
+        raise ValueError(f"folder must hold tasks in .yaml files, but {folder} holds none.")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
+    found = lm_eval.simple_evaluate(
+        model=wrapped, tasks=tasks, limit=limit, bootstrap_iters=1000, random_seed=0, numpy_random_seed=0,
+        torch_random_seed=0,
+    )  # fmt: skip
+    scores = {}
+    for task, metrics in found["results"].items():
+        names = {name: name.removesuffix(",none").replace("_stderr", ", standard error") for name in metrics}
+        numbers = {names[name]: value for name, value in metrics.items() if name != "alias"}
+        scores[task] = {name: value for name, value in numbers.items() if isinstance(value, float)}
+    return scores
+
+
+# --- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of the tensors that a cache keeps, state or keys and values."""
+    total = 0
+    for layer in cache.layers:
+        state = getattr(layer, "state", None)
+        tensors = (layer.keys, layer.values) if state is None else tuple(state)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return total
+
+
+def memory_bytes() -> int:
+    """Memory of this process that is in use now (resident set)."""
+    return psutil.Process().memory_info().rss
+
+
+@dataclass
+class Progress:
+    """Where the reading of a long text stands."""
+
+    tokens: int
+    seconds: float
+    memory: int
+    cache: int
+
+
+def read_long(
+    model: PreTrainedModel, ids_N: Tensor, cache: DynamicCache, *, segment: int = 2048, marks: Iterable[int] = ()
+) -> Iterator[Progress]:
+    """Read a text of any length into a cache, `segment` tokens at a time, telling what it took at each mark.
+
+    Args:
+        ids_N: int64 `[N]`, on the model's device.
+        cache: what is read goes in here; for FLASH its size stays what it was after the first token.
+        marks: numbers of tokens to report at; the last token is always reported.
+    """
+    begin, done = time.perf_counter(), 0
+    for mark in sorted({*(mark for mark in marks if 0 < mark < len(ids_N)), len(ids_N)}):
+        while done < mark:
+            # Up to the next multiple, so that a mark inside leaves the later segments whole.
+            end = min(mark, (done // segment + 1) * segment)
+            # Not inference_mode: decoding writes into the state, and may do so outside of it.
+            with torch.no_grad():
+                model(ids_N[None, done:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            done = end
+        yield Progress(done, time.perf_counter() - begin, memory_bytes(), cache_bytes(cache))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def tokens_per_second(
+    model: PreTrainedModel, *, batch_size: int, length: int, new_tokens: int = 0, repeats: int = 5
+) -> float:
+    """Speed on random tokens, the median of several runs after one that is not counted.
+
+    Args:
+        new_tokens: 0: tokens of the forward pass a second. Otherwise tokens generated a second, one after the other,
+            after `length` tokens that are read without being timed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, length)
+    ids_BN = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):
+            cache = DynamicCache(config=model.config) if new_tokens else None
+            options = {"past_key_values": cache, "use_cache": True} if new_tokens else {}
+            if new_tokens:
+                model(ids_BN, logits_to_keep=1, **options)
+            synchronize(model.device)
+            begin = time.perf_counter()
+            if not new_tokens:
+                model(ids_BN)
+            for _ in range(new_tokens):
+                model(ids_BN[:, :1], **options)
+            synchronize(model.device)
+            seconds.append(time.perf_counter() - begin)
+    return batch_size * (new_tokens or length) / statistics.median(seconds[1:])
+
+
+__all__ = [
+    "DocumentScores", "Progress", "answer_accuracy", "cache_bytes", "masked_scores", "memory_bytes", "position_edges",
+    "pseudo_perplexity", "read_long", "run_lm_eval", "score_document", "score_documents", "tokens_per_second",
+]  # fmt: skip

@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLASH's decoding state as transformers cache layers: constant in size for the chunked forms, growing for FLASH-Quad.
+
+`DynamicCache(config=...)` and `StaticCache(config=...)` find these classes through `FlashConfig.layer_types`: a class
+that sets `_layer_type` registers itself. Each row keeps its own phase (tokens in its open chunk), so a left-padded
+batch decodes exactly as its rows would alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from .attention_flash import DecodingState, Heads, mixed_chunk_attention, wide
+from .chunking_flash import Documents, chunk_layout, count_positions, is_tracing
+from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
+
+
+def _each(change, tensors: tuple) -> list:
+    return [None if x is None else change(x) for x in tensors]
+
+
+class FlashChunkCacheLayer(CacheLayerMixin):
+    """The constant-size state of one layer with chunked attention. See `DecodingState` for what it holds.
+
+    Rolling back (`crop`, for assisted decoding) needs `activate_past_recording()` first: from then on the layer keeps
+    a copy of its state and the keys and values that came in since, until `crop` settles how many of them stay.
+    """
+
+    _layer_type = CHUNK_LAYER_TYPE
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, **kwargs):
+        CacheLayerMixin.__init__(self)
+        self.state: DecodingState | None = None
+        self.cumulative_length: int | Tensor = 0
+        self.record_past = False
+        self._snapshot: DecodingState | None = None
+        self._recorded: list[tuple] = []
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else self.state.value.shape[0]
+
+    @property
+    def is_empty(self) -> bool:
+        """Known on the host to have seen nothing: the first call may skip what a continuation needs."""
+        return not self.is_initialized or (isinstance(self.cumulative_length, int) and self.cumulative_length == 0)
+
+    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor) -> None:
+        """Allocate a state that has seen nothing, for values of this width (a shard of E under tensor parallelism)."""
+        batch, dtype, device = value_BNE.shape[0], value_BNE.dtype, value_BNE.device
+        C, S, E = config.chunk_size, config.query_key_dim, value_BNE.shape[2]
+        quad, lin = config.attention_type != "global", config.attention_type != "local"
+
+        def zeros(*shape, dtype=dtype):
+            return torch.zeros(batch, *shape, dtype=dtype, device=device)
+
+        self.state = DecodingState(
+            quad_k=zeros(C, S) if quad else None,
+            lin_k=zeros(C, S) if lin else None,
+            value=zeros(C, E),
+            total=zeros(S, E, dtype=wide(dtype)) if lin else None,
+            seen=zeros(dtype=torch.long),
+        )
+        self.device, self.dtype = device, dtype
+        self.is_initialized = True
+
+    def update(self, state: DecodingState, heads: Heads, value_BNE: Tensor, documents: Documents) -> None:
+        """Store the state after a call of several tokens, and remember those tokens if rollback was asked for.
+
+        Args:
+            state: from `mixed_chunk_attention(..., return_state=True)`.
+            heads, value_BNE: the call's keys and values in token order, `[B, N, ...]` (read only when recording).
+            documents: the call's documents (read only when recording).
+        """
+        self._record(heads, value_BNE, documents)
+        self.store(state, value_BNE.shape[1])
+
+    def store(self, state: DecodingState, length: int) -> None:
+        """Store the state after a call of `length` tokens that need not be taken back."""
+        self._set(state)
+        self.cumulative_length += length
+
+    def begin_step(self, heads: Heads, value_B1E: Tensor, documents: Documents) -> DecodingState:
+        """The state for `mixed_chunk_step` to advance in place by one token."""
+        self._record(heads, value_B1E, documents)
+        if self._snapshot is not None and self._snapshot is self.state:
+            # The step overwrites the state; the snapshot must survive it.
+            self.state = DecodingState(*_each(torch.clone, self.state))
+        self.cumulative_length += 1
+        return self.state
+
+    def _set(self, state: DecodingState) -> None:
+        self.state = state
+
+    # -- rollback
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def _record(self, heads: Heads, value_BNE: Tensor, documents: Documents) -> None:
+        if self.record_past:
+            self._snapshot = self.state if self._snapshot is None else self._snapshot
+            entry = (heads.quad_k, heads.lin_k, value_BNE, documents.valid_BN, documents.start_BN)
+            self._recorded.append(tuple(_each(torch.detach, entry)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` columns of input; 0 confirms all that was recorded.
+
+        Raises:
+            ValueError: for a positive number.
+            RuntimeError: if more is asked for than was recorded since `activate_past_recording` or the last `crop`.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}: a length to keep is not "
+                "supported."
+            )
+        recorded = sum(entry[2].shape[1] for entry in self._recorded)
+        if -tokens_to_remove > recorded:
+            raise RuntimeError(
+                f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be taken "
+                "back, since closed chunks are kept as a sum. Call activate_past_recording() before calls that may "
+                "be undone."
+            )
+        if tokens_to_remove:
+            self._set(self._replay(recorded + tokens_to_remove))
+            self.cumulative_length += tokens_to_remove
+        self._snapshot, self._recorded = None, []
+
+    def _replay(self, keep: int) -> DecodingState:
+        """The state after the first `keep` recorded columns."""
+        if keep == 0:
+            return self._snapshot
+        B, C = self._snapshot.value.shape[:2]
+        device = self._snapshot.value.device
+
+        def joined(index: int, fill: bool | None = None) -> Tensor | None:
+            parts = [entry[index] for entry in self._recorded]
+            if all(part is None for part in parts):
+                return None
+            if fill is not None:
+                shapes = [entry[2].shape[:2] for entry in self._recorded]
+                parts = [
+                    torch.full(s, fill, device=device) if p is None else p for p, s in zip(parts, shapes, strict=True)
+                ]
+            return torch.cat(parts, 1)[:, :keep]
+
+        quad_k, lin_k, value = joined(0), joined(1), joined(2)
+        documents = count_positions(B, keep, device, joined(3, True), joined(4, False), self._snapshot.seen)
+        layout = chunk_layout(documents, B, C, causal=True)
+        quad_k, lin_k, value = _each(layout.split, (quad_k, lin_k, value))
+        # Keys stand in for the queries, whose answers nobody reads.
+        heads = Heads(None, quad_k, lin_k, lin_k)
+        state = mixed_chunk_attention(
+            heads, value, layout, causal=True, chunk_size=C, divisor=1.0, state=self._snapshot, return_state=True
+        )[1]
+        return state
+
+    # -- what Cache asks of every layer
+    def get_seq_length(self) -> int | Tensor:
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        self.state, self._snapshot, self._recorded = None, None, []
+        self.cumulative_length, self.is_initialized = 0, False
+
+    def _map(self, change) -> None:
+        """Apply `change` to every tensor; the batch is the first dimension of each."""
+        if not self.is_initialized:
+            return
+        shared = self._snapshot is self.state
+        self.state = DecodingState(*_each(change, self.state))
+        if self._snapshot is not None:
+            self._snapshot = self.state if shared else DecodingState(*_each(change, self._snapshot))
+        self._recorded = [tuple(_each(change, entry)) for entry in self._recorded]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+class FlashStaticChunkCacheLayer(FlashChunkCacheLayer, StaticLayer):
+    """The same state at fixed addresses, with its counter on the device: for `torch.compile` and CUDA graphs.
+
+    `max_cache_len` is accepted and not needed: a constant state has no longest context.
+    """
+
+    _layer_type = CHUNK_LAYER_TYPE
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int = -1, **kwargs):
+        FlashChunkCacheLayer.__init__(self)
+        self.max_cache_len = max_cache_len
+        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor) -> None:
+        super().lazy_initialization(config, value_BNE)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self._pin()
+
+    def _pin(self) -> None:
+        if not is_tracing():
+            for tensor in (*self.state, self.cumulative_length):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+
+    def _set(self, state: DecodingState) -> None:
+        for mine, new in zip(self.state, state, strict=True):
+            if mine is not None:
+                mine.copy_(new)
+
+    def begin_step(self, heads: Heads, value_B1E: Tensor, documents: Documents) -> DecodingState:
+        if self.record_past:
+            raise NotImplementedError("A static cache cannot be rolled back; use DynamicCache for assisted decoding.")
+        self.cumulative_length.add_(1)
+        return self.state
+
+    def reset(self) -> None:
+        if self.is_initialized:
+            for tensor in (*self.state, self.cumulative_length):
+                if tensor is not None:
+                    tensor.zero_()
+
+    def _map(self, change) -> None:
+        if not self.is_initialized:
+            return
+        state = DecodingState(*_each(change, self.state))
+        if state.value.shape == self.state.value.shape and state.value.device == self.state.value.device:
+            self._set(state)
+        else:
+            self.state = state
+            self._pin()
+
+
+class FlashQuadraticCacheLayer(DynamicLayer):
+    """Keys and values of FLASH-Quad, which grow with the context, and the document and position of each.
+
+    Attributes:
+        keys, values: `[B, 1, M, S]`, `[B, 1, M, E]`.
+        position, document: int64 `[B, M]`; document -1 marks padding.
+    """
+
+    _layer_type = QUADRATIC_LAYER_TYPE
+    position: Tensor | None = None
+    document: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0] if self.position is not None else -1
+
+    def update(self, key_states, value_states, position_BN=None, document_BN=None, **kwargs):
+        """Append `[B, 1, N, S]` and `[B, 1, N, E]` with their `[B, N]` positions and documents; returns all keys, "
+        "values."""
+        self.position = position_BN if self.position is None else torch.cat([self.position, position_BN], 1)
+        self.document = document_BN if self.document is None else torch.cat([self.document, document_BN], 1)
+        keys, values = super().update(key_states, value_states)
+        # Gradients flow through this call's tokens; what is kept for later calls holds no graph.
+        self.keys, self.values = keys.detach(), values.detach()
+        return keys, values
+
+    def _map(self, change) -> None:
+        if self.is_initialized:
+            self.keys, self.values, self.position, self.document = _each(
+                change, (self.keys, self.values, self.position, self.document)
+            )
+
+    def reset(self) -> None:
+        self.keys = self.values = self.position = self.document = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove < 0 and self.is_initialized:
+            self.position = self.position[:, :tokens_to_remove]
+            self.document = self.document[:, :tokens_to_remove]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+class FlashStaticQuadraticCacheLayer(StaticLayer):
+    """FLASH-Quad's keys and values in tensors of `max_cache_len` places; unused places belong to document -1."""
+
+    _layer_type = QUADRATIC_LAYER_TYPE
+    supports_early_init = False  # it would give values the keys' width
+    position: Tensor | None = None
+    document: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        shape = (key_states.shape[0], self.max_cache_len)
+        self.position = torch.zeros(shape, dtype=torch.long, device=key_states.device)
+        self.document = torch.full(shape, -1, dtype=torch.long, device=key_states.device)
+        if not is_tracing():
+            torch._dynamo.mark_static_address(self.position)
+            torch._dynamo.mark_static_address(self.document)
+
+    def places(self, length: int) -> Tensor:
+        """Where the next `length` tokens go, int64 `[length]`."""
+        return torch.arange(length, device=self.cumulative_length.device) + self.cumulative_length
+
+    def update(self, key_states, value_states, position_BN=None, document_BN=None, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        places = self.places(key_states.shape[2])
+        self.position.index_copy_(1, places, position_BN)
+        self.document.index_copy_(1, places, document_BN)
+        keys, values = super().update(key_states.detach(), value_states.detach())
+        if torch.is_grad_enabled() and value_states.requires_grad:
+            keys, values = keys.index_copy(2, places, key_states), values.index_copy(2, places, value_states)
+        return keys, values
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:
+            self.document.fill_(-1)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            for tensor in (self.keys, self.values, self.position, self.document):
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+LAYER_KINDS = {
+    CHUNK_LAYER_TYPE: (FlashChunkCacheLayer, FlashStaticChunkCacheLayer),
+    QUADRATIC_LAYER_TYPE: (FlashQuadraticCacheLayer, FlashStaticQuadraticCacheLayer),
+}
+
+
+def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
+    """Make sure that `cache` can hold this model's state, and give an empty `DynamicCache()` the right layers.
+
+    Raises:
+        ValueError: a cache of another kind of model, of another shape, or filled with another number of rows.
+    """
+    chunked = config.attention_type != "quadratic"
+    wanted = LAYER_KINDS[config.layer_types[0]]
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"past_key_values must be a transformers Cache, got {type(cache).__name__}. Use "
+            "DynamicCache(config=model.config)."
+        )
+    if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.extend(wanted[0]() for _ in range(config.num_hidden_layers))
+        cache.layer_class_to_replicate = None
+    for index, layer in enumerate(cache.layers):
+        # Two copies of this code in one process (the package, and a checkpoint's remote code): transformers builds a
+        # cache from the layers registered last, which may be the other copy's. Empty, they are as good as ours.
+        foreign = getattr(layer, "_layer_type", None) == config.layer_types[0] and not isinstance(layer, wanted)
+        if foreign and not layer.is_initialized:
+            dynamic, static = LAYER_KINDS[layer._layer_type]
+            is_static = isinstance(layer, StaticLayer)
+            cache.layers[index] = static(max_cache_len=layer.max_cache_len) if is_static else dynamic()
+            cache.layers[index].record_past = getattr(layer, "record_past", False)
+    if len(cache.layers) != config.num_hidden_layers or not all(isinstance(layer, wanted) for layer in cache.layers):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ValueError(
+            f"past_key_values must be a cache of this model ({config.num_hidden_layers} layers, attention_type "
+            f"{config.attention_type!r}), got {len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
+            "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+        )
+    layer = cache.layers[0]
+    if not layer.is_initialized:
+        return
+    if layer.batch_size != batch:
+        raise ValueError(
+            f"past_key_values holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, "
+            "or change the cache with batch_select_indices / batch_repeat_interleave."
+        )
+    S, E = config.query_key_dim, layer.state.value.shape[2] if chunked else layer.values.shape[3]
+    if config.intermediate_size % E:
+        E = config.intermediate_size  # neither the width nor a tensor-parallel shard of it
+    if chunked:
+        state = layer.state
+        key = state.quad_k if state.quad_k is not None else state.lin_k
+        found = (state.value.shape[1], key.shape[2], state.value.shape[2], state.quad_k is None, state.lin_k is None)
+        expected = (config.chunk_size, S, E, config.attention_type == "global", config.attention_type == "local")
+    else:
+        found, expected = (layer.keys.shape[3], layer.values.shape[3]), (S, E)
+    if found != expected:
+        raise ValueError(
+            "past_key_values was filled by a model of another shape (chunk_size, query_key_dim, value width ...: "
+            f"{found}); "
+            f"this model needs {expected}. Start with an empty cache."
+        )
+
+
+__all__ = [
+    "FlashChunkCacheLayer", "FlashQuadraticCacheLayer", "FlashStaticChunkCacheLayer", "FlashStaticQuadraticCacheLayer",
+    "check_cache",
+]  # fmt: skip

@@ -1,0 +1,498 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The maths of FLASH as pure functions of tensors, on any device: offset-scale, rotary, attention over chunks, over
+whole documents, and for one decoding step. Equations are numbered as in the project's README ("The layer").
+
+Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width, E value width, S query/key width.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import logging
+
+from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slots, is_tracing
+
+
+logger = logging.get_logger(__name__)
+
+# Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
+KERNEL_INTERFACE = 1
+
+Activation = Literal["relu2", "softmax", "laplace"]
+Normalization = Literal["mean", "chunk"]
+
+# MEGA (arXiv 2209.10655, eq. 16): the Gaussian integral that meets relu^2 in value and slope at sqrt(1/2).
+LAPLACE_MEAN, LAPLACE_STD = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
+
+
+class Heads(NamedTuple):
+    """Queries and keys made from one basis `z`; a branch that the layer lacks is None. Each `[..., S]`."""
+
+    quad_q: Tensor | None
+    quad_k: Tensor | None
+    lin_q: Tensor | None
+    lin_k: Tensor | None
+
+
+class DecodingState(NamedTuple):
+    """What one layer remembers of each row's open document: constant in size, whatever the length.
+
+    Attributes:
+        quad_k, lin_k: keys of the open chunk, `[B, C, S]` (None without that branch).
+        value: values of the open chunk, `[B, C, E]`. Slots from the row's phase on hold leftovers and are never read.
+        total: sum of `lin_k v^T` over ALL tokens of the document, the open chunk's included, `[B, S, E]`, float32 or
+            wider. A step then adds one outer product and needs no branch at a chunk's end; what the open chunk
+            contributed is subtracted where the closed chunks' sum is needed.
+        seen: tokens of the open document, int64 `[B]`. The phase is `seen % C`.
+    """
+
+    quad_k: Tensor | None
+    lin_k: Tensor | None
+    value: Tensor
+    total: Tensor | None
+    seen: Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums over tokens are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Choice of backend
+# ------------------------------------------------------------------------------------------------------------------
+_loaded: list[tuple[ModuleType | None, str]] = []
+
+
+def load_kernels() -> tuple[ModuleType | None, str]:
+    """The package of Triton kernels, or None and the reason."""
+    if not _loaded:  # not functools.cache, which torch.compile would warn of
+        _loaded.append(_import_kernels())
+    return _loaded[0]
+
+
+def _import_kernels() -> tuple[ModuleType | None, str]:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None, "triton is not installed"
+    try:
+        from flash_hf import kernels
+    except ImportError as error:
+        return None, f"flash_hf.kernels cannot be imported ({error})"
+    if kernels.INTERFACE != KERNEL_INTERFACE:
+        return None, "the installed flash_hf is another version than this model's code"
+    return kernels, ""
+
+
+def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bool) -> ModuleType | None:
+    """The kernels if `config.backend` wants them and they can run, else None: the torch tier computes.
+
+    Args:
+        dtype: what products are computed in.
+        dropout: whether attention dropout is active.
+
+    Raises:
+        ValueError: `backend="triton"` was asked for where it cannot run.
+    """
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if config.backend == "torch" or (config.backend == "auto" and exporting):
+        return None  # an exported graph is to run where there is no flash_hf
+    kernels, reason = load_kernels()
+    if kernels is not None:
+        reason = kernels.unavailable(device, dtype) or kernels.unsupported(config, device)
+        if reason is None and dropout:
+            reason = "attention_dropout has no kernels"
+        if reason is None and device.type == "cpu" and config.backend == "auto":
+            reason = "the device is a CPU"  # the interpreter is for tests that ask for it
+    if not reason:
+        return kernels
+    if config.backend == "triton":
+        raise ValueError(
+            f"FlashConfig: `backend` = 'triton' cannot run here: {reason}. Use backend='auto', which falls back to "
+            "torch, or backend='torch'; kernels need triton, an NVIDIA GPU of compute capability 8.0 or later, and "
+            "bfloat16, float16 or float32."
+        )
+    if not is_tracing():
+        logger.warning_once(f"FLASH computes in plain torch, which is right but slower than its kernels: {reason}.")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Positions and heads
+# ------------------------------------------------------------------------------------------------------------------
+def scaled_sinusoid(position_BN: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Sinusoidal positions, sine half then cosine half, `[B, N, width]`, before the learnt scalar (eq. 0)."""
+    angle_dtype = wide(dtype)
+    steps = torch.arange(width // 2, device=position_BN.device, dtype=angle_dtype)
+    angle = position_BN[..., None].to(angle_dtype) * torch.exp(steps * (-math.log(10000.0) / (width // 2)))
+    return torch.cat([angle.sin(), angle.cos()], -1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """RoPE on the first `2 * cos.shape[-1]` dimensions of x; the rest pass through (eq. 3).
+
+    Args:
+        x: `[..., S]`.
+        cos, sin: broadcastable to `[..., r / 2]`.
+        interleaved: pairs are (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
+    """
+    half = cos.shape[-1]
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+    else:
+        first, second = turned[..., :half], turned[..., half:]
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+def offset_scale(z: Tensor, gamma_HS: Tensor, beta_HS: Tensor, rotary, *, interleaved: bool = False) -> Tensor:
+    """Heads `RoPE(gamma * z + beta)` (eq. 3), `[..., H, S]` from `[..., S]`; `rotary` is (cos, sin) `[..., r/2]` or "
+    "None."""
+    heads = z[..., None, :] * gamma_HS + beta_HS
+    if rotary is not None:
+        heads = rotate(heads, rotary[0][..., None, :], rotary[1][..., None, :], interleaved=interleaved)
+    return heads
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The quadratic part: scores -> weights
+# ------------------------------------------------------------------------------------------------------------------
+def activate(scores: Tensor, activation: Activation) -> Tensor:
+    """Attention weights from scores; a score of -inf gives a weight of exactly 0 (eq. 4)."""
+    if activation == "relu2":
+        return F.relu(scores).square()
+    if activation == "laplace":
+        return 0.5 * (1 + torch.erf((scores - LAPLACE_MEAN) / (LAPLACE_STD * math.sqrt(2))))
+    return torch.softmax(scores.to(wide(scores.dtype)), -1).to(scores.dtype)
+
+
+def score_scale(activation: Activation, divisor: float, key_dim: int) -> float:
+    """Factor on `q k^T`: 1 / divisor for relu2 and laplace, 1 / sqrt(S) for softmax."""
+    return key_dim**-0.5 if activation == "softmax" else 1.0 / divisor
+
+
+def toeplitz(bias_R: Tensor, length: int) -> Tensor:
+    """`b[i, j] = w[j - i + length - 1]` from `w` of `2 * length - 1` offsets, `[length, length]`."""
+    return bias_R.unfold(0, length, 1).flip(0)
+
+
+def score_bias(bias_R: Tensor | None, length: int, causal: bool, like: Tensor) -> Tensor | None:
+    """Additive `[length, length]`: the relative bias, and -inf above the diagonal if causal. None if neither "
+    "applies."""
+    bias_CC = None if bias_R is None else toeplitz(bias_R, length).to(like.dtype)
+    if not causal:
+        return bias_CC
+    future_CC = torch.ones(length, length, dtype=torch.bool, device=like.device).triu(1)
+    if bias_CC is None:
+        bias_CC = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+    return bias_CC.masked_fill(future_CC, -math.inf)
+
+
+def scores_of(q_XQS: Tensor, k_XMS: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """`scale * q k^T + bias` for batches X, with the scale applied inside the product (float16 keys may be tiny)."""
+    if bias is None:
+        bias = q_XQS.new_zeros(())
+        return torch.baddbmm(bias, q_XQS, k_XMS.transpose(1, 2), beta=0, alpha=scale)
+    return torch.baddbmm(bias, q_XQS, k_XMS.transpose(1, 2), alpha=scale)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Mixed chunk attention
+# ------------------------------------------------------------------------------------------------------------------
+def local_attention(
+    quad_q_BGCS: Tensor,
+    quad_k_BGCS: Tensor,
+    value_BGCE: Tensor,
+    layout: ChunkLayout,
+    *,
+    causal: bool,
+    activation: Activation,
+    divisor: float,
+    bias_R: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Quadratic attention inside each chunk (eq. 4), `[B, G, C, E]`.
+
+    Args:
+        bias_R: relative bias of offsets `-(C-1) ... C-1`, `[2 * C - 1]`, or None.
+        dropout: probability on the attention weights.
+    """
+    B, G, C, S = quad_q_BGCS.shape
+    scale = score_scale(activation, divisor, S)
+    bias_CC = score_bias(bias_R, C, causal, quad_q_BGCS)
+    scores = scores_of(quad_q_BGCS.flatten(0, 1), quad_k_BGCS.flatten(0, 1), scale, bias_CC).view(B, G, C, C)
+    if activation == "softmax":
+        # Elsewhere an empty slot's value 0 says enough; in a softmax it would still take its share. Not -inf: a query
+        # without any key (an empty slot) must stay finite, in the backward too.
+        scores = scores.masked_fill(~layout.occupied_BGC[:, :, None, :], torch.finfo(scores.dtype).min)
+    weights = activate(scores, activation)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return weights @ value_BGCE
+
+
+def chunk_products(lin_k_BGCS: Tensor, value_BGCE: Tensor) -> Tensor:
+    """`sum_c k_c v_c^T` of every chunk, `[B, G, S, E]`, at least float32."""
+    product = lin_k_BGCS.transpose(2, 3) @ value_BGCE
+    return product.to(wide(product.dtype))
+
+
+def running_states(product_BGSE: Tensor, initial_BSE: Tensor | None) -> Tensor:
+    """Running sums over a row's chunks: entry g is the sum before chunk g, the last one that of all, `[B, G + 1, S, "
+    "E]`."""
+    if initial_BSE is None:
+        initial_BSE = torch.zeros_like(product_BGSE[:, 0])
+    return torch.cat([initial_BSE[:, None], product_BGSE], 1).cumsum(1)
+
+
+def _select(x_BGXF: Tensor, index_BG: Tensor) -> Tensor:
+    """`out[b, g] = x[b, index[b, g]]`."""
+    return x_BGXF.gather(1, index_BG[..., None, None].expand(-1, -1, *x_BGXF.shape[2:]))
+
+
+def global_scale(count: Tensor, normalization: Normalization, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """Factor on a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 before any token."""
+    tokens = count if normalization == "mean" else torch.full_like(count, chunk_size)
+    return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
+
+
+def mixed_chunk_attention(
+    heads: Heads,
+    value_BGCE: Tensor,
+    layout: ChunkLayout,
+    *,
+    causal: bool,
+    chunk_size: int,
+    activation: Activation = "relu2",
+    divisor: float,
+    bias_R: Tensor | None = None,
+    normalization: Normalization = "mean",
+    dropout: float = 0.0,
+    state: DecodingState | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, DecodingState | None]:
+    """Mixed chunk attention (arXiv 2202.10447, section 3.2): eq. 4 inside chunks plus eq. 5 across them.
+
+    Args:
+        heads: on the grid of `layout`, each `[B, G, C, S]`; None for a branch that is switched off.
+        value_BGCE: values, 0 at empty slots.
+        chunk_size: the configured C (the grid's chunks may be shorter when the input is).
+        bias_R: relative bias `[2 * C - 1]` for the grid's C, or None.
+        state: decoding state to continue; causal only.
+        return_state: also return the state after these tokens, detached from the graph.
+
+    Returns:
+        `[B, G, C, E]` and the new state (None unless asked for).
+    """
+    quad_q, quad_k, lin_q, lin_k = heads
+    initial = None
+    if state is not None:
+        quad_k, lin_k, value_BGCE = (
+            None if new is None else _continue_chunk(new, old, layout.phase_B)
+            for new, old in ((quad_k, state.quad_k), (lin_k, state.lin_k), (value_BGCE, state.value))
+        )
+        if lin_k is not None:
+            initial = closed_total(state, layout.phase_B) * layout.continues_B[:, None, None]
+
+    B, G, C, E = value_BGCE.shape
+    out = None
+    if quad_q is not None:
+        out = local_attention(
+            quad_q, quad_k, value_BGCE, layout,
+            causal=causal, activation=activation, divisor=divisor, bias_R=bias_R, dropout=dropout,
+        )  # fmt: skip
+    total = None
+    # Within a first chunk the causal global part is zero: a short input need not compute it.
+    if lin_q is not None and (not causal or G > 1 or initial is not None or return_state):
+        product = chunk_products(lin_k, value_BGCE)
+        if not causal and layout.first_BG is None:
+            states = product.sum(1, keepdim=True)
+        else:
+            running = running_states(product, initial)
+            if layout.first_BG is None:
+                states = running[:, :-1]
+            else:
+                # Packed rows: less what earlier documents left in the running sum. A document that continues the cache
+                # is the row's first and keeps what it began with.
+                base = _select(running, layout.first_BG).masked_fill((layout.first_BG == 0)[..., None, None], 0)
+                states = (running[:, :-1] if causal else _select(running, layout.last_BG + 1)) - base
+            if return_state:
+                total = running[:, -1]
+                if layout.first_BG is not None:
+                    total = _at_final(states + product, layout)
+        count_BG = layout.before_BG if causal else layout.count_BG
+        states = states * global_scale(count_BG, normalization, chunk_size, states.dtype)[..., None, None]
+        # One product per group of chunks that share a state: all chunks of a row, or each chunk.
+        groups = states.shape[1]
+        query = lin_q.reshape(B * groups, -1, lin_q.shape[-1])
+        states = states.to(value_BGCE.dtype).flatten(0, 1)
+        if out is None:
+            out = torch.bmm(query, states)
+        else:
+            out = torch.baddbmm(out.reshape(B * groups, -1, E), query, states)
+        out = out.view(B, G, C, E)
+    if out is None:
+        out = torch.zeros_like(value_BGCE)
+    if not return_state:
+        return out, None
+    # Copies: a view would keep the whole grid alive for as long as the cache.
+    quad_k, lin_k, value = (
+        None if grid is None else F.pad(_at_final(grid, layout).detach(), (0, 0, 0, chunk_size - C)).clone()
+        for grid in (quad_k, lin_k, value_BGCE)
+    )
+    total = None if total is None else total.detach().clone()
+    return out, DecodingState(quad_k, lin_k, value, total, layout.seen_after_B.expand(B).clone())
+
+
+def _continue_chunk(new_BGCF: Tensor, old_BCF: Tensor, phase_B: Tensor) -> Tensor:
+    """Put the cached slots in front of chunk 0."""
+    cached_BGC = cached_slots(phase_B, *new_BGCF.shape[1:3])
+    return torch.where(cached_BGC[..., None], old_BCF.to(new_BGCF.dtype)[:, None], new_BGCF)
+
+
+def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
+    """The chunk of each row that stays open, `[B, X, F]`."""
+    return x_BGXF[:, -1] if layout.final_B is None else _select(x_BGXF, layout.final_B[:, None])[:, 0]
+
+
+def closed_total(state: DecodingState, phase_B: Tensor) -> Tensor:
+    """Sum of `lin_k v^T` over closed chunks: the total less the open chunk's part, `[B, S, E]`."""
+    dtype = state.total.dtype
+    open_BC1 = (torch.arange(state.value.shape[1], device=phase_B.device) < phase_B[:, None])[..., None]
+    key = torch.where(open_BC1, state.lin_k, 0).to(dtype)
+    value = torch.where(open_BC1, state.value, 0).to(dtype)
+    # Outside of autocast: this has to cancel, to the last bit if it can, what float32 steps have added.
+    with torch.autocast(state.total.device.type, enabled=False):
+        return state.total - key.transpose(1, 2) @ value
+
+
+def mixed_chunk_step(
+    heads: Heads,
+    value_B1E: Tensor,
+    layout: StepLayout,
+    state: DecodingState,
+    *,
+    activation: Activation = "relu2",
+    divisor: float,
+    bias_R: Tensor | None = None,
+    normalization: Normalization = "mean",
+) -> Tensor:
+    """One token a row against the decoding state, which is advanced in place; no branch on values, no allocation that
+    grows, the same cost at any length.
+
+    With `t` tokens seen, `c = 1 / tokens in closed chunks` and the open chunk's slots `j`:
+    `out = sum_j (A_j - c lin_q lin_k_j) v_j + c lin_q total`, since `total` also counts the open chunk.
+
+    Args:
+        heads: each `[B, 1, S]`, or None.
+        value_B1E: `[B, 1, E]`.
+        bias_R: relative bias `[2 * C - 1]`, or None.
+
+    Returns:
+        `[B, 1, E]`; any finite value for rows whose token is padding, which leave no trace in the state.
+    """
+    C, E = state.value.shape[1:]
+    seen_B = state.seen
+    phase_B = seen_B % C
+    slot_C = torch.arange(C, device=seen_B.device)
+    visible_BC = slot_C <= phase_B[:, None]
+    valid_B1 = layout.valid_BN
+
+    def write(cache_BCF: Tensor | None, new_B1F: Tensor | None):
+        if cache_BCF is not None:
+            index = phase_B[:, None, None].expand(-1, 1, cache_BCF.shape[2])
+            new_B1F = new_B1F.detach().to(cache_BCF.dtype)
+            if valid_B1 is not None:
+                new_B1F = torch.where(valid_B1[..., None], new_B1F, cache_BCF.gather(1, index))
+            cache_BCF.scatter_(1, index, new_B1F)
+
+    write(state.quad_k, heads.quad_k)
+    write(state.lin_k, heads.lin_k)
+    write(state.value, value_B1E)
+
+    dtype = value_B1E.dtype
+    weights_B1C = None
+    if heads.quad_q is not None:
+        scale = score_scale(activation, divisor, heads.quad_q.shape[-1])
+        bias_B1C = torch.zeros_like(visible_BC, dtype=heads.quad_q.dtype)[:, None]
+        if bias_R is not None:
+            bias_B1C = bias_R.to(heads.quad_q.dtype)[(slot_C - phase_B[:, None]) + C - 1][:, None]
+        bias_B1C = bias_B1C.masked_fill(~visible_BC[:, None], -math.inf)
+        weights_B1C = activate(
+            scores_of(heads.quad_q, state.quad_k.to(heads.quad_q.dtype), scale, bias_B1C), activation
+        )
+    remote_B1E = None
+    if heads.lin_q is not None:
+        scale_B = global_scale(seen_B - phase_B, normalization, C, state.total.dtype)
+        query = heads.lin_q.to(state.total.dtype) * scale_B[:, None, None]
+        with torch.autocast(seen_B.device.type, enabled=False):
+            remote_B1E = torch.bmm(query, state.total).to(dtype)
+            inside_B1C = torch.bmm(query, state.lin_k.to(query.dtype).transpose(1, 2))
+            # The new token is not in the total yet.
+            inside_B1C = torch.where((slot_C < phase_B[:, None])[:, None], inside_B1C, 0)
+            key = heads.lin_k.detach().to(query.dtype).transpose(1, 2)
+            if valid_B1 is not None:
+                key = torch.where(valid_B1[..., None], key, 0)
+            state.total.baddbmm_(key, value_B1E.detach().to(query.dtype))
+        weights_B1C = (0 if weights_B1C is None else weights_B1C) - inside_B1C.to(dtype)
+    out = torch.bmm(weights_B1C.to(dtype), state.value.to(dtype))
+    state.seen.add_(1 if valid_B1 is None else valid_B1[:, 0].to(state.seen.dtype))
+    return out if remote_B1E is None else out + remote_B1E
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# FLASH-Quad
+# ------------------------------------------------------------------------------------------------------------------
+def quadratic_attention(
+    q_BNS: Tensor,
+    k_BMS: Tensor,
+    value_BME: Tensor,
+    layout: QuadraticLayout,
+    *,
+    causal: bool,
+    activation: Activation = "relu2",
+    divisor: float,
+    bias_R: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """One quadratic attention over each document (FLASH-Quad, eq. 4 with the document as the chunk), `[B, N, E]`.
+
+    Args:
+        bias_R: relative bias of offsets `-(L-1) ... L-1` with `L` at least the largest distance plus 1, or None.
+    """
+    N = q_BNS.shape[1]
+    scale = score_scale(activation, divisor, q_BNS.shape[-1])
+    if layout.visible_BNM is None:
+        if bias_R is not None:
+            margin = (bias_R.shape[0] + 1) // 2 - N
+            bias_R = bias_R[margin : bias_R.shape[0] - margin]
+        scores = scores_of(q_BNS, k_BMS, scale, score_bias(bias_R, N, causal, q_BNS))
+    else:
+        bias_BNM = None
+        if bias_R is not None:
+            centre = (bias_R.shape[0] - 1) // 2
+            bias_BNM = bias_R.to(q_BNS.dtype)[(layout.offset_BNM + centre).clamp(0, 2 * centre)]
+        scores = scores_of(q_BNS, k_BMS, scale, bias_BNM)
+        # As in local_attention: rows that see nothing must stay finite under a softmax.
+        hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
+        scores = scores.masked_fill(~layout.visible_BNM, hidden)
+    weights = activate(scores, activation)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    return weights @ value_BME
+
+
+__all__ = [
+    "DecodingState", "Heads", "activate", "closed_total", "local_attention", "mixed_chunk_attention",
+    "mixed_chunk_step", "offset_scale", "quadratic_attention", "rotate", "scaled_sinusoid", "toeplitz",
+]  # fmt: skip

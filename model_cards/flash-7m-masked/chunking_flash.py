@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From tokens to documents and chunks: padding, packing and the phase of a decoding cache become index maps here.
+
+The rule of this file (spec: "Documents, padding and packing"): the chunk grid of a document starts at its first real
+token, positions count real tokens, and padding has no slot. Attention sees chunks and documents only, never padding.
+
+Alphabet: B rows, N tokens of this call, G chunks, C slots of a chunk, M keys (quadratic attention), F any features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def is_tracing() -> bool:
+    """Whether a graph is being captured, so that no tensor may be read on the host."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class Movable:
+    """A bundle of tensors that accelerate can move between devices as one (it calls `.to`)."""
+
+    def to(self, device, non_blocking: bool = False, **kwargs):
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (Tensor, Movable)):
+                moved[field.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Documents(Movable):
+    """The document and the position of every token of this call.
+
+    Attributes:
+        position_BN: index of the token in its document, int64 `[B or 1, N]`; at padding, some valid position.
+        valid_BN: False at padding, bool `[B, N]`; None if every token is real.
+        start_BN: True at the first token of a document that does not continue the row's earlier one, bool `[B, N]`;
+            None if each row is one document (possibly continued from the cache).
+        seen_B: tokens of each row's open document that the cache holds, int64 `[B]`; None without a cache, or when it
+            is empty.
+    """
+
+    position_BN: Tensor
+    valid_BN: Tensor | None = None
+    start_BN: Tensor | None = None
+    seen_B: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Every row is one whole document without padding: the grid is a reshape."""
+        return self.valid_BN is None and self.start_BN is None and self.seen_B is None
+
+
+def check_mask(attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor) -> Tensor:
+    """The part `[B, N]` of the 2-D padding mask that belongs to this call, as bool.
+
+    Raises:
+        ValueError: not a tensor of 2 dimensions, of another shape, or with values other than 0 and 1.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        got = (
+            f"{attention_mask.ndim} dimensions"
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(
+            f"attention_mask must be a 2-D padding mask (batch, tokens) with 1 at real tokens, got {got}. FLASH "
+            "derives causality itself: pass the tokenizer's mask, not a 4-D or additive one."
+        )
+    width = attention_mask.shape[1]
+    # The length of a static cache is on the device: its columns are not counted here.
+    fits = width == length or (width == past_length + length if isinstance(past_length, int) else width > length)
+    if attention_mask.shape[0] != batch or not fits:
+        raise ValueError(
+            f"attention_mask must have shape ({batch}, {length}), or ({batch}, {past_length} + {length}) with the "
+            f"{past_length} cached tokens in front, got {tuple(attention_mask.shape)}."
+        )
+    mask = attention_mask[:, -length:]
+    valid = mask != 0
+    if mask.dtype != torch.bool and not is_tracing() and not bool((mask == valid).all()):
+        raise ValueError(
+            "attention_mask must hold only 0 (padding) and 1 (real token), got other values: an additive mask is not "
+            "accepted. Pass `mask == 0` of an additive mask, or the tokenizer's own mask."
+        )
+    return valid
+
+
+def resolve_documents(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    seen_B: Tensor | None = None,
+    past_length: int | Tensor = 0,
+) -> Documents:
+    """Find documents and positions from the mask and the marks of packing.
+
+    Args:
+        attention_mask: `[B, N]` or `[B, past + N]`, 1 at real tokens. Padding is transparent wherever it stands.
+        position_ids: `[B or 1, N]`; must count real tokens, and restart at 0 where a packed document begins. Values at
+            padding are ignored.
+        cu_seq_lens: cumulative lengths of packed documents, int `[documents + 1]`, for one row (`B == 1`).
+        seq_idx: document number of every token, int `[B or 1, N]`.
+        seen_B: tokens of the open document in the cache, int64 `[B]`.
+        past_length: width (padding included) of what went into the cache before; a tensor in a static cache.
+
+    Raises:
+        ValueError: for shapes that do not fit, or positions that contradict mask and cache.
+    """
+    valid_BN = None
+    if attention_mask is not None:
+        valid_BN = check_mask(attention_mask, batch, length, past_length).to(device)
+        if not is_tracing() and bool(valid_BN.all()):
+            valid_BN = None
+
+    if is_tracing() and seen_B is not None:
+        # A captured step cannot compare values. Positions that continue a cache are those the cache counts anyway.
+        position_ids = None
+    if position_ids is None and cu_seq_lens is None and seq_idx is None:
+        return count_positions(batch, length, device, valid_BN, None, seen_B)
+    return _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_lens, seq_idx, seen_B)
+
+
+# Whether rows are packed, and in how many chunks, is known only from the values: torch.compile breaks its graph here
+# (and fullgraph=True says so), rather than compile a layout that may not fit the next batch.
+@torch.compiler.disable
+def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_lens, seq_idx, seen_B) -> Documents:
+    starts = []
+    ones_BN = torch.ones(batch, length, dtype=torch.bool, device=device) if valid_BN is None else valid_BN
+    if position_ids is not None:
+        position_ids = _check_marks("position_ids", position_ids, batch, length).to(device)
+        starts.append(ones_BN & (position_ids == 0))
+    if seq_idx is not None:
+        seq_idx = _check_marks("seq_idx", seq_idx, batch, length).to(device)
+        starts.append(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True) & ones_BN)
+    if cu_seq_lens is not None:
+        if batch != 1:
+            raise ValueError(
+                f"cu_seq_lens_q describes one packed row; the batch has {batch}. Use position_ids instead."
+            )
+        borders = cu_seq_lens.flatten().tolist()
+        if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to the number of tokens ({length}), got {borders[:3]} ... "
+                f"{borders[-1]}."
+            )
+        start = torch.zeros(1, length, dtype=torch.bool, device=device)
+        start[0, [border for border in borders[:-1] if border < length]] = True
+        starts.append(start & ones_BN)
+    start_BN = starts[0]
+    for other in starts[1:]:
+        start_BN = start_BN | other
+
+    # A row that begins with its first real token opens a document anyway: such a mark packs nothing.
+    count_BN = ones_BN.cumsum(1)
+    first_BN = ones_BN & (count_BN == 1)
+    if seen_B is not None:
+        first_BN = first_BN & (seen_B == 0)[:, None]
+    if not bool((start_BN & ~first_BN).any()):
+        start_BN = None
+    documents = count_positions(batch, length, device, valid_BN, start_BN, seen_B)
+    if position_ids is not None:
+        wrong = ones_BN & (position_ids != documents.position_BN)
+        if bool(wrong.any()):
+            row, column = (int(index) for index in wrong.nonzero()[0])
+            raise ValueError(
+                "position_ids must count the real tokens of a document (0, 1, 2, ...; 0 begins a new packed document) "
+                f"and agree with attention_mask, cu_seq_lens_q and the cache: row {row}, token {column} has "
+                f"{int(position_ids.expand(batch, -1)[row, column])}, expected "
+                f"{int(documents.position_BN.expand(batch, -1)[row, column])}. Leave position_ids out to have them "
+                "counted."
+            )
+    return documents
+
+
+def _check_marks(name: str, marks: Tensor, batch: int, length: int) -> Tensor:
+    if marks.ndim == 1:
+        marks = marks[None]
+    if marks.ndim != 2 or marks.shape[0] not in (1, batch) or marks.shape[1] != length:
+        raise ValueError(f"{name} must have shape ({batch}, {length}) or (1, {length}), got {tuple(marks.shape)}.")
+    return marks
+
+
+def count_positions(batch, length, device, valid_BN, start_BN, seen_B) -> Documents:
+    """`Documents` from what marks them: see there for the arguments, which are trusted."""
+    if valid_BN is None and start_BN is None:
+        position_BN = torch.arange(length, device=device)[None]
+        if seen_B is not None:
+            position_BN = position_BN + seen_B[:, None]
+        return Documents(position_BN, seen_B=seen_B)
+    if valid_BN is None:
+        rank_BN = torch.arange(length, device=device).expand(batch, length)
+    else:
+        rank_BN = valid_BN.cumsum(1) - 1
+    position_BN = rank_BN if seen_B is None else rank_BN + seen_B[:, None]
+    if start_BN is not None:
+        begin_BN = torch.where(start_BN, rank_BN, -1).cummax(1).values
+        position_BN = torch.where(begin_BN >= 0, rank_BN - begin_BN, position_BN)
+    return Documents(position_BN.clamp(min=0), valid_BN, start_BN, seen_B)
+
+
+@dataclass(frozen=True)
+class ChunkLayout(Movable):
+    """Where each token sits in the grid of chunks `[B, G, C]`, computed once per forward and shared by all layers.
+
+    A document takes whole chunks; the slots left over are empty. With a cache, chunk 0 of a row continues its open
+    chunk: the first `phase_B` slots belong to cached tokens.
+
+    Attributes:
+        token_BN: stands for the shape of the input, `[B or 1, N]`.
+        position_BGC: position in its document of every slot, int64 `[B or 1, G, C]`.
+        source_BK: token that fills each slot, -1 for none, int64 `[B, G * C]`; None if the grid is a padded reshape.
+        slot_BN: slot of each token, -1 at padding, int64 `[B, N]`; None likewise.
+        occupied_BGC: False at empty slots, bool `[B or 1, G, C]`.
+        count_BG: tokens in the whole document of the chunk, int64 `[B or 1, G or 1]` (bidirectional only).
+        first_BG, last_BG: first and last chunk of the chunk's document, int64 `[B, G]`; None if a row is one document.
+        phase_B: cached tokens in chunk 0, int64 `[B]`; None without cached tokens.
+        continues_B: whether the row's first document continues the cached one, bool `[B]`; None without cached tokens.
+        final_B: the chunk that is open after this call, int64 `[B]`; None if it is the last for every row.
+        seen_after_B: tokens of the open document after this call, int64 `[B or 1]`.
+        plan: how kernels walk through the chunks (`flash_hf.kernels.ChunkPlan`); None if torch computes.
+    """
+
+    token_BN: Tensor
+    position_BGC: Tensor
+    occupied_BGC: Tensor
+    seen_after_B: Tensor
+    source_BK: Tensor | None = None
+    slot_BN: Tensor | None = None
+    count_BG: Tensor | None = None
+    first_BG: Tensor | None = None
+    last_BG: Tensor | None = None
+    phase_B: Tensor | None = None
+    continues_B: Tensor | None = None
+    final_B: Tensor | None = None
+    plan: Movable | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether kernels compute."""
+        return self.plan is not None
+
+    @property
+    def before_BG(self) -> Tensor:
+        """Tokens of the document in earlier chunks, int64 `[B or 1, G]`."""
+        return self.position_BGC[..., 0]
+
+    def split(self, x_BNF: Tensor) -> Tensor:
+        """`[B, N, F]` to `[B, G, C, F]`; empty slots are 0."""
+        B, N = x_BNF.shape[:2]
+        G, C = self.position_BGC.shape[1:]
+        if self.source_BK is None:
+            # No branch on the remainder under a compiler: it would make one graph for multiples of C and one for
+            # others.
+            if is_tracing() or G * C != N:
+                x_BNF = F.pad(x_BNF, (0, 0, 0, G * C - N))
+            return x_BNF.reshape(B, G, C, -1)
+        return _take_rows(x_BNF, self.source_BK).view(B, G, C, -1)
+
+    def merge(self, x_BGCF: Tensor) -> Tensor:
+        """`[B, G, C, F]` to `[B, N, F]`; 0 at padding."""
+        x_BKF = x_BGCF.flatten(1, 2)
+        if self.slot_BN is None:
+            N = self.token_BN.shape[1]
+            # As in split. Negative padding copies: whether a slice is dense would depend on the remainder too.
+            return F.pad(x_BKF, (0, 0, 0, N - x_BKF.shape[1])) if is_tracing() else x_BKF[:, :N]
+        return _take_rows(x_BKF, self.slot_BN)
+
+
+def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
+    """`out[b, k] = x[b, index[b, k]]`, and 0 where the index is -1."""
+    B, N, features = x_BNF.shape
+    row_B1 = torch.arange(B, device=x_BNF.device)[:, None] * N
+    # -1 would send every empty slot to one row, whose gradient (all zeros) the backward would then add up serially.
+    spread_1K = torch.arange(index_BK.shape[1], device=x_BNF.device)[None].clamp(max=N - 1)
+    flat = (torch.where(index_BK >= 0, index_BK, spread_1K) + row_B1).flatten()
+    x_BKF = x_BNF.reshape(B * N, features).index_select(0, flat).view(B, -1, features)
+    return torch.where((index_BK >= 0)[..., None], x_BKF, 0)
+
+
+def cached_slots(phase_B: Tensor, chunks: int, chunk_size: int) -> Tensor:
+    """The slots of chunk 0 that cached tokens hold, bool `[B, G, C]`."""
+    slot_K = torch.arange(chunks * chunk_size, device=phase_B.device)
+    return (slot_K < phase_B[:, None]).view(-1, chunks, chunk_size)
+
+
+def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: bool) -> ChunkLayout:
+    """Lay the tokens of `documents` out in chunks of `chunk_size`.
+
+    Without a cache, inputs shorter than a chunk get one chunk of their own length: nothing is computed for slots that
+    cannot be filled. The number of chunks follows from shapes alone, except for packed rows, where it is read from the
+    device once.
+    """
+    position_BN = documents.position_BN
+    N, device = position_BN.shape[1], position_BN.device
+    # A chunk size that follows the input would be one more dynamic shape, and a compiled graph per short length.
+    C = chunk_size if is_tracing() or documents.seen_B is not None else min(chunk_size, N)
+    if documents.is_plain:
+        G = (N + C - 1) // C
+        position_BGC = torch.arange(G * C, device=device).view(1, G, C)
+        count_BG = torch.full((1, 1), N, dtype=torch.long, device=device)
+        return ChunkLayout(position_BN, position_BGC, position_BGC < N, count_BG[0], count_BG=count_BG)
+
+    seen_B, start_BN = documents.seen_B, documents.start_BN
+    valid_BN = documents.valid_BN
+    if valid_BN is None:
+        valid_BN = torch.ones(batch, N, dtype=torch.bool, device=device)
+    position_BN = position_BN.expand(batch, N)
+    slot_BN = position_BN % C
+    rank_BN = valid_BN.cumsum(1)
+    opens_BN = valid_BN & ((slot_BN == 0) | (rank_BN == 1))
+    chunk_BN = opens_BN.cumsum(1) - 1
+    if start_BN is not None:
+        G = int(chunk_BN.max().clamp(min=0)) + 1
+    elif seen_B is not None:
+        G = (N + 2 * C - 2) // C
+    else:
+        G = (N + C - 1) // C
+
+    # Column G (or G * C) collects what has no place and is cut off.
+    def by_chunk(value_BN: Tensor, fill: int) -> Tensor:
+        index_BN = torch.where(valid_BN, chunk_BN, G)
+        return torch.full((batch, G + 1), fill, device=device).scatter_(1, index_BN, value_BN)[:, :G]
+
+    flat_BN = torch.where(valid_BN, chunk_BN * C + slot_BN, -1)
+    token_BN = torch.arange(N, device=device).expand(batch, N)
+    source_BK = torch.full((batch, G * C + 1), -1, device=device)
+    source_BK = source_BK.scatter_(1, torch.where(valid_BN, flat_BN, G * C), token_BN)[:, : G * C]
+    start_BG = by_chunk(position_BN - slot_BN, 0)
+    slot_C = torch.arange(C, device=device)
+    position_BGC = start_BG[..., None] + slot_C
+    occupied_BGC = (source_BK >= 0).view(batch, G, C)
+
+    phase_B = continues_B = None
+    any_B = rank_BN[:, -1] > 0
+    last_B = torch.where(valid_BN, token_BN, 0).amax(1)
+    seen_after_B = torch.where(any_B, position_BN.gather(1, last_B[:, None])[:, 0] + 1, 0)
+    if seen_B is not None:
+        continues_B = seen_B > 0
+        if start_BN is not None:
+            continues_B = continues_B & ~(start_BN & (rank_BN == 1)).any(1)
+        phase_B = torch.where(continues_B, seen_B % C, 0)
+        seen_after_B = torch.where(any_B, seen_after_B, seen_B)
+        occupied_BGC = occupied_BGC | cached_slots(phase_B, G, C)
+
+    count_BG = first_BG = last_BG = None
+    if start_BN is not None:
+        chunk_G = torch.arange(G, device=device).expand(batch, G)
+        document_BG = by_chunk(start_BN.cumsum(1), -1)
+        border_BG = document_BG[:, 1:] != document_BG[:, :-1]
+        first_BG = torch.where(F.pad(border_BG, (1, 0), value=True), chunk_G, 0).cummax(1).values
+        last_BG = torch.where(F.pad(border_BG, (0, 1), value=True), chunk_G, G).flip(1).cummin(1).values.flip(1)
+    if not causal:
+        # The last slot in use of a document's last chunk gives its length.
+        end_BG = torch.where(occupied_BGC, position_BGC + 1, 0).amax(2)
+        count_BG = end_BG.gather(1, last_BG) if last_BG is not None else end_BG.amax(1, keepdim=True)
+
+    return ChunkLayout(
+        token_BN=documents.position_BN,
+        position_BGC=position_BGC,
+        occupied_BGC=occupied_BGC,
+        seen_after_B=seen_after_B,
+        source_BK=source_BK,
+        slot_BN=flat_BN,
+        count_BG=count_BG,
+        first_BG=first_BG,
+        last_BG=last_BG,
+        phase_B=phase_B,
+        continues_B=continues_B,
+        final_B=chunk_BN[:, -1].clamp(min=0),
+    )
+
+
+@dataclass(frozen=True)
+class StepLayout(Movable):
+    """One new token a row, appended to a constant-size cache: no grid, every row at its own phase.
+
+    Attributes:
+        position_BN: position of the token in its document, int64 `[B, 1]`: also the number of cached tokens before it.
+        valid_BN: False where the row's token is padding and must leave no trace, bool `[B, 1]`, or None.
+        fused: whether a kernel computes the step.
+    """
+
+    position_BN: Tensor
+    valid_BN: Tensor | None = None
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class QuadraticLayout(Movable):
+    """Which keys each query sees in attention over whole documents.
+
+    Attributes:
+        position_BN: position of every query, int64 `[B or 1, N]`.
+        visible_BNM: bool `[B, N, M]`; None if only causality limits the view.
+        offset_BNM: key position minus query position, int64 `[B, N, M]`; None if it is `j - i`.
+        key_position_BN, key_document_BN: what the cache has to remember of the new tokens, int64 `[B, N]`; document -1
+            marks padding. None without a cache.
+    """
+
+    position_BN: Tensor
+    visible_BNM: Tensor | None = None
+    offset_BNM: Tensor | None = None
+    key_position_BN: Tensor | None = None
+    key_document_BN: Tensor | None = None
+    fused: ClassVar[bool] = False
+
+
+def quadratic_layout(
+    documents: Documents,
+    batch: int,
+    *,
+    causal: bool,
+    cached: bool = False,
+    past_position_BM: Tensor | None = None,
+    past_document_BM: Tensor | None = None,
+    write_N: Tensor | None = None,
+) -> QuadraticLayout:
+    """Lay out attention over whole documents.
+
+    Args:
+        cached: whether the new tokens go into a cache.
+        past_position_BM, past_document_BM: of the cached keys, int64 `[B, M]`; document -1 at padding and unused
+            places.
+        write_N: where the new keys go in a preallocated cache, int64 `[N]`; None to append them.
+    """
+    position_BN = documents.position_BN
+    if documents.is_plain and not cached:
+        return QuadraticLayout(position_BN)
+    N, device = position_BN.shape[1], position_BN.device
+    query_position_BN = position_BN.expand(batch, N)
+    document_BN = torch.zeros(batch, N, dtype=torch.long, device=device)
+    if past_document_BM is not None and past_document_BM.shape[1]:
+        document_BN = document_BN + past_document_BM.amax(1, keepdim=True).clamp(min=0)
+    if documents.start_BN is not None:
+        document_BN = document_BN + documents.start_BN.cumsum(1)
+    if documents.valid_BN is not None:
+        document_BN = torch.where(documents.valid_BN, document_BN, -1)
+    key_position, key_document = query_position_BN, document_BN
+    if write_N is not None:
+        key_position = past_position_BM.index_copy(1, write_N, query_position_BN)
+        key_document = past_document_BM.index_copy(1, write_N, document_BN)
+    elif past_position_BM is not None:
+        key_position = torch.cat([past_position_BM, key_position], 1)
+        key_document = torch.cat([past_document_BM, key_document], 1)
+    offset_BNM = key_position[:, None, :] - query_position_BN[:, :, None]
+    visible_BNM = (key_document[:, None, :] == document_BN[:, :, None]) & (key_document >= 0)[:, None, :]
+    if causal:
+        visible_BNM = visible_BNM & (offset_BNM <= 0)
+    return QuadraticLayout(position_BN, visible_BNM, offset_BNM, query_position_BN, document_BN)
+
+
+__all__ = [
+    "ChunkLayout", "Documents", "QuadraticLayout", "StepLayout", "chunk_layout", "quadratic_layout",
+    "resolve_documents",
+]  # fmt: skip

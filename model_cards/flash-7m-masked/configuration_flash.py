@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The flash-hf contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`FlashConfig`: every choice that changes the function FLASH computes, with the paper's base model as default."""
+
+import difflib
+import os
+from dataclasses import fields
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+ATTENTION_TYPES = ("mixed_chunk", "quadratic", "local", "global")
+ATTENTION_ACTIVATIONS = ("relu2", "softmax", "laplace")
+RELATIVE_BIASES = ("toeplitz", "rotary", "t5", None)
+NORM_TYPES = ("scale_norm", "layer_norm", "rms_norm")
+GLOBAL_NORMALIZATIONS = ("mean", "chunk")
+BACKENDS = ("auto", "torch", "triton")
+
+# Cache layers register themselves with transformers under these names (cache_flash.py).
+CHUNK_LAYER_TYPE = "flash_gau"
+QUADRATIC_LAYER_TYPE = "flash_gau_quadratic"
+
+# What no model has, but a broken or hostile config.json may: refused before memory is taken. A limit is far above what
+# has been built; whoever outgrows it raises it here.
+LIMITS = {
+    "vocab_size": 10**8, "hidden_size": 2**20, "num_hidden_layers": 10**5, "expansion_factor": 1000,
+    "query_key_dim": 2**16, "chunk_size": 2**24, "max_position_embeddings": 2**28, "t5_num_buckets": 2**20,
+    "t5_max_distance": 2**31, "attention_divisor": 1e30, "norm_eps": 1e3, "final_norm_eps": 1e3,
+    "initializer_range": 1e3,
+}  # fmt: skip
+MAX_PARAMETERS = 10**12
+MAX_LABELS = 10**7
+
+# Keyword arguments that transformers itself understands without declaring them as fields.
+HOST_KEYS = {
+    "name_or_path", "torch_dtype", "num_labels", "output_attentions", "attn_implementation", "experts_implementation",
+    "rope_theta", "rope_scaling", "partial_rotary_factor", "tie_last_hidden_states", "model_type", "auto_map",
+    "tokenizer_class", "task_specific_params", "quantization_config", "custom_pipelines", "transformers_weights",
+}  # fmt: skip
+
+
+def nearest(value: object, valid: tuple | list | set) -> str:
+    """`' Did you mean 'x'?'` for the closest valid name, or an empty string."""
+    found = difflib.get_close_matches(str(value), [str(name) for name in valid if name is not None], n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+@strict
+class FlashConfig(PreTrainedConfig):
+    r"""
+    Configuration of FLASH, the gated attention unit with mixed chunk attention of "Transformer Quality in Linear Time"
+    (arXiv 2202.10447). `FlashConfig()` is the paper's base model: 24 layers of width 768, 112 M parameters.
+
+    Args:
+        vocab_size (`int`, defaults to 32000): Rows of the embedding matrix.
+        hidden_size (`int`, defaults to 768): Model width `D`. Even, when the sinusoid is used.
+        num_hidden_layers (`int`, defaults to 24): Layers. Two gated attention units stand for one Transformer block.
+        expansion_factor (`int` or `float`, defaults to 2): `E / D`, the width of gate and values over the model's.
+        query_key_dim (`int`, defaults to 128): Width `S` of the shared queries and keys.
+        chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting: it changes the function.
+        attention_type (`str`, defaults to `"mixed_chunk"`): `"mixed_chunk"` (FLASH), `"quadratic"` (FLASH-Quad: one
+            attention over the document, quadratic cost, a cache that grows), `"local"` or `"global"` (one branch).
+        attention_activation (`str`, defaults to `"relu2"`): `"relu2"`: `relu(q k / divisor + b)^2`; `"laplace"`:
+            MEGA's smooth stand-in, same argument; `"softmax"`: `softmax(q k / sqrt(S) + b)` over the visible keys.
+        attention_divisor (`int` or `float`, *optional*): What relu2 and laplace scores are divided by: a constant,
+            never the length of the input. Defaults to `chunk_size`, or `max_position_embeddings` for `"quadratic"`.
+        relative_bias (`str` or `None`, defaults to `"toeplitz"`): `"toeplitz"` (one weight an offset; for spans up to
+            512), `"rotary"` (`<RoPE_i(a), RoPE_j(b)>`, any span), `"t5"` (T5's buckets) or `None`.
+        t5_num_buckets (`int`, defaults to 32): Buckets of the `"t5"` bias.
+        t5_max_distance (`int`, defaults to 128): Distance from which the `"t5"` bias no longer changes.
+        norm_type (`str`, defaults to `"scale_norm"`): `"scale_norm"` (RMS with one scalar gain), `"layer_norm"` or
+            `"rms_norm"`.
+        norm_eps (`float`, defaults to 1e-5): Added to the mean square, or the variance, inside the root.
+        final_norm_type (`str`, *optional*): Norm before the head, if another than `norm_type`; `"none"` for none.
+        final_norm_eps (`float`, *optional*): Its eps, if another than `norm_eps`.
+        embedding_norm (`bool`, defaults to `False`): Normalise the sum of the embeddings before the first layer.
+        mlm_transform (`bool`, defaults to `False`): The masked head has BERT's transform, a linear layer, `hidden_act`
+            and a norm, before its decoder.
+        lm_head_bias (`bool`, defaults to `False`): The masked head's decoder has a bias.
+        hidden_act (`str`, defaults to `"silu"`): Activation of gate, values and the shared query/key basis.
+        use_rope (`bool`, defaults to `True`): Rotate queries and keys by their position in the document.
+        rope_parameters (`dict`, *optional*): transformers' RoPE settings (`rope_theta`, `rope_type`,
+            `partial_rotary_factor` for RoPE on the first dimensions only, scaling). Defaults to base 10000.
+        rope_interleaved (`bool`, defaults to `False`): Rotate neighbouring pairs instead of the two halves.
+        use_scaled_sinusoid (`bool`, defaults to `True`): Add sinusoidal positions times one learnt scalar.
+        global_normalization (`str`, defaults to `"mean"`): The global sum over tokens is divided by their number
+            (`"mean"`) or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
+        hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
+        attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
+        max_position_embeddings (`int`, defaults to 8192): Training length. Only `"quadratic"` with a `"toeplitz"` bias
+            is bound by it; the chunked forms take any length.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of weights, offset scales and biases `b`.
+        is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
+            head never.
+        use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.
+        backend (`str`, defaults to `"auto"`): What computes: `"triton"` (kernels for NVIDIA GPUs; an error where they
+            cannot run), `"torch"`, or `"auto"`: kernels where they can run, with one warning where they cannot. The
+            function is the same.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
+        tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output projection.
+
+    Raises:
+        `ValueError`: for a misspelt field; huggingface_hub's `StrictDataclassError` for a wrong type or value.
+    """
+
+    model_type = "flash_gau"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"head_dim": "query_key_dim"}
+    # Gate and values are cut over E; queries and keys are shared by all of E and stay whole.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.gau.u_proj": "colwise",
+        "layers.*.gau.v_proj": "colwise",
+        "layers.*.gau.o_proj": "rowwise",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 24
+    expansion_factor: int | float = 2
+    query_key_dim: int = 128
+    chunk_size: int = 256
+    attention_type: str = "mixed_chunk"
+    attention_activation: str = "relu2"
+    attention_divisor: int | float | None = None
+    relative_bias: str | None = "toeplitz"
+    t5_num_buckets: int = 32
+    t5_max_distance: int = 128
+    norm_type: str = "scale_norm"
+    norm_eps: float = 1e-5
+    final_norm_type: str | None = None
+    final_norm_eps: float | None = None
+    embedding_norm: bool = False
+    mlm_transform: bool = False
+    lm_head_bias: bool = False
+    hidden_act: str = "silu"
+    use_rope: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    rope_interleaved: bool = False
+    use_scaled_sinusoid: bool = True
+    global_normalization: str = "mean"
+    hidden_dropout: int | float = 0.0
+    attention_dropout: int | float = 0.0
+    max_position_embeddings: int = 8192
+    initializer_range: int | float = 0.02
+    is_decoder: bool = False
+    use_cache: bool = True
+    backend: str = "auto"
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown(kwargs)
+        self._refuse_huge()  # before the base makes a list with an entry a layer
+        if self.attention_divisor is None:
+            # Resolved here so that it is saved: the function must not change when only chunk_size is overridden later.
+            self.attention_divisor = self.span
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # A file may come from another version: keys this one does not know are kept as attributes, not refused.
+        known = cls._known_keys()
+        config_dict = cls._without_foreign_choices(config_dict)
+        extra = {key: value for key, value in config_dict.items() if key not in known and not key.startswith("_")}
+        unused = kwargs.pop("return_unused_kwargs", False)
+        config_dict = {key: value for key, value in config_dict.items() if key not in extra}
+        config, kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        if extra:
+            logger.info(f"FlashConfig keeps keys it does not know as plain attributes: {sorted(extra)}")
+        for key, value in extra.items():
+            if not hasattr(config, key):
+                setattr(config, key, value)
+        config.validate()
+        return (config, kwargs) if unused else config
+
+    @classmethod
+    def _without_foreign_choices(cls, config_dict: dict) -> dict:
+        """What a file may not decide: kernels to fetch, a file elsewhere to read; and code it does not come with.
+
+        Raises:
+            ValueError: `transformers_weights` is not a plain file name, or `quantization_config` not a dictionary.
+        """
+        weights = config_dict.get("transformers_weights")
+        if weights is not None and (not isinstance(weights, str) or weights != os.path.basename(weights)):
+            raise ValueError(f"FlashConfig: `transformers_weights` must be a file name without path, got {weights!r}.")
+        quantization = config_dict.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict) and not hasattr(quantization, "to_dict"):
+            raise ValueError(f"FlashConfig: `quantization_config` must be a dictionary, got {quantization!r}.")
+        dropped = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+        if not cls.__module__.startswith("transformers_modules"):
+            # Saved again by the package, the model comes without its code.
+            dropped.add("auto_map")
+        return {key: value for key, value in config_dict.items() if key not in dropped}
+
+    @classmethod
+    def _known_keys(cls) -> set[str]:
+        return {field.name for field in fields(cls)} | HOST_KEYS | set(cls.attribute_map)
+
+    def _refuse_huge(self) -> None:
+        for name, limit in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not value <= limit:
+                raise ValueError(f"FlashConfig: `{name}` must be at most {limit}, got {value!r}.")
+
+    def _refuse_unknown(self, kwargs: dict) -> None:
+        if kwargs.get("per_layer_config"):
+            raise ValueError("FlashConfig: `per_layer_config` is not supported: all layers share one set of fields.")
+        labels = kwargs.get("num_labels")
+        if labels is not None and not (isinstance(labels, int) and 0 < labels <= MAX_LABELS):
+            raise ValueError(f"FlashConfig: `num_labels` must be a number from 1 to {MAX_LABELS}, got {labels!r}.")
+        # Generation settings are dropped by the base class, as for every model.
+        allowed = self._known_keys() | set(GenerationConfig._get_default_generation_params())
+        for key, value in kwargs.items():
+            if key not in allowed and not key.startswith("_"):
+                names = [field.name for field in fields(self)]
+                raise ValueError(
+                    f"FlashConfig: unknown field `{key}` (value {value!r}); only declared fields are accepted."
+                    f"{nearest(key, names)} Valid fields: {', '.join(sorted(names))}."
+                )
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width `E` of gate and values."""
+        return int(round(self.hidden_size * self.expansion_factor))
+
+    @property
+    def num_attention_heads(self) -> int:
+        """A gated attention unit has one head; transformers asks when it prepares a static cache."""
+        return 1
+
+    @property
+    def span(self) -> int:
+        """Tokens that one quadratic attention covers: a chunk, or the training length for `"quadratic"`."""
+        return self.max_position_embeddings if self.attention_type == "quadratic" else self.chunk_size
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of queries and keys that RoPE turns."""
+        return int(self.query_key_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache each layer needs (transformers builds `DynamicCache` and `StaticCache` from it)."""
+        kind = QUADRATIC_LAYER_TYPE if self.attention_type == "quadratic" else CHUNK_LAYER_TYPE
+        return [kind] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """`layer_types` is derived, so there is nothing a user could have got wrong."""
+
+    def validate_architecture(self):
+        """Check values and their combinations; the message names field, rule, value and cure."""
+
+        def refuse(name: str, rule: str, cure: str = ""):
+            raise ValueError(f"FlashConfig: `{name}` must be {rule}, got {repr(getattr(self, name))[:500]}.{cure}")
+
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "query_key_dim", "chunk_size", "max_position_embeddings",
+            "t5_num_buckets", "t5_max_distance",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                refuse(name, "at least 1")
+        self._refuse_huge()
+        for name in ("expansion_factor", "norm_eps", "final_norm_eps", "attention_divisor"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                refuse(name, "greater than 0")
+        for name in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                refuse(name, "a probability in [0, 1)")
+        if not self.initializer_range >= 0:
+            refuse("initializer_range", "0 or more")
+        for name, valid in (
+            ("attention_type", ATTENTION_TYPES),
+            ("attention_activation", ATTENTION_ACTIVATIONS),
+            ("relative_bias", RELATIVE_BIASES),
+            ("norm_type", NORM_TYPES),
+            ("final_norm_type", (*NORM_TYPES, "none", None)),
+            ("global_normalization", GLOBAL_NORMALIZATIONS),
+            ("backend", BACKENDS),
+        ):
+            value = getattr(self, name)
+            if value not in valid:
+                refuse(name, f"one of {', '.join(map(repr, valid))}", nearest(value, valid))
+        from transformers.activations import ACT2CLS
+
+        if self.hidden_act not in ACT2CLS:
+            refuse(
+                "hidden_act", "an activation of transformers.activations.ACT2FN", nearest(self.hidden_act, [*ACT2CLS])
+            )
+        if abs(self.hidden_size * self.expansion_factor - self.intermediate_size) > 1e-6 or self.intermediate_size < 1:
+            refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
+        if self.use_scaled_sinusoid and self.hidden_size % 2:
+            refuse("hidden_size", "even for sine and cosine halves", " Or set use_scaled_sinusoid=False.")
+        D, E = self.hidden_size, self.intermediate_size
+        parameters = self.vocab_size * D + self.num_hidden_layers * (3 * D * E + D * self.query_key_dim)
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"FlashConfig: `hidden_size` ({D}), `expansion_factor`, `num_hidden_layers` "
+                f"({self.num_hidden_layers}) and `vocab_size` must together stay below {MAX_PARAMETERS} parameters, "
+                f"got {parameters}."
+            )
+        for name, value in (self.rope_parameters or {}).items():
+            wrong_type = name == "rope_type" and value != "default" and value not in ROPE_INIT_FUNCTIONS
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e30
+            if wrong_type or (name in ("rope_theta", "partial_rotary_factor", "factor") and not number):
+                refuse("rope_parameters", f"transformers' RoPE settings, with numbers above 0 (`{name}` is not)")
+        if self.use_rope or self.relative_bias == "rotary":
+            if self.query_key_dim % 2:
+                refuse(
+                    "query_key_dim",
+                    "even, since RoPE turns pairs",
+                    " Or set use_rope=False and another relative_bias.",
+                )
+            if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.query_key_dim:
+                refuse(
+                    "rope_parameters",
+                    f"such that query_key_dim ({self.query_key_dim}) times partial_rotary_factor is even, at least 2 "
+                    f"and at most query_key_dim, not {self.rotary_dim}",
+                )
+        if self.relative_bias == "t5" and (self.t5_num_buckets < 4 or self.t5_num_buckets % 4):
+            refuse("t5_num_buckets", "a multiple of 4")
+        if self.relative_bias == "t5" and self.t5_max_distance <= self.t5_num_buckets // 2:
+            refuse("t5_max_distance", f"greater than t5_num_buckets // 2 = {self.t5_num_buckets // 2}")
+
+
+__all__ = ["FlashConfig"]

@@ -1,0 +1,1086 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The flash-hf contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""FLASH for transformers: the gated attention unit, the model, and its language-model heads.
+
+Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
+"""
+
+import contextlib
+import copy
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_flash import (
+    Heads,
+    kernels_for,
+    load_kernels,
+    mixed_chunk_attention,
+    mixed_chunk_step,
+    offset_scale,
+    quadratic_attention,
+    rotate,
+    scaled_sinusoid,
+    wide,
+)  # fmt: skip
+from .cache_flash import FlashStaticQuadraticCacheLayer, check_cache
+from .chunking_flash import (
+    ChunkLayout,
+    Documents,
+    QuadraticLayout,
+    StepLayout,
+    chunk_layout,
+    is_tracing,
+    quadratic_layout,
+    resolve_documents,
+)  # fmt: skip
+from .configuration_flash import FlashConfig
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Norms and positions
+# ------------------------------------------------------------------------------------------------------------------
+class FlashScaleNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * g` with one learnt scalar (arXiv 1910.05895); statistics in float32."""
+
+    def __init__(self, config: FlashConfig, eps: float | None = None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.eps = config.norm_eps if eps is None else eps
+
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        """The norm; `fused`: by a kernel, if it has this one."""
+        if fused and type(self) is FlashScaleNorm:
+            return load_kernels()[0].scale_norm(x, self.weight, self.eps)
+        x_wide = x.to(wide(x.dtype))
+        normed = x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)
+        return (normed * self.weight).to(x.dtype)
+
+
+class FlashRMSNorm(FlashScaleNorm):
+    """The same with one gain a channel."""
+
+    def __init__(self, config: FlashConfig, eps: float | None = None):
+        super().__init__(config, eps)
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+
+
+class FlashLayerNorm(nn.LayerNorm):
+    """torch's, for checkpoints and ablations with it."""
+
+    def __init__(self, config: FlashConfig, eps: float | None = None):
+        super().__init__(config.hidden_size, eps=config.norm_eps if eps is None else eps)
+
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        return super().forward(x)
+
+
+# Activations that the kernels compute themselves.
+SILU = ("silu", "swish")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that products with x are computed in: autocast's, or x's own."""
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
+class FlashNoNorm(nn.Module):
+    """The input as it is, for checkpoints whose encoder ends without a norm."""
+
+    def __init__(self, config: FlashConfig, eps: float | None = None):
+        super().__init__()
+
+    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+        return x
+
+
+NORMS = {
+    "scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm, "none": FlashNoNorm,
+}  # fmt: skip
+
+
+class FlashScaledSinusoid(nn.Module):
+    """Sinusoidal positions times one learnt scalar; any length, since nothing is tabulated."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(config.hidden_size**-0.5))
+
+    def forward(self, x_BND: Tensor, position_BN: Tensor) -> Tensor:
+        return scaled_sinusoid(position_BN, x_BND.shape[-1], x_BND.dtype) * self.scale.to(x_BND.dtype)
+
+
+class FlashRotaryEmbedding(nn.Module):
+    """cos and sin of position times frequency, with transformers' RoPE settings and scalings."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Moves as every module does, but stays in float32: angles of long contexts need more than 8 bits."""
+        kept = [buffer.float() for buffer in (self.inv_freq, self.original_inv_freq)]
+        super()._apply(fn, recurse)
+        for name, exact in zip(("inv_freq", "original_inv_freq"), kept, strict=True):
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, exact.to(moved.device))
+        return self
+
+    @staticmethod
+    def compute_default_rope_parameters(config: FlashConfig, device=None, **kwargs) -> tuple[Tensor, float]:
+        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim
+        inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
+        return inv_freq.to(device=device, dtype=torch.float32), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each `[..., r / 2]` for positions `[...]`, at least float32, on x's device."""
+        dtype = wide(x.dtype)
+        angle = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)
+        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Relative biases: each gives the vector of offsets -(length-1) ... length-1
+# ------------------------------------------------------------------------------------------------------------------
+class FlashToeplitzBias(nn.Module):
+    """One weight for each offset of a span: `b[i, j] = w[j - i + span - 1]`."""
+
+    def __init__(self, config: FlashConfig, causal: bool):
+        super().__init__()
+        self.span = config.span
+        self.weight = nn.Parameter(torch.empty(2 * config.span - 1))
+
+    def forward(self, length: int, rotary=None) -> Tensor:
+        return self.weight[self.span - length : self.span + length - 1]
+
+
+class FlashRotaryBias(nn.Module):
+    """`b[i, j] = <RoPE_i(a), RoPE_j(b)>`, for any span; rows of `weight` are a and b."""
+
+    def __init__(self, config: FlashConfig, causal: bool):
+        super().__init__()
+        self.interleaved = config.rope_interleaved
+        self.weight = nn.Parameter(torch.empty(2, config.query_key_dim))
+
+    def forward(self, length: int, rotary) -> Tensor:
+        a, b = self.weight.unbind(0)
+        # A rotation by the offset alone: RoPE_i(a) . RoPE_j(b) = a . RoPE_{j-i}(b).
+        turned = rotate(b.expand(rotary[0].shape[0], -1), *rotary, interleaved=self.interleaved)
+        return (turned * a).sum(-1)
+
+
+class FlashT5Bias(nn.Module):
+    """T5's buckets of distance (arXiv 1910.10683) times sqrt(S); one direction only if causal."""
+
+    def __init__(self, config: FlashConfig, causal: bool):
+        super().__init__()
+        self.causal, self.buckets, self.max_distance = causal, config.t5_num_buckets, config.t5_max_distance
+        self.scale = config.query_key_dim**0.5
+        self.weight = nn.Parameter(torch.empty(config.t5_num_buckets, 1))
+
+    def forward(self, length: int, rotary=None) -> Tensor:
+        offset = torch.arange(1 - length, length, device=self.weight.device)
+        buckets, bucket = self.buckets, torch.zeros_like(offset)
+        if self.causal:
+            distance = (-offset).clamp(min=0)
+        else:
+            buckets //= 2
+            bucket = (offset > 0) * buckets
+            distance = offset.abs()
+        exact = buckets // 2
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / torch.log(torch.tensor(self.max_distance / exact))
+        far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return self.weight[bucket + torch.where(distance < exact, distance, far), 0] * self.scale
+
+
+BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT5Bias, None: None}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The layer
+# ------------------------------------------------------------------------------------------------------------------
+class FlashOffsetScale(nn.Module):
+    """`gamma_h * z + beta_h` for each head; rows in the order quad_q, quad_k, lin_q, lin_k (those the layer has)."""
+
+    def __init__(self, heads: int, config: FlashConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, config.query_key_dim))
+        self.bias = nn.Parameter(torch.zeros(heads, config.query_key_dim))
+        self.interleaved = config.rope_interleaved
+
+    def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
+        """The rotated heads, each `[..., S]`."""
+        return offset_scale(z, self.weight, self.bias, rotary, interleaved=self.interleaved).unbind(-2)
+
+
+class FlashGatedAttentionUnit(nn.Module):
+    """Gated attention unit with mixed chunk attention: `W_o (u * (local + global))` (arXiv 2202.10447, figure 2)."""
+
+    def __init__(self, config: FlashConfig, layer_idx: int, causal: bool):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, causal
+        D, E, S = config.hidden_size, config.intermediate_size, config.query_key_dim
+        self.u_proj = nn.Linear(D, E)
+        self.v_proj = nn.Linear(D, E)
+        self.z_proj = nn.Linear(D, S)
+        self.o_proj = nn.Linear(E, D)
+        self.has_quad, self.has_lin = (
+            config.attention_type != "global",
+            config.attention_type in ("mixed_chunk", "global"),
+        )
+        self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), config)
+        self.act_fn = ACT2FN[config.hidden_act]
+        bias = BIASES[config.relative_bias] if self.has_quad else None
+        self.relative_bias = None if bias is None else bias(config, causal)
+
+    def heads(self, z: Tensor, rotary) -> Heads:
+        heads = self.offset_scale(z, rotary)
+        return Heads(*(heads[:2] if self.has_quad else (None, None)), *(heads[-2:] if self.has_lin else (None, None)))
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        layout: ChunkLayout | StepLayout | QuadraticLayout,
+        documents: Documents,
+        rotary: tuple[Tensor, Tensor] | None,
+        bias_rotary: tuple[Tensor, Tensor] | None,
+        bias_length: int,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """The unit on normalised input, `[B, N, D]`.
+
+        Args:
+            layout, documents: where the tokens are, shared by all layers.
+            rotary: cos and sin for the layout's positions, or None without RoPE.
+            bias_rotary: cos and sin of the offsets, for the rotary bias.
+            bias_length: distances that the relative bias has to cover.
+            past_key_values: cache that holds this layer's state, updated in place.
+        """
+        config = self.config
+        # Offloaded parameters are there only while their own module is called.
+        if layout.fused and load_kernels()[0].is_bare(self.offset_scale):
+            return self.fused_attention(
+                x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values
+            )
+        u_BNE = self.act_fn(self.u_proj(x_BND))
+        v_BNE = self.act_fn(self.v_proj(x_BND))
+        z_BNS = self.act_fn(self.z_proj(x_BND))
+        bias_R = None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary)
+        settings = {"activation": config.attention_activation, "divisor": config.attention_divisor, "bias_R": bias_R}
+        dropout = config.attention_dropout if self.training else 0.0
+        if isinstance(layout, QuadraticLayout):
+            heads = self.heads(z_BNS, rotary)
+            key, value = heads.quad_k, v_BNE
+            if past_key_values is not None:
+                places = {"position_BN": layout.key_position_BN, "document_BN": layout.key_document_BN}
+                key, value = past_key_values.layers[self.layer_idx].update(key[:, None], value[:, None], **places)
+                key, value = key[:, 0], value[:, 0]
+            out_BNE = quadratic_attention(
+                heads.quad_q, key, value, layout, causal=self.is_causal, dropout=dropout, **settings
+            )
+            return self.o_proj(u_BNE * out_BNE)
+
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        settings["normalization"] = config.global_normalization
+        if isinstance(layout, StepLayout):
+            heads = self.heads(z_BNS, rotary)
+            if not cache.is_initialized:
+                cache.lazy_initialization(config, v_BNE)
+            state = cache.begin_step(heads, v_BNE, documents)
+            return self.o_proj(u_BNE * mixed_chunk_step(heads, v_BNE, layout, state, **settings))
+
+        v_BGCE = layout.split(v_BNE)
+        heads = self.heads(layout.split(z_BNS), rotary)
+        state = None if layout.phase_B is None else cache.state
+        out_BGCE, state = mixed_chunk_attention(
+            heads, v_BGCE, layout, causal=self.is_causal, chunk_size=config.chunk_size, dropout=dropout, state=state,
+            return_state=cache is not None, **settings,
+        )  # fmt: skip
+        if cache is not None:
+            if not cache.is_initialized:
+                cache.lazy_initialization(config, v_BNE)
+            if cache.record_past:
+                heads = Heads(*(None if head is None else layout.merge(head) for head in heads))
+            cache.update(state, heads, v_BNE, documents)
+        return self.o_proj(u_BNE * layout.merge(out_BGCE))
+
+
+    def kernel_options(self, layout: ChunkLayout, bias_rotary, bias_length, past_key_values: Cache | None) -> dict:
+        """What every kernel of this unit takes besides tensors of the input."""
+        config = self.config
+        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        return {
+            "causal": self.is_causal,
+            "chunk_size": config.chunk_size,
+            "divisor": config.attention_divisor,
+            "bias_R": None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
+            "has_quad": self.has_quad,
+            "has_lin": self.has_lin,
+            "interleaved": config.rope_interleaved,
+            "state": None if layout.phase_B is None else cache.state,
+            "return_state": cache is not None,
+        }
+
+    def fused_attention(
+        self, x_BND, layout: ChunkLayout | StepLayout, documents, rotary, bias_rotary, bias_length, past_key_values
+    ) -> Tensor:
+        """The unit with one kernel call between its projections, whatever modules these are."""
+        kernels = load_kernels()[0]
+        config = self.config
+        u_BNE, v_BNE, z_BNS = self.u_proj(x_BND), self.v_proj(x_BND), self.z_proj(x_BND)
+        silu = config.hidden_act in SILU
+        if not silu:
+            u_BNE, v_BNE, z_BNS = self.act_fn(u_BNE), self.act_fn(v_BNE), self.act_fn(z_BNS)
+        heads = self.offset_scale.weight, self.offset_scale.bias
+        if isinstance(layout, StepLayout):
+            cache = past_key_values.layers[self.layer_idx]
+            if not cache.is_initialized:
+                cache.lazy_initialization(config, v_BNE)
+            out_BNE = kernels.gated_step(
+                u_BNE, v_BNE, z_BNS, *heads, rotary, layout.position_BN, layout.valid_BN,
+                cache.begin_step(None, v_BNE, documents), divisor=config.attention_divisor,
+                bias_R=None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
+                normalization=config.global_normalization, has_quad=self.has_quad, has_lin=self.has_lin,
+                interleaved=config.rope_interleaved, silu=silu,
+            )  # fmt: skip
+            return self.o_proj(out_BNE)
+        out_BNE, state = kernels.gated_attention(
+            u_BNE, v_BNE, z_BNS, *heads, rotary, layout, silu=silu,
+            **self.kernel_options(layout, bias_rotary, bias_length, past_key_values),
+        )  # fmt: skip
+        self.store(state, past_key_values, out_BNE.shape[1])
+        return self.o_proj(out_BNE)
+
+    def store(self, state, past_key_values: Cache | None, length: int) -> None:
+        """Put the state after `length` tokens into the cache, if there is one."""
+        if past_key_values is not None:
+            cache = past_key_values.layers[self.layer_idx]
+            if not cache.is_initialized:
+                cache.lazy_initialization(self.config, state.value)
+            cache.store(state, length)
+
+
+class FlashLayer(GradientCheckpointingLayer):
+    """`x + GAU(norm(x))`."""
+
+    def __init__(self, config: FlashConfig, layer_idx: int, causal: bool):
+        super().__init__()
+        self.norm = NORMS[config.norm_type](config)
+        self.gau = FlashGatedAttentionUnit(config, layer_idx, causal)
+        self.hidden_dropout = config.hidden_dropout
+
+    def is_fusible(self, hidden_states: Tensor) -> bool:
+        """Whether one kernel call can stand for the layer's modules: they are what they seem, and nobody listens."""
+        gau, norm = self.gau, self.norm
+        kernels = load_kernels()[0]
+        return (
+            type(norm) is FlashScaleNorm
+            and gau.config.hidden_act in SILU
+            and not (self.hidden_dropout and self.training)
+            and compute_dtype(hidden_states) in (torch.bfloat16, torch.float32)
+            and all(kernels.is_bare(module) for module in (gau, norm, gau.offset_scale))
+            and all(kernels.fusible(module) for module in (gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj))
+        )
+
+    def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **layout: Any) -> Tensor:
+        fused = layout["layout"].fused
+        if fused and isinstance(layout["layout"], ChunkLayout) and self.is_fusible(hidden_states):
+            gau = self.gau
+            out, state = load_kernels()[0].layer(
+                hidden_states, self.norm.weight, self.norm.eps, gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj,
+                gau.offset_scale.weight, gau.offset_scale.bias, layout["rotary"], layout["layout"],
+                dtype=compute_dtype(hidden_states),
+                **gau.kernel_options(
+                    layout["layout"], layout["bias_rotary"], layout["bias_length"], past_key_values
+                ),
+            )  # fmt: skip
+            gau.store(state, past_key_values, out.shape[1])
+            return out
+        out = self.gau(self.norm(hidden_states, fused=fused), past_key_values=past_key_values, **layout)
+        return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
+
+
+@contextlib.contextmanager
+def without_conversion():
+    """Where only safetensors will do and a repository has none, transformers sends its name, and the token, to a
+    service on the web that converts pickles. Nobody asked for that; the variable is the library's only switch."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Models
+# ------------------------------------------------------------------------------------------------------------------
+@auto_docstring
+class FlashPreTrainedModel(PreTrainedModel):
+    config: FlashConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FlashLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_record_outputs = {"hidden_states": FlashLayer}
+    _can_compile_fullgraph = True
+    # A chunk's state depends on all tokens before it: no cutting of sequences over devices as for softmax attention.
+    _supports_context_parallel = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' own, but weights are read from safetensors alone: a pickle can run code.
+
+        Raises:
+            ValueError: a pickle was asked for.
+        """
+        for name in ("use_safetensors", "weights_only"):
+            if kwargs.get(name) is False:
+                raise ValueError(
+                    f"FLASH loads safetensors only, got {name}=False: reading a pickle may run code. Weights that you "
+                    "trust can be read with torch.load(..., weights_only=True) and passed as state_dict."
+                )
+        kwargs["use_safetensors"] = True
+        with without_conversion():
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, FlashScaleNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, FlashOffsetScale):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, (FlashToeplitzBias, FlashRotaryBias, FlashT5Bias)):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, FlashScaledSinusoid):
+            init.constant_(module.scale, self.config.hidden_size**-0.5)
+
+
+@auto_docstring
+class FlashModel(FlashPreTrainedModel):
+    """FLASH without a head: causal if `config.is_decoder`, bidirectional otherwise."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(config)
+        load_kernels()  # before a compiler traces
+        self.is_causal = config.is_decoder
+        # No padding_idx: padding enters no result anyway, and it would freeze the row of a model whose padding token
+        # is its end-of-text token.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # CODEPATH: GAU-alpha has no sinusoid, the paper's models and the FLASH ports do.
+        self.embed_positions = FlashScaledSinusoid(config) if config.use_scaled_sinusoid else None
+        # CODEPATH: FLASHQuad checkpoints normalise their embeddings.
+        self.embed_norm = NORMS[config.norm_type](config) if config.embedding_norm else None
+        self.layers = nn.ModuleList(
+            [FlashLayer(config, layer_idx, self.is_causal) for layer_idx in range(config.num_hidden_layers)]
+        )
+        # CODEPATH: the FLASH ports have ScaleNorm in their layers and a LayerNorm before the head.
+        self.norm = NORMS[config.final_norm_type or config.norm_type](config, config.final_norm_eps)
+        self.rotary_emb = FlashRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        B, N = inputs_embeds.shape[:2]
+        if past_key_values is not None:
+            if not self.is_causal:
+                raise ValueError(
+                    "past_key_values was given to a bidirectional model, where every token depends on later ones. Use "
+                    "FlashForCausalLM, or FlashModel with config.is_decoder=True."
+                )
+            check_cache(past_key_values, self.config, B)
+        elif use_cache and self.is_causal and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+
+        documents, layout, bias_length = self.lay_out(
+            B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
+            kwargs.get("seq_idx"), past_key_values,
+        )  # fmt: skip
+        layout = self.plan(layout, documents, inputs_embeds, past_key_values)
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states, fused=layout.fused)
+        hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
+        position = layout.position_BGC if isinstance(layout, ChunkLayout) else layout.position_BN
+        # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
+        rotary = self.rotary_emb(hidden_states, position) if self.config.use_rope else None
+        bias_rotary = None
+        # CODEPATH: the paper's bias for spans over 512; the FLASH ports have T5's, FLASHQuad the Toeplitz one.
+        if self.config.relative_bias == "rotary":
+            bias_rotary = self.rotary_emb(
+                hidden_states, torch.arange(1 - bias_length, bias_length, device=position.device)
+            )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                layout=layout,
+                documents=documents,
+                rotary=rotary,
+                bias_rotary=bias_rotary,
+                bias_length=bias_length,
+                past_key_values=past_key_values,
+            )
+        hidden_states = self.norm(hidden_states, fused=layout.fused)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def lay_out(
+        self,
+        batch: int,
+        length: int,
+        device: torch.device,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seq_lens: Tensor | None,
+        seq_idx: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Documents, ChunkLayout | StepLayout | QuadraticLayout, int]:
+        """Where every token is: documents, the layout all layers share, and the distances a relative bias covers."""
+        first = cache.layers[0] if cache is not None else None
+        marks = {"position_ids": position_ids, "cu_seq_lens": cu_seq_lens, "seq_idx": seq_idx}
+        marks["attention_mask"] = attention_mask
+        # CODEPATH: FLASHQuad checkpoints; FLASH checkpoints have chunks.
+        if self.config.attention_type == "quadratic":
+            past = {}
+            seen_B, past_length = None, 0
+            if first is not None and first.is_initialized:
+                past = {"past_position_BM": first.position.to(device), "past_document_BM": first.document.to(device)}
+                open_BM = first.document == first.document.amax(1, keepdim=True).clamp(min=0)
+                seen_B = torch.where(open_BM, first.position + 1, 0).amax(1).to(device)
+                past_length = first.get_seq_length()
+                if isinstance(first, FlashStaticQuadraticCacheLayer):
+                    past["write_N"] = first.places(length)
+            documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
+            if isinstance(first, FlashStaticQuadraticCacheLayer) and not past:
+                # The first call fills the front of the preallocated places; the rest is nobody's.
+                unused = torch.zeros(batch, first.max_cache_len, dtype=torch.long, device=device)
+                past = {"past_position_BM": unused, "past_document_BM": unused - 1}
+                past["write_N"] = torch.arange(length, device=device)
+            layout = quadratic_layout(documents, batch, causal=self.is_causal, cached=first is not None, **past)
+            keys = length if layout.visible_BNM is None else layout.visible_BNM.shape[2]
+            return documents, layout, self.quadratic_span(keys)
+
+        seen_B, past_length = None, 0
+        if first is not None and not first.is_empty:
+            seen_B, past_length = first.state.seen.to(device), first.get_seq_length()
+        documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
+        # A step writes the token into the state and reads it back from there, where no gradient passes.
+        if first is not None and length == 1 and documents.start_BN is None and not torch.is_grad_enabled():
+            return documents, StepLayout(documents.position_BN, documents.valid_BN), self.config.chunk_size
+        layout = chunk_layout(documents, batch, self.config.chunk_size, causal=self.is_causal)
+        return documents, layout, layout.position_BGC.shape[2]
+
+    def plan(self, layout, documents: Documents, x_BND: Tensor, cache: Cache | None):
+        """`layout` with what the kernels need, if they are to compute this call."""
+        config = self.config
+        dropout = bool(config.attention_dropout) and self.training
+        kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
+        first = None if cache is None else cache.layers[0]
+        # Rolling back needs keys by token; a packed continuation or one amid a chunk, the cached slots in the grid.
+        if kernels is None or isinstance(layout, QuadraticLayout) or (first is not None and first.record_past):
+            return layout
+        if isinstance(layout, StepLayout):
+            return replace(layout, fused=True)
+        if first is not None and documents.start_BN is not None:
+            return layout
+        if layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any())):
+            return layout
+        plan = kernels.chunk_plan(
+            layout, x_BND.shape[0], causal=self.is_causal, width=config.intermediate_size,
+            normalization=config.global_normalization, chunk_size=config.chunk_size,
+        )  # fmt: skip
+        return replace(layout, plan=plan)
+
+    def quadratic_span(self, keys: int) -> int:
+        """Distances that the bias of FLASH-Quad covers for this many keys."""
+        # CODEPATH: as above.
+        if self.config.relative_bias != "toeplitz":
+            return keys
+        span = self.config.span
+        if not is_tracing() and keys > span:
+            raise ValueError(
+                f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, "
+                f"got {keys}. "
+                "Use relative_bias='rotary' for longer inputs, or set max_position_embeddings before training."
+            )
+        return span
+
+
+def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bool | None, is_causal: bool) -> None:
+    """Refuse what cannot be right before anything is computed.
+
+    Raises:
+        ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or
+            (checked on the CPU; CUDA has its own device-side assert) out of the vocabulary.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
+    if asked_causal is not None and asked_causal != is_causal:
+        raise ValueError(
+            f"is_causal={asked_causal} contradicts this model, which was built with is_causal={is_causal}: the "
+            "direction is fixed then. Load the checkpoint with FlashModel and config.is_decoder set as needed."
+        )
+    if inputs_embeds is not None:
+        if (
+            inputs_embeds.ndim != 3
+            or inputs_embeds.shape[2] != config.hidden_size
+            or not inputs_embeds.is_floating_point()
+        ):
+            raise ValueError(
+                f"inputs_embeds must be a floating-point tensor (batch, tokens, {config.hidden_size}), got "
+                f"{tuple(inputs_embeds.shape)} of {inputs_embeds.dtype}."
+            )
+        tokens = inputs_embeds
+    else:
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"input_ids must be an int64 or int32 tensor (batch, tokens), got {tuple(input_ids.shape)} of "
+                f"{input_ids.dtype}."
+            )
+        tokens = input_ids
+    if not is_tracing() and 0 in tokens.shape[:2]:
+        raise ValueError(f"The input must hold at least one row and one token, got shape {tuple(tokens.shape)}.")
+    if input_ids is not None and input_ids.device.type == "cpu" and not is_tracing():
+        low, high = (int(value) for value in input_ids.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"input_ids must lie in [0, vocab_size = {config.vocab_size}), got {low if low < 0 else high}. Does "
+                "the tokenizer belong to this model? After adding tokens call "
+                "model.resize_token_embeddings(len(tokenizer))."
+            )
+
+
+def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep) -> None:
+    """Labels go with every token of the input.
+
+    Raises:
+        ValueError: another shape, or logits kept for some tokens only.
+    """
+    expected = tuple((input_ids if input_ids is not None else inputs_embeds).shape[:2])
+    if tuple(labels.shape) != expected:
+        raise ValueError(f"labels must have the shape of the input, {expected}, got {tuple(labels.shape)}.")
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+        raise ValueError(
+            "labels need the logits of all tokens: leave logits_to_keep at 0, and mark labels to skip with -100."
+        )
+
+
+def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
+    """`config`, or a copy that says what the head does, so that the base saved with it is loaded alike."""
+    if config.is_decoder == is_decoder:
+        return config
+    config = copy.deepcopy(config)
+    config.is_decoder = is_decoder
+    return config
+
+
+@auto_docstring
+class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
+    """FLASH with a language-model head, always causal; generates with a cache of constant size."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(with_direction(config, is_decoder=True))
+        self.model = FlashModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted.
+
+        Example:
+
+        ```python
+        >>> from flash_hf import FlashConfig, FlashForCausalLM
+        >>> config = FlashConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, query_key_dim=16)
+        >>> model = FlashForCausalLM(config)
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 100])
+        ```"""
+        if labels is not None:
+            check_labels(labels, input_ids, inputs_embeds, logits_to_keep)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the host's paged cache holds keys and values by token, which FLASH sums up by chunk."""
+        raise NotImplementedError(
+            "Continuous batching (generate_batch, transformers serve --continuous-batching) pages a key-value cache, "
+            "and FLASH has none. Use generate() with a left-padded batch: its state has one size, so that there "
+            "is nothing to page."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+        """The padding mask of this call alone: with a static cache, a mask that grows would recompile every step."""
+        length = inputs_embeds.shape[1]
+        # A generated token is never padding.
+        return None if attention_mask is None or length == 1 else attention_mask[:, -length:]
+
+
+class FlashHeadTransform(nn.Module):
+    """BERT's transform before the decoder: `norm(act(x W + b))`."""
+
+    def __init__(self, config: FlashConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = NORMS[config.norm_type](config)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.norm(self.act_fn(self.dense(x_BND)))
+
+
+@auto_docstring
+class FlashForMaskedLM(FlashPreTrainedModel):
+    """FLASH with a masked language-model head, always bidirectional."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(with_direction(config, is_decoder=False))
+        self.model = FlashModel(self.config)
+        # CODEPATH: FLASHQuad checkpoints have BERT's head.
+        self.transform = FlashHeadTransform(config) if config.mlm_transform else None
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict at the masked places, -100 elsewhere.
+        """
+        if labels is not None:
+            check_labels(labels, input_ids, inputs_embeds, 0)
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if self.transform is not None:
+            hidden_states = self.transform(hidden_states)
+        logits = self.lm_head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+# -- heads for fine-tuning; they follow the direction of the checkpoint they start from
+def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
+    """One vector a row, `[B, D]`: of the last real token, which alone has seen all, or, bidirectional, the mean."""
+    if attention_mask is None:
+        return hidden_BND[:, -1] if causal else hidden_BND.mean(1)
+    real_BN = attention_mask != 0
+    if causal:
+        last_B = torch.where(real_BN, torch.arange(real_BN.shape[1], device=real_BN.device), 0).amax(1)
+        return hidden_BND.gather(1, last_B[:, None, None].expand(-1, 1, hidden_BND.shape[2]))[:, 0]
+    total_BD = torch.where(real_BN[..., None], hidden_BND, 0).sum(1, dtype=wide(hidden_BND.dtype))
+    return (total_BD / real_BN.sum(1, keepdim=True).clamp(min=1)).to(hidden_BND.dtype)
+
+
+def per_item(mean_loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """The mean over `labels` as this micro-batch's share of the mean over all items of an accumulated batch."""
+    return mean_loss if num_items_in_batch is None else mean_loss * labels.numel() / num_items_in_batch
+
+
+@auto_docstring
+class FlashTaskModel(FlashPreTrainedModel):
+    """The base with dropout and one linear layer on top, under the name that transformers and PEFT expect."""
+
+    head_name = "score"
+
+    def __init__(self, config: FlashConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = FlashModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        setattr(self, self.head_name, nn.Linear(config.hidden_size, self.head_width()))
+        self.post_init()
+
+    def head_width(self) -> int:
+        return self.num_labels
+
+    def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs) -> BaseModelOutputWithPast:
+        """Run the base; no decoding state, which nobody would read."""
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **{**kwargs, "use_cache": False},
+        )
+
+
+@auto_docstring
+class FlashForSequenceClassification(FlashTaskModel):
+    """FLASH with a classifier or regressor on the whole sequence (see `pool`)."""
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Classes (int64), values for a regression (float), or for each class 0.0 or 1.0.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        pooled = pool(outputs.last_hidden_state, attention_mask, self.model.is_causal)
+        logits = self.score(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            loss = per_item(loss, labels, kwargs.get("num_items_in_batch"))
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+@auto_docstring
+class FlashForTokenClassification(FlashTaskModel):
+    """FLASH with a classifier on every token."""
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Classes, -100 where none is asked for (padding, later pieces of a word).
+        """
+        if labels is not None:
+            check_labels(labels, input_ids, inputs_embeds, 0)
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+@auto_docstring
+class FlashForQuestionAnswering(FlashTaskModel):
+    """FLASH that marks the span of an answer."""
+
+    head_name = "qa_outputs"
+
+    def head_width(self) -> int:
+        return 2
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            First and last token of the answer, as columns of `input_ids`.
+        """
+        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
+        if attention_mask is not None:
+            # The loss is a softmax over places: padding must not have a share in it.
+            logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = (x.contiguous() for x in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
+        )
+
+
+@auto_docstring
+class FlashForMultipleChoice(FlashTaskModel):
+    """FLASH that scores each of several continuations of a question; the highest score wins."""
+
+    def head_width(self) -> int:
+        return 1
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        r"""
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Token ids of every choice; the other inputs have the same leading dimensions.
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            The right choice.
+        """
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.ndim != (4 if input_ids is None else 3):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"input_ids of a multiple choice must have shape (batch, choices, tokens), got {shape}.")
+        B, choices = given.shape[:2]
+        flat = [
+            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
+        ]
+        outputs = self.encode(*flat, kwargs)
+        pooled = pool(outputs.last_hidden_state, flat[1], self.model.is_causal)
+        logits = self.score(self.dropout(pooled)).view(B, choices)
+        loss = None
+        if labels is not None:
+            loss = per_item(F.cross_entropy(logits.float(), labels), labels, kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "FlashForCausalLM",
+    "FlashForMaskedLM",
+    "FlashForMultipleChoice",
+    "FlashForQuestionAnswering",
+    "FlashForSequenceClassification",
+    "FlashForTokenClassification",
+    "FlashGatedAttentionUnit",
+    "FlashModel",
+    "FlashPreTrainedModel",
+]

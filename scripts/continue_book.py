@@ -1,0 +1,68 @@
+"""\
+python scripts/continue_book.py --model model_cards/flash-7m-causal --book tests/data/wizard_of_oz.txt
+
+Read a whole book into a state of constant size, then write on, token by token. What the reading took, and the memory
+of the process and of the state, are printed as it goes. On a laptop's CPU; the longer the book, the better the show.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer, set_seed
+
+import flash_hf  # noqa: F401  registers FLASH with the Auto classes
+from flash_hf.evaluation import cache_bytes, memory_bytes, read_long
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub name of a causal model")
+    parser.add_argument("--book", type=Path, required=True, help="text file to continue")
+    parser.add_argument("--tokens", type=int, default=100_000, help="read so many; a shorter book is read again")
+    parser.add_argument("--segment", type=int, default=2048, help="tokens read at once")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    ids = tokenizer(args.book.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    if len(ids) < 2:
+        parser.error(f"{args.book} has no text to continue")
+    # The end of the text is what is continued, so what is repeated goes in front.
+    ids_N = torch.tensor(ids).repeat(-(-args.tokens // len(ids)))[-args.tokens :]
+
+    cache = DynamicCache(config=model.config)
+    print(f"{'tokens read':>12}{'seconds':>10}{'tokens/s':>10}{'state':>12}{'process':>12}")
+    marks = [1000 * 10**power for power in range(6)]
+    # All but the last token, which generate() reads itself.
+    for at in read_long(model, ids_N[:-1], cache, segment=args.segment, marks=marks):
+        sizes = f"{at.cache / 2**20:8.2f} MiB{at.memory / 2**20:8.0f} MiB"
+        print(f"{at.tokens:12,}{at.seconds:10.1f}{at.tokens / at.seconds:10.0f}{sizes}", flush=True)
+
+    print("\n..." + tokenizer.decode(ids_N[-60:]), end="", flush=True)
+    set_seed(args.seed)
+    begin = time.perf_counter()
+    tokens = model.generate(
+        ids_N[None],
+        attention_mask=torch.ones(1, len(ids_N), dtype=torch.long),
+        past_key_values=cache,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=True,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+    new, seconds = tokens.shape[1] - len(ids_N), time.perf_counter() - begin
+    print(
+        f"\n{new} tokens written, {new / seconds:.0f} a second; state {cache_bytes(cache) / 2**20:.2f} MiB, process "
+        f"{memory_bytes() / 2**20:.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""python scripts/evaluate_model.py --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
+
+Measure a model on held-out text and write the numbers down as JSON, from which scripts/make_card.py makes its card:
+
+perplexity  causal: of whole documents (or --context tokens of them), by token, by word, by position, bits per byte
+masked      masked: loss and accuracy on tokens masked at random, as in the training
+pseudo      masked: pseudo-perplexity of passages, every token masked by itself
+speed       tokens a second, forward and, for a causal model, one after the other
+recall      causal: associative recall and a needle in random tokens (flash_hf/recall.py), --lengths tokens long
+lm_eval     causal: the tasks of scripts/lm_eval_tasks by lm-eval-harness (pip install "flash-hf[eval]"), no network
+
+--output is a list of results in a file; several runs may write into one, a result measured again takes the old one's
+place.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+import flash_hf  # noqa: F401  registers FLASH with the Auto classes
+from flash_hf import data, evaluation
+from flash_hf.benchmark_runs import commit, processor
+
+
+MEASURES = ("perplexity", "masked", "pseudo", "speed", "recall", "lm_eval")
+LM_EVAL_TASKS = Path(__file__).resolve().parent / "lm_eval_tasks"
+TASKS = {AutoModelForCausalLM: "text-generation", AutoModelForMaskedLM: "fill-mask"}
+
+
+def machine_name(device: torch.device) -> str:
+    """The device and the threads, and the version of torch."""
+    if device.type == "cpu":
+        where = f"{processor()} ({torch.get_num_threads()} threads)"
+    else:
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"{where}; torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub name")
+    parser.add_argument("--files", nargs="+", help="held-out texts, as the training scripts take them")
+    parser.add_argument("--dataset", default=None, help="what the results call these; else the first file's name")
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, required=True)
+    parser.add_argument("--max_documents", type=int, default=None, help="of the files, the first ones only")
+    parser.add_argument("--context", type=int, default=None, help="perplexity: tokens to remember; all if left out")
+    parser.add_argument("--segment", type=int, default=4096, help="perplexity: tokens read at once")
+    parser.add_argument("--block_size", type=int, default=512, help="masked: tokens in a block")
+    parser.add_argument("--mlm_probability", type=float, default=0.15, help="masked: share of the tokens masked")
+    parser.add_argument("--passages", type=int, default=100, help="pseudo: the first documents, so many")
+    parser.add_argument("--batch_size", type=int, default=8, help="of masked and pseudo")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 8192], help="speed, recall: tokens of a row")
+    parser.add_argument("--limit", type=int, default=None, help="lm_eval: the first questions of each task only")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16, or auto: as saved")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one")
+    parser.add_argument("--output", type=Path, default=None, help="JSON list of results to write, or to add to")
+    args = parser.parse_args()
+    if {"perplexity", "masked", "pseudo"} & set(args.measure) and not args.files:
+        parser.error("--files must name held-out text for perplexity, masked and pseudo")
+
+    device = args.device
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    config = AutoConfig.from_pretrained(args.model)
+    masked = "MaskedLM" in (config.architectures or [""])[0]
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    causal_only = {"perplexity", "recall", "lm_eval"} & set(args.measure)
+    wrong = {"masked", "pseudo"} & set(args.measure) if not masked else causal_only
+    if wrong:
+        parser.error(f"{', '.join(sorted(wrong))} cannot be measured with {(config.architectures or ['no head'])[0]}")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = auto.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    found = []
+
+    def note(dataset: str, split: str, scores: dict[str, float]) -> None:
+        for metric, value in scores.items():
+            found.append({
+                "task": TASKS[auto], "dataset": dataset, "split": split, "metric": metric,
+                "value": value if isinstance(value, int) else float(f"{value:.5g}"), "command": command,
+                "machine": machine_name(model.device), "commit": commit(),
+            })  # fmt: skip
+            print(f"{dataset:<24} {split:<14} {metric:<34} {found[-1]['value']}", flush=True)
+
+    documents = data.load_documents(args.files, max_documents=args.max_documents) if args.files else None
+    split = "validation" if args.max_documents is None else f"validation, first {args.max_documents} documents"
+    name = args.dataset or (Path(args.files[0]).name.split(".")[0] if args.files else "none")
+    for measure in args.measure:
+        if measure == "perplexity":
+            scores = evaluation.score_documents(
+                model, tokenizer, documents, context=args.context, segment=args.segment
+            )
+            suffix = "" if args.context is None else f", context {args.context}"
+            note(name, split, {metric + suffix: value for metric, value in scores.metrics().items()})
+            places = {f"loss, tokens {row['above'] + 1} to {row['up_to']}": row["loss"] for row in scores.by_position}
+            note(name, split, {metric + suffix: value for metric, value in places.items()})
+        elif measure == "masked":
+            scores = evaluation.masked_scores(
+                model, tokenizer, documents, block_size=args.block_size, mlm_probability=args.mlm_probability,
+                batch_size=args.batch_size,
+            )  # fmt: skip
+            note(name, split, scores)
+        elif measure == "pseudo":
+            texts = (row["text"] for row in documents.take(min(args.passages, len(documents))))
+            scores = evaluation.pseudo_perplexity(model, tokenizer, texts, batch_size=args.batch_size)
+            note(name, f"validation, first {args.passages} documents", scores)
+        elif measure == "speed":
+            note("random-tokens", "none", {
+                f"forward tokens/s, length {length}": evaluation.tokens_per_second(model, batch_size=1, length=length)
+                for length in args.lengths
+            })  # fmt: skip
+            if not masked:
+                speed = evaluation.tokens_per_second(model, batch_size=1, length=512, new_tokens=64)
+                note("random-tokens", "none", {"decoded tokens/s, batch 1": speed})
+        elif measure == "recall":
+            from flash_hf.recall import mqar, needle
+
+            for length in args.lengths:
+                draw, size = torch.Generator().manual_seed(0), model.config.vocab_size
+                for task, rows in (
+                    ("mqar, 8 pairs", mqar(32, length, 8, size, draw)), ("needle", needle(32, length, size, draw))
+                ):  # fmt: skip
+                    accuracy = evaluation.answer_accuracy(model, *rows, batch_size=args.batch_size)
+                    note("random-tokens", "none", {f"{task}, accuracy, length {length}": accuracy})
+        else:
+            for task, scores in evaluation.run_lm_eval(model, tokenizer, LM_EVAL_TASKS, limit=args.limit).items():
+                note(task, "test", scores)
+
+    if args.output is not None:
+        kept = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
+        new = {(row["dataset"], row["split"], row["metric"]) for row in found}
+        kept = [row for row in kept if (row["dataset"], row["split"], row["metric"]) not in new]
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(kept + found, indent=1) + "\n", encoding="utf-8")
+        print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""\
+python scripts/tokenize_text.py --files tests/data/wizard_of_oz.txt --tokenizer model_cards/flash-7m-causal --output runs/oz.parquet
+
+Tokenise text once, for many trainings or for a rented machine whose minutes count: the file is a --train_file or
+--validation_file of train_clm.py and train_mlm.py, together with the same --tokenizer.
+"""  # noqa: E501
+
+import argparse
+from pathlib import Path
+
+import pyarrow.parquet
+from datasets import Sequence, Value
+
+from flash_hf.data import load_documents, load_tokenizer, text_size, tokenize_documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", nargs="+", required=True, help="texts, as the training scripts take them")
+    parser.add_argument("--tokenizer", required=True, help="folder or Hub name")
+    parser.add_argument("--output", required=True, type=Path, help=".parquet file to write")
+    parser.add_argument("--max_documents", type=int, default=None, help="the first ones only")
+    parser.add_argument("--num_proc", type=int, default=None, help="processes that tokenise")
+    parser.add_argument("--compression", default="zstd", help="of the file; none, if it is packed afterwards")
+    args = parser.parse_args()
+    if args.output.suffix != ".parquet":
+        parser.error(f"--output must end in .parquet, got {args.output}")
+
+    tokenizer = load_tokenizer(args.tokenizer, masked=False)
+    documents = load_documents(args.files, max_documents=args.max_documents)
+    tokenized = tokenize_documents(documents, tokenizer, num_proc=args.num_proc)
+    if len(tokenizer) <= 2**16:
+        tokenized = tokenized.cast_column("input_ids", Sequence(Value("uint16")))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    # Not to_parquet, which chooses the compression itself. Dictionaries only spread tokens over odd numbers of bits.
+    pyarrow.parquet.write_table(
+        tokenized.with_format("arrow")[:], args.output, compression=args.compression, use_dictionary=False
+    )
+    print(f"{args.output}: {text_size(tokenized)}, {args.output.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
