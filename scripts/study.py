@@ -8,7 +8,7 @@ The study behind RESULTS.md. Three steps, on three machines if need be:
 2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first,
    several beside each other, until `--minutes` are over; `--bundle FILE` puts what is finished in one file as well,
    and `--unbundle FILE` adds such a file to FOLDER.
-3. `--report`: tables and figures from FOLDER; RESULTS.md holds the tables.
+3. `--report --fill RESULTS.md`: the tables of RESULTS.md from FOLDER; `--figures FOLDER` draws.
 """
 
 import argparse
@@ -38,8 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
     parser.add_argument("--workers", type=int, default=1, help="cells beside each other on one device")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into this file")
-    parser.add_argument("--unbundle", type=Path, metavar="FILE", help="add the cells of a bundle to --results, and end")
+    parser.add_argument("--unbundle", type=Path, metavar="FILE", help="add a bundle's cells to --results, and end")
     parser.add_argument("--report", action="store_true", help="print the tables of RESULTS.md, and end")
+    parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: put the tables into RESULTS.md")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="with --report: also draw the figures there")
     parser.add_argument("--tiny", action="store_true", help="a small grid of tiny models: does the study run?")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -71,9 +72,13 @@ def main() -> int:
     if options.report:
         from flash_hf.study import report
 
-        print(report.render(grid.load_results(options.results)), end="")
+        results = grid.load_results(options.results)
+        if options.fill:
+            options.fill.write_text(report.fill(options.fill.read_text(), results))
+        else:
+            print(report.render(results), end="")
         if options.figures:
-            report.draw(grid.load_results(options.results), options.figures)
+            report.draw(results, options.figures)
         return 0
     if options.prepare:
         from flash_hf.study import text
@@ -103,8 +108,12 @@ def main() -> int:
 
     words = [sys.executable, __file__, "--work", str(options.work), *(["--tiny"] if options.tiny else []), "--cell"]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Batches have one shape, and CUDA graphs their own pools; compilers of several cells share the processors.
+    environment = {"PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    if options.tiny:
+        environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
     runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 40,
-                        environment={"PYTHONPATH": paths}, done=bundle, begin=begin)  # fmt: skip
+                        environment=environment, done=bundle, begin=begin)  # fmt: skip
     runner.run(missing(cells), options.workers)
     if not options.only:
         seeds = grid.further_seeds(grid.load_results(options.results, new), cells)

@@ -46,9 +46,9 @@ class Recipe:
     """
 
     batch_tokens: int = 32_768
-    evaluations: int = 24
+    evaluations: int = 20
     valid_tokens: int = 131_072
-    final_tokens: int = 1_048_576
+    final_tokens: int = 524_288
     warmup: float = 0.08
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
