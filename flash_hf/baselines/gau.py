@@ -63,6 +63,7 @@ class GAUConfig(FlashConfig):
     grid_shift: int = 0
     wide_every: int = 0
     wide_chunk: int = 0
+    use_cache: bool = False
     backend: str = "torch"
 
     def validate_variants(self):
@@ -89,7 +90,9 @@ class GAUConfig(FlashConfig):
 # ------------------------------------------------------------------------------------------------------------------
 # Forms of the global branch
 # ------------------------------------------------------------------------------------------------------------------
-def chunk_weights(layout: ChunkLayout, decay_S: Tensor | None, *, causal: bool, tokens_BG: Tensor) -> Tensor:
+def chunk_weights(
+    layout: ChunkLayout, decay_S: Tensor | None, *, causal: bool, tokens_BG: Tensor, dtype: torch.dtype
+) -> Tensor:
     """How much chunk h counts in the state that chunk g reads, `[B or 1, S or 1, G, G]`, over the sum of
     `weight * tokens`: `decay^(g - 1 - h)` for earlier chunks of the document, or, if not causal, `decay^|g - h|`.
 
@@ -103,7 +106,7 @@ def chunk_weights(layout: ChunkLayout, decay_S: Tensor | None, *, causal: bool, 
     seen_BGG = (age_GG > 0)[None] if causal else torch.ones_like(age_GG, dtype=torch.bool)[None]
     if layout.first_BG is not None:
         seen_BGG = seen_BGG & (layout.first_BG[:, :, None] == layout.first_BG[:, None, :])
-    weight = seen_BGG[:, None].to(wide(torch.float32) if decay_S is None else decay_S.dtype)
+    weight = seen_BGG[:, None].to(dtype)
     if decay_S is not None:
         age_GG = (age_GG - 1).clamp(min=0) if causal else age_GG.abs()
         weight = weight * decay_S[:, None, None] ** age_GG
@@ -117,9 +120,10 @@ def global_attention(
 ) -> Tensor:  # fmt: skip
     """`lin_q (sum_h w_gh sum_c k v^T)` with [`chunk_weights`] w, `[B, G, C, E]`. G^2 weights: for studies only."""
     product_BGSE = chunk_products(lin_k_BGCS, value_BGCE)
-    weight = chunk_weights(layout, decay_S, causal=causal, tokens_BG=layout.occupied_BGC.sum(-1))
-    states = torch.einsum("bsgh,bhse->bgse", weight.to(product_BGSE).expand(-1, product_BGSE.shape[2], -1, -1)
-                          .expand(product_BGSE.shape[0], -1, -1, -1), product_BGSE)  # fmt: skip
+    B, _, S, _ = product_BGSE.shape
+    tokens_BG = layout.occupied_BGC.sum(-1)
+    weight = chunk_weights(layout, decay_S, causal=causal, tokens_BG=tokens_BG, dtype=product_BGSE.dtype)
+    states = torch.einsum("bsgh,bhse->bgse", weight.expand(B, S, -1, -1), product_BGSE)
     return lin_q_BGCS @ states.to(lin_q_BGCS.dtype)
 
 

@@ -22,8 +22,8 @@ SEARCH = {"size": "s", "tokens": 15}
 SEARCH_CONTEXT = 4096
 # mqarP: P pairs; needle: one.
 RECALL_TASKS = ("mqar32", "needle")
-RECALL_MODELS = ("flash", "flash-local", "transformer++", "flash-keyshift-norope-norm", "flash-norm",
-                 "flash-decay-norm", "flash-keyshift-norope", "flash-norope")  # fmt: skip
+RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", "flash-keyshift", "flash-local",
+                 "flash-keyshift-norope-norm", "flash-norope", "flash-decay-norm")  # fmt: skip
 FORMS = tuple(name for name in MODELS if name.startswith("flash-") and name not in ("flash-quad", "flash-global"))
 
 
@@ -100,7 +100,7 @@ def full_grid() -> list[Cell]:
     cells += pairs(books, [8192], first)
     cells += pairs(books, [SEARCH_CONTEXT], first, ("flash", *FORMS), **SEARCH)
     cells += pairs(books, [2048, 512], first)
-    cells += train("flash-local", books, 8192, [first])
+    cells += pairs(books, [8192], first, ("flash-local", "flash-keyshift-norope"))
     cells += pairs("mqar32", [512], first, RECALL_MODELS, size="recall", tokens=RECALL_TOKENS)
     cells += pairs(books, [2048, 8192], first, ["gated-deltanet"])
     cells += pairs(books, [8192, 2048, 512], second)

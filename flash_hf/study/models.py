@@ -182,6 +182,9 @@ MODELS: dict[str, Model] = {
     "flash-stagger": Model("grid shifted in every second layer", _gau(grid_shift=0.5)),
     "flash-stagger-local": Model("the same, local only", _gau(grid_shift=0.5, attention_type="local")),
     "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(grid_shift=0.5, global_form="decay")),
+    "flash-stagger-keyshift": Model(
+        "grid shifted, keys of the token before, no RoPE", _gau(grid_shift=0.5, key_shift=True, global_rope=False)
+    ),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip
 
