@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """\
-python scripts/study.py --prepare tests/data/study --work runs/study --tiny
+python scripts/study.py --tiny --prepare tests/data/wizard_of_oz.txt --work runs/study-tiny
 
 The study behind RESULTS.md. Three steps, on three machines if need be:
 
-1. `--prepare DATA --work WORK`: tokens of the books and the Wikipedia text in DATA (needs no GPU).
+1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA (needs no GPU).
 2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first,
    several beside each other, until `--minutes` are over; `--bundle FILE` puts what is finished in one file as well,
    and `--unbundle FILE` adds such a file to FOLDER.
@@ -28,10 +28,14 @@ RESULTS = ROOT / "scripts" / "results" / "study"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prepare", type=Path, metavar="DATA", help="folder of {books,wiki}_{train,valid}.jsonl.xz")
+    parser.add_argument(
+        "--prepare", type=Path, metavar="DATA",
+        help="make the tokens, if there are none, from this folder of {books,wiki}_{train,valid}.jsonl.xz, or from a "
+             "text file",
+    )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of tokens, logs and new cells")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
-    parser.add_argument("--vocab_size", type=int, default=8192)
+    parser.add_argument("--vocab_size", type=int, help="of the tokenizer; 8192 unless given (with --tiny 600)")
     parser.add_argument("--max_tokens", type=int, default=31_000_000, help="of each corpus")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells, by name, instead of the whole grid")
     parser.add_argument("--list", action="store_true", help="print the cells that are still to be run, and end")
@@ -80,12 +84,14 @@ def main() -> int:
         if options.figures:
             report.draw(results, options.figures)
         return 0
-    if options.prepare:
+    if options.prepare and not (options.work / "tokens" / "text.json").is_file():
         from flash_hf.study import text
 
-        facts = text.prepare(options.prepare, options.work / "tokens", vocab_size=options.vocab_size,
+        vocab = options.vocab_size or (600 if options.tiny else 8192)
+        facts = text.prepare(options.prepare, options.work / "tokens", vocab_size=vocab,
                              max_tokens=options.max_tokens, max_valid_tokens=2_200_000)  # fmt: skip
         print(json.dumps(facts, indent=1))
+    if options.prepare and not options.minutes:
         return 0
 
     cells = grid.tiny_grid() if options.tiny else grid.full_grid()
@@ -115,7 +121,7 @@ def main() -> int:
     runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 40,
                         environment=environment, done=bundle, begin=begin)  # fmt: skip
     runner.run(missing(cells), options.workers)
-    if not options.only:
+    if not options.only and not options.tiny:
         seeds = grid.further_seeds(grid.load_results(options.results, new), cells)
         runner.run(missing(seeds), options.workers)
     for cell, why in runner.failed.items():

@@ -28,15 +28,20 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
     Documents are shuffled, written with `<|endoftext|>` between them, and cut at `max_tokens`.
 
     Args:
-        data: folder with `{corpus}_{train,valid}.jsonl.xz`.
+        data: folder with `{corpus}_{train,valid}.jsonl.xz`; or one text file, whose last tenth then is for validation,
+            for both corpora: to try the study out.
     """
     from .. import data as flash_data
 
-    rows = {
-        f"{corpus}_{part}": flash_data.load_documents(data / f"{corpus}_{part}.jsonl.xz").shuffle(seed=0)
-        for corpus in CORPORA
-        for part in ("train", "valid")
-    }
+    if data.is_file():
+        parts = flash_data.split_documents(flash_data.load_documents(data, sample_by="paragraph"), 0.1)
+        rows = {f"{corpus}_{part}": parts[part == "valid"] for corpus in CORPORA for part in ("train", "valid")}
+    else:
+        rows = {
+            f"{corpus}_{part}": flash_data.load_documents(data / f"{corpus}_{part}.jsonl.xz").shuffle(seed=0)
+            for corpus in CORPORA
+            for part in ("train", "valid")
+        }
     folder.mkdir(parents=True, exist_ok=True)
     sample = [row for corpus in CORPORA for row in _until(rows[f"{corpus}_train"], 10_000_000)]
     tokenizer = flash_data.train_tokenizer(sample, vocab_size, max_bytes=20_000_000)
