@@ -56,8 +56,8 @@ def run_one(options: argparse.Namespace) -> None:
     from flash_hf.study import training
 
     cell = grid.Cell.parse(options.cell)
-    recipe = training.TINY_RECIPE if options.tiny else training.RECIPE
-    result = training.run_cell(cell, options.work / "tokens", Gate(options.work / "gate"), recipe)
+    gate = Gate(options.work / "gate")
+    result = training.run_cell(cell, options.work / "tokens", gate, training.recipe_of(cell))
     write_json(options.work / "cells" / f"{cell.name}.json", result, indent=None)
 
 

@@ -124,6 +124,9 @@ def full_grid() -> list[Cell]:
     for context in (512, 2048, 8192):
         cells += timing(others, books, [context])
         cells += [cell for rate in RATES[:2] for cell in pairs(books, [context], rate, others)]
+    # Small enough for a CPU: the search that came before the others.
+    cells += [cell for seed in (0, 1) for cell in pairs("mqar4", [128], second, RECALL_MODELS, size="recall-cpu",
+                                                        tokens=3.7, seed=seed)]  # fmt: skip
     # Does the global branch pay with more training?
     cells += pairs(books, [8192], first, ("flash", "flash-local", "transformer++"), tokens=120)
     return list(dict.fromkeys(cells))

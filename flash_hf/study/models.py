@@ -37,6 +37,7 @@ SIZES = {
     "m": Size(512, 12),
     "l": Size(640, 16),
     "recall": Size(128, 4, init=0.1),
+    "recall-cpu": Size(64, 2, 16, 32, init=0.1),
     "tiny": Size(32, 2, 16, 16),
     "tiny-recall": Size(32, 2, 16, 16, init=0.1),
 }

@@ -63,6 +63,18 @@ class Recipe:
 RECIPE = Recipe()
 TINY_RECIPE = Recipe(batch_tokens=512, evaluations=3, valid_tokens=512, final_tokens=1024, recall_vocab=32,
                      recall_rows=8, samples=3, tries=1)  # fmt: skip
+# Gradients of small models on recall are too small for the paper's eps.
+RECIPES = {
+    "tiny": TINY_RECIPE, "tiny-recall": TINY_RECIPE, "recall": Recipe(eps=1e-8),
+    "recall-cpu": Recipe(batch_tokens=4096, eps=1e-8, recall_vocab=32, evaluations=10),
+}  # fmt: skip
+
+
+def recipe_of(cell: Cell) -> Recipe:
+    """What the cells of a size share."""
+    return RECIPES.get(cell.size, RECIPE)
+
+
 CURVE_POINTS = 100
 BINS = 32  # of the loss by position
 GATED_STEPS = 8  # steps between two looks whether somebody wants the device alone
@@ -380,4 +392,4 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-__all__ = ["RECIPE", "TINY_RECIPE", "Recipe", "run_cell"]
+__all__ = ["RECIPE", "RECIPES", "TINY_RECIPE", "Recipe", "recipe_of", "run_cell"]
