@@ -13,11 +13,14 @@ from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
 C = 8
-TYPES = ["mixed_chunk", "quadratic", "local", "global"]
+# The last is mixed chunk attention of another global form.
+TYPES = ["mixed_chunk", "quadratic", "local", "global", "previous_token"]
 GREEDY = {"do_sample": False, "max_new_tokens": 3 * C + 2, "eos_token_id": None, "pad_token_id": 0}
 
 
 def build(attention_type="mixed_chunk", dtype=torch.float64, seed=0, **changes):
+    if attention_type == "previous_token":
+        attention_type, changes = "mixed_chunk", {"global_form": "previous_token", **changes}
     config = tiny_config(attention_type=attention_type, **changes)
     return make_model(FlashForCausalLM, config, dtype=dtype, seed=seed)
 
@@ -73,7 +76,8 @@ def test_any_split_equals_the_whole(attention_type, activation, dtype, ratio, ca
 
 @pytest.mark.parametrize("changes", [
     {"global_normalization": "chunk"}, {"relative_bias": "rotary"}, {"relative_bias": "t5"}, {"relative_bias": None},
-    {"rope_interleaved": True}, {"chunk_size": 1}, {"use_rope": False},
+    {"rope_interleaved": True}, {"chunk_size": 1}, {"use_rope": False}, {"global_form": "previous_token"},
+    {"global_form": "previous_token", "chunk_size": 1}, {"global_form": "previous_token", "attention_type": "global"},
 ], ids=str)  # fmt: skip
 def test_options_decode_alike(changes):
     model = build(**changes)
