@@ -268,17 +268,20 @@ def global_scale(count: Tensor, normalization: Normalization, chunk_size: int, d
     return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
 
 
-def previous_keys(lin_k_BGCS: Tensor, layout: ChunkLayout, last_BS: Tensor | None) -> Tensor:
-    """The key of the token before each slot's in its document, 0 at a document's first token, `[B, G, C, S]`.
-
-    Args:
-        last_BS: key of the token before slot 0, from the cache; None without one.
-    """
+def previous_keys(lin_k_BGCS: Tensor, layout: ChunkLayout, state: DecodingState | None) -> Tensor:
+    """The key of the token before each slot's in its document, 0 at a document's first token, `[B, G, C, S]`."""
     flat_BKS = lin_k_BGCS.flatten(1, 2)
-    first_BS = torch.zeros_like(flat_BKS[:, 0]) if last_BS is None else last_BS.to(flat_BKS.dtype)
-    moved_BGCS = torch.cat([first_BS[:, None], flat_BKS[:, :-1]], 1).view_as(lin_k_BGCS)
     # Documents take whole chunks: only their first token has another document's slot, or an empty one, before it.
-    return moved_BGCS.masked_fill((layout.position_BGC == 0)[..., None], 0)
+    begins_BK = layout.position_BGC.flatten(1) == 0
+    first_BS = torch.zeros_like(flat_BKS[:, 0])
+    if state is not None:
+        first_BS = state.lin_k[:, -1].to(flat_BKS.dtype)
+        # The open chunk may be that of a row of nothing but padding, whose slots have no position.
+        cached_B = layout.continues_B & (state.seen >= state.lin_k.shape[1])
+        first_K = torch.arange(flat_BKS.shape[1], device=first_BS.device) == 0
+        begins_BK = begins_BK & ~(first_K & cached_B[:, None])
+    moved_BKS = torch.cat([first_BS[:, None], flat_BKS[:, :-1]], 1)
+    return moved_BKS.masked_fill(begins_BK[..., None], 0).view_as(lin_k_BGCS)
 
 
 def paired_keys(state: DecodingState, previous_key: bool) -> Tensor:
@@ -342,7 +345,7 @@ def mixed_chunk_attention(
     # Within a first chunk the causal global part is zero: a short input need not compute it.
     if lin_q is not None and (not causal or G > 1 or initial is not None or return_state):
         if previous_key:
-            stored_k = previous_keys(lin_k, layout, None if state is None else state.lin_k[:, -1])
+            stored_k = previous_keys(lin_k, layout, state)
         product = chunk_products(stored_k, value_BGCE)
         if not causal and layout.first_BG is None:
             states = product.sum(1, keepdim=True)
@@ -380,21 +383,15 @@ def mixed_chunk_attention(
         for grid in (quad_k, lin_k, value_BGCE)
     )
     if lin_k is not None and previous_key:
-        lin_k[:, -1] = _last_key(lin_k[:, -1], stored_k, layout, state, chunk_size)
+        lin_k[:, -1] = _last_key(lin_k[:, -1], stored_k, layout, chunk_size)
     total = None if total is None else total.detach().clone()
     return out, DecodingState(quad_k, lin_k, value, total, layout.seen_after_B.expand(B).clone())
 
 
-def _last_key(own_BS, stored_k_BGCS, layout: ChunkLayout, state: DecodingState | None, chunk_size: int) -> Tensor:
+def _last_key(own_BS: Tensor, stored_k_BGCS: Tensor, layout: ChunkLayout, chunk_size: int) -> Tensor:
     """What the last slot of the state's `lin_k` holds: its own token's key, or, as long as there is none, the key of
     the token before the open chunk."""
     before_BS = _at_final(stored_k_BGCS, layout)[:, 0].detach().to(own_BS.dtype)
-    if state is not None:
-        # Rows of nothing but padding have no place in the grid: they keep what they had.
-        idle_B = torch.zeros_like(layout.phase_B, dtype=torch.bool)
-        if layout.slot_BN is not None:
-            idle_B = (layout.slot_BN < 0).all(1)
-        before_BS = torch.where(idle_B[:, None], state.lin_k[:, -1].to(own_BS.dtype), before_BS)
     occupied_BGC = layout.occupied_BGC.expand(own_BS.shape[0], -1, -1)
     full_B1 = _at_final(occupied_BGC[..., None], layout)[:, -1]
     if layout.position_BGC.shape[2] < chunk_size:

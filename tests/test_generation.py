@@ -103,6 +103,21 @@ def test_padding_inside_a_continuation_leaves_no_trace(attention_type, cache_of)
 
 
 @pytest.mark.parametrize("attention_type", TYPES)
+def test_a_row_of_nothing_but_padding_keeps_its_state(attention_type):
+    """At the border of a chunk, within one, in the first and in a later one, beside rows that go on."""
+    model = build(attention_type)
+    ids, mask = random_ids(model.config, 4, 36), torch.ones(4, 36, dtype=torch.long)
+    mask[0, 16:20] = 0
+    mask[1, :3] = mask[1, 16:20] = 0
+    mask[2, :11] = mask[2, 16:20] = 0
+    for borders in ([0, 16, 20, 36], [0, 16, 18, 20, *range(21, 37)]):
+        logits, _ = run_in_parts(model, ids, mask, borders)
+        for row in range(4):
+            alone = model(ids[row : row + 1, mask[row].bool()]).logits[0]
+            assert_close(logits[row, mask[row].bool()], alone, 1e-9, f"row {row}, {borders[:4]}")
+
+
+@pytest.mark.parametrize("attention_type", TYPES)
 def test_a_packed_prefill_leaves_the_state_of_its_last_document(attention_type):
     model = build(attention_type)
     first, second = random_ids(model.config, 1, 19), random_ids(model.config, 1, 21, seed=1)
