@@ -118,7 +118,7 @@ def main() -> int:
     environment = {"PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     if options.tiny:
         environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
-    runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 40,
+    runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 60,
                         environment=environment, done=bundle, begin=begin)  # fmt: skip
     runner.run(missing(cells), options.workers)
     if not options.only and not options.tiny:

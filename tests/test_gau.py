@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel
@@ -12,12 +13,12 @@ from flash_hf.testing import assert_close, make_model, naive_config, random_ids,
 
 VARIANTS = {
     "no global RoPE": {"global_rope": False},
-    "decay": {"global_form": "decay"},
+    "decay": {"chunk_weighting": "decay"},
     "normalised": {"global_norm": True},
     "key shift": {"key_shift": True},
     "shifted grid": {"grid_shift": 3},
     "wide": {"wide_every": 2, "wide_chunk": 24},
-    "all": {"global_form": "decay", "global_norm": True, "key_shift": True, "global_rope": False, "grid_shift": 4},
+    "all": {"chunk_weighting": "decay", "global_norm": True, "key_shift": True, "global_rope": False, "grid_shift": 4},
     "local, shifted": {"attention_type": "local", "grid_shift": 4},
     "heads": {"attention_type": "quadratic", "num_heads": 3},
     "ungated": {"gated": False, "expansion_factor": 3},
@@ -74,7 +75,7 @@ def global_stated(gamma, beta, z, v, chunk, w, naive, config, causal):
     if config.global_rope:
         query, key = (naive_rotary(x, torch.arange(N), naive) for x in (query, key))
     decay = torch.ones(S // 2, dtype=z.dtype)
-    if config.global_form == "decay":
+    if config.chunk_weighting == "decay":
         decay = torch.sigmoid(w["gau.decay_logit"])
     decay = torch.cat([decay, decay])
     out = torch.zeros_like(v)
@@ -149,6 +150,14 @@ def test_padding_and_packing_do_not_matter(name):
         assert_close(model(padded, attention_mask=mask).last_hidden_state[0, 3:16], alone[0], 1e-9)
 
 
+def test_it_is_saved_and_loaded_by_the_auto_classes(tmp_path):
+    model = make_model(GAUForCausalLM, variant(**VARIANTS["all"]), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(model.config, 1, LENGTH)
+    assert type(loaded) is GAUForCausalLM and torch.equal(loaded(ids).logits, model(ids).logits)
+
+
 def test_every_parameter_is_reached():
     for name, changes in VARIANTS.items():
         model = make_model(GAUForCausalLM, variant(**changes))
@@ -159,7 +168,7 @@ def test_every_parameter_is_reached():
 
 
 def test_a_new_model_begins_without_the_normalised_branch_and_with_spread_decays():
-    model = GAUModel(variant(global_norm=True, global_form="decay"))
+    model = GAUModel(variant(global_norm=True, chunk_weighting="decay"))
     unit = model.layers[0].gau
     assert not unit.out_norm.weight.any()
     decay = torch.sigmoid(unit.decay_logit)
@@ -168,7 +177,8 @@ def test_a_new_model_begins_without_the_normalised_branch_and_with_spread_decays
 
 def test_wrong_settings_are_refused():
     for changes, match in (
-        ({"global_form": "sum"}, "global_form"),
+        ({"chunk_weighting": "sum"}, "chunk_weighting"),
+        ({"global_form": "previous_token"}, "global_form"),
         ({"num_heads": 2}, "num_heads"),
         ({"num_heads": 5, "attention_type": "quadratic"}, "num_heads"),
         ({"grid_shift": 8}, "grid_shift"),

@@ -5,8 +5,6 @@ express, and forms of the global branch that were tried against the paper's.
 Only what differs is here: the model, its documents, heads and losses are FLASH's. Plain torch, no decoding cache.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -26,7 +24,7 @@ from ..modeling_flash import (
 )
 
 
-GLOBAL_FORMS = ("mean", "decay")
+CHUNK_WEIGHTINGS = ("mean", "decay")
 
 
 @strict
@@ -39,7 +37,7 @@ class GAUConfig(FlashConfig):
             as many parts; the relative bias is shared.
         gated (`bool`, defaults to `True`): Multiply the attended values by u. Without it there is no `u_proj`; an
             `expansion_factor` of 3 instead of 2 then keeps the parameters.
-        global_form (`str`, defaults to `"mean"`): How chunks enter the global state: all alike (`"mean"`), or by
+        chunk_weighting (`str`, defaults to `"mean"`): How chunks enter the global state: all alike (`"mean"`), or by
             `decay^age` with a learnt decay for each pair of key dimensions (`"decay"`); either way their weights add
             up to 1.
         global_norm (`bool`, defaults to `False`): Normalise the global branch's output (RMS, one learnt gain a
@@ -56,7 +54,7 @@ class GAUConfig(FlashConfig):
 
     num_heads: int = 1
     gated: bool = True
-    global_form: str = "mean"
+    chunk_weighting: str = "mean"
     global_norm: bool = False
     global_rope: bool = True
     key_shift: bool = False
@@ -72,8 +70,10 @@ class GAUConfig(FlashConfig):
         def refuse(name: str, rule: str):
             raise ValueError(f"GAUConfig: `{name}` must be {rule}, got {getattr(self, name)!r}.")
 
-        if self.global_form not in GLOBAL_FORMS:
-            refuse("global_form", f"one of {', '.join(map(repr, GLOBAL_FORMS))}")
+        if self.chunk_weighting not in CHUNK_WEIGHTINGS:
+            refuse("chunk_weighting", f"one of {', '.join(map(repr, CHUNK_WEIGHTINGS))}")
+        if self.global_form != "paper":
+            refuse("global_form", "'paper': key_shift and global_rope stand for the other one")
         quadratic = self.attention_type == "quadratic"
         if self.num_heads < 1 or (self.num_heads > 1 and not quadratic):
             refuse("num_heads", "1, or more with attention_type='quadratic'")
@@ -167,7 +167,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
                 self.relative_bias.weight = nn.Parameter(torch.empty(2 * self.chunk_size - 1))
         self.shift = config.grid_shift if layer_idx % 2 else 0
         self.decay_logit = self.out_norm = None
-        if self.has_lin and config.global_form == "decay":
+        if self.has_lin and config.chunk_weighting == "decay":
             # RoPE's pairs share one decay, or turning them would not be a turn.
             self.decay_logit = nn.Parameter(torch.empty(config.query_key_dim // 2))
         if self.has_lin and config.global_norm:
@@ -313,4 +313,4 @@ class GAUForMaskedLM(GAUPreTrainedModel, FlashForMaskedLM):
         self.post_init()
 
 
-__all__ = ["GLOBAL_FORMS", "GAUConfig", "GAUForCausalLM", "GAUForMaskedLM", "GAUModel"]
+__all__ = ["CHUNK_WEIGHTINGS", "GAUConfig", "GAUForCausalLM", "GAUForMaskedLM", "GAUModel"]

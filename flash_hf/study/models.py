@@ -105,7 +105,8 @@ def gated_deltanet(config: FlashConfig, causal: bool) -> nn.Module:
     all of them take minutes at every start.
 
     Raises:
-        ImportError: flash-linear-attention is not installed.
+        ImportError: flash-linear-attention is not installed. (Its 0.6.0 trains on Hopper GPUs only with triton 3.7.1
+            or later, or tilelang, and says so in the first backward pass.)
     """
     few_configurations()
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
@@ -173,16 +174,18 @@ MODELS: dict[str, Model] = {
     # Forms of the global branch.
     "flash-norope": Model("global heads without RoPE", _gau(global_rope=False)),
     "flash-norm": Model("global output normalised", _gau(global_norm=True)),
-    "flash-decay": Model("decayed mean", _gau(global_form="decay")),
-    "flash-decay-norm": Model("decayed mean, normalised", _gau(global_form="decay", global_norm=True)),
+    "flash-decay": Model("decayed mean", _gau(chunk_weighting="decay")),
+    "flash-decay-norm": Model("decayed mean, normalised", _gau(chunk_weighting="decay", global_norm=True)),
     "flash-keyshift": Model("keys of the token before", _gau(key_shift=True)),
     "flash-keyshift-norope": Model("keys of the token before, no RoPE", _gau(key_shift=True, global_rope=False)),
     "flash-keyshift-norope-norm": Model(
         "keys of the token before, no RoPE, normalised", _gau(key_shift=True, global_rope=False, global_norm=True)
     ),
+    "flash-previous": Model('global_form="previous_token"', _flash(global_form="previous_token")),
     "flash-stagger": Model("grid shifted in every second layer", _gau(grid_shift=0.5)),
     "flash-stagger-local": Model("the same, local only", _gau(grid_shift=0.5, attention_type="local")),
-    "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(grid_shift=0.5, global_form="decay")),
+    "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(grid_shift=0.5, chunk_weighting="decay")),
+    "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(grid_shift=0.5, global_rope=False)),
     "flash-stagger-keyshift": Model(
         "grid shifted, keys of the token before, no RoPE", _gau(grid_shift=0.5, key_shift=True, global_rope=False)
     ),
