@@ -126,8 +126,10 @@ def full_grid() -> list[Cell]:
     cells += timing(["gated-deltanet"], books, [2048, 8192])
     cells += [cell for rate in RATES for cell in pairs(books, [2048, 8192], rate, ["gated-deltanet"])]
     # Small enough for a CPU: the search that came before the others.
-    cells += [cell for seed in (0, 1) for cell in pairs("mqar4", [128], second, RECALL_MODELS, size="recall-cpu",
-                                                        tokens=3.7, seed=seed)]  # fmt: skip
+    small = {"size": "recall-cpu", "tokens": 3.7}
+    cells += [cell for seed in (0, 1) for cell in pairs("mqar4", [128], second, RECALL_MODELS, **small, seed=seed)]
+    deep = ("transformer++", "flash-previous", "flash", "flash-local")
+    cells += pairs("mqar4", [128], second, deep, **small | {"size": "recall-cpu-deep"})
     # Does the global branch pay with more training?
     cells += pairs(books, [8192], first, ("flash", "flash-local", "transformer++"), tokens=120)
     return list(dict.fromkeys(cells))

@@ -38,6 +38,7 @@ SIZES = {
     "l": Size(640, 16),
     "recall": Size(128, 4, init=0.1),
     "recall-cpu": Size(64, 2, 16, 32, init=0.1),
+    "recall-cpu-deep": Size(64, 4, 16, 32, init=0.1),  # two blocks of Transformer++, which one alone cannot do
     "tiny": Size(32, 2, 16, 16),
     "tiny-recall": Size(32, 2, 16, 16, init=0.1),
 }

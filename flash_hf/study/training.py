@@ -64,9 +64,10 @@ RECIPE = Recipe()
 TINY_RECIPE = Recipe(batch_tokens=512, evaluations=3, valid_tokens=512, final_tokens=1024, recall_vocab=32,
                      recall_rows=8, samples=3, tries=1)  # fmt: skip
 # Gradients of small models on recall are too small for the paper's eps.
+CPU_RECIPE = Recipe(batch_tokens=4096, eps=1e-8, recall_vocab=32, evaluations=10)
 RECIPES = {
-    "tiny": TINY_RECIPE, "tiny-recall": TINY_RECIPE, "recall": Recipe(eps=1e-8),
-    "recall-cpu": Recipe(batch_tokens=4096, eps=1e-8, recall_vocab=32, evaluations=10),
+    "tiny": TINY_RECIPE, "tiny-recall": TINY_RECIPE, "recall": Recipe(eps=1e-8), "recall-cpu": CPU_RECIPE,
+    "recall-cpu-deep": CPU_RECIPE,
 }  # fmt: skip
 
 
