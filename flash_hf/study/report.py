@@ -195,8 +195,8 @@ def recall(results: Results) -> str:
     for cell, result in sorted(results.items()):
         if cell.kind == "train" and cell.recalls:
             rows.append([
-                cell.task, f"{cell.context:,}", cell.size, MODELS[cell.model].title, f"{cell.tokens:g} M", f"{cell.rate:g}",
-                f"{cell.seed}", f"{100 * result['final']['accuracy']:.1f}",
+                cell.task, f"{cell.context:,}", cell.size, MODELS[cell.model].title, f"{cell.tokens:g} M",
+                f"{cell.rate:g}", f"{cell.seed}", f"{100 * result['final']['accuracy']:.1f}",
                 *(f"{100 * found['accuracy']:.1f}" for found in result["lengths"].values()),
             ])  # fmt: skip
     head = ["task", "context", "size", "model", "tokens", "learning rate", "seed", "right, %", "at 2 x", "at 4 x"]
