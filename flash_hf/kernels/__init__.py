@@ -21,7 +21,7 @@ from .step import gated_step
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
-INTERFACE = 1
+INTERFACE = 2
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
