@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets import Sequence as DatasetSequence
 from torch import Tensor
@@ -43,6 +39,7 @@ from transformers import (
 from transformers.utils import logging
 
 from . import data
+from .cells import provenance
 from .metrics import Accuracy, MacroF1, SpanF1, Squad
 from .training import (
     FlashTrainer,
@@ -674,24 +671,6 @@ def load_or_train_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
     tokenizer.padding_side = "right"  # answers are marked by column
     return tokenizer
-
-
-def provenance() -> dict:
-    """Versions, commit and machine, to go beside a number."""
-    names = ("torch", "transformers", "datasets", "evaluate", "accelerate", "tokenizers", "numpy")
-    versions = {"python": sys.version.split()[0]}
-    for name in names:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=20).stdout.strip() or None
-    except OSError:
-        commit = None
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {"versions": versions, "commit": commit, "machine": machine}
 
 
 def card_results(result: dict, command: str) -> list[dict]:

@@ -258,10 +258,19 @@ class FlashOffsetScale(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, config.query_key_dim))
         self.bias = nn.Parameter(torch.zeros(heads, config.query_key_dim))
         self.interleaved = config.rope_interleaved
+        # CODEPATH: the paper's global heads are rotated, those of global_form="previous_token" are not.
+        self.turned = heads - 2 if config.global_form == "previous_token" else heads
 
     def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """The rotated heads, each `[..., S]`."""
-        return offset_scale(z, self.weight, self.bias, rotary, interleaved=self.interleaved).unbind(-2)
+        kept = self.turned
+        heads = ()
+        if kept:
+            gamma, beta = self.weight[:kept], self.bias[:kept]
+            heads = offset_scale(z, gamma, beta, rotary, interleaved=self.interleaved).unbind(-2)
+        if kept < len(self.weight):
+            heads = (*heads, *offset_scale(z, self.weight[kept:], self.bias[kept:], None).unbind(-2))
+        return heads
 
 
 class FlashGatedAttentionUnit(nn.Module):
@@ -333,6 +342,7 @@ class FlashGatedAttentionUnit(nn.Module):
 
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         settings["normalization"] = config.global_normalization
+        settings["previous_key"] = config.global_form == "previous_token"
         if isinstance(layout, StepLayout):
             heads = self.heads(z_BNS, rotary)
             if not cache.is_initialized:

@@ -86,8 +86,7 @@ def naive_attention(heads_HNS, v_NE, weights, config, *, causal):
     if config.attention_type != "global":
         q_NS, k_NS = heads_HNS[:2]
         visible_NN = chunk_N[:, None] == chunk_N[None, :]
-        if causal:
-            visible_NN = visible_NN & (offset_NN <= 0)
+        visible_NN = visible_NN & (offset_NN <= 0) if causal else visible_NN
         softmax = config.attention_activation == "softmax"
         # A CONSTANT divisor: the tensor's length would change the function on short inputs and in cached decoding.
         score_NN = q_NS @ k_NS.T / (math.sqrt(config.query_key_dim) if softmax else config.attention_divisor)
@@ -106,11 +105,11 @@ def naive_attention(heads_HNS, v_NE, weights, config, *, causal):
         out_NE = out_NE + A_NN @ v_NE
     if config.attention_type in ("mixed_chunk", "global"):
         q_NS, k_NS = heads_HNS[-2:]
+        k_NS = k_NS if config.global_form == "paper" else torch.cat((0 * k_NS[:1], k_NS[:-1]))  # "previous_token"
         # Causal: the g earlier chunks, g * C tokens; the open chunk is the local part's. Else all N, own chunk too.
         seen_NN = chunk_N[None, :] < chunk_N[:, None] if causal else torch.ones_like(offset_NN)
         count_N = chunk_N * C if causal else torch.full_like(index, len(index))
-        if config.global_normalization == "chunk":
-            count_N = torch.full_like(index, C)
+        count_N = torch.full_like(index, C) if config.global_normalization == "chunk" else count_N
         # The clamp is for chunk 0, which has seen nothing: its zeros must stay zero, not become 0 / 0.
         out_NE = out_NE + (q_NS @ k_NS.T * (seen_NN.to(v_NE) / count_N.clamp(min=1)[:, None])) @ v_NE
     return out_NE
@@ -126,7 +125,8 @@ def naive_layer(x_ND, weights, config, *, causal, positions=None):
     if config.rope_parameters is not None:
         # Positions in the document, not in the chunk: the lin heads look across chunks.
         positions = torch.arange(x_ND.shape[0]) if positions is None else positions
-        heads_HNS = [naive_rotary(head_NS, positions, config) for head_NS in heads_HNS]
+        turned = slice(None if config.global_form == "paper" else -2)  # else the lin heads know no positions
+        heads_HNS[turned] = [naive_rotary(head_NS, positions, config) for head_NS in heads_HNS[turned]]
     attended_NE = naive_attention(heads_HNS, v_NE, weights, config, causal=causal)
     return x_ND + naive_linear(u_NE * attended_NE, weights, "gau.o_proj")
 

@@ -13,13 +13,11 @@ On one GPU: --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, sentence_cls, 
 """
 
 import argparse
-import concurrent.futures
 import json
 import os
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import textwrap
 import time
@@ -32,6 +30,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 
 import flash_hf.baselines  # registers Transformer++
 from flash_hf import FlashConfig, data, finetuning, training
+from flash_hf.cells import CellRunner, provenance, write_json
 
 
 MODELS = ("flash", "transformer_pp")
@@ -74,14 +73,6 @@ def task_options(options: argparse.Namespace) -> dict[str, dict]:
             "test_file": [str(reviews / "test.jsonl")],
         },
     }  # fmt: skip
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """Write whole or not at all: a cell that was cut off must not look finished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(part, path)
 
 
 # --- stage 0: text ---------------------------------------------------------------------------------------------------
@@ -278,7 +269,7 @@ def run_cell(options: argparse.Namespace, cell: str) -> None:
         task, _, end = rest.partition("-")
         rate, _, seed = end.rpartition("-")
         result = tune(options, name, task, float(rate), int(seed))
-    result |= finetuning.provenance()
+    result |= provenance()
     if options.commit:  # a copy without its .git does not know
         result["commit"] = options.commit
     result["smoke"] = options.smoke
@@ -291,60 +282,18 @@ def run_cell(options: argparse.Namespace, cell: str) -> None:
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-class Study:
-    """Runs cells in processes beside each other: small fine-tunings leave most of a large GPU idle."""
+class Study(CellRunner):
+    """The cells of this study, and what they add up to."""
 
     def __init__(self, options: argparse.Namespace, begin: float):
-        self.options, self.begin, self.work = options, begin, Path(options.work)
-        self.failed: dict[str, str] = {}
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.begin
-
-    def path(self, cell: str) -> Path:
-        return self.work / "cells" / f"{cell}.json"
-
-    def result(self, cell: str) -> dict | None:
-        return json.loads(self.path(cell).read_text()) if self.path(cell).is_file() else None
-
-    def run(self, cells: list[str], workers: int) -> None:
-        """Run those that are not finished; again and alone those for which the GPU's memory was too small."""
-        (self.work / "logs").mkdir(parents=True, exist_ok=True)
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            list(pool.map(self.one, cells, [workers] * len(cells)))
-        for cell in cells if workers > 1 else []:
-            if "OutOfMemoryError" in self.failed.get(cell, ""):
-                del self.failed[cell]
-                self.one(cell, 1)
-
-    def one(self, cell: str, workers: int) -> None:
-        if self.path(cell).is_file():
-            return
-        left = self.options.minutes * 60 - self.seconds()
-        if left < (5 if self.options.smoke else 30):
-            self.failed[cell] = f"not begun: {self.options.minutes:g} minutes are over"
-            return
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # On a GPU, and in tests beside other work, threads that wait for each other only cost time.
-        lean = self.options.smoke or torch.cuda.is_available()
-        threads = 1 if lean else max(1, (os.cpu_count() or 1) // workers)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads),
-                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": paths,
-                       # Batches of ever new lengths leave gaps that other processes could use.
-                       "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # fmt: skip
-        log, begin = self.work / "logs" / f"{cell}.log", self.seconds()
-        try:
-            with open(log, "w") as file:
-                done = subprocess.run(
-                    [sys.executable, __file__, *sys.argv[1:], "--cell", cell],
-                    stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left,
-                )  # fmt: skip
-            if done.returncode:
-                self.failed[cell] = log.read_text(errors="replace")[-1500:]
-        except subprocess.TimeoutExpired:
-            self.failed[cell] = f"cut off: {self.options.minutes:g} minutes are over"
-        state = "FAILED" if cell in self.failed else "done"
-        print(f"{self.seconds():6.1f} s  {cell}: {state} in {self.seconds() - begin:.1f} s", flush=True)
+        self.options, self.work = options, Path(options.work)
+        environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+        if options.smoke:
+            environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
+        super().__init__(
+            self.work, [sys.executable, __file__, *sys.argv[1:], "--cell"], minutes=options.minutes,
+            least_seconds=5 if options.smoke else 30, environment=environment, begin=begin,
+        )  # fmt: skip
 
     def rate(self, name: str, task: str) -> float | None:
         """The rate of the grid that is best on the validation split; the lower one, if two are."""

@@ -53,6 +53,8 @@ def test_model_equals_naive(attention_type, causal):
         {"norm_type": "rms_norm", "norm_eps": 0.1},
         {"hidden_act": "gelu"},
         {"global_normalization": "chunk"},
+        {"global_form": "previous_token"},
+        {"global_form": "previous_token", "attention_type": "global", "relative_bias": None},
         {"use_rope": False},
         {"use_rope": False, "relative_bias": "rotary"},
         {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}},

@@ -17,6 +17,7 @@ from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.baselines import (
     AUTO_CLASSES,
     BASELINES,
+    GAUConfig,
     TransformerPPConfig,
     TransformerPPForCausalLM,
     TransformerPPForMaskedLM,
@@ -586,8 +587,8 @@ def test_bad_settings_of_baselines_are_refused():
 def test_the_table_of_baselines_is_true():
     """Every configuration that the README of the baselines shows can be built."""
     text = (Path(__file__).parents[1] / "flash_hf" / "baselines" / "README.md").read_text()
-    lines = re.findall(r"`((?:baseline_config|FlashConfig)\(.*?\))`", text)
+    lines = re.findall(r"`((?:baseline_config|FlashConfig|GAUConfig)\(.*?\))`", text)
     assert len(lines) >= len(BASELINES)
     for line in lines:
-        eval(line, {"baseline_config": baseline_config, "FlashConfig": FlashConfig})
+        eval(line, {"baseline_config": baseline_config, "FlashConfig": FlashConfig, "GAUConfig": GAUConfig})
     assert all(f'"{name}"' in text for name in BASELINES)

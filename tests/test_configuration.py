@@ -62,6 +62,8 @@ def test_divisor_is_a_stored_constant(tmp_path):
         ({"relative_bias": "alibi"}, ["relative_bias", "alibi", "toeplitz"]),
         ({"norm_type": "scalenorm"}, ["norm_type", "scalenorm", "Did you mean 'scale_norm'"]),
         ({"global_normalization": "sum"}, ["global_normalization", "'sum'", "mean"]),
+        ({"global_form": "previous"}, ["global_form", "'previous'", "previous_token"]),
+        ({"global_form": "previous_token", "attention_type": "local"}, ["global_form", "no global branch"]),
         ({"hidden_act": "sillu"}, ["hidden_act", "sillu", "Did you mean 'silu'"]),
         ({"hidden_dropout": 1.0}, ["hidden_dropout", "[0, 1)", "1.0"]),
         ({"attention_dropout": -0.1}, ["attention_dropout", "[0, 1)", "-0.1"]),

@@ -511,7 +511,7 @@ def test_study_that_was_cut_off_says_what_it_lacks(study):
 
 
 def test_study_runs_again_alone_what_had_too_little_memory(study, tmp_path, monkeypatch):
-    options = SimpleNamespace(work=tmp_path)
+    options = SimpleNamespace(work=tmp_path, smoke=True, minutes=1.0)
     runs = study.Study(options, 0.0)
     tries = []
 

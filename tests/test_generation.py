@@ -13,11 +13,14 @@ from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
 C = 8
-TYPES = ["mixed_chunk", "quadratic", "local", "global"]
+# The last is mixed chunk attention of another global form.
+TYPES = ["mixed_chunk", "quadratic", "local", "global", "previous_token"]
 GREEDY = {"do_sample": False, "max_new_tokens": 3 * C + 2, "eos_token_id": None, "pad_token_id": 0}
 
 
 def build(attention_type="mixed_chunk", dtype=torch.float64, seed=0, **changes):
+    if attention_type == "previous_token":
+        attention_type, changes = "mixed_chunk", {"global_form": "previous_token", **changes}
     config = tiny_config(attention_type=attention_type, **changes)
     return make_model(FlashForCausalLM, config, dtype=dtype, seed=seed)
 
@@ -73,7 +76,8 @@ def test_any_split_equals_the_whole(attention_type, activation, dtype, ratio, ca
 
 @pytest.mark.parametrize("changes", [
     {"global_normalization": "chunk"}, {"relative_bias": "rotary"}, {"relative_bias": "t5"}, {"relative_bias": None},
-    {"rope_interleaved": True}, {"chunk_size": 1}, {"use_rope": False},
+    {"rope_interleaved": True}, {"chunk_size": 1}, {"use_rope": False}, {"global_form": "previous_token"},
+    {"global_form": "previous_token", "chunk_size": 1}, {"global_form": "previous_token", "attention_type": "global"},
 ], ids=str)  # fmt: skip
 def test_options_decode_alike(changes):
     model = build(**changes)
@@ -94,6 +98,21 @@ def test_padding_inside_a_continuation_leaves_no_trace(attention_type, cache_of)
     for borders in ([0, 12, 36], [0, 12, 30, *range(31, 37)], list(range(37))):
         logits, _ = run_in_parts(model, ids, mask, borders, cache_of(model))
         for row in range(2):
+            alone = model(ids[row : row + 1, mask[row].bool()]).logits[0]
+            assert_close(logits[row, mask[row].bool()], alone, 1e-9, f"row {row}, {borders[:4]}")
+
+
+@pytest.mark.parametrize("attention_type", TYPES)
+def test_a_row_of_nothing_but_padding_keeps_its_state(attention_type):
+    """At the border of a chunk, within one, in the first and in a later one, beside rows that go on."""
+    model = build(attention_type)
+    ids, mask = random_ids(model.config, 4, 36), torch.ones(4, 36, dtype=torch.long)
+    mask[0, 16:20] = 0
+    mask[1, :3] = mask[1, 16:20] = 0
+    mask[2, :11] = mask[2, 16:20] = 0
+    for borders in ([0, 16, 20, 36], [0, 16, 18, 20, *range(21, 37)]):
+        logits, _ = run_in_parts(model, ids, mask, borders)
+        for row in range(4):
             alone = model(ids[row : row + 1, mask[row].bool()]).logits[0]
             assert_close(logits[row, mask[row].bool()], alone, 1e-9, f"row {row}, {borders[:4]}")
 

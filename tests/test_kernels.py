@@ -331,6 +331,7 @@ def test_falls_back_once_and_says_why(caplog):
     [
         ({"attention_type": "quadratic"}, "quadratic"),
         ({"attention_activation": "laplace"}, "laplace"),
+        ({"global_form": "previous_token"}, "global_form"),
         ({"chunk_size": 1024}, "chunk_size"),
         ({"hidden_size": 30, "expansion_factor": 1}, "multiple of 16"),
     ],

@@ -39,6 +39,7 @@ def toy(**changes):
         "rope_parameters": None,
         "rope_interleaved": False,
         "global_normalization": "mean",
+        "global_form": "paper",
         "use_scaled_sinusoid": True,
         "num_hidden_layers": 2,
         "tie_word_embeddings": True,
@@ -453,10 +454,11 @@ def py_layer(x, w, config, causal, positions=None):
     n = len(x)
     normed = [py_norm(row, w, config) for row in x]
     u, v, z = ([py_project(row, w, p, config.hidden_act) for row in normed] for p in ("u_proj", "v_proj", "z_proj"))
-    heads = []
-    for gamma, beta in zip(w["gau.offset_scale.weight"], w["gau.offset_scale.bias"], strict=True):
+    heads, previous = [], config.global_form == "previous_token"
+    rows = list(zip(w["gau.offset_scale.weight"], w["gau.offset_scale.bias"], strict=True))
+    for index, (gamma, beta) in enumerate(rows):
         head = [[a * g + b for a, g, b in zip(row, gamma, beta, strict=True)] for row in z]
-        if config.rope_parameters is not None:
+        if config.rope_parameters is not None and not (previous and index >= len(rows) - 2):
             head = [py_rotate(row, (positions or range(n))[t], config) for t, row in enumerate(head)]
         heads.append(head)
     s, e = len(z[0]), len(v[0])
@@ -481,9 +483,10 @@ def py_layer(x, w, config, causal, positions=None):
 
             def add(start=start, stop=stop):
                 for t in range(start, stop):
+                    key = lin_k[t] if not previous else lin_k[t - 1] if t > 0 else [0.0] * s
                     for a in range(s):
                         for b in range(e):
-                            state[a][b] += lin_k[t][a] * v[t][b]
+                            state[a][b] += key[a] * v[t][b]
 
             if not causal:
                 add()
@@ -577,6 +580,8 @@ VARIANTS = [
     {"rope_interleaved": True, "relative_bias": "rotary"},
     {"global_normalization": "chunk"},
     {"global_normalization": "chunk", "attention_type": "global"},
+    {"global_form": "previous_token"},
+    {"global_form": "previous_token", "attention_type": "global"},
     {"norm_eps": 0.3},
 ]
 variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(map(str, c.values())) or "paper")

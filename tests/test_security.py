@@ -178,7 +178,10 @@ SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "expansion_factor", "
 SIZES += ["max_position_embeddings", "t5_num_buckets", "num_labels"]
 REALS = ["expansion_factor", "attention_divisor", "norm_eps", "hidden_dropout", "attention_dropout"]
 REALS += ["initializer_range"]
-NAMES = ["attention_type", "attention_activation", "relative_bias", "norm_type", "global_normalization", "hidden_act"]
+NAMES = [
+    "attention_type", "attention_activation", "relative_bias", "norm_type", "global_normalization", "global_form",
+    "hidden_act",
+]  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 REFUSED = [
     *({name: HUGE} for name in SIZES),

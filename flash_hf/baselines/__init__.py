@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from .gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel
 from .presets import BASELINES, baseline_config, matched_config
 from .transformer import (
     TransformerPPConfig,
@@ -32,11 +33,17 @@ AUTO_CLASSES = {
     AutoModelForTokenClassification: TransformerPPForTokenClassification,
 }
 
+GAU_CLASSES = {AutoModel: GAUModel, AutoModelForCausalLM: GAUForCausalLM, AutoModelForMaskedLM: GAUForMaskedLM}
+
 AutoConfig.register(TransformerPPConfig.model_type, TransformerPPConfig, exist_ok=True)
+AutoConfig.register(GAUConfig.model_type, GAUConfig, exist_ok=True)
+for _auto, _model in GAU_CLASSES.items():
+    _auto.register(GAUConfig, _model, exist_ok=True)
 for _auto, _model in AUTO_CLASSES.items():
     _auto.register(TransformerPPConfig, _model, exist_ok=True)
 
 __all__ = [
-    "AUTO_CLASSES", "BASELINES", "TransformerPPConfig", "baseline_config", "matched_config",
+    "AUTO_CLASSES", "BASELINES", "GAUConfig", "GAUForCausalLM", "GAUForMaskedLM", "GAUModel",
+    "TransformerPPConfig", "baseline_config", "matched_config",
     *(model.__name__ for model in AUTO_CLASSES.values()),
 ]  # fmt: skip

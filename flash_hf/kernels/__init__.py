@@ -21,7 +21,7 @@ from .step import gated_step
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
-INTERFACE = 1
+INTERFACE = 2
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
@@ -53,6 +53,8 @@ def unsupported(config, device: torch.device) -> str | None:
         return "FLASH-Quad (attention_type='quadratic') has no kernels"
     if config.attention_activation != "relu2" and config.attention_type != "global":
         return f"attention_activation={config.attention_activation!r} has no kernels"
+    if config.global_form != "paper":
+        return f"global_form={config.global_form!r} has no kernels"
     if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
     if config.query_key_dim > 128 and device.type == "cuda":

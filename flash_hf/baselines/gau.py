@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variants of the gated attention unit, for studies: the ablations of the paper's table 1 that `FlashConfig` cannot
+express, and forms of the global branch that were tried against the paper's.
+
+Only what differs is here: the model, its documents, heads and losses are FLASH's. Plain torch, no decoding cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from ..attention_flash import Heads, chunk_products, local_attention, offset_scale, quadratic_attention, wide
+from ..chunking_flash import ChunkLayout, QuadraticLayout
+from ..configuration_flash import FlashConfig
+from ..modeling_flash import (
+    FlashForCausalLM,
+    FlashForMaskedLM,
+    FlashGatedAttentionUnit,
+    FlashLayer,
+    FlashModel,
+    FlashPreTrainedModel,
+)
+
+
+CHUNK_WEIGHTINGS = ("mean", "decay")
+
+
+@strict
+class GAUConfig(FlashConfig):
+    r"""
+    `FlashConfig` with what only studies change.
+
+    Args:
+        num_heads (`int`, defaults to 1): Heads of `attention_type="quadratic"`: queries, keys and values are cut into
+            as many parts; the relative bias is shared.
+        gated (`bool`, defaults to `True`): Multiply the attended values by u. Without it there is no `u_proj`; an
+            `expansion_factor` of 3 instead of 2 then keeps the parameters.
+        chunk_weighting (`str`, defaults to `"mean"`): How chunks enter the global state: all alike (`"mean"`), or by
+            `decay^age` with a learnt decay for each pair of key dimensions (`"decay"`); either way their weights add
+            up to 1.
+        global_norm (`bool`, defaults to `False`): Normalise the global branch's output (RMS, one learnt gain a
+            channel, which begins at 0).
+        global_rope (`bool`, defaults to `True`): Turn the global queries and keys by RoPE.
+        key_shift (`bool`, defaults to `False`): Make a token's global key from the token before it, so that values
+            are stored under what precedes them.
+        grid_shift (`int`, defaults to 0): In every second layer the first chunk of a document begins this many slots
+            before it, so that borders of one layer lie inside chunks of the next.
+        wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
+    """
+
+    model_type = "flash_hf_gau"
+
+    num_heads: int = 1
+    gated: bool = True
+    chunk_weighting: str = "mean"
+    global_norm: bool = False
+    global_rope: bool = True
+    key_shift: bool = False
+    grid_shift: int = 0
+    wide_every: int = 0
+    wide_chunk: int = 0
+    use_cache: bool = False
+    backend: str = "torch"
+
+    def validate_variants(self):
+        """Check the fields that FLASH does not have."""
+
+        def refuse(name: str, rule: str):
+            raise ValueError(f"GAUConfig: `{name}` must be {rule}, got {getattr(self, name)!r}.")
+
+        if self.chunk_weighting not in CHUNK_WEIGHTINGS:
+            refuse("chunk_weighting", f"one of {', '.join(map(repr, CHUNK_WEIGHTINGS))}")
+        if self.global_form != "paper":
+            refuse("global_form", "'paper': key_shift and global_rope stand for the other one")
+        quadratic = self.attention_type == "quadratic"
+        if self.num_heads < 1 or (self.num_heads > 1 and not quadratic):
+            refuse("num_heads", "1, or more with attention_type='quadratic'")
+        if self.query_key_dim % self.num_heads or self.intermediate_size % self.num_heads:
+            refuse("num_heads", "a divisor of query_key_dim and of the width of the values")
+        if not 0 <= self.grid_shift < self.chunk_size:
+            refuse("grid_shift", f"0 or a number of slots below chunk_size {self.chunk_size}")
+        if bool(self.wide_every) != bool(self.wide_chunk) or self.wide_every < 0 or self.wide_chunk < 0:
+            refuse("wide_every", "given together with wide_chunk")
+        if self.backend != "torch":
+            refuse("backend", "'torch': variants have no kernels")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Forms of the global branch
+# ------------------------------------------------------------------------------------------------------------------
+def chunk_weights(
+    layout: ChunkLayout, decay_S: Tensor | None, *, causal: bool, tokens_BG: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """How much chunk h counts in the state that chunk g reads, `[B or 1, S or 1, G, G]`, over the sum of
+    `weight * tokens`: `decay^(g - 1 - h)` for earlier chunks of the document, or, if not causal, `decay^|g - h|`.
+
+    Args:
+        decay_S: in (0, 1), or None for 1.
+        tokens_BG: real tokens of every chunk.
+    """
+    G = tokens_BG.shape[-1]
+    chunk_G = torch.arange(G, device=tokens_BG.device)
+    age_GG = chunk_G[:, None] - chunk_G[None, :]
+    seen_BGG = (age_GG > 0)[None] if causal else torch.ones_like(age_GG, dtype=torch.bool)[None]
+    if layout.first_BG is not None:
+        seen_BGG = seen_BGG & (layout.first_BG[:, :, None] == layout.first_BG[:, None, :])
+    weight = seen_BGG[:, None].to(dtype)
+    if decay_S is not None:
+        age_GG = (age_GG - 1).clamp(min=0) if causal else age_GG.abs()
+        weight = weight * decay_S[:, None, None] ** age_GG
+    total = (weight * tokens_BG[:, None, None, :]).sum(-1, keepdim=True)
+    return torch.where(total > 0, weight / total.clamp(min=torch.finfo(total.dtype).tiny), 0)
+
+
+def global_attention(
+    lin_q_BGCS: Tensor, lin_k_BGCS: Tensor, value_BGCE: Tensor, layout: ChunkLayout, decay_S: Tensor | None,
+    *, causal: bool,
+) -> Tensor:  # fmt: skip
+    """`lin_q (sum_h w_gh sum_c k v^T)` with [`chunk_weights`] w, `[B, G, C, E]`. G^2 weights: for studies only."""
+    product_BGSE = chunk_products(lin_k_BGCS, value_BGCE)
+    B, _, S, _ = product_BGSE.shape
+    tokens_BG = layout.occupied_BGC.sum(-1)
+    weight = chunk_weights(layout, decay_S, causal=causal, tokens_BG=tokens_BG, dtype=product_BGSE.dtype)
+    states = torch.einsum("bsgh,bhse->bgse", weight.expand(B, S, -1, -1), product_BGSE)
+    return lin_q_BGCS @ states.to(lin_q_BGCS.dtype)
+
+
+class RMSGain(nn.Module):
+    """`x / rms(x)` times one gain a channel that begins at 0."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_wide = x.to(wide(x.dtype))
+        return (x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The unit
+# ------------------------------------------------------------------------------------------------------------------
+def shifted_layout(layout: ChunkLayout, shift: int, chunk_size: int) -> ChunkLayout:
+    """The grid of whole rows without padding, but with `shift` empty slots before their first token."""
+    N, device = layout.token_BN.shape[1], layout.token_BN.device
+    G = -(-(N + shift) // chunk_size)
+    position_BGC = (torch.arange(G * chunk_size, device=device) - shift).view(1, G, chunk_size)
+    occupied_BGC = (position_BGC >= 0) & (position_BGC < N)
+    return ChunkLayout(layout.token_BN, position_BGC.clamp(min=0), occupied_BGC, layout.seen_after_B,
+                       count_BG=layout.count_BG)  # fmt: skip
+
+
+class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
+    """The unit with the variants of [`GAUConfig`]."""
+
+    def __init__(self, config: GAUConfig, layer_idx: int, causal: bool):
+        super().__init__(config, layer_idx, causal)
+        if not config.gated:
+            self.u_proj = None
+        self.chunk_size = config.chunk_size
+        if config.wide_every and layer_idx % config.wide_every == config.wide_every - 1:
+            self.chunk_size = config.wide_chunk
+            if config.relative_bias == "toeplitz" and self.has_quad:
+                self.relative_bias.span = self.chunk_size
+                self.relative_bias.weight = nn.Parameter(torch.empty(2 * self.chunk_size - 1))
+        self.shift = config.grid_shift if layer_idx % 2 else 0
+        self.decay_logit = self.out_norm = None
+        if self.has_lin and config.chunk_weighting == "decay":
+            # RoPE's pairs share one decay, or turning them would not be a turn.
+            self.decay_logit = nn.Parameter(torch.empty(config.query_key_dim // 2))
+        if self.has_lin and config.global_norm:
+            self.out_norm = RMSGain(config.intermediate_size, config.norm_eps)
+
+    def split(self, x_BNF: Tensor, layout: ChunkLayout) -> Tensor:
+        """On this layer's own grid."""
+        if not self.shift:
+            return layout.split(x_BNF)
+        G, C = layout.position_BGC.shape[1:]
+        behind = G * C - self.shift - x_BNF.shape[1]
+        return F.pad(x_BNF, (0, 0, self.shift, behind)).view(x_BNF.shape[0], G, C, -1)
+
+    def own_grid(self, layout: ChunkLayout, documents, rotary):
+        """Layout and angles of this layer, where they are not those of all."""
+        if self.chunk_size == self.config.chunk_size and not self.shift:
+            return layout, rotary
+        if not documents.is_plain:
+            raise ValueError("GAUConfig: grid_shift and wide_every take whole rows without padding or packing.")
+        layout = shifted_layout(layout, self.shift, self.chunk_size)
+        if rotary is not None:
+            N = layout.token_BN.shape[1]
+            rotary = [self.split(table.flatten(1, 2)[:, :N], layout) for table in rotary]
+        return layout, rotary
+
+    def forward(self, x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values=None) -> Tensor:
+        """As [`FlashGatedAttentionUnit`]; without a cache."""
+        if past_key_values is not None:
+            raise ValueError("past_key_values must be None: variants of the unit have no decoding cache.")
+        config = self.config
+        u_BNE = None if self.u_proj is None else self.act_fn(self.u_proj(x_BND))
+        v_BNE, z_BNS = self.act_fn(self.v_proj(x_BND)), self.act_fn(self.z_proj(x_BND))
+        settings = {
+            "causal": self.is_causal, "activation": config.attention_activation, "divisor": config.attention_divisor,
+            "dropout": config.attention_dropout if self.training else 0.0,
+        }  # fmt: skip
+        if isinstance(layout, QuadraticLayout):
+            bias_R = None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary)
+            heads = self.heads(z_BNS, rotary)
+            out_BNE = multi_head(heads, v_BNE, layout, config.num_heads, bias_R=bias_R, **settings)
+        else:
+            layout, rotary = self.own_grid(layout, documents, rotary)
+            out_BNE = self.mixed(v_BNE, z_BNS, layout, rotary, bias_rotary, settings)
+        return self.o_proj(out_BNE if u_BNE is None else u_BNE * out_BNE)
+
+    def mixed(self, v_BNE, z_BNS, layout: ChunkLayout, rotary, bias_rotary, settings: dict) -> Tensor:
+        v_BGCE = self.split(v_BNE, layout)
+        heads = self.heads(self.split(z_BNS, layout), rotary)
+        out = torch.zeros_like(v_BGCE)
+        if self.has_quad:
+            C = layout.position_BGC.shape[2]
+            bias_R = None if self.relative_bias is None else self.relative_bias(C, bias_rotary)
+            out = local_attention(*heads[:2], v_BGCE, layout, bias_R=bias_R, **settings)
+        if self.has_lin:
+            lin_q, lin_k = self.lin_heads(heads, z_BNS, layout, rotary)
+            decay_S = None if self.decay_logit is None else torch.sigmoid(self.decay_logit.to(wide(z_BNS.dtype)))
+            decay_S = None if decay_S is None else torch.cat([decay_S, decay_S])
+            remote = global_attention(lin_q, lin_k, v_BGCE, layout, decay_S, causal=self.is_causal)
+            out = out + (remote if self.out_norm is None else self.out_norm(remote))
+        if not self.shift:
+            return layout.merge(out)
+        return out.flatten(1, 2)[:, self.shift : self.shift + v_BNE.shape[1]]
+
+    def lin_heads(self, heads: Heads, z_BNS: Tensor, layout: ChunkLayout, rotary) -> tuple[Tensor, Tensor]:
+        """Global queries and keys, with the variants' changes."""
+        config = self.config
+        if config.global_rope and not config.key_shift:
+            return heads.lin_q, heads.lin_k
+        made = []
+        for row, shift in ((-2, False), (-1, config.key_shift)):
+            z = F.pad(z_BNS[:, :-1], (0, 0, 1, 0)) if shift else z_BNS
+            gamma, beta = self.offset_scale.weight[row][None], self.offset_scale.bias[row][None]
+            turned = rotary if config.global_rope else None
+            made.append(offset_scale(self.split(z, layout), gamma, beta, turned,
+                                     interleaved=config.rope_interleaved)[..., 0, :])  # fmt: skip
+        return tuple(made)
+
+
+def multi_head(heads: Heads, v_BNE: Tensor, layout: QuadraticLayout, count: int, **settings) -> Tensor:
+    """[`quadratic_attention`] for `count` parts of queries, keys and values by themselves, `[B, N, E]`."""
+    if count == 1:
+        return quadratic_attention(heads.quad_q, heads.quad_k, v_BNE, layout, **settings)
+
+    def cut(x: Tensor) -> Tensor:
+        return x.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
+
+    def repeat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat_interleave(count, 0)
+
+    layout = QuadraticLayout(layout.position_BN, repeat(layout.visible_BNM), repeat(layout.offset_BNM))
+    out = quadratic_attention(cut(heads.quad_q), cut(heads.quad_k), cut(v_BNE), layout, **settings)
+    return out.unflatten(0, (-1, count)).transpose(1, 2).flatten(2)
+
+
+class GAULayer(FlashLayer):
+    """`x + GAU(norm(x))` with a variant of the unit."""
+
+    def __init__(self, config: GAUConfig, layer_idx: int, causal: bool):
+        super().__init__(config, layer_idx, causal)
+        self.gau = VariantGatedAttentionUnit(config, layer_idx, causal)
+
+
+class GAUPreTrainedModel(FlashPreTrainedModel):
+    config: GAUConfig
+    _no_split_modules = ["GAULayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, RMSGain):
+            init.zeros_(module.weight)
+        elif isinstance(module, VariantGatedAttentionUnit) and module.decay_logit is not None:
+            # From the last chunk alone to hundreds of chunks.
+            init.copy_(module.decay_logit, torch.linspace(-3, 6, len(module.decay_logit)))
+
+
+class GAUModel(GAUPreTrainedModel, FlashModel):
+    """FLASH without a head, of [`GAUConfig`]."""
+
+    def __init__(self, config: GAUConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            [GAULayer(config, layer_idx, self.is_causal) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.post_init()
+
+
+class GAUForCausalLM(GAUPreTrainedModel, FlashForCausalLM):
+    """A causal language model of [`GAUConfig`]; it has no cache, so it does not generate."""
+
+    def __init__(self, config: GAUConfig):
+        super().__init__(config)
+        self.model = GAUModel(self.config)
+        self.post_init()
+
+
+class GAUForMaskedLM(GAUPreTrainedModel, FlashForMaskedLM):
+    """A masked language model of [`GAUConfig`]."""
+
+    def __init__(self, config: GAUConfig):
+        super().__init__(config)
+        self.model = GAUModel(self.config)
+        self.post_init()
+
+
+__all__ = ["CHUNK_WEIGHTINGS", "GAUConfig", "GAUForCausalLM", "GAUForMaskedLM", "GAUModel"]

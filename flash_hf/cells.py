@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Studies made of cells: each is a process that writes one JSON, finished ones are never run again, so that a study
+that was cut off goes on where it stopped."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; nothing waits for a measurement there
+    fcntl = None
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Write whole or not at all: a cell that was cut off must not look finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=indent) + "\n")
+    os.replace(part, path)
+
+
+def provenance() -> dict:
+    """Versions, commit and machine, to go beside a number. `FLASH_COMMIT` tells the commit where there is no git."""
+    names = ("torch", "transformers", "datasets", "evaluate", "accelerate", "tokenizers", "numpy")
+    versions = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    commit = os.environ.get("FLASH_COMMIT") or None
+    if commit is None:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        try:
+            commit = subprocess.run(git, capture_output=True, text=True, timeout=20).stdout.strip() or None
+        except OSError:
+            commit = None
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {"versions": versions, "commit": commit, "machine": machine}
+
+
+class Gate:
+    """Lets processes work side by side and, now and then, one of them alone: it waits until all others have left, and
+    they wait until it has.
+
+    Args:
+        folder: where its two files are, shared by the processes; None for a process that has nobody beside it.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder if fcntl is not None else None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, kind: int) -> Iterator[None]:
+        with open(self.folder / name, "w") as file:  # closing it lets go, and so does the end of a process
+            fcntl.flock(file, kind)
+            yield
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Beside others. A device must have finished before this is left."""
+        if self.folder is None:
+            yield
+            return
+        with contextlib.ExitStack() as room:
+            # Who waits to be alone holds the door: or new ones would come in for ever.
+            with self._lock("door", fcntl.LOCK_EX):
+                room.enter_context(self._lock("room", fcntl.LOCK_SH))
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Without any other."""
+        if self.folder is None:
+            yield
+            return
+        with self._lock("door", fcntl.LOCK_EX), self._lock("room", fcntl.LOCK_EX):
+            yield
+
+
+class CellRunner:
+    """Runs cells in processes beside each other: small ones leave most of a large GPU idle.
+
+    Args:
+        folder: cells/NAME.json and logs/NAME.log go there.
+        command: what runs a cell, without its name.
+        minutes: all is stopped then; the next run goes on.
+        least_seconds: a cell is not begun with less time left.
+        environment: variables for the cells.
+        done: called after each finished cell.
+    """
+
+    def __init__(
+        self, folder: Path, command: list[str], *, minutes: float, least_seconds: float = 30.0,
+        environment: dict[str, str] | None = None, done: Callable[[str], None] = lambda cell: None,
+        begin: float | None = None,
+    ):  # fmt: skip
+        self.folder, self.command, self.minutes, self.least_seconds = Path(folder), command, minutes, least_seconds
+        self.environment, self.done = environment or {}, done
+        self.begin = time.perf_counter() if begin is None else begin
+        self.failed: dict[str, str] = {}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def path(self, cell: str) -> Path:
+        return self.folder / "cells" / f"{cell}.json"
+
+    def result(self, cell: str) -> dict | None:
+        return json.loads(self.path(cell).read_text()) if self.path(cell).is_file() else None
+
+    def run(self, cells: list[str], workers: int) -> None:
+        """Run those that are not finished; again and alone those for which the GPU's memory was too small."""
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            list(pool.map(self.one, cells, [workers] * len(cells)))
+        for cell in cells if workers > 1 else []:
+            if "OutOfMemoryError" in self.failed.get(cell, ""):
+                del self.failed[cell]
+                self.one(cell, 1)
+
+    def one(self, cell: str, workers: int) -> None:
+        if self.path(cell).is_file():
+            return
+        left = self.minutes * 60 - self.seconds()
+        if left < self.least_seconds:
+            self.failed[cell] = f"not begun: {self.minutes:g} minutes are over"
+            return
+        # On a GPU threads that wait for each other only cost time.
+        threads = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // workers)
+        environment = {
+            **os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
+            # Batches of ever new lengths leave gaps that other processes could use.
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **self.environment,
+        }  # fmt: skip
+        log, begin = self.folder / "logs" / f"{cell}.log", self.seconds()
+        try:
+            with open(log, "w") as file:
+                done = subprocess.run(
+                    [*self.command, cell], stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left
+                )
+            if done.returncode:
+                self.failed[cell] = log.read_text(errors="replace")[-1500:]
+        except subprocess.TimeoutExpired:
+            self.failed[cell] = f"cut off: {self.minutes:g} minutes are over"
+        state = "FAILED" if cell in self.failed else "done"
+        print(f"{self.seconds():6.1f} s  {cell}: {state} in {self.seconds() - begin:.1f} s", flush=True)
+        if cell not in self.failed:
+            self.done(cell)
+
+
+__all__ = ["CellRunner", "Gate", "provenance", "write_json"]

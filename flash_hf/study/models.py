@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of the study by name, each with as many parameters as FLASH of the same size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..baselines import TransformerPPForCausalLM, TransformerPPForMaskedLM, matched_config
+from ..baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM
+from ..configuration_flash import FlashConfig
+from ..modeling_flash import FlashForCausalLM, FlashForMaskedLM
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of FLASH; the others get its width and its number of parameters.
+
+    Attributes:
+        init: standard deviation of the weights. 0.02 suits a width of hundreds; at 128 it leaves products of queries
+            and keys so small that no recall is learnt in the time that there is (seen on a CPU).
+    """
+
+    width: int
+    layers: int
+    chunk: int = 256
+    key_dim: int = 128
+    init: float = 0.02
+
+
+SIZES = {
+    "s": Size(384, 8),
+    "m": Size(512, 12),
+    "l": Size(640, 16),
+    "recall": Size(128, 4, init=0.1),
+    "recall-cpu": Size(64, 2, 16, 32, init=0.1),
+    "recall-cpu-deep": Size(64, 4, 16, 32, init=0.1),  # two blocks of Transformer++, which one alone cannot do
+    "tiny": Size(32, 2, 16, 16),
+    "tiny-recall": Size(32, 2, 16, 16, init=0.1),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a model of the study is made.
+
+    Attributes:
+        title: its name in tables.
+        build: `(FLASH's configuration, causal)` to a language model whose `.model(ids)` gives hidden states, to be
+            multiplied by its embedding's transpose.
+        compiled: whether its layers are compiled one by one on a GPU (FLASH has kernels of its own).
+        long: whether it can be asked for more tokens than it was trained with.
+        causal_only, gpu_only: what it cannot do otherwise.
+    """
+
+    title: str
+    build: Callable[[FlashConfig, bool], nn.Module]
+    compiled: bool = True
+    long: bool = True
+    causal_only: bool = False
+    gpu_only: bool = False
+
+
+def _flash(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
+    def build(config: FlashConfig, causal: bool) -> nn.Module:
+        config = FlashConfig(**shared(config) | changes)
+        return (FlashForCausalLM if causal else FlashForMaskedLM)(config)
+
+    return build
+
+
+def _gau(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
+    def build(config: FlashConfig, causal: bool) -> nn.Module:
+        settings = shared(config) | changes
+        for name in ("grid_shift", "wide_chunk"):  # given in chunks
+            if name in changes:
+                settings[name] = int(changes[name] * config.chunk_size)
+        return (GAUForCausalLM if causal else GAUForMaskedLM)(GAUConfig(**settings))
+
+    return build
+
+
+def _baseline(name: str, **changes) -> Callable[[FlashConfig, bool], nn.Module]:
+    def build(config: FlashConfig, causal: bool) -> nn.Module:
+        return (TransformerPPForCausalLM if causal else TransformerPPForMaskedLM)(
+            matched_config(name, config, tolerance=0.02, **changes)
+        )
+
+    return build
+
+
+def shared(config: FlashConfig) -> dict[str, Any]:
+    """The settings that the study gives to every kind of FLASH."""
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "query_key_dim", "chunk_size",
+             "max_position_embeddings", "initializer_range")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def gated_deltanet(config: FlashConfig, causal: bool) -> nn.Module:
+    """Gated DeltaNet (arXiv 2412.06464) of flash-linear-attention, one block for two layers of FLASH, its feed-forward
+    width chosen for equal parameters. For CUDA; its kernels are tuned over at most `TUNED` configurations each, since
+    all of them take minutes at every start.
+
+    Raises:
+        ImportError: flash-linear-attention is not installed. (Its 0.6.0 trains on Hopper GPUs only with triton 3.7.1
+            or later, or tilelang, and says so in the first backward pass.)
+    """
+    few_configurations()
+    from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+
+    def build(inner: int) -> nn.Module:
+        return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=inner,
+            num_hidden_layers=max(1, config.num_hidden_layers // 2), head_dim=128, expand_v=2,
+            num_heads=max(1, round(config.hidden_size * 0.75 / 128)), tie_word_embeddings=True, use_cache=False,
+            max_position_embeddings=config.max_position_embeddings,
+        ))  # fmt: skip
+
+    def count(model: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    with torch.device("meta"):
+        target = count(FlashForCausalLM(config))
+    small = count(build(64))
+    step = count(build(128)) - small
+    return build(max(64, 64 + 64 * round((target - small) / step)))
+
+
+TUNED = 4
+
+
+def few_configurations() -> None:
+    """Let triton's autotuner try at most `TUNED` configurations, spread evenly over those that a kernel offers."""
+    from triton.runtime.autotuner import Autotuner
+
+    if getattr(Autotuner, "few", False):
+        return
+    original = Autotuner.__init__
+
+    def init(self, fn, arg_names, configs, *args, **kwargs):
+        if configs and len(configs) > TUNED:
+            configs = [configs[i * (len(configs) - 1) // (TUNED - 1)] for i in range(TUNED)]
+        original(self, fn, arg_names, configs, *args, **kwargs)
+
+    Autotuner.__init__, Autotuner.few = init, True
+
+
+# FLASH-Quad's divisor is the training length, from max_position_embeddings; its bias, for such spans, the rotary one.
+_QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
+
+MODELS: dict[str, Model] = {
+    "flash": Model("FLASH", _flash(), compiled=False),
+    "flash-local": Model("FLASH, local only", _flash(attention_type="local"), compiled=False),
+    "flash-global": Model("FLASH, global only", _flash(attention_type="global"), compiled=False),
+    "flash-quad": Model("FLASH-Quad", _flash(**_QUAD), long=False),
+    "transformer++": Model("Transformer++", _baseline("transformer++")),
+    "transformer": Model("Transformer", _baseline("transformer"), long=False),
+    "gated-deltanet": Model("Gated DeltaNet", gated_deltanet, compiled=False, causal_only=True, gpu_only=True),
+    "mc-transformer++": Model("MC-Transformer++", _baseline("mc-transformer++")),
+    "performer": Model("Performer", _baseline("performer")),
+    "performer-relu": Model("Performer, ReLU kernel", _baseline("performer-relu")),
+    "combiner": Model("Combiner", _baseline("combiner"), long=False),
+    # Table 1 of the paper: the unit, changed towards attention.
+    "gau-softmax": Model("GAU, softmax", _flash(**_QUAD, attention_activation="softmax"), long=False),
+    "gau-heads": Model("GAU, 4 heads", _gau(**_QUAD, num_heads=4), long=False),
+    "gau-ungated": Model("GAU, not gated", _gau(**_QUAD, gated=False, expansion_factor=3), long=False),
+    # Table 2: attention, changed towards the unit.
+    "mhsa-relu2": Model("MHSA, relu^2", _baseline("mhsa-relu2"), long=False),
+    "mhsa-single-head": Model("MHSA, one head", _baseline("mhsa-single-head"), long=False),
+    "mhsa-gated": Model("MHSA, gated", _baseline("mhsa-gated"), long=False),
+    # Forms of the global branch.
+    "flash-norope": Model("global heads without RoPE", _gau(global_rope=False)),
+    "flash-norm": Model("global output normalised", _gau(global_norm=True)),
+    "flash-decay": Model("decayed mean", _gau(chunk_weighting="decay")),
+    "flash-decay-norm": Model("decayed mean, normalised", _gau(chunk_weighting="decay", global_norm=True)),
+    "flash-keyshift": Model("keys of the token before", _gau(key_shift=True)),
+    "flash-keyshift-norope": Model("keys of the token before, no RoPE", _gau(key_shift=True, global_rope=False)),
+    "flash-keyshift-norope-norm": Model(
+        "keys of the token before, no RoPE, normalised", _gau(key_shift=True, global_rope=False, global_norm=True)
+    ),
+    "flash-previous": Model('global_form="previous_token"', _flash(global_form="previous_token")),
+    "flash-stagger": Model("grid shifted in every second layer", _gau(grid_shift=0.5)),
+    "flash-stagger-local": Model("the same, local only", _gau(grid_shift=0.5, attention_type="local")),
+    "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(grid_shift=0.5, chunk_weighting="decay")),
+    "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(grid_shift=0.5, global_rope=False)),
+    "flash-stagger-keyshift": Model(
+        "grid shifted, keys of the token before, no RoPE", _gau(grid_shift=0.5, key_shift=True, global_rope=False)
+    ),
+    "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
+}  # fmt: skip
+
+
+def build(name: str, size: str, vocab_size: int, context: int, *, causal: bool) -> nn.Module:
+    """A language model with its random weights, on the CPU.
+
+    Raises:
+        ValueError: the model has no such direction, or needs a GPU and there is none.
+    """
+    model = MODELS[name]
+    if model.causal_only and not causal:
+        raise ValueError(f"study: {name!r} is causal only.")
+    if model.gpu_only and not torch.cuda.is_available():
+        raise ValueError(f"study: {name!r} needs a CUDA device.")
+    shape = SIZES[size]
+    config = FlashConfig(
+        vocab_size=vocab_size, hidden_size=shape.width, num_hidden_layers=shape.layers, query_key_dim=shape.key_dim,
+        chunk_size=shape.chunk, max_position_embeddings=context, initializer_range=shape.init,
+    )  # fmt: skip
+    return model.build(config, causal)
+
+
+__all__ = ["MODELS", "SIZES", "Model", "Size", "build", "few_configurations", "gated_deltanet"]

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and figures of RESULTS.md from the cells: no number of the study is written there by hand."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from .grid import FORMS, HEADLINE, RATES, RECALL_TASKS, SEARCH, SEARCH_CONTEXT, Cell, best_rates, final_loss
+from .models import MODELS
+
+
+Results = dict[Cell, dict]
+Row = list[str]
+FLASH, RIVAL = HEADLINE
+# How many times faster FLASH is to reach Transformer++'s final loss: the paper's figures, which the project aims at.
+GOALS = {("wiki-causal", 8192): 4.9, ("books-causal", 8192): 12, ("books-masked", 8192): 4.8}
+
+
+def table(head: Row, rows: list[Row]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def chosen(results: Results, size: str = "m", tokens: int | float = 30) -> dict[tuple[str, str, int], Cell]:
+    """The cell at the best rate of each (model, task, context) of one size and amount of training."""
+    best = best_rates(results)
+    return {(model, task, context): cell for (model, sized, task, context, amount), cell in best.items()
+            if (sized, amount) == (size, tokens)}  # fmt: skip
+
+
+def seeds_of(results: Results, cell: Cell) -> list[dict]:
+    """Results of all seeds of a cell."""
+    return [result for other, result in sorted(results.items())
+            if Cell(**{**other.__dict__, "seed": cell.seed}) == cell]  # fmt: skip
+
+
+def same_but_rate(results: Results, cell: Cell) -> list[Cell]:
+    return [other for other in results if Cell(**{**other.__dict__, "rate": cell.rate}) == cell]
+
+
+def loss_text(results: Results, cell: Cell) -> str:
+    losses = [final_loss(result) for result in seeds_of(results, cell)]
+    text = f"{statistics.mean(losses):.3f}"
+    return f"{text} +- {statistics.stdev(losses):.3f}" if len(losses) > 1 else text
+
+
+def rates_tried(results: Results, cell: Cell) -> str:
+    """The rates of the grid that were run, the chosen one in bold."""
+    found = sorted((c.rate, final_loss(results[c])) for c in same_but_rate(results, cell))
+    return ", ".join(f"**{rate:g}: {loss:.3f}**" if rate == cell.rate else f"{rate:g}: {loss:.3f}"
+                     for rate, loss in found)  # fmt: skip
+
+
+def step_ms(results: Results, cell: Cell) -> float | None:
+    """Milliseconds of a training step alone on the device, in the cell's direction; its corpus makes no difference."""
+    direction = cell.task.split("-")[1]
+    for other, result in results.items():
+        alike = (other.model, other.size, other.context) == (cell.model, cell.size, cell.context)
+        if other.kind == "time" and alike and other.task.endswith(direction):
+            return result["step"]["median"]
+    return None
+
+
+def steps_to(curve: list[list[float]], target: float) -> float | None:
+    """Steps until the validation loss is at the target, between two validations by a straight line; None if never."""
+    before = None
+    for step, loss in curve:
+        if loss <= target:
+            if before is None or before[1] <= target:
+                return float(step)
+            share = (before[1] - target) / (before[1] - loss)
+            return before[0] + share * (step - before[0])
+        before = (step, loss)
+    return None
+
+
+def bits_per_byte(result: dict) -> float:
+    """From nats a token, by the tokens and bytes of the whole validation text."""
+    size = result["text"][f"{result['task'].split('-')[0]}_valid"]
+    return result["final"]["loss"] / math.log(2) * size["tokens"] / size["bytes"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sections
+# ------------------------------------------------------------------------------------------------------------------
+def goals(results: Results) -> str:
+    """What the project set out to show of FLASH against Transformer++, and what was measured."""
+    best, rows = chosen(results), []
+    for task in ("books-causal", "wiki-causal", "books-masked", "wiki-masked"):
+        for context in (512, 2048, 8192):
+            cells = [best.get((model, task, context)) for model in HEADLINE]
+            asked = GOALS.get((task, context))
+            if not any(cells) and asked is None:
+                continue
+            row = [task.replace("-", ", "), f"{context:,}", "at most 0", "not run yet", "-", "-"]
+            if all(cells):
+                ours, rival = (results[cell] for cell in cells)
+                row[3] = f"{final_loss(ours) - final_loss(rival):+.3f}"
+                row[5] = faster(results, *cells)
+                tried = min(len(same_but_rate(results, cell)) for cell in cells)
+                row[3] += f" ({tried} of {len(RATES)} learning rates, {len(seeds_of(results, cells[0]))} seed)"
+            row[4] = "-" if asked is None else f"at least {asked} x"
+            rows.append(row)
+    head = ["task", "context", "goal: loss, FLASH less Transformer++", "measured", "goal: seconds to its loss",
+            "measured"]  # fmt: skip
+    return table(head, rows)
+
+
+def faster(results: Results, ours: Cell, rival: Cell) -> str:
+    """Seconds of the rival's whole training over ours to the rival's final loss."""
+    times = step_ms(results, ours), step_ms(results, rival)
+    steps = steps_to(results[ours]["valid_curve"], results[rival]["valid_curve"][-1][1])
+    if None in times or steps is None:
+        return "-"
+    return f"{results[rival]['steps'] * times[1] / (steps * times[0]):.2f} x"
+
+
+def headline(results: Results) -> str:
+    """Loss at the best rate, and how long it takes to reach what Transformer++ ends with."""
+    best, rows = chosen(results), []
+    for task, context in sorted({(task, context) for _, task, context in best}, key=lambda key: (key[0], key[1])):
+        rival = best.get((RIVAL, task, context))
+        if task in RECALL_TASKS or rival is None:
+            continue
+        target = results[rival]["valid_curve"][-1][1]
+        for model in MODELS:
+            cell = best.get((model, task, context))
+            if cell is None or model in FORMS and model != "flash-local":
+                continue
+            result, ms = results[cell], step_ms(results, cell)
+            steps = steps_to(result["valid_curve"], target)
+            seconds = None if ms is None or steps is None else steps * ms / 1e3
+            rows.append([
+                task.replace("-", ", "), f"{context:,}", MODELS[model].title, f"{result['parameters'] / 1e6:.2f} M",
+                loss_text(results, cell), f"{bits_per_byte(result):.3f}" if cell.causal else "-",
+                rates_tried(results, cell), "-" if ms is None else f"{ms:.1f}",
+                "-" if steps is None else f"{steps:,.0f} of {result['steps']:,}",
+                "-" if seconds is None else f"{seconds:.1f}", faster(results, cell, rival),
+            ])  # fmt: skip
+    head = ["task", "context", "model", "parameters", "loss", "bits a byte", "loss by learning rate", "ms a step",
+            f"steps to {MODELS[RIVAL].title}'s end", "seconds", "faster by"]  # fmt: skip
+    return table(head, rows) if rows else "No cells yet."
+
+
+def times(results: Results) -> str:
+    """Time of a training step, and of the same one issued kernel by kernel."""
+    rows = []
+    for cell, result in sorted(results.items(), key=lambda item: (item[0].size, item[0].task, item[0].context)):
+        if cell.kind == "time":
+            step, issued = result["step"], result.get("issued")
+            rows.append([
+                MODELS[cell.model].title, cell.size, cell.task.split("-")[1], f"{cell.context:,}",
+                f"{step['median']:.1f} ({step['q25']:.1f} to {step['q75']:.1f})",
+                f"{issued['median']:.1f}" if issued else "-", "yes" if result["graphed"] else "no",
+                f"{result.get('peak_gigabytes', 0):.1f}",
+            ])  # fmt: skip
+    head = ["model", "size", "direction", "context", "ms a step (quartiles)", "issued by Python, ms", "CUDA graph",
+            "GB reserved"]  # fmt: skip
+    return table(head, rows) if rows else "No cells yet."
+
+
+def forms(results: Results) -> str:
+    """Forms of the global branch at the size of the search, best first, and at the study's size."""
+    parts = []
+    for size, tokens, contexts in ((SEARCH["size"], SEARCH["tokens"], (SEARCH_CONTEXT,)), ("m", 30, (8192,))):
+        best = chosen(results, size, tokens)
+        for context in contexts:
+            cells = [best[key] for key in best if key[1:] == ("books-causal", context) and key[0] in ("flash", *FORMS)]
+            if len(cells) < 2:
+                continue
+            base = best.get((FLASH, "books-causal", context))
+            rows = []
+            for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
+                result = results[cell]
+                slots = result["final"].get("by_slot", [])
+                delta = "-" if base is None else f"{final_loss(result) - final_loss(results[base]):+.3f}"
+                rows.append([
+                    MODELS[cell.model].title, f"{cell.rate:g}", loss_text(results, cell), delta,
+                    f"{slots[0]:.3f}" if slots else "-", f"{slots[-1]:.3f}" if slots else "-",
+                    *(f"{found['loss']:.3f}" for found in result["lengths"].values()),
+                ])  # fmt: skip
+            shown = next(iter(cells))
+            lengths = [f"loss at {int(length):,}" for length in results[shown]["lengths"]]
+            head = ["form", "learning rate", "loss", "against FLASH", "first 1/32 of a chunk", "last 1/32", *lengths]
+            parts.append(f"Size {size}, {tokens} M tokens, context {context:,}:\n\n{table(head, rows)}")
+    return "\n\n".join(parts) or "No cells yet."
+
+
+def recall(results: Results) -> str:
+    """Share of right answers at 1, 2 and 4 times the context of the training."""
+    rows = []
+    for cell, result in sorted(results.items()):
+        if cell.kind == "train" and cell.recalls:
+            rows.append([
+                cell.task, f"{cell.context:,}", cell.size, MODELS[cell.model].title, f"{cell.tokens:g} M",
+                f"{cell.rate:g}", f"{cell.seed}", f"{100 * result['final']['accuracy']:.1f}",
+                *(f"{100 * found['accuracy']:.1f}" for found in result["lengths"].values()),
+            ])  # fmt: skip
+    head = ["task", "context", "size", "model", "tokens", "learning rate", "seed", "right, %", "at 2 x", "at 4 x"]
+    return table(head, [row + ["-"] * (len(head) - len(row)) for row in rows]) if rows else "No cells yet."
+
+
+def positions(results: Results) -> str:
+    """Loss by eighth of the context, and at lengths beyond it."""
+    rows = []
+    for (model, task, context), cell in sorted(chosen(results).items(), key=lambda item: (item[0][1:], item[0][0])):
+        if cell.recalls or model in FORMS and model != "flash-local":
+            continue
+        result = results[cell]
+        bins = result["final"]["by_position"]
+        eighths = [statistics.mean(bins[i * len(bins) // 8 : (i + 1) * len(bins) // 8]) for i in range(8)]
+        further = [f"{int(length) // context} x: {found['loss']:.3f} (last quarter {found['quarters'][-1]:.3f})"
+                   for length, found in result["lengths"].items()]  # fmt: skip
+        rows.append([task.replace("-", ", "), f"{context:,}", MODELS[model].title,
+                     *(f"{value:.3f}" for value in eighths), "; ".join(further) or "-"])  # fmt: skip
+    head = ["task", "context", "model", *(f"{i + 1}/8" for i in range(8)), "beyond the context"]
+    return table(head, rows) if rows else "No cells yet."
+
+
+def ablations(results: Results) -> str:
+    """Tables 1 and 2, and figure 3, of the paper: masked, Wikipedia, context 512."""
+    names = ("flash-quad", "gau-softmax", "gau-heads", "gau-ungated", RIVAL, "mhsa-relu2", "mhsa-single-head",
+             "mhsa-gated", FLASH)  # fmt: skip
+    rows = []
+    for size in ("s", "m", "l"):
+        best = chosen(results, size)
+        for name in names:
+            cell = best.get((name, "wiki-masked", 512))
+            if cell is not None:
+                rows.append([MODELS[name].title, size, f"{results[cell]['parameters'] / 1e6:.2f} M",
+                             loss_text(results, cell), rates_tried(results, cell)])  # fmt: skip
+    head = ["model", "size", "parameters", "loss", "loss by learning rate"]
+    return table(head, rows) if rows else "No cells yet."
+
+
+def where(results: Results) -> str:
+    """Machines, versions and commits of the cells."""
+    groups: dict[str, int] = {}
+    for result in results.values():
+        versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("python", "torch", "transformers"))
+        key = f"{result['machine']}, {versions}, commit {(result['commit'] or 'unknown')[:10]}"
+        groups[key] = groups.get(key, 0) + 1
+    return "\n".join(f"- {count} cells: {key}" for key, count in sorted(groups.items())) or "No cells yet."
+
+
+SECTIONS = {
+    "goals": goals, "headline": headline, "times": times, "forms": forms, "recall": recall, "positions": positions,
+    "ablations": ablations, "where": where,
+}  # fmt: skip
+
+
+def render(results: Results) -> str:
+    """All sections, each between the marks that RESULTS.md has it between."""
+    return "\n\n".join(between(name, section(results)) for name, section in SECTIONS.items()) + "\n"
+
+
+def between(name: str, text: str) -> str:
+    return f"<!-- study: {name} -->\n{text}\n<!-- end -->"
+
+
+def fill(document: str, results: Results) -> str:
+    """`document` with every section between its marks made anew.
+
+    Raises:
+        ValueError: a mark names no section.
+    """
+
+    def one(match: re.Match) -> str:
+        if match[1] not in SECTIONS:
+            raise ValueError(f"study: there is no section {match[1]!r}; there are {', '.join(SECTIONS)}.")
+        return between(match[1], SECTIONS[match[1]](results))
+
+    return re.sub(r"<!-- study: (\S+) -->\n(?:.*?\n)??<!-- end -->", one, document, flags=re.DOTALL)
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Figures 5 and 6 of the paper, quality against cost and against seconds, one picture for each task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best, written = chosen(results), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in sorted({task for _, task, _ in best if task not in RECALL_TASKS}):
+        contexts = sorted({context for _, other, context in best if other == task})
+        figure, axes = plt.subplots(1, len(contexts), figsize=(4 * len(contexts), 3.4), squeeze=False)
+        for axis, context in zip(axes[0], contexts, strict=True):
+            for model in shown_models(best, task, context):
+                cell = best[model, task, context]
+                ms = step_ms(results, cell)
+                if ms is not None:
+                    curve = results[cell]["valid_curve"]
+                    axis.plot([step * ms / 1e3 for step, _ in curve], [loss for _, loss in curve],
+                              label=MODELS[model].title)  # fmt: skip
+            axis.set(title=f"context {context:,}", xlabel="seconds, alone on the GPU", ylabel="validation loss")
+            axis.legend(fontsize=7)
+        figure.tight_layout()
+        written.append(folder / f"{task}.svg")
+        figure.savefig(written[-1], metadata={"Date": None})
+        plt.close(figure)
+    return written
+
+
+def shown_models(best: Iterable[tuple[str, str, int]], task: str, context: int) -> list[str]:
+    return [model for model in MODELS if (model, task, context) in best]
+
+
+__all__ = ["SECTIONS", "draw", "fill", "render", "steps_to"]

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""\
+python scripts/study.py --tiny --prepare tests/data/wizard_of_oz.txt --work runs/study-tiny
+
+The study behind RESULTS.md. Three steps, on three machines if need be:
+
+1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA (needs no GPU).
+2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first,
+   several beside each other, until `--minutes` are over; `--bundle FILE` puts what is finished in one file as well,
+   and `--unbundle FILE` adds such a file to FOLDER.
+3. `--report --fill RESULTS.md`: the tables of RESULTS.md from FOLDER; `--figures FOLDER` draws.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from flash_hf.cells import CellRunner, Gate, write_json
+from flash_hf.study import grid
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "scripts" / "results" / "study"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--prepare", type=Path, metavar="DATA",
+        help="make the tokens, if there are none, from this folder of {books,wiki}_{train,valid}.jsonl.xz, or from a "
+             "text file",
+    )  # fmt: skip
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of tokens, logs and new cells")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
+    parser.add_argument("--vocab_size", type=int, help="of the tokenizer; 8192 unless given (with --tiny 600)")
+    parser.add_argument("--max_tokens", type=int, default=31_000_000, help="of each corpus")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells, by name, instead of the whole grid")
+    parser.add_argument("--list", action="store_true", help="print the cells that are still to be run, and end")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
+    parser.add_argument("--workers", type=int, default=1, help="cells beside each other on one device")
+    parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into this file")
+    parser.add_argument("--unbundle", type=Path, metavar="FILE", help="add a bundle's cells to --results, and end")
+    parser.add_argument("--report", action="store_true", help="print the tables of RESULTS.md, and end")
+    parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: put the tables into RESULTS.md")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="with --report: also draw the figures there")
+    parser.add_argument("--tiny", action="store_true", help="a small grid of tiny models: does the study run?")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser
+
+
+def run_one(options: argparse.Namespace) -> None:
+    """One cell, in this process."""
+    from flash_hf.study import training
+
+    cell = grid.Cell.parse(options.cell)
+    gate = Gate(options.work / "gate")
+    result = training.run_cell(cell, options.work / "tokens", gate, training.recipe_of(cell))
+    write_json(options.work / "cells" / f"{cell.name}.json", result, indent=None)
+
+
+def main() -> int:
+    begin = time.perf_counter()
+    options = make_parser().parse_args()
+    if options.cell:
+        run_one(options)
+        return 0
+    if options.unbundle:
+        bundle = json.loads(options.unbundle.read_text())
+        for name, result in bundle.items():
+            write_json(options.results / f"{grid.Cell.parse(name).name}.json", result, indent=None)
+        print(f"{len(bundle)} cells are now in {options.results}")
+        return 0
+    if options.report:
+        from flash_hf.study import report
+
+        results = grid.load_results(options.results)
+        if options.fill:
+            options.fill.write_text(report.fill(options.fill.read_text(), results))
+        else:
+            print(report.render(results), end="")
+        if options.figures:
+            report.draw(results, options.figures)
+        return 0
+    if options.prepare and not (options.work / "tokens" / "text.json").is_file():
+        from flash_hf.study import text
+
+        vocab = options.vocab_size or (600 if options.tiny else 8192)
+        facts = text.prepare(options.prepare, options.work / "tokens", vocab_size=vocab,
+                             max_tokens=options.max_tokens, max_valid_tokens=2_200_000)  # fmt: skip
+        print(json.dumps(facts, indent=1))
+    if options.prepare and not options.minutes:
+        return 0
+
+    cells = grid.tiny_grid() if options.tiny else grid.full_grid()
+    if options.only:
+        cells = [grid.Cell.parse(name) for name in options.only]
+    new = options.work / "cells"
+
+    def missing(asked: list[grid.Cell]) -> list[str]:
+        done = grid.load_results(options.results, new)
+        return [cell.name for cell in asked if cell not in done]
+
+    if options.list:
+        print("\n".join(missing(cells)))
+        return 0
+
+    def bundle(cell: str) -> None:
+        if options.bundle:
+            found = {path.stem: json.loads(path.read_text()) for path in sorted(new.glob("*.json"))}
+            write_json(options.bundle, found, indent=None)
+
+    words = [sys.executable, __file__, "--work", str(options.work), *(["--tiny"] if options.tiny else []), "--cell"]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Batches have one shape, and CUDA graphs their own pools; compilers of several cells share the processors.
+    environment = {"PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    if options.tiny:
+        environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
+    runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 60,
+                        environment=environment, done=bundle, begin=begin)  # fmt: skip
+    runner.run(missing(cells), options.workers)
+    if not options.only and not options.tiny:
+        seeds = grid.further_seeds(grid.load_results(options.results, new), cells)
+        runner.run(missing(seeds), options.workers)
+    for cell, why in runner.failed.items():
+        print(f"--- {cell}\n{why}", file=sys.stderr)
+    return bool(runner.failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

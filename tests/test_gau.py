@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variants of the gated attention unit: each is its dense statement, and FLASH's own where nothing is changed."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flash_hf import FlashForCausalLM, FlashForMaskedLM
+from flash_hf.baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel
+from flash_hf.naive import naive_linear, naive_norm, naive_relative_bias, naive_rotary
+from flash_hf.testing import assert_close, make_model, naive_config, random_ids, tiny_config
+
+
+VARIANTS = {
+    "no global RoPE": {"global_rope": False},
+    "decay": {"chunk_weighting": "decay"},
+    "normalised": {"global_norm": True},
+    "key shift": {"key_shift": True},
+    "shifted grid": {"grid_shift": 3},
+    "wide": {"wide_every": 2, "wide_chunk": 24},
+    "all": {"chunk_weighting": "decay", "global_norm": True, "key_shift": True, "global_rope": False, "grid_shift": 4},
+    "local, shifted": {"attention_type": "local", "grid_shift": 4},
+    "heads": {"attention_type": "quadratic", "num_heads": 3},
+    "ungated": {"gated": False, "expansion_factor": 3},
+}
+LENGTH = 29  # chunks of 8: three whole ones and a part
+
+
+def variant(**changes) -> GAUConfig:
+    settings = tiny_config().to_dict()
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "query_key_dim", "chunk_size",
+             "max_position_embeddings")  # fmt: skip
+    return GAUConfig(**{name: settings[name] for name in names} | changes)
+
+
+def stated(model, ids, *, causal):
+    """The model on one document by N x N weights, with all chunks as the tokens of each layer's own grid."""
+    config, N = model.config, ids.shape[1]
+    naive = naive_config(config)
+    state = dict(model.named_parameters())
+    position = torch.arange(N)
+    x = model.embed_tokens(ids)[0] + model.embed_positions(model.embed_tokens(ids), position[None])[0]
+    for index in range(config.num_hidden_layers):
+        own = f"layers.{index}."
+        w = {name.removeprefix(own): p for name, p in state.items() if name.startswith(own)}
+        n = naive_norm(x, w, naive)
+        v, z = naive_linear(n, w, "gau.v_proj", "silu"), naive_linear(n, w, "gau.z_proj", "silu")
+        u = naive_linear(n, w, "gau.u_proj", "silu") if config.gated else torch.ones_like(v)
+        gamma, beta = w["gau.offset_scale.weight"], w["gau.offset_scale.bias"]
+        if config.attention_type == "quadratic":
+            attended = heads_stated(gamma, beta, z, v, w, naive, config, causal)
+            x = x + naive_linear(u * attended, w, "gau.o_proj")
+            continue
+        wide = config.wide_every and index % config.wide_every == config.wide_every - 1
+        C = config.wide_chunk if wide else config.chunk_size
+        chunk = (position + (config.grid_shift if index % 2 else 0)) // C
+        offset = position[None] - position[:, None]
+        same = chunk[:, None] == chunk[None]
+        if causal:
+            same = same & (offset <= 0)
+        q, k = (naive_rotary(z * g + b, position, naive) for g, b in zip(gamma[:2], beta[:2], strict=True))
+        bias = w["gau.relative_bias.weight"][torch.where(same, offset, 0) + C - 1]
+        attended = (torch.relu(q @ k.T / config.attention_divisor + bias).square() * same) @ v
+        if config.attention_type != "local":
+            attended = attended + global_stated(gamma[-2:], beta[-2:], z, v, chunk, w, naive, config, causal)
+        x = x + naive_linear(u * attended, w, "gau.o_proj")
+    return naive_norm(x, state, naive)
+
+
+def global_stated(gamma, beta, z, v, chunk, w, naive, config, causal):
+    """Token i's query times every token j's key, times what chunk(j) counts in chunk(i)."""
+    N, S = z.shape
+    before = torch.cat([torch.zeros(1, S, dtype=z.dtype), z[:-1]]) if config.key_shift else z
+    query, key = z * gamma[0] + beta[0], before * gamma[1] + beta[1]
+    if config.global_rope:
+        query, key = (naive_rotary(x, torch.arange(N), naive) for x in (query, key))
+    decay = torch.ones(S // 2, dtype=z.dtype)
+    if config.chunk_weighting == "decay":
+        decay = torch.sigmoid(w["gau.decay_logit"])
+    decay = torch.cat([decay, decay])
+    out = torch.zeros_like(v)
+    for i in range(N):
+        total, norm = torch.zeros(S, v.shape[1], dtype=v.dtype), torch.zeros(S, dtype=v.dtype)
+        for j in range(N):
+            age = int(chunk[i] - chunk[j])
+            if causal and age <= 0:
+                continue
+            weight = decay ** (age - 1 if causal else abs(age))
+            total = total + (weight * key[j])[:, None] * v[j]
+            norm = norm + weight
+        out[i] = query[i] @ (total / norm[:, None]) if bool(norm.any()) else 0
+    if config.global_norm:
+        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + config.norm_eps) * w["gau.out_norm.weight"]
+    return out
+
+
+def heads_stated(gamma, beta, z, v, w, naive, config, causal):
+    N, H = len(z), config.num_heads
+    position = torch.arange(N)
+    q, k = (naive_rotary(z * g + b, position, naive) for g, b in zip(gamma, beta, strict=True))
+    offset = position[None] - position[:, None]
+    bias = naive_relative_bias(offset, w, naive, causal=causal)
+    parts = []
+    for q_h, k_h, v_h in zip(q.chunk(H, -1), k.chunk(H, -1), v.chunk(H, -1), strict=True):
+        weights = torch.relu(q_h @ k_h.T / config.attention_divisor + bias).square()
+        parts.append((weights.tril() if causal else weights) @ v_h)
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_is_its_dense_statement(name, causal):
+    model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=causal))
+    ids = random_ids(model.config, 1, LENGTH)
+    with torch.no_grad():
+        got = model(ids).last_hidden_state[0]
+        assert_close(got, stated(model, ids, causal=causal), 1e-9)
+        # And the variant matters: the same weights without it give something else.
+        plain = make_model(GAUModel, variant(is_decoder=causal))
+        common = {name: p for name, p in model.state_dict().items() if name in plain.state_dict()}
+        if name not in ("ungated", "heads", "local, shifted", "wide"):
+            plain.load_state_dict(common)
+            assert not torch.allclose(plain(ids).last_hidden_state[0], got, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("ours", "flash"), [(GAUForCausalLM, FlashForCausalLM), (GAUForMaskedLM, FlashForMaskedLM)])
+def test_without_a_change_it_is_flash(ours, flash):
+    for changes in ({}, {"attention_type": "local"}, {"attention_type": "quadratic"}, {"attention_type": "global"}):
+        model, plain = make_model(ours, variant(**changes)), make_model(flash, tiny_config(**changes))
+        model.load_state_dict(plain.state_dict())
+        ids = random_ids(plain.config, 2, LENGTH)
+        mask = torch.ones_like(ids)
+        mask[0, :5] = mask[1, 20:] = 0
+        with torch.no_grad():
+            got, expected = (m(ids, attention_mask=mask).logits[mask == 1] for m in (model, plain))
+        assert_close(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", ["decay", "normalised", "no global RoPE", "heads", "ungated"])
+def test_padding_and_packing_do_not_matter(name):
+    model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=True))
+    ids = random_ids(model.config, 1, 21)
+    first, second = ids[:, :13], ids[:, 13:]
+    with torch.no_grad():
+        alone = [model(part).last_hidden_state[0] for part in (first, second)]
+        positions = torch.cat([torch.arange(13), torch.arange(8)])[None]
+        assert_close(model(ids, position_ids=positions).last_hidden_state[0], torch.cat(alone), 1e-9)
+        mask = torch.tensor([[0] * 3 + [1] * 13 + [0] * 2])
+        padded = torch.nn.functional.pad(first, (3, 2), value=5)
+        assert_close(model(padded, attention_mask=mask).last_hidden_state[0, 3:16], alone[0], 1e-9)
+
+
+def test_it_is_saved_and_loaded_by_the_auto_classes(tmp_path):
+    model = make_model(GAUForCausalLM, variant(**VARIANTS["all"]), dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(model.config, 1, LENGTH)
+    assert type(loaded) is GAUForCausalLM and torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_every_parameter_is_reached():
+    for name, changes in VARIANTS.items():
+        model = make_model(GAUForCausalLM, variant(**changes))
+        ids = random_ids(model.config, 1, LENGTH)
+        model(ids, labels=ids).loss.backward()
+        missed = [key for key, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]
+        assert not missed, f"{name}: {missed}"
+
+
+def test_a_new_model_begins_without_the_normalised_branch_and_with_spread_decays():
+    model = GAUModel(variant(global_norm=True, chunk_weighting="decay"))
+    unit = model.layers[0].gau
+    assert not unit.out_norm.weight.any()
+    decay = torch.sigmoid(unit.decay_logit)
+    assert decay[0] < 0.1 and decay[-1] > 0.99 and bool((decay.diff() > 0).all())
+
+
+def test_wrong_settings_are_refused():
+    for changes, match in (
+        ({"chunk_weighting": "sum"}, "chunk_weighting"),
+        ({"global_form": "previous_token"}, "global_form"),
+        ({"num_heads": 2}, "num_heads"),
+        ({"num_heads": 5, "attention_type": "quadratic"}, "num_heads"),
+        ({"grid_shift": 8}, "grid_shift"),
+        ({"wide_every": 2}, "wide_every"),
+        ({"backend": "auto"}, "backend"),
+    ):
+        with pytest.raises(Exception, match=match):
+            variant(**changes)
+    model = make_model(GAUModel, variant(grid_shift=4, is_decoder=True))
+    ids = random_ids(model.config, 1, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="padding or packing"):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="no decoding cache"):
+        model(ids, use_cache=True)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study's machinery: equal models, batches that ask for every token once, cells that are run once, and tables that
+are what the kept cells say."""
+
+import dataclasses
+import json
+import math
+import runpy
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flash_hf.cells import CellRunner, Gate, write_json
+from flash_hf.study import grid, report, training
+from flash_hf.study.models import MODELS, SIZES, build
+from flash_hf.study.text import IGNORE, Stream, load_stream, prepare
+
+
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
+KEPT = ROOT / "scripts" / "results" / "study"
+CAUSAL = grid.Cell("train", "flash", "tiny", "books-causal", 32, 0.004, 0.004)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """Tokens of a small book, made as those of the study."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        prepare(BOOK, folder, vocab_size=300, max_tokens=20_000, max_valid_tokens=4_000)
+    return folder
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+def test_prepared_text_is_the_book(tokens):
+    from flash_hf.data import load_tokenizer
+
+    facts = json.loads((tokens / "text.json").read_text())
+    train, valid = (np.load(tokens / f"books_{part}.npy") for part in ("train", "valid"))
+    assert train.dtype == np.uint16 and len(train) <= 20_000 and facts["books_valid"]["tokens"] == len(valid) <= 4_000
+    assert int(train.max()) < facts["vocab_size"] <= 300
+    tokenizer, book = load_tokenizer(str(tokens / "tokenizer"), masked=True), BOOK.read_text()
+    paragraphs = tokenizer.decode(train).split("<|endoftext|>")
+    assert paragraphs[0] == "" and len(paragraphs) - 1 == facts["books_train"]["documents"]
+    assert all(" ".join(paragraph.split()) in " ".join(book.split()) for paragraph in paragraphs[1:30])
+
+
+def test_every_token_is_asked_for_once_whatever_the_context():
+    ids = torch.arange(97, dtype=torch.int32)
+    for context in (4, 12, 24):
+        stream = Stream(ids, context, 100)
+        order = stream.order(0)
+        assert sorted(order) == list(range(96 // context)) and list(stream.order(1)) != list(order)
+        inputs, labels = stream.batch(order, 0)
+        assert torch.equal(labels, inputs + 1) and sorted(labels.flatten().tolist()) == list(range(1, 97))
+
+
+def test_masks_are_berts_and_can_be_drawn_again():
+    ids = torch.full((40_001,), 7, dtype=torch.int32)
+    stream = Stream(ids, 400, 50, mask_id=2)
+    inputs, labels = stream.batch(np.arange(100), 3)
+    chosen = labels != IGNORE
+    assert (labels[chosen] == 7).all() and (inputs[~chosen] == 7).all()
+    assert 0.14 < chosen.float().mean() < 0.16
+    hidden, kept = ((inputs[chosen] == token).float().mean() for token in (2, 7))
+    assert 0.78 < hidden < 0.83 and 0.08 < kept < 0.12 + 0.1 / 50
+    assert torch.equal(stream.batch(np.arange(100), 3)[0], inputs)
+    assert not torch.equal(stream.batch(np.arange(100), 4)[0], inputs)
+
+
+def test_missing_text_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--prepare"):
+        load_stream(tmp_path, "books", "train", 8, causal=True)
+
+
+# --- models and grid -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", ["s", "m", "l", "recall"])
+def test_all_models_of_a_size_have_as_many_parameters(size):
+    with torch.device("meta"):
+        counts = {name: build(name, size, 8192, 2048, causal=True).num_parameters() for name, model in MODELS.items()
+                  if not model.gpu_only}  # fmt: skip
+    assert len(counts) > 20
+    for name, count in counts.items():
+        assert abs(count / counts["flash"] - 1) < 0.01, f"{name}: {count}, FLASH {counts['flash']}"
+
+
+def test_models_are_refused_where_they_cannot_be():
+    with pytest.raises(ValueError, match="causal only"):
+        build("gated-deltanet", "tiny", 64, 32, causal=False)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="CUDA"):
+            build("gated-deltanet", "tiny", 64, 32, causal=True)
+
+
+def test_names_of_cells_can_be_read_back():
+    cells = grid.full_grid() + grid.tiny_grid()
+    assert len({cell.name for cell in cells}) == len(cells) > 150
+    for cell in cells:
+        assert grid.Cell.parse(cell.name) == cell and cell.size in SIZES and cell.model in MODELS
+    with pytest.raises(ValueError, match="no cell"):
+        grid.Cell.parse("train_flash")
+
+
+def test_both_headline_models_are_tuned_over_the_same_rates():
+    found = {}
+    for cell in grid.full_grid():
+        if cell.kind == "train" and cell.size == "m" and cell.tokens == grid.TOKENS and not cell.recalls:
+            found.setdefault((cell.task, cell.context), {}).setdefault(cell.model, set()).add(cell.rate)
+    for task in ("books-causal", "books-masked", "wiki-causal"):
+        for context in (512, 2048, 8192):
+            rates = found[task, context]
+            assert rates["flash"] == rates["transformer++"] == set(grid.RATES)
+
+
+def test_further_seeds_wait_for_all_rates():
+    rates = [cell for cell in grid.full_grid() if cell.kind == "train" and cell.model == "flash"
+             and (cell.size, cell.task, cell.context, cell.tokens) == ("m", "books-causal", 8192, 30)]  # fmt: skip
+    results = {cell: {"final": {"loss": 4 + cell.rate}} for cell in rates}
+    [more] = grid.further_seeds(results, grid.full_grid())
+    assert more.rate == min(grid.RATES) and more.seed == 1
+    del results[rates[-1]]
+    assert grid.further_seeds(results, grid.full_grid()) == []
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+def test_a_cell_learns_and_tells_all(tokens):
+    result = training.run_cell(CAUSAL, tokens, Gate(None), training.TINY_RECIPE)
+    assert result["steps"] == 8 and result["valid_curve"][-1][0] == 8 and not result["diverged"]
+    losses = [loss for _, loss in result["valid_curve"]]
+    assert losses == sorted(losses, reverse=True) and losses[0] < math.log(300) + 0.1
+    assert abs(result["final"]["loss"] - np.mean(result["final"]["by_position"])) < 1e-3
+    assert len(result["final"]["by_slot"]) == SIZES["tiny"].chunk and set(result["lengths"]) == {"64", "128"}
+    assert result["parameters"] and result["versions"]["torch"] and result["recipe"]["eps"] == 1e-6
+    again = training.run_cell(CAUSAL, tokens, Gate(None), training.TINY_RECIPE)
+    assert again["valid_curve"] == result["valid_curve"] and again["final"] == result["final"]
+
+
+def test_models_see_the_same_batches_in_the_same_order(tokens):
+    """And another seed gives another order."""
+    stream = load_stream(tokens, "books", "train", 32, causal=True)
+    rival = grid.Cell(**{**CAUSAL.__dict__, "model": "transformer++"})
+    drawn = {}
+    for cell in (CAUSAL, rival, grid.Cell(**{**CAUSAL.__dict__, "seed": 1})):
+        source = training.batches(cell, stream, training.TINY_RECIPE, "cpu")
+        drawn[cell] = torch.stack([next(source)[0] for _ in range(5)])
+    assert torch.equal(drawn[CAUSAL], drawn[rival]) and len(set(map(str, drawn.values()))) == 2
+
+
+@pytest.mark.parametrize("task", ["books-masked", "mqar4", "needle"])
+def test_other_tasks_run(tokens, task):
+    size = "tiny" if task == "books-masked" else "tiny-recall"
+    cell = grid.Cell("train", "flash", size, task, 64, 0.002, 0.002)
+    result = training.run_cell(cell, tokens, Gate(None), training.TINY_RECIPE)
+    assert math.isfinite(result["final"]["loss"]) and set(result["lengths"]) == {"128", "256"}
+    if task != "books-masked":
+        assert 0 <= result["final"]["accuracy"] <= 1 and len(result["valid_curve"][0]) == 3
+
+
+def test_time_of_a_step_is_measured_alone(tokens, tmp_path):
+    cell = grid.Cell("time", "transformer++", "tiny", "books-causal", 32)
+    step = training.run_cell(cell, tokens, Gate(tmp_path), training.TINY_RECIPE)["step"]
+    assert 0 < step["q25"] <= step["median"] <= step["q75"] and step["samples"] == training.TINY_RECIPE.samples
+
+
+def test_the_gate_keeps_others_out(tmp_path):
+    pytest.importorskip("fcntl")
+    inside, order, together = [], [], []
+
+    def side_by_side():
+        for _ in range(20):
+            with Gate(tmp_path).shared():
+                inside.append(1)
+                together.append(len(inside))
+                time.sleep(0.002)
+                inside.pop()
+
+    workers = [threading.Thread(target=side_by_side) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for _ in range(3):
+        with Gate(tmp_path).alone():
+            order.append(len(inside))
+            time.sleep(0.01)
+            order.append(len(inside))
+    for worker in workers:
+        worker.join()
+    assert order == [0] * 6 and max(together) > 1
+
+
+def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path, capsys):
+    program = ("import sys, json, pathlib; name = sys.argv[1]; assert name != 'bad', 'this one fails'; "
+               f"path = pathlib.Path({str(tmp_path)!r}, 'cells', name + '.json'); "
+               "path.write_text(json.dumps({'runs': 1}))")  # fmt: skip
+    done = []
+    runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, done=done.append)
+    write_json(runner.path("old"), {"runs": 0})
+    runner.run(["old", "new", "bad"], 2)
+    assert done == ["new"] and runner.result("old") == {"runs": 0} and runner.result("new") == {"runs": 1}
+    assert list(runner.failed) == ["bad"] and "this one fails" in runner.failed["bad"]
+    late = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=0, least_seconds=0)
+    late.begin -= 1
+    late.run(["new", "other"], 1)
+    assert "not begun" in late.failed["other"] and "new" not in late.failed
+
+
+@pytest.mark.slow
+def test_the_script_runs_a_cell_once_and_reports_it(tmp_path, monkeypatch, capsys):
+    cell = grid.tiny_grid()[0].name
+    bundle, work = tmp_path / "bundle.json", tmp_path / "work"
+    command = ["scripts/study.py", "--tiny", "--work", str(work), "--prepare", str(BOOK), "--only", cell,
+               "--bundle", str(bundle)]  # fmt: skip
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{cell}: done" in done.stdout, done.stderr
+
+    def study(*words):
+        monkeypatch.setattr(sys, "argv", ["study.py", "--tiny", "--work", str(work), *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / "study.py"), run_name="__main__")
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    assert "done" not in study("--only", cell)
+    assert study("--list").split() == [other.name for other in grid.tiny_grid()[1:]]
+    study("--unbundle", str(bundle), "--results", str(tmp_path / "kept"))
+    assert [path.stem for path in (tmp_path / "kept").glob("*.json")] == [cell]
+    assert "| FLASH | tiny | causal | 64 |" in study("--report", "--results", str(tmp_path / "kept"))
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+def cell_of(model, rate, losses, **more):
+    curve = [[10 * (i + 1), loss] for i, loss in enumerate(losses)]
+    facts = {"task": "books-causal", "parameters": 2e7, "steps": curve[-1][0], "valid_curve": curve, "lengths": {},
+             "final": {"loss": losses[-1], "by_position": [losses[-1]] * 8},
+             "text": {"books_valid": {"tokens": 100, "bytes": 400}}}  # fmt: skip
+    return {grid.Cell("train", model, "m", "books-causal", 512, 30, rate, more.pop("seed", 0)): facts | more}
+
+
+def test_the_time_to_a_loss_lies_between_two_validations():
+    curve = [[10, 6.0], [20, 5.0], [30, 4.0]]
+    assert report.steps_to(curve, 4.5) == 25 and report.steps_to(curve, 4.0) == 30
+    assert report.steps_to(curve, 6.5) == 10 and report.steps_to(curve, 3.9) is None
+
+
+def test_the_headline_table_compares_best_rates_and_seconds():
+    results = cell_of("flash", 0.002, [6.0, 5.0, 4.0]) | cell_of("flash", 0.004, [6.0, 5.5, 4.2])
+    results |= cell_of("flash", 0.002, [6.0, 5.0, 4.2], seed=1)
+    results |= cell_of("transformer++", 0.002, [6.0, 5.5, 5.0])
+    for model, ms in (("flash", 20.0), ("transformer++", 30.0)):
+        step = {"median": ms, "q25": ms, "q75": ms}
+        results[grid.Cell("time", model, "m", "books-causal", 512)] = {"step": step, "graphed": True}
+    rows = [line.split(" | ") for line in report.headline(results).splitlines()[2:]]
+    ours, rival = rows
+    assert ours[4] == "4.100 +- 0.141" and "**0.002: 4.000**, 0.004: 4.200" in ours[6]
+    # 20 of 30 steps at 20 ms against 30 at 30 ms.
+    assert ours[8] == "20 of 30" and ours[9] == "0.4" and ours[10] == "2.25 x |" and rival[10] == "1.00 x |"
+    assert float(ours[5]) == pytest.approx(4.0 / math.log(2) / 4, abs=1e-3)
+
+
+def test_results_are_filled_in_between_their_marks():
+    document = "a\n<!-- study: times -->\nold\n<!-- end -->\nb\n"
+    filled = report.fill(document, {})
+    assert filled.startswith("a\n") and filled.endswith("\nb\n") and "old" not in filled
+    assert report.fill(filled, {}) == filled
+    with pytest.raises(ValueError, match="no section"):
+        report.fill("<!-- study: else -->\n\n<!-- end -->", {})
+
+
+def test_results_md_is_what_the_kept_cells_say():
+    document = (ROOT / "RESULTS.md").read_text()
+    results = grid.load_results(KEPT)
+    assert results and report.fill(document, results) == document
+    assert all(f"<!-- study: {name} -->" in document for name in report.SECTIONS)
+    assert "(RESULTS.md)" in (ROOT / "README.md").read_text()
+    for cell, result in results.items():
+        recipe = json.loads(json.dumps(dataclasses.asdict(training.recipe_of(cell))))
+        assert result["commit"] and "dirty" not in result["commit"] and result["recipe"] == recipe, cell
+        assert cell.size not in ("tiny", "tiny-recall")
