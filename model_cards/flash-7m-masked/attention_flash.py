@@ -22,7 +22,7 @@ from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slo
 logger = logging.get_logger(__name__)
 
 # Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
-KERNEL_INTERFACE = 1
+KERNEL_INTERFACE = 2
 
 Activation = Literal["relu2", "softmax", "laplace"]
 Normalization = Literal["mean", "chunk"]
@@ -45,7 +45,9 @@ class DecodingState(NamedTuple):
 
     Attributes:
         quad_k, lin_k: keys of the open chunk, `[B, C, S]` (None without that branch).
-        value: values of the open chunk, `[B, C, E]`. Slots from the row's phase on hold leftovers and are never read.
+        value: values of the open chunk, `[B, C, E]`. Slots from the row's phase on hold leftovers and are never read,
+            but for the last slot of `lin_k`: the key of the chunk before the open one, which the global form
+            "previous_token" needs.
         total: sum of `lin_k v^T` over ALL tokens of the document, the open chunk's included, `[B, S, E]`, float32 or
             wider. A step then adds one outer product and needs no branch at a chunk's end; what the open chunk
             contributed is subtracted where the closed chunks' sum is needed.
@@ -266,6 +268,32 @@ def global_scale(count: Tensor, normalization: Normalization, chunk_size: int, d
     return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
 
 
+def previous_keys(lin_k_BGCS: Tensor, layout: ChunkLayout, state: DecodingState | None) -> Tensor:
+    """The key of the token before each slot's in its document, 0 at a document's first token, `[B, G, C, S]`."""
+    flat_BKS = lin_k_BGCS.flatten(1, 2)
+    # Documents take whole chunks: only their first token has another document's slot, or an empty one, before it.
+    begins_BK = layout.position_BGC.flatten(1) == 0
+    first_BS = torch.zeros_like(flat_BKS[:, 0])
+    if state is not None:
+        first_BS = state.lin_k[:, -1].to(flat_BKS.dtype)
+        # The open chunk may be that of a row of nothing but padding, whose slots have no position.
+        cached_B = layout.continues_B & (state.seen >= state.lin_k.shape[1])
+        first_K = torch.arange(flat_BKS.shape[1], device=first_BS.device) == 0
+        begins_BK = begins_BK & ~(first_K & cached_B[:, None])
+    moved_BKS = torch.cat([first_BS[:, None], flat_BKS[:, :-1]], 1)
+    return moved_BKS.masked_fill(begins_BK[..., None], 0).view_as(lin_k_BGCS)
+
+
+def paired_keys(state: DecodingState, previous_key: bool) -> Tensor:
+    """The keys that the open chunk's values are stored under, `[B, C, S]`; meaningful below the row's phase."""
+    if not previous_key:
+        return state.lin_k
+    C = state.lin_k.shape[1]
+    moved_BCS = state.lin_k.roll(1, 1)
+    begins_BC = (torch.arange(C, device=moved_BCS.device) == 0) & (state.seen < C)[:, None]
+    return moved_BCS.masked_fill(begins_BC[..., None], 0)
+
+
 def mixed_chunk_attention(
     heads: Heads,
     value_BGCE: Tensor,
@@ -278,6 +306,7 @@ def mixed_chunk_attention(
     bias_R: Tensor | None = None,
     normalization: Normalization = "mean",
     dropout: float = 0.0,
+    previous_key: bool = False,
     state: DecodingState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, DecodingState | None]:
@@ -288,6 +317,7 @@ def mixed_chunk_attention(
         value_BGCE: values, 0 at empty slots.
         chunk_size: the configured C (the grid's chunks may be shorter when the input is).
         bias_R: relative bias `[2 * C - 1]` for the grid's C, or None.
+        previous_key: whether values enter the global sum under the key of the token before them.
         state: decoding state to continue; causal only.
         return_state: also return the state after these tokens, detached from the graph.
 
@@ -302,7 +332,7 @@ def mixed_chunk_attention(
             for new, old in ((quad_k, state.quad_k), (lin_k, state.lin_k), (value_BGCE, state.value))
         )
         if lin_k is not None:
-            initial = closed_total(state, layout.phase_B) * layout.continues_B[:, None, None]
+            initial = closed_total(state, layout.phase_B, previous_key) * layout.continues_B[:, None, None]
 
     B, G, C, E = value_BGCE.shape
     out = None
@@ -311,10 +341,12 @@ def mixed_chunk_attention(
             quad_q, quad_k, value_BGCE, layout,
             causal=causal, activation=activation, divisor=divisor, bias_R=bias_R, dropout=dropout,
         )  # fmt: skip
-    total = None
+    total, stored_k = None, lin_k
     # Within a first chunk the causal global part is zero: a short input need not compute it.
     if lin_q is not None and (not causal or G > 1 or initial is not None or return_state):
-        product = chunk_products(lin_k, value_BGCE)
+        if previous_key:
+            stored_k = previous_keys(lin_k, layout, state)
+        product = chunk_products(stored_k, value_BGCE)
         if not causal and layout.first_BG is None:
             states = product.sum(1, keepdim=True)
         else:
@@ -350,8 +382,21 @@ def mixed_chunk_attention(
         None if grid is None else F.pad(_at_final(grid, layout).detach(), (0, 0, 0, chunk_size - C)).clone()
         for grid in (quad_k, lin_k, value_BGCE)
     )
+    if lin_k is not None and previous_key:
+        lin_k[:, -1] = _last_key(lin_k[:, -1], stored_k, layout, chunk_size)
     total = None if total is None else total.detach().clone()
     return out, DecodingState(quad_k, lin_k, value, total, layout.seen_after_B.expand(B).clone())
+
+
+def _last_key(own_BS: Tensor, stored_k_BGCS: Tensor, layout: ChunkLayout, chunk_size: int) -> Tensor:
+    """What the last slot of the state's `lin_k` holds: its own token's key, or, as long as there is none, the key of
+    the token before the open chunk."""
+    before_BS = _at_final(stored_k_BGCS, layout)[:, 0].detach().to(own_BS.dtype)
+    occupied_BGC = layout.occupied_BGC.expand(own_BS.shape[0], -1, -1)
+    full_B1 = _at_final(occupied_BGC[..., None], layout)[:, -1]
+    if layout.position_BGC.shape[2] < chunk_size:
+        full_B1 = torch.zeros_like(full_B1)
+    return torch.where(full_B1, own_BS, before_BS)
 
 
 def _continue_chunk(new_BGCF: Tensor, old_BCF: Tensor, phase_B: Tensor) -> Tensor:
@@ -365,11 +410,11 @@ def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
     return x_BGXF[:, -1] if layout.final_B is None else _select(x_BGXF, layout.final_B[:, None])[:, 0]
 
 
-def closed_total(state: DecodingState, phase_B: Tensor) -> Tensor:
+def closed_total(state: DecodingState, phase_B: Tensor, previous_key: bool = False) -> Tensor:
     """Sum of `lin_k v^T` over closed chunks: the total less the open chunk's part, `[B, S, E]`."""
     dtype = state.total.dtype
     open_BC1 = (torch.arange(state.value.shape[1], device=phase_B.device) < phase_B[:, None])[..., None]
-    key = torch.where(open_BC1, state.lin_k, 0).to(dtype)
+    key = torch.where(open_BC1, paired_keys(state, previous_key), 0).to(dtype)
     value = torch.where(open_BC1, state.value, 0).to(dtype)
     # Outside of autocast: this has to cancel, to the last bit if it can, what float32 steps have added.
     with torch.autocast(state.total.device.type, enabled=False):
@@ -386,6 +431,7 @@ def mixed_chunk_step(
     divisor: float,
     bias_R: Tensor | None = None,
     normalization: Normalization = "mean",
+    previous_key: bool = False,
 ) -> Tensor:
     """One token a row against the decoding state, which is advanced in place; no branch on values, no allocation that
     grows, the same cost at any length.
@@ -416,6 +462,8 @@ def mixed_chunk_step(
                 new_B1F = torch.where(valid_B1[..., None], new_B1F, cache_BCF.gather(1, index))
             cache_BCF.scatter_(1, index, new_B1F)
 
+    # Before they are written: the last slot may hold the key before the chunk, until its own token comes.
+    before_BCS = paired_keys(state, True) if heads.lin_q is not None and previous_key else None
     write(state.quad_k, heads.quad_k)
     write(state.lin_k, heads.lin_k)
     write(state.value, value_B1E)
@@ -437,10 +485,14 @@ def mixed_chunk_step(
         query = heads.lin_q.to(state.total.dtype) * scale_B[:, None, None]
         with torch.autocast(seen_B.device.type, enabled=False):
             remote_B1E = torch.bmm(query, state.total).to(dtype)
-            inside_B1C = torch.bmm(query, state.lin_k.to(query.dtype).transpose(1, 2))
+            stored_BCS = state.lin_k if before_BCS is None else before_BCS
+            inside_B1C = torch.bmm(query, stored_BCS.to(query.dtype).transpose(1, 2))
             # The new token is not in the total yet.
             inside_B1C = torch.where((slot_C < phase_B[:, None])[:, None], inside_B1C, 0)
-            key = heads.lin_k.detach().to(query.dtype).transpose(1, 2)
+            key = heads.lin_k
+            if before_BCS is not None:
+                key = before_BCS.gather(1, phase_B[:, None, None].expand(-1, 1, before_BCS.shape[2]))
+            key = key.detach().to(query.dtype).transpose(1, 2)
             if valid_B1 is not None:
                 key = torch.where(valid_B1[..., None], key, 0)
             state.total.baddbmm_(key, value_B1E.detach().to(query.dtype))

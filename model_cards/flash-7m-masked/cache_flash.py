@@ -38,6 +38,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         self.state: DecodingState | None = None
         self.cumulative_length: int | Tensor = 0
         self.record_past = False
+        self.previous_key = False
         self._snapshot: DecodingState | None = None
         self._recorded: list[tuple] = []
 
@@ -67,6 +68,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
             seen=zeros(dtype=torch.long),
         )
         self.device, self.dtype = device, dtype
+        self.previous_key = config.global_form == "previous_token"
         self.is_initialized = True
 
     def update(self, state: DecodingState, heads: Heads, value_BNE: Tensor, documents: Documents) -> None:
@@ -156,8 +158,9 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         # Keys stand in for the queries, whose answers nobody reads.
         heads = Heads(None, quad_k, lin_k, lin_k)
         state = mixed_chunk_attention(
-            heads, value, layout, causal=True, chunk_size=C, divisor=1.0, state=self._snapshot, return_state=True
-        )[1]
+            heads, value, layout, causal=True, chunk_size=C, divisor=1.0, previous_key=self.previous_key,
+            state=self._snapshot, return_state=True,
+        )[1]  # fmt: skip
         return state
 
     # -- what Cache asks of every layer

@@ -32,6 +32,7 @@ ATTENTION_ACTIVATIONS = ("relu2", "softmax", "laplace")
 RELATIVE_BIASES = ("toeplitz", "rotary", "t5", None)
 NORM_TYPES = ("scale_norm", "layer_norm", "rms_norm")
 GLOBAL_NORMALIZATIONS = ("mean", "chunk")
+GLOBAL_FORMS = ("paper", "previous_token")
 BACKENDS = ("auto", "torch", "triton")
 
 # Cache layers register themselves with transformers under these names (cache_flash.py).
@@ -103,6 +104,10 @@ class FlashConfig(PreTrainedConfig):
         use_scaled_sinusoid (`bool`, defaults to `True`): Add sinusoidal positions times one learnt scalar.
         global_normalization (`str`, defaults to `"mean"`): The global sum over tokens is divided by their number
             (`"mean"`) or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
+        global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
+            sum under the key of the token before it, and global queries and keys are not rotated. What followed a
+            token can then be asked for by that token, at any distance; RESULTS.md has the evidence. Plain torch
+            computes it.
         hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
         attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
         max_position_embeddings (`int`, defaults to 8192): Training length. Only `"quadratic"` with a `"toeplitz"` bias
@@ -156,6 +161,7 @@ class FlashConfig(PreTrainedConfig):
     rope_interleaved: bool = False
     use_scaled_sinusoid: bool = True
     global_normalization: str = "mean"
+    global_form: str = "paper"
     hidden_dropout: int | float = 0.0
     attention_dropout: int | float = 0.0
     max_position_embeddings: int = 8192
@@ -295,6 +301,7 @@ class FlashConfig(PreTrainedConfig):
             ("norm_type", NORM_TYPES),
             ("final_norm_type", (*NORM_TYPES, "none", None)),
             ("global_normalization", GLOBAL_NORMALIZATIONS),
+            ("global_form", GLOBAL_FORMS),
             ("backend", BACKENDS),
         ):
             value = getattr(self, name)
@@ -308,6 +315,8 @@ class FlashConfig(PreTrainedConfig):
             )
         if abs(self.hidden_size * self.expansion_factor - self.intermediate_size) > 1e-6 or self.intermediate_size < 1:
             refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
+        if self.global_form != "paper" and self.attention_type in ("local", "quadratic"):
+            refuse("global_form", f"'paper' where there is no global branch (attention_type={self.attention_type!r})")
         if self.use_scaled_sinusoid and self.hidden_size % 2:
             refuse("hidden_size", "even for sine and cosine halves", " Or set use_scaled_sinusoid=False.")
         D, E = self.hidden_size, self.intermediate_size

@@ -71,6 +71,7 @@ from .chunking_flash import (
     resolve_documents,
 )  # fmt: skip
 from .configuration_flash import FlashConfig
+from .loss_flash import can_split, loss_without_logits
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -257,10 +258,19 @@ class FlashOffsetScale(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, config.query_key_dim))
         self.bias = nn.Parameter(torch.zeros(heads, config.query_key_dim))
         self.interleaved = config.rope_interleaved
+        # CODEPATH: the paper's global heads are rotated, those of global_form="previous_token" are not.
+        self.turned = heads - 2 if config.global_form == "previous_token" else heads
 
     def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """The rotated heads, each `[..., S]`."""
-        return offset_scale(z, self.weight, self.bias, rotary, interleaved=self.interleaved).unbind(-2)
+        kept = self.turned
+        heads = ()
+        if kept:
+            gamma, beta = self.weight[:kept], self.bias[:kept]
+            heads = offset_scale(z, gamma, beta, rotary, interleaved=self.interleaved).unbind(-2)
+        if kept < len(self.weight):
+            heads = (*heads, *offset_scale(z, self.weight[kept:], self.bias[kept:], None).unbind(-2))
+        return heads
 
 
 class FlashGatedAttentionUnit(nn.Module):
@@ -332,6 +342,7 @@ class FlashGatedAttentionUnit(nn.Module):
 
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         settings["normalization"] = config.global_normalization
+        settings["previous_key"] = config.global_form == "previous_token"
         if isinstance(layout, StepLayout):
             heads = self.heads(z_BNS, rotary)
             if not cache.is_initialized:
@@ -480,6 +491,8 @@ class FlashPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # A chunk's state depends on all tokens before it: no cutting of sequences over devices as for softmax attention.
     _supports_context_parallel = False
+    # Whether language models in training return their loss without logits; set on an instance, see the heads.
+    skip_logits = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -497,6 +510,20 @@ class FlashPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = True
         with without_conversion():
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def skips_logits(self, asked: bool | None, labels: Tensor | None, loss_options: dict[str, Any]) -> bool:
+        """Whether a head's loss is to be computed without logits: it was asked for and can be done. A compiler wants
+        shapes that do not depend on the labels, and a loss of the user's own wants logits."""
+        if asked is None:
+            asked = self.skip_logits and self.training
+        return (
+            asked
+            and labels is not None
+            and "shift_labels" not in loss_options
+            and not is_tracing()
+            and not hasattr(self, "_loss_function")
+            and can_split(self.lm_head)
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -773,11 +800,15 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted.
+        skip_logits (`bool`, *optional*):
+            With labels: return the loss and no logits, which saves most of a step's memory where the vocabulary is
+            large. By default as the attribute `model.skip_logits` says (False), in training.
 
         Example:
 
@@ -799,11 +830,17 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        logits, loss = None, None
+        if self.skips_logits(skip_logits, labels, kwargs):
+            loss = loss_without_logits(
+                self.lm_head, outputs.last_hidden_state, labels, shift=True,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )  # fmt: skip
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -866,11 +903,15 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict at the masked places, -100 elsewhere.
+        skip_logits (`bool`, *optional*):
+            With labels: return the loss and no logits; tokens that are not masked get none at all. By default as the
+            attribute `model.skip_logits` says (False), in training.
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0)
@@ -884,10 +925,15 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:
             hidden_states = self.transform(hidden_states)
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        logits, loss = None, None
+        if self.skips_logits(skip_logits, labels, kwargs):
+            loss = loss_without_logits(
+                self.lm_head, hidden_states, labels, shift=False, num_items_in_batch=kwargs.get("num_items_in_batch")
+            )
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-entropy of a language-model head without the logits of all tokens at once.
+
+`[tokens, vocabulary]` logits in float32, and their gradient, are often the largest tensors of a training step: 65,536
+tokens and 32,000 words take 8.4 GB each.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Tokens whose logits exist at once where liger-kernel does not compute the loss.
+SLICE = 4096
+
+
+@functools.cache
+def load_liger():
+    """liger-kernel's fused linear cross-entropy, or None; says once why there is none."""
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        logger.warning(
+            f"The loss without logits is computed in slices by plain torch, which is right but slower than "
+            f"liger-kernel: {error}. pip install liger-kernel."
+        )
+        return None
+    return liger_fused_linear_cross_entropy
+
+
+def can_split(head: nn.Module) -> bool:
+    """Whether a head is a plain linear layer, so that its product may be computed in parts."""
+    bare = not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+    return type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor) and bare
+
+
+def sum_of_slice(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden_TD, weight_VD, bias_V).float(), labels_T, reduction="sum")
+
+
+def loss_without_logits(
+    head: nn.Linear,
+    hidden_BND: Tensor,
+    labels_BN: Tensor,
+    *,
+    shift: bool,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy of `head(hidden)` in nats, float32: the mean over the labels, or their sum over
+    `num_items_in_batch`. The same number, and gradients, as from logits.
+
+    Tokens without a label get no logits at all. On CUDA liger-kernel's fused linear cross-entropy does the rest where
+    it is installed and the head has no bias; elsewhere torch does, a slice of tokens after the other, whose logits are
+    computed again in the backward pass.
+
+    Args:
+        head: linear layer `[V, D]`; see `can_split`.
+        shift: whether a token's label is the next one's (causal), or its own (masked).
+    """
+    if shift:
+        labels_BN = F.pad(labels_BN[:, 1:], (0, 1), value=ignore_index)
+    labels = labels_BN.flatten().to(hidden_BND.device)
+    labelled = (labels != ignore_index).nonzero()[:, 0]
+    hidden, labels = hidden_BND.flatten(0, 1)[labelled], labels[labelled]
+    items = len(labels) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(items, Tensor):
+        items = items.to(hidden.device)
+    liger = load_liger() if hidden.is_cuda and head.bias is None and len(labels) else None
+    if liger is not None:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        total = liger(
+            hidden.to(dtype), head.weight.to(dtype), labels, reduction="sum", accum_dtype=torch.float32
+        )  # fmt: skip
+        return total.float() / items
+    sums = [
+        checkpoint(sum_of_slice, part, head.weight, head.bias, own, use_reentrant=False)
+        for part, own in zip(hidden.split(SLICE), labels.split(SLICE), strict=True)
+    ]
+    # As from logits, the mean over no labels is not a number.
+    return torch.stack(sums).sum() / items
