@@ -284,6 +284,10 @@ class FlashTrainer(Trainer):
         """Add `tokens_per_second` and `mfu` (if the peak of the device is known) to a line of the training's log."""
         if "loss" in logs:
             logs.update(self.speed.read())
+        if self.budget is not None:
+            # Older transformers count the steps that were allowed, not those that there was time for.
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                logs.pop(name, None)
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:

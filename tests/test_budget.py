@@ -88,6 +88,8 @@ def test_a_run_ends_in_time_and_saves(tmp_path, monkeypatch):
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
     assert 3 <= seconds < 60 and rates
     assert max(rates) <= 1e-3
+    assert any("train_runtime" in entry for entry in log)
+    assert not any(name.startswith("train_") and name.endswith("per_second") for entry in log for name in entry)
     state = json.loads(next((tmp_path / "run").glob("checkpoint-*/trainer_state.json")).read_text())
     assert state["stateful_callbacks"]["TimeBudget"]["attributes"]["before"] == 1.0
 
