@@ -129,7 +129,8 @@ def full_grid() -> list[Cell]:
     small = {"size": "recall-cpu", "tokens": 3.7}
     cells += [cell for seed in (0, 1) for cell in pairs("mqar4", [128], second, RECALL_MODELS, **small, seed=seed)]
     deep = ("transformer++", "flash-previous", "flash", "flash-local")
-    cells += pairs("mqar4", [128], second, deep, **small | {"size": "recall-cpu-deep"})
+    cells += [cell for rate in (second, third) for cell in pairs("mqar4", [128], rate, deep,
+                                                                 **small | {"size": "recall-cpu-deep"})]  # fmt: skip
     # Does the global branch pay with more training?
     cells += pairs(books, [8192], first, ("flash", "flash-local", "transformer++"), tokens=120)
     return list(dict.fromkeys(cells))
