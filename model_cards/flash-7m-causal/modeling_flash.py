@@ -511,20 +511,6 @@ class FlashPreTrainedModel(PreTrainedModel):
         with without_conversion():
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def skips_logits(self, asked: bool | None, labels: Tensor | None, loss_options: dict[str, Any]) -> bool:
-        """Whether a head's loss is to be computed without logits: it was asked for and can be done. A compiler wants
-        shapes that do not depend on the labels, and a loss of the user's own wants logits."""
-        if asked is None:
-            asked = self.skip_logits and self.training
-        return (
-            asked
-            and labels is not None
-            and "shift_labels" not in loss_options
-            and not is_tracing()
-            and not hasattr(self, "_loss_function")
-            and can_split(self.lm_head)
-        )
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -766,6 +752,24 @@ def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor
         )
 
 
+def skips_logits(
+    model: PreTrainedModel, asked: bool | None, labels: Tensor | None, loss_options: dict[str, Any]
+) -> bool:
+    """Whether a head's loss is to be computed without logits: it was asked for, by the call or by the model's
+    attribute in training, and can be done. A compiler wants shapes that do not depend on the labels, and a loss of the
+    user's own wants logits."""
+    if asked is None:
+        asked = getattr(model, "skip_logits", False) and model.training
+    return (
+        asked
+        and labels is not None
+        and "shift_labels" not in loss_options
+        and not is_tracing()
+        and not hasattr(model, "_loss_function")
+        and can_split(model.lm_head)
+    )
+
+
 def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
     """`config`, or a copy that says what the head does, so that the base saved with it is loaded alike."""
     if config.is_decoder == is_decoder:
@@ -831,7 +835,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits, loss = None, None
-        if self.skips_logits(skip_logits, labels, kwargs):
+        if skips_logits(self, skip_logits, labels, kwargs):
             loss = loss_without_logits(
                 self.lm_head, outputs.last_hidden_state, labels, shift=True,
                 num_items_in_batch=kwargs.get("num_items_in_batch"),
@@ -926,7 +930,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         if self.transform is not None:
             hidden_states = self.transform(hidden_states)
         logits, loss = None, None
-        if self.skips_logits(skip_logits, labels, kwargs):
+        if skips_logits(self, skip_logits, labels, kwargs):
             loss = loss_without_logits(
                 self.lm_head, hidden_states, labels, shift=False, num_items_in_batch=kwargs.get("num_items_in_batch")
             )
