@@ -56,9 +56,9 @@ def loss_without_logits(
     """Cross-entropy of `head(hidden)` in nats, float32: the mean over the labels, or their sum over
     `num_items_in_batch`. The same number, and gradients, as from logits.
 
-    Tokens without a label get no logits at all. On CUDA liger-kernel's fused linear cross-entropy does the rest where
-    it is installed and the head has no bias; elsewhere torch does, a slice of tokens after the other, whose logits are
-    computed again in the backward pass.
+    On CUDA by liger-kernel's fused linear cross-entropy, where it is installed and the head has no bias; elsewhere by
+    torch, a slice of tokens after the other, whose logits are computed again in the backward pass. Of a masked model
+    tokens without a label get no logits at all.
 
     Args:
         head: linear layer `[V, D]`; see `can_split`.
@@ -66,18 +66,21 @@ def loss_without_logits(
     """
     if shift:
         labels_BN = F.pad(labels_BN[:, 1:], (0, 1), value=ignore_index)
-    labels = labels_BN.flatten().to(hidden_BND.device)
-    labelled = (labels != ignore_index).nonzero()[:, 0]
-    hidden, labels = hidden_BND.flatten(0, 1)[labelled], labels[labelled]
-    items = len(labels) if num_items_in_batch is None else num_items_in_batch
+    hidden, labels = hidden_BND.flatten(0, 1), labels_BN.flatten().to(hidden_BND.device)
+    liger = load_liger() if hidden.is_cuda and head.bias is None else None
+    if liger is None or not shift:
+        # To know how many there are is to wait for the GPU: worth it where most tokens have no label.
+        labelled = (labels != ignore_index).nonzero()[:, 0]
+        hidden, labels = hidden[labelled], labels[labelled]
+    items = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(items, Tensor):
         items = items.to(hidden.device)
-    liger = load_liger() if hidden.is_cuda and head.bias is None and len(labels) else None
-    if liger is not None:
+    if liger is not None and len(labels):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         total = liger(
-            hidden.to(dtype), head.weight.to(dtype), labels, reduction="sum", accum_dtype=torch.float32
+            hidden.to(dtype), head.weight.to(dtype), labels, ignore_index=ignore_index, reduction="sum",
+            accum_dtype=torch.float32,
         )  # fmt: skip
         return total.float() / items
     sums = [
