@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 from transformers.utils import logging
 
@@ -219,6 +220,24 @@ def test_operators_pass_opcheck(causal):
     arguments = x, gain, *weights, *heads, *tables, 1e-5, *sizes, False, S, 1 / C, False, torch.float32
     torch.library.opcheck(ops.layer_op, arguments, test_utils=checks)
     torch.library.opcheck(ops.scale_norm_op, (x, gain, 1e-5), test_utils=checks)
+
+
+def test_who_watches_sees_operators():
+    """Eager calls go round the dispatcher; a dispatch mode sees the operators, and gets the same results."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func))
+            return func(*args, **kwargs or {})
+
+    model = make_model(FlashModel, config_of(num_hidden_layers=1), dtype=torch.float32).to(DEVICE)
+    x = torch.randn(2, 20, 32, device=DEVICE)
+    plain, seen = through(model, x, {}, 1.0), set()
+    with Watch():
+        watched = through(model, x, {}, 1.0)
+    assert {"flash_hf.layer.default", "flash_hf.layer_backward.default"} <= seen
+    assert torch.equal(plain[0], watched[0])
+    assert all(torch.equal(plain[1][name], watched[1][name]) for name in plain[1])
 
 
 # ------------------------------------------------------------------------------------------------------------------
