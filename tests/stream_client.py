@@ -8,7 +8,9 @@ A process of its own, since huggingface_hub reads HF_ENDPOINT when it is importe
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_server
 
@@ -19,6 +21,7 @@ os.environ["HF_TOKEN"] = "hf_alice"
 
 import datasets
 from huggingface_hub import HfApi
+from huggingface_hub.utils import _http
 from transformers import TrainerCallback
 
 from flash_hf import streaming, training
@@ -38,6 +41,7 @@ def answer_or_not(handler, parse=SERVER.RequestHandlerClass.parse_request):
 SERVER.RequestHandlerClass.parse_request = answer_or_not
 # What libraries wait for by themselves would make this test minutes long; and documents are to be read in small parts.
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+_http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0.1
 streaming.BATCH_CHARACTERS = 2000
 
