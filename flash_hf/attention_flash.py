@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slots, is_tracing
@@ -91,6 +91,12 @@ def _import_kernels() -> tuple[ModuleType | None, str]:
     if kernels.INTERFACE != KERNEL_INTERFACE:
         return None, "the installed flash_hf is another version than this model's code"
     return kernels, ""
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether nobody listens to a module's calls or has replaced its forward: it may be left out."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+    return not hooked and "forward" not in module.__dict__
 
 
 def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bool) -> ModuleType | None:

@@ -25,6 +25,7 @@ from .configuration_flash import FlashConfig
 from .modeling_flash import FlashModel
 from .naive import naive_model
 from .testing import error_ratio, make_model, naive_config, random_ids, tiny_config
+from .throughput import training_flops
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -62,19 +63,9 @@ def mean_keys(length: int, causal: bool) -> float:
 
 
 def flash_flops(size: Size, context: int, causal: bool, attention_type: str = "mixed_chunk") -> float:
-    """Floating-point operations of FLASH a token, forward, from multiplications of matrices alone.
-
-    A layer: projections `2 D (2E + S) + 2 E D`, local `2 keys (S + E)` with `keys = (c + 1) / 2` of a causal chunk of
-    `c = min(C, context)` tokens and c of a bidirectional one, global `4 S E`. A causal document of G chunks has no use
-    for the last chunk's state, nor a state to read in its first, so that there the global part counts `(G - 1) / G`.
-    FLASH-Quad: the chunk is the document, and there is no global part.
-    """
-    D, E, S = size.width, size.value_dim, size.query_key_dim
-    chunk = context if attention_type == "quadratic" else min(size.chunk_size, context)
-    local = 2 * mean_keys(chunk, causal) * (S + E)
-    chunks = -(-context // chunk)
-    glob = 0.0 if attention_type == "quadratic" else 4 * S * E * ((chunks - 1) / chunks if causal else 1.0)
-    return size.layers * (2 * D * (2 * E + S) + 2 * E * D + local + glob)
+    """Floating-point operations of FLASH a token, forward, without a head: see `throughput.training_flops`."""
+    config = flash_config(size, causal, None, attention_type=attention_type)
+    return training_flops(config, context, causal=causal, head=False) / 3
 
 
 def transformer_flops(size: Size, context: int, causal: bool) -> float:
@@ -241,8 +232,8 @@ class HostCandidate(Candidate):
 
 
 def flash_config(size: Size, causal: bool, backend: str | None, **changes) -> FlashConfig:
-    """FLASH of a size; `backend` is passed on only where this version of FlashConfig has the field."""
-    if backend is not None and "backend" in {field.name for field in dataclasses.fields(FlashConfig)}:
+    """FLASH of a size, with FlashConfig's own backend for None."""
+    if backend is not None:
         changes["backend"] = backend
     return FlashConfig(
         vocab_size=128, hidden_size=size.width, num_hidden_layers=size.layers, query_key_dim=size.query_key_dim,
@@ -253,7 +244,7 @@ def flash_config(size: Size, causal: bool, backend: str | None, **changes) -> Fl
 class FlashCandidate(HostCandidate):
     def __init__(self, config: FlashConfig):
         super().__init__(FlashModel(config))
-        self.note = f"backend {getattr(config, 'backend', 'torch')}"
+        self.note = f"backend {config.backend}"
 
     def layers(self) -> list[nn.Module]:
         return list(self.module.layers)
@@ -694,7 +685,7 @@ def gate(device: str, size: Size = BASE) -> list[Check]:
     torch.set_float32_matmul_precision("highest")
     try:
         checks = check_torch_tier()
-        if device == "cuda" and "backend" in {field.name for field in dataclasses.fields(FlashConfig)}:
+        if device == "cuda":
             two_layers = dataclasses.replace(size, layers=2)
             # Neither a multiple of the chunk nor of a power of two.
             checks += check_kernels(two_layers, device, 3 * size.chunk_size + 37)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from ..attention_flash import DecodingState, score_scale
+from ..attention_flash import DecodingState, is_bare, score_scale
 from ..chunking_flash import ChunkLayout
 from . import ops
 from .common import INTERPRET
@@ -179,12 +179,6 @@ def _initial(state: DecodingState, layout: ChunkLayout, S: int) -> Tensor:
     return F.pad(total, (0, 0, 0, SP - S)).contiguous()
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether nobody listens to a module's calls or has replaced its forward: it may be left out."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-    return not hooked and "forward" not in module.__dict__
-
-
 def fusible(linear: nn.Module) -> bool:
     """Whether a projection is what it seems: a plain linear layer that nobody has replaced, hooked or quantised."""
     return (
@@ -260,6 +254,6 @@ def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 __all__ = [
-    "ChunkPlan", "chunk_plan", "fusible", "gated_attention", "gated_step", "is_bare", "layer", "scale_norm",
+    "ChunkPlan", "chunk_plan", "fusible", "gated_attention", "gated_step", "layer", "scale_norm",
     "unavailable", "unsupported",
 ]  # fmt: skip

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
+from .attention_flash import is_bare
+
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +38,7 @@ def load_liger():
 
 def can_split(head: nn.Module) -> bool:
     """Whether a head is a plain linear layer, so that its product may be computed in parts."""
-    bare = not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
-    return type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor) and bare
+    return type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor) and is_bare(head)
 
 
 def sum_of_slice(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_flash import (
     Heads,
+    is_bare,
     kernels_for,
     load_kernels,
     mixed_chunk_attention,
@@ -318,7 +319,7 @@ class FlashGatedAttentionUnit(nn.Module):
         """
         config = self.config
         # Offloaded parameters are there only while their own module is called.
-        if layout.fused and load_kernels()[0].is_bare(self.offset_scale):
+        if layout.fused and is_bare(self.offset_scale):
             return self.fused_attention(
                 x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values
             )
@@ -439,7 +440,7 @@ class FlashLayer(GradientCheckpointingLayer):
             and gau.config.hidden_act in SILU
             and not (self.hidden_dropout and self.training)
             and compute_dtype(hidden_states) in (torch.bfloat16, torch.float32)
-            and all(kernels.is_bare(module) for module in (gau, norm, gau.offset_scale))
+            and all(is_bare(module) for module in (gau, norm, gau.offset_scale))
             and all(kernels.fusible(module) for module in (gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj))
         )
 
