@@ -79,7 +79,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     curves, last = {}, max(1, options.steps // 10)
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as workers:
-        for run, (losses, seconds) in zip(options.runs, workers.map(partial(train, options), options.runs), strict=True):
+        results = workers.map(partial(train, options), options.runs)
+        for run, (losses, seconds) in zip(options.runs, results, strict=True):
             curves[run] = losses
             mean = sum(losses[-last:]) / last
             print(f"{run}: {mean:.4f} nats a byte over the last {last} steps, {seconds:.0f} s", flush=True)

@@ -12,13 +12,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import INTERPRET
 
 
-def _kind(value) -> tuple:
-    """What triton compiles a kernel anew for, besides types: sizes of described tiles, what divides by 16 or is 1."""
+def _kind(value) -> object:
+    """What triton compiles a kernel anew for: types, sizes of described tiles, and what divides by 16 or is 1."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, tuple(value.block_shape)
     if isinstance(value, int):
         return value % 16 == 0, value == 1, value < 2**31
-    return (type(value),)
+    return type(value)
 
 
 class Kernel:
@@ -35,25 +37,15 @@ class Kernel:
     def __call__(self, grid: tuple[int, ...], *arguments, num_warps: int, maxnreg: int | None = None, **constants):
         if INTERPRET:
             return self.function[grid](*arguments, **constants)
-        key = [torch.cuda.current_device(), num_warps, maxnreg, *constants.values()]
-        # Addresses instead of tensors: these the launcher would ask for theirs, and then the driver whether it is one.
-        plain = []
-        for value in arguments:
-            if isinstance(value, Tensor):
-                address = value.data_ptr()
-                key += value.dtype, address % 16 == 0
-                plain.append(address)
-            else:
-                key += _kind(value)
-                plain.append(value)
-        key = tuple(key)
+        device = torch.cuda.current_device()
+        key = device, num_warps, maxnreg, *map(_kind, arguments), *constants.values()
         compiled = self.compiled.get(key)
         if compiled is None:
             options = {} if maxnreg is None else {"maxnreg": maxnreg}
             self.compiled[key] = self.function[grid](*arguments, **constants, num_warps=num_warps, **options)
-            return
+            return None
         names = self.function.arg_names
-        compiled[(*grid, 1, 1)[:3]](*plain, *[constants[name] for name in names[len(arguments):]])
+        return compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names[len(arguments):]])
 
 
 def kernel(function: triton.JITFunction) -> Kernel:
