@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies made of cells: each is a process that writes one JSON, finished ones are never run again, so that a study
-that was cut off goes on where it stopped."""
+"""Studies made of cells: each runs in a process of its own, or one after the other in one that lasts, and writes one
+JSON; finished ones are never run again, so that a study that was cut off goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -94,12 +96,31 @@ class Gate:
             yield
 
 
+def serve(run: Callable[[str], None], logs: Path) -> None:
+    """The other end of `CellRunner(lasting=True)`: run the cells whose names come in by standard input, one a line,
+    each with its output in a log, and answer with a line. Ends with the input, or with the first cell that fails."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    for name in map(str.strip, sys.stdin):
+        with open(logs / f"{name}.log", "w") as log:
+            os.dup2(log.fileno(), sys.stdout.fileno())
+            os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            run(name)
+        except Exception:  # told by the log; a process that failed is not trusted with another cell
+            traceback.print_exc()
+            raise SystemExit(1) from None
+        finally:
+            sys.stdout.flush()
+        print("done", file=answers, flush=True)
+
+
 class CellRunner:
     """Runs cells in processes beside each other: small ones leave most of a large GPU idle.
 
     Args:
         folder: cells/NAME.json and logs/NAME.log go there.
         command: what runs a cell, without its name.
+        lasting: the command runs many cells, by [`serve`], so that imports and what a device needs are paid for once.
         minutes: all is stopped then; the next run goes on.
         least_seconds: a cell is not begun with less time left.
         environment: variables for the cells.
@@ -109,9 +130,10 @@ class CellRunner:
     def __init__(
         self, folder: Path, command: list[str], *, minutes: float, least_seconds: float = 30.0,
         environment: dict[str, str] | None = None, done: Callable[[str], None] = lambda cell: None,
-        begin: float | None = None,
+        begin: float | None = None, lasting: bool = False,
     ):  # fmt: skip
         self.folder, self.command, self.minutes, self.least_seconds = Path(folder), command, minutes, least_seconds
+        self.lasting, self.kept = lasting, threading.local()
         self.environment, self.done = environment or {}, done
         self.begin = time.perf_counter() if begin is None else begin
         self.failed: dict[str, str] = {}
@@ -128,12 +150,15 @@ class CellRunner:
     def run(self, cells: list[str], workers: int) -> None:
         """Run those that are not finished; again and alone those for which the GPU's memory was too small."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        self.processes: list[subprocess.Popen] = []
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             list(pool.map(self.one, cells, [workers] * len(cells)))
+        for process in self.processes:
+            process.communicate()  # its input ends, and so does it
         for cell in cells if workers > 1 else []:
             if "OutOfMemoryError" in self.failed.get(cell, ""):
                 del self.failed[cell]
-                self.one(cell, 1)
+                self.run([cell], 1)
 
     def one(self, cell: str, workers: int) -> None:
         if self.path(cell).is_file():
@@ -151,12 +176,15 @@ class CellRunner:
         }  # fmt: skip
         log, begin = self.folder / "logs" / f"{cell}.log", self.seconds()
         try:
-            with open(log, "w") as file:
-                done = subprocess.run(
-                    [*self.command, cell], stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left
-                )
-            if done.returncode:
-                self.failed[cell] = log.read_text(errors="replace")[-1500:]
+            if self.lasting:
+                done = self._ask(cell, environment, left)
+            else:
+                with open(log, "w") as file:
+                    done = not subprocess.run(
+                        [*self.command, cell], stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left
+                    ).returncode
+            if not done:
+                self.failed[cell] = log.read_text(errors="replace")[-1500:] if log.is_file() else "it did not start"
         except subprocess.TimeoutExpired:
             self.failed[cell] = f"cut off: {self.minutes:g} minutes are over"
         state = "FAILED" if cell in self.failed else "done"
@@ -164,5 +192,34 @@ class CellRunner:
         if cell not in self.failed:
             self.done(cell)
 
+    def _ask(self, cell: str, environment: dict[str, str], left: float) -> bool:
+        """Whether this thread's process has done the cell; one that ended is replaced.
 
-__all__ = ["CellRunner", "Gate", "provenance", "write_json"]
+        Raises:
+            subprocess.TimeoutExpired: `left` seconds are over, and so is the process.
+        """
+        process = getattr(self.kept, "process", None)
+        if process is None or process not in self.processes or process.poll() is not None:
+            process = self.kept.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            )
+            self.processes.append(process)
+        end = threading.Timer(left, process.kill)
+        end.start()
+        try:
+            process.stdin.write(f"{cell}\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            cut = not end.is_alive()
+            end.cancel()
+        if not answer:
+            process.wait()
+            if cut:
+                raise subprocess.TimeoutExpired(self.command, left)
+        return bool(answer)
+
+
+__all__ = ["CellRunner", "Gate", "provenance", "serve", "write_json"]

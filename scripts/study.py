@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from flash_hf.cells import CellRunner, Gate, write_json
+from flash_hf.cells import CellRunner, Gate, serve, write_json
 from flash_hf.study import grid
 
 
@@ -47,25 +47,30 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: put the tables into RESULTS.md")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="with --report: also draw the figures there")
     parser.add_argument("--tiny", action="store_true", help="a small grid of tiny models: does the study run?")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def run_one(options: argparse.Namespace) -> None:
-    """One cell, in this process."""
+def run_cells(options: argparse.Namespace) -> None:
+    """Cells by their names from standard input, one after the other in this process."""
     from flash_hf.study import training
 
-    cell = grid.Cell.parse(options.cell)
     gate = Gate(options.work / "gate")
-    result = training.run_cell(cell, options.work / "tokens", gate, training.recipe_of(cell))
-    write_json(options.work / "cells" / f"{cell.name}.json", result, indent=None)
+
+    def run(name: str) -> None:
+        cell = grid.Cell.parse(name)
+        result = training.run_cell(cell, options.work / "tokens", gate, training.recipe_of(cell))
+        write_json(options.work / "cells" / f"{cell.name}.json", result, indent=None)
+        training.forget()
+
+    serve(run, options.work / "logs")
 
 
 def main() -> int:
     begin = time.perf_counter()
     options = make_parser().parse_args()
-    if options.cell:
-        run_one(options)
+    if options.serve:
+        run_cells(options)
         return 0
     if options.unbundle:
         bundle = json.loads(options.unbundle.read_text())
@@ -112,14 +117,14 @@ def main() -> int:
             found = {path.stem: json.loads(path.read_text()) for path in sorted(new.glob("*.json"))}
             write_json(options.bundle, found, indent=None)
 
-    words = [sys.executable, __file__, "--work", str(options.work), *(["--tiny"] if options.tiny else []), "--cell"]
+    words = [sys.executable, __file__, "--work", str(options.work), "--serve"]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Batches have one shape, and CUDA graphs their own pools; compilers of several cells share the processors.
-    environment = {"PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    environment = {"PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     if options.tiny:
         environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
-    runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 60,
-                        environment=environment, done=bundle, begin=begin)  # fmt: skip
+    runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 80,
+                        environment=environment, done=bundle, begin=begin, lasting=True)  # fmt: skip
     runner.run(missing(cells), options.workers)
     if not options.only and not options.tiny:
         seeds = grid.further_seeds(grid.load_results(options.results, new), cells)

@@ -210,6 +210,30 @@ def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path, capsys
     assert "not begun" in late.failed["other"] and "new" not in late.failed
 
 
+def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
+    program = (
+        "import os, sys, time; from pathlib import Path; from flash_hf.cells import serve, write_json\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "def run(name):\n"
+        "    print('output of', name)\n"
+        "    assert name != 'bad', 'this one fails'\n"
+        "    time.sleep(60 if name == 'long' else 0)\n"
+        "    write_json(folder / 'cells' / f'{name}.json', os.getpid())\n"
+        "serve(run, folder / 'logs')"
+    )
+    environment = {"PYTHONPATH": str(ROOT)}
+    runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, lasting=True,
+                        environment=environment)  # fmt: skip
+    runner.run(["a", "b", "bad", "c"], 1)
+    assert runner.result("a") == runner.result("b") != runner.result("c")
+    assert list(runner.failed) == ["bad"] and "this one fails" in runner.failed["bad"]
+    assert (tmp_path / "logs" / "b.log").read_text() == "output of b\n"
+    assert all(process.returncode is not None for process in runner.processes)
+    runner.minutes = (runner.seconds() + 8) / 60
+    runner.run(["d", "long"], 1)
+    assert runner.result("d") and "cut off" in runner.failed["long"]
+
+
 @pytest.mark.slow
 def test_the_script_runs_a_cell_once_and_reports_it(tmp_path, monkeypatch, capsys):
     cell = grid.tiny_grid()[0].name
@@ -261,6 +285,15 @@ def test_the_headline_table_compares_best_rates_and_seconds():
     # 20 of 30 steps at 20 ms against 30 at 30 ms.
     assert ours[8] == "20 of 30" and ours[9] == "0.4" and ours[10] == "2.25 x |" and rival[10] == "1.00 x |"
     assert float(ours[5]) == pytest.approx(4.0 / math.log(2) / 4, abs=1e-3)
+
+
+def test_the_time_of_a_step_is_the_quietest_of_those_measured():
+    results = cell_of("flash", 0.002, [5.0], step={"median": 21.0, "q25": 20.0, "q75": 22.0}, graphed=True)
+    results |= cell_of("flash", 0.004, [5.0], step={"median": 25.0, "q25": 25.0, "q75": 25.0}, graphed=True)
+    times = report.times(results).splitlines()[2:]
+    assert times == ["| FLASH | m | causal | 512 | 21.0 (20.0 to 22.0) | - | yes |"]
+    assert report.step_ms(results, grid.Cell("train", "flash", "m", "wiki-causal", 512)) == 21.0
+    assert report.step_ms(results, grid.Cell("train", "flash", "m", "wiki-masked", 512)) is None
 
 
 def test_results_are_filled_in_between_their_marks():

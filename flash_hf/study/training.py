@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import time
@@ -79,6 +80,7 @@ def recipe_of(cell: Cell) -> Recipe:
 CURVE_POINTS = 100
 BINS = 32  # of the loss by position
 GATED_STEPS = 8  # steps between two looks whether somebody wants the device alone
+TRAINED_SAMPLES = 10  # timed steps of a model that has been trained
 
 
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -274,6 +276,8 @@ def run_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe) -> dict:
     """
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     found = (time_cell if cell.kind == "time" else train_cell)(cell, folder, gate, recipe, device)
     result = {**dataclasses.asdict(cell), **found, "recipe": dataclasses.asdict(recipe), **provenance()}
     if not cell.recalls:
@@ -289,22 +293,19 @@ def about(model: nn.Module, step: Step) -> dict:
             "tokens_per_step": step.inputs.numel()}  # fmt: skip
 
 
-def quietest(sample: Callable[[], float], gate: Gate, recipe: Recipe) -> dict:
+def quietest(sample: Callable[[], float], gate: Gate, samples: int, tries: int) -> dict:
     """Quartiles of the time of a step, alone on the device, from the try with the lowest median: others may still
     compile, and then and now launch something."""
-    tries = []
-    for _ in range(recipe.tries):
+    found = []
+    for _ in range(tries):
         with gate.alone():
             sample()
-            tries.append(quartiles([sample() for _ in range(recipe.samples)]))
-    return min(tries)._asdict()
+            found.append(quartiles([sample() for _ in range(samples)]))
+    return min(found)._asdict()
 
 
-def time_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str) -> dict:
-    """Milliseconds of a training step (forward, backward, clipping, optimiser), alone on the device: as the trainings
-    do it, and, on a GPU, issued by Python."""
-    model, _, step, source = prepare(cell, folder, recipe, device)
-    batch = next(source)
+def sampler(step: Step, batch: tuple[Tensor, Tensor], device: str) -> Callable[[], float]:
+    """Does a step and gives its milliseconds."""
 
     def sample() -> float:
         wait(device)
@@ -313,19 +314,28 @@ def time_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str)
         wait(device)
         return 1e3 * (time.perf_counter() - begin)
 
+    return sample
+
+
+def time_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str) -> dict:
+    """Milliseconds of a training step (forward, backward, clipping, optimiser), alone on the device: as the trainings
+    do it, and, on a GPU, issued by Python."""
+    model, _, step, source = prepare(cell, folder, recipe, device)
+    sample = sampler(step, next(source), device)
     for _ in range(3):
         sample()
     found = {}
     if device == "cuda":
-        found["issued"] = quietest(sample, gate, recipe)
+        found["issued"] = quietest(sample, gate, recipe.samples, recipe.tries)
         step.capture()
         sample()
-    found["step"] = quietest(sample, gate, recipe)
+    found["step"] = quietest(sample, gate, recipe.samples, recipe.tries)
     return {**about(model, step), **found}
 
 
 def train_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str) -> dict:
-    """Curves of the training and the validation loss, and what the trained model can do."""
+    """Curves of the training and the validation loss, what the trained model can do, and, on a GPU, the milliseconds
+    of a step, alone on the device."""
     model, stream, step, source = prepare(cell, folder, recipe, device)
     steps = steps_of(cell, recipe)
     step.capture()  # not in the gate: compiling takes long, and little of the device
@@ -363,12 +373,15 @@ def train_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str
             factors = (2, 4) if MODELS[cell.model].long else ()
             other = {f"{factor * cell.context}": recall(model, cell, factor * cell.context, recipe)
                      for factor in factors}  # fmt: skip
+    timed = {}
+    if device == "cuda" and not cell.recalls:  # last: these steps go on training
+        timed["step"] = quietest(sampler(step, next(source), device), gate, TRAINED_SAMPLES, 1)
     width = max(1, steps // CURVE_POINTS)
     smooth = losses[: done // width * width].view(-1, width).mean(1)
     return {
         **about(model, step), "steps": done, "diverged": done < steps, "shared_seconds": round(seconds, 1),
         "train_curve": {"every": width, "loss": rounded(smooth)}, "valid_curve": curve, "final": final,
-        "lengths": other,
+        "lengths": other, **timed,
     }  # fmt: skip
 
 
@@ -388,9 +401,17 @@ def measure_text(model: nn.Module, cell: Cell, valid: Callable[[int, int], Strea
     return final, other
 
 
+def forget() -> None:
+    """Leave the device's memory, and what was compiled, to the next cell of this process."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-__all__ = ["RECIPE", "RECIPES", "TINY_RECIPE", "Recipe", "recipe_of", "run_cell"]
+__all__ = ["RECIPE", "RECIPES", "TINY_RECIPE", "Recipe", "forget", "recipe_of", "run_cell"]
