@@ -293,6 +293,11 @@ class FlashTrainer(Trainer):
         """Trainer's own, as a CUDA graph if the arguments ask for it and the rows are plain."""
         inputs = self._prepare_inputs(inputs)
         if not self._may_graph or inputs.keys() != {"input_ids", "labels"}:
+            if self._may_graph:
+                logger.warning_once(
+                    f"cuda_graph is for batches of input_ids and labels alone, got {', '.join(sorted(inputs))}: steps "
+                    "on padded or packed rows are issued one by one."
+                )
             return super().training_step(model, inputs, num_items_in_batch)
 
         def compute(batch: dict[str, Tensor]) -> Tensor:
