@@ -199,7 +199,7 @@ def test_operators_pass_opcheck(causal):
     torch.manual_seed(0)
     D, E, S, C, N = 32, 64, 16, 16, 35
     model = FlashModel(config_of(is_decoder=causal))
-    layout = model.lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1]
+    layout = model.lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1][0]
     plan = kernels.chunk_plan(layout, 2, causal=causal, width=E, normalization="mean", chunk_size=C)
 
     def new(*shape):

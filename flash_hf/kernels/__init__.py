@@ -55,6 +55,8 @@ def unsupported(config, device: torch.device) -> str | None:
         return f"attention_activation={config.attention_activation!r} has no kernels"
     if config.global_form != "paper":
         return f"global_form={config.global_form!r} has no kernels"
+    if config.chunk_shift:
+        return "chunk_shift has no kernels"
     if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
     if config.query_key_dim > 128 and device.type == "cuda":
