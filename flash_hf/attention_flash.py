@@ -22,7 +22,7 @@ from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, is_tracing
 logger = logging.get_logger(__name__)
 
 # Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
-KERNEL_INTERFACE = 2
+KERNEL_INTERFACE = 3
 
 Activation = Literal["relu2", "softmax", "laplace"]
 Normalization = Literal["mean", "chunk"]

@@ -403,7 +403,7 @@ class FlashGatedAttentionUnit(nn.Module):
                 cache.begin_step(None, v_BNE, documents), divisor=config.attention_divisor,
                 bias_R=None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
                 normalization=config.global_normalization, has_quad=self.has_quad, has_lin=self.has_lin,
-                interleaved=config.rope_interleaved, silu=silu,
+                interleaved=config.rope_interleaved, silu=silu, shift=layout.shift,
             )  # fmt: skip
             return self.o_proj(out_BNE)
         out_BNE, state = kernels.gated_attention(

@@ -57,13 +57,13 @@ def angles(position_B1, half):
 
 
 def torch_step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor, bias_R, normalization, has_quad=True,
-               has_lin=True, interleaved=False, silu=True):  # fmt: skip
+               has_lin=True, interleaved=False, silu=True, shift=0):  # fmt: skip
     """What the kernel replaces, in the dtype of its arguments."""
     if silu:
         u, v, z = (torch.nn.functional.silu(x) for x in (u, v, z))
     heads = offset_scale(z, gamma, beta, rotary, interleaved=interleaved).unbind(-2)
     heads = Heads(*(heads[:2] if has_quad else (None, None)), *(heads[-2:] if has_lin else (None, None)))
-    layout = StepLayout(position, valid)
+    layout = StepLayout(position, valid, shift=shift)
     return u * mixed_chunk_step(
         heads, v, layout, state, divisor=divisor, bias_R=bias_R, normalization=normalization
     )  # fmt: skip
@@ -73,14 +73,14 @@ class Case:
     """Weights, and tokens as slices of one buffer of projections, as a fused projection would give them."""
 
     def __init__(self, dtype=torch.float32, B=3, C=4, E=24, S=8, r=None, quad=True, lin=True, bias=True,
-                 normalization="mean", interleaved=False, silu=True, seed=0):  # fmt: skip
+                 normalization="mean", interleaved=False, silu=True, shift=0, seed=0):  # fmt: skip
         self.dtype, self.B, self.C, self.E, self.S, self.r = dtype, B, C, E, S, S if r is None else r
         self.generator = torch.Generator().manual_seed(seed)
         H = 2 * (quad + lin)
         self.gamma, self.beta = self.randn(H, S), self.randn(H, S) * 0.3
         self.settings = {
             "divisor": 2.0, "bias_R": self.randn(2 * C - 1) * 0.5 if bias and quad else None, "has_lin": lin,
-            "has_quad": quad, "normalization": normalization, "interleaved": interleaved, "silu": silu,
+            "has_quad": quad, "normalization": normalization, "interleaved": interleaved, "silu": silu, "shift": shift,
         }  # fmt: skip
         self.state = allocated(B, C, E, S, dtype, quad, lin)
 
@@ -96,11 +96,12 @@ class Case:
         return (*(token or self.token()), self.gamma, self.beta, rotary, position, valid, state)
 
 
-def stored(state):
-    """Everything the state means, named: slots from the phase on mean nothing."""
+def stored(state, shift=0):
+    """Everything the state means, named: slots from the phase on, and before the first token, mean nothing."""
     C = state.value.shape[1]
-    count = torch.where(state.seen > 0, (state.seen - 1) % C + 1, 0)
-    filled = (torch.arange(C, device=DEVICE) < count[:, None])[..., None]
+    count = torch.where(state.seen > 0, (state.seen - 1 + shift) % C + 1, 0)
+    slot = torch.arange(C, device=DEVICE)
+    filled = ((slot < count[:, None]) & (slot >= (count - state.seen)[:, None]))[..., None]
     for name, x in state._asdict().items():
         if x is not None:
             yield name, torch.where(filled, x, 0) if name in ("quad_k", "lin_k", "value") else x
@@ -118,7 +119,8 @@ def assert_same(case, steps, ratio=1e-5, valids=None):
         expected = torch_step(*case.arguments(theirs, valid, token), **case.settings)
         assert out.shape == (case.B, 1, case.E) and out.dtype == case.dtype and out.isfinite().all()
         assert_close(out[real], expected[real], ratio, f"output of step {index}")
-        for (name, x), (_, y) in zip(stored(mine), stored(theirs), strict=True):
+        shift = case.settings["shift"]
+        for (name, x), (_, y) in zip(stored(mine, shift), stored(theirs, shift), strict=True):
             assert x.dtype == y.dtype
             assert_close(x, y, ratio, f"{name} after step {index}")
         assert torch.equal(mine.seen, theirs.seen)
@@ -127,8 +129,9 @@ def assert_same(case, steps, ratio=1e-5, valids=None):
                 assert torch.equal(old[~real].nan_to_num(7), new[~real].nan_to_num(7))
 
 
-def test_steps_across_three_borders():
-    assert_same(Case(C=4), 13)
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_steps_across_three_borders(shift):
+    assert_same(Case(C=4, shift=shift), 13)
 
 
 @pytest.mark.parametrize("quad, lin", [(True, True), (True, False), (False, True)])
@@ -178,12 +181,13 @@ def test_before_and_after_the_activation(silu):
     assert_same(Case(silu=silu), 6)
 
 
-def test_ragged_rows_and_padding_leave_no_trace():
+@pytest.mark.parametrize("shift", [0, 3])
+def test_ragged_rows_and_padding_leave_no_trace(shift):
     """Rows at phase 0, mid and last slot of their chunks at once; padding between, before and after real tokens."""
     valids = torch.rand(4, 14, generator=torch.Generator().manual_seed(1)) < 0.6
     valids[0], valids[1, :5] = False, False
     valids[1, 5:] = True
-    assert_same(Case(B=4, C=4), 14, valids=valids)
+    assert_same(Case(B=4, C=4, shift=shift), 14, valids=valids)
 
 
 def test_padding_at_a_position_that_is_not_seen():
@@ -261,7 +265,7 @@ def test_strided_and_transposed_projections():
 def op_arguments(case, valid=None):
     u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state, valid)
     cos, sin = rotary or (None, None)
-    return (u, v, z, gamma, beta, cos, sin, position, valid, *state, case.settings["bias_R"], 2.0, True, False, True)
+    return (u, v, z, gamma, beta, cos, sin, position, valid, *state, case.settings["bias_R"], 2.0, True, False, True, 0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"quad": False}, {"lin": False}, {"r": 0, "bias": False}])

@@ -21,7 +21,7 @@ from .step import gated_step
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
-INTERFACE = 2
+INTERFACE = 3
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
@@ -55,8 +55,6 @@ def unsupported(config, device: torch.device) -> str | None:
         return f"attention_activation={config.attention_activation!r} has no kernels"
     if config.global_form != "paper":
         return f"global_form={config.global_form!r} has no kernels"
-    if config.chunk_shift:
-        return "chunk_shift has no kernels"
     if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
     if config.query_key_dim > 128 and device.type == "cuda":
@@ -96,19 +94,21 @@ def _decoding_state(
         chunk_B = layout.final_B
     flat_B = torch.arange(B, device=device) * G + chunk_B
     if plan.source_K is None:
-        column = chunk_B[:, None] * C + torch.arange(C, device=device)
-        token_BC = torch.where(column < N, column + torch.arange(B, device=device)[:, None] * N, -1)
+        column = chunk_B[:, None] * C - plan.shift + torch.arange(C, device=device)
+        first = torch.arange(B, device=device)[:, None] * N
+        token_BC = torch.where((column >= 0) & (column < N), column + first, -1)
     else:
         token_BC = plan.source_K.view(B * G, C)[flat_B].long()
     value = torch.where((token_BC >= 0)[..., None], value_of(token_BC.clamp(min=0)), 0)
+    around = 0, 0, layout.skipped, chunk_size - C - layout.skipped
 
     def key(row: int) -> Tensor:
-        return F.pad(heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S], (0, 0, 0, chunk_size - C))
+        return F.pad(heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S], around)
 
     return DecodingState(
         quad_k=key(1) if has_quad else None,
         lin_k=key(heads.shape[0] - 1) if has_lin else None,
-        value=F.pad(value, (0, 0, 0, chunk_size - C)),
+        value=F.pad(value, around),
         total=final[:, :S].clone() if has_lin else None,
         seen=layout.seen_after_B.expand(B).clone(),
     )
@@ -154,7 +154,7 @@ def gated_attention(
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
     out, heads, *_, final = ops.gated_attention(
         u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, N, plan.chunks,
-        plan.chunk_size, causal, quad, lin, silu, interleaved, rotary_dim,
+        plan.chunk_size, plan.shift, causal, quad, lin, silu, interleaved, rotary_dim,
         score_scale("relu2", divisor, S), return_state and has_lin, ops.saved_attended(v.dtype, silu),
     )  # fmt: skip
     new_state = None
@@ -233,8 +233,8 @@ def layer(
     y, rms, _, h, heads, *_, final = ops.layer(
         x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
         z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
-        plan.index, initial, eps, N, plan.chunks, plan.chunk_size, causal, quad, lin, interleaved, rotary_dim,
-        score_scale("relu2", divisor, S), return_state and has_lin, dtype,
+        plan.index, initial, eps, N, plan.chunks, plan.chunk_size, plan.shift, causal, quad, lin, interleaved,
+        rotary_dim, score_scale("relu2", divisor, S), return_state and has_lin, dtype,
     )  # fmt: skip
     new_state = None
     if return_state:

@@ -49,7 +49,7 @@ def norm_kernel(
 @triton.jit
 def heads_kernel(
     z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, factor_ptr, source_ptr,
-    heads_ptr, N, G, C, GT, S, rotary_dim, table_rows,
+    heads_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
     H: tl.constexpr, LIN_Q: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr,
     REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -59,7 +59,7 @@ def heads_kernel(
     blocks: tl.constexpr = CP // BLOCK_M
     chunk = tl.program_id(0) // blocks
     slot = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
+    token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     factor = tl.load(factor_ptr + chunk)
     if HALF > 0:
@@ -140,7 +140,7 @@ def scores_kernel(
 @triton.jit
 def states_kernel(
     keys, v, v_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, value_ptr, prefix_ptr, total_ptr,
-    N, G, C, E,
+    N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr, TOTAL: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -170,9 +170,9 @@ def states_kernel(
                 tl.store(pointers, (acc * inverse).to(prefix_ptr.dtype.element_ty), mask=mask)
         slot = (step % STEPS) * BLOCK_K
         row = chunk * CP + slot
-        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, RAGGED)
+        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, shift, RAGGED)
         key = load_grid(keys, SP, row, k, 0, s, TMA)
-        value = load_tile(v, v_stride, token, real, row, column, first_e, E, EVEN_E, TMA)
+        value = load_tile(v, v_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
         if SILU:
             value = values_of(value, rms_ptr, gain_ptr, bias_ptr, token, real, column, E, SCALED, SILU, FAST)
             value = value.to(value_ptr.dtype.element_ty)
@@ -226,7 +226,7 @@ def carry_kernel(
 @triton.jit
 def output_kernel(
     a, q, prefix, carry, u_ptr, u_stride, value, value_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, piece_ptr,
-    out_ptr, attended_ptr, N, G, C, E, E_BLOCKS,
+    out_ptr, attended_ptr, N, G, C, shift, E, E_BLOCKS,
     CP: tl.constexpr, SP: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, PREFIX: tl.constexpr,
     CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, ATTENDED: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -250,9 +250,11 @@ def output_kernel(
     if QUAD:
         last = (block_m + 1) * BLOCK_M if CAUSAL else CP
         for start in tl.range(0, last, BLOCK_K, num_stages=STAGES):
-            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, RAGGED)
+            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, shift, RAGGED)
             weight = load_grid(a, CP, row, m, start, k, TMA)
-            v = load_tile(value, value_stride, token, real, chunk * CP + start, column, first_e, E, EVEN_E, TMA)
+            v = load_tile(
+                value, value_stride, token, real, chunk, start, column, first_e, E, G, C, shift, EVEN_E, TMA
+            )
             acc = tl.dot(weight, v, acc, input_precision=PRECISION)
     if LIN:
         piece = tl.load(piece_ptr + chunk)
@@ -263,7 +265,7 @@ def output_kernel(
                 acc, query, prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA,
                 False, PRECISION,
             )  # fmt: skip
-    token, real = token_rows(source_ptr, chunk, block_m * BLOCK_M + m, N, G, C, RAGGED)
+    token, real = token_rows(source_ptr, chunk, block_m * BLOCK_M + m, N, G, C, shift, RAGGED)
     if ATTENDED:
         store_rows(attended_ptr, E, token, real, column, E, acc, EVEN_E)
     u = load_rows(u_ptr, u_stride, token, real, column, E, EVEN_E)

@@ -27,6 +27,7 @@ class ChunkPlan(Movable):
 
     Attributes:
         tokens: N, tokens a row. chunks: G, chunks a row. chunk_size: slots of a chunk in this layout.
+        shift: slots before a row's first token.
         source_K: token index (flat over rows) of every slot, -1 for none, int32 `[B * G * chunk_size]`; None if the
             grid is a padded reshape.
         factor_G: factor on the linear queries against states kept over `chunk_size`, float32 `[B * G]`.
@@ -38,6 +39,7 @@ class ChunkPlan(Movable):
     tokens: int
     chunks: int
     chunk_size: int
+    shift: int
     source_K: Tensor | None
     factor_G: Tensor
     group_G: Tensor
@@ -101,6 +103,7 @@ def chunk_plan(
         tokens=N,
         chunks=G,
         chunk_size=C,
+        shift=layout.shift,
         source_K=source,
         factor_G=factor.expand(batch, G).reshape(-1).contiguous(),
         group_G=group.int(),

@@ -45,16 +45,17 @@ def _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S):
 def _gated_step_kernel(
     u_ptr, v_ptr, z_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, position_ptr, valid_ptr,
     quad_k_ptr, lin_k_ptr, value_ptr, total_ptr, seen_ptr, bias_ptr, out_ptr,
-    u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale,
+    u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale, shift,
     C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
     HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
     MEAN: tl.constexpr, INTERLEAVED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One row and BLOCK_E of its value columns. With p slots of the open chunk filled and c the global part's scale,
+    """One row and BLOCK_E of its value columns. With the token in slot p of the open chunk, whose slots from b on are
+    filled (a document's first chunk begins `shift` slots before it), and c the global part's scale,
 
-        out = silu(u) (sum_{j<p} (A_j - c lin_q.lin_k_j) v_j + A_p v_p + c lin_q total)
+        out = silu(u) (sum_{b<=j<p} (A_j - c lin_q.lin_k_j) v_j + A_p v_p + c lin_q total)
         A_j = relu(quad_q.quad_k_j score_scale + bias[j - p + C - 1])^2
         total += lin_k_p v_p^T
 
@@ -67,8 +68,9 @@ def _gated_step_kernel(
 
     # Not from `seen`, which another program of this row may have advanced already.
     position = tl.load(position_ptr + row * position_stride)
-    phase = (position % C).to(tl.int32)
-    closed = position - phase
+    phase = ((position + shift) % C).to(tl.int32)
+    closed = tl.maximum(position - phase, 0)
+    first = phase - position
     slots = phase
     if HAS_VALID:
         valid = tl.load(valid_ptr + row * valid_stride) != 0
@@ -143,7 +145,7 @@ def _gated_step_kernel(
     sum_CE = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
     for start in tl.range(0, C if INTERPRETED else slots, BLOCK_C, num_stages=STAGES):
         slot_C = start + tl.arange(0, BLOCK_C)
-        live_C = slot_C < slots
+        live_C = (slot_C < slots) & (slot_C >= first)
         weight_C = tl.zeros([BLOCK_C], tl.float32)
         key_at = slot_C[:, None] * S + col_S[None, :]
         if HAS_QUAD:
@@ -220,6 +222,7 @@ def _launch(
     mean: bool,
     interleaved: bool,
     silu: bool,
+    shift: int,
 ) -> Tensor:
     B, _, E = u.shape
     C, S = value.shape[1], z.shape[2]
@@ -235,7 +238,7 @@ def _launch(
             u.stride(0), v.stride(0), z.stride(0),
             0 if cos is None or cos.shape[0] == 1 else cos.shape[2],
             0 if position.shape[0] == 1 else position.stride(0), 0 if valid is None else valid.stride(0),
-            1.0 / divisor,
+            1.0 / divisor, shift,
             C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],
             HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias is not None,
             HAS_VALID=valid is not None, MEAN=mean, INTERLEAVED=interleaved, SILU=silu,
@@ -294,6 +297,7 @@ def gated_step(
     has_lin: bool = True,
     interleaved: bool = False,
     silu: bool = True,
+    shift: int = 0,
 ) -> Tensor:
     """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel; advances `state`.
 
@@ -311,6 +315,7 @@ def gated_step(
         has_quad, has_lin: branches of the layer.
         interleaved: RoPE turns the pairs (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
         silu: u, v and z come before their activation.
+        shift: slots of a document's first chunk before its first token.
 
     Returns:
         `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
@@ -375,5 +380,5 @@ def gated_step(
     bias_R = None if bias_R is None else bias_R.contiguous()
     return torch.ops.flash_hf.gated_step.default(
         u, v, z, gamma_HS.contiguous(), beta_HS.contiguous(), cos, sin, position_B1, valid_B1, *state, bias_R,
-        float(divisor), normalization == "mean", interleaved, silu,
+        float(divisor), normalization == "mean", interleaved, silu, shift,
     )  # fmt: skip
