@@ -378,6 +378,7 @@ class FlashGatedAttentionUnit(nn.Module):
             "bias_R": None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
             "has_quad": self.has_quad,
             "has_lin": self.has_lin,
+            "previous_key": config.global_form == "previous_token",
             "interleaved": config.rope_interleaved,
             "state": None if layout.phase_B is None else cache.state,
             "return_state": cache is not None,
@@ -404,6 +405,7 @@ class FlashGatedAttentionUnit(nn.Module):
                 bias_R=None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
                 normalization=config.global_normalization, has_quad=self.has_quad, has_lin=self.has_lin,
                 interleaved=config.rope_interleaved, silu=silu, shift=layout.shift,
+                previous_key=config.global_form == "previous_token",
             )  # fmt: skip
             return self.o_proj(out_BNE)
         out_BNE, state = kernels.gated_attention(

@@ -93,7 +93,11 @@ def together(grads: dict) -> dict:
     return {**{name: grad for name, grad in grads.items() if grad.numel() > 1}, "scalars": scalars}
 
 
-FORMS = {"paper": {}, "shifted": {"chunk_shift": 6}}
+FORMS = {
+    "paper": {},
+    "shifted": {"chunk_shift": 6},
+    "shifted previous_token": {"chunk_shift": 9, "global_form": "previous_token"},
+}
 forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -121,6 +125,16 @@ VARIANTS = {
         "chunk_size": 11, "query_key_dim": 10, "hidden_size": 24, "attention_type": "local", "chunk_shift": 10,
         "num_hidden_layers": 2,
     },
+    "previous": {"global_form": "previous_token"},
+    "previous, global, odd sizes": {
+        "chunk_size": 11, "query_key_dim": 10, "hidden_size": 24, "attention_type": "global", "relative_bias": None,
+        "global_form": "previous_token",
+    },
+    "previous, interleaved, partial rope": {
+        "global_form": "previous_token", "rope_interleaved": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "previous, no rope": {"global_form": "previous_token", "use_rope": False, "hidden_act": "relu"},
 }  # fmt: skip
 
 
@@ -138,9 +152,10 @@ def test_several_tiles_of_a_chunk(layout, causal, form):
     compare(config_of(is_decoder=causal, chunk_size=150, **FORMS[form]), layout, length=333)
 
 
+@forms
 @pytest.mark.parametrize("causal", [True, False])
-def test_float16_error_is_at_most_twice_the_torch_tiers(causal):
-    compare(config_of(is_decoder=causal), "odd", torch.float16, scale=0.2)
+def test_float16_error_is_at_most_twice_the_torch_tiers(causal, form):
+    compare(config_of(is_decoder=causal, **FORMS[form]), "odd", torch.float16, scale=0.2)
 
 
 @forms
@@ -160,16 +175,18 @@ def test_gpus_without_descriptors(monkeypatch, causal, form):
     compare(config_of(is_decoder=causal, **FORMS[form]), "whole chunks")
 
 
-def test_two_runs_are_bit_equal():
-    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
+@forms
+def test_two_runs_are_bit_equal(form):
+    model = make_model(FlashModel, config_of(**FORMS[form]), dtype=torch.float32).to(DEVICE)
     x = torch.randn(2, 45, 32, device=DEVICE)
     first, second = (through(model, x, {}, 1.0) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-def test_checkpointing_changes_nothing():
-    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE).train()
+@forms
+def test_checkpointing_changes_nothing(form):
+    model = make_model(FlashModel, config_of(**FORMS[form]), dtype=torch.float32).to(DEVICE).train()
     x = torch.randn(2, 45, 32, device=DEVICE)
     plain = through(model, x, {}, 1.0)
     model.gradient_checkpointing_enable()
@@ -222,8 +239,8 @@ def test_operators_pass_opcheck(causal):
     u, v, z = new(2 * N, E), new(2 * N, E), new(2 * N, S)
     heads = new(4, S), new(4, S), new(2 * C - 1)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
-    tables = angle.cos(), angle.sin(), None, plan.index, None
-    sizes = N, plan.chunks, C, plan.shift, causal, True, True
+    tables = angle.cos(), angle.sin(), None, plan.index, None, None
+    sizes = N, plan.chunks, C, plan.shift, causal, True, True, False
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     checks += ("test_aot_dispatch_dynamic",) * causal
     torch.library.opcheck(
@@ -261,9 +278,10 @@ def test_who_watches_sees_operators():
     "changes",
     [
         {}, {"attention_type": "local"}, {"attention_type": "global"}, {"chunk_size": 11, "query_key_dim": 10},
-        {"chunk_shift": 5},
+        {"chunk_shift": 5}, {"global_form": "previous_token"},
+        {"chunk_shift": 3, "global_form": "previous_token", "chunk_size": 11, "query_key_dim": 10},
     ],
-    ids=["mixed", "local", "global", "odd sizes", "shifted"],
+    ids=["mixed", "local", "global", "odd sizes", "shifted", "previous", "shifted previous"],
 )  # fmt: skip
 @pytest.mark.parametrize("static", [False, True])
 def test_prefill_and_steps_equal_the_torch_tier(changes, static):
@@ -369,7 +387,7 @@ def test_falls_back_once_and_says_why(caplog):
     [
         ({"attention_type": "quadratic"}, "quadratic"),
         ({"attention_activation": "laplace"}, "laplace"),
-        ({"global_form": "previous_token"}, "global_form"),
+        ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),
         ({"chunk_size": 1024}, "chunk_size"),
         ({"hidden_size": 30, "expansion_factor": 1}, "multiple of 16"),
     ],

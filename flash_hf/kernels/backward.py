@@ -352,14 +352,15 @@ def bias_kernel(
 @kernel
 @triton.jit
 def heads_gradient_kernel(
-    d_heads_ptr, z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, source_ptr, d_z_ptr,
-    d_z_stride, sums_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    d_heads_ptr, z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, source_ptr, opens_ptr,
+    d_z_ptr, d_z_stride, sums_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
+    H: tl.constexpr, PREVIOUS: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Backward of `heads_kernel`: gradient of z's input, and per program the sums over its tokens for gamma, beta and
-    z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way."""
+    z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way; with PREVIOUS the last head's
+    gradient comes from the slot after."""
     blocks: tl.constexpr = CP // BLOCK_M
     program = tl.program_id(0)
     chunk = program // blocks
@@ -369,6 +370,13 @@ def heads_gradient_kernel(
     sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * S
     d_z_row = d_z_ptr + token[:, None] * d_z_stride
     dtype = d_z_ptr.dtype.element_ty
+    place = chunk.to(tl.int64) * CP + slot
+    if PREVIOUS:
+        # The next chunk's first slot, unless another document begins there.
+        ends = slot == C - 1
+        opens = tl.load(opens_ptr + chunk + 1, mask=chunk + 1 < GT, other=1)
+        has_after = real & ((slot < C - 1) | (ends & (opens == 0)))
+        after = tl.where(ends, (chunk + 1).to(tl.int64) * CP, place + 1)
     if HALF > 0:
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
         mask = real[:, None] & inside[None, :]
@@ -382,11 +390,14 @@ def heads_gradient_kernel(
         d_one = tl.zeros((BLOCK_M, HALF), tl.float32)
         d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
         for head in tl.static_range(H):
-            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
-            turned_one = tl.load(own + one[None, :], mask=mask, other=0.0).to(tl.float32)
-            turned_two = tl.load(own + two[None, :], mask=mask, other=0.0).to(tl.float32)
-            p_one = turned_one * cos + turned_two * sin
-            p_two = turned_two * cos - turned_one * sin
+            row, at = real, place
+            if PREVIOUS and head == H - 1:
+                row, at = has_after, after
+            own = d_heads_ptr + (head * GT * CP + at)[:, None] * SP
+            p_one = tl.load(own + one[None, :], mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            p_two = tl.load(own + two[None, :], mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            if not (PREVIOUS and head >= H - 2):
+                p_one, p_two = p_one * cos + p_two * sin, p_two * cos - p_one * sin
             d_one += p_one * vector(gamma_ptr, head, S, one, inside)
             d_two += p_two * vector(gamma_ptr, head, S, two, inside)
             tl.store(sums + head * S + one, tl.sum(p_one * z_one, 0), mask=inside)
@@ -410,8 +421,11 @@ def heads_gradient_kernel(
         z = silu(h, SILU, FAST)
         d_h = tl.zeros((BLOCK_M, REST), tl.float32)
         for head in tl.static_range(H):
-            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
-            d = tl.load(own, mask=mask, other=0.0).to(tl.float32)
+            row, at = real, place
+            if PREVIOUS and head == H - 1:
+                row, at = has_after, after
+            own = d_heads_ptr + (head * GT * CP + at)[:, None] * SP + column[None, :]
+            d = tl.load(own, mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
             d_h += d * vector(gamma_ptr, head, S, column, inside)
             tl.store(sums + head * S + column, tl.sum(d * z, 0), mask=inside)
             tl.store(sums + (H + head) * S + column, tl.sum(d, 0), mask=inside)

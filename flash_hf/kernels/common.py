@@ -81,6 +81,14 @@ def token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def previous_rows(source_ptr, opens_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr):
+    """`token_rows` of the slots before: the token before each in its document. `opens` marks the chunks in which a
+    document begins."""
+    inside = (slot < C) & ((slot > 0) | (tl.load(opens_ptr + chunk) == 0))
+    return token_rows(source_ptr, chunk, tl.where(inside, slot - 1, C), N, G, C, shift, RAGGED)
+
+
+@triton.jit
 def load_rows(ptr, stride, token, real, column, width, EVEN_E: tl.constexpr):
     """`x[token, column]` as it is stored, 0 at slots without a token and beyond the width."""
     pointers = ptr + token[:, None] * stride + column[None, :]

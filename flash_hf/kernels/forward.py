@@ -13,6 +13,7 @@ from .common import (
     load_rows,
     load_tile,
     preactivation,
+    previous_rows,
     rotated_pair,
     row_gain,
     silu,
@@ -49,19 +50,23 @@ def norm_kernel(
 @triton.jit
 def heads_kernel(
     z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, factor_ptr, source_ptr,
-    heads_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, LIN_Q: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr,
-    REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
+    opens_ptr, heads_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
+    H: tl.constexpr, LIN_Q: tl.constexpr, PREVIOUS: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
+    FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Heads `RoPE(gamma_h silu(z) + beta_h)` on the chunk grid, `[H, GT, CP, SP]`; the linear query times its chunk's
-    factor. HALF pairs of dimensions are turned, REST pass through."""
+    factor. HALF pairs of dimensions are turned, REST pass through. With PREVIOUS the last two heads, the linear ones,
+    are not turned, and the last one is made from the z of the token before."""
     blocks: tl.constexpr = CP // BLOCK_M
     chunk = tl.program_id(0) // blocks
     slot = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     factor = tl.load(factor_ptr + chunk)
+    if PREVIOUS:
+        before, has_before = previous_rows(source_ptr, opens_ptr, chunk, slot, N, G, C, shift, RAGGED)
+        gain_before = row_gain(rms_ptr, gain_ptr, before, has_before) if SCALED else has_before.to(tl.float32)
     if HALF > 0:
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
         z_one = silu(basis(z_ptr, z_stride, token, real, one, inside, gain, bias_ptr, SCALED), SILU, FAST)
@@ -72,6 +77,12 @@ def heads_kernel(
         cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
         for head in tl.static_range(H):
+            row = real
+            if PREVIOUS and head == H - 1:
+                row = has_before
+                z_one = basis(z_ptr, z_stride, before, row, one, inside, gain_before, bias_ptr, SCALED)
+                z_two = basis(z_ptr, z_stride, before, row, two, inside, gain_before, bias_ptr, SCALED)
+                z_one, z_two = silu(z_one, SILU, FAST), silu(z_two, SILU, FAST)
             p_one = z_one * vector(gamma_ptr, head, S, one, inside) + vector(beta_ptr, head, S, one, inside)
             p_two = z_two * vector(gamma_ptr, head, S, two, inside) + vector(beta_ptr, head, S, two, inside)
             if head == LIN_Q:
@@ -79,17 +90,26 @@ def heads_kernel(
                 p_two *= factor
             out = heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
             dtype = heads_ptr.dtype.element_ty
-            tl.store(out + one[None, :], (p_one * cos - p_two * sin).to(dtype), mask=inside[None, :])
-            tl.store(out + two[None, :], (p_two * cos + p_one * sin).to(dtype), mask=inside[None, :])
+            if PREVIOUS and head >= H - 2:
+                turned_one, turned_two = tl.where(row[:, None], p_one, 0.0), tl.where(row[:, None], p_two, 0.0)
+            else:
+                turned_one, turned_two = p_one * cos - p_two * sin, p_two * cos + p_one * sin
+            tl.store(out + one[None, :], turned_one.to(dtype), mask=inside[None, :])
+            tl.store(out + two[None, :], turned_two.to(dtype), mask=inside[None, :])
     if REST > 0:
         column = rotary_dim + tl.arange(0, REST)
         inside = column < S
         z = silu(basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED), SILU, FAST)
         for head in tl.static_range(H):
+            row = real
+            if PREVIOUS and head == H - 1:
+                row = has_before
+                z = basis(z_ptr, z_stride, before, row, column, inside, gain_before, bias_ptr, SCALED)
+                z = silu(z, SILU, FAST)
             p = z * vector(gamma_ptr, head, S, column, inside) + vector(beta_ptr, head, S, column, inside)
             if head == LIN_Q:
                 p *= factor
-            p = tl.where(real[:, None], p, 0.0)
+            p = tl.where(row[:, None], p, 0.0)
             out = heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
             tl.store(out, p.to(heads_ptr.dtype.element_ty), mask=inside[None, :])
 
