@@ -75,13 +75,13 @@ def naive_relative_bias(offset_NN, weights, config, *, causal):
     return w[bucket_NN, 0] * math.sqrt(config.query_key_dim)
 
 
-def naive_attention(heads_HNS, v_NE, weights, config, *, causal):
-    """Section 3.2, mixed chunk attention, [N, S] a head and v [N, E] -> [N, E], with M picking the keys seen:
+def naive_attention(heads_HNS, v_NE, weights, config, *, causal, shift=0):
+    """Section 3.2, mixed chunk attention, chunk 0 from -shift, [N, S] a head and v [N, E] -> [N, E], M the keys seen:
     `(relu(Q K^T / C + b)^2 * M_same_chunk) V + (Q_lin K_lin^T * M_global / tokens seen) V`."""
     index = torch.arange(v_NE.shape[0], device=v_NE.device)
     offset_NN = index[None, :] - index[:, None]
     C = len(index) if config.attention_type == "quadratic" else config.chunk_size  # FLASH-Quad: one chunk spans it all
-    chunk_N = index // C
+    chunk_N = (index + shift) // C
     out_NE = torch.zeros_like(v_NE)
     if config.attention_type != "global":
         q_NS, k_NS = heads_HNS[:2]
@@ -106,16 +106,15 @@ def naive_attention(heads_HNS, v_NE, weights, config, *, causal):
     if config.attention_type in ("mixed_chunk", "global"):
         q_NS, k_NS = heads_HNS[-2:]
         k_NS = k_NS if config.global_form == "paper" else torch.cat((0 * k_NS[:1], k_NS[:-1]))  # "previous_token"
-        # Causal: the g earlier chunks, g * C tokens; the open chunk is the local part's. Else all N, own chunk too.
+        # Causal: the tokens of earlier chunks; the open chunk is the local part's. Else all N, own chunk too.
         seen_NN = chunk_N[None, :] < chunk_N[:, None] if causal else torch.ones_like(offset_NN)
-        count_N = chunk_N * C if causal else torch.full_like(index, len(index))
-        count_N = torch.full_like(index, C) if config.global_normalization == "chunk" else count_N
+        count_N = torch.full_like(index, C) if config.global_normalization == "chunk" else seen_NN.sum(1)
         # The clamp is for chunk 0, which has seen nothing: its zeros must stay zero, not become 0 / 0.
         out_NE = out_NE + (q_NS @ k_NS.T * (seen_NN.to(v_NE) / count_N.clamp(min=1)[:, None])) @ v_NE
     return out_NE
 
 
-def naive_layer(x_ND, weights, config, *, causal, positions=None):
+def naive_layer(x_ND, weights, config, *, causal, positions=None, shift=0):
     """Section 2.2, `y = x + (u * attention(z, v)) W_o + b_o`, heads `RoPE(gamma_h * z + beta_h)`: [N, D] -> [N, D].
     `positions` [N], the index in the document by default, turn the heads' RoPE; chunks and bias go by the index."""
     n_ND = naive_norm(x_ND, weights, config)
@@ -127,7 +126,7 @@ def naive_layer(x_ND, weights, config, *, causal, positions=None):
         positions = torch.arange(x_ND.shape[0]) if positions is None else positions
         turned = slice(None if config.global_form == "paper" else -2)  # else the lin heads know no positions
         heads_HNS[turned] = [naive_rotary(head_NS, positions, config) for head_NS in heads_HNS[turned]]
-    attended_NE = naive_attention(heads_HNS, v_NE, weights, config, causal=causal)
+    attended_NE = naive_attention(heads_HNS, v_NE, weights, config, causal=causal, shift=shift)
     return x_ND + naive_linear(u_NE * attended_NE, weights, "gau.o_proj")
 
 
@@ -144,6 +143,6 @@ def naive_model(input_ids_N, weights, config, *, causal):
         x_ND = x_ND + naive_scaled_sinusoid(*x_ND.shape).to(x_ND) * weights["embed_positions.scale"]
     for i in range(config.num_hidden_layers):
         own = {name.removeprefix(f"layers.{i}."): w for name, w in weights.items() if name.startswith(f"layers.{i}.")}
-        x_ND = naive_layer(x_ND, own, config, causal=causal)
+        x_ND = naive_layer(x_ND, own, config, causal=causal, shift=config.chunk_shift * (i % 2))
     hidden_ND = naive_norm(x_ND, weights, config)
     return hidden_ND, hidden_ND @ weights.get("lm_head.weight", weights["embed_tokens.weight"]).T  # tied by default

@@ -55,6 +55,11 @@ def test_model_equals_naive(attention_type, causal):
         {"global_normalization": "chunk"},
         {"global_form": "previous_token"},
         {"global_form": "previous_token", "attention_type": "global", "relative_bias": None},
+        {"chunk_shift": 4},
+        {"chunk_shift": 7, "attention_activation": "softmax", "relative_bias": "rotary"},
+        {"chunk_shift": 1, "attention_type": "local", "attention_activation": "laplace", "relative_bias": "t5"},
+        {"chunk_shift": 3, "attention_type": "global", "global_normalization": "chunk"},
+        {"chunk_shift": 5, "global_form": "previous_token"},
         {"use_rope": False},
         {"use_rope": False, "relative_bias": "rotary"},
         {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}},
@@ -72,7 +77,7 @@ def test_model_equals_naive(attention_type, causal):
 def test_every_option_equals_naive(changes, causal):
     config = tiny_config(**changes)
     model = make_model(HEADS[causal], config)
-    for length in (1, 5, 29):
+    for length in (1, 4, 5, 29):
         ids = random_ids(config, 1, length, seed=length)
         assert_close(model(ids).logits[0], naive_logits(model, ids[0], causal)[1], 1e-9, str(changes))
 
@@ -88,9 +93,20 @@ def test_float32_equals_naive_in_float64(attention_type, causal):
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("attention_type", TYPES)
-def test_all_gradients_equal_naive(attention_type, causal):
-    config = tiny_config(attention_type=attention_type, num_hidden_layers=2)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"attention_type": attention_type} for attention_type in TYPES),
+        {"global_form": "previous_token"},
+        {"chunk_shift": 3},
+        {"chunk_shift": 6, "attention_type": "local"},
+        {"chunk_shift": 5, "global_form": "previous_token"},
+        {"chunk_shift": 1, "global_form": "previous_token", "attention_type": "global"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_all_gradients_equal_naive(changes, causal):
+    config = tiny_config(num_hidden_layers=2, **changes)
     model = make_model(HEADS[causal], config)
     ids = random_ids(config, 1, 3 * C + 5)
     weight = torch.randn(1, ids.shape[1], config.vocab_size, dtype=torch.float64)
@@ -121,22 +137,22 @@ def test_a_cache_does_not_change_gradients(attention_type, length):
         assert_close(gradients[2][name], expected, 1e-9, f"static {name}")
 
 
-@pytest.mark.parametrize("normalization", ["mean", "chunk"])
+@pytest.mark.parametrize("normalization, shift, previous", [("mean", 0, False), ("chunk", 0, True), ("mean", 2, True)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-def test_gradcheck_with_padding_and_packing(causal, activation, normalization):
+def test_gradcheck_with_padding_and_packing(causal, activation, normalization, shift, previous):
     """float64 gradcheck of the pure function over a ragged, packed layout, through split and merge."""
     chunk = 3
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
     positions = torch.tensor([[0, 0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 3, 4, 5, 0, 0]])
     documents = resolve_documents(2, 8, mask.device, attention_mask=mask, position_ids=positions)
-    layout = chunk_layout(documents, 2, chunk, causal=causal)
+    layout = chunk_layout(documents, 2, chunk, causal=causal, shift=shift)
 
     def run(quad_q, quad_k, lin_q, lin_k, value, bias):
         heads = Heads(*(layout.split(x) for x in (quad_q, quad_k, lin_q, lin_k)))
         out = mixed_chunk_attention(
             heads, layout.split(value), layout, causal=causal, chunk_size=chunk, activation=activation, divisor=1.3,
-            bias_R=bias, normalization=normalization,
+            bias_R=bias, normalization=normalization, previous_key=previous,
         )[0]  # fmt: skip
         return layout.merge(out)
 

@@ -17,7 +17,8 @@ CASES = [
     for cls in (FlashForCausalLM, FlashForMaskedLM)
     for attention_type, activation in (
         ("mixed_chunk", "relu2"), ("mixed_chunk", "softmax"), ("mixed_chunk", "laplace"), ("quadratic", "relu2"),
-        ("quadratic", "softmax"), ("local", "softmax"), ("global", "relu2"),
+        ("quadratic", "softmax"), ("local", "softmax"), ("global", "relu2"), ("shifted", "relu2"),
+        ("shifted", "softmax"),
     )
 ]  # fmt: skip
 
@@ -28,7 +29,10 @@ def precision(request):
 
 
 def build(cls, attention_type, activation, dtype=torch.float64):
-    config = tiny_config(attention_type=attention_type, attention_activation=activation)
+    changes = {"attention_type": attention_type}
+    if attention_type == "shifted":
+        changes = {"chunk_shift": 3, "global_form": "previous_token"}
+    config = tiny_config(attention_activation=activation, **changes)
     return make_model(cls, config, dtype=dtype)
 
 
@@ -128,8 +132,9 @@ def test_what_stands_at_padding_changes_nothing(cls, attention_type, activation)
     assert_close(model(inputs_embeds=noisy, attention_mask=mask).logits[mask.bool()], reference, 1e-12)
 
 
-def test_gradients_do_not_reach_padding_or_other_documents():
-    model = build(FlashForMaskedLM, "mixed_chunk", "relu2")
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "shifted"])
+def test_gradients_do_not_reach_padding_or_other_documents(attention_type):
+    model = build(FlashForMaskedLM, attention_type, "relu2")
     embeds = torch.randn(1, 40, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(1, 40, dtype=torch.long)
     mask[:, :3] = 0
@@ -140,9 +145,10 @@ def test_gradients_do_not_reach_padding_or_other_documents():
     assert gradient[0, 3:23].abs().amax(-1).min() > 0
 
 
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "shifted"])
 @pytest.mark.parametrize("cls", [FlashForCausalLM, FlashForMaskedLM])
-def test_gradients_of_parameters_under_padding_and_packing(cls):
-    model = build(cls, "mixed_chunk", "relu2")
+def test_gradients_of_parameters_under_padding_and_packing(cls, attention_type):
+    model = build(cls, attention_type, "relu2")
     documents = [random_ids(model.config, 1, n, seed=n) for n in (13, 3 * C + 5, 6)]
 
     def gradients(run):
@@ -185,14 +191,28 @@ def test_layout_of_a_packed_padded_row_by_hand():
     assert layout.seen_after_B.tolist() == [1]
 
 
+def test_shifted_layout_of_a_packed_padded_row_by_hand():
+    """The same row with one slot before each document: its chunks hold one token, then two."""
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 1, 0]])
+    positions = torch.tensor([[0, 0, 1, 2, 0, 1, 0, 0, 0]])
+    documents = resolve_documents(1, 9, mask.device, attention_mask=mask, position_ids=positions)
+    layout = chunk_layout(documents, 1, 2, causal=False, shift=1)
+    assert layout.source_BK.tolist() == [[-1, 1, 2, 3, -1, 4, 5, -1, -1, 7]]
+    assert layout.position_BGC.tolist() == [[[0, 0], [1, 2], [0, 0], [1, 2], [0, 0]]]
+    assert layout.first_BG.tolist() == [[0, 0, 2, 2, 4]]
+    assert layout.last_BG.tolist() == [[1, 1, 3, 3, 4]]
+    assert layout.count_BG.tolist() == [[3, 3, 2, 2, 1]]
+    assert layout.before_BG.tolist() == [[0, 1, 0, 1, 0]]
+
+
 def test_positions_alone_do_not_make_a_packed_layout():
     """generate and most callers pass plain positions: they must cost neither a gather nor a packed sum."""
     ids = torch.arange(20)[None]
     assert resolve_documents(1, 20, ids.device, position_ids=ids, attention_mask=torch.ones(1, 20)).is_plain
 
 
-@pytest.mark.parametrize("cls, attention_type, activation", CASES[:1] + CASES[7:8])
-def test_default_initialisation_under_padding(cls, attention_type, activation):
+@pytest.mark.parametrize("cls", [FlashForCausalLM, FlashForMaskedLM])
+def test_default_initialisation_under_padding(cls):
     """The real initialisation, as a user first meets it, in float32."""
     torch.manual_seed(0)
     model = cls(tiny_config(chunk_size=16)).eval()

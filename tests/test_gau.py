@@ -16,13 +16,16 @@ VARIANTS = {
     "decay": {"chunk_weighting": "decay"},
     "normalised": {"global_norm": True},
     "key shift": {"key_shift": True},
-    "shifted grid": {"grid_shift": 3},
+    "shifted grid": {"chunk_shift": 3},
     "wide": {"wide_every": 2, "wide_chunk": 24},
-    "all": {"chunk_weighting": "decay", "global_norm": True, "key_shift": True, "global_rope": False, "grid_shift": 4},
-    "local, shifted": {"attention_type": "local", "grid_shift": 4},
+    "all": {
+        "chunk_weighting": "decay", "global_norm": True, "key_shift": True, "global_rope": False, "chunk_shift": 4,
+    },
+    "local, shifted": {"attention_type": "local", "chunk_shift": 4},
+    "wide, shifted": {"wide_every": 2, "wide_chunk": 24, "chunk_shift": 5},
     "heads": {"attention_type": "quadratic", "num_heads": 3},
     "ungated": {"gated": False, "expansion_factor": 3},
-}
+}  # fmt: skip
 LENGTH = 29  # chunks of 8: three whole ones and a part
 
 
@@ -53,7 +56,7 @@ def stated(model, ids, *, causal):
             continue
         wide = config.wide_every and index % config.wide_every == config.wide_every - 1
         C = config.wide_chunk if wide else config.chunk_size
-        chunk = (position + (config.grid_shift if index % 2 else 0)) // C
+        chunk = (position + config.shift_of(index)) // C
         offset = position[None] - position[:, None]
         same = chunk[:, None] == chunk[None]
         if causal:
@@ -118,7 +121,7 @@ def test_each_variant_is_its_dense_statement(name, causal):
         # And the variant matters: the same weights without it give something else.
         plain = make_model(GAUModel, variant(is_decoder=causal))
         common = {name: p for name, p in model.state_dict().items() if name in plain.state_dict()}
-        if name not in ("ungated", "heads", "local, shifted", "wide"):
+        if name not in ("ungated", "heads", "local, shifted", "wide", "wide, shifted"):
             plain.load_state_dict(common)
             assert not torch.allclose(plain(ids).last_hidden_state[0], got, rtol=1e-3)
 
@@ -136,7 +139,9 @@ def test_without_a_change_it_is_flash(ours, flash):
         assert_close(got, expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", ["decay", "normalised", "no global RoPE", "heads", "ungated"])
+@pytest.mark.parametrize(
+    "name", ["decay", "normalised", "no global RoPE", "heads", "ungated", "shifted grid", "wide, shifted"]
+)
 def test_padding_and_packing_do_not_matter(name):
     model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=True))
     ids = random_ids(model.config, 1, 21)
@@ -181,17 +186,13 @@ def test_wrong_settings_are_refused():
         ({"global_form": "previous_token"}, "global_form"),
         ({"num_heads": 2}, "num_heads"),
         ({"num_heads": 5, "attention_type": "quadratic"}, "num_heads"),
-        ({"grid_shift": 8}, "grid_shift"),
+        ({"chunk_shift": 8}, "chunk_shift"),
         ({"wide_every": 2}, "wide_every"),
         ({"backend": "auto"}, "backend"),
     ):
         with pytest.raises(Exception, match=match):
             variant(**changes)
-    model = make_model(GAUModel, variant(grid_shift=4, is_decoder=True))
+    model = make_model(GAUModel, variant(is_decoder=True))
     ids = random_ids(model.config, 1, 12)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    with pytest.raises(ValueError, match="padding or packing"):
-        model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="no decoding cache"):
         model(ids, use_cache=True)

@@ -13,14 +13,19 @@ from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
 C = 8
-# The last is mixed chunk attention of another global form.
-TYPES = ["mixed_chunk", "quadratic", "local", "global", "previous_token"]
+# Forms of mixed chunk attention, beside the types.
+FORMS = {
+    "previous_token": {"global_form": "previous_token"},
+    "shifted": {"chunk_shift": 3},
+    "shifted previous_token": {"chunk_shift": 5, "global_form": "previous_token"},
+}
+TYPES = ["mixed_chunk", "quadratic", "local", "global", *FORMS]
 GREEDY = {"do_sample": False, "max_new_tokens": 3 * C + 2, "eos_token_id": None, "pad_token_id": 0}
 
 
 def build(attention_type="mixed_chunk", dtype=torch.float64, seed=0, **changes):
-    if attention_type == "previous_token":
-        attention_type, changes = "mixed_chunk", {"global_form": "previous_token", **changes}
+    if attention_type in FORMS:
+        attention_type, changes = "mixed_chunk", {**FORMS[attention_type], **changes}
     config = tiny_config(attention_type=attention_type, **changes)
     return make_model(FlashForCausalLM, config, dtype=dtype, seed=seed)
 
@@ -78,6 +83,8 @@ def test_any_split_equals_the_whole(attention_type, activation, dtype, ratio, ca
     {"global_normalization": "chunk"}, {"relative_bias": "rotary"}, {"relative_bias": "t5"}, {"relative_bias": None},
     {"rope_interleaved": True}, {"chunk_size": 1}, {"use_rope": False}, {"global_form": "previous_token"},
     {"global_form": "previous_token", "chunk_size": 1}, {"global_form": "previous_token", "attention_type": "global"},
+    {"chunk_shift": 7, "attention_type": "local"}, {"chunk_shift": 1, "global_normalization": "chunk"},
+    {"chunk_shift": 1, "chunk_size": 2, "global_form": "previous_token"},
 ], ids=str)  # fmt: skip
 def test_options_decode_alike(changes):
     model = build(**changes)
@@ -152,7 +159,7 @@ def test_generate_equals_generate_without_cache(attention_type):
     assert torch.equal(model.generate(inputs_embeds=embeds, **inputs), expected[:, 29:])
 
 
-@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic"])
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic", "shifted previous_token"])
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_beam_search_with_cache_equals_without(attention_type, implementation):
     model = build(attention_type)
@@ -205,8 +212,9 @@ def test_assisted_and_prompt_lookup_decoding(attention_type):
     assert torch.equal(lookup, model.generate(repeated, **GREEDY))
 
 
-def test_rollback_restores_the_state():
-    model = build()
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", *FORMS])
+def test_rollback_restores_the_state(attention_type):
+    model = build(attention_type)
     ids, mask = ragged(model.config, lengths=(40, 33), width=40)
     for steps, remove in (([0, 10, 30], 13), ([0, 10, 11, 12, 30, 31], 20), ([0, 21, 22], 1), ([0, 10, 40], 30)):
         _, cache = run_in_parts(model, ids, mask, steps[:2])
@@ -257,7 +265,7 @@ def cache_bytes(cache):
     return total
 
 
-@pytest.mark.parametrize("attention_type", ["mixed_chunk", "local", "global"])
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "local", "global", *FORMS])
 def test_cache_bytes_do_not_grow(attention_type):
     model = build(attention_type, dtype=torch.float32, chunk_size=16)
     with torch.no_grad():
@@ -271,7 +279,8 @@ def test_cache_bytes_do_not_grow(attention_type):
     config = model.config
     S, E, width = config.query_key_dim, config.intermediate_size, config.chunk_size
     quad, lin = attention_type != "global", attention_type != "local"
-    expected = 3 * 2 * (4 * (width * (E + S * (quad + lin)) + lin * S * E) + 8)
+    keys = width * (quad + lin) + (config.global_form == "previous_token")
+    expected = 3 * 2 * (4 * (width * E + keys * S + lin * S * E) + 8)
     assert set(sizes.values()) == {expected} and cache_bytes(out.past_key_values) == expected
 
 
@@ -354,8 +363,9 @@ def test_caches_that_cannot_fit_are_refused():
     _, cache = run_in_parts(model, ids, torch.ones_like(ids), [0, 9])
     with pytest.raises(ValueError, match="holds 2 rows but the input has 3"):
         model(random_ids(model.config, 3, 1), past_key_values=cache)
-    with pytest.raises(ValueError, match="another shape"):
-        build(chunk_size=4)(ids, past_key_values=cache)
+    for changes in ({"chunk_size": 4}, {"chunk_shift": 2}, {"global_form": "previous_token"}):
+        with pytest.raises(ValueError, match="another shape"):
+            build(**changes)(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="3 layers.*got 2 layers"):
         model(ids, past_key_values=DynamicCache(config=tiny_config(num_hidden_layers=2)))
     with pytest.raises(ValueError, match="cache of this model"):

@@ -28,7 +28,7 @@ if DEVICE == "cpu" and COMPILED:
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 
 
-def allocated(B, C, E, S, dtype, quad=True, lin=True, fill=float("nan")):
+def allocated(B, C, E, S, dtype, quad=True, lin=True, previous=False, fill=float("nan")):
     """A state that has seen nothing, in whose slots earlier chunks left `fill`."""
 
     def leftover(*shape):
@@ -36,7 +36,7 @@ def allocated(B, C, E, S, dtype, quad=True, lin=True, fill=float("nan")):
 
     total = torch.zeros(B, S, E, dtype=wide(dtype), device=DEVICE) if lin else None
     seen = torch.zeros(B, dtype=torch.long, device=DEVICE)
-    keys = (leftover(C, S) if present else None for present in (quad, lin))
+    keys = (leftover(slots, S) if present else None for present, slots in ((quad, C), (lin, C + previous)))
     return DecodingState(*keys, leftover(C, E), total, seen)
 
 
@@ -57,15 +57,18 @@ def angles(position_B1, half):
 
 
 def torch_step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor, bias_R, normalization, has_quad=True,
-               has_lin=True, interleaved=False, silu=True):  # fmt: skip
+               has_lin=True, interleaved=False, silu=True, shift=0, previous_key=False):  # fmt: skip
     """What the kernel replaces, in the dtype of its arguments."""
     if silu:
         u, v, z = (torch.nn.functional.silu(x) for x in (u, v, z))
     heads = offset_scale(z, gamma, beta, rotary, interleaved=interleaved).unbind(-2)
+    if previous_key:
+        heads = (*heads[:-2], *offset_scale(z, gamma[-2:], beta[-2:], None).unbind(-2))
     heads = Heads(*(heads[:2] if has_quad else (None, None)), *(heads[-2:] if has_lin else (None, None)))
-    layout = StepLayout(position, valid)
+    layout = StepLayout(position, valid, shift=shift)
     return u * mixed_chunk_step(
-        heads, v, layout, state, divisor=divisor, bias_R=bias_R, normalization=normalization
+        heads, v, layout, state, divisor=divisor, bias_R=bias_R, normalization=normalization,
+        previous_key=previous_key,
     )  # fmt: skip
 
 
@@ -73,16 +76,17 @@ class Case:
     """Weights, and tokens as slices of one buffer of projections, as a fused projection would give them."""
 
     def __init__(self, dtype=torch.float32, B=3, C=4, E=24, S=8, r=None, quad=True, lin=True, bias=True,
-                 normalization="mean", interleaved=False, silu=True, seed=0):  # fmt: skip
+                 normalization="mean", interleaved=False, silu=True, shift=0, previous=False, seed=0):  # fmt: skip
         self.dtype, self.B, self.C, self.E, self.S, self.r = dtype, B, C, E, S, S if r is None else r
         self.generator = torch.Generator().manual_seed(seed)
         H = 2 * (quad + lin)
         self.gamma, self.beta = self.randn(H, S), self.randn(H, S) * 0.3
         self.settings = {
             "divisor": 2.0, "bias_R": self.randn(2 * C - 1) * 0.5 if bias and quad else None, "has_lin": lin,
-            "has_quad": quad, "normalization": normalization, "interleaved": interleaved, "silu": silu,
+            "has_quad": quad, "normalization": normalization, "interleaved": interleaved, "silu": silu, "shift": shift,
+            "previous_key": previous,
         }  # fmt: skip
-        self.state = allocated(B, C, E, S, dtype, quad, lin)
+        self.state = allocated(B, C, E, S, dtype, quad, lin, previous)
 
     def randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
@@ -96,14 +100,18 @@ class Case:
         return (*(token or self.token()), self.gamma, self.beta, rotary, position, valid, state)
 
 
-def stored(state):
-    """Everything the state means, named: slots from the phase on mean nothing."""
+def stored(state, shift=0):
+    """Everything the state means, named: slots from the phase on, and before the first token, mean nothing, but for
+    the newest token's key."""
     C = state.value.shape[1]
-    count = torch.where(state.seen > 0, (state.seen - 1) % C + 1, 0)
-    filled = (torch.arange(C, device=DEVICE) < count[:, None])[..., None]
+    count = torch.where(state.seen > 0, (state.seen - 1 + shift) % C + 1, 0)
     for name, x in state._asdict().items():
+        if x is not None and name in ("quad_k", "lin_k", "value"):
+            slot = torch.arange(x.shape[1], device=DEVICE)
+            filled = slot < (count + (x.shape[1] > C) * (state.seen > 0))[:, None]
+            x = torch.where((filled & (slot >= (count - state.seen)[:, None]))[..., None], x, 0)
         if x is not None:
-            yield name, torch.where(filled, x, 0) if name in ("quad_k", "lin_k", "value") else x
+            yield name, x
 
 
 def assert_same(case, steps, ratio=1e-5, valids=None):
@@ -118,7 +126,8 @@ def assert_same(case, steps, ratio=1e-5, valids=None):
         expected = torch_step(*case.arguments(theirs, valid, token), **case.settings)
         assert out.shape == (case.B, 1, case.E) and out.dtype == case.dtype and out.isfinite().all()
         assert_close(out[real], expected[real], ratio, f"output of step {index}")
-        for (name, x), (_, y) in zip(stored(mine), stored(theirs), strict=True):
+        shift = case.settings["shift"]
+        for (name, x), (_, y) in zip(stored(mine, shift), stored(theirs, shift), strict=True):
             assert x.dtype == y.dtype
             assert_close(x, y, ratio, f"{name} after step {index}")
         assert torch.equal(mine.seen, theirs.seen)
@@ -127,8 +136,12 @@ def assert_same(case, steps, ratio=1e-5, valids=None):
                 assert torch.equal(old[~real].nan_to_num(7), new[~real].nan_to_num(7))
 
 
-def test_steps_across_three_borders():
-    assert_same(Case(C=4), 13)
+forms = pytest.mark.parametrize("shift, previous", [(0, False), (3, False), (0, True), (1, True)])
+
+
+@forms
+def test_steps_across_three_borders(shift, previous):
+    assert_same(Case(C=4, shift=shift, previous=previous), 13)
 
 
 @pytest.mark.parametrize("quad, lin", [(True, True), (True, False), (False, True)])
@@ -178,12 +191,13 @@ def test_before_and_after_the_activation(silu):
     assert_same(Case(silu=silu), 6)
 
 
-def test_ragged_rows_and_padding_leave_no_trace():
+@forms
+def test_ragged_rows_and_padding_leave_no_trace(shift, previous):
     """Rows at phase 0, mid and last slot of their chunks at once; padding between, before and after real tokens."""
     valids = torch.rand(4, 14, generator=torch.Generator().manual_seed(1)) < 0.6
     valids[0], valids[1, :5] = False, False
     valids[1, 5:] = True
-    assert_same(Case(B=4, C=4), 14, valids=valids)
+    assert_same(Case(B=4, C=4, shift=shift, previous=previous), 14, valids=valids)
 
 
 def test_padding_at_a_position_that_is_not_seen():
@@ -199,9 +213,10 @@ def test_padding_at_a_position_that_is_not_seen():
         assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))
 
 
+@forms
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
-def test_low_precision_error_is_at_most_twice_torchs(dtype):
-    case = Case(dtype=dtype, B=2, C=8, E=64, S=32)
+def test_low_precision_error_is_at_most_twice_torchs(dtype, shift, previous):
+    case = Case(dtype=dtype, B=2, C=8, E=64, S=32, shift=shift, previous=previous)
     mine, theirs, exact = case.state, copied(case.state), copied(case.state)
     theirs, exact = (DecodingState(*(x.nan_to_num(0) for x in state)) for state in (theirs, exact))
     exact = converted(exact, torch.float64)
@@ -261,20 +276,26 @@ def test_strided_and_transposed_projections():
 def op_arguments(case, valid=None):
     u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state, valid)
     cos, sin = rotary or (None, None)
-    return (u, v, z, gamma, beta, cos, sin, position, valid, *state, case.settings["bias_R"], 2.0, True, False, True)
+    forms = case.settings["shift"], case.settings["previous_key"]
+    tensors = u, v, z, gamma, beta, cos, sin, position, valid, *state, case.settings["bias_R"]
+    return (*tensors, 2.0, True, False, True, *forms)
 
 
-@pytest.mark.parametrize("settings", [{}, {"quad": False}, {"lin": False}, {"r": 0, "bias": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"quad": False}, {"lin": False}, {"r": 0, "bias": False}, {"shift": 2, "previous": True}]
+)
 def test_opcheck(settings):
     case = Case(**settings)
-    case.state = allocated(case.B, 4, 24, 8, torch.float32, settings.get("quad", True), settings.get("lin", True), 0.5)
+    branches = settings.get("quad", True), settings.get("lin", True), settings.get("previous", False)
+    case.state = allocated(case.B, 4, 24, 8, torch.float32, *branches, fill=0.5)
     valid = torch.tensor([[True], [False], [True]], device=DEVICE) if settings else None
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.flash_hf.gated_step.default, op_arguments(case, valid), test_utils=tests)
 
 
-def test_compiles_in_one_graph():
-    case = Case()
+@forms
+def test_compiles_in_one_graph(shift, previous):
+    case = Case(shift=shift, previous=previous)
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(kernel.gated_step, fullgraph=True, backend=backend)
     mine, theirs = copied(case.state), case.state
@@ -283,17 +304,18 @@ def test_compiles_in_one_graph():
         token = case.token()
         out = compiled(*case.arguments(mine, token=token), **case.settings)
         assert torch.equal(out, kernel.gated_step(*case.arguments(theirs, token=token), **case.settings))
-        for (name, x), (_, y) in zip(stored(mine), stored(theirs), strict=True):
+        for (name, x), (_, y) in zip(stored(mine, shift), stored(theirs, shift), strict=True):
             assert torch.equal(x, y), name
     assert addresses == [x.data_ptr() for x in mine]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shift, previous", [(0, False), (128, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("B", [1, 5, 64])
-def test_full_size_in_a_cuda_graph(dtype, B):
+def test_full_size_in_a_cuda_graph(dtype, B, shift, previous):
     """A captured step replayed over borders: the phase is read on the device."""
-    case = Case(dtype=dtype, B=B, C=256, E=1536, S=128)
+    case = Case(dtype=dtype, B=B, C=256, E=1536, S=128, shift=shift, previous=previous)
     case.gamma *= 0.1
     state = case.state
     arguments = case.arguments(state)
@@ -318,8 +340,11 @@ def test_full_size_in_a_cuda_graph(dtype, B):
 
 
 @pytest.mark.gpu
-def test_two_runs_are_bit_equal():
-    first, second = (Case(dtype=torch.float16, B=16, C=64, E=1536, S=128) for _ in range(2))
+@forms
+def test_two_runs_are_bit_equal(shift, previous):
+    first, second = (
+        Case(dtype=torch.float16, B=16, C=64, E=1536, S=128, shift=shift, previous=previous) for _ in range(2)
+    )
     for case in (first, second):
         case.gamma *= 0.1
     for _ in range(130):

@@ -94,11 +94,20 @@ def together(grads: dict) -> dict:
     return {**{name: grad for name, grad in grads.items() if grad.numel() > 1}, "scalars": scalars}
 
 
+FORMS = {
+    "paper": {},
+    "shifted": {"chunk_shift": 6},
+    "shifted previous_token": {"chunk_shift": 9, "global_form": "previous_token"},
+}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+@forms
 @pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_equal_the_torch_tier(layout, causal, whole):
-    compare(config_of(is_decoder=causal), layout, whole=whole)
+def test_kernels_equal_the_torch_tier(layout, causal, whole, form):
+    compare(config_of(is_decoder=causal, **FORMS[form]), layout, whole=whole)
 
 
 VARIANTS = {
@@ -113,52 +122,72 @@ VARIANTS = {
     "layer norm": {"norm_type": "layer_norm"},
     "relu": {"hidden_act": "relu"},
     "odd sizes": {"chunk_size": 11, "query_key_dim": 10, "hidden_size": 24},
-}
+    "shifted, local, odd sizes": {
+        "chunk_size": 11, "query_key_dim": 10, "hidden_size": 24, "attention_type": "local", "chunk_shift": 10,
+        "num_hidden_layers": 2,
+    },
+    "previous": {"global_form": "previous_token"},
+    "previous, global, odd sizes": {
+        "chunk_size": 11, "query_key_dim": 10, "hidden_size": 24, "attention_type": "global", "relative_bias": None,
+        "global_form": "previous_token",
+    },
+    "previous, interleaved, partial rope": {
+        "global_form": "previous_token", "rope_interleaved": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "previous, no rope": {"global_form": "previous_token", "use_rope": False, "hidden_act": "relu"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_equal_the_torch_tier(variant, causal):
-    compare(config_of(is_decoder=causal, num_hidden_layers=1, **VARIANTS[variant]), "odd")
+    compare(config_of(**{"is_decoder": causal, "num_hidden_layers": 1, **VARIANTS[variant]}), "odd")
 
 
+@forms
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", ["odd", "padded"])
-def test_several_tiles_of_a_chunk(layout, causal):
-    compare(config_of(is_decoder=causal, chunk_size=150, num_hidden_layers=1), layout, length=333)
+def test_several_tiles_of_a_chunk(layout, causal, form):
+    compare(config_of(is_decoder=causal, chunk_size=150, **FORMS[form]), layout, length=333)
 
 
+@forms
 @pytest.mark.parametrize("causal", [True, False])
-def test_float16_error_is_at_most_twice_the_torch_tiers(causal):
-    compare(config_of(is_decoder=causal), "odd", torch.float16, scale=0.2)
+def test_float16_error_is_at_most_twice_the_torch_tiers(causal, form):
+    compare(config_of(is_decoder=causal, **FORMS[form]), "odd", torch.float16, scale=0.2)
 
 
-def test_many_pieces_of_a_document(monkeypatch):
+@forms
+def test_many_pieces_of_a_document(monkeypatch, form):
     """Long documents are summed in pieces; here each chunk is one."""
     monkeypatch.setattr(kernels.plan, "LONGEST_PIECE", 1)
     for causal in (True, False):
         for layout in ("odd", "packed"):
-            compare(config_of(is_decoder=causal, num_hidden_layers=1), layout, length=55)
+            compare(config_of(is_decoder=causal, **FORMS[form]), layout, length=55)
 
 
+@forms
 @pytest.mark.parametrize("causal", [True, False])
-def test_gpus_without_descriptors(monkeypatch, causal):
+def test_gpus_without_descriptors(monkeypatch, causal, form):
     """Before Hopper tiles are loaded by pointers, and the output projection is torch's."""
     monkeypatch.setattr(ops, "has_tma", lambda device: False)
-    compare(config_of(is_decoder=causal, num_hidden_layers=1), "whole chunks")
+    compare(config_of(is_decoder=causal, **FORMS[form]), "whole chunks")
 
 
-def test_two_runs_are_bit_equal():
-    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
+@forms
+def test_two_runs_are_bit_equal(form):
+    model = make_model(FlashModel, config_of(**FORMS[form]), dtype=torch.float32).to(DEVICE)
     x = torch.randn(2, 45, 32, device=DEVICE)
     first, second = (through(model, x, {}, 1.0) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
-def test_checkpointing_changes_nothing():
-    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE).train()
+@forms
+def test_checkpointing_changes_nothing(form):
+    model = make_model(FlashModel, config_of(**FORMS[form]), dtype=torch.float32).to(DEVICE).train()
     x = torch.randn(2, 45, 32, device=DEVICE)
     plain = through(model, x, {}, 1.0)
     model.gradient_checkpointing_enable()
@@ -181,9 +210,10 @@ def test_a_gain_of_zero_has_a_gradient():
         assert_close(fast[f"layers.{i}.norm.weight"], exact[f"layers.{i}.norm.weight"], 1e-4)
 
 
+@forms
 @pytest.mark.parametrize("causal", [True, False])
-def test_compiles_to_one_graph(causal):
-    config = config_of(is_decoder=causal, num_hidden_layers=1)
+def test_compiles_to_one_graph(causal, form):
+    config = config_of(is_decoder=causal, **FORMS[form])
     model = make_model(FlashModel, config, dtype=torch.float32).to(DEVICE)
     x = torch.randn(2, 45, 32, device=DEVICE)
     expected = through(model, x, {}, 1.0)
@@ -200,7 +230,7 @@ def test_operators_pass_opcheck(causal):
     torch.manual_seed(0)
     D, E, S, C, N = 32, 64, 16, 16, 35
     model = FlashModel(config_of(is_decoder=causal))
-    layout = model.lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1]
+    layout = model.lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1][0]
     plan = kernels.chunk_plan(layout, 2, causal=causal, width=E, normalization="mean", chunk_size=C)
 
     def new(*shape):
@@ -210,8 +240,8 @@ def test_operators_pass_opcheck(causal):
     u, v, z = new(2 * N, E), new(2 * N, E), new(2 * N, S)
     heads = new(4, S), new(4, S), new(2 * C - 1)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
-    tables = angle.cos(), angle.sin(), None, plan.index, None
-    sizes = N, plan.chunks, C, causal, True, True
+    tables = angle.cos(), angle.sin(), None, plan.index, None, None
+    sizes = N, plan.chunks, C, plan.shift, causal, True, True, False
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     checks += ("test_aot_dispatch_dynamic",) * causal
     torch.library.opcheck(
@@ -247,9 +277,13 @@ def test_who_watches_sees_operators():
 # ------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_type": "local"}, {"attention_type": "global"}, {"chunk_size": 11, "query_key_dim": 10}],
-    ids=["mixed", "local", "global", "odd sizes"],
-)
+    [
+        {}, {"attention_type": "local"}, {"attention_type": "global"}, {"chunk_size": 11, "query_key_dim": 10},
+        {"chunk_shift": 5}, {"global_form": "previous_token"},
+        {"chunk_shift": 3, "global_form": "previous_token", "chunk_size": 11, "query_key_dim": 10},
+    ],
+    ids=["mixed", "local", "global", "odd sizes", "shifted", "previous", "shifted previous"],
+)  # fmt: skip
 @pytest.mark.parametrize("static", [False, True])
 def test_prefill_and_steps_equal_the_torch_tier(changes, static):
     config = config_of(**changes)
@@ -274,8 +308,9 @@ def test_prefill_and_steps_equal_the_torch_tier(changes, static):
     assert_close(torch.cat(logits, 1) * real, expected * real, 1e-5)
 
 
-def test_chunked_prefill_continues_on_the_border():
-    config = config_of()
+@forms
+def test_chunked_prefill_continues_on_the_border(form):
+    config = config_of(**FORMS[form])
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 2, 80).to(DEVICE)
     with torch.no_grad():
@@ -289,8 +324,9 @@ def test_chunked_prefill_continues_on_the_border():
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 16}])
-def test_generation_gives_the_torch_tiers_tokens(options):
-    config = config_of()
+@forms
+def test_generation_gives_the_torch_tiers_tokens(options, form):
+    config = config_of(**FORMS[form])
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 1, 37).to(DEVICE)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
@@ -352,7 +388,7 @@ def test_falls_back_once_and_says_why(caplog):
     [
         ({"attention_type": "quadratic"}, "quadratic"),
         ({"attention_activation": "laplace"}, "laplace"),
-        ({"global_form": "previous_token"}, "global_form"),
+        ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),
         ({"chunk_size": 1024}, "chunk_size"),
         ({"hidden_size": 30, "expansion_factor": 1}, "multiple of 16"),
     ],
@@ -395,19 +431,23 @@ except ValueError as error:
 # ------------------------------------------------------------------------------------------------------------------
 # On the GPU alone
 # ------------------------------------------------------------------------------------------------------------------
+@forms
 @pytest.mark.gpu
 @pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bfloat16_error_is_at_most_twice_the_torch_tiers(layout, causal, whole):
-    config = config_of(is_decoder=causal, chunk_size=64, query_key_dim=64, hidden_size=256)
+def test_bfloat16_error_is_at_most_twice_the_torch_tiers(layout, causal, whole, form):
+    config = config_of(is_decoder=causal, chunk_size=64, query_key_dim=64, hidden_size=256, **FORMS[form])
     compare(config, layout, torch.bfloat16, whole=whole, length=777, scale=0.06)
 
 
+@forms
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("chunk_size", "key_dim"), [(256, 128), (512, 256), (128, 32), (100, 48)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_chunk_and_key_sizes(chunk_size, key_dim, causal, dtype):
-    config = config_of(is_decoder=causal, chunk_size=chunk_size, query_key_dim=key_dim, hidden_size=256)
+def test_chunk_and_key_sizes(chunk_size, key_dim, causal, dtype, form):
+    config = config_of(
+        is_decoder=causal, chunk_size=chunk_size, query_key_dim=key_dim, hidden_size=256, **FORMS[form]
+    )
     compare(config, "odd", dtype, length=1300, scale=0.06)

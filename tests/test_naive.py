@@ -26,6 +26,7 @@ def toy(**changes):
         "hidden_size": 2,
         "query_key_dim": 1,
         "chunk_size": 2,
+        "chunk_shift": 0,
         "max_position_embeddings": 8,
         "attention_type": "mixed_chunk",
         "attention_activation": "relu2",
@@ -193,6 +194,22 @@ def test_local_and_quadratic_have_no_global_part():
     for attention_type in ("local", "quadratic"):
         config = toy(attention_type=attention_type)
         assert_equal(naive.naive_attention(zero, LIN_V, {}, config, causal=True), [[0.0]] * 5)
+
+
+@pytest.mark.parametrize(("causal", "expected"), [(True, [0, 2, 3, 12, 15]), (False, GLOBAL_CASES[2][2])])
+def test_global_with_shifted_chunks(causal, expected):
+    # Chunks {0}, {1, 2}, {3, 4}; k v = (1, 2, 6, 4, 5) as above. Causal: chunk 1 sees 1 over one token: 2*1, 3*1;
+    # chunk 2 sees 9 over three tokens: 4*3, 5*3. Bidirectional: all, whatever the chunks.
+    out = naive.naive_attention(LIN, LIN_V, {}, toy(attention_type="global"), causal=causal, shift=1)
+    assert_equal(out[:, 0], expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_local_with_shifted_chunks(causal):
+    # Scores 2*1/2 = 1, so the local part sums v = (1, 10, 100, 1000) over the chunks {0}, {1, 2}, {3} as far as seen.
+    q, k, v = column(2, 2, 2, 2), column(1, 1, 1, 1), column(1, 10, 100, 1000)
+    out = naive.naive_attention([q, k], v, {}, toy(attention_type="local"), causal=causal, shift=1)
+    assert_equal(out[:, 0], [1, 10 if causal else 110, 110, 1000])
 
 
 # ---------------------------------------------------------------- relative position bias, by hand
@@ -449,7 +466,7 @@ def py_activate(scores, config):
     return [s * s if s > 0 else 0.0 for s in scores]
 
 
-def py_layer(x, w, config, causal, positions=None):
+def py_layer(x, w, config, causal, positions=None, shift=0):
     """One FLASH layer on lists of floats: token by token, chunk by chunk, with a running k v^T."""
     n = len(x)
     normed = [py_norm(row, w, config) for row in x]
@@ -464,11 +481,12 @@ def py_layer(x, w, config, causal, positions=None):
     s, e = len(z[0]), len(v[0])
     chunk = n if config.attention_type == "quadratic" else config.chunk_size
     divisor = math.sqrt(s) if config.attention_activation == "softmax" else config.attention_divisor
+    starts = [0, *range(chunk - shift, n, chunk)] if shift else list(range(0, n, chunk))
+    ends = [*starts[1:], n]
     attended = [[0.0] * e for _ in range(n)]
     if config.attention_type != "global":
-        for t in range(n):
-            start = t - t % chunk
-            keys = list(range(start, t + 1 if causal else min(start + chunk, n)))
+        for t, start, stop in [(t, a, b) for a, b in zip(starts, ends, strict=True) for t in range(a, b)]:
+            keys = list(range(start, t + 1 if causal else stop))
             scores = [
                 py_dot(heads[0][t], heads[1][j]) / divisor + py_bias(t - start, j - start, w, config, causal)
                 for j in keys
@@ -478,8 +496,7 @@ def py_layer(x, w, config, causal, positions=None):
     if config.attention_type in ("mixed_chunk", "global"):
         lin_q, lin_k = (heads[2], heads[3]) if config.attention_type == "mixed_chunk" else heads
         state = [[0.0] * e for _ in range(s)]  # the running sum of k v^T
-        for start in range(0, n, chunk) if causal else [0]:
-            stop = min(start + chunk, n) if causal else n
+        for start, stop in zip(starts, ends, strict=True) if causal else [(0, n)]:
 
             def add(start=start, stop=stop):
                 for t in range(start, stop):
@@ -511,7 +528,7 @@ def py_model(ids, w, config, causal):
         x.append([a + scale * b for a, b in zip(w["embed_tokens.weight"][token], wave, strict=True)])
     for i in range(config.num_hidden_layers):
         layer = {name[len(f"layers.{i}.") :]: value for name, value in w.items() if name.startswith(f"layers.{i}.")}
-        x = py_layer(x, layer, config, causal)
+        x = py_layer(x, layer, config, causal, shift=config.chunk_shift if i % 2 else 0)
     hidden = [py_norm(row, w, config) for row in x]
     table = w["lm_head.weight"] if "lm_head.weight" in w else w["embed_tokens.weight"]
     return hidden, [[py_dot(row, embedding) for embedding in table] for row in hidden]
@@ -594,14 +611,16 @@ directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bi
 def test_layer_equals_plain_python(changes, causal, n):
     rng, config = random.Random(0), toy(**{**FULL, **changes})
     weights, x = layer_weights(rng, config), random_values(rng, n, 4)
-    out = naive.naive_layer(f64(x), tensors(weights), config, causal=causal)
-    assert_equal(out, py_layer(x, weights, config, causal))
+    for shift in range(1 if config.attention_type == "quadratic" else config.chunk_size):
+        out = naive.naive_layer(f64(x), tensors(weights), config, causal=causal, shift=shift)
+        assert_equal(out, py_layer(x, weights, config, causal, shift=shift))
 
 
 @directions
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_scaled_sinusoid": False, "norm_type": "layer_norm"}, {"num_hidden_layers": 11}]
+    "changes",
+    [{}, {"use_scaled_sinusoid": False, "norm_type": "layer_norm"}, {"num_hidden_layers": 11}, {"chunk_shift": 2}],
 )
 def test_model_equals_plain_python(changes, tied, causal):
     # Eleven layers, so that a prefix "layers.1" without its dot would also catch layer 10.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..attention_flash import Heads, chunk_products, local_attention, offset_scale, quadratic_attention, wide
-from ..chunking_flash import ChunkLayout, QuadraticLayout
+from ..chunking_flash import ChunkLayout, QuadraticLayout, chunk_layout
 from ..configuration_flash import FlashConfig
 from ..modeling_flash import (
     FlashForCausalLM,
@@ -45,8 +45,6 @@ class GAUConfig(FlashConfig):
         global_rope (`bool`, defaults to `True`): Turn the global queries and keys by RoPE.
         key_shift (`bool`, defaults to `False`): Make a token's global key from the token before it, so that values
             are stored under what precedes them.
-        grid_shift (`int`, defaults to 0): In every second layer the first chunk of a document begins this many slots
-            before it, so that borders of one layer lie inside chunks of the next.
         wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
     """
 
@@ -58,7 +56,6 @@ class GAUConfig(FlashConfig):
     global_norm: bool = False
     global_rope: bool = True
     key_shift: bool = False
-    grid_shift: int = 0
     wide_every: int = 0
     wide_chunk: int = 0
     use_cache: bool = False
@@ -79,8 +76,6 @@ class GAUConfig(FlashConfig):
             refuse("num_heads", "1, or more with attention_type='quadratic'")
         if self.query_key_dim % self.num_heads or self.intermediate_size % self.num_heads:
             refuse("num_heads", "a divisor of query_key_dim and of the width of the values")
-        if not 0 <= self.grid_shift < self.chunk_size:
-            refuse("grid_shift", f"0 or a number of slots below chunk_size {self.chunk_size}")
         if bool(self.wide_every) != bool(self.wide_chunk) or self.wide_every < 0 or self.wide_chunk < 0:
             refuse("wide_every", "given together with wide_chunk")
         if self.backend != "torch":
@@ -142,16 +137,6 @@ class RMSGain(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------
 # The unit
 # ------------------------------------------------------------------------------------------------------------------
-def shifted_layout(layout: ChunkLayout, shift: int, chunk_size: int) -> ChunkLayout:
-    """The grid of whole rows without padding, but with `shift` empty slots before their first token."""
-    N, device = layout.token_BN.shape[1], layout.token_BN.device
-    G = -(-(N + shift) // chunk_size)
-    position_BGC = (torch.arange(G * chunk_size, device=device) - shift).view(1, G, chunk_size)
-    occupied_BGC = (position_BGC >= 0) & (position_BGC < N)
-    return ChunkLayout(layout.token_BN, position_BGC.clamp(min=0), occupied_BGC, layout.seen_after_B,
-                       count_BG=layout.count_BG)  # fmt: skip
-
-
 class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
     """The unit with the variants of [`GAUConfig`]."""
 
@@ -165,7 +150,6 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             if config.relative_bias == "toeplitz" and self.has_quad:
                 self.relative_bias.span = self.chunk_size
                 self.relative_bias.weight = nn.Parameter(torch.empty(2 * self.chunk_size - 1))
-        self.shift = config.grid_shift if layer_idx % 2 else 0
         self.decay_logit = self.out_norm = None
         if self.has_lin and config.chunk_weighting == "decay":
             # RoPE's pairs share one decay, or turning them would not be a turn.
@@ -173,25 +157,14 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         if self.has_lin and config.global_norm:
             self.out_norm = RMSGain(config.intermediate_size, config.norm_eps)
 
-    def split(self, x_BNF: Tensor, layout: ChunkLayout) -> Tensor:
-        """On this layer's own grid."""
-        if not self.shift:
-            return layout.split(x_BNF)
-        G, C = layout.position_BGC.shape[1:]
-        behind = G * C - self.shift - x_BNF.shape[1]
-        return F.pad(x_BNF, (0, 0, self.shift, behind)).view(x_BNF.shape[0], G, C, -1)
-
-    def own_grid(self, layout: ChunkLayout, documents, rotary):
-        """Layout and angles of this layer, where they are not those of all."""
-        if self.chunk_size == self.config.chunk_size and not self.shift:
+    def own_grid(self, layout: ChunkLayout, documents, rotary, batch: int):
+        """Layout and angles of this layer, where its chunks are not those of all."""
+        if self.chunk_size == self.config.chunk_size:
             return layout, rotary
-        if not documents.is_plain:
-            raise ValueError("GAUConfig: grid_shift and wide_every take whole rows without padding or packing.")
-        layout = shifted_layout(layout, self.shift, self.chunk_size)
-        if rotary is not None:
-            N = layout.token_BN.shape[1]
-            rotary = [self.split(table.flatten(1, 2)[:, :N], layout) for table in rotary]
-        return layout, rotary
+        own = chunk_layout(
+            documents, batch, self.chunk_size, causal=self.is_causal, shift=self.config.shift_of(self.layer_idx)
+        )
+        return own, None if rotary is None else [own.split(layout.merge(table)) for table in rotary]
 
     def forward(self, x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values=None) -> Tensor:
         """As [`FlashGatedAttentionUnit`]; without a cache."""
@@ -209,13 +182,13 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             heads = self.heads(z_BNS, rotary)
             out_BNE = multi_head(heads, v_BNE, layout, config.num_heads, bias_R=bias_R, **settings)
         else:
-            layout, rotary = self.own_grid(layout, documents, rotary)
+            layout, rotary = self.own_grid(layout, documents, rotary, v_BNE.shape[0])
             out_BNE = self.mixed(v_BNE, z_BNS, layout, rotary, bias_rotary, settings)
         return self.o_proj(out_BNE if u_BNE is None else u_BNE * out_BNE)
 
     def mixed(self, v_BNE, z_BNS, layout: ChunkLayout, rotary, bias_rotary, settings: dict) -> Tensor:
-        v_BGCE = self.split(v_BNE, layout)
-        heads = self.heads(self.split(z_BNS, layout), rotary)
+        v_BGCE = layout.split(v_BNE)
+        heads = self.heads(layout.split(z_BNS), rotary)
         out = torch.zeros_like(v_BGCE)
         if self.has_quad:
             C = layout.position_BGC.shape[2]
@@ -227,9 +200,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             decay_S = None if decay_S is None else torch.cat([decay_S, decay_S])
             remote = global_attention(lin_q, lin_k, v_BGCE, layout, decay_S, causal=self.is_causal)
             out = out + (remote if self.out_norm is None else self.out_norm(remote))
-        if not self.shift:
-            return layout.merge(out)
-        return out.flatten(1, 2)[:, self.shift : self.shift + v_BNE.shape[1]]
+        return layout.merge(out)
 
     def lin_heads(self, heads: Heads, z_BNS: Tensor, layout: ChunkLayout, rotary) -> tuple[Tensor, Tensor]:
         """Global queries and keys, with the variants' changes."""
@@ -241,7 +212,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             z = F.pad(z_BNS[:, :-1], (0, 0, 1, 0)) if shift else z_BNS
             gamma, beta = self.offset_scale.weight[row][None], self.offset_scale.bias[row][None]
             turned = rotary if config.global_rope else None
-            made.append(offset_scale(self.split(z, layout), gamma, beta, turned,
+            made.append(offset_scale(layout.split(z), gamma, beta, turned,
                                      interleaved=config.rope_interleaved)[..., 0, :])  # fmt: skip
         return tuple(made)
 

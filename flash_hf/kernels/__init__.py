@@ -7,6 +7,9 @@ package needs triton.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -21,7 +24,7 @@ from .step import gated_step
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
-INTERFACE = 2
+INTERFACE = 3
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
@@ -53,8 +56,8 @@ def unsupported(config, device: torch.device) -> str | None:
         return "FLASH-Quad (attention_type='quadratic') has no kernels"
     if config.attention_activation != "relu2" and config.attention_type != "global":
         return f"attention_activation={config.attention_activation!r} has no kernels"
-    if config.global_form != "paper":
-        return f"global_form={config.global_form!r} has no kernels"
+    if config.global_form == "previous_token" and config.chunk_size == 1:
+        return "global_form='previous_token' has kernels for chunks of at least 2 tokens"
     if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
     if config.query_key_dim > 128 and device.type == "cuda":
@@ -81,9 +84,21 @@ def _branches(layout: ChunkLayout, has_quad: bool, has_lin: bool, causal: bool, 
 
 
 def _decoding_state(
-    heads: Tensor, final: Tensor, value_of, layout: ChunkLayout, chunk_size: int, S: int, has_quad: bool, has_lin: bool
+    heads: Tensor,
+    final: Tensor,
+    value_of: Callable[[Tensor], Tensor],
+    key_of: Callable[[Tensor], Tensor] | None,
+    layout: ChunkLayout,
+    chunk_size: int,
+    S: int,
+    has_quad: bool,
+    has_lin: bool,
 ) -> DecodingState:
-    """The state after these tokens, from what the kernels left. `value_of(token)` gives values of flat tokens."""
+    """The state after these tokens, from what the kernels left.
+
+    Args:
+        value_of, key_of: values, and linear keys, of flat tokens. Without `key_of` values go under their own keys.
+    """
     plan: ChunkPlan = layout.plan
     G, C, N = plan.chunks, plan.chunk_size, plan.tokens
     B = heads.shape[1] // G
@@ -94,19 +109,26 @@ def _decoding_state(
         chunk_B = layout.final_B
     flat_B = torch.arange(B, device=device) * G + chunk_B
     if plan.source_K is None:
-        column = chunk_B[:, None] * C + torch.arange(C, device=device)
-        token_BC = torch.where(column < N, column + torch.arange(B, device=device)[:, None] * N, -1)
+        column = chunk_B[:, None] * C - plan.shift + torch.arange(C, device=device)
+        first = torch.arange(B, device=device)[:, None] * N
+        token_BC = torch.where((column >= 0) & (column < N), column + first, -1)
     else:
         token_BC = plan.source_K.view(B * G, C)[flat_B].long()
     value = torch.where((token_BC >= 0)[..., None], value_of(token_BC.clamp(min=0)), 0)
+    around = 0, 0, layout.skipped, chunk_size - C - layout.skipped
 
     def key(row: int) -> Tensor:
-        return F.pad(heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S], (0, 0, 0, chunk_size - C))
+        return heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S]
 
+    lin_k = key(heads.shape[0] - 1) if has_lin else None
+    if has_lin and key_of is not None:
+        last_B1 = token_BC[:, -1:]
+        newest_BS = torch.where(last_B1 >= 0, key_of(token_BC[:, -1].clamp(min=0)).to(lin_k.dtype), lin_k[:, 0])
+        lin_k = torch.cat([lin_k, newest_BS[:, None]], 1)
     return DecodingState(
-        quad_k=key(1) if has_quad else None,
-        lin_k=key(heads.shape[0] - 1) if has_lin else None,
-        value=F.pad(value, (0, 0, 0, chunk_size - C)),
+        quad_k=F.pad(key(1), around) if has_quad else None,
+        lin_k=F.pad(lin_k, around) if has_lin else None,
+        value=F.pad(value, around),
         total=final[:, :S].clone() if has_lin else None,
         seen=layout.seen_after_B.expand(B).clone(),
     )
@@ -127,6 +149,7 @@ def gated_attention(
     bias_R: Tensor | None,
     has_quad: bool,
     has_lin: bool,
+    previous_key: bool,
     interleaved: bool,
     silu: bool,
     state: DecodingState | None = None,
@@ -137,6 +160,7 @@ def gated_attention(
     Args:
         u_BNE, v_BNE, z_BNS: what the projections gave, bfloat16, float16 or float32; with `silu=False`, activated.
         gamma_HS, beta_HS: offset-scale, rows quad_q, quad_k, lin_q, lin_k (those that the layer has).
+        previous_key: values go under the key of the token before them, and linear heads are not turned.
         rotary: cos and sin of the layout's positions, `[1 or B, G, C, r / 2]`.
         layout: with its plan.
         state: what the cache holds, at the border of a chunk in every row.
@@ -147,23 +171,27 @@ def gated_attention(
     plan: ChunkPlan = layout.plan
     S = z_BNS.shape[2]
     cos, sin, rotary_dim = _flat_rotary(rotary)
-    initial = None if state is None or not has_lin else _initial(state, layout, S)
+    initial, before = _initial(state, layout, S, previous_key) if state is not None and has_lin else (None, None)
     quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
     out, heads, *_, final = ops.gated_attention(
-        u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, N, plan.chunks,
-        plan.chunk_size, causal, quad, lin, silu, interleaved, rotary_dim,
+        u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, before, N, plan.chunks,
+        plan.chunk_size, plan.shift, causal, quad, lin, previous_key, silu, interleaved, rotary_dim,
         score_scale("relu2", divisor, S), return_state and has_lin, ops.saved_attended(v.dtype, silu),
     )  # fmt: skip
     new_state = None
     if return_state:
-        def value_of(token):
-            value = v.detach()[token]
-            return F.silu(value) if silu else value
+        def activated(x: Tensor, token: Tensor) -> Tensor:
+            x = x.detach()[token]
+            return F.silu(x) if silu else x
+
+        def key_of(token: Tensor) -> Tensor:
+            return activated(z, token).float() * gamma_HS[-1].detach() + beta_HS[-1].detach()
 
         new_state = _decoding_state(
-            heads.detach(), final.detach(), value_of, layout, chunk_size, S, has_quad, has_lin
-        )
+            heads.detach(), final.detach(), partial(activated, v), key_of if previous_key else None, layout,
+            chunk_size, S, has_quad, has_lin,
+        )  # fmt: skip
     return out.view(B, N, E), new_state
 
 
@@ -172,11 +200,13 @@ def _rows(x_BNF: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _initial(state: DecodingState, layout: ChunkLayout, S: int) -> Tensor:
-    """The sum that a row's first document brings from the cache, on the kernels' padded key dimension."""
+def _initial(state: DecodingState, layout: ChunkLayout, S: int, previous_key: bool) -> tuple[Tensor, Tensor | None]:
+    """What a row's first document brings from the cache: its sum, on the kernels' padded key dimension, and the key of
+    its last token if the next value goes under that."""
     total = state.total * layout.continues_B[:, None, None]
     SP = max(16, ops.power_of_two(S))
-    return F.pad(total, (0, 0, 0, SP - S)).contiguous()
+    newest = state.lin_k[:, -1] * layout.continues_B[:, None] if previous_key else None
+    return F.pad(total, (0, 0, 0, SP - S)).contiguous(), newest
 
 
 def fusible(linear: nn.Module) -> bool:
@@ -209,6 +239,7 @@ def layer(
     bias_R: Tensor | None,
     has_quad: bool,
     has_lin: bool,
+    previous_key: bool,
     interleaved: bool,
     dtype: torch.dtype,
     state: DecodingState | None = None,
@@ -226,24 +257,31 @@ def layer(
     plan: ChunkPlan = layout.plan
     S, E = z_proj.weight.shape[0], v_proj.weight.shape[0]
     cos, sin, rotary_dim = _flat_rotary(rotary)
-    initial = None if state is None or not has_lin else _initial(state, layout, S)
+    initial, before = _initial(state, layout, S, previous_key) if state is not None and has_lin else (None, None)
     quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
     y, rms, _, h, heads, *_, final = ops.layer(
         x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
         z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
-        plan.index, initial, eps, N, plan.chunks, plan.chunk_size, causal, quad, lin, interleaved, rotary_dim,
-        score_scale("relu2", divisor, S), return_state and has_lin, dtype,
+        plan.index, initial, before, eps, N, plan.chunks, plan.chunk_size, plan.shift, causal, quad, lin, previous_key,
+        interleaved, rotary_dim, score_scale("relu2", divisor, S), return_state and has_lin, dtype,
     )  # fmt: skip
     new_state = None
     if return_state:
         with torch.no_grad():
-            def value_of(token):
+            def activated(x: Tensor, bias: Tensor, token: Tensor) -> Tensor:
                 scale = (rms[token] * gain.float())[..., None]
-                return F.silu(h[:, E : 2 * E][token].float() * scale + v_proj.bias.float()).to(dtype)
+                return F.silu(x[token].float() * scale + bias.float())
+
+            def value_of(token: Tensor) -> Tensor:
+                return activated(h[:, E : 2 * E], v_proj.bias, token).to(dtype)
+
+            def key_of(token: Tensor) -> Tensor:
+                return activated(h[:, 2 * E :], z_proj.bias, token) * gamma_HS[-1].float() + beta_HS[-1].float()
 
             new_state = _decoding_state(
-                heads.detach(), final.detach(), value_of, layout, chunk_size, S, has_quad, has_lin
-            )
+                heads.detach(), final.detach(), value_of, key_of if previous_key else None, layout, chunk_size, S,
+                has_quad, has_lin,
+            )  # fmt: skip
     return y.view(B, N, D), new_state
 
 

@@ -93,7 +93,7 @@ def gate_kernel(
 def gate_states_kernel(
     queries, d_out, d_out_stride, u, u_stride, saved, v, v_stride, rms_ptr, gain_ptr, bias_u_ptr, bias_v_ptr,
     source_ptr, begin_ptr, end_ptr, d_attended_ptr, d_u_ptr, d_u_stride, value_ptr, d_bias_ptr, prefix_ptr, total_ptr,
-    N, G, C, E,
+    N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, ATTENDED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr,
     TOTAL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -121,11 +121,13 @@ def gate_states_kernel(
                 tl.store(pointers, (acc * inverse).to(prefix_ptr.dtype.element_ty), mask=mask)
         slot = (step % STEPS) * BLOCK_K
         row = chunk * CP + slot
-        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, RAGGED)
+        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, shift, RAGGED)
         query = load_grid(queries, SP, row, k, 0, s, TMA)
-        d = load_tile(d_out, d_out_stride, token, real, row, column, first_e, E, EVEN_E, TMA).to(tl.float32)
-        raw = load_tile(u, u_stride, token, real, row, column, first_e, E, EVEN_E, TMA)
-        kept = load_tile(saved, E, token, real, row, column, first_e, E, EVEN_E, TMA)
+        d = load_tile(
+            d_out, d_out_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA
+        ).to(tl.float32)
+        raw = load_tile(u, u_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
+        kept = load_tile(saved, E, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
         gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
         d_attended, d_u = gate_gradient(d, raw, kept, gain, bias_u_ptr, column, E, SCALED, SILU, FAST, ATTENDED)
         d_attended = d_attended.to(d_attended_ptr.dtype.element_ty)
@@ -135,7 +137,7 @@ def gate_states_kernel(
             d_u = d_u * gain[:, None]
         store_rows(d_u_ptr, d_u_stride, token, real, column, E, d_u, EVEN_E)
         if SILU:
-            h = load_tile(v, v_stride, token, real, row, column, first_e, E, EVEN_E, TMA)
+            h = load_tile(v, v_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
             value = silu(preactivation(h, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
             store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
         acc = tl.dot(tl.trans(query), d_attended, acc, input_precision=PRECISION)
@@ -147,7 +149,7 @@ def gate_states_kernel(
 
 @triton.jit
 def score_gradient(
-    chunk, index, d, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, E,
+    chunk, index, d, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, shift, E,
     CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr,
     TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -155,15 +157,17 @@ def score_gradient(
     block_m, block_n = lower_tile(index, TILES, CAUSAL)
     m = block_m * BLOCK + tl.arange(0, BLOCK)
     n = block_n * BLOCK + tl.arange(0, BLOCK)
-    token_m, real_m = token_rows(source_ptr, chunk, m, N, G, C, RAGGED)
-    token_n, real_n = token_rows(source_ptr, chunk, n, N, G, C, RAGGED)
-    row_m = chunk * CP + block_m * BLOCK
-    row_n = chunk * CP + block_n * BLOCK
+    token_m, real_m = token_rows(source_ptr, chunk, m, N, G, C, shift, RAGGED)
+    token_n, real_n = token_rows(source_ptr, chunk, n, N, G, C, shift, RAGGED)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, E, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        d_tile = load_tile(d, E, token_m, real_m, row_m, column, start, E, EVEN_E, TMA)
-        v = load_tile(value, value_stride, token_n, real_n, row_n, column, start, E, EVEN_E, TMA)
+        d_tile = load_tile(
+            d, E, token_m, real_m, chunk, block_m * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
+        )
+        v = load_tile(
+            value, value_stride, token_n, real_n, chunk, block_n * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
+        )
         acc = tl.dot(d_tile, tl.trans(v), acc, input_precision=PRECISION)
     place = (chunk.to(tl.int64) * CP + m)[:, None] * CP + n[None, :]
     weight = tl.load(a_ptr + place).to(tl.float32)
@@ -172,7 +176,7 @@ def score_gradient(
 
 @triton.jit
 def linear_gradient(
-    chunk, block_m, x, x_stride, source_ptr, prefix, carry, piece, out_ptr, factor, N, G, C, E,
+    chunk, block_m, x, x_stride, source_ptr, prefix, carry, piece, out_ptr, factor, N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, RAGGED: tl.constexpr,
     EVEN_E: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -180,13 +184,14 @@ def linear_gradient(
     """Gradient of a linear head for a block of tokens, `factor * x state^T`: of the query from x = d_attended and the
     state it saw, of the key from x = V and the state's gradient."""
     m = block_m * BLOCK + tl.arange(0, BLOCK)
-    token, real = token_rows(source_ptr, chunk, m, N, G, C, RAGGED)
+    token, real = token_rows(source_ptr, chunk, m, N, G, C, shift, RAGGED)
     s = tl.arange(0, SP)
-    row = chunk * CP + block_m * BLOCK
     acc = tl.zeros((BLOCK, SP), tl.float32)
     for start in tl.range(0, E, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        tile = load_tile(x, x_stride, token, real, row, column, start, E, EVEN_E, TMA)
+        tile = load_tile(
+            x, x_stride, token, real, chunk, block_m * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
+        )
         acc = add_state_product(
             acc, tile, prefix, carry, chunk, piece, s, 0, column, start, E, SP, EVEN_E, PREFIX, CARRY, TMA, True,
             PRECISION,
@@ -198,7 +203,7 @@ def linear_gradient(
 @triton.jit
 def value_gradient(
     chunk, block_n, block_e, a, d, keys, prefix, carry, piece, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr,
-    source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, E,
+    source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, PREFIX: tl.constexpr,
     CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -215,9 +220,9 @@ def value_gradient(
     if QUAD:
         first = first_n if CAUSAL else 0
         for start in tl.range(first, CP, BLOCK_K, num_stages=STAGES):
-            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, RAGGED)
+            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, shift, RAGGED)
             weight = load_grid(a, CP, chunk * CP + start, k, first_n, n, TMA)
-            d_tile = load_tile(d, E, token, real, chunk * CP + start, column, first_e, E, EVEN_E, TMA)
+            d_tile = load_tile(d, E, token, real, chunk, start, column, first_e, E, G, C, shift, EVEN_E, TMA)
             acc = tl.dot(tl.trans(weight), d_tile, acc, input_precision=PRECISION)
     if LIN:
         s = tl.arange(0, BLOCK_S)
@@ -227,7 +232,7 @@ def value_gradient(
                 acc, key, prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA,
                 False, PRECISION,
             )  # fmt: skip
-    token, real = token_rows(source_ptr, chunk, first_n + n, N, G, C, RAGGED)
+    token, real = token_rows(source_ptr, chunk, first_n + n, N, G, C, shift, RAGGED)
     raw = load_rows(v_ptr, v_stride, token, real, column, E, EVEN_E)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     d_h = acc * silu_grad(preactivation(raw, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
@@ -244,7 +249,7 @@ def value_gradient(
 def chunk_gradients_kernel(
     a_ptr, a_slots, d_rows, d_slots, value, value_stride, keys, prefix, carry, d_prefix, d_carry, d_prefix_slots,
     d_carry_slots, piece_ptr, factor_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_score_ptr,
-    d_lin_q_ptr, d_lin_k_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, E, E_BLOCKS,
+    d_lin_q_ptr, d_lin_k_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, shift, E, E_BLOCKS,
     CP: tl.constexpr, SP: tl.constexpr, TILES: tl.constexpr, SCORE_TILES: tl.constexpr, QUAD: tl.constexpr,
     LIN: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr,
     SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_K: tl.constexpr,
@@ -267,29 +272,29 @@ def chunk_gradients_kernel(
     if index < score_programs:
         if QUAD:
             score_gradient(
-                chunk, index, d_rows, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, E, CP, TILES,
-                CAUSAL, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, LONG_STAGES,
+                chunk, index, d_rows, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, shift, E, CP,
+                TILES, CAUSAL, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, LONG_STAGES,
             )  # fmt: skip
     elif index < score_programs + linear_programs:
         if LIN:
             linear_gradient(
                 chunk, index - score_programs, d_rows, E, source_ptr, prefix, carry, piece, d_lin_q_ptr,
-                tl.load(factor_ptr + chunk), N, G, C, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K,
-                PRECISION, STAGES,
+                tl.load(factor_ptr + chunk), N, G, C, shift, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK,
+                BLOCK_K, PRECISION, STAGES,
             )  # fmt: skip
     elif index < score_programs + 2 * linear_programs:
         if LIN:
             linear_gradient(
                 chunk, index - score_programs - linear_programs, value, value_stride, source_ptr, d_prefix, d_carry,
-                piece, d_lin_k_ptr, 1.0, N, G, C, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K,
+                piece, d_lin_k_ptr, 1.0, N, G, C, shift, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K,
                 PRECISION, STAGES,
             )  # fmt: skip
     else:
         tile = index - score_programs - 2 * linear_programs
         value_gradient(
             chunk, tile % TILES, tile // TILES, a_slots, d_slots, keys, d_prefix_slots, d_carry_slots, piece, v_ptr,
-            v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, E, CP, SP,
-            QUAD, LIN, PREFIX, CARRY, CAUSAL, SCALED, SILU, FAST, RAGGED, EVEN_E, TMA, BLOCK, BLOCK_E, BLOCK_K,
+            v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, shift, E,
+            CP, SP, QUAD, LIN, PREFIX, CARRY, CAUSAL, SCALED, SILU, FAST, RAGGED, EVEN_E, TMA, BLOCK, BLOCK_E, BLOCK_K,
             BLOCK_S, PRECISION, STAGES,
         )  # fmt: skip
 
@@ -347,23 +352,31 @@ def bias_kernel(
 @kernel
 @triton.jit
 def heads_gradient_kernel(
-    d_heads_ptr, z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, source_ptr, d_z_ptr,
-    d_z_stride, sums_ptr, N, G, C, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    d_heads_ptr, z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, source_ptr, opens_ptr,
+    d_z_ptr, d_z_stride, sums_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
+    H: tl.constexpr, PREVIOUS: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+    RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Backward of `heads_kernel`: gradient of z's input, and per program the sums over its tokens for gamma, beta and
-    z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way."""
+    z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way; with PREVIOUS the last head's
+    gradient comes from the slot after."""
     blocks: tl.constexpr = CP // BLOCK_M
     program = tl.program_id(0)
     chunk = program // blocks
     slot = (program % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
+    token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * S
     d_z_row = d_z_ptr + token[:, None] * d_z_stride
     dtype = d_z_ptr.dtype.element_ty
+    place = chunk.to(tl.int64) * CP + slot
+    if PREVIOUS:
+        # The next chunk's first slot, unless another document begins there.
+        ends = slot == C - 1
+        opens = tl.load(opens_ptr + chunk + 1, mask=chunk + 1 < GT, other=1)
+        has_after = real & ((slot < C - 1) | (ends & (opens == 0)))
+        after = tl.where(ends, (chunk + 1).to(tl.int64) * CP, place + 1)
     if HALF > 0:
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
         mask = real[:, None] & inside[None, :]
@@ -377,11 +390,14 @@ def heads_gradient_kernel(
         d_one = tl.zeros((BLOCK_M, HALF), tl.float32)
         d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
         for head in tl.static_range(H):
-            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
-            turned_one = tl.load(own + one[None, :], mask=mask, other=0.0).to(tl.float32)
-            turned_two = tl.load(own + two[None, :], mask=mask, other=0.0).to(tl.float32)
-            p_one = turned_one * cos + turned_two * sin
-            p_two = turned_two * cos - turned_one * sin
+            row, at = real, place
+            if PREVIOUS and head == H - 1:
+                row, at = has_after, after
+            own = d_heads_ptr + (head * GT * CP + at)[:, None] * SP
+            p_one = tl.load(own + one[None, :], mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            p_two = tl.load(own + two[None, :], mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            if not (PREVIOUS and head >= H - 2):
+                p_one, p_two = p_one * cos + p_two * sin, p_two * cos - p_one * sin
             d_one += p_one * vector(gamma_ptr, head, S, one, inside)
             d_two += p_two * vector(gamma_ptr, head, S, two, inside)
             tl.store(sums + head * S + one, tl.sum(p_one * z_one, 0), mask=inside)
@@ -405,8 +421,11 @@ def heads_gradient_kernel(
         z = silu(h, SILU, FAST)
         d_h = tl.zeros((BLOCK_M, REST), tl.float32)
         for head in tl.static_range(H):
-            own = d_heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
-            d = tl.load(own, mask=mask, other=0.0).to(tl.float32)
+            row, at = real, place
+            if PREVIOUS and head == H - 1:
+                row, at = has_after, after
+            own = d_heads_ptr + (head * GT * CP + at)[:, None] * SP + column[None, :]
+            d = tl.load(own, mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
             d_h += d * vector(gamma_ptr, head, S, column, inside)
             tl.store(sums + head * S + column, tl.sum(d * z, 0), mask=inside)
             tl.store(sums + (H + head) * S + column, tl.sum(d, 0), mask=inside)

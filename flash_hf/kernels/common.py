@@ -62,10 +62,11 @@ def silu_grad(x, SILU: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def token_rows(source_ptr, chunk, slot, N, G, C, RAGGED: tl.constexpr):
+def token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr):
     """Token index (int64, flat over rows) of a chunk's slots, and whether there is one.
 
-    Plain layouts are a padded reshape; ragged ones look the token up, so padding may stand anywhere.
+    Plain layouts are a reshape with `shift` slots before each row's tokens; ragged ones look the token up, so padding
+    may stand anywhere.
     """
     if RAGGED:
         token = tl.load(source_ptr + chunk.to(tl.int64) * C + slot, mask=slot < C, other=-1)
@@ -73,10 +74,18 @@ def token_rows(source_ptr, chunk, slot, N, G, C, RAGGED: tl.constexpr):
         token = tl.where(real, token, 0).to(tl.int64)
     else:
         row = chunk // G
-        column = (chunk % G) * C + slot
-        real = (slot < C) & (column < N)
+        column = (chunk % G) * C + slot - shift
+        real = (slot < C) & (column >= 0) & (column < N)
         token = row.to(tl.int64) * N + tl.where(real, column, 0)
     return token, real
+
+
+@triton.jit
+def previous_rows(source_ptr, opens_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr):
+    """`token_rows` of the slots before: the token before each in its document. `opens` marks the chunks in which a
+    document begins."""
+    inside = (slot < C) & ((slot > 0) | (tl.load(opens_ptr + chunk) == 0))
+    return token_rows(source_ptr, chunk, tl.where(inside, slot - 1, C), N, G, C, shift, RAGGED)
 
 
 @triton.jit
@@ -90,11 +99,17 @@ def load_rows(ptr, stride, token, real, column, width, EVEN_E: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, stride, token, real, row, column, start, width, EVEN_E: tl.constexpr, TMA: tl.constexpr):
-    """A tile of tokens and columns. TMA: x is a tensor descriptor, and the tile begins at (row, start); else x is a
+def load_tile(
+    x, stride, token, real, chunk, slot, column, start, width, G, C, shift, EVEN_E: tl.constexpr, TMA: tl.constexpr
+):
+    """A tile of tokens, a chunk's from `slot` on, and columns from `start` on. TMA: x is a tensor descriptor, of 2
+    dimensions where all slots have tokens, or of 3, in which what lies outside of a row is 0; without TMA x is a
     pointer, and `load_rows` takes the tokens one by one."""
-    if TMA:
-        return x.load([row, start])
+    if TMA == 3:
+        tile = x.load([chunk // G, (chunk % G) * C + slot - shift, start])
+        return tl.reshape(tile, (tile.shape[1], tile.shape[2]))
+    elif TMA == 2:
+        return x.load([chunk * C + slot, start])
     else:
         return load_rows(x, stride, token, real, column, width, EVEN_E)
 

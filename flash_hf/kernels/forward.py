@@ -13,6 +13,7 @@ from .common import (
     load_rows,
     load_tile,
     preactivation,
+    previous_rows,
     rotated_pair,
     row_gain,
     silu,
@@ -49,19 +50,23 @@ def norm_kernel(
 @triton.jit
 def heads_kernel(
     z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, factor_ptr, source_ptr,
-    heads_ptr, N, G, C, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, LIN_Q: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr,
-    REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
+    opens_ptr, heads_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
+    H: tl.constexpr, LIN_Q: tl.constexpr, PREVIOUS: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
+    FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Heads `RoPE(gamma_h silu(z) + beta_h)` on the chunk grid, `[H, GT, CP, SP]`; the linear query times its chunk's
-    factor. HALF pairs of dimensions are turned, REST pass through."""
+    factor. HALF pairs of dimensions are turned, REST pass through. With PREVIOUS the last two heads, the linear ones,
+    are not turned, and the last one is made from the z of the token before."""
     blocks: tl.constexpr = CP // BLOCK_M
     chunk = tl.program_id(0) // blocks
     slot = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, real = token_rows(source_ptr, chunk, slot, N, G, C, RAGGED)
+    token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     factor = tl.load(factor_ptr + chunk)
+    if PREVIOUS:
+        before, has_before = previous_rows(source_ptr, opens_ptr, chunk, slot, N, G, C, shift, RAGGED)
+        gain_before = row_gain(rms_ptr, gain_ptr, before, has_before) if SCALED else has_before.to(tl.float32)
     if HALF > 0:
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
         z_one = silu(basis(z_ptr, z_stride, token, real, one, inside, gain, bias_ptr, SCALED), SILU, FAST)
@@ -72,6 +77,12 @@ def heads_kernel(
         cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
         for head in tl.static_range(H):
+            row = real
+            if PREVIOUS and head == H - 1:
+                row = has_before
+                z_one = basis(z_ptr, z_stride, before, row, one, inside, gain_before, bias_ptr, SCALED)
+                z_two = basis(z_ptr, z_stride, before, row, two, inside, gain_before, bias_ptr, SCALED)
+                z_one, z_two = silu(z_one, SILU, FAST), silu(z_two, SILU, FAST)
             p_one = z_one * vector(gamma_ptr, head, S, one, inside) + vector(beta_ptr, head, S, one, inside)
             p_two = z_two * vector(gamma_ptr, head, S, two, inside) + vector(beta_ptr, head, S, two, inside)
             if head == LIN_Q:
@@ -79,17 +90,26 @@ def heads_kernel(
                 p_two *= factor
             out = heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP
             dtype = heads_ptr.dtype.element_ty
-            tl.store(out + one[None, :], (p_one * cos - p_two * sin).to(dtype), mask=inside[None, :])
-            tl.store(out + two[None, :], (p_two * cos + p_one * sin).to(dtype), mask=inside[None, :])
+            if PREVIOUS and head >= H - 2:
+                turned_one, turned_two = tl.where(row[:, None], p_one, 0.0), tl.where(row[:, None], p_two, 0.0)
+            else:
+                turned_one, turned_two = p_one * cos - p_two * sin, p_two * cos + p_one * sin
+            tl.store(out + one[None, :], turned_one.to(dtype), mask=inside[None, :])
+            tl.store(out + two[None, :], turned_two.to(dtype), mask=inside[None, :])
     if REST > 0:
         column = rotary_dim + tl.arange(0, REST)
         inside = column < S
         z = silu(basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED), SILU, FAST)
         for head in tl.static_range(H):
+            row = real
+            if PREVIOUS and head == H - 1:
+                row = has_before
+                z = basis(z_ptr, z_stride, before, row, column, inside, gain_before, bias_ptr, SCALED)
+                z = silu(z, SILU, FAST)
             p = z * vector(gamma_ptr, head, S, column, inside) + vector(beta_ptr, head, S, column, inside)
             if head == LIN_Q:
                 p *= factor
-            p = tl.where(real[:, None], p, 0.0)
+            p = tl.where(row[:, None], p, 0.0)
             out = heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
             tl.store(out, p.to(heads_ptr.dtype.element_ty), mask=inside[None, :])
 
@@ -140,7 +160,7 @@ def scores_kernel(
 @triton.jit
 def states_kernel(
     keys, v, v_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, begin_ptr, end_ptr, value_ptr, prefix_ptr, total_ptr,
-    N, G, C, E,
+    N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr, TOTAL: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -170,9 +190,9 @@ def states_kernel(
                 tl.store(pointers, (acc * inverse).to(prefix_ptr.dtype.element_ty), mask=mask)
         slot = (step % STEPS) * BLOCK_K
         row = chunk * CP + slot
-        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, RAGGED)
+        token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, shift, RAGGED)
         key = load_grid(keys, SP, row, k, 0, s, TMA)
-        value = load_tile(v, v_stride, token, real, row, column, first_e, E, EVEN_E, TMA)
+        value = load_tile(v, v_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
         if SILU:
             value = values_of(value, rms_ptr, gain_ptr, bias_ptr, token, real, column, E, SCALED, SILU, FAST)
             value = value.to(value_ptr.dtype.element_ty)
@@ -226,7 +246,7 @@ def carry_kernel(
 @triton.jit
 def output_kernel(
     a, q, prefix, carry, u_ptr, u_stride, value, value_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, piece_ptr,
-    out_ptr, attended_ptr, N, G, C, E, E_BLOCKS,
+    out_ptr, attended_ptr, N, G, C, shift, E, E_BLOCKS,
     CP: tl.constexpr, SP: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, PREFIX: tl.constexpr,
     CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, ATTENDED: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -250,9 +270,11 @@ def output_kernel(
     if QUAD:
         last = (block_m + 1) * BLOCK_M if CAUSAL else CP
         for start in tl.range(0, last, BLOCK_K, num_stages=STAGES):
-            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, RAGGED)
+            token, real = token_rows(source_ptr, chunk, start + k, N, G, C, shift, RAGGED)
             weight = load_grid(a, CP, row, m, start, k, TMA)
-            v = load_tile(value, value_stride, token, real, chunk * CP + start, column, first_e, E, EVEN_E, TMA)
+            v = load_tile(
+                value, value_stride, token, real, chunk, start, column, first_e, E, G, C, shift, EVEN_E, TMA
+            )
             acc = tl.dot(weight, v, acc, input_precision=PRECISION)
     if LIN:
         piece = tl.load(piece_ptr + chunk)
@@ -263,7 +285,7 @@ def output_kernel(
                 acc, query, prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA,
                 False, PRECISION,
             )  # fmt: skip
-    token, real = token_rows(source_ptr, chunk, block_m * BLOCK_M + m, N, G, C, RAGGED)
+    token, real = token_rows(source_ptr, chunk, block_m * BLOCK_M + m, N, G, C, shift, RAGGED)
     if ATTENDED:
         store_rows(attended_ptr, E, token, real, column, E, acc, EVEN_E)
     u = load_rows(u_ptr, u_stride, token, real, column, E, EVEN_E)

@@ -82,12 +82,14 @@ class Shape:
     N: int
     G: int
     C: int
+    shift: int
     E: int
     S: int
     H: int
     causal: bool
     quad: bool
     lin: bool
+    previous: bool
     scaled: bool
     silu: bool
     interleaved: bool
@@ -106,18 +108,28 @@ class Shape:
         rest = self.S - self.rotary_dim
         return {"HALF": power_of_two(self.rotary_dim // 2), "REST": power_of_two(rest)}
 
-    def tma(self, inputs: Inputs) -> bool:
-        """Whether every tile of a chunk is a rectangle of memory that descriptors can describe: no padding, whole
-        chunks, whole tiles, rows that begin at multiples of 16 bytes."""
+    def tma(self, inputs: Inputs) -> int:
+        """Dimensions of the descriptors of tokens, or 0 where pointers are used. Every tile of a chunk has to be a
+        rectangle of memory: no padding, whole tiles, rows that begin at multiples of 16 bytes. 2 dimensions do for
+        whole chunks; otherwise the tokens of a row are a dimension of their own, outside of which there is 0."""
         size = self.dtype.itemsize
-        return (
+        fits = (
             has_tma(inputs.v.device)
             and inputs.source is None
-            and self.N == self.G * self.C
             and self.C == self.tiles.CP
             and self.E * size % 16 == 0
             and all(x.stride(0) * size % 16 == 0 and x.data_ptr() % 16 == 0 for x in (inputs.u, inputs.v))
         )
+        if not fits:
+            return 0
+        return 2 if self.shift == 0 and self.N == self.G * self.C else 3
+
+    def tokens(self, x: Tensor, tma: int, *block: int):
+        """`x` `[B * N, width]`, described for loads of tokens by blocks as `tma` says."""
+        if tma != 3:
+            return tiled(x, tma, *block)
+        stride = x.stride(0)
+        return TensorDescriptor(x, [self.B, self.N, x.shape[1]], [self.N * stride, stride, 1], [1, *block])
 
     @property
     def row_tiles(self) -> int:
@@ -145,7 +157,7 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length() if n else 0
 
 
-def tiled(x: Tensor, tma: bool, *block: int):
+def tiled(x: Tensor, tma: int, *block: int):
     """`x` as a matrix of its last dimension, described for loads of whole blocks by the tensor memory accelerator."""
     if not tma or x.numel() == 0:
         return x
@@ -201,8 +213,8 @@ class Inputs:
         return self.rms, self.gain, getattr(self, bias)
 
 
-def ints(shape: Shape) -> tuple[int, int, int]:
-    return shape.N, shape.G, shape.C
+def ints(shape: Shape) -> tuple[int, int, int, int]:
+    return shape.N, shape.G, shape.C, shape.shift
 
 
 def switches(shape: Shape, inputs: Inputs) -> dict:
@@ -276,9 +288,16 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
     return weights
 
 
-def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_final: bool, want_attended: bool):
-    """`(out, heads, prefix, carry, attended, final)`; see the operators for what each is."""
-    t, (N, G, C), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
+def launch_forward(
+    shape: Shape, inputs: Inputs, initial: Tensor | None, before: Tensor | None, want_final: bool, want_attended: bool
+):
+    """`(out, heads, prefix, carry, attended, final)`; see the operators for what each is.
+
+    Args:
+        initial, before: what a row's first document brings from a cache: the sum of its closed chunks `[B, SP, E]`,
+            and, with `shape.previous`, the key of its last token `[B, S]`.
+    """
+    t, (N, G, C, shift), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
     new = inputs.v.new_empty
     flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
     factor, group = inputs.index[:2]
@@ -291,9 +310,12 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
     forward.heads_kernel(
         (shape.GT * t.CP // block,),
         inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin, factor,
-        inputs.tokens, heads, N, G, C, shape.GT, S, shape.rotary_dim, table_rows, H=shape.H, LIN_Q=row, CP=t.CP,
-        SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+        inputs.tokens, inputs.index[6], heads, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows, H=shape.H,
+        LIN_Q=row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
+        BLOCK_M=block, num_warps=4,
     )  # fmt: skip
+    if before is not None:
+        heads[-1].view(shape.B, G, t.CP, t.SP)[:, 0, 0, :S] = before
     weights = launch_scores(shape, inputs, heads)
     value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
@@ -306,9 +328,9 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
         tma, block_e = options["TMA"], options["BLOCK_E"]
         forward.states_kernel(
             (inputs.index[2].shape[0], cdiv(E, block_e)),
-            tiled(heads[row + 1], tma, t.block_k, t.SP), tiled(inputs.v, tma, t.block_k, block_e),
+            tiled(heads[row + 1], tma, t.block_k, t.SP), shape.tokens(inputs.v, tma, t.block_k, block_e),
             inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
-            inputs.v if value is None else value, prefix, total, N, G, C, E, **options,
+            inputs.v if value is None else value, prefix, total, N, G, C, shift, E, **options,
             TOTAL=needed, STAGES=2 if shape.dtype == torch.float32 else 3,
         )  # fmt: skip
         carry, final = launch_carry(shape, inputs.index, total, initial, carried, asked, False)
@@ -328,8 +350,8 @@ def launch_forward(shape: Shape, inputs: Inputs, initial: Tensor | None, want_fi
         (shape.GT * e_blocks * shape.row_tiles,),
         tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
         tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
-        inputs.u.stride(0), tiled(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
-        inputs.tokens, group, out, attended, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP,
+        inputs.u.stride(0), shape.tokens(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
+        inputs.tokens, group, out, attended, N, G, C, shift, E, e_blocks, CP=t.CP, SP=t.SP,
         QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal, **flags,
         EVEN_E=E % t.block_e == 0, TMA=tma, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e,
         BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
@@ -351,7 +373,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     """
     heads, prefix, carry = saved
     d_u, d_v, d_z = d_h
-    t, (N, G, C), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
+    t, (N, G, C, shift), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
     new = gated.new_empty
     flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
     factor, group = inputs.index[:2]
@@ -375,11 +397,11 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         d_bias_u = new((pieces if shape.scaled else 0, E), dtype=torch.float32)
         backward.gate_states_kernel(
             (pieces, cdiv(E, block_e)),
-            tiled(heads[row], tma, block_k, t.SP), tiled(d_out, tma, *block), d_out.stride(0),
-            tiled(inputs.u, tma, *block), inputs.u.stride(0), tiled(gated, tma, *block), tiled(inputs.v, tma, *block),
-            inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2], inputs.tokens, inputs.index[2],
-            inputs.index[3], d_attended, d_u, d_u.stride(0), value, d_bias_u, d_prefix, total, N, G, C, E, **options,
-            ATTENDED=kept, TOTAL=needed,
+            tiled(heads[row], tma, block_k, t.SP), shape.tokens(d_out, tma, *block), d_out.stride(0),
+            shape.tokens(inputs.u, tma, *block), inputs.u.stride(0), shape.tokens(gated, tma, *block),
+            shape.tokens(inputs.v, tma, *block), inputs.v.stride(0), *inputs.norm("bias_u"),
+            inputs.norm("bias_v")[2], inputs.tokens, inputs.index[2], inputs.index[3], d_attended, d_u, d_u.stride(0),
+            value, d_bias_u, d_prefix, total, N, G, C, shift, E, **options, ATTENDED=kept, TOTAL=needed,
         )  # fmt: skip
         d_carry, final = launch_carry(
             shape, inputs.index, total, None, carried, "" if shape.causal else "state", True
@@ -405,14 +427,15 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
     backward.chunk_gradients_kernel(
         (programs * shape.GT,),
-        weights, tiled(weights, tma, t.block_k, t.block), tiled(d_attended, tma, t.block, t.block_k),
-        tiled(d_attended, tma, t.block_k, t.block_e), tiled(value, tma, t.block, t.block_k), value.stride(0),
+        weights, tiled(weights, tma, t.block_k, t.block), shape.tokens(d_attended, tma, t.block, t.block_k),
+        shape.tokens(d_attended, tma, t.block_k, t.block_e), shape.tokens(value, tma, t.block, t.block_k),
+        value.stride(0),
         tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
         tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k),
         tiled(d_carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.block_s, t.block_e),
         tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.v, inputs.v.stride(0),
         *inputs.norm("bias_v"), inputs.tokens, d_scores, d_heads[row], d_heads[row + 1], d_v, d_v.stride(0),
-        d_bias_v, N, G, C, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles,
+        d_bias_v, N, G, C, shift, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles,
         QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried, CAUSAL=shape.causal, **flags,
         EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e,
         BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, LONG_STAGES=t.long_stages,
@@ -433,9 +456,10 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     sums = new((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
     backward.heads_gradient_kernel(
         (blocks,),
-        d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens, d_z,
-        d_z.stride(0), sums, N, G, C, shape.GT, S, shape.rotary_dim, table_rows, H=shape.H, CP=t.CP, SP=t.SP,
-        **shape.pairs, INTERLEAVED=shape.interleaved, **flags, BLOCK_M=block, num_warps=4,
+        d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens,
+        inputs.index[6], d_z, d_z.stride(0), sums, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows,
+        H=shape.H, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
+        BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     return sums.sum(0), d_bias_R, d_bias_u.sum(0), d_bias_v.sum(0)
 
@@ -501,13 +525,13 @@ def direct(forward: Callable, backward: Callable, save: Callable, gradients: Cal
 # Gated attention, between the projections
 # ------------------------------------------------------------------------------------------------------------------
 def attention_shape(
-    u: Tensor, z: Tensor, gamma: Tensor, N: int, G: int, C: int, causal: bool, quad: bool, lin: bool, silu: bool,
-    interleaved: bool, rotary_dim: int, scale: float,
+    u: Tensor, z: Tensor, gamma: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool,
+    previous: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
 ) -> Shape:  # fmt: skip
     S = z.shape[1]
     return Shape(
-        u.shape[0] // N, N, G, C, u.shape[1], S, gamma.shape[0], causal, quad, lin, False, silu, interleaved,
-        rotary_dim, scale, u.dtype, tiles_for(C, S, u.dtype),
+        u.shape[0] // N, N, G, C, shift, u.shape[1], S, gamma.shape[0], causal, quad, lin, previous, False, silu,
+        interleaved, rotary_dim, scale, u.dtype, tiles_for(C, S, u.dtype),
     )  # fmt: skip
 
 
@@ -519,23 +543,27 @@ def saved_attended(dtype: torch.dtype, silu: bool) -> bool:
 
 def attention_forward(
     u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, N: int, G: int, C: int,
-    causal: bool, quad: bool, lin: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
-    want_final: bool, want_attended: bool,
+    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, before: Tensor | None,
+    N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool, silu: bool,
+    interleaved: bool, rotary_dim: int, scale: float, want_final: bool, want_attended: bool,
 ) -> list[Tensor]:  # fmt: skip
-    shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
+    shape = attention_shape(
+        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
+    )
     inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
     with on_device(u):
-        return list(launch_forward(shape, inputs, initial, want_final, want_attended))
+        return list(launch_forward(shape, inputs, initial, before, want_final, want_attended))
 
 
 gated_attention_op = torch.library.custom_op("flash_hf::gated_attention", attention_forward, mutates_args=())
 
 
 @gated_attention_op.register_fake
-def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, N, G, C, causal, quad, lin, silu, interleaved,
-      rotary_dim, scale, want_final, want_attended):  # fmt: skip
-    shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
+def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, before, N, G, C, shift, causal, quad, lin,
+      previous, silu, interleaved, rotary_dim, scale, want_final, want_attended):  # fmt: skip
+    shape = attention_shape(
+        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
+    )
     return fake_forward(shape, v, index, initial is not None, want_final, want_attended)
 
 
@@ -566,10 +594,12 @@ def fake_forward(shape: Shape, v: Tensor, index: list[Tensor], initial: bool, wa
 def attention_backward(
     d_out: Tensor, u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None,
     cos: Tensor | None, sin: Tensor | None, source: Tensor | None, index: list[Tensor], heads: Tensor, prefix: Tensor,
-    carry: Tensor, gated: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
-    lin: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
+    carry: Tensor, gated: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool,
+    lin: bool, previous: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    shape = attention_shape(u, z, gamma, N, G, C, causal, quad, lin, silu, interleaved, rotary_dim, scale)
+    shape = attention_shape(
+        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
+    )
     inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
     make = torch.zeros if source is not None else torch.empty  # padding is in no chunk: nobody writes its gradient
     d_u, d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (u, v, z))
@@ -585,8 +615,8 @@ gated_attention_backward_op = torch.library.custom_op(
 
 
 @gated_attention_backward_op.register_fake
-def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, prefix, carry, gated, N, G, C,
-      causal, quad, lin, silu, interleaved, rotary_dim, scale):  # fmt: skip
+def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, prefix, carry, gated, N, G, C, shift,
+      causal, quad, lin, previous, silu, interleaved, rotary_dim, scale):  # fmt: skip
     new = u.new_empty
     d_bias = new((2 * C - 1,), dtype=torch.float32) if quad and bias_R is not None else new((0,))
     sums = new((2 * gamma.shape[0] + 1, z.shape[1]), dtype=torch.float32)
@@ -594,7 +624,7 @@ def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, prefi
 
 
 def _save_attention(ctx, inputs, output):
-    u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, *static, want_final, want_attended = inputs
+    u, v, z, gamma, beta, bias_R, cos, sin, source, index, _, _, *static, want_final, want_attended = inputs
     out, heads, prefix, carry, attended, final = output
     ctx.set_materialize_grads(False)
     gated = attended if want_attended else out
@@ -613,9 +643,9 @@ def _optional(ctx, tensors: list) -> list:
 
 def _attention_gradients(backward, ctx, grads):
     if grads[0] is None:
-        return (None,) * 23
+        return (None,) * 26
     u, v, z, gamma, beta, heads, prefix, carry, gated, *rest = ctx.saved_tensors
-    index, optional = rest[:6], _optional(ctx, rest[6:])
+    index, optional = rest[:7], _optional(ctx, rest[7:])
     bias_R = optional[0]
     # Descriptors cannot describe an expanded gradient.
     d_out = grads[0].contiguous()
@@ -624,7 +654,7 @@ def _attention_gradients(backward, ctx, grads):
     )
     H = gamma.shape[0]
     d_bias = None if bias_R is None or d_bias.numel() == 0 else d_bias.to(bias_R.dtype)
-    none = (None, None, None, [None] * 6, None) + (None,) * 12
+    none = (None, None, None, [None] * 7, None, None) + (None,) * 14
     return d_u, d_v, d_z, sums[:H].to(gamma.dtype), sums[H : 2 * H].to(beta.dtype), d_bias, *none
 
 
@@ -646,11 +676,13 @@ def product_blocks(dtype: torch.dtype) -> dict:
     return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 4, "num_warps": 8}
 
 
-def layer_shape(h_dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale) -> Shape:
+def layer_shape(
+    h_dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
+) -> Shape:  # fmt: skip
     S = w_z.shape[0]
     return Shape(
-        T // N, N, G, C, w_u.shape[0], S, gamma.shape[0], causal, quad, lin, True, True, interleaved, rotary_dim,
-        scale, h_dtype, tiles_for(C, S, h_dtype),
+        T // N, N, G, C, shift, w_u.shape[0], S, gamma.shape[0], causal, quad, lin, previous, True, True, interleaved,
+        rotary_dim, scale, h_dtype, tiles_for(C, S, h_dtype),
     )  # fmt: skip
 
 
@@ -704,12 +736,14 @@ def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
 def layer_forward(
     x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor, b_z: Tensor,
     w_o: Tensor, b_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, eps: float, N: int,
-    G: int, C: int, causal: bool, quad: bool, lin: bool, interleaved: bool, rotary_dim: int, scale: float,
-    want_final: bool, dtype: torch.dtype,
+    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, before: Tensor | None,
+    eps: float, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool,
+    interleaved: bool, rotary_dim: int, scale: float, want_final: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     T, D = x.shape
-    shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
+    shape = layer_shape(
+        dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
+    )
     E = shape.E
     rms = x.new_empty(T, dtype=torch.float32)
     cast = x.new_empty((T, D), dtype=dtype) if x.dtype != dtype else x.new_empty((0,), dtype=dtype)
@@ -719,7 +753,7 @@ def layer_forward(
         h = torch.mm(raw_x, torch.cat([w_u, w_v, w_z]).to(dtype).t())
         u, v, z = split_columns(h, E)
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
-        out, heads, prefix, carry, _, final = launch_forward(shape, inputs, initial, want_final, False)
+        out, heads, prefix, carry, _, final = launch_forward(shape, inputs, initial, before, want_final, False)
         y = launch_residual(x, out, w_o.to(dtype), b_o)
     return [y, rms, cast, h, heads, prefix, carry, out, final]
 
@@ -728,10 +762,13 @@ layer_op = torch.library.custom_op("flash_hf::layer", layer_forward, mutates_arg
 
 
 @layer_op.register_fake
-def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, eps, N,
-      G, C, causal, quad, lin, interleaved, rotary_dim, scale, want_final, dtype):  # fmt: skip
+def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, before,
+      eps, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale, want_final,
+      dtype):  # fmt: skip
     T, D = x.shape
-    shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
+    shape = layer_shape(
+        dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
+    )
     cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
     h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
     out, heads, prefix, carry, _, final = fake_forward(
@@ -752,12 +789,14 @@ def layer_backward(
     d_y: Tensor, x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor,
     b_z: Tensor, w_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, source: Tensor | None, index: list[Tensor], rms: Tensor, h: Tensor, heads: Tensor,
-    prefix: Tensor, carry: Tensor, out: Tensor, N: int, G: int, C: int, causal: bool, quad: bool,
-    lin: bool, interleaved: bool, rotary_dim: int, scale: float,
+    prefix: Tensor, carry: Tensor, out: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool,
+    lin: bool, previous: bool, interleaved: bool, rotary_dim: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     T, D = d_y.shape
     dtype = h.dtype
-    shape = layer_shape(dtype, T, w_u, w_z, gamma, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale)
+    shape = layer_shape(
+        dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
+    )
     E = shape.E
     raw_dy = d_y.to(dtype)
     new = h.new_empty
@@ -787,7 +826,7 @@ layer_backward_op = torch.library.custom_op("flash_hf::layer_backward", layer_ba
 
 @layer_backward_op.register_fake
 def _(d_y, x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, bias_R, cos, sin, source, index, rms, h, heads,
-      prefix, carry, out, N, G, C, causal, quad, lin, interleaved, rotary_dim, scale):  # fmt: skip
+      prefix, carry, out, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale):  # fmt: skip
     D, E, S, H = d_y.shape[1], w_u.shape[0], w_z.shape[0], gamma.shape[0]
 
     def wide(*size):
@@ -801,10 +840,8 @@ def _(d_y, x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, bias_R, cos,
 
 
 def _save_layer(ctx, inputs, output):
-    x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, *rest = (
-        inputs
-    )
-    eps, *static, want_final, dtype = rest
+    x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, *rest = inputs
+    _, _, _, *static, want_final, dtype = rest
     y, rms, cast, h, heads, prefix, carry, out, final = output
     ctx.set_materialize_grads(False)
     ctx.optional = bias_R is not None, cos is not None, source is not None
@@ -819,10 +856,10 @@ def _save_layer(ctx, inputs, output):
 
 def _layer_gradients(backward, ctx, grads):
     if grads[0] is None:
-        return (None,) * 30
+        return (None,) * 33
     (raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out,
      *rest) = ctx.saved_tensors  # fmt: skip
-    index, optional = rest[:6], _optional(ctx, rest[6:])
+    index, optional = rest[:7], _optional(ctx, rest[7:])
     bias_R = optional[0]
     d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums, d_bias_R = backward(
         grads[0].contiguous(), raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, *optional, index, rms, h,
@@ -830,7 +867,7 @@ def _layer_gradients(backward, ctx, grads):
     )  # fmt: skip
     E, H = w_u.shape[0], gamma.shape[0]
     d_bias_R = None if bias_R is None or d_bias_R.numel() == 0 else d_bias_R.to(bias_R.dtype)
-    none = (None, None, None, [None] * 6, None) + (None,) * 12
+    none = (None, None, None, [None] * 7, None, None) + (None,) * 14
     return (
         d_x, d_gain.to(gain.dtype), d_w[:E].to(w_u.dtype), d_b[:E].to(b_u.dtype), d_w[E : 2 * E].to(w_v.dtype),
         d_b[E : 2 * E].to(b_v.dtype), d_w[2 * E :].to(w_z.dtype), d_b[2 * E :].to(b_z.dtype), d_w_o.to(w_o.dtype),

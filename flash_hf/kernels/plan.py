@@ -27,17 +27,20 @@ class ChunkPlan(Movable):
 
     Attributes:
         tokens: N, tokens a row. chunks: G, chunks a row. chunk_size: slots of a chunk in this layout.
+        shift: slots before a row's first token.
         source_K: token index (flat over rows) of every slot, -1 for none, int32 `[B * G * chunk_size]`; None if the
             grid is a padded reshape.
         factor_G: factor on the linear queries against states kept over `chunk_size`, float32 `[B * G]`.
         group_G: the piece (causal) or document (bidirectional) of each chunk, int32 `[B * G]`.
         piece_begin, piece_end: chunks of each piece, int32 `[pieces]`.
         document_begin, document_end: pieces of each document, int32 `[documents]`.
+        opens_G: 1 for chunks in which a row or a document begins, int32 `[B * G]`.
     """
 
     tokens: int
     chunks: int
     chunk_size: int
+    shift: int
     source_K: Tensor | None
     factor_G: Tensor
     group_G: Tensor
@@ -45,12 +48,14 @@ class ChunkPlan(Movable):
     piece_end: Tensor
     document_begin: Tensor
     document_end: Tensor
+    opens_G: Tensor
 
     @property
     def index(self) -> list[Tensor]:
         """The tensors that every kernel op takes."""
         return [
             self.factor_G, self.group_G, self.piece_begin, self.piece_end, self.document_begin, self.document_end,
+            self.opens_G,
         ]  # fmt: skip
 
 
@@ -80,6 +85,7 @@ def chunk_plan(
         row = torch.arange(batch, dtype=torch.int32, device=device)
         document_begin, document_end = row * per_row, (row + 1) * per_row
         group = (chunk // G) * per_row + (chunk % G) // longest if causal else chunk // G
+        starts_document = chunk % G == 0
     else:
         place = torch.arange(G, device=device) - layout.first_BG
         starts_document = (place == 0).flatten()
@@ -101,6 +107,7 @@ def chunk_plan(
         tokens=N,
         chunks=G,
         chunk_size=C,
+        shift=layout.shift,
         source_K=source,
         factor_G=factor.expand(batch, G).reshape(-1).contiguous(),
         group_G=group.int(),
@@ -108,4 +115,5 @@ def chunk_plan(
         piece_end=piece_end.int(),
         document_begin=document_begin.int(),
         document_end=document_end.int(),
+        opens_G=starts_document.int(),
     )

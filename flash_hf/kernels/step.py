@@ -45,20 +45,22 @@ def _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S):
 def _gated_step_kernel(
     u_ptr, v_ptr, z_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, position_ptr, valid_ptr,
     quad_k_ptr, lin_k_ptr, value_ptr, total_ptr, seen_ptr, bias_ptr, out_ptr,
-    u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale,
+    u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale, shift,
     C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
     HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
-    MEAN: tl.constexpr, INTERLEAVED: tl.constexpr, SILU: tl.constexpr,
+    MEAN: tl.constexpr, PREVIOUS: tl.constexpr, INTERLEAVED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One row and BLOCK_E of its value columns. With p slots of the open chunk filled and c the global part's scale,
+    """One row and BLOCK_E of its value columns. With the token in slot p of the open chunk, whose slots from b on are
+    filled (a document's first chunk begins `shift` slots before it), and c the global part's scale,
 
-        out = silu(u) (sum_{j<p} (A_j - c lin_q.lin_k_j) v_j + A_p v_p + c lin_q total)
+        out = silu(u) (sum_{b<=j<p} (A_j - c lin_q.lin_k_j) v_j + A_p v_p + c lin_q total)
         A_j = relu(quad_q.quad_k_j score_scale + bias[j - p + C - 1])^2
         total += lin_k_p v_p^T
 
-    where total, before that update, holds all tokens before this one.
+    where total, before that update, holds all tokens before this one. With PREVIOUS lin_k_p, the key that v_p goes
+    under, is the token's before, and slot p + 1 gets the token's own; no linear head is turned.
     """
     blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     # Programs of one row are neighbours in time, so that all but the first find its keys in L2.
@@ -67,8 +69,9 @@ def _gated_step_kernel(
 
     # Not from `seen`, which another program of this row may have advanced already.
     position = tl.load(position_ptr + row * position_stride)
-    phase = (position % C).to(tl.int32)
-    closed = position - phase
+    phase = ((position + shift) % C).to(tl.int32)
+    closed = tl.maximum(position - phase, 0)
+    first = phase - position
     slots = phase
     if HAS_VALID:
         valid = tl.load(valid_ptr + row * valid_stride) != 0
@@ -126,8 +129,9 @@ def _gated_step_kernel(
             own_score += tl.load(bias_ptr + C - 1).to(tl.float32)
         own_weight = tl.where(own_score < 0, 0.0, own_score * own_score)
     if HAS_LIN:
-        lin_q_S = _head(z_2S, turn_2S, gamma_ptr + LIN, beta_ptr + LIN, col_2S, in_2S)
-        lin_k_S = _head(z_2S, turn_2S, gamma_ptr + LIN + S, beta_ptr + LIN + S, col_2S, in_2S).to(cache)
+        lin_turn_2S = tl.where(itself_21, 1.0, 0.0) if PREVIOUS else turn_2S
+        lin_q_S = _head(z_2S, lin_turn_2S, gamma_ptr + LIN, beta_ptr + LIN, col_2S, in_2S)
+        own_k_S = _head(z_2S, lin_turn_2S, gamma_ptr + LIN + S, beta_ptr + LIN + S, col_2S, in_2S).to(cache)
         scale = 1.0 / C
         if MEAN:
             scale = 1.0 / tl.maximum(closed, 1).to(tl.float32)
@@ -137,13 +141,18 @@ def _gated_step_kernel(
 
     # -- the open chunk's slots before this one; what lies in the others is never loaded
     quad_k_ptr += row * C * S
-    lin_k_ptr += row * C * S
+    lin_k_ptr += row * (C + PREVIOUS) * S
     value_ptr += row * C * E
+    if HAS_LIN:
+        lin_k_S = own_k_S
+        if PREVIOUS:
+            newest = tl.where(phase == 0, C, phase)
+            lin_k_S = tl.load(lin_k_ptr + newest * S + col_S, mask=in_S & valid & (position > 0), other=0.0)
     # Slots are summed last: across threads once, not once a block.
     sum_CE = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
     for start in tl.range(0, C if INTERPRETED else slots, BLOCK_C, num_stages=STAGES):
         slot_C = start + tl.arange(0, BLOCK_C)
-        live_C = slot_C < slots
+        live_C = (slot_C < slots) & (slot_C >= first)
         weight_C = tl.zeros([BLOCK_C], tl.float32)
         key_at = slot_C[:, None] * S + col_S[None, :]
         if HAS_QUAD:
@@ -177,7 +186,11 @@ def _gated_step_kernel(
     writes = (block == 0) & valid
     if HAS_QUAD:
         tl.store(quad_k_ptr + phase.to(tl.int64) * S + col_S, quad_k_S, mask=in_S & writes)
-    if HAS_LIN:
+    if HAS_LIN and PREVIOUS:
+        # Never where another program of this row reads.
+        tl.store(lin_k_ptr + phase * S + col_S, lin_k_S, mask=in_S & writes & ((phase == 0) | (position == 0)))
+        tl.store(lin_k_ptr + (phase + 1) * S + col_S, own_k_S, mask=in_S & writes)
+    elif HAS_LIN:
         tl.store(lin_k_ptr + phase.to(tl.int64) * S + col_S, lin_k_S, mask=in_S & writes)
     tl.store(seen_ptr + row, tl.load(seen_ptr + row, mask=writes, other=0) + 1, mask=writes)
 
@@ -222,6 +235,8 @@ def _launch(
     mean: bool,
     interleaved: bool,
     silu: bool,
+    shift: int,
+    previous_key: bool,
 ) -> Tensor:
     B, _, E = u.shape
     C, S = value.shape[1], z.shape[2]
@@ -237,10 +252,10 @@ def _launch(
             u.stride(0), v.stride(0), z.stride(0),
             0 if cos is None or cos.shape[0] == 1 else cos.shape[2],
             0 if position.shape[0] == 1 else position.stride(0), 0 if valid is None else valid.stride(0),
-            1.0 / divisor,
+            1.0 / divisor, shift,
             C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],
             HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias is not None,
-            HAS_VALID=valid is not None, MEAN=mean, INTERLEAVED=interleaved, SILU=silu,
+            HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous_key, INTERLEAVED=interleaved, SILU=silu,
             BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
             INTERPRETED=INTERPRETED, num_warps=warps,
         )  # fmt: skip
@@ -296,6 +311,8 @@ def gated_step(
     has_lin: bool = True,
     interleaved: bool = False,
     silu: bool = True,
+    shift: int = 0,
+    previous_key: bool = False,
 ) -> Tensor:
     """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel; advances `state`.
 
@@ -313,6 +330,8 @@ def gated_step(
         has_quad, has_lin: branches of the layer.
         interleaved: RoPE turns the pairs (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
         silu: u, v and z come before their activation.
+        shift: slots of a document's first chunk before its first token.
+        previous_key: values go under the key of the token before them, and linear heads are not turned.
 
     Returns:
         `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
@@ -352,7 +371,7 @@ def gated_step(
     else:
         bias_R = None
     if has_lin:
-        _require("state.lin_k", lin_k, (B, C, S), (value.dtype,), dense=True)
+        _require("state.lin_k", lin_k, (B, C + previous_key, S), (value.dtype,), dense=True)
         _require("state.total", total, (B, S, E), (torch.float32,), dense=True)
     _require("position_B1", position_B1, (1 if position_B1.shape[0] == 1 else B, 1), (torch.int64,))
     if valid_B1 is not None:
@@ -377,5 +396,6 @@ def gated_step(
     bias_R = None if bias_R is None else bias_R.contiguous()
     return torch.ops.flash_hf.gated_step.default(
         u, v, z, gamma_HS.contiguous(), beta_HS.contiguous(), cos, sin, position_B1, valid_B1, *state, bias_R,
-        float(divisor), normalization == "mean", interleaved, silu,
+        float(divisor), normalization == "mean", interleaved, silu, shift,
+        previous_key,
     )  # fmt: skip

@@ -67,7 +67,7 @@ class Model:
 
 def _flash(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
     def build(config: FlashConfig, causal: bool) -> nn.Module:
-        config = FlashConfig(**shared(config) | changes)
+        config = FlashConfig(**settings(config, changes))
         return (FlashForCausalLM if causal else FlashForMaskedLM)(config)
 
     return build
@@ -75,11 +75,7 @@ def _flash(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
 
 def _gau(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
     def build(config: FlashConfig, causal: bool) -> nn.Module:
-        settings = shared(config) | changes
-        for name in ("grid_shift", "wide_chunk"):  # given in chunks
-            if name in changes:
-                settings[name] = int(changes[name] * config.chunk_size)
-        return (GAUForCausalLM if causal else GAUForMaskedLM)(GAUConfig(**settings))
+        return (GAUForCausalLM if causal else GAUForMaskedLM)(GAUConfig(**settings(config, changes)))
 
     return build
 
@@ -98,6 +94,12 @@ def shared(config: FlashConfig) -> dict[str, Any]:
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "query_key_dim", "chunk_size",
              "max_position_embeddings", "initializer_range")  # fmt: skip
     return {name: getattr(config, name) for name in names}
+
+
+def settings(config: FlashConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """[`shared`] ones with a model's changes, of which some are given in chunks."""
+    sizes = {name: int(changes[name] * config.chunk_size) for name in ("chunk_shift", "wide_chunk") if name in changes}
+    return shared(config) | changes | sizes
 
 
 def gated_deltanet(config: FlashConfig, causal: bool) -> nn.Module:
@@ -183,12 +185,14 @@ MODELS: dict[str, Model] = {
         "keys of the token before, no RoPE, normalised", _gau(key_shift=True, global_rope=False, global_norm=True)
     ),
     "flash-previous": Model('global_form="previous_token"', _flash(global_form="previous_token")),
-    "flash-stagger": Model("grid shifted in every second layer", _gau(grid_shift=0.5)),
-    "flash-stagger-local": Model("the same, local only", _gau(grid_shift=0.5, attention_type="local")),
-    "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(grid_shift=0.5, chunk_weighting="decay")),
-    "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(grid_shift=0.5, global_rope=False)),
+    "flash-stagger": Model("grid shifted in every second layer", _flash(chunk_shift=0.5), compiled=False),
+    "flash-stagger-local": Model(
+        "the same, local only", _flash(chunk_shift=0.5, attention_type="local"), compiled=False
+    ),
+    "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(chunk_shift=0.5, chunk_weighting="decay")),
+    "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(chunk_shift=0.5, global_rope=False)),
     "flash-stagger-keyshift": Model(
-        "grid shifted, keys of the token before, no RoPE", _gau(grid_shift=0.5, key_shift=True, global_rope=False)
+        "grid shifted, keys of the token before, no RoPE", _gau(chunk_shift=0.5, key_shift=True, global_rope=False)
     ),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip
