@@ -162,6 +162,14 @@ class FlashTrainingArguments(TrainingArguments):
         metadata={"help": "What a device can do at most, for MFU. Known of common GPUs computing in bf16 or fp16."},
     )
 
+    cuda_graph: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay training steps as a CUDA graph, with the same numbers: about twice as fast for small "
+            "models on a fast GPU, which otherwise waits for Python. For one GPU and rows without padding or packing."
+        },
+    )
+
     def __post_init__(self):
         if self.hub_token is not None:
             raise ValueError(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError, safe_open
@@ -54,6 +55,7 @@ from .arguments import (
 )
 from .budget import TimeBudget
 from .configuration_flash import FlashConfig
+from .graphs import GraphedBackward
 from .streaming import STREAM_STATE, BlockStream, write_state
 from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
 
@@ -226,8 +228,9 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
 
 
 class FlashTrainer(Trainer):
-    """Trainer with weight decay on matrices only, speed in its log, exact resuming of streams, rows that grow, an end
-    by the clock, a word about checkpoints that could not be saved, and an evaluation that keeps the rows in order."""
+    """Trainer with weight decay on matrices only, speed in its log, steps as CUDA graphs, exact resuming of streams,
+    rows that grow, an end by the clock, a word about checkpoints that could not be saved, and an evaluation that keeps
+    the rows in order."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -241,6 +244,14 @@ class FlashTrainer(Trainer):
             self.add_callback(SpeedBar)
         if isinstance(self.train_dataset, BlockStream):
             self.add_callback(StreamEpochCallback)
+        self._graphed: GraphedBackward | None = None
+        self._may_graph = getattr(self.args, "cuda_graph", False)
+        if self._may_graph and (devices > 1 or self.args.device.type != "cuda" or self.args.fp16):
+            logger.warning(
+                f"cuda_graph is for one CUDA device in bf16 or float32, got {devices} of type {self.args.device.type}"
+                f"{' in fp16' * self.args.fp16}: training steps are issued one by one."
+            )
+            self._may_graph = False
         self.budget = None
         if (minutes := getattr(self.args, "max_minutes", None)) is not None:
             self.budget = TimeBudget(minutes, self.args.warmup_steps, self.args.started)
@@ -277,6 +288,29 @@ class FlashTrainer(Trainer):
                     flops = training_flops(config, context, causal=config.is_decoder, head=head)
                 self.speed.count(tokens, flops)
         return batches, count
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Trainer's own, as a CUDA graph if the arguments ask for it and the rows are plain."""
+        inputs = self._prepare_inputs(inputs)
+        if not self._may_graph or inputs.keys() != {"input_ids", "labels"}:
+            if self._may_graph:
+                logger.warning_once(
+                    f"cuda_graph is for batches of input_ids and labels alone, got {', '.join(sorted(inputs))}: steps "
+                    "on padded or packed rows are issued one by one."
+                )
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        def compute(batch: dict[str, Tensor]) -> Tensor:
+            items = batch.get("num_items_in_batch")
+            rows = {name: batch[name] for name in ("input_ids", "labels")}
+            return super(FlashTrainer, self).training_step(model, rows, items)
+
+        if self._graphed is None:
+            self._graphed = GraphedBackward(compute, model.parameters())
+        batch = dict(inputs)
+        if num_items_in_batch is not None:
+            batch["num_items_in_batch"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
+        return self._graphed(batch, key=self.current_gradient_accumulation_steps)
 
     # --- log, validation, checkpoints --------------------------------------------------------------------------------
 

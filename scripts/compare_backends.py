@@ -12,7 +12,10 @@ the mean loss of the last tenth of the steps.
 
 import argparse
 import csv
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +31,11 @@ RUNS = {
 }
 
 
-def train(options: argparse.Namespace, run: str, text: torch.Tensor) -> list[float]:
-    """Losses of `options.steps` steps of AdamW with warm-up, in nats a byte."""
+def train(options: argparse.Namespace, run: str) -> tuple[list[float], float]:
+    """Losses of `options.steps` steps of AdamW with warm-up, in nats a byte, and how many seconds they took."""
+    # A copy: bytes are read-only, and torch wants memory it may write to.
+    text = torch.frombuffer(bytearray(Path(options.text).read_bytes()), dtype=torch.uint8)
+    begin = time.perf_counter()
     backend, dtype = RUNS[run]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = {"hidden_size": 64, "num_hidden_layers": 2, "query_key_dim": 32, "chunk_size": 64}
@@ -52,7 +58,7 @@ def train(options: argparse.Namespace, run: str, text: torch.Tensor) -> list[flo
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-    return torch.stack(losses).tolist()
+    return torch.stack(losses).tolist(), time.perf_counter() - begin
 
 
 def main() -> None:
@@ -60,6 +66,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="text file to train on")
     parser.add_argument("--folder", default="runs/backends", help="where the results go")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--workers", type=int, default=1, help="runs at once, each in a process of its own")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=16, help="rows a step")
     parser.add_argument("--length", type=int, default=1000, help="bytes a row: no multiple of a chunk, on purpose")
@@ -68,17 +75,15 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a model for a laptop")
     options = parser.parse_args()
 
-    # A copy: bytes are read-only, and torch wants memory it may write to.
-    text = torch.frombuffer(bytearray(Path(options.text).read_bytes()), dtype=torch.uint8)
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     curves, last = {}, max(1, options.steps // 10)
-    for run in options.runs:
-        begin = time.perf_counter()
-        curves[run] = train(options, run, text)
-        mean = sum(curves[run][-last:]) / last
-        seconds = time.perf_counter() - begin
-        print(f"{run}: {mean:.4f} nats a byte over the last {last} steps, {seconds:.0f} s", flush=True)
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as workers:
+        results = workers.map(partial(train, options), options.runs)
+        for run, (losses, seconds) in zip(options.runs, results, strict=True):
+            curves[run] = losses
+            mean = sum(losses[-last:]) / last
+            print(f"{run}: {mean:.4f} nats a byte over the last {last} steps, {seconds:.0f} s", flush=True)
     with (folder / "backends.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *curves])

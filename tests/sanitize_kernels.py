@@ -4,7 +4,10 @@
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize_kernels.py
 compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize_kernels.py
+python tests/sanitize_kernels.py bfloat16    # only the cases of one type
 """
+
+import sys
 
 import torch
 
@@ -41,6 +44,8 @@ def decode(dtype: torch.dtype) -> None:
 
 def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
+        if len(sys.argv) > 1 and sys.argv[1] != str(dtype).removeprefix("torch."):
+            continue
         for shape in SHAPES:
             for causal in (True, False):
                 for ragged in (False, True):

@@ -248,6 +248,23 @@ def test_accumulation_of_four_equals_one_large_batch(files, tmp_path, kind):
         torch.testing.assert_close(one, four, rtol=1e-6, atol=1e-8)
 
 
+def test_graphs_without_a_gpu_are_refused_in_a_word(files, tmp_path, caplog):
+    blocks, _ = blocks_of(files, "causal")
+    losses = []
+    for graph in (True, False):
+        args = training.FlashTrainingArguments(
+            output_dir=tmp_path / str(graph), max_steps=2, logging_steps=1, eval_strategy="no", eval_on_start=False,
+            save_strategy="no", disable_tqdm=True, use_cpu=True, cuda_graph=graph,
+        )  # fmt: skip
+        trainer = training.FlashTrainer(
+            model=tiny_model("causal"), args=args, train_dataset=blocks, data_collator=data.collate
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert caplog.text.count("cuda_graph is for one CUDA device") == 1
+
+
 def test_weight_decay_is_for_matrices_only(tmp_path):
     for relative_bias in ("toeplitz", "rotary", "t5"):
         model = tiny_model("causal", relative_bias=relative_bias, norm_type="layer_norm", tie_word_embeddings=False)

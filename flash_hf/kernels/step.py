@@ -190,13 +190,15 @@ def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[i
     """BLOCK_C, BLOCK_E and warps.
 
     The widest block of E that leaves enough programs, since every program reads all keys of its row, and whose
-    `[S, BLOCK_E]` of the total fits the registers; the slots whose keys fill 8 KiB of shared memory.
+    `[S, BLOCK_E]` of the total fits the registers; the slots whose keys fill 8 KiB of shared memory. Where programs
+    are few, large ones get more warps; where they are many, more of them at a time hide each other's loads.
     """
     block_s = triton.next_power_of_2(key_dim)
     block_c = min(max(8192 // (block_s * itemsize), 8), 32)
     for block_e in (128, 64, 32):
-        if batch * triton.cdiv(width, block_e) >= FULL_GPU and block_e * block_s <= 16384:
-            return block_c, block_e, 8 if block_e * block_s > 4096 else 4
+        programs = batch * triton.cdiv(width, block_e)
+        if programs >= FULL_GPU and block_e * block_s <= 16384:
+            return block_c, block_e, 8 if block_e * block_s > 4096 and programs < 4 * FULL_GPU else 4
     return block_c, 16, 4
 
 

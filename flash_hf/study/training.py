@@ -25,6 +25,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 
 from ..benchmarking import quartiles
 from ..cells import Gate, provenance
+from ..graphs import GraphedBackward
 from ..recall import mqar, needle
 from .grid import Cell
 from .models import MODELS, SIZES, build
@@ -104,14 +105,13 @@ class Step:
     """A training step on batches of one shape.
 
     Attributes:
-        graphed: whether forward and backward are replayed as one CUDA graph.
         loss: of the last batch, on the device.
+        graph: what replays forward and backward as a CUDA graph, after `capture` on a GPU.
     """
 
     def __init__(self, model: nn.Module, batch: tuple[Tensor, Tensor], steps: int, rate: float, recipe: Recipe):
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.example = model, recipe, batch
         self.device = batch[0].device.type
-        self.inputs, self.labels = (part.clone() for part in batch)
         self.head = torch.compile(mean_loss, dynamic=False) if self.device == "cuda" else mean_loss
         self.optimizer = torch.optim.AdamW(
             model.parameters(), rate, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay,
@@ -119,42 +119,36 @@ class Step:
         )  # fmt: skip
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, round(recipe.warmup * steps), steps)
         self.loss = torch.zeros((), device=self.device)
-        self.graphed, self.why_not = False, "no CUDA device"
-        self.forward_backward: Callable[[], None] = self._forward_backward
+        self.graph: GraphedBackward | None = None
 
-    def _forward_backward(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
+    @property
+    def why_not(self) -> str | None:
+        """Why steps are issued one by one, or None where they are replayed."""
+        if self.graph is None:
+            return "no CUDA device"
+        return next(iter(self.graph.refusals.values()), None)
+
+    def _compute(self, batch: dict[str, Tensor]) -> Tensor:
         with autocast(self.device):
-            hidden = self.model.model(self.inputs, use_cache=False).last_hidden_state
-            loss = self.head(hidden, self.model.get_input_embeddings().weight, self.labels)
+            hidden = self.model.model(batch["inputs"], use_cache=False).last_hidden_state
+            loss = self.head(hidden, self.model.get_input_embeddings().weight, batch["labels"])
         loss.backward()
-        self.loss.copy_(loss.detach())
+        return loss.detach()
+
+    def forward_backward(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.optimizer.zero_grad()
+        compute = self._compute if self.graph is None else self.graph
+        self.loss = compute(dict(zip(("inputs", "labels"), batch, strict=True)))
 
     def capture(self) -> None:
         """Compile and tune all kernels, then make the graph; where that cannot be, steps stay as they are."""
-        if self.device != "cuda":
-            return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._forward_backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._forward_backward()
-        except Exception as error:  # a model that reads from the device; its steps are then issued one by one
-            self.why_not = f"{type(error).__name__}: {error}"[:300]
-            print(f"no CUDA graph: {self.why_not}", flush=True)
-            return
-        self.graphed, self.why_not, self.forward_backward = True, None, graph.replay
+        if self.device == "cuda":
+            self.graph = GraphedBackward(self._compute, self.model.parameters())
+            for _ in range(self.graph.warmup + 1):
+                self.forward_backward(self.example)
 
     def __call__(self, batch: tuple[Tensor, Tensor]) -> None:
-        self.inputs.copy_(batch[0])
-        self.labels.copy_(batch[1])
-        self.forward_backward()
+        self.forward_backward(batch)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.schedule.step()
@@ -289,8 +283,8 @@ def run_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe) -> dict:
 
 
 def about(model: nn.Module, step: Step) -> dict:
-    return {"parameters": sum(p.numel() for p in model.parameters()), "graphed": step.graphed, "why_not": step.why_not,
-            "tokens_per_step": step.inputs.numel()}  # fmt: skip
+    return {"parameters": sum(p.numel() for p in model.parameters()), "graphed": step.why_not is None,
+            "why_not": step.why_not, "tokens_per_step": step.example[0].numel()}  # fmt: skip
 
 
 def quietest(sample: Callable[[], float], gate: Gate, samples: int, tries: int) -> dict:
