@@ -221,17 +221,19 @@ def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
         "    write_json(folder / 'cells' / f'{name}.json', os.getpid())\n"
         "serve(run, folder / 'logs')"
     )
-    environment = {"PYTHONPATH": str(ROOT)}
+
+    def done(cell):
+        if cell == "c":
+            runner.minutes = (runner.seconds() + 1) / 60
+
     runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, lasting=True,
-                        environment=environment)  # fmt: skip
-    runner.run(["a", "b", "bad", "c"], 1)
-    assert runner.result("a") == runner.result("b") != runner.result("c")
-    assert list(runner.failed) == ["bad"] and "this one fails" in runner.failed["bad"]
+                        done=done, environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
+    runner.run(["a", "b", "bad", "c", "long"], 1)
+    assert runner.result("a") == runner.result("b") != runner.result("c") is not None
+    assert list(runner.failed) == ["bad", "long"]
+    assert "this one fails" in runner.failed["bad"] and "cut off" in runner.failed["long"]
     assert (tmp_path / "logs" / "b.log").read_text() == "output of b\n"
     assert all(process.returncode is not None for process in runner.processes)
-    runner.minutes = (runner.seconds() + 8) / 60
-    runner.run(["d", "long"], 1)
-    assert runner.result("d") and "cut off" in runner.failed["long"]
 
 
 @pytest.mark.slow

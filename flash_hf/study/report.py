@@ -41,9 +41,14 @@ def same_but_rate(results: Results, cell: Cell) -> list[Cell]:
     return [other for other in results if Cell(**{**other.__dict__, "rate": cell.rate}) == cell]
 
 
+def mean_loss(results: Results, cell: Cell) -> float:
+    """Of all seeds of a cell."""
+    return statistics.mean(final_loss(result) for result in seeds_of(results, cell))
+
+
 def loss_text(results: Results, cell: Cell) -> str:
     losses = [final_loss(result) for result in seeds_of(results, cell)]
-    text = f"{statistics.mean(losses):.3f}"
+    text = f"{mean_loss(results, cell):.3f}"
     return f"{text} +- {statistics.stdev(losses):.3f}" if len(losses) > 1 else text
 
 
@@ -186,18 +191,20 @@ def forms(results: Results) -> str:
                 continue
             base = best.get((FLASH, "books-causal", context))
             rows = []
-            for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
+            for cell in sorted(cells, key=lambda cell: mean_loss(results, cell)):
                 result = results[cell]
                 slots = result["final"].get("by_slot", [])
-                delta = "-" if base is None else f"{final_loss(result) - final_loss(results[base]):+.3f}"
+                delta = "-" if base is None else f"{mean_loss(results, cell) - mean_loss(results, base):+.3f}"
                 rows.append([
-                    MODELS[cell.model].title, f"{cell.rate:g}", loss_text(results, cell), delta,
+                    MODELS[cell.model].title, f"{cell.rate:g}", f"{len(seeds_of(results, cell))}",
+                    loss_text(results, cell), delta,
                     f"{slots[0]:.3f}" if slots else "-", f"{slots[-1]:.3f}" if slots else "-",
                     *(f"{found['loss']:.3f}" for found in result["lengths"].values()),
                 ])  # fmt: skip
             shown = next(iter(cells))
             lengths = [f"loss at {int(length):,}" for length in results[shown]["lengths"]]
-            head = ["form", "learning rate", "loss", "against FLASH", "first 1/32 of a chunk", "last 1/32", *lengths]
+            head = ["form", "learning rate", "seeds", "loss", "against FLASH", "first 1/32 of a chunk", "last 1/32",
+                    *lengths]  # fmt: skip
             parts.append(f"Size {size}, {tokens} M tokens, context {context:,}:\n\n{table(head, rows)}")
     return "\n\n".join(parts) or "No cells yet."
 
@@ -290,7 +297,7 @@ def fill(document: str, results: Results) -> str:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Figures 5 and 6 of the paper, quality against cost and against seconds, one picture for each task."""
+    """Figures 5 and 6 of the paper: quality against seconds, one picture for each task with more than one model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -300,20 +307,22 @@ def draw(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for task in sorted({task for _, task, _ in best if task not in RECALL_TASKS}):
         contexts = sorted({context for _, other, context in best if other == task})
-        figure, axes = plt.subplots(1, len(contexts), figsize=(4 * len(contexts), 3.4), squeeze=False)
+        figure, axes = plt.subplots(1, len(contexts), figsize=(3.6 * len(contexts), 3), squeeze=False, sharey=True)
         for axis, context in zip(axes[0], contexts, strict=True):
             for model in shown_models(best, task, context):
                 cell = best[model, task, context]
                 ms = step_ms(results, cell)
                 if ms is not None:
-                    curve = results[cell]["valid_curve"]
+                    curve = results[cell]["valid_curve"][1:]  # without the fall from chance
                     axis.plot([step * ms / 1e3 for step, _ in curve], [loss for _, loss in curve],
                               label=MODELS[model].title)  # fmt: skip
-            axis.set(title=f"context {context:,}", xlabel="seconds, alone on the GPU", ylabel="validation loss")
+            axis.set(title=f"{task.replace('-', ', ')}, context {context:,}", xlabel="seconds, alone on the GPU")
             axis.legend(fontsize=7)
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel("validation loss, nats a token")
         figure.tight_layout()
-        written.append(folder / f"{task}.svg")
-        figure.savefig(written[-1], metadata={"Date": None})
+        written.append(folder / f"{task}.png")
+        figure.savefig(written[-1], dpi=80, metadata={"Software": None})
         plt.close(figure)
     return written
 
