@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps as CUDA graphs: a small model on a fast GPU computes faster than Python issues its kernels."""
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
@@ -73,23 +74,58 @@ class GraphedBackward:
         self.graph = self.shape = None
         self.inputs = {name: x.clone() for name, x in batch.items()}
         held = [p.grad for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
+        before, random = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self.loss = self.compute(self.inputs)
+            # First without a graph, and whatever waits for the device raises: within a recording it would break more
+            # than itself.
+            with torch.cuda.stream(stream), waiting_is_an_error():
+                self._compute_anew()
+            with torch.cuda.graph(graph, stream=stream):
+                self.loss = self._compute_anew()
             self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
             self.graph, self.shape = graph, shape
         except Exception as error:  # whatever the model does that a graph cannot hold
-            self.refusals[shape] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self.refusals[shape] = reason_of(error)
             logger.warning(
                 f"No CUDA graph of training steps: {self.refusals[shape]} They are issued one by one, which gives the "
                 "same numbers."
             )
+            # A recording that was broken off leaves its stream, and a generator that believes to be recorded still.
+            torch.cuda.set_stream(before)
+            generator = torch.Generator("cuda")
+            generator.set_state(random)
+            torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(
+                generator.graphsafe_get_state()
+            )
+        before.wait_stream(stream)
         for parameter, grad in zip(self.parameters, held, strict=True):
             parameter.grad = grad
         return self.graph is not None
+
+    def _compute_anew(self) -> Tensor:
+        for parameter in self.parameters:
+            parameter.grad = None
+        return self.compute(self.inputs)
+
+
+@contextlib.contextmanager
+def waiting_is_an_error():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def reason_of(error: BaseException) -> str:
+    """The first error of a chain in one line: those after it come from cleaning up."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 __all__ = ["GraphedBackward"]

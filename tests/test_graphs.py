@@ -8,7 +8,7 @@ import torch
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.graphs import GraphedBackward
-from flash_hf.testing import make_model
+from flash_hf.testing import error_ratio, make_model
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
@@ -41,8 +41,9 @@ def compute_of(model, reads=False):
 
 
 def train(step, model, batches, accumulate=1):
-    """Losses of the batches, and the weights after an update every `accumulate` of them."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    """Losses of the batches, and what the weights have changed by, with an update every `accumulate` of them."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    begin = torch.cat([p.detach().flatten() for p in model.parameters()])
     losses = []
     for index, batch in enumerate(batches):
         losses.append(step(batch))
@@ -50,12 +51,12 @@ def train(step, model, batches, accumulate=1):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-    return torch.stack(losses), torch.cat([p.detach().flatten() for p in model.parameters()])
+    return torch.stack(losses), torch.cat([p.detach().flatten() for p in model.parameters()]) - begin
 
 
 def assert_same(found, expected):
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
+    assert error_ratio(found[0], expected[0]) < 0.003
+    assert expected[1].abs().max() > 0 and error_ratio(found[1], expected[1]) < 0.03
 
 
 @pytest.mark.parametrize("skip_logits", [False, True])
@@ -66,10 +67,8 @@ def test_replays_equal_plain_steps(cls, accumulate, skip_logits):
     model.skip_logits = other.skip_logits = skip_logits
     batches = [batch_of(cls) for _ in range(9)]
     step = GraphedBackward(compute_of(model), model.parameters())
-    begin = torch.cat([p.detach().flatten() for p in model.parameters()])
     found = train(step, model, batches, accumulate)
-    assert step.graph is not None and not step.refusals
-    assert (found[1] - begin).abs().max() > 0.01
+    assert step.graph is not None, step.refusals
     assert_same(found, train(compute_of(other), other, batches, accumulate))
 
 
@@ -97,6 +96,25 @@ def test_what_a_graph_cannot_hold_is_computed_as_usual():
     found = train(step, model, batches)
     assert step.graph is None and len(step.refusals) == 1
     assert_same(found, train(compute_of(other), other, batches))
+    # Nothing of the attempt is left behind.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.rand(3, device="cuda").isfinite().all()
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_a_recording_that_breaks_off_leaves_nothing_behind():
+    model, other = two_models(FlashForCausalLM)
+
+    def compute(batch):
+        if torch.cuda.is_current_stream_capturing():
+            batch["input_ids"].sum().item()
+        return compute_of(model)(batch)
+
+    batches = [batch_of(FlashForCausalLM) for _ in range(6)]
+    step = GraphedBackward(compute, model.parameters(), warmup=1)
+    found = train(step, model, batches)
+    assert step.graph is None and len(step.refusals) == 1
+    assert_same(found, train(compute_of(other), other, batches))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.rand(3, device="cuda").isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
