@@ -15,8 +15,8 @@ logger = logging.get_logger(__name__)
 class GraphedBackward:
     """Loss and gradients of batches of one shape, recorded once as a CUDA graph and then replayed.
 
-    Batches of another shape are computed as usual; when they go on coming, a graph of theirs takes the place of the
-    old one. The numbers are those of `compute`. The graph keeps the memory of its activations between steps.
+    Batches of another shape are computed as usual; when several have come in a row, a graph of theirs takes the place
+    of the old one. The numbers are those of `compute`. The graph keeps the memory of its activations between steps.
 
     ```python
     def compute(batch):
@@ -61,6 +61,7 @@ class GraphedBackward:
             self._coming = shape
             if self._came <= self.warmup or shape in self.refusals or not self._record(batch, shape):
                 return self.compute(batch)
+        self._coming = None
         for name, x in self.inputs.items():
             x.copy_(batch[name], non_blocking=True)
         # A replay writes its gradients anew: what earlier batches of this step left there has to be added.
