@@ -7,6 +7,7 @@ compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize_kern
 python tests/sanitize_kernels.py bfloat16    # only the cases of one type
 """
 
+import itertools
 import sys
 
 import torch
@@ -14,15 +15,23 @@ import torch
 from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
 
 
-# chunk_size, query_key_dim, hidden_size, tokens: whole chunks (descriptors) and odd lengths (pointers).
+# chunk_size, query_key_dim, hidden_size, tokens: whole chunks (descriptors), an odd length (descriptors of rows), and
+# chunks that are no whole tiles (pointers).
 SHAPES = ((128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131))
 
 
-def train(causal: bool, ragged: bool, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+def form(ours: bool, chunk_size: int) -> dict:
+    """The paper's form, or shifted chunks in a second layer and keys of the token before."""
+    if ours:
+        return {"num_hidden_layers": 2, "chunk_shift": chunk_size // 2, "global_form": "previous_token"}
+    return {"num_hidden_layers": 1}
+
+
+def train(causal: bool, ragged: bool, ours: bool, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     chunk_size, query_key_dim, width, tokens = shape
     config = FlashConfig(
-        vocab_size=11, hidden_size=width, num_hidden_layers=1, query_key_dim=query_key_dim, chunk_size=chunk_size,
-        is_decoder=causal, backend="triton",
+        vocab_size=11, hidden_size=width, query_key_dim=query_key_dim, chunk_size=chunk_size, is_decoder=causal,
+        backend="triton", **form(ours, chunk_size),
     )  # fmt: skip
     model = FlashModel(config).to("cuda", dtype)
     x = torch.randn(2, tokens, width, device="cuda", dtype=dtype, requires_grad=True)
@@ -32,12 +41,12 @@ def train(causal: bool, ragged: bool, shape: tuple[int, int, int, int], dtype: t
     assert all(torch.isfinite(p.grad).all() for p in (x, *model.parameters()) if p.grad is not None)
 
 
-def decode(dtype: torch.dtype) -> None:
+def decode(ours: bool, dtype: torch.dtype) -> None:
     config = FlashConfig(
-        vocab_size=11, hidden_size=64, num_hidden_layers=1, query_key_dim=32, chunk_size=32, backend="triton"
+        vocab_size=11, hidden_size=64, query_key_dim=32, chunk_size=32, backend="triton", **form(ours, 32)
     )
     model = FlashForCausalLM(config).to("cuda", dtype).eval()
-    ids = torch.randint(0, 11, (2, 61), device="cuda")
+    ids = torch.randint(1, 11, (2, 61), device="cuda")  # no padding, which 0 stands for below
     out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert out.shape == (2, 67)
 
@@ -46,13 +55,13 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         if len(sys.argv) > 1 and sys.argv[1] != str(dtype).removeprefix("torch."):
             continue
-        for shape in SHAPES:
-            for causal in (True, False):
-                for ragged in (False, True):
-                    train(causal, ragged, shape, dtype)
-                    print("ran", dtype, shape, "causal" if causal else "bidirectional", "ragged" * ragged, flush=True)
-        decode(dtype)
-        print("ran", dtype, "decoding", flush=True)
+        for ours in (False, True):
+            for shape, causal, ragged in itertools.product(SHAPES, (True, False), (False, True)):
+                train(causal, ragged, ours, shape, dtype)
+                direction = "causal" if causal else "bidirectional"
+                print("ran", dtype, shape, direction, "ragged" * ragged, "ours" * ours, flush=True)
+            decode(ours, dtype)
+            print("ran", dtype, "decoding", "ours" * ours, flush=True)
 
 
 if __name__ == "__main__":

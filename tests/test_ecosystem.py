@@ -85,9 +85,16 @@ def test_trl_fine_tunes(trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", [FlashForMaskedLM, FlashForCausalLM])
+@pytest.mark.parametrize(
+    "cls, changes",
+    [
+        (FlashForMaskedLM, {}),
+        (FlashForCausalLM, {}),
+        (FlashForCausalLM, {"chunk_shift": 5, "global_form": "previous_token"}),
+    ],
+)
 @pytest.mark.parametrize("target", ["torch.export", "onnx"])
-def test_exported_forward_at_any_length(target, cls, tmp_path):
+def test_exported_forward_at_any_length(target, cls, changes, tmp_path):
     """Through transformers' own exporters, with a padded batch, at other lengths and rows than those traced; the ONNX
     file is read back by ONNX Runtime alone. What the exporters return changed after transformers 5.17."""
     if target == "onnx":
@@ -96,7 +103,7 @@ def test_exported_forward_at_any_length(target, cls, tmp_path):
     else:
         from transformers.exporters.exporter_dynamo import DynamoConfig as Config
         from transformers.exporters.exporter_dynamo import DynamoExporter as Exporter
-    model = make_model(cls, tiny_config(), dtype=torch.float32)
+    model = make_model(cls, tiny_config(**changes), dtype=torch.float32)
 
     def inputs(rows, length):
         ids = random_ids(model.config, rows, length, seed=length)

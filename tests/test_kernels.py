@@ -313,14 +313,16 @@ def test_chunked_prefill_continues_on_the_border(form):
     config = config_of(**FORMS[form])
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 2, 80).to(DEVICE)
-    with torch.no_grad():
-        whole = model(ids, use_cache=True)
-        out = model(ids[:, :32], use_cache=True)
-        rest = model(ids[:, 32:], past_key_values=out.past_key_values)
-    assert_close(rest.logits, whole.logits[:, 32:], 1e-5)
-    for ours, theirs in zip(rest.past_key_values.layers, whole.past_key_values.layers, strict=True):
-        assert_close(ours.state.total, theirs.state.total, 1e-5)
-        assert torch.equal(ours.state.seen, theirs.state.seen)
+    # The border of a chunk of the first layer, and of the second.
+    for border in (32, 16 - config.chunk_shift):
+        with torch.no_grad():
+            whole = model(ids, use_cache=True)
+            out = model(ids[:, :border], use_cache=True)
+            rest = model(ids[:, border:], past_key_values=out.past_key_values)
+        assert_close(rest.logits, whole.logits[:, border:], 1e-5)
+        for ours, theirs in zip(rest.past_key_values.layers, whole.past_key_values.layers, strict=True):
+            assert_close(ours.state.total, theirs.state.total, 1e-5)
+            assert torch.equal(ours.state.seen, theirs.state.seen)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 16}])

@@ -310,13 +310,17 @@ def test_autocast(cls):
 
 
 # -- compilation
+forms = pytest.mark.parametrize("form", [{}, {"chunk_shift": 5, "global_form": "previous_token"}], ids=str)
+
+
 @pytest.mark.slow
+@forms
 @pytest.mark.parametrize("cls", HEADS)
-def test_compiled_forward_does_not_recompile_for_a_length(cls):
+def test_compiled_forward_does_not_recompile_for_a_length(cls, form):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    model = make_model(cls, tiny_config(), dtype=torch.float32)
+    model = make_model(cls, tiny_config(**form), dtype=torch.float32)
     counter, graphs = CompileCounterWithBackend("aot_eager"), 0
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for length in (9, 10, 16, 17, 31, 64, 65, 100):
@@ -331,9 +335,10 @@ def test_compiled_forward_does_not_recompile_for_a_length(cls):
 
 
 @pytest.mark.slow
-def test_compiled_training_step():
+@forms
+def test_compiled_training_step(form):
     torch._dynamo.reset()
-    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32).train()
+    model = make_model(FlashForCausalLM, tiny_config(**form), dtype=torch.float32).train()
     ids = random_ids(model.config, 2, 29)
     model(ids, labels=ids).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -344,9 +349,10 @@ def test_compiled_training_step():
 
 
 @pytest.mark.slow
-def test_packed_positions_under_compile_break_the_graph_and_stay_right():
+@forms
+def test_packed_positions_under_compile_break_the_graph_and_stay_right(form):
     torch._dynamo.reset()
-    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    model = make_model(FlashForCausalLM, tiny_config(**form), dtype=torch.float32)
     compiled = torch.compile(model, backend="eager")
     ids = random_ids(model.config, 1, 40)
     for border in (11, 20):
@@ -356,12 +362,14 @@ def test_packed_positions_under_compile_break_the_graph_and_stay_right():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic"])
-def test_compiled_static_decoding_is_one_graph(attention_type):
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_type": "quadratic"}, {"chunk_shift": 5, "global_form": "previous_token"}], ids=str
+)
+def test_compiled_static_decoding_is_one_graph(changes):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
-    model = make_model(FlashForCausalLM, tiny_config(attention_type=attention_type), dtype=torch.float32)
+    model = make_model(FlashForCausalLM, tiny_config(**changes), dtype=torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     ids = random_ids(model.config, 2, 45)

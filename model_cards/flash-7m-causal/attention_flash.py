@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, cached_slots, is_tracing
+from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, is_tracing
 
 
 logger = logging.get_logger(__name__)
 
 # Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
-KERNEL_INTERFACE = 2
+KERNEL_INTERFACE = 3
 
 Activation = Literal["relu2", "softmax", "laplace"]
 Normalization = Literal["mean", "chunk"]
@@ -44,14 +44,16 @@ class DecodingState(NamedTuple):
     """What one layer remembers of each row's open document: constant in size, whatever the length.
 
     Attributes:
-        quad_k, lin_k: keys of the open chunk, `[B, C, S]` (None without that branch).
-        value: values of the open chunk, `[B, C, E]`. Slots from the row's phase on hold leftovers and are never read,
-            but for the last slot of `lin_k`: the key of the chunk before the open one, which the global form
-            "previous_token" needs.
+        quad_k: keys of the open chunk, `[B, C, S]` (None without that branch).
+        lin_k: the keys that the open chunk's values are stored under, `[B, C, S]` (None without that branch). In the
+            global form "previous_token" one more, `[B, C + 1, S]`: slot p also has the newest token's key, which the
+            next token's value goes under, and slot C has it when p is 0.
+        value: values of the open chunk, `[B, C, E]`. All slots before the document's first token, and from the row's
+            phase p on, hold leftovers and are never read, but for that key.
         total: sum of `lin_k v^T` over ALL tokens of the document, the open chunk's included, `[B, S, E]`, float32 or
             wider. A step then adds one outer product and needs no branch at a chunk's end; what the open chunk
             contributed is subtracted where the closed chunks' sum is needed.
-        seen: tokens of the open document, int64 `[B]`. The phase is `seen % C`.
+        seen: tokens of the open document, int64 `[B]`. The phase is `(seen + shift) % C`.
     """
 
     quad_k: Tensor | None
@@ -274,30 +276,18 @@ def global_scale(count: Tensor, normalization: Normalization, chunk_size: int, d
     return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
 
 
-def previous_keys(lin_k_BGCS: Tensor, layout: ChunkLayout, state: DecodingState | None) -> Tensor:
-    """The key of the token before each slot's in its document, 0 at a document's first token, `[B, G, C, S]`."""
-    flat_BKS = lin_k_BGCS.flatten(1, 2)
+def previous_keys(own_BGCS: Tensor, layout: ChunkLayout, before_BS: Tensor | None) -> Tensor:
+    """The key of the token before each slot's in its document, 0 up to a document's first token, `[B, G, C, S]`.
+
+    Args:
+        own_BGCS: the slots' own keys.
+        before_BS: the key before a row's first slot, if that does not begin a document.
+    """
+    flat_BKS = own_BGCS.flatten(1, 2)
+    before_BS = torch.zeros_like(flat_BKS[:, 0]) if before_BS is None else before_BS.to(flat_BKS.dtype)
+    moved_BKS = torch.cat([before_BS[:, None], flat_BKS[:, :-1]], 1)
     # Documents take whole chunks: only their first token has another document's slot, or an empty one, before it.
-    begins_BK = layout.position_BGC.flatten(1) == 0
-    first_BS = torch.zeros_like(flat_BKS[:, 0])
-    if state is not None:
-        first_BS = state.lin_k[:, -1].to(flat_BKS.dtype)
-        # The open chunk may be that of a row of nothing but padding, whose slots have no position.
-        cached_B = layout.continues_B & (state.seen >= state.lin_k.shape[1])
-        first_K = torch.arange(flat_BKS.shape[1], device=first_BS.device) == 0
-        begins_BK = begins_BK & ~(first_K & cached_B[:, None])
-    moved_BKS = torch.cat([first_BS[:, None], flat_BKS[:, :-1]], 1)
-    return moved_BKS.masked_fill(begins_BK[..., None], 0).view_as(lin_k_BGCS)
-
-
-def paired_keys(state: DecodingState, previous_key: bool) -> Tensor:
-    """The keys that the open chunk's values are stored under, `[B, C, S]`; meaningful below the row's phase."""
-    if not previous_key:
-        return state.lin_k
-    C = state.lin_k.shape[1]
-    moved_BCS = state.lin_k.roll(1, 1)
-    begins_BC = (torch.arange(C, device=moved_BCS.device) == 0) & (state.seen < C)[:, None]
-    return moved_BCS.masked_fill(begins_BC[..., None], 0)
+    return moved_BKS.masked_fill((layout.position_BGC.flatten(1) == 0)[..., None], 0).view_as(own_BGCS)
 
 
 def mixed_chunk_attention(
@@ -331,14 +321,17 @@ def mixed_chunk_attention(
         `[B, G, C, E]` and the new state (None unless asked for).
     """
     quad_q, quad_k, lin_q, lin_k = heads
-    initial = None
+    initial = before = None
     if state is not None:
-        quad_k, lin_k, value_BGCE = (
-            None if new is None else _continue_chunk(new, old, layout.phase_B)
-            for new, old in ((quad_k, state.quad_k), (lin_k, state.lin_k), (value_BGCE, state.value))
+        quad_k, value_BGCE = (
+            None if new is None else _continue_chunk(new, old, layout)
+            for new, old in ((quad_k, state.quad_k), (value_BGCE, state.value))
         )
         if lin_k is not None:
-            initial = closed_total(state, layout.phase_B, previous_key) * layout.continues_B[:, None, None]
+            lin_k = _continue_chunk(lin_k, state.lin_k[:, 1:] if previous_key else state.lin_k, layout)
+            initial = closed_total(state, layout.cached_BC) * layout.continues_B[:, None, None]
+        if lin_k is not None and previous_key:
+            before = torch.where(layout.phase_B[:, None] == 0, state.lin_k[:, -1], state.lin_k[:, 0])
 
     B, G, C, E = value_BGCE.shape
     out = None
@@ -351,7 +344,7 @@ def mixed_chunk_attention(
     # Within a first chunk the causal global part is zero: a short input need not compute it.
     if lin_q is not None and (not causal or G > 1 or initial is not None or return_state):
         if previous_key:
-            stored_k = previous_keys(lin_k, layout, state)
+            stored_k = previous_keys(lin_k, layout, before)
         product = chunk_products(stored_k, value_BGCE)
         if not causal and layout.first_BG is None:
             states = product.sum(1, keepdim=True)
@@ -383,32 +376,24 @@ def mixed_chunk_attention(
         out = torch.zeros_like(value_BGCE)
     if not return_state:
         return out, None
-    # Copies: a view would keep the whole grid alive for as long as the cache.
-    quad_k, lin_k, value = (
-        None if grid is None else F.pad(_at_final(grid, layout).detach(), (0, 0, 0, chunk_size - C)).clone()
-        for grid in (quad_k, lin_k, value_BGCE)
-    )
+    open_grids = [None if grid is None else _at_final(grid, layout) for grid in (quad_k, stored_k, value_BGCE)]
     if lin_k is not None and previous_key:
-        lin_k[:, -1] = _last_key(lin_k[:, -1], stored_k, layout, chunk_size)
+        full_B1 = _at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout)[:, -1]
+        newest_BS = torch.where(full_B1, _at_final(lin_k, layout)[:, -1], open_grids[1][:, 0])
+        open_grids[1] = torch.cat([open_grids[1], newest_BS[:, None]], 1)
+    # Copies: a view would keep the whole grid alive for as long as the cache.
+    behind = chunk_size - C - layout.skipped
+    quad_k, lin_k, value = (
+        None if grid is None else F.pad(grid.detach(), (0, 0, layout.skipped, behind)).clone() for grid in open_grids
+    )
     total = None if total is None else total.detach().clone()
     return out, DecodingState(quad_k, lin_k, value, total, layout.seen_after_B.expand(B).clone())
 
 
-def _last_key(own_BS: Tensor, stored_k_BGCS: Tensor, layout: ChunkLayout, chunk_size: int) -> Tensor:
-    """What the last slot of the state's `lin_k` holds: its own token's key, or, as long as there is none, the key of
-    the token before the open chunk."""
-    before_BS = _at_final(stored_k_BGCS, layout)[:, 0].detach().to(own_BS.dtype)
-    occupied_BGC = layout.occupied_BGC.expand(own_BS.shape[0], -1, -1)
-    full_B1 = _at_final(occupied_BGC[..., None], layout)[:, -1]
-    if layout.position_BGC.shape[2] < chunk_size:
-        full_B1 = torch.zeros_like(full_B1)
-    return torch.where(full_B1, own_BS, before_BS)
-
-
-def _continue_chunk(new_BGCF: Tensor, old_BCF: Tensor, phase_B: Tensor) -> Tensor:
+def _continue_chunk(new_BGCF: Tensor, old_BCF: Tensor, layout: ChunkLayout) -> Tensor:
     """Put the cached slots in front of chunk 0."""
-    cached_BGC = cached_slots(phase_B, *new_BGCF.shape[1:3])
-    return torch.where(cached_BGC[..., None], old_BCF.to(new_BGCF.dtype)[:, None], new_BGCF)
+    first_BCF = torch.where(layout.cached_BC[..., None], old_BCF.to(new_BGCF.dtype), new_BGCF[:, 0])
+    return torch.cat([first_BCF[:, None], new_BGCF[:, 1:]], 1)
 
 
 def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
@@ -416,12 +401,11 @@ def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
     return x_BGXF[:, -1] if layout.final_B is None else _select(x_BGXF, layout.final_B[:, None])[:, 0]
 
 
-def closed_total(state: DecodingState, phase_B: Tensor, previous_key: bool = False) -> Tensor:
-    """Sum of `lin_k v^T` over closed chunks: the total less the open chunk's part, `[B, S, E]`."""
+def closed_total(state: DecodingState, open_BC: Tensor) -> Tensor:
+    """Sum of `lin_k v^T` over closed chunks: the total less the part of the open chunk's tokens, `[B, S, E]`."""
     dtype = state.total.dtype
-    open_BC1 = (torch.arange(state.value.shape[1], device=phase_B.device) < phase_B[:, None])[..., None]
-    key = torch.where(open_BC1, paired_keys(state, previous_key), 0).to(dtype)
-    value = torch.where(open_BC1, state.value, 0).to(dtype)
+    key = torch.where(open_BC[..., None], state.lin_k[:, : open_BC.shape[1]], 0).to(dtype)
+    value = torch.where(open_BC[..., None], state.value, 0).to(dtype)
     # Outside of autocast: this has to cancel, to the last bit if it can, what float32 steps have added.
     with torch.autocast(state.total.device.type, enabled=False):
         return state.total - key.transpose(1, 2) @ value
@@ -455,23 +439,33 @@ def mixed_chunk_step(
     """
     C, E = state.value.shape[1:]
     seen_B = state.seen
-    phase_B = seen_B % C
+    phase_B = (seen_B + layout.shift) % C
+    # Tokens in closed chunks: the first chunk, alone, begins before its document.
+    closed_B = (seen_B - phase_B).clamp(min=0)
     slot_C = torch.arange(C, device=seen_B.device)
-    visible_BC = slot_C <= phase_B[:, None]
+    held_BC = (slot_C < phase_B[:, None]) & (slot_C >= (phase_B - seen_B)[:, None])
+    visible_BC = held_BC | (slot_C == phase_B[:, None])
     valid_B1 = layout.valid_BN
 
-    def write(cache_BCF: Tensor | None, new_B1F: Tensor | None):
+    def index_of(slot_B: Tensor, cache_BCF: Tensor) -> Tensor:
+        return slot_B[:, None, None].expand(-1, 1, cache_BCF.shape[2])
+
+    def write(cache_BCF: Tensor | None, new_B1F: Tensor | None, slot_B: Tensor = phase_B):
         if cache_BCF is not None:
-            index = phase_B[:, None, None].expand(-1, 1, cache_BCF.shape[2])
+            index = index_of(slot_B, cache_BCF)
             new_B1F = new_B1F.detach().to(cache_BCF.dtype)
             if valid_B1 is not None:
                 new_B1F = torch.where(valid_B1[..., None], new_B1F, cache_BCF.gather(1, index))
             cache_BCF.scatter_(1, index, new_B1F)
 
-    # Before they are written: the last slot may hold the key before the chunk, until its own token comes.
-    before_BCS = paired_keys(state, True) if heads.lin_q is not None and previous_key else None
+    key_B1S = heads.lin_k
+    if key_B1S is not None and previous_key:
+        newest_B = torch.where(phase_B == 0, C, phase_B)
+        key_B1S = state.lin_k.gather(1, index_of(newest_B, state.lin_k))
+        key_B1S = key_B1S.masked_fill((seen_B == 0)[:, None, None], 0)
+        write(state.lin_k, heads.lin_k, phase_B + 1)
     write(state.quad_k, heads.quad_k)
-    write(state.lin_k, heads.lin_k)
+    write(state.lin_k, key_B1S)
     write(state.value, value_B1E)
 
     dtype = value_B1E.dtype
@@ -487,18 +481,14 @@ def mixed_chunk_step(
         )
     remote_B1E = None
     if heads.lin_q is not None:
-        scale_B = global_scale(seen_B - phase_B, normalization, C, state.total.dtype)
+        scale_B = global_scale(closed_B, normalization, C, state.total.dtype)
         query = heads.lin_q.to(state.total.dtype) * scale_B[:, None, None]
         with torch.autocast(seen_B.device.type, enabled=False):
             remote_B1E = torch.bmm(query, state.total).to(dtype)
-            stored_BCS = state.lin_k if before_BCS is None else before_BCS
-            inside_B1C = torch.bmm(query, stored_BCS.to(query.dtype).transpose(1, 2))
+            inside_B1C = torch.bmm(query, state.lin_k[:, :C].to(query.dtype).transpose(1, 2))
             # The new token is not in the total yet.
-            inside_B1C = torch.where((slot_C < phase_B[:, None])[:, None], inside_B1C, 0)
-            key = heads.lin_k
-            if before_BCS is not None:
-                key = before_BCS.gather(1, phase_B[:, None, None].expand(-1, 1, before_BCS.shape[2]))
-            key = key.detach().to(query.dtype).transpose(1, 2)
+            inside_B1C = torch.where(held_BC[:, None], inside_B1C, 0)
+            key = key_B1S.detach().to(query.dtype).transpose(1, 2)
             if valid_B1 is not None:
                 key = torch.where(valid_B1[..., None], key, 0)
             state.total.baddbmm_(key, value_B1E.detach().to(query.dtype))

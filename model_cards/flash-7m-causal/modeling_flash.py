@@ -311,7 +311,7 @@ class FlashGatedAttentionUnit(nn.Module):
         """The unit on normalised input, `[B, N, D]`.
 
         Args:
-            layout, documents: where the tokens are, shared by all layers.
+            layout, documents: where the tokens are, shared by all layers of the same `chunk_shift`.
             rotary: cos and sin for the layout's positions, or None without RoPE.
             bias_rotary: cos and sin of the offsets, for the rotary bias.
             bias_length: distances that the relative bias has to cover.
@@ -347,7 +347,7 @@ class FlashGatedAttentionUnit(nn.Module):
         if isinstance(layout, StepLayout):
             heads = self.heads(z_BNS, rotary)
             if not cache.is_initialized:
-                cache.lazy_initialization(config, v_BNE)
+                cache.lazy_initialization(config, v_BNE, self.layer_idx)
             state = cache.begin_step(heads, v_BNE, documents)
             return self.o_proj(u_BNE * mixed_chunk_step(heads, v_BNE, layout, state, **settings))
 
@@ -360,7 +360,7 @@ class FlashGatedAttentionUnit(nn.Module):
         )  # fmt: skip
         if cache is not None:
             if not cache.is_initialized:
-                cache.lazy_initialization(config, v_BNE)
+                cache.lazy_initialization(config, v_BNE, self.layer_idx)
             if cache.record_past:
                 heads = Heads(*(None if head is None else layout.merge(head) for head in heads))
             cache.update(state, heads, v_BNE, documents)
@@ -378,6 +378,7 @@ class FlashGatedAttentionUnit(nn.Module):
             "bias_R": None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
             "has_quad": self.has_quad,
             "has_lin": self.has_lin,
+            "previous_key": config.global_form == "previous_token",
             "interleaved": config.rope_interleaved,
             "state": None if layout.phase_B is None else cache.state,
             "return_state": cache is not None,
@@ -397,13 +398,14 @@ class FlashGatedAttentionUnit(nn.Module):
         if isinstance(layout, StepLayout):
             cache = past_key_values.layers[self.layer_idx]
             if not cache.is_initialized:
-                cache.lazy_initialization(config, v_BNE)
+                cache.lazy_initialization(config, v_BNE, self.layer_idx)
             out_BNE = kernels.gated_step(
                 u_BNE, v_BNE, z_BNS, *heads, rotary, layout.position_BN, layout.valid_BN,
                 cache.begin_step(None, v_BNE, documents), divisor=config.attention_divisor,
                 bias_R=None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
                 normalization=config.global_normalization, has_quad=self.has_quad, has_lin=self.has_lin,
-                interleaved=config.rope_interleaved, silu=silu,
+                interleaved=config.rope_interleaved, silu=silu, shift=layout.shift,
+                previous_key=config.global_form == "previous_token",
             )  # fmt: skip
             return self.o_proj(out_BNE)
         out_BNE, state = kernels.gated_attention(
@@ -418,7 +420,7 @@ class FlashGatedAttentionUnit(nn.Module):
         if past_key_values is not None:
             cache = past_key_values.layers[self.layer_idx]
             if not cache.is_initialized:
-                cache.lazy_initialization(self.config, state.value)
+                cache.lazy_initialization(self.config, state.value, self.layer_idx)
             cache.store(state, length)
 
 
@@ -578,37 +580,24 @@ class FlashModel(FlashPreTrainedModel):
         elif use_cache and self.is_causal and not self.training:
             past_key_values = DynamicCache(config=self.config)
 
-        documents, layout, bias_length = self.lay_out(
+        documents, layouts, bias_length = self.lay_out(
             B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
             kwargs.get("seq_idx"), past_key_values,
         )  # fmt: skip
-        layout = self.plan(layout, documents, inputs_embeds, past_key_values)
+        layouts = [self.plan(layout, documents, inputs_embeds, past_key_values) for layout in layouts]
+        fused = layouts[0].fused
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
         if self.embed_norm is not None:
-            hidden_states = self.embed_norm(hidden_states, fused=layout.fused)
+            hidden_states = self.embed_norm(hidden_states, fused=fused)
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
-        position = layout.position_BGC if isinstance(layout, ChunkLayout) else layout.position_BN
-        # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
-        rotary = self.rotary_emb(hidden_states, position) if self.config.use_rope else None
-        bias_rotary = None
-        # CODEPATH: the paper's bias for spans over 512; the FLASH ports have T5's, FLASHQuad the Toeplitz one.
-        if self.config.relative_bias == "rotary":
-            bias_rotary = self.rotary_emb(
-                hidden_states, torch.arange(1 - bias_length, bias_length, device=position.device)
-            )
-        for layer in self.layers:
+        grids = self.grids(layouts, bias_length, hidden_states)
+        for index, layer in enumerate(self.layers):
             hidden_states = layer(
-                hidden_states,
-                layout=layout,
-                documents=documents,
-                rotary=rotary,
-                bias_rotary=bias_rotary,
-                bias_length=bias_length,
-                past_key_values=past_key_values,
+                hidden_states, documents=documents, past_key_values=past_key_values, **grids[index % len(grids)]
             )
-        hidden_states = self.norm(hidden_states, fused=layout.fused)
+        hidden_states = self.norm(hidden_states, fused=fused)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def lay_out(
@@ -621,8 +610,9 @@ class FlashModel(FlashPreTrainedModel):
         cu_seq_lens: Tensor | None,
         seq_idx: Tensor | None,
         cache: Cache | None,
-    ) -> tuple[Documents, ChunkLayout | StepLayout | QuadraticLayout, int]:
-        """Where every token is: documents, the layout all layers share, and the distances a relative bias covers."""
+    ) -> tuple[Documents, list[ChunkLayout | StepLayout | QuadraticLayout], int | None]:
+        """Where every token is: documents; the layouts that layers have in turn, two with `chunk_shift` and else one;
+        and the distances a relative bias covers (None: as many as the layout's chunks)."""
         first = cache.layers[0] if cache is not None else None
         marks = {"position_ids": position_ids, "cu_seq_lens": cu_seq_lens, "seq_idx": seq_idx}
         marks["attention_mask"] = attention_mask
@@ -645,17 +635,40 @@ class FlashModel(FlashPreTrainedModel):
                 past["write_N"] = torch.arange(length, device=device)
             layout = quadratic_layout(documents, batch, causal=self.is_causal, cached=first is not None, **past)
             keys = length if layout.visible_BNM is None else layout.visible_BNM.shape[2]
-            return documents, layout, self.quadratic_span(keys)
+            return documents, [layout], self.quadratic_span(keys)
 
         seen_B, past_length = None, 0
         if first is not None and not first.is_empty:
             seen_B, past_length = first.state.seen.to(device), first.get_seq_length()
         documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
+        # CODEPATH: the paper's chunks are those of every layer; the shifted ones are ours.
+        shifts = (0, self.config.chunk_shift) if self.config.chunk_shift else (0,)
         # A step writes the token into the state and reads it back from there, where no gradient passes.
         if first is not None and length == 1 and documents.start_BN is None and not torch.is_grad_enabled():
-            return documents, StepLayout(documents.position_BN, documents.valid_BN), self.config.chunk_size
-        layout = chunk_layout(documents, batch, self.config.chunk_size, causal=self.is_causal)
-        return documents, layout, layout.position_BGC.shape[2]
+            layouts = [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
+            return documents, layouts, self.config.chunk_size
+        chunk_size, causal = self.config.chunk_size, self.is_causal
+        return documents, [chunk_layout(documents, batch, chunk_size, causal=causal, shift=s) for s in shifts], None
+
+    def grids(self, layouts: list, bias_length: int | None, x_BND: Tensor) -> list[dict[str, Any]]:
+        """What layers take in turn besides their input: a layout, and the angles of its positions and of a rotary
+        bias."""
+        grids: list[dict[str, Any]] = []
+        for layout in layouts:
+            chunked = isinstance(layout, ChunkLayout)
+            if grids and not chunked:  # one token is where it is, whatever chunk that is in
+                grids.append({**grids[0], "layout": layout})
+                continue
+            position = layout.position_BGC if chunked else layout.position_BN
+            length = position.shape[2] if chunked else bias_length
+            # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
+            rotary = self.rotary_emb(x_BND, position) if self.config.use_rope else None
+            bias_rotary = None
+            # CODEPATH: the paper's bias for spans over 512; the FLASH ports have T5's, FLASHQuad the Toeplitz one.
+            if self.config.relative_bias == "rotary":
+                bias_rotary = self.rotary_emb(x_BND, torch.arange(1 - length, length, device=position.device))
+            grids.append({"layout": layout, "rotary": rotary, "bias_rotary": bias_rotary, "bias_length": length})
+        return grids
 
     def plan(self, layout, documents: Documents, x_BND: Tensor, cache: Cache | None):
         """`layout` with what the kernels need, if they are to compute this call."""

@@ -39,6 +39,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         self.cumulative_length: int | Tensor = 0
         self.record_past = False
         self.previous_key = False
+        self.shift = 0
         self._snapshot: DecodingState | None = None
         self._recorded: list[tuple] = []
 
@@ -51,24 +52,24 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         """Known on the host to have seen nothing: the first call may skip what a continuation needs."""
         return not self.is_initialized or (isinstance(self.cumulative_length, int) and self.cumulative_length == 0)
 
-    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor) -> None:
+    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor, layer_idx: int) -> None:
         """Allocate a state that has seen nothing, for values of this width (a shard of E under tensor parallelism)."""
         batch, dtype, device = value_BNE.shape[0], value_BNE.dtype, value_BNE.device
         C, S, E = config.chunk_size, config.query_key_dim, value_BNE.shape[2]
         quad, lin = config.attention_type != "global", config.attention_type != "local"
+        self.previous_key, self.shift = config.global_form == "previous_token", config.shift_of(layer_idx)
 
         def zeros(*shape, dtype=dtype):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         self.state = DecodingState(
             quad_k=zeros(C, S) if quad else None,
-            lin_k=zeros(C, S) if lin else None,
+            lin_k=zeros(C + self.previous_key, S) if lin else None,
             value=zeros(C, E),
             total=zeros(S, E, dtype=wide(dtype)) if lin else None,
             seen=zeros(dtype=torch.long),
         )
         self.device, self.dtype = device, dtype
-        self.previous_key = config.global_form == "previous_token"
         self.is_initialized = True
 
     def update(self, state: DecodingState, heads: Heads, value_BNE: Tensor, documents: Documents) -> None:
@@ -153,7 +154,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
 
         quad_k, lin_k, value = joined(0), joined(1), joined(2)
         documents = count_positions(B, keep, device, joined(3, True), joined(4, False), self._snapshot.seen)
-        layout = chunk_layout(documents, B, C, causal=True)
+        layout = chunk_layout(documents, B, C, causal=True, shift=self.shift)
         quad_k, lin_k, value = _each(layout.split, (quad_k, lin_k, value))
         # Keys stand in for the queries, whose answers nobody reads.
         heads = Heads(None, quad_k, lin_k, lin_k)
@@ -217,8 +218,8 @@ class FlashStaticChunkCacheLayer(FlashChunkCacheLayer, StaticLayer):
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
-    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor) -> None:
-        super().lazy_initialization(config, value_BNE)
+    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor, layer_idx: int) -> None:
+        super().lazy_initialization(config, value_BNE, layer_idx)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self._pin()
 
@@ -411,6 +412,9 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         key = state.quad_k if state.quad_k is not None else state.lin_k
         found = (state.value.shape[1], key.shape[2], state.value.shape[2], state.quad_k is None, state.lin_k is None)
         expected = (config.chunk_size, S, E, config.attention_type == "global", config.attention_type == "local")
+        odd = 1 % len(cache.layers)
+        found += (cache.layers[odd].shift, layer.previous_key)
+        expected += (config.shift_of(odd), config.global_form == "previous_token")
     else:
         found, expected = (layer.keys.shape[3], layer.values.shape[3]), (S, E)
     if found != expected:

@@ -2,7 +2,8 @@
 """From tokens to documents and chunks: padding, packing and the phase of a decoding cache become index maps here.
 
 The rule of this file (spec: "Documents, padding and packing"): the chunk grid of a document starts at its first real
-token, positions count real tokens, and padding has no slot. Attention sees chunks and documents only, never padding.
+token (or a fixed number of empty slots before it), positions count real tokens, and padding has no slot. Attention
+sees chunks and documents only, never padding.
 
 Alphabet: B rows, N tokens of this call, G chunks, C slots of a chunk, M keys (quadratic attention), F any features.
 """
@@ -215,21 +216,23 @@ class ChunkLayout(Movable):
     """Where each token sits in the grid of chunks `[B, G, C]`, computed once per forward and shared by all layers.
 
     A document takes whole chunks; the slots left over are empty. With a cache, chunk 0 of a row continues its open
-    chunk: the first `phase_B` slots belong to cached tokens.
+    chunk: the slots before `phase_B` belong to cached tokens.
 
     Attributes:
         token_BN: stands for the shape of the input, `[B or 1, N]`.
-        position_BGC: position in its document of every slot, int64 `[B or 1, G, C]`.
+        position_BGC: position in its document of every slot, 0 before its first token, int64 `[B or 1, G, C]`.
         source_BK: token that fills each slot, -1 for none, int64 `[B, G * C]`; None if the grid is a padded reshape.
         slot_BN: slot of each token, -1 at padding, int64 `[B, N]`; None likewise.
         occupied_BGC: False at empty slots, bool `[B or 1, G, C]`.
         count_BG: tokens in the whole document of the chunk, int64 `[B or 1, G or 1]` (bidirectional only).
         first_BG, last_BG: first and last chunk of the chunk's document, int64 `[B, G]`; None if a row is one document.
-        phase_B: cached tokens in chunk 0, int64 `[B]`; None without cached tokens.
+        phase_B: slot of chunk 0 where the call's tokens go on, int64 `[B]`; None without cached tokens.
         continues_B: whether the row's first document continues the cached one, bool `[B]`; None without cached tokens.
         final_B: the chunk that is open after this call, int64 `[B]`; None if it is the last for every row.
         seen_after_B: tokens of the open document after this call, int64 `[B or 1]`.
         plan: how kernels walk through the chunks (`flash_hf.kernels.ChunkPlan`); None if torch computes.
+        shift: empty slots before a document's first token.
+        skipped: such slots that a grid of one short chunk leaves out.
     """
 
     token_BN: Tensor
@@ -245,6 +248,8 @@ class ChunkLayout(Movable):
     continues_B: Tensor | None = None
     final_B: Tensor | None = None
     plan: Movable | None = None
+    shift: int = 0
+    skipped: int = 0
 
     @property
     def fused(self) -> bool:
@@ -256,6 +261,12 @@ class ChunkLayout(Movable):
         """Tokens of the document in earlier chunks, int64 `[B or 1, G]`."""
         return self.position_BGC[..., 0]
 
+    @property
+    def cached_BC(self) -> Tensor:
+        """The slots of chunk 0 that cached tokens hold, bool `[B, C]`."""
+        slot_C = torch.arange(self.occupied_BGC.shape[2], device=self.occupied_BGC.device)
+        return (slot_C < self.phase_B[:, None]) & self.occupied_BGC[:, 0]
+
     def split(self, x_BNF: Tensor) -> Tensor:
         """`[B, N, F]` to `[B, G, C, F]`; empty slots are 0."""
         B, N = x_BNF.shape[:2]
@@ -264,7 +275,7 @@ class ChunkLayout(Movable):
             # No branch on the remainder under a compiler: it would make one graph for multiples of C and one for
             # others.
             if is_tracing() or G * C != N:
-                x_BNF = F.pad(x_BNF, (0, 0, 0, G * C - N))
+                x_BNF = F.pad(x_BNF, (0, 0, self.shift, G * C - self.shift - N))
             return x_BNF.reshape(B, G, C, -1)
         return _take_rows(x_BNF, self.source_BK).view(B, G, C, -1)
 
@@ -272,9 +283,11 @@ class ChunkLayout(Movable):
         """`[B, G, C, F]` to `[B, N, F]`; 0 at padding."""
         x_BKF = x_BGCF.flatten(1, 2)
         if self.slot_BN is None:
-            N = self.token_BN.shape[1]
+            N, shift = self.token_BN.shape[1], self.shift
             # As in split. Negative padding copies: whether a slice is dense would depend on the remainder too.
-            return F.pad(x_BKF, (0, 0, 0, N - x_BKF.shape[1])) if is_tracing() else x_BKF[:, :N]
+            if is_tracing():
+                return F.pad(x_BKF, (0, 0, -shift, N + shift - x_BKF.shape[1]))
+            return x_BKF[:, shift : shift + N]
         return _take_rows(x_BKF, self.slot_BN)
 
 
@@ -289,14 +302,9 @@ def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
     return torch.where((index_BK >= 0)[..., None], x_BKF, 0)
 
 
-def cached_slots(phase_B: Tensor, chunks: int, chunk_size: int) -> Tensor:
-    """The slots of chunk 0 that cached tokens hold, bool `[B, G, C]`."""
-    slot_K = torch.arange(chunks * chunk_size, device=phase_B.device)
-    return (slot_K < phase_B[:, None]).view(-1, chunks, chunk_size)
-
-
-def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: bool) -> ChunkLayout:
-    """Lay the tokens of `documents` out in chunks of `chunk_size`.
+def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: bool, shift: int = 0) -> ChunkLayout:
+    """Lay the tokens of `documents` out in chunks of `chunk_size`, the first of which begins `shift` slots before its
+    document.
 
     Without a cache, inputs shorter than a chunk get one chunk of their own length: nothing is computed for slots that
     cannot be filled. The number of chunks follows from shapes alone, except for packed rows, where it is read from the
@@ -305,28 +313,34 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     position_BN = documents.position_BN
     N, device = position_BN.shape[1], position_BN.device
     # A chunk size that follows the input would be one more dynamic shape, and a compiled graph per short length.
-    C = chunk_size if is_tracing() or documents.seen_B is not None else min(chunk_size, N)
+    C, skipped = chunk_size, 0
+    if not is_tracing() and documents.seen_B is None and N + shift <= chunk_size:
+        C, shift, skipped = N, 0, shift
     if documents.is_plain:
-        G = (N + C - 1) // C
-        position_BGC = torch.arange(G * C, device=device).view(1, G, C)
+        G = (N + shift + C - 1) // C
+        position_BGC = torch.arange(-shift, G * C - shift, device=device).view(1, G, C)
+        occupied_BGC = (position_BGC >= 0) & (position_BGC < N)
         count_BG = torch.full((1, 1), N, dtype=torch.long, device=device)
-        return ChunkLayout(position_BN, position_BGC, position_BGC < N, count_BG[0], count_BG=count_BG)
+        return ChunkLayout(
+            position_BN, position_BGC.clamp(min=0), occupied_BGC, count_BG[0], count_BG=count_BG, shift=shift,
+            skipped=skipped,
+        )  # fmt: skip
 
     seen_B, start_BN = documents.seen_B, documents.start_BN
     valid_BN = documents.valid_BN
     if valid_BN is None:
         valid_BN = torch.ones(batch, N, dtype=torch.bool, device=device)
     position_BN = position_BN.expand(batch, N)
-    slot_BN = position_BN % C
+    slot_BN = (position_BN + shift) % C
     rank_BN = valid_BN.cumsum(1)
-    opens_BN = valid_BN & ((slot_BN == 0) | (rank_BN == 1))
+    opens_BN = valid_BN & ((slot_BN == 0) | (position_BN == 0) | (rank_BN == 1))
     chunk_BN = opens_BN.cumsum(1) - 1
     if start_BN is not None:
         G = int(chunk_BN.max().clamp(min=0)) + 1
     elif seen_B is not None:
         G = (N + 2 * C - 2) // C
     else:
-        G = (N + C - 1) // C
+        G = (N + shift + C - 1) // C
 
     # Column G (or G * C) collects what has no place and is cut off.
     def by_chunk(value_BN: Tensor, fill: int) -> Tensor:
@@ -338,9 +352,6 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     source_BK = torch.full((batch, G * C + 1), -1, device=device)
     source_BK = source_BK.scatter_(1, torch.where(valid_BN, flat_BN, G * C), token_BN)[:, : G * C]
     start_BG = by_chunk(position_BN - slot_BN, 0)
-    slot_C = torch.arange(C, device=device)
-    position_BGC = start_BG[..., None] + slot_C
-    occupied_BGC = (source_BK >= 0).view(batch, G, C)
 
     phase_B = continues_B = None
     any_B = rank_BN[:, -1] > 0
@@ -350,9 +361,16 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
         continues_B = seen_B > 0
         if start_BN is not None:
             continues_B = continues_B & ~(start_BN & (rank_BN == 1)).any(1)
-        phase_B = torch.where(continues_B, seen_B % C, 0)
+        phase_B = torch.where(continues_B, (seen_B + shift) % C, 0)
         seen_after_B = torch.where(any_B, seen_after_B, seen_B)
-        occupied_BGC = occupied_BGC | cached_slots(phase_B, G, C)
+        # A row of nothing but padding keeps its open chunk.
+        start_BG[:, 0] = torch.where(any_B, start_BG[:, 0], seen_B - phase_B)
+    slot_C = torch.arange(C, device=device)
+    position_BGC = start_BG[..., None] + slot_C
+    occupied_BGC = (source_BK >= 0).view(batch, G, C)
+    if seen_B is not None:
+        occupied_BGC[:, 0] |= (slot_C < phase_B[:, None]) & (position_BGC[:, 0] >= 0)
+    position_BGC = position_BGC.clamp(min=0)
 
     count_BG = first_BG = last_BG = None
     if start_BN is not None:
@@ -379,6 +397,8 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
         phase_B=phase_B,
         continues_B=continues_B,
         final_B=chunk_BN[:, -1].clamp(min=0),
+        shift=shift,
+        skipped=skipped,
     )
 
 
@@ -390,11 +410,13 @@ class StepLayout(Movable):
         position_BN: position of the token in its document, int64 `[B, 1]`: also the number of cached tokens before it.
         valid_BN: False where the row's token is padding and must leave no trace, bool `[B, 1]`, or None.
         fused: whether a kernel computes the step.
+        shift: empty slots before a document's first token.
     """
 
     position_BN: Tensor
     valid_BN: Tensor | None = None
     fused: bool = False
+    shift: int = 0
 
 
 @dataclass(frozen=True)

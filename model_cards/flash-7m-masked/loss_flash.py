@@ -69,8 +69,10 @@ def loss_without_logits(
         labels_BN = F.pad(labels_BN[:, 1:], (0, 1), value=ignore_index)
     hidden, labels = hidden_BND.flatten(0, 1), labels_BN.flatten().to(hidden_BND.device)
     liger = load_liger() if hidden.is_cuda and head.bias is None else None
-    if liger is None or not shift:
-        # To know how many there are is to wait for the GPU: worth it where most tokens have no label.
+    recorded = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not recorded and (liger is None or not shift):
+        # To know how many there are is to wait for the GPU: worth it where most tokens have no label, and not possible
+        # in a CUDA graph.
         labelled = (labels != ignore_index).nonzero()[:, 0]
         hidden, labels = hidden[labelled], labels[labelled]
     items = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
