@@ -45,6 +45,11 @@ def sum_of_slice(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, la
     return F.cross_entropy(F.linear(hidden_TD, weight_VD, bias_V).float(), labels_T, reduction="sum")
 
 
+def may_wait(x: Tensor) -> bool:
+    """Whether the host may wait for the device of x: not while a CUDA graph is recorded, or about to be."""
+    return not (x.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() == 2))
+
+
 def loss_without_logits(
     head: nn.Linear,
     hidden_BND: Tensor,
@@ -57,9 +62,9 @@ def loss_without_logits(
     """Cross-entropy of `head(hidden)` in nats, float32: the mean over the labels, or their sum over
     `num_items_in_batch`. The same number, and gradients, as from logits.
 
-    On CUDA by liger-kernel's fused linear cross-entropy, where it is installed and the head has no bias; elsewhere by
-    torch, a slice of tokens after the other, whose logits are computed again in the backward pass. Of a masked model
-    tokens without a label get no logits at all.
+    On CUDA by liger-kernel's fused linear cross-entropy, where it is installed and the head has no bias; elsewhere,
+    and in CUDA graphs, by torch, a slice of tokens after the other, whose logits are computed again in the backward.
+    Of a masked model tokens without a label get no logits at all, except in CUDA graphs.
 
     Args:
         head: linear layer `[V, D]`; see `can_split`.
@@ -68,11 +73,11 @@ def loss_without_logits(
     if shift:
         labels_BN = F.pad(labels_BN[:, 1:], (0, 1), value=ignore_index)
     hidden, labels = hidden_BND.flatten(0, 1), labels_BN.flatten().to(hidden_BND.device)
-    liger = load_liger() if hidden.is_cuda and head.bias is None else None
-    recorded = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not recorded and (liger is None or not shift):
-        # To know how many there are is to wait for the GPU: worth it where most tokens have no label, and not possible
-        # in a CUDA graph.
+    waits = may_wait(hidden)
+    # liger-kernel asks the device how many labels there are.
+    liger = load_liger() if hidden.is_cuda and head.bias is None and waits else None
+    if waits and (liger is None or not shift):
+        # So does this: it is worth it where most tokens have no label.
         labelled = (labels != ignore_index).nonzero()[:, 0]
         hidden, labels = hidden[labelled], labels[labelled]
     items = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
@@ -87,7 +92,9 @@ def loss_without_logits(
         )  # fmt: skip
         return total.float() / items
     sums = [
-        checkpoint(sum_of_slice, part, head.weight, head.bias, own, use_reentrant=False)
+        checkpoint(
+            sum_of_slice, part, head.weight, head.bias, own, use_reentrant=False, preserve_rng_state=False
+        )
         for part, own in zip(hidden.split(SLICE), labels.split(SLICE), strict=True)
     ]
     # As from logits, the mean over no labels is not a number.
