@@ -238,7 +238,7 @@ def test_operators_pass_opcheck(causal):
     u, v, z = new(2 * N, E), new(2 * N, E), new(2 * N, S)
     heads = new(4, S), new(4, S), new(2 * C - 1)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
-    tables = angle.cos(), angle.sin(), None, plan.index, None, None
+    tables = angle.cos(), angle.sin(), None, plan.index, None, None, None
     sizes = N, plan.chunks, C, plan.shift, causal, True, True, False
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     checks += ("test_aot_dispatch_dynamic",) * causal
@@ -321,6 +321,55 @@ def test_chunked_prefill_continues_on_the_border(form):
         for ours, theirs in zip(rest.past_key_values.layers, whole.past_key_values.layers, strict=True):
             assert_close(ours.state.total, theirs.state.total, 1e-5)
             assert torch.equal(ours.state.seen, theirs.state.seen)
+
+
+@forms
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "local", "global"])
+def test_a_call_goes_on_inside_of_a_chunk(attention_type, form, monkeypatch):
+    """With kernels: rows at different places of their chunks, one that only pads meanwhile, one that only begins."""
+    if attention_type == "local" and "global_form" in FORMS[form]:
+        pytest.skip("no global branch, no form of it")
+    config = config_of(attention_type=attention_type, **FORMS[form])
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    ids = random_ids(config, 4, 50).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = mask[2, 21:44] = mask[3, :21] = 0
+    plans, chunk_plan = [], kernels.chunk_plan
+    monkeypatch.setattr(kernels, "chunk_plan", lambda *a, **k: plans.append(chunk_plan(*a, **k)) or plans[-1])
+    logits, states = [], []
+    for backend in ("triton", "torch"):
+        model.config.backend = backend
+        out, found = None, []
+        with torch.no_grad():
+            # Within the open chunk, over a border, one token, and once more.
+            for begin, end in ((0, 21), (21, 24), (24, 44), (44, 45), (45, 50)):
+                out = model(
+                    ids[:, begin:end], attention_mask=mask[:, :end], use_cache=True,
+                    past_key_values=None if out is None else out.past_key_values,
+                )  # fmt: skip
+                found.append(out.logits)
+        logits.append(torch.cat(found, 1) * mask[..., None])
+        states.append([layer.state for layer in out.past_key_values.layers])
+    assert any(plan.cached for plan in plans)
+    assert_close(*logits, 1e-5)
+    for ours, theirs in zip(*states, strict=True):
+        assert torch.equal(ours.seen, theirs.seen)
+        if theirs.total is not None:
+            assert_close(ours.total, theirs.total, 1e-5)
+
+
+def test_gradients_through_a_call_inside_of_a_chunk_are_the_torch_tiers():
+    model = make_model(FlashModel, config_of(is_decoder=True), dtype=torch.float32).to(DEVICE)
+    x = torch.randn(2, 45, 32, device=DEVICE)
+    grads = []
+    for backend in ("triton", "torch"):
+        model.config.backend = backend
+        model.zero_grad()
+        with torch.no_grad():
+            cache = model(inputs_embeds=x[:, :21], use_cache=True).past_key_values
+        model(inputs_embeds=x[:, 21:], past_key_values=cache).last_hidden_state.square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert_close(*grads, 1e-5)
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"prefill_chunk_size": 16}])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from ..attention_flash import DecodingState, is_bare, score_scale
+from ..attention_flash import DecodingState, closed_total, is_bare, score_scale
 from ..chunking_flash import ChunkLayout
 from . import ops
 from .common import INTERPRET
@@ -163,19 +163,28 @@ def gated_attention(
         previous_key: values go under the key of the token before them, and linear heads are not turned.
         rotary: cos and sin of the layout's positions, `[1 or B, G, C, r / 2]`.
         layout: with its plan.
-        state: what the cache holds, at the border of a chunk in every row.
+        state: what the cache holds, at the border of a chunk in every row unless the plan has `cached` rows.
 
     Otherwise as `attention_flash.mixed_chunk_attention`.
     """
-    B, N, E = v_BNE.shape
     plan: ChunkPlan = layout.plan
+    if plan.cached:
+        # The cached slots in front, as tokens whose keys the state has, and whose outputs nobody wants.
+        value_BCE = torch.where(layout.cached_BC[..., None], state.value, 0)
+        u_BNE, v_BNE, z_BNS = (
+            torch.cat([x.new_zeros(x.shape[0], plan.cached, x.shape[2]) if first is None else first.to(x.dtype),
+                       F.silu(x) if silu else x], 1)
+            for x, first in ((u_BNE, None), (v_BNE, value_BCE), (z_BNS, None))
+        )  # fmt: skip
+        silu = False
+    B, N, E = v_BNE.shape
     S = z_BNS.shape[2]
     cos, sin, rotary_dim = _flat_rotary(rotary)
-    initial, before = _initial(state, layout, S, previous_key) if state is not None and has_lin else (None, None)
+    initial, *kept = _from_cache(state, layout, S, has_quad, has_lin, previous_key)
     quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
     out, heads, *_, final = ops.gated_attention(
-        u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, before, N, plan.chunks,
+        u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, *kept, N, plan.chunks,
         plan.chunk_size, plan.shift, causal, quad, lin, previous_key, silu, interleaved, rotary_dim,
         score_scale("relu2", divisor, S), return_state and has_lin, ops.saved_attended(v.dtype, silu),
     )  # fmt: skip
@@ -192,7 +201,7 @@ def gated_attention(
             heads.detach(), final.detach(), partial(activated, v), key_of if previous_key else None, layout,
             chunk_size, S, has_quad, has_lin,
         )  # fmt: skip
-    return out.view(B, N, E), new_state
+    return out.view(B, N, E)[:, plan.cached :], new_state
 
 
 def _rows(x_BNF: Tensor) -> Tensor:
@@ -200,13 +209,37 @@ def _rows(x_BNF: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _initial(state: DecodingState, layout: ChunkLayout, S: int, previous_key: bool) -> tuple[Tensor, Tensor | None]:
-    """What a row's first document brings from the cache: its sum, on the kernels' padded key dimension, and the key of
-    its last token if the next value goes under that."""
-    total = state.total * layout.continues_B[:, None, None]
-    SP = max(16, ops.power_of_two(S))
-    newest = state.lin_k[:, -1] * layout.continues_B[:, None] if previous_key else None
-    return F.pad(total, (0, 0, 0, SP - S)).contiguous(), newest
+def _from_cache(
+    state: DecodingState | None, layout: ChunkLayout, S: int, has_quad: bool, has_lin: bool, previous_key: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What a row's first document brings from the cache: the sum of its closed chunks, on the kernels' padded key
+    dimension, the keys of its open chunk `[keys, B, C, S]`, and where these are `[keys, B, C]`; None for nothing."""
+    if state is None:
+        return None, None, None
+    amid = layout.plan.cached > 0
+    initial = None
+    if has_lin:
+        total = closed_total(state, layout.cached_BC) if amid else state.total
+        SP = max(16, ops.power_of_two(S))
+        initial = F.pad(total * layout.continues_B[:, None, None], (0, 0, 0, SP - S)).contiguous()
+    if not amid and not (has_lin and previous_key):
+        return initial, None, None
+    held_BC, keys, masks = layout.cached_BC, [], []
+    if has_quad:
+        keys.append(state.quad_k)
+        masks.append(held_BC)
+    if has_lin:
+        key_BCS = state.lin_k[:, : held_BC.shape[1]]
+        if previous_key:
+            # The next value, too, goes under a key of a cached token.
+            slot_C = torch.arange(held_BC.shape[1], device=held_BC.device)
+            next_BC = (slot_C == layout.phase_B[:, None]) & layout.continues_B[:, None]
+            held_BC = held_BC | next_BC
+            # At a border the state has it behind the chunk.
+            key_BCS = torch.where((next_BC & (slot_C == 0))[..., None], state.lin_k[:, -1:], key_BCS)
+        keys.append(key_BCS)
+        masks.append(held_BC)
+    return initial, torch.stack(keys), torch.stack(masks)
 
 
 def fusible(linear: nn.Module) -> bool:
@@ -257,12 +290,12 @@ def layer(
     plan: ChunkPlan = layout.plan
     S, E = z_proj.weight.shape[0], v_proj.weight.shape[0]
     cos, sin, rotary_dim = _flat_rotary(rotary)
-    initial, before = _initial(state, layout, S, previous_key) if state is not None and has_lin else (None, None)
+    initial, *kept = _from_cache(state, layout, S, has_quad, has_lin, previous_key)
     quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
     y, rms, _, h, heads, *_, final = ops.layer(
         x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
         z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
-        plan.index, initial, before, eps, N, plan.chunks, plan.chunk_size, plan.shift, causal, quad, lin, previous_key,
+        plan.index, initial, *kept, eps, N, plan.chunks, plan.chunk_size, plan.shift, causal, quad, lin, previous_key,
         interleaved, rotary_dim, score_scale("relu2", divisor, S), return_state and has_lin, dtype,
     )  # fmt: skip
     new_state = None

@@ -288,14 +288,21 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
     return weights
 
 
+def key_rows(shape: Shape) -> list[int]:
+    """Rows of the quadratic and the linear key among the heads, those that there are."""
+    return [1] * shape.quad + [shape.H - 1] * shape.lin
+
+
 def launch_forward(
-    shape: Shape, inputs: Inputs, initial: Tensor | None, before: Tensor | None, want_final: bool, want_attended: bool
-):
+    shape: Shape, inputs: Inputs, initial: Tensor | None, kept: Tensor | None, kept_mask: Tensor | None,
+    want_final: bool, want_attended: bool,
+):  # fmt: skip
     """`(out, heads, prefix, carry, attended, final)`; see the operators for what each is.
 
     Args:
-        initial, before: what a row's first document brings from a cache: the sum of its closed chunks `[B, SP, E]`,
-            and, with `shape.previous`, the key of its last token `[B, S]`.
+        initial: the sum of the closed chunks that a row's first document brings from a cache, `[B, SP, E]`, or None.
+        kept, kept_mask: keys that a cache brings for slots of each row's first chunk, `[key_rows, B, C, S]`, and which
+            of them to take instead of those made from z, bool `[key_rows, B, C]`.
     """
     t, (N, G, C, shift), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
     new = inputs.v.new_empty
@@ -314,8 +321,10 @@ def launch_forward(
         LIN_Q=row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
         BLOCK_M=block, num_warps=4,
     )  # fmt: skip
-    if before is not None:
-        heads[-1].view(shape.B, G, t.CP, t.SP)[:, 0, 0, :S] = before
+    if kept is not None:
+        for row_of_key, keys, mask in zip(key_rows(shape), kept, kept_mask, strict=True):
+            first = heads[row_of_key].view(shape.B, G, t.CP, t.SP)[:, 0, :C, :S]
+            first.copy_(torch.where(mask[..., None], keys.to(first.dtype), first))
     weights = launch_scores(shape, inputs, heads)
     value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
@@ -543,24 +552,24 @@ def saved_attended(dtype: torch.dtype, silu: bool) -> bool:
 
 def attention_forward(
     u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, before: Tensor | None,
-    N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool, silu: bool,
-    interleaved: bool, rotary_dim: int, scale: float, want_final: bool, want_attended: bool,
+    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, kept: Tensor | None,
+    kept_mask: Tensor | None, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool,
+    silu: bool, interleaved: bool, rotary_dim: int, scale: float, want_final: bool, want_attended: bool,
 ) -> list[Tensor]:  # fmt: skip
     shape = attention_shape(
         u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
     )
     inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
     with on_device(u):
-        return list(launch_forward(shape, inputs, initial, before, want_final, want_attended))
+        return list(launch_forward(shape, inputs, initial, kept, kept_mask, want_final, want_attended))
 
 
 gated_attention_op = torch.library.custom_op("flash_hf::gated_attention", attention_forward, mutates_args=())
 
 
 @gated_attention_op.register_fake
-def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, before, N, G, C, shift, causal, quad, lin,
-      previous, silu, interleaved, rotary_dim, scale, want_final, want_attended):  # fmt: skip
+def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, kept, kept_mask, N, G, C, shift, causal, quad,
+      lin, previous, silu, interleaved, rotary_dim, scale, want_final, want_attended):  # fmt: skip
     shape = attention_shape(
         u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
     )
@@ -624,7 +633,7 @@ def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, prefi
 
 
 def _save_attention(ctx, inputs, output):
-    u, v, z, gamma, beta, bias_R, cos, sin, source, index, _, _, *static, want_final, want_attended = inputs
+    u, v, z, gamma, beta, bias_R, cos, sin, source, index, _, _, _, *static, want_final, want_attended = inputs
     out, heads, prefix, carry, attended, final = output
     ctx.set_materialize_grads(False)
     gated = attended if want_attended else out
@@ -643,7 +652,7 @@ def _optional(ctx, tensors: list) -> list:
 
 def _attention_gradients(backward, ctx, grads):
     if grads[0] is None:
-        return (None,) * 26
+        return (None,) * 27
     u, v, z, gamma, beta, heads, prefix, carry, gated, *rest = ctx.saved_tensors
     index, optional = rest[:7], _optional(ctx, rest[7:])
     bias_R = optional[0]
@@ -654,7 +663,7 @@ def _attention_gradients(backward, ctx, grads):
     )
     H = gamma.shape[0]
     d_bias = None if bias_R is None or d_bias.numel() == 0 else d_bias.to(bias_R.dtype)
-    none = (None, None, None, [None] * 7, None, None) + (None,) * 14
+    none = (None, None, None, [None] * 7, None, None, None) + (None,) * 14
     return d_u, d_v, d_z, sums[:H].to(gamma.dtype), sums[H : 2 * H].to(beta.dtype), d_bias, *none
 
 
@@ -736,9 +745,9 @@ def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
 def layer_forward(
     x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor, b_z: Tensor,
     w_o: Tensor, b_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, before: Tensor | None,
-    eps: float, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool,
-    interleaved: bool, rotary_dim: int, scale: float, want_final: bool, dtype: torch.dtype,
+    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, kept: Tensor | None,
+    kept_mask: Tensor | None, eps: float, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool,
+    previous: bool, interleaved: bool, rotary_dim: int, scale: float, want_final: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     T, D = x.shape
     shape = layer_shape(
@@ -753,7 +762,9 @@ def layer_forward(
         h = torch.mm(raw_x, torch.cat([w_u, w_v, w_z]).to(dtype).t())
         u, v, z = split_columns(h, E)
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
-        out, heads, prefix, carry, _, final = launch_forward(shape, inputs, initial, before, want_final, False)
+        out, heads, prefix, carry, _, final = launch_forward(
+            shape, inputs, initial, kept, kept_mask, want_final, False
+        )
         y = launch_residual(x, out, w_o.to(dtype), b_o)
     return [y, rms, cast, h, heads, prefix, carry, out, final]
 
@@ -762,8 +773,8 @@ layer_op = torch.library.custom_op("flash_hf::layer", layer_forward, mutates_arg
 
 
 @layer_op.register_fake
-def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, before,
-      eps, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale, want_final,
+def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, kept,
+      kept_mask, eps, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale, want_final,
       dtype):  # fmt: skip
     T, D = x.shape
     shape = layer_shape(
@@ -841,7 +852,7 @@ def _(d_y, x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, bias_R, cos,
 
 def _save_layer(ctx, inputs, output):
     x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, *rest = inputs
-    _, _, _, *static, want_final, dtype = rest
+    _, _, _, _, *static, want_final, dtype = rest
     y, rms, cast, h, heads, prefix, carry, out, final = output
     ctx.set_materialize_grads(False)
     ctx.optional = bias_R is not None, cos is not None, source is not None
@@ -856,7 +867,7 @@ def _save_layer(ctx, inputs, output):
 
 def _layer_gradients(backward, ctx, grads):
     if grads[0] is None:
-        return (None,) * 33
+        return (None,) * 34
     (raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out,
      *rest) = ctx.saved_tensors  # fmt: skip
     index, optional = rest[:7], _optional(ctx, rest[7:])
@@ -867,7 +878,7 @@ def _layer_gradients(backward, ctx, grads):
     )  # fmt: skip
     E, H = w_u.shape[0], gamma.shape[0]
     d_bias_R = None if bias_R is None or d_bias_R.numel() == 0 else d_bias_R.to(bias_R.dtype)
-    none = (None, None, None, [None] * 7, None, None) + (None,) * 14
+    none = (None, None, None, [None] * 7, None, None, None) + (None,) * 14
     return (
         d_x, d_gain.to(gain.dtype), d_w[:E].to(w_u.dtype), d_b[:E].to(b_u.dtype), d_w[E : 2 * E].to(w_v.dtype),
         d_b[E : 2 * E].to(b_v.dtype), d_w[2 * E :].to(w_z.dtype), d_b[2 * E :].to(b_z.dtype), d_w_o.to(w_o.dtype),

@@ -27,6 +27,7 @@ class ChunkPlan(Movable):
 
     Attributes:
         tokens: N, tokens a row. chunks: G, chunks a row. chunk_size: slots of a chunk in this layout.
+        cached: rows of memory before each row's tokens, counted in N, that stand for the slots of a cached chunk.
         shift: slots before a row's first token.
         source_K: token index (flat over rows) of every slot, -1 for none, int32 `[B * G * chunk_size]`; None if the
             grid is a padded reshape.
@@ -38,6 +39,7 @@ class ChunkPlan(Movable):
     """
 
     tokens: int
+    cached: int
     chunks: int
     chunk_size: int
     shift: int
@@ -60,16 +62,25 @@ class ChunkPlan(Movable):
 
 
 def chunk_plan(
-    layout: ChunkLayout, batch: int, *, causal: bool, width: int, normalization: Normalization, chunk_size: int
+    layout: ChunkLayout,
+    batch: int,
+    *,
+    causal: bool,
+    width: int,
+    normalization: Normalization,
+    chunk_size: int,
+    amid: bool = False,
 ) -> ChunkPlan:
     """The plan for `layout`, on its device. Packed rows are read on the host once; others are not.
 
     Args:
         width: E, from which follows how many chunks a piece should have.
         chunk_size: the configured C, which `normalization="chunk"` divides by.
+        amid: whether some row goes on inside of a cached chunk, whose slots then are tokens, too.
     """
     G, C = layout.position_BGC.shape[1:]
-    N = layout.token_BN.shape[1]
+    cached = C if amid else 0
+    N = cached + layout.token_BN.shape[1]
     device = layout.position_BGC.device
     chunks = batch * G
     fits = max(1, chunks * -(-width // 128) // PROGRAMS)
@@ -102,9 +113,14 @@ def chunk_plan(
     source = None
     if layout.source_BK is not None:
         first = torch.arange(batch, device=device)[:, None] * N
-        source = torch.where(layout.source_BK >= 0, layout.source_BK + first, -1).flatten().int()
+        source = torch.where(layout.source_BK >= 0, layout.source_BK + first + cached, -1)
+        if amid:
+            slot = torch.arange(C, device=device)
+            source[:, :C] = torch.where(layout.cached_BC, first + slot, source[:, :C])
+        source = source.flatten().int()
     return ChunkPlan(
         tokens=N,
+        cached=cached,
         chunks=G,
         chunk_size=C,
         shift=layout.shift,
