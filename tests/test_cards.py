@@ -263,9 +263,10 @@ def test_the_published_masked_model_fills_in_words():
     for sentence, word in (
         (f"I have never{mask} such a thing in all my life.", " seen"),
         (f"He was born in London, the capital of{mask}.", " England"),
-        (f"The king and the{mask} sat upon their thrones.", " queen"),
+        (f"She opened the{mask} and went into the room.", " door"),
+        (f"He shook his{mask} and said nothing.", " head"),
     ):
-        assert word in [answer["token_str"] for answer in fill_mask(sentence, top_k=10)], sentence
+        assert word in [answer["token_str"] for answer in fill_mask(sentence)], sentence
 
 
 @pytest.mark.slow
