@@ -230,7 +230,8 @@ def test_a_published_model_is_what_its_recipe_makes(name, tmp_path):
     assert {field: getattr(made, field) for field in own} == {field: getattr(config, field) for field in own}
     assert model_args.tokenizer_vocab_size == config.vocab_size == 8192 and args.bf16
     assert data_args.block_size == config.max_position_embeddings
-    assert data_args.block_size * args.per_device_train_batch_size == 65_536
+    tokens = {"flash-7m-causal": 65_536, "flash-7m-masked": 131_072}
+    assert data_args.block_size * args.per_device_train_batch_size == tokens[name]
 
 
 def test_the_published_causal_model_knows_english():
@@ -262,9 +263,10 @@ def test_the_published_masked_model_fills_in_words():
     for sentence, word in (
         (f"I have never{mask} such a thing in all my life.", " seen"),
         (f"He was born in London, the capital of{mask}.", " England"),
-        (f"The king and the{mask} sat upon their thrones.", " queen"),
+        (f"She opened the{mask} and went into the room.", " door"),
+        (f"He shook his{mask} and said nothing.", " head"),
     ):
-        assert word in [answer["token_str"] for answer in fill_mask(sentence, top_k=10)], sentence
+        assert word in [answer["token_str"] for answer in fill_mask(sentence)], sentence
 
 
 @pytest.mark.slow

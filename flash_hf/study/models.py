@@ -187,7 +187,7 @@ MODELS: dict[str, Model] = {
     "flash-previous": Model('global_form="previous_token"', _flash(global_form="previous_token")),
     "flash-stagger": Model("grid shifted in every second layer", _flash(chunk_shift=0.5), compiled=False),
     "flash-stagger-local": Model(
-        "the same, local only", _flash(chunk_shift=0.5, attention_type="local"), compiled=False
+        "grid shifted, local only", _flash(chunk_shift=0.5, attention_type="local"), compiled=False
     ),
     "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(chunk_shift=0.5, chunk_weighting="decay")),
     "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(chunk_shift=0.5, global_rope=False)),

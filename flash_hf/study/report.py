@@ -116,8 +116,9 @@ def goals(results: Results) -> str:
                 ours, rival = (results[cell] for cell in cells)
                 row[3] = f"{final_loss(ours) - final_loss(rival):+.3f}"
                 row[5] = faster(results, *cells)
-                tried = min(len(same_but_rate(results, cell)) for cell in cells)
-                row[3] += f" ({tried} of {len(RATES)} learning rates, {len(seeds_of(results, cells[0]))} seed)"
+                tried = [len(same_but_rate(results, cell)) for cell in cells]
+                seeds = len(seeds_of(results, cells[0]))
+                row[3] += f" ({tried[0]} and {tried[1]} of {len(RATES)} rates, {seeds} seed)"
             row[4] = "-" if asked is None else f"at least {asked} x"
             rows.append(row)
     head = ["task", "context", "goal: loss, FLASH less Transformer++", "measured", "goal: seconds to its loss",
