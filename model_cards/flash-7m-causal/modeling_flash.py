@@ -447,16 +447,16 @@ class FlashLayer(GradientCheckpointingLayer):
         )
 
     def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **layout: Any) -> Tensor:
-        fused = layout["layout"].fused
-        if fused and isinstance(layout["layout"], ChunkLayout) and self.is_fusible(hidden_states):
+        grid = layout["layout"]
+        fused = grid.fused
+        # Cached slots come between the projections.
+        if fused and isinstance(grid, ChunkLayout) and not grid.plan.cached and self.is_fusible(hidden_states):
             gau = self.gau
             out, state = load_kernels()[0].layer(
                 hidden_states, self.norm.weight, self.norm.eps, gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj,
-                gau.offset_scale.weight, gau.offset_scale.bias, layout["rotary"], layout["layout"],
+                gau.offset_scale.weight, gau.offset_scale.bias, layout["rotary"], grid,
                 dtype=compute_dtype(hidden_states),
-                **gau.kernel_options(
-                    layout["layout"], layout["bias_rotary"], layout["bias_length"], past_key_values
-                ),
+                **gau.kernel_options(grid, layout["bias_rotary"], layout["bias_length"], past_key_values),
             )  # fmt: skip
             gau.store(state, past_key_values, out.shape[1])
             return out
@@ -676,18 +676,19 @@ class FlashModel(FlashPreTrainedModel):
         dropout = bool(config.attention_dropout) and self.training
         kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
         first = None if cache is None else cache.layers[0]
-        # Rolling back needs keys by token; a packed continuation or one amid a chunk, the cached slots in the grid.
+        # Rolling back needs keys by token; a packed continuation, the cached slots in the grid of its first document.
         if kernels is None or isinstance(layout, QuadraticLayout) or (first is not None and first.record_past):
             return layout
         if isinstance(layout, StepLayout):
             return replace(layout, fused=True)
         if first is not None and documents.start_BN is not None:
             return layout
-        if layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any())):
+        amid = layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any()))
+        if amid and (is_tracing() or torch.is_grad_enabled()):
             return layout
         plan = kernels.chunk_plan(
             layout, x_BND.shape[0], causal=self.is_causal, width=config.intermediate_size,
-            normalization=config.global_normalization, chunk_size=config.chunk_size,
+            normalization=config.global_normalization, chunk_size=config.chunk_size, amid=amid,
         )  # fmt: skip
         return replace(layout, plan=plan)
 
