@@ -84,6 +84,7 @@ class GraphedBackward:
             # than itself.
             with torch.cuda.stream(stream), waiting_is_an_error():
                 self._compute_anew()
+            torch.cuda.set_rng_state(random)  # as if that had not been
             with torch.cuda.graph(graph, stream=stream):
                 self.loss = self._compute_anew()
             self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
