@@ -103,6 +103,8 @@ forms = pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_equal_the_torch_tier(layout, causal, whole, form):
+    if DEVICE == "cpu" and form == "ours" and whole == causal:
+        pytest.skip("interpreted in the other half of the cases; on a GPU in all")
     compare(config_of(is_decoder=causal, **FORMS[form]), layout, whole=whole)
 
 
@@ -142,10 +144,11 @@ def test_variants_equal_the_torch_tier(variant, causal):
     compare(config_of(**{"is_decoder": causal, "num_hidden_layers": 1, **VARIANTS[variant]}), "odd")
 
 
-@forms
 @pytest.mark.slow
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("layout", ["odd", "padded"])
+@pytest.mark.parametrize(
+    "layout, causal, form",
+    [("odd", True, "paper"), ("padded", False, "paper"), ("odd", False, "ours"), ("padded", True, "ours")],
+)
 def test_several_tiles_of_a_chunk(layout, causal, form):
     form = {"num_hidden_layers": 1} if form == "paper" else {**FORMS[form], "chunk_shift": 130}
     compare(config_of(is_decoder=causal, chunk_size=150, **form), layout, length=333)
@@ -157,7 +160,7 @@ def test_float16_error_is_at_most_twice_the_torch_tiers(causal, form):
     compare(config_of(is_decoder=causal, **FORMS[form]), "odd", torch.float16, scale=0.2)
 
 
-@forms
+@pytest.mark.parametrize("form", ["ours"])
 def test_many_pieces_of_a_document(monkeypatch, form):
     """Long documents are summed in pieces; here each chunk is one."""
     monkeypatch.setattr(kernels.plan, "LONGEST_PIECE", 1)

@@ -310,12 +310,12 @@ def test_autocast(cls):
 
 
 # -- compilation
-forms = pytest.mark.parametrize("form", [{}, {"chunk_shift": 5, "global_form": "previous_token"}], ids=str)
+OURS = {"chunk_shift": 5, "global_form": "previous_token"}
+forms = pytest.mark.parametrize("form", [{}, OURS], ids=str)
 
 
 @pytest.mark.slow
-@forms
-@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("cls, form", [(FlashForCausalLM, OURS), (FlashForMaskedLM, {})], ids=["causal", "masked"])
 def test_compiled_forward_does_not_recompile_for_a_length(cls, form):
     from torch._dynamo.testing import CompileCounterWithBackend
 
