@@ -170,13 +170,11 @@ def gated_attention(
     plan: ChunkPlan = layout.plan
     if plan.cached:
         # The cached slots in front, as tokens whose keys the state has, and whose outputs nobody wants.
+        if silu:
+            u_BNE, v_BNE, z_BNS, silu = F.silu(u_BNE), F.silu(v_BNE), F.silu(z_BNS), False
         value_BCE = torch.where(layout.cached_BC[..., None], state.value, 0)
-        u_BNE, v_BNE, z_BNS = (
-            torch.cat([x.new_zeros(x.shape[0], plan.cached, x.shape[2]) if first is None else first.to(x.dtype),
-                       F.silu(x) if silu else x], 1)
-            for x, first in ((u_BNE, None), (v_BNE, value_BCE), (z_BNS, None))
-        )  # fmt: skip
-        silu = False
+        v_BNE = torch.cat([value_BCE.to(v_BNE.dtype), v_BNE], 1)
+        u_BNE, z_BNS = (F.pad(x, (0, 0, plan.cached, 0)) for x in (u_BNE, z_BNS))
     B, N, E = v_BNE.shape
     S = z_BNS.shape[2]
     cos, sin, rotary_dim = _flat_rotary(rotary)
