@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -147,16 +147,28 @@ class CellRunner:
     def result(self, cell: str) -> dict | None:
         return json.loads(self.path(cell).read_text()) if self.path(cell).is_file() else None
 
-    def run(self, cells: list[str], workers: int) -> None:
-        """Run those that are not finished; again and alone those for which the GPU's memory was too small."""
+    def run(self, cells: Iterable[str], workers: int) -> None:
+        """Run those that are not finished; again and alone those for which the GPU's memory was too small. A cell is
+        taken when a worker is free: what `cells` give may depend on those that have been done."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.processes: list[subprocess.Popen] = []
+        source, lock = iter(cells), threading.Lock()
+
+        def work() -> None:
+            while True:
+                with lock:
+                    cell = next(source, None)
+                if cell is None:
+                    return
+                self.one(cell, workers)
+
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            list(pool.map(self.one, cells, [workers] * len(cells)))
+            for worker in [pool.submit(work) for _ in range(workers)]:
+                worker.result()
         for process in self.processes:
             process.communicate()  # its input ends, and so does it
-        for cell in cells if workers > 1 else []:
-            if "OutOfMemoryError" in self.failed.get(cell, ""):
+        for cell in list(self.failed) if workers > 1 else []:
+            if "OutOfMemoryError" in self.failed[cell]:
                 del self.failed[cell]
                 self.run([cell], 1)
 

@@ -5,9 +5,9 @@ python scripts/study.py --tiny --prepare tests/data/wizard_of_oz.txt --work runs
 The study behind RESULTS.md. Three steps, on three machines if need be:
 
 1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA (needs no GPU).
-2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first,
-   several beside each other, until `--minutes` are over; `--bundle FILE` puts what is finished in one file as well,
-   and `--unbundle FILE` adds such a file to FOLDER.
+2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first
+   (rates and seeds as the finished ones ask for), several beside each other, until `--minutes` are over;
+   `--bundle FILE` puts what is finished in one file as well, and `--unbundle FILE` adds such a file to FOLDER.
 3. `--report --fill RESULTS.md`: the tables of RESULTS.md from FOLDER; `--figures FOLDER` draws.
 """
 
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from flash_hf.cells import CellRunner, Gate, serve, write_json
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab_size", type=int, help="of the tokenizer; 8192 unless given (with --tiny 600)")
     parser.add_argument("--max_tokens", type=int, default=31_000_000, help="of each corpus")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells, by name, instead of the whole grid")
-    parser.add_argument("--list", action="store_true", help="print the cells that are still to be run, and end")
+    parser.add_argument("--list", action="store_true", help="print the cells to run, as far as known yet, and end")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
     parser.add_argument("--workers", type=int, default=1, help="cells beside each other on one device")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into this file")
@@ -99,17 +100,25 @@ def main() -> int:
     if options.prepare and not options.minutes:
         return 0
 
-    cells = grid.tiny_grid() if options.tiny else grid.full_grid()
-    if options.only:
-        cells = [grid.Cell.parse(name) for name in options.only]
     new = options.work / "cells"
 
-    def missing(asked: list[grid.Cell]) -> list[str]:
+    def missing() -> list[str]:
         done = grid.load_results(options.results, new)
-        return [cell.name for cell in asked if cell not in done]
+        if options.only:
+            cells = [grid.Cell.parse(name) for name in options.only]
+        else:
+            cells = grid.tiny_grid() if options.tiny else grid.full_grid(done)
+        return [cell.name for cell in cells if cell not in done]
+
+    def upcoming() -> Iterator[str]:
+        """The most important cell that nobody has begun, again and again: which ones there are depends on results."""
+        begun = set()
+        while cell := next((name for name in missing() if name not in begun), None):
+            begun.add(cell)
+            yield cell
 
     if options.list:
-        print("\n".join(missing(cells)))
+        print("\n".join(missing()))
         return 0
 
     def bundle(cell: str) -> None:
@@ -125,10 +134,7 @@ def main() -> int:
         environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
     runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 80,
                         environment=environment, done=bundle, begin=begin, lasting=True)  # fmt: skip
-    runner.run(missing(cells), options.workers)
-    if not options.only and not options.tiny:
-        seeds = grid.further_seeds(grid.load_results(options.results, new), cells)
-        runner.run(missing(seeds), options.workers)
+    runner.run(upcoming(), options.workers)
     for cell, why in runner.failed.items():
         print(f"--- {cell}\n{why}", file=sys.stderr)
     return bool(runner.failed)

@@ -4,7 +4,7 @@
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize_kernels.py
 compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize_kernels.py
-python tests/sanitize_kernels.py bfloat16    # only the cases of one type
+python tests/sanitize_kernels.py bfloat16 ours    # only the cases of one type or one form (paper, ours)
 """
 
 import itertools
@@ -42,26 +42,33 @@ def train(causal: bool, ragged: bool, ours: bool, shape: tuple[int, int, int, in
 
 
 def decode(ours: bool, dtype: torch.dtype) -> None:
+    """Steps after a prompt, and a second turn, which begins inside of a chunk."""
     config = FlashConfig(
         vocab_size=11, hidden_size=64, query_key_dim=32, chunk_size=32, backend="triton", **form(ours, 32)
     )
     model = FlashForCausalLM(config).to("cuda", dtype).eval()
     ids = torch.randint(1, 11, (2, 61), device="cuda")  # no padding, which 0 stands for below
-    out = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert out.shape == (2, 67)
+    words = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}
+    out = model.generate(ids, max_new_tokens=6, **words)
+    assert out.sequences.shape == (2, 67)
+    longer = torch.cat((out.sequences, ids), 1)
+    seen = torch.ones_like(longer)  # a 0 that was generated is no padding
+    out = model.generate(longer, attention_mask=seen, past_key_values=out.past_key_values, max_new_tokens=2, **words)
+    assert out.sequences.shape == (2, 130)
 
 
 def main() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        if len(sys.argv) > 1 and sys.argv[1] != str(dtype).removeprefix("torch."):
+    asked = set(sys.argv[1:])
+    for dtype, ours in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        named = {str(dtype).removeprefix("torch."), "ours" if ours else "paper"}
+        if not asked <= named:
             continue
-        for ours in (False, True):
-            for shape, causal, ragged in itertools.product(SHAPES, (True, False), (False, True)):
-                train(causal, ragged, ours, shape, dtype)
-                direction = "causal" if causal else "bidirectional"
-                print("ran", dtype, shape, direction, "ragged" * ragged, "ours" * ours, flush=True)
-            decode(ours, dtype)
-            print("ran", dtype, "decoding", "ours" * ours, flush=True)
+        for shape, causal, ragged in itertools.product(SHAPES, (True, False), (False, True)):
+            train(causal, ragged, ours, shape, dtype)
+            direction = "causal" if causal else "bidirectional"
+            print("ran", dtype, shape, direction, "ragged" * ragged, "ours" * ours, flush=True)
+        decode(ours, dtype)
+        print("ran", dtype, "decoding", "ours" * ours, flush=True)
 
 
 if __name__ == "__main__":

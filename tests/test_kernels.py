@@ -496,7 +496,5 @@ def test_bfloat16_error_is_at_most_twice_the_torch_tiers(layout, causal, whole, 
 @pytest.mark.parametrize(("chunk_size", "key_dim"), [(256, 128), (512, 256), (128, 32), (100, 48)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_chunk_and_key_sizes(chunk_size, key_dim, causal, dtype, form):
-    config = config_of(
-        is_decoder=causal, chunk_size=chunk_size, query_key_dim=key_dim, hidden_size=256, **FORMS[form]
-    )
+    config = config_of(is_decoder=causal, chunk_size=chunk_size, query_key_dim=key_dim, hidden_size=256, **FORMS[form])
     compare(config, "odd", dtype, length=1300, scale=0.06)

@@ -100,33 +100,53 @@ def test_models_are_refused_where_they_cannot_be():
 
 
 def test_names_of_cells_can_be_read_back():
-    cells = grid.full_grid() + grid.tiny_grid()
-    assert len({cell.name for cell in cells}) == len(cells) > 150
+    cells = grid.full_grid({}) + grid.tiny_grid()
+    assert len({cell.name for cell in cells}) == len(cells) > 100
     for cell in cells:
         assert grid.Cell.parse(cell.name) == cell and cell.size in SIZES and cell.model in MODELS
     with pytest.raises(ValueError, match="no cell"):
         grid.Cell.parse("train_flash")
 
 
-def test_both_headline_models_are_tuned_over_the_same_rates():
-    found = {}
-    for cell in grid.full_grid():
-        if cell.kind == "train" and cell.size == "m" and cell.tokens == grid.TOKENS and not cell.recalls:
-            found.setdefault((cell.task, cell.context), {}).setdefault(cell.model, set()).add(cell.rate)
-    for task in ("books-causal", "books-masked", "wiki-causal"):
-        for context in (512, 2048, 8192):
-            rates = found[task, context]
-            assert rates["flash"] == rates["transformer++"] == set(grid.RATES)
+def finished(cells, losses):
+    """Results of trainings whose loss depends on their rate alone."""
+    return {cell: {"final": {"loss": losses.get(cell.rate, 9.0)}} for cell in cells if cell.kind == "train"}
 
 
-def test_further_seeds_wait_for_all_rates():
-    rates = [cell for cell in grid.full_grid() if cell.kind == "train" and cell.model == "flash"
-             and (cell.size, cell.task, cell.context, cell.tokens) == ("m", "books-causal", 8192, 30)]  # fmt: skip
-    results = {cell: {"final": {"loss": 4 + cell.rate}} for cell in rates}
-    [more] = grid.further_seeds(results, grid.full_grid())
-    assert more.rate == min(grid.RATES) and more.seed == 1
-    del results[rates[-1]]
-    assert grid.further_seeds(results, grid.full_grid()) == []
+def test_rates_go_on_until_the_best_lies_between_two_worse_ones():
+    group = ("transformer++", "books-causal", 8192)
+    results = {}
+    for asked in ({0.002, 0.001}, {0.002, 0.001, 0.0005}, {0.002, 0.001, 0.0005, 0.00025}):
+        assert grid.tuned(results, *group) is None
+        cells = grid.tuning(results, *group)
+        assert {cell.rate for cell in cells} == asked
+        results |= finished(cells, {0.002: 4.4, 0.001: 4.2, 0.0005: 4.1, 0.00025: math.nan})
+    assert grid.tuning(results, *group) == cells and grid.tuned(results, *group).rate == 0.0005
+    higher = finished(grid.tuning({}, *group), {0.002: 4.0, 0.001: 4.1})
+    assert grid.tuning(higher, *group)[0].rate == 0.004
+
+
+def test_the_grid_grows_with_what_was_found():
+    """Rates between the ends come from the ends, second seeds from the best rates, and it has an end."""
+    results, sizes = {}, []
+    while set(grid.full_grid(results)) - set(results):
+        cells = grid.full_grid(results)
+        sizes.append(len(cells))
+        for cell in cells:
+            best = 0.002 if cell.model == "flash" else 0.0005 if cell.context == 8192 else 0.001
+            results[cell] = {"final": {"loss": abs(math.log(max(cell.rate, 1e-9) / best))}}
+    assert sizes == sorted(sizes) and len(sizes) > 2
+
+    def rates(model, task, context, seed):
+        return {cell.rate for cell in results if (cell.model, cell.task, cell.context, cell.seed) ==
+                (model, task, context, seed) and (cell.size, cell.tokens) == ("m", grid.TOKENS)}  # fmt: skip
+
+    for task in ("books-causal", "books-masked"):
+        for context in grid.BETWEEN:
+            assert rates("flash", task, context, 0) == {0.002}
+            assert rates("transformer++", task, context, 0) == {0.0005, 0.001}
+    for task, context in grid.GOALS:
+        assert rates("flash", task, context, 1) == {0.002} and rates("transformer++", task, context, 1) == {0.0005}
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------
@@ -236,6 +256,20 @@ def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
     assert all(process.returncode is not None for process in runner.processes)
 
 
+def test_what_is_run_next_may_depend_on_what_was_found(tmp_path):
+    runner = CellRunner(tmp_path, [sys.executable, "-c", "import sys; from pathlib import Path; "
+                        f"Path({str(tmp_path)!r}, 'cells', sys.argv[1] + '.json').write_text('1')"],
+                        minutes=5, least_seconds=0)  # fmt: skip
+    (tmp_path / "cells").mkdir()
+
+    def source():
+        yield "first"
+        yield "second" if runner.result("first") else "third"
+
+    runner.run(source(), 1)
+    assert runner.result("second") and runner.result("third") is None and not runner.failed
+
+
 @pytest.mark.slow
 def test_the_script_runs_a_cell_once_and_reports_it(tmp_path, monkeypatch, capsys):
     cell = grid.tiny_grid()[0].name
@@ -296,6 +330,32 @@ def test_the_time_of_a_step_is_the_quietest_of_those_measured():
     assert times == ["| FLASH | m | causal | 512 | 21.0 (20.0 to 22.0) | - | yes |"]
     assert report.step_ms(results, grid.Cell("train", "flash", "m", "wiki-causal", 512)) == 21.0
     assert report.step_ms(results, grid.Cell("train", "flash", "m", "wiki-masked", 512)) is None
+
+
+def test_seconds_to_a_loss_are_the_mean_of_the_seeds():
+    step = {"median": 10.0, "q25": 10.0, "q75": 10.0}
+    results = {}
+    for seed, half in ((0, 5.0), (1, 5.5)):
+        results |= cell_of("flash", 0.002, [6.0, half, 4.0], seed=seed, step=step)
+        results |= cell_of("transformer++", 0.002, [6.0, 5.5, 5.0], seed=seed, step=step)
+    ours, rival = (grid.Cell("train", model, "m", "books-causal", 512, 30, 0.002) for model in grid.HEADLINE)
+    # 20 of 30 steps, and 20 and a third.
+    assert report.faster(results, ours, rival) == f"{(30 / 20 + 30 / (20 + 10 / 3)) / 2:.2f} x"
+
+
+def test_figures_are_drawn(tmp_path):
+    step = {"median": 10.0, "q25": 10.0, "q75": 10.0}
+    results = cell_of("flash", 0.002, [6.0, 5.0], step=step) | cell_of("transformer++", 0.002, [6.0, 5.5], step=step)
+    assert [path.name for path in report.draw(results, tmp_path)] == ["books-causal.png"]
+    facts = next(iter(results.values()))
+    for size in ("s", "m"):
+        cell = grid.Cell(
+            "train", "flash-quad", size, grid.SHORT["task"], grid.SHORT["context"], grid.SHORT["tokens"], 0.001
+        )
+        results[cell] = facts
+    names = [path.name for path in report.draw(results, tmp_path)]
+    assert names == ["books-causal.png", "sizes.png"] and all((tmp_path / name).stat().st_size for name in names)
+    assert "FLASH-Quad | s |" in report.ablations(results)
 
 
 def test_results_are_filled_in_between_their_marks():

@@ -4,28 +4,45 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 from .models import MODELS
 
 
 HEADLINE = ("flash", "transformer++")
-CONTEXTS = (512, 1024, 2048, 4096, 8192)
-# FLASH's best at a context of 8,192 is the first, Transformer++'s is lower.
-RATES = (2e-3, 1e-3, 5e-4, 4e-3)
+# The forms that the study found better, in one model.
+BETTER = "flash-shifted"
 TOKENS = 30  # millions
+# A model's rates begin with these, and go on by factors of two until the best one lies between two worse ones.
+RATES = (2e-3, 1e-3)
+# Where rates are searched; between the contexts of one task, a model gets its best rates at 512 and at 8,192.
+TUNED = (
+    ("books-causal", 8192), ("wiki-causal", 8192), ("books-masked", 8192), ("books-masked", 512),
+    ("books-causal", 512),
+)  # fmt: skip
+GOALS = TUNED[:3]  # two seeds
+BETWEEN = (2048, 4096, 1024)
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+# Tables 1 and 2 and figure 3 of the paper.
+SHORT = {"task": "wiki-masked", "context": 512, "tokens": 15}
+ABLATIONS = ("flash-quad", "gau-softmax", "gau-heads", "gau-ungated", "transformer++", "mhsa-relu2",
+             "mhsa-single-head", "mhsa-gated", "flash")  # fmt: skip
+SCALED = ("flash-quad", "transformer++", "flash")
+OTHERS = ("mc-transformer++", "performer-relu", "combiner", "transformer")
 RECALL_TOKENS = 60
 # Forms of the global branch are searched in a smaller model, and confirmed in the study's.
 SEARCH = {"size": "s", "tokens": 15}
 SEARCH_CONTEXT = 4096
+# Does the global branch pay with more training?
+LONG = {"size": "s", "tokens": 60}
 # What the draw of the weights does to a loss is learnt from these.
-SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", "flash-stagger-keyshift")
+SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTER)
 # mqarP: P pairs; needle: one.
 RECALL_TASKS = ("mqar32", "needle")
-RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", "flash-keyshift", "flash-local",
-                 "flash-keyshift-norope-norm", "flash-norope", "flash-decay-norm")  # fmt: skip
+RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", BETTER, "flash-local", "flash-norope")
 FORMS = tuple(name for name in MODELS if name.startswith("flash-") and name not in ("flash-quad", "flash-global"))
 
 
@@ -90,64 +107,91 @@ def timing(models: Iterable[str], task: str, contexts: Iterable[int], size: str 
     return [Cell("time", model, size, task, context) for context in contexts for model in models]
 
 
-def full_grid() -> list[Cell]:
-    """Every cell of the study except further seeds (see [`further_seeds`])."""
-    first, lower, lowest, higher = RATES
-    books, wiki, masked = "books-causal", "wiki-causal", "books-masked"
+Results = dict[Cell, dict]
 
-    def pairs(task: str, contexts: Iterable[int], rate: float, models: Iterable[str] = HEADLINE, **more):
-        return [c for context in contexts for model in models for c in train(model, task, context, [rate], **more)]
+
+def tuning(results: Results, model: str, task: str, context: int, **more) -> list[Cell]:
+    """The cells of a search for a model's best rate, as far as `results` tell them: those of `RATES`, and beyond the
+    best one as long as it is the highest or the lowest; on equal terms for all."""
+    rates = set(RATES)
+    while True:
+        cells = train(model, task, context, sorted(rates, reverse=True), **more)
+        if not all(cell in results for cell in cells):
+            return cells
+        best = best_of(cells, results).rate
+        beyond = best * 2 if best == max(rates) else best / 2 if best == min(rates) else None
+        if beyond is None:
+            return cells
+        rates.add(beyond)
+
+
+def best_of(cells: list[Cell], results: Results) -> Cell:
+    return min(cells, key=lambda cell: final_loss(results[cell]))
+
+
+def tuned(results: Results, model: str, task: str, context: int) -> Cell | None:
+    """The cell at a model's best rate, or None before the search has ended."""
+    cells = tuning(results, model, task, context)
+    return best_of(cells, results) if all(cell in results for cell in cells) else None
+
+
+def full_grid(results: Results) -> list[Cell]:
+    """Every cell of the study that can be named yet, finished or not: rates, seeds and contexts depend on what other
+    cells have found."""
+    books, masked = "books-causal", "books-masked"
+    first, lower = RATES
 
     # Trainings time their steps, too; these also tell what Python needs to issue one.
     cells = timing(HEADLINE, books, [8192])
-    cells += pairs(books, [8192, 512, 2048], first)
-    shifted = ("flash-stagger-local", "flash-stagger-keyshift", "flash-local")
-    cells += pairs(books, [8192], first, shifted)
-    cells += pairs(masked, [8192], first) + pairs(wiki, [8192], first)
-    cells += pairs("mqar32", [512], first, RECALL_MODELS[:3], size="recall", tokens=RECALL_TOKENS)
-    cells += pairs(masked, [512], first) + pairs(books, [8192], higher) + pairs(books, [8192], lower)
-    cells += pairs(wiki, [8192], lower) + pairs(masked, [8192], lower) + pairs(books, [8192], lowest)
-    for seed in (0, 1, 2):
-        cells += pairs(books, [SEARCH_CONTEXT], first, SEEDED, **SEARCH, seed=seed)
-    cells += pairs(books, [512, 2048], lower) + pairs(masked, [512], lower)
-    cells += pairs(books, [SEARCH_CONTEXT], first, FORMS, **SEARCH)
-    cells += pairs(books, [8192], first, ("flash-previous", "flash-keyshift-norope"))
-    cells += pairs("mqar32", [512], first, RECALL_MODELS, size="recall", tokens=RECALL_TOKENS)
-    for task, contexts in (
-        (books, (512, 2048)), (masked, (8192, 512, 2048)), (wiki, (8192, 512, 2048)), ("wiki-masked", (512, 8192)),
-        (books, (4096, 1024)),
-    ):  # fmt: skip
-        cells += [cell for rate in RATES for cell in pairs(task, contexts, rate)]
-    cells += pairs("needle", [512], first, RECALL_MODELS, size="recall", tokens=RECALL_TOKENS)
-    # Tables 1 and 2, figure 3, and the other models of figures 5 and 6.
-    ablations = ("flash-quad", "gau-softmax", "gau-heads", "gau-ungated", "transformer++", "mhsa-relu2",
-                 "mhsa-single-head", "mhsa-gated")  # fmt: skip
-    cells += [cell for rate in RATES[:2] for cell in pairs("wiki-masked", [512], rate, ablations)]
+    for task, context in TUNED:
+        for model in HEADLINE:
+            cells += tuning(results, model, task, context)
+        best = tuned(results, "flash", task, context)
+        cells += [] if best is None else train(BETTER, task, context, [best.rate])
+    for task, context in GOALS:
+        found = [tuned(results, model, task, context) for model in HEADLINE]
+        again = [cell for cell in found if cell is not None]
+        if found[0] is not None and task == books:
+            again.append(replace(found[0], model=BETTER))
+        cells += [replace(cell, seed=1) for cell in again]
+    for task in (books, masked):
+        for context in BETWEEN:
+            for model in HEADLINE:
+                ends = [tuned(results, model, task, end) for end in (512, 8192)]
+                if None not in ends:
+                    cells += train(model, task, context, sorted({cell.rate for cell in ends}))
+    for rate in RATES:
+        cells += [cell for model in ABLATIONS for cell in train(model, rates=[rate], **SHORT)]
     for size in ("s", "l"):
-        models = ("flash-quad", "transformer++", "flash")
-        cells += timing(models, "wiki-masked", [512], size)
-        cells += [cell for rate in RATES[:2] for cell in pairs("wiki-masked", [512], rate, models, size=size)]
-    others = ("transformer", "mc-transformer++", "performer-relu", "combiner")
-    for context in (512, 2048, 8192):
-        cells += timing(others, books, [context])
-        cells += [cell for rate in RATES[:2] for cell in pairs(books, [context], rate, others)]
-    # Needs triton 3.7.1 on Hopper.
-    cells += timing(["gated-deltanet"], books, [2048, 8192])
-    cells += [cell for rate in RATES for cell in pairs(books, [2048, 8192], rate, ["gated-deltanet"])]
+        cells += [cell for model in SCALED for cell in train(model, rates=RATES, size=size, **SHORT)]
+    cells += [cell for model in OTHERS for cell in train(model, books, 8192, [lower])]
+    for model in ("flash", "flash-local", BETTER, "flash-stagger-local"):
+        cells += train(model, books, SEARCH_CONTEXT, [first], **LONG)
+    for seed in (0, 1, 2):
+        for model in SEEDED:
+            cells += train(model, books, SEARCH_CONTEXT, [first], **SEARCH, seed=seed)
+    for task in RECALL_TASKS:
+        for model in RECALL_MODELS:
+            cells += train(model, task, 512, [first], size="recall", tokens=RECALL_TOKENS)
+    cells += [cell for model in FORMS for cell in train(model, books, SEARCH_CONTEXT, [first], **SEARCH)]
+    cells += timing(OTHERS, books, [512, 2048])
+    # On Hopper it needs triton 3.7.1.
+    cells += tuning(results, "gated-deltanet", books, 8192) + timing(["gated-deltanet"], books, [512, 2048])
+    cells += [cell for model in OTHERS for cell in train(model, books, 8192, [first])]
     # Small enough for a CPU: the search that came before the others.
     small = {"size": "recall-cpu", "tokens": 3.7}
-    cells += [cell for seed in (0, 1) for cell in pairs("mqar4", [128], higher, RECALL_MODELS, **small, seed=seed)]
-    deep = ("transformer++", "flash-previous", "flash", "flash-local")
-    small["size"] = "recall-cpu-deep"
-    cells += [cell for rate in (higher, lower) for cell in pairs("mqar4", [128], rate, deep, **small)]
-    # Does the global branch pay with more training?
-    cells += pairs(books, [8192], first, ("flash", "flash-local", "transformer++"), tokens=120)
+    for seed in (0, 1):
+        for model in RECALL_MODELS:
+            cells += train(model, "mqar4", 128, [2 * first], **small, seed=seed)
+    deep = {"size": "recall-cpu-deep", "tokens": 3.7}
+    for model in ("transformer++", "flash-previous", "flash", "flash-local"):
+        cells += train(model, "mqar4", 128, [2 * first, lower], **deep)
     return list(dict.fromkeys(cells))
 
 
 def tiny_grid() -> list[Cell]:
     """A cell of every kind, of a size that a CPU can do in seconds."""
-    first = RATES[:1]
+    first = [RATES[0]]
     cells = timing(["flash"], "books-causal", [64], "tiny")
     for model in HEADLINE:
         cells += train(model, "books-causal", 64, first, size="tiny", tokens=0.004)
@@ -155,10 +199,12 @@ def tiny_grid() -> list[Cell]:
 
 
 def final_loss(result: dict) -> float:
-    return result["final"]["loss"]
+    """Validation loss; infinite where the training diverged."""
+    loss = result["final"]["loss"]
+    return loss if math.isfinite(loss) else math.inf
 
 
-def best_rates(results: dict[Cell, dict]) -> dict[tuple, Cell]:
+def best_rates(results: Results) -> dict[tuple, Cell]:
     """Of each (model, size, task, context, tokens) the cell of seed 0 with the lowest validation loss."""
     best: dict[tuple, Cell] = {}
     for cell, result in results.items():
@@ -169,17 +215,7 @@ def best_rates(results: dict[Cell, dict]) -> dict[tuple, Cell]:
     return best
 
 
-def further_seeds(results: dict[Cell, dict], grid: list[Cell]) -> list[Cell]:
-    """The second seed of every headline cell, at its best rate, once the grid has no more of its rates to run."""
-    cells = []
-    for key, cell in best_rates(results).items():
-        asked = [c for c in grid if (c.model, c.size, c.task, c.context, c.tokens) == key and c.kind == "train"]
-        if cell.model in HEADLINE and not cell.recalls and all(c in results for c in asked):
-            cells.append(Cell(**{**cell.__dict__, "seed": 1}))
-    return cells
-
-
-def load_results(*folders: Path) -> dict[Cell, dict]:
+def load_results(*folders: Path) -> Results:
     """What the finished cells wrote."""
     found = {}
     for folder in folders:
@@ -189,6 +225,7 @@ def load_results(*folders: Path) -> dict[Cell, dict]:
 
 
 __all__ = [
-    "CONTEXTS", "FORMS", "HEADLINE", "RATES", "RECALL_MODELS", "RECALL_TASKS", "SEARCH", "SEARCH_CONTEXT", "SEEDED",
-    "Cell", "best_rates", "final_loss", "full_grid", "further_seeds", "load_results", "tiny_grid",
+    "ABLATIONS", "BETTER", "BETWEEN", "CONTEXTS", "FORMS", "GOALS", "HEADLINE", "LONG", "RATES", "RECALL_MODELS",
+    "RECALL_TASKS", "SCALED", "SEARCH", "SEARCH_CONTEXT", "SHORT", "TOKENS", "TUNED", "Cell", "Results", "best_rates",
+    "final_loss", "full_grid", "load_results", "tiny_grid", "tuned", "tuning",
 ]  # fmt: skip

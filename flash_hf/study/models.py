@@ -184,7 +184,13 @@ MODELS: dict[str, Model] = {
     "flash-keyshift-norope-norm": Model(
         "keys of the token before, no RoPE, normalised", _gau(key_shift=True, global_rope=False, global_norm=True)
     ),
-    "flash-previous": Model('global_form="previous_token"', _flash(global_form="previous_token")),
+    "flash-previous": Model(
+        'global_form="previous_token"', _flash(global_form="previous_token"), compiled=False
+    ),
+    "flash-shifted": Model(
+        "FLASH, chunks shifted, keys of the token before", _flash(chunk_shift=0.5, global_form="previous_token"),
+        compiled=False,
+    ),
     "flash-stagger": Model("grid shifted in every second layer", _flash(chunk_shift=0.5), compiled=False),
     "flash-stagger-local": Model(
         "grid shifted, local only", _flash(chunk_shift=0.5, attention_type="local"), compiled=False

@@ -9,13 +9,15 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from .grid import FORMS, HEADLINE, RATES, RECALL_TASKS, SEARCH, SEARCH_CONTEXT, Cell, best_rates, final_loss
+from . import grid
+from .grid import FORMS, HEADLINE, RECALL_TASKS, SHORT, Cell, Results, best_rates, final_loss
 from .models import MODELS
 
 
-Results = dict[Cell, dict]
 Row = list[str]
 FLASH, RIVAL = HEADLINE
+SIZES_SHOWN = ("s", "m", "l")
+SHOWN_FORMS = ("flash-local", grid.BETTER)
 # How many times faster FLASH is to reach Transformer++'s final loss: the paper's figures, which the project aims at.
 GOALS = {("wiki-causal", 8192): 4.9, ("books-causal", 8192): 12, ("books-masked", 8192): 4.8}
 
@@ -24,7 +26,7 @@ def table(head: Row, rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
-def chosen(results: Results, size: str = "m", tokens: int | float = 30) -> dict[tuple[str, str, int], Cell]:
+def chosen(results: Results, size: str = "m", tokens: int | float = grid.TOKENS) -> dict[tuple[str, str, int], Cell]:
     """The cell at the best rate of each (model, task, context) of one size and amount of training."""
     best = best_rates(results)
     return {(model, task, context): cell for (model, sized, task, context, amount), cell in best.items()
@@ -106,33 +108,33 @@ def goals(results: Results) -> str:
     """What the project set out to show of FLASH against Transformer++, and what was measured."""
     best, rows = chosen(results), []
     for task in ("books-causal", "wiki-causal", "books-masked", "wiki-masked"):
-        for context in (512, 2048, 8192):
+        for context in grid.CONTEXTS:
             cells = [best.get((model, task, context)) for model in HEADLINE]
             asked = GOALS.get((task, context))
             if not any(cells) and asked is None:
                 continue
-            row = [task.replace("-", ", "), f"{context:,}", "at most 0", "not run yet", "-", "-"]
+            row = [task.replace("-", ", "), f"{context:,}", "not run yet", "-", "-", "-", "-"]
             if all(cells):
-                ours, rival = (results[cell] for cell in cells)
-                row[3] = f"{final_loss(ours) - final_loss(rival):+.3f}"
-                row[5] = faster(results, *cells)
-                tried = [len(same_but_rate(results, cell)) for cell in cells]
-                seeds = len(seeds_of(results, cells[0]))
-                row[3] += f" ({tried[0]} and {tried[1]} of {len(RATES)} rates, {seeds} seed)"
-            row[4] = "-" if asked is None else f"at least {asked} x"
+                row[2] = f"{mean_loss(results, cells[0]) - mean_loss(results, cells[1]):+.3f}"
+                row[3] = " and ".join(str(len(same_but_rate(results, cell))) for cell in cells)
+                row[4] = " and ".join(str(len(seeds_of(results, cell))) for cell in cells)
+                row[6] = faster(results, *cells)
+            row[5] = "-" if asked is None else f"at least {asked} x"
             rows.append(row)
-    head = ["task", "context", "goal: loss, FLASH less Transformer++", "measured", "goal: seconds to its loss",
-            "measured"]  # fmt: skip
+    head = ["task", "context", "loss, FLASH less Transformer++ (goal: at most 0)", "rates tried", "seeds",
+            "goal: fewer seconds to its loss", "measured"]  # fmt: skip
     return table(head, rows)
 
 
 def faster(results: Results, ours: Cell, rival: Cell) -> str:
-    """Seconds of the rival's whole training over ours to the rival's final loss."""
+    """Seconds of the rival's whole training over ours to the rival's final loss; the mean over the seeds of both."""
     times = step_ms(results, ours), step_ms(results, rival)
-    steps = steps_to(results[ours]["valid_curve"], results[rival]["valid_curve"][-1][1])
-    if None in times or steps is None:
-        return "-"
-    return f"{results[rival]['steps'] * times[1] / (steps * times[0]):.2f} x"
+    ratios = []
+    for mine, other in zip(seeds_of(results, ours), seeds_of(results, rival), strict=False):
+        steps = steps_to(mine["valid_curve"], other["valid_curve"][-1][1])
+        if steps is not None and None not in times:
+            ratios.append(other["steps"] * times[1] / (steps * times[0]))
+    return f"{statistics.mean(ratios):.2f} x" if ratios else "-"
 
 
 def headline(results: Results) -> str:
@@ -145,7 +147,7 @@ def headline(results: Results) -> str:
         target = results[rival]["valid_curve"][-1][1]
         for model in MODELS:
             cell = best.get((model, task, context))
-            if cell is None or model in FORMS and model != "flash-local":
+            if cell is None or model in FORMS and model not in SHOWN_FORMS:
                 continue
             result, ms = results[cell], step_ms(results, cell)
             steps = steps_to(result["valid_curve"], target)
@@ -184,29 +186,29 @@ def times(results: Results) -> str:
 def forms(results: Results) -> str:
     """Forms of the global branch at the size of the search, best first, and at the study's size."""
     parts = []
-    for size, tokens, contexts in ((SEARCH["size"], SEARCH["tokens"], (SEARCH_CONTEXT,)), ("m", 30, (8192,))):
+    searched = [(*searches.values(), grid.SEARCH_CONTEXT) for searches in (grid.SEARCH, grid.LONG)]
+    for size, tokens, context in (*searched, ("m", grid.TOKENS, 8192)):
         best = chosen(results, size, tokens)
-        for context in contexts:
-            cells = [best[key] for key in best if key[1:] == ("books-causal", context) and key[0] in ("flash", *FORMS)]
-            if len(cells) < 2:
-                continue
-            base = best.get((FLASH, "books-causal", context))
-            rows = []
-            for cell in sorted(cells, key=lambda cell: mean_loss(results, cell)):
-                result = results[cell]
-                slots = result["final"].get("by_slot", [])
-                delta = "-" if base is None else f"{mean_loss(results, cell) - mean_loss(results, base):+.3f}"
-                rows.append([
-                    MODELS[cell.model].title, f"{cell.rate:g}", f"{len(seeds_of(results, cell))}",
-                    loss_text(results, cell), delta,
-                    f"{slots[0]:.3f}" if slots else "-", f"{slots[-1]:.3f}" if slots else "-",
-                    *(f"{found['loss']:.3f}" for found in result["lengths"].values()),
-                ])  # fmt: skip
-            shown = next(iter(cells))
-            lengths = [f"loss at {int(length):,}" for length in results[shown]["lengths"]]
-            head = ["form", "learning rate", "seeds", "loss", "against FLASH", "first 1/32 of a chunk", "last 1/32",
-                    *lengths]  # fmt: skip
-            parts.append(f"Size {size}, {tokens} M tokens, context {context:,}:\n\n{table(head, rows)}")
+        cells = [best[key] for key in best if key[1:] == ("books-causal", context) and key[0] in ("flash", *FORMS)]
+        if len(cells) < 2:
+            continue
+        base = best.get((FLASH, "books-causal", context))
+        rows = []
+        for cell in sorted(cells, key=lambda cell: mean_loss(results, cell)):
+            result = results[cell]
+            slots = result["final"].get("by_slot", [])
+            delta = "-" if base is None else f"{mean_loss(results, cell) - mean_loss(results, base):+.3f}"
+            rows.append([
+                MODELS[cell.model].title, f"{cell.rate:g}", f"{len(seeds_of(results, cell))}",
+                loss_text(results, cell), delta,
+                f"{slots[0]:.3f}" if slots else "-", f"{slots[-1]:.3f}" if slots else "-",
+                *(f"{found['loss']:.3f}" for found in result["lengths"].values()),
+            ])  # fmt: skip
+        shown = next(iter(cells))
+        lengths = [f"loss at {int(length):,}" for length in results[shown]["lengths"]]
+        head = ["form", "learning rate", "seeds", "loss", "against FLASH", "first 1/32 of a chunk", "last 1/32",
+                *lengths]  # fmt: skip
+        parts.append(f"Size {size}, {tokens} M tokens, context {context:,}:\n\n{table(head, rows)}")
     return "\n\n".join(parts) or "No cells yet."
 
 
@@ -228,7 +230,7 @@ def positions(results: Results) -> str:
     """Loss by eighth of the context, and at lengths beyond it."""
     rows = []
     for (model, task, context), cell in sorted(chosen(results).items(), key=lambda item: (item[0][1:], item[0][0])):
-        if cell.recalls or model in FORMS and model != "flash-local":
+        if cell.recalls or model in FORMS and model not in SHOWN_FORMS:
             continue
         result = results[cell]
         bins = result["final"]["by_position"]
@@ -242,18 +244,18 @@ def positions(results: Results) -> str:
 
 
 def ablations(results: Results) -> str:
-    """Tables 1 and 2, and figure 3, of the paper: masked, Wikipedia, context 512."""
-    names = ("flash-quad", "gau-softmax", "gau-heads", "gau-ungated", RIVAL, "mhsa-relu2", "mhsa-single-head",
-             "mhsa-gated", FLASH)  # fmt: skip
+    """Tables 1 and 2, and figure 3, of the paper."""
     rows = []
-    for size in ("s", "m", "l"):
-        best = chosen(results, size)
-        for name in names:
-            cell = best.get((name, "wiki-masked", 512))
+    for size in SIZES_SHOWN:
+        best = chosen(results, size, SHORT["tokens"])
+        for name in grid.ABLATIONS:
+            cell = best.get((name, SHORT["task"], SHORT["context"]))
             if cell is not None:
+                ms = step_ms(results, cell)
                 rows.append([MODELS[name].title, size, f"{results[cell]['parameters'] / 1e6:.2f} M",
-                             loss_text(results, cell), rates_tried(results, cell)])  # fmt: skip
-    head = ["model", "size", "parameters", "loss", "loss by learning rate"]
+                             loss_text(results, cell), rates_tried(results, cell),
+                             "-" if ms is None else f"{ms:.1f}"])  # fmt: skip
+    head = ["model", "size", "parameters", "loss", "loss by learning rate", "ms a step"]
     return table(head, rows) if rows else "No cells yet."
 
 
@@ -298,7 +300,8 @@ def fill(document: str, results: Results) -> str:
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Figures 5 and 6 of the paper: quality against seconds, one picture for each task with more than one model."""
+    """Figures 5 and 6 of the paper (quality against seconds, one picture for each task with more than one model), and
+    figure 3 (quality against the time of a step, at several sizes)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -306,6 +309,13 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     best, written = chosen(results), []
     folder.mkdir(parents=True, exist_ok=True)
+
+    def save(figure, name: str) -> None:
+        figure.tight_layout()
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=80, metadata={"Software": None})
+        plt.close(figure)
+
     for task in sorted({task for _, task, _ in best if task not in RECALL_TASKS}):
         contexts = sorted({context for _, other, context in best if other == task})
         figure, axes = plt.subplots(1, len(contexts), figsize=(3.6 * len(contexts), 3), squeeze=False, sharey=True)
@@ -321,15 +331,29 @@ def draw(results: Results, folder: Path) -> list[Path]:
             axis.legend(fontsize=7)
             axis.grid(alpha=0.3)
         axes[0][0].set_ylabel("validation loss, nats a token")
-        figure.tight_layout()
-        written.append(folder / f"{task}.png")
-        figure.savefig(written[-1], dpi=80, metadata={"Software": None})
-        plt.close(figure)
+        save(figure, task)
+
+    figure, axis = plt.subplots(figsize=(4.5, 3.2))
+    for model in grid.SCALED:
+        cells = [chosen(results, size, SHORT["tokens"]).get((model, SHORT["task"], SHORT["context"]))
+                 for size in SIZES_SHOWN]  # fmt: skip
+        points = [(step_ms(results, cell), mean_loss(results, cell)) for cell in cells if cell is not None]
+        points = [point for point in points if point[0] is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), "o-", label=MODELS[model].title)
+    if axis.lines:
+        axis.set(title="Wikipedia, masked, context 512, three sizes", xlabel="ms a training step",
+                 ylabel="validation loss, nats a token")  # fmt: skip
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+        save(figure, "sizes")
+    plt.close(figure)
     return written
 
 
 def shown_models(best: Iterable[tuple[str, str, int]], task: str, context: int) -> list[str]:
-    return [model for model in MODELS if (model, task, context) in best]
+    return [model for model in MODELS if (model, task, context) in best
+            and (model not in FORMS or model in SHOWN_FORMS)]  # fmt: skip
 
 
 __all__ = ["SECTIONS", "draw", "fill", "render", "steps_to"]
