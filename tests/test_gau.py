@@ -25,6 +25,8 @@ VARIANTS = {
     "wide, shifted": {"wide_every": 2, "wide_chunk": 24, "chunk_shift": 5},
     "heads": {"attention_type": "quadratic", "num_heads": 3},
     "ungated": {"gated": False, "expansion_factor": 3},
+    "convolved": {"conv_size": 3, "chunk_shift": 3},
+    "convolved, quadratic": {"conv_size": 4, "attention_type": "quadratic"},
 }  # fmt: skip
 LENGTH = 29  # chunks of 8: three whole ones and a part
 
@@ -47,6 +49,9 @@ def stated(model, ids, *, causal):
         own = f"layers.{index}."
         w = {name.removeprefix(own): p for name, p in state.items() if name.startswith(own)}
         n = naive_norm(x, w, naive)
+        if config.conv_size:
+            n = n + sum(weight * n.roll(j, 0).index_fill(0, position[:j], 0)
+                        for j, weight in enumerate(w["gau.conv"]))  # fmt: skip
         v, z = naive_linear(n, w, "gau.v_proj", "silu"), naive_linear(n, w, "gau.z_proj", "silu")
         u = naive_linear(n, w, "gau.u_proj", "silu") if config.gated else torch.ones_like(v)
         gamma, beta = w["gau.offset_scale.weight"], w["gau.offset_scale.bias"]
@@ -113,6 +118,10 @@ def heads_stated(gamma, beta, z, v, w, naive, config, causal):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_is_its_dense_statement(name, causal):
+    if "conv_size" in VARIANTS[name] and not causal:
+        with pytest.raises(Exception, match="conv_size"):
+            variant(**VARIANTS[name])
+        return
     model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=causal))
     ids = random_ids(model.config, 1, LENGTH)
     with torch.no_grad():
@@ -121,7 +130,7 @@ def test_each_variant_is_its_dense_statement(name, causal):
         # And the variant matters: the same weights without it give something else.
         plain = make_model(GAUModel, variant(is_decoder=causal))
         common = {name: p for name, p in model.state_dict().items() if name in plain.state_dict()}
-        if name not in ("ungated", "heads", "local, shifted", "wide", "wide, shifted"):
+        if name not in ("ungated", "heads", "local, shifted", "wide", "wide, shifted", "convolved, quadratic"):
             plain.load_state_dict(common)
             assert not torch.allclose(plain(ids).last_hidden_state[0], got, rtol=1e-3)
 
@@ -140,8 +149,9 @@ def test_without_a_change_it_is_flash(ours, flash):
 
 
 @pytest.mark.parametrize(
-    "name", ["decay", "normalised", "no global RoPE", "heads", "ungated", "shifted grid", "wide, shifted"]
-)
+    "name", ["decay", "normalised", "no global RoPE", "heads", "ungated", "shifted grid", "wide, shifted", "convolved",
+             "convolved, quadratic"],
+)  # fmt: skip
 def test_padding_and_packing_do_not_matter(name):
     model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=True))
     ids = random_ids(model.config, 1, 21)
@@ -165,7 +175,7 @@ def test_it_is_saved_and_loaded_by_the_auto_classes(tmp_path):
 
 def test_every_parameter_is_reached():
     for name, changes in VARIANTS.items():
-        model = make_model(GAUForCausalLM, variant(**changes))
+        model = make_model(GAUForCausalLM, variant(**changes, is_decoder=True))
         ids = random_ids(model.config, 1, LENGTH)
         model(ids, labels=ids).loss.backward()
         missed = [key for key, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())]

@@ -45,6 +45,9 @@ class GAUConfig(FlashConfig):
         global_rope (`bool`, defaults to `True`): Turn the global queries and keys by RoPE.
         key_shift (`bool`, defaults to `False`): Make a token's global key from the token before it, so that values
             are stored under what precedes them.
+        conv_size (`int`, defaults to 0): Add to the unit's normalised input a convolution of each channel over so
+            many tokens, the last of which is its own, within the document; causal models only, documents without
+            holes. Begins at 0.
         wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
     """
 
@@ -56,6 +59,7 @@ class GAUConfig(FlashConfig):
     global_norm: bool = False
     global_rope: bool = True
     key_shift: bool = False
+    conv_size: int = 0
     wide_every: int = 0
     wide_chunk: int = 0
     use_cache: bool = False
@@ -76,6 +80,8 @@ class GAUConfig(FlashConfig):
             refuse("num_heads", "1, or more with attention_type='quadratic'")
         if self.query_key_dim % self.num_heads or self.intermediate_size % self.num_heads:
             refuse("num_heads", "a divisor of query_key_dim and of the width of the values")
+        if self.conv_size < 0 or (self.conv_size and not self.is_decoder):
+            refuse("conv_size", "0, or with is_decoder=True the tokens of a convolution")
         if bool(self.wide_every) != bool(self.wide_chunk) or self.wide_every < 0 or self.wide_chunk < 0:
             refuse("wide_every", "given together with wide_chunk")
         if self.backend != "torch":
@@ -134,6 +140,22 @@ class RMSGain(nn.Module):
         return (x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
 
 
+def positions_of(layout: ChunkLayout | QuadraticLayout) -> Tensor:
+    """Position of every token in its document, `[B or 1, N]`."""
+    if isinstance(layout, QuadraticLayout):
+        return layout.position_BN
+    return layout.merge(layout.position_BGC[..., None])[..., 0]
+
+
+def convolved(x_BND: Tensor, weight_KD: Tensor, position_BN: Tensor) -> Tensor:
+    """`sum_j weight_j x_(t - j)` over the K last tokens of the document."""
+    out = weight_KD[0] * x_BND
+    for j in range(1, len(weight_KD)):
+        before = F.pad(x_BND, (0, 0, j, 0))[:, : x_BND.shape[1]]
+        out = out + weight_KD[j] * before.masked_fill((position_BN < j)[..., None], 0)
+    return out
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The unit
 # ------------------------------------------------------------------------------------------------------------------
@@ -150,6 +172,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             if config.relative_bias == "toeplitz" and self.has_quad:
                 self.relative_bias.span = self.chunk_size
                 self.relative_bias.weight = nn.Parameter(torch.empty(2 * self.chunk_size - 1))
+        self.conv = nn.Parameter(torch.empty(config.conv_size, config.hidden_size)) if config.conv_size else None
         self.decay_logit = self.out_norm = None
         if self.has_lin and config.chunk_weighting == "decay":
             # RoPE's pairs share one decay, or turning them would not be a turn.
@@ -171,6 +194,8 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         if past_key_values is not None:
             raise ValueError("past_key_values must be None: variants of the unit have no decoding cache.")
         config = self.config
+        if self.conv is not None:
+            x_BND = x_BND + convolved(x_BND, self.conv, positions_of(layout))
         u_BNE = None if self.u_proj is None else self.act_fn(self.u_proj(x_BND))
         v_BNE, z_BNS = self.act_fn(self.v_proj(x_BND)), self.act_fn(self.z_proj(x_BND))
         settings = {
@@ -253,6 +278,8 @@ class GAUPreTrainedModel(FlashPreTrainedModel):
         elif isinstance(module, VariantGatedAttentionUnit) and module.decay_logit is not None:
             # From the last chunk alone to hundreds of chunks.
             init.copy_(module.decay_logit, torch.linspace(-3, 6, len(module.decay_logit)))
+        if isinstance(module, VariantGatedAttentionUnit) and module.conv is not None:
+            init.zeros_(module.conv)
 
 
 class GAUModel(GAUPreTrainedModel, FlashModel):

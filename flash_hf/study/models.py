@@ -75,7 +75,8 @@ def _flash(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
 
 def _gau(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
     def build(config: FlashConfig, causal: bool) -> nn.Module:
-        return (GAUForCausalLM if causal else GAUForMaskedLM)(GAUConfig(**settings(config, changes)))
+        config = GAUConfig(**settings(config, changes), is_decoder=causal)
+        return (GAUForCausalLM if causal else GAUForMaskedLM)(config)
 
     return build
 
@@ -199,6 +200,11 @@ MODELS: dict[str, Model] = {
     "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(chunk_shift=0.5, global_rope=False)),
     "flash-stagger-keyshift": Model(
         "grid shifted, keys of the token before, no RoPE", _gau(chunk_shift=0.5, key_shift=True, global_rope=False)
+    ),
+    "flash-conv": Model("convolution of 4 tokens", _gau(conv_size=4), causal_only=True),
+    "flash-shifted-conv": Model(
+        "grid shifted, keys of the token before, no RoPE, convolution of 4 tokens",
+        _gau(chunk_shift=0.5, key_shift=True, global_rope=False, conv_size=4), causal_only=True,
     ),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip
