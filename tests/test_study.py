@@ -81,7 +81,7 @@ def test_missing_text_is_told(tmp_path):
 
 
 # --- models and grid -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("size", ["s", "m", "l", "recall"])
+@pytest.mark.parametrize("size", ["xs", "s", "m", "l", "recall"])
 def test_all_models_of_a_size_have_as_many_parameters(size):
     with torch.device("meta"):
         counts = {name: build(name, size, 8192, 2048, causal=True).num_parameters() for name, model in MODELS.items()

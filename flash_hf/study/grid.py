@@ -43,6 +43,7 @@ SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTE
 # mqarP: P pairs; needle: one.
 RECALL_TASKS = ("mqar32", "needle")
 RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", BETTER, "flash-local", "flash-norope")
+HINTS = ("flash", BETTER, "flash-conv", "flash-shifted-conv", "transformer++")
 FORMS = tuple(name for name in MODELS if name.startswith("flash-") and name not in ("flash-quad", "flash-global"))
 
 
@@ -180,7 +181,9 @@ def full_grid(results: Results) -> list[Cell]:
     # On Hopper it needs triton 3.7.1.
     cells += tuning(results, "gated-deltanet", books, 8192) + timing(["gated-deltanet"], books, [512, 2048])
     cells += [cell for model in OTHERS for cell in train(model, books, 8192, [first])]
-    # Small enough for a CPU: the search that came before the others.
+    # Small enough for a CPU: what may be worth a GPU's time, and the search that came before the others.
+    for model in HINTS:
+        cells += train(model, books, 512, [2 * first], size="xs", tokens=2)
     small = {"size": "recall-cpu", "tokens": 3.7}
     for seed in (0, 1):
         for model in RECALL_MODELS:

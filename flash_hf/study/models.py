@@ -36,6 +36,7 @@ SIZES = {
     "s": Size(384, 8),
     "m": Size(512, 12),
     "l": Size(640, 16),
+    "xs": Size(128, 4, 64, 64, init=0.04),  # for a CPU
     "recall": Size(128, 4, init=0.1),
     "recall-cpu": Size(64, 2, 16, 32, init=0.1),
     "recall-cpu-deep": Size(64, 4, 16, 32, init=0.1),  # two blocks of Transformer++, which one alone cannot do

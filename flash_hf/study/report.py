@@ -318,6 +318,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     for task in sorted({task for _, task, _ in best if task not in RECALL_TASKS}):
         contexts = sorted({context for _, other, context in best if other == task})
+        shown = {model for context in contexts for model in shown_models(best, task, context)}
+        colours = {model: f"C{index}" for index, model in enumerate(model for model in MODELS if model in shown)}
         figure, axes = plt.subplots(1, len(contexts), figsize=(3.6 * len(contexts), 3), squeeze=False, sharey=True)
         for axis, context in zip(axes[0], contexts, strict=True):
             for model in shown_models(best, task, context):
@@ -326,7 +328,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 if ms is not None:
                     curve = results[cell]["valid_curve"][1:]  # without the fall from chance
                     axis.plot([step * ms / 1e3 for step, _ in curve], [loss for _, loss in curve],
-                              label=MODELS[model].title)  # fmt: skip
+                              color=colours[model], label=MODELS[model].title)  # fmt: skip
             axis.set(title=f"{task.replace('-', ', ')}, context {context:,}", xlabel="seconds, alone on the GPU")
             axis.legend(fontsize=7)
             axis.grid(alpha=0.3)

@@ -68,6 +68,7 @@ TINY_RECIPE = Recipe(batch_tokens=512, evaluations=3, valid_tokens=512, final_to
 # Gradients of small models on recall are too small for the paper's eps.
 CPU_RECIPE = Recipe(batch_tokens=4096, eps=1e-8, recall_vocab=32, evaluations=10)
 RECIPES = {
+    "xs": Recipe(batch_tokens=4096, evaluations=5, valid_tokens=65_536, final_tokens=262_144),
     "tiny": TINY_RECIPE, "tiny-recall": TINY_RECIPE, "recall": Recipe(eps=1e-8), "recall-cpu": CPU_RECIPE,
     "recall-cpu-deep": CPU_RECIPE,
 }  # fmt: skip
