@@ -23,7 +23,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 test: $(STAMP)
 	.venv/bin/python -m ruff check .
-	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
@@ -39,7 +39,7 @@ CONTRACTS := $(addprefix tests/test_,configuration.py documents.py ecosystem.py 
 	hub.py loss.py modeling.py recipes.py remote_code.py security.py streaming.py training.py)
 
 oldest: .venv-oldest/.stamp
-	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n 2 $(CONTRACTS) $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(CONTRACTS) $(PYTEST_ARGS)
 
 .venv-oldest/.stamp: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest

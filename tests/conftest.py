@@ -18,8 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Kernels run in triton's interpreter where there is no GPU. It has to be asked for before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# The suite runs in one process a core.
+# The suite runs in one process a core, and the scripts and notebooks that it starts have its core.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Under this mode torch.empty returns NaN, so that a result with an unwritten element cannot pass.
 torch.use_deterministic_algorithms(True, warn_only=True)
 

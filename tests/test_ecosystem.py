@@ -87,11 +87,7 @@ def test_trl_fine_tunes(trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cls, changes",
-    [
-        (FlashForMaskedLM, {}),
-        (FlashForCausalLM, {}),
-        (FlashForCausalLM, {"chunk_shift": 5, "global_form": "previous_token"}),
-    ],
+    [(FlashForMaskedLM, {}), (FlashForCausalLM, {"chunk_shift": 5, "global_form": "previous_token"})],
 )
 @pytest.mark.parametrize("target", ["torch.export", "onnx"])
 def test_exported_forward_at_any_length(target, cls, changes, tmp_path):

@@ -98,10 +98,15 @@ FORMS = {"paper": {}, "ours": {"chunk_shift": 6, "global_form": "previous_token"
 forms = pytest.mark.parametrize("form", FORMS)
 
 
-@forms
-@pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Half of all combinations, in which any three of the four settings meet in every way. A GPU runs all, in bfloat16.
+HALF = [
+    pytest.param(layout, causal, whole, form, id=f"{layout}-{causal}-{'layer' if whole else 'attention'}-{form}")
+    for at, layout in enumerate(LAYOUTS) for causal in (True, False) for whole in (True, False) for form in FORMS
+    if (at + causal + whole + (form == "ours")) % 2
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout, causal, whole, form", HALF)
 def test_kernels_equal_the_torch_tier(layout, causal, whole, form):
     compare(config_of(is_decoder=causal, **FORMS[form]), layout, whole=whole)
 
@@ -145,7 +150,7 @@ def test_variants_equal_the_torch_tier(variant, causal):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, causal, form",
-    [("odd", True, "paper"), ("padded", False, "paper"), ("odd", False, "ours"), ("padded", True, "ours")],
+    [("odd", True, "paper"), ("padded", False, "ours")],
 )
 def test_several_tiles_of_a_chunk(layout, causal, form):
     form = {"num_hidden_layers": 1} if form == "paper" else {**FORMS[form], "chunk_shift": 130}
@@ -209,8 +214,7 @@ def test_a_gain_of_zero_has_a_gradient():
         assert_close(fast[f"layers.{i}.norm.weight"], exact[f"layers.{i}.norm.weight"], 1e-4)
 
 
-@forms
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal, form", [(True, "ours"), (False, "paper")])
 def test_compiles_to_one_graph(causal, form):
     config = config_of(is_decoder=causal, **FORMS[form])
     model = make_model(FlashModel, config, dtype=torch.float32).to(DEVICE)
