@@ -191,6 +191,8 @@ def full_grid(results: Results) -> list[Cell]:
     deep = {"size": "recall-cpu-deep", "tokens": 3.7}
     for model in ("transformer++", "flash-previous", "flash", "flash-local"):
         cells += train(model, "mqar4", 128, [2 * first, lower], **deep)
+    for model in (*HEADLINE, BETTER):
+        cells += train(model, "needle", 128, [2 * first], **deep)
     return list(dict.fromkeys(cells))
 
 
