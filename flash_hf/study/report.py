@@ -184,10 +184,12 @@ def times(results: Results) -> str:
 
 
 def forms(results: Results) -> str:
-    """Forms of the global branch at the size of the search, best first, and at the study's size."""
+    """Forms of FLASH, best first, at the study's size, at that of the search, and at one for a CPU."""
     parts = []
-    searched = [(*searches.values(), grid.SEARCH_CONTEXT) for searches in (grid.SEARCH, grid.LONG)]
-    for size, tokens, context in (*searched, ("m", grid.TOKENS, 8192)):
+    searched = [("m", grid.TOKENS, 8192)]
+    searched += [(*search.values(), grid.SEARCH_CONTEXT) for search in (grid.LONG, grid.SEARCH)]
+    searched.append((*grid.HINT.values(), grid.HINT_CONTEXT))
+    for size, tokens, context in searched:
         best = chosen(results, size, tokens)
         cells = [best[key] for key in best if key[1:] == ("books-causal", context) and key[0] in ("flash", *FORMS)]
         if len(cells) < 2:
