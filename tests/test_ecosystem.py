@@ -87,7 +87,10 @@ def test_trl_fine_tunes(trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cls, changes",
-    [(FlashForMaskedLM, {}), (FlashForCausalLM, {"chunk_shift": 5, "global_form": "previous_token"})],
+    [
+        (FlashForMaskedLM, {"num_hidden_layers": 1}),
+        (FlashForCausalLM, {"num_hidden_layers": 2, "chunk_shift": 5, "global_form": "previous_token"}),
+    ],
 )
 @pytest.mark.parametrize("target", ["torch.export", "onnx"])
 def test_exported_forward_at_any_length(target, cls, changes, tmp_path):

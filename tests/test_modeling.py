@@ -316,7 +316,9 @@ forms = pytest.mark.parametrize("form", [{}, OURS], ids=str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cls, form", [(FlashForCausalLM, OURS), (FlashForMaskedLM, {"num_hidden_layers": 1})], ids=["causal", "masked"]
+    "cls, form",
+    [(FlashForCausalLM, OURS | {"num_hidden_layers": 2}), (FlashForMaskedLM, {"num_hidden_layers": 1})],
+    ids=["causal", "masked"],
 )
 def test_compiled_forward_does_not_recompile_for_a_length(cls, form):
     from torch._dynamo.testing import CompileCounterWithBackend
