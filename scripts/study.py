@@ -100,10 +100,10 @@ def main() -> int:
     if options.prepare and not options.minutes:
         return 0
 
-    new = options.work / "cells"
+    kept, new = grid.load_results(options.results), options.work / "cells"
 
     def missing() -> list[str]:
-        done = grid.load_results(options.results, new)
+        done = kept | grid.load_results(new)
         if options.only:
             cells = [grid.Cell.parse(name) for name in options.only]
         else:

@@ -349,10 +349,7 @@ def test_figures_are_drawn(tmp_path):
     assert [path.name for path in report.draw(results, tmp_path)] == ["books-causal.png"]
     facts = next(iter(results.values()))
     for size in ("s", "m"):
-        cell = grid.Cell(
-            "train", "flash-quad", size, grid.SHORT["task"], grid.SHORT["context"], grid.SHORT["tokens"], 0.001
-        )
-        results[cell] = facts
+        results[grid.Cell("train", "flash-quad", size, rate=0.001, **grid.SHORT)] = facts
     names = [path.name for path in report.draw(results, tmp_path)]
     assert names == ["books-causal.png", "sizes.png"] and all((tmp_path / name).stat().st_size for name in names)
     assert "FLASH-Quad | s |" in report.ablations(results)

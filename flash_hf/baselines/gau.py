@@ -275,11 +275,12 @@ class GAUPreTrainedModel(FlashPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, RMSGain):
             init.zeros_(module.weight)
-        elif isinstance(module, VariantGatedAttentionUnit) and module.decay_logit is not None:
-            # From the last chunk alone to hundreds of chunks.
-            init.copy_(module.decay_logit, torch.linspace(-3, 6, len(module.decay_logit)))
-        if isinstance(module, VariantGatedAttentionUnit) and module.conv is not None:
-            init.zeros_(module.conv)
+        elif isinstance(module, VariantGatedAttentionUnit):
+            if module.decay_logit is not None:
+                # From the last chunk alone to hundreds of chunks.
+                init.copy_(module.decay_logit, torch.linspace(-3, 6, len(module.decay_logit)))
+            if module.conv is not None:
+                init.zeros_(module.conv)
 
 
 class GAUModel(GAUPreTrainedModel, FlashModel):
