@@ -24,6 +24,8 @@ VARIANTS = {
     "local, shifted": {"attention_type": "local", "chunk_shift": 4},
     "wide, shifted": {"wide_every": 2, "wide_chunk": 24, "chunk_shift": 5},
     "heads": {"attention_type": "quadratic", "num_heads": 3},
+    "heads, mixed": {"num_heads": 2, "chunk_shift": 3, "key_shift": True, "global_rope": False},
+    "shifted tokens": {"token_shift": True},
     "ungated": {"gated": False, "expansion_factor": 3},
     "convolved": {"conv_size": 3, "chunk_shift": 3},
     "convolved, quadratic": {"conv_size": 4, "attention_type": "quadratic"},
@@ -52,6 +54,9 @@ def stated(model, ids, *, causal):
         if config.conv_size:
             n = n + sum(weight * n.roll(j, 0).index_fill(0, position[:j], 0)
                         for j, weight in enumerate(w["gau.conv"]))  # fmt: skip
+        if config.token_shift:
+            half = n.shape[1] // 2
+            n = torch.cat([n.roll(1, 0).index_fill(0, position[:1], 0)[:, :half], n[:, half:]], 1)
         v, z = naive_linear(n, w, "gau.v_proj", "silu"), naive_linear(n, w, "gau.z_proj", "silu")
         u = naive_linear(n, w, "gau.u_proj", "silu") if config.gated else torch.ones_like(v)
         gamma, beta = w["gau.offset_scale.weight"], w["gau.offset_scale.bias"]
@@ -68,14 +73,18 @@ def stated(model, ids, *, causal):
             same = same & (offset <= 0)
         q, k = (naive_rotary(z * g + b, position, naive) for g, b in zip(gamma[:2], beta[:2], strict=True))
         bias = w["gau.relative_bias.weight"][torch.where(same, offset, 0) + C - 1]
-        attended = (torch.relu(q @ k.T / config.attention_divisor + bias).square() * same) @ v
-        if config.attention_type != "local":
-            attended = attended + global_stated(gamma[-2:], beta[-2:], z, v, chunk, w, naive, config, causal)
+        attended, H = torch.empty_like(v), config.num_heads
+        for h, (v_h, out_h) in enumerate(zip(v.chunk(H, -1), attended.chunk(H, -1), strict=True)):
+            scores = q[:, h::H] @ k[:, h::H].T / config.attention_divisor
+            out_h[:] = (torch.relu(scores + bias).square() * same) @ v_h
+            if config.attention_type != "local":
+                dims = slice(h, None, H)
+                out_h += global_stated(gamma[-2:], beta[-2:], z, v_h, chunk, w, naive, config, causal, dims)
         x = x + naive_linear(u * attended, w, "gau.o_proj")
     return naive_norm(x, state, naive)
 
 
-def global_stated(gamma, beta, z, v, chunk, w, naive, config, causal):
+def global_stated(gamma, beta, z, v, chunk, w, naive, config, causal, dims=slice(None)):
     """Token i's query times every token j's key, times what chunk(j) counts in chunk(i)."""
     N, S = z.shape
     before = torch.cat([torch.zeros(1, S, dtype=z.dtype), z[:-1]]) if config.key_shift else z
@@ -85,7 +94,8 @@ def global_stated(gamma, beta, z, v, chunk, w, naive, config, causal):
     decay = torch.ones(S // 2, dtype=z.dtype)
     if config.chunk_weighting == "decay":
         decay = torch.sigmoid(w["gau.decay_logit"])
-    decay = torch.cat([decay, decay])
+    decay = torch.cat([decay, decay])[dims]
+    query, key, S = query[:, dims], key[:, dims], len(decay)
     out = torch.zeros_like(v)
     for i in range(N):
         total, norm = torch.zeros(S, v.shape[1], dtype=v.dtype), torch.zeros(S, dtype=v.dtype)
@@ -109,8 +119,8 @@ def heads_stated(gamma, beta, z, v, w, naive, config, causal):
     offset = position[None] - position[:, None]
     bias = naive_relative_bias(offset, w, naive, causal=causal)
     parts = []
-    for q_h, k_h, v_h in zip(q.chunk(H, -1), k.chunk(H, -1), v.chunk(H, -1), strict=True):
-        weights = torch.relu(q_h @ k_h.T / config.attention_divisor + bias).square()
+    for h, v_h in enumerate(v.chunk(H, -1)):
+        weights = torch.relu(q[:, h::H] @ k[:, h::H].T / config.attention_divisor + bias).square()
         parts.append((weights.tril() if causal else weights) @ v_h)
     return torch.cat(parts, -1)
 
@@ -130,7 +140,8 @@ def test_each_variant_is_its_dense_statement(name, causal):
         # And the variant matters: the same weights without it give something else.
         plain = make_model(GAUModel, variant(is_decoder=causal))
         common = {name: p for name, p in model.state_dict().items() if name in plain.state_dict()}
-        if name not in ("ungated", "heads", "local, shifted", "wide", "wide, shifted", "convolved, quadratic"):
+        if name not in ("ungated", "heads", "local, shifted", "wide", "wide, shifted", "convolved, quadratic",
+                        "heads, mixed"):
             plain.load_state_dict(common)
             assert not torch.allclose(plain(ids).last_hidden_state[0], got, rtol=1e-3)
 
@@ -150,7 +161,7 @@ def test_without_a_change_it_is_flash(ours, flash):
 
 @pytest.mark.parametrize(
     "name", ["decay", "normalised", "no global RoPE", "heads", "ungated", "shifted grid", "wide, shifted", "convolved",
-             "convolved, quadratic"],
+             "convolved, quadratic", "heads, mixed", "shifted tokens", "all"],
 )  # fmt: skip
 def test_padding_and_packing_do_not_matter(name):
     model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=True))

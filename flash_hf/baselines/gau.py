@@ -5,6 +5,8 @@ express, and forms of the global branch that were tried against the paper's.
 Only what differs is here: the model, its documents, heads and losses are FLASH's. Plain torch, no decoding cache.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -33,8 +35,8 @@ class GAUConfig(FlashConfig):
     `FlashConfig` with what only studies change.
 
     Args:
-        num_heads (`int`, defaults to 1): Heads of `attention_type="quadratic"`: queries, keys and values are cut into
-            as many parts; the relative bias is shared.
+        num_heads (`int`, defaults to 1): Queries, keys and values are cut into as many parts; the relative bias is
+            shared.
         gated (`bool`, defaults to `True`): Multiply the attended values by u. Without it there is no `u_proj`; an
             `expansion_factor` of 3 instead of 2 then keeps the parameters.
         chunk_weighting (`str`, defaults to `"mean"`): How chunks enter the global state: all alike (`"mean"`), or by
@@ -48,6 +50,8 @@ class GAUConfig(FlashConfig):
         conv_size (`int`, defaults to 0): Add to the unit's normalised input a convolution of each channel over so
             many tokens, the last of which is its own, within the document; causal models only, documents without
             holes. Begins at 0.
+        token_shift (`bool`, defaults to `False`): Take the first half of the channels of the unit's normalised input
+            from the token before, within the document (0 at its first); documents without holes.
         wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
     """
 
@@ -60,6 +64,7 @@ class GAUConfig(FlashConfig):
     global_rope: bool = True
     key_shift: bool = False
     conv_size: int = 0
+    token_shift: bool = False
     wide_every: int = 0
     wide_chunk: int = 0
     use_cache: bool = False
@@ -75,11 +80,13 @@ class GAUConfig(FlashConfig):
             refuse("chunk_weighting", f"one of {', '.join(map(repr, CHUNK_WEIGHTINGS))}")
         if self.global_form != "paper":
             refuse("global_form", "'paper': key_shift and global_rope stand for the other one")
-        quadratic = self.attention_type == "quadratic"
-        if self.num_heads < 1 or (self.num_heads > 1 and not quadratic):
-            refuse("num_heads", "1, or more with attention_type='quadratic'")
-        if self.query_key_dim % self.num_heads or self.intermediate_size % self.num_heads:
-            refuse("num_heads", "a divisor of query_key_dim and of the width of the values")
+        half = self.query_key_dim // 2  # RoPE turns pairs, which stay in one head
+        if self.num_heads < 1 or half % self.num_heads or self.intermediate_size % self.num_heads:
+            refuse("num_heads", "a divisor of half of query_key_dim and of the width of the values")
+        if self.num_heads > 1 and self.rope_interleaved:
+            refuse("rope_interleaved", "False with several heads")
+        if self.num_heads > 1 and self.attention_type != "quadratic" and self.chunk_weighting != "mean":
+            refuse("chunk_weighting", "'mean' with several heads")
         if self.conv_size < 0 or (self.conv_size and not self.is_decoder):
             refuse("conv_size", "0, or with is_decoder=True the tokens of a convolution")
         if bool(self.wide_every) != bool(self.wide_chunk) or self.wide_every < 0 or self.wide_chunk < 0:
@@ -147,13 +154,14 @@ def positions_of(layout: ChunkLayout | QuadraticLayout) -> Tensor:
     return layout.merge(layout.position_BGC[..., None])[..., 0]
 
 
+def earlier(x_BND: Tensor, j: int, position_BN: Tensor) -> Tensor:
+    """Of every token the one that is j before it in the document; 0 where there is none."""
+    return F.pad(x_BND, (0, 0, j, 0))[:, : x_BND.shape[1]].masked_fill((position_BN < j)[..., None], 0)
+
+
 def convolved(x_BND: Tensor, weight_KD: Tensor, position_BN: Tensor) -> Tensor:
     """`sum_j weight_j x_(t - j)` over the K last tokens of the document."""
-    out = weight_KD[0] * x_BND
-    for j in range(1, len(weight_KD)):
-        before = F.pad(x_BND, (0, 0, j, 0))[:, : x_BND.shape[1]]
-        out = out + weight_KD[j] * before.masked_fill((position_BN < j)[..., None], 0)
-    return out
+    return sum(weight_D * (earlier(x_BND, j, position_BN) if j else x_BND) for j, weight_D in enumerate(weight_KD))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -196,6 +204,9 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         config = self.config
         if self.conv is not None:
             x_BND = x_BND + convolved(x_BND, self.conv, positions_of(layout))
+        if config.token_shift:
+            half = x_BND.shape[2] // 2
+            x_BND = torch.cat([earlier(x_BND[..., :half], 1, positions_of(layout)), x_BND[..., half:]], -1)
         u_BNE = None if self.u_proj is None else self.act_fn(self.u_proj(x_BND))
         v_BNE, z_BNS = self.act_fn(self.v_proj(x_BND)), self.act_fn(self.z_proj(x_BND))
         settings = {
@@ -212,18 +223,25 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         return self.o_proj(out_BNE if u_BNE is None else u_BNE * out_BNE)
 
     def mixed(self, v_BNE, z_BNS, layout: ChunkLayout, rotary, bias_rotary, settings: dict) -> Tensor:
-        v_BGCE = layout.split(v_BNE)
-        heads = self.heads(layout.split(z_BNS), rotary)
-        out = torch.zeros_like(v_BGCE)
-        if self.has_quad:
-            C = layout.position_BGC.shape[2]
-            bias_R = None if self.relative_bias is None else self.relative_bias(C, bias_rotary)
-            out = local_attention(*heads[:2], v_BGCE, layout, bias_R=bias_R, **settings)
+        heads, bias_R = self.heads(layout.split(z_BNS), rotary), None
+        if self.has_quad and self.relative_bias is not None:
+            bias_R = self.relative_bias(layout.position_BGC.shape[2], bias_rotary)
         if self.has_lin:
             lin_q, lin_k = self.lin_heads(heads, z_BNS, layout, rotary)
-            decay_S = None if self.decay_logit is None else torch.sigmoid(self.decay_logit.to(wide(z_BNS.dtype)))
-            decay_S = None if decay_S is None else torch.cat([decay_S, decay_S])
-            remote = global_attention(lin_q, lin_k, v_BGCE, layout, decay_S, causal=self.is_causal)
+            heads = heads._replace(lin_q=lin_q, lin_k=lin_k)
+        decay_S = None if self.decay_logit is None else torch.sigmoid(self.decay_logit.to(wide(z_BNS.dtype)))
+        decay_S = None if decay_S is None else torch.cat([decay_S, decay_S])
+        locals_, remotes = [], []
+        for part, value in cut(heads, layout.split(v_BNE), self.config.num_heads):
+            if self.has_quad:
+                locals_.append(local_attention(part.quad_q, part.quad_k, value, layout, bias_R=bias_R, **settings))
+            if self.has_lin:
+                remotes.append(
+                    global_attention(part.lin_q, part.lin_k, value, layout, decay_S, causal=self.is_causal)
+                )
+        out = torch.cat(locals_, -1) if locals_ else 0
+        if remotes:
+            remote = torch.cat(remotes, -1)
             out = out + (remote if self.out_norm is None else self.out_norm(remote))
         return layout.merge(out)
 
@@ -234,7 +252,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             return heads.lin_q, heads.lin_k
         made = []
         for row, shift in ((-2, False), (-1, config.key_shift)):
-            z = F.pad(z_BNS[:, :-1], (0, 0, 1, 0)) if shift else z_BNS
+            z = earlier(z_BNS, 1, positions_of(layout)) if shift else z_BNS
             gamma, beta = self.offset_scale.weight[row][None], self.offset_scale.bias[row][None]
             turned = rotary if config.global_rope else None
             made.append(offset_scale(layout.split(z), gamma, beta, turned,
@@ -242,20 +260,17 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         return tuple(made)
 
 
+def cut(heads: Heads, value: Tensor, count: int) -> Iterator[tuple[Heads, Tensor]]:
+    """`count` parts of queries, keys and values, each as one head. Of the basis a head takes every `count`-th
+    dimension: the two of a pair that RoPE turns are half of the dimensions apart."""
+    for index, part in enumerate(value.chunk(count, -1)):
+        yield Heads(*(None if x is None else x[..., index::count] for x in heads)), part
+
+
 def multi_head(heads: Heads, v_BNE: Tensor, layout: QuadraticLayout, count: int, **settings) -> Tensor:
     """[`quadratic_attention`] for `count` parts of queries, keys and values by themselves, `[B, N, E]`."""
-    if count == 1:
-        return quadratic_attention(heads.quad_q, heads.quad_k, v_BNE, layout, **settings)
-
-    def cut(x: Tensor) -> Tensor:
-        return x.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1)
-
-    def repeat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.repeat_interleave(count, 0)
-
-    layout = QuadraticLayout(layout.position_BN, repeat(layout.visible_BNM), repeat(layout.offset_BNM))
-    out = quadratic_attention(cut(heads.quad_q), cut(heads.quad_k), cut(v_BNE), layout, **settings)
-    return out.unflatten(0, (-1, count)).transpose(1, 2).flatten(2)
+    return torch.cat([quadratic_attention(part.quad_q, part.quad_k, value, layout, **settings)
+                      for part, value in cut(heads, v_BNE, count)], -1)  # fmt: skip
 
 
 class GAULayer(FlashLayer):

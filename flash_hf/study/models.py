@@ -156,6 +156,9 @@ def few_configurations() -> None:
 # FLASH-Quad's divisor is the training length, from max_position_embeddings; its bias, for such spans, the rotary one.
 _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 
+# The better form, of variants of the unit.
+_SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
+
 MODELS: dict[str, Model] = {
     "flash": Model("FLASH", _flash(), compiled=False),
     "flash-local": Model("FLASH, local only", _flash(attention_type="local"), compiled=False),
@@ -200,13 +203,25 @@ MODELS: dict[str, Model] = {
     "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(chunk_shift=0.5, chunk_weighting="decay")),
     "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(chunk_shift=0.5, global_rope=False)),
     "flash-stagger-keyshift": Model(
-        "grid shifted, keys of the token before, no RoPE", _gau(chunk_shift=0.5, key_shift=True, global_rope=False)
+        "grid shifted, keys of the token before, no RoPE", _gau(**_SHIFTED)
     ),
     "flash-conv": Model("convolution of 4 tokens", _gau(conv_size=4), causal_only=True),
     "flash-shifted-conv": Model(
         "grid shifted, keys of the token before, no RoPE, convolution of 4 tokens",
-        _gau(chunk_shift=0.5, key_shift=True, global_rope=False, conv_size=4), causal_only=True,
+        _gau(**_SHIFTED, conv_size=4), causal_only=True,
     ),
+    "flash-shifted-tokens": Model(
+        "grid shifted, keys of the token before, no RoPE, half of the channels from the token before",
+        _gau(**_SHIFTED, token_shift=True),
+    ),
+    "flash-shifted-heads": Model(
+        "grid shifted, keys of the token before, no RoPE, 4 heads", _gau(**_SHIFTED, num_heads=4)
+    ),
+    "flash-shifted-heads-tokens": Model(
+        "grid shifted, keys of the token before, no RoPE, 4 heads, half of the channels from the token before",
+        _gau(**_SHIFTED, num_heads=4, token_shift=True),
+    ),
+    "flash-heads": Model("4 heads", _gau(num_heads=4)),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip
 

@@ -10,12 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import grid
-from .grid import FORMS, HEADLINE, RECALL_TASKS, SHORT, Cell, Results, best_rates, final_loss
+from .grid import FLASH, FORMS, HEADLINE, RECALL_TASKS, RIVAL, SHORT, Cell, Results, best_rates, final_loss
 from .models import MODELS
 
 
 Row = list[str]
-FLASH, RIVAL = HEADLINE
 SIZES_SHOWN = ("s", "m", "l")
 # Forms are compared in a table of their own; the others have only these.
 HIDDEN = set(FORMS) - {"flash-local", grid.BETTER}
