@@ -205,7 +205,9 @@ def test_wrong_settings_are_refused():
     for changes, match in (
         ({"chunk_weighting": "sum"}, "chunk_weighting"),
         ({"global_form": "previous_token"}, "global_form"),
-        ({"num_heads": 2}, "num_heads"),
+        ({"num_heads": 2, "rope_interleaved": True}, "rope_interleaved"),
+        ({"num_heads": 2, "chunk_weighting": "decay"}, "chunk_weighting"),
+        ({"num_heads": 4}, "num_heads"),
         ({"num_heads": 5, "attention_type": "quadratic"}, "num_heads"),
         ({"chunk_shift": 8}, "chunk_shift"),
         ({"wide_every": 2}, "wide_every"),
