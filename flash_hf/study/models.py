@@ -13,7 +13,7 @@ from torch import nn
 from ..baselines import TransformerPPForCausalLM, TransformerPPForMaskedLM, matched_config
 from ..baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM
 from ..configuration_flash import FlashConfig
-from ..modeling_flash import FlashForCausalLM, FlashForMaskedLM
+from ..modeling_flash import FlashForCausalLM, FlashForMaskedLM, FlashGatedAttentionUnit
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ SIZES = {
     "s": Size(384, 8),
     "m": Size(512, 12),
     "l": Size(640, 16),
+    "m-eps": Size(512, 12),  # of AdamW: training.RECIPES
     "xs": Size(128, 4, 64, 64, init=0.04),  # for a CPU
     "recall": Size(128, 4, init=0.1),
     "recall-cpu": Size(64, 2, 16, 32, init=0.1),
@@ -66,12 +67,34 @@ class Model:
     gpu_only: bool = False
 
 
-def _flash(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
+def _flash(*, heads: str = "", recent: bool = False, **changes) -> Callable[[FlashConfig, bool], nn.Module]:
     def build(config: FlashConfig, causal: bool) -> nn.Module:
         config = FlashConfig(**settings(config, changes))
-        return (FlashForCausalLM if causal else FlashForMaskedLM)(config)
+        model = (FlashForCausalLM if causal else FlashForMaskedLM)(config)
+        for layer in model.model.layers:
+            start(layer.gau, heads, recent)
+        return model
 
     return build
+
+
+@torch.no_grad()
+def start(gau: FlashGatedAttentionUnit, heads: str, recent: bool) -> None:
+    """Other beginnings than the paper's, whose scales and biases of 0.02 leave the unit without output.
+
+    Args:
+        heads: `"ones"`: queries and keys begin as the basis they are made of; `"local"`: the local ones do, and global
+            queries at 0; `""`: as in the paper.
+        recent: the local attention begins at a token and the three before it.
+    """
+    scale = gau.offset_scale.weight
+    if heads:
+        scale.fill_(1.0)
+    if heads == "local":
+        scale[2].zero_()
+    if recent:
+        for back, bias in enumerate((1.0, 0.7, 0.5, 0.35)):
+            gau.relative_bias.weight[gau.relative_bias.span - 1 - back] += bias
 
 
 def _gau(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
@@ -221,6 +244,24 @@ MODELS: dict[str, Model] = {
         "grid shifted, keys of the token before, no RoPE, 4 heads, half of the channels from the token before",
         _gau(**_SHIFTED, num_heads=4, token_shift=True),
     ),
+    # How heads and biases start.
+    "flash-ones": Model("heads start at 1", _flash(heads="ones"), compiled=False),
+    "flash-ones-recent": Model(
+        "heads start at 1, at recent tokens", _flash(heads="ones", recent=True), compiled=False
+    ),
+    **{
+        f"flash-shifted-{name}": Model(
+            f"grid shifted, {title}", _flash(**changes, chunk_shift=0.5, global_form="previous_token"), compiled=False
+        )
+        for name, title, changes in (
+            ("ones", "heads start at 1", {"heads": "ones"}),
+            ("recent", "starts at recent tokens", {"recent": True}),
+            ("ones-recent", "heads start at 1, at recent tokens", {"heads": "ones", "recent": True}),
+            ("local", "local heads start at 1, global queries at 0", {"heads": "local"}),
+            ("local-recent", "local heads start at 1, at recent tokens, global queries at 0",
+             {"heads": "local", "recent": True}),
+        )
+    },
     "flash-heads": Model("4 heads", _gau(num_heads=4)),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip

@@ -162,6 +162,24 @@ def headline(results: Results) -> str:
     return table(head, rows) if rows else "No cells yet."
 
 
+def budgets(results: Results) -> str:
+    """Trainings of several lengths, each with a schedule of its own that ends there."""
+    rows = []
+    for task, context in grid.GOALS:
+        for model in (FLASH, RIVAL, grid.MODERN):
+            for tokens in (*grid.BUDGETS, grid.TOKENS):
+                cell = chosen(results, tokens=tokens).get((model, task, context))
+                if cell is not None:
+                    ms = step_ms(results, cell)
+                    rows.append([
+                        task.replace("-", ", "), MODELS[model].title, f"{tokens:g} M", f"{results[cell]['steps']:,}",
+                        "-" if ms is None else f"{results[cell]['steps'] * ms / 1e3:.1f}",
+                        loss_text(results, cell), rates_tried(results, cell),
+                    ])  # fmt: skip
+    head = ["task", "model", "tokens", "steps", "seconds", "loss", "loss by learning rate"]
+    return table(head, rows) if rows else "No cells yet."
+
+
 def times(results: Results) -> str:
     """Time of a training step, and of the same one issued kernel by kernel."""
     rows, issued = [], {}
@@ -270,8 +288,8 @@ def where(results: Results) -> str:
 
 
 SECTIONS = {
-    "goals": goals, "headline": headline, "times": times, "forms": forms, "recall": recall, "positions": positions,
-    "ablations": ablations, "where": where,
+    "goals": goals, "headline": headline, "budgets": budgets, "times": times, "forms": forms, "recall": recall,
+    "positions": positions, "ablations": ablations, "where": where,
 }  # fmt: skip
 
 
