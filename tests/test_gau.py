@@ -15,6 +15,7 @@ VARIANTS = {
     "no global RoPE": {"global_rope": False},
     "decay": {"chunk_weighting": "decay"},
     "normalised": {"global_norm": True},
+    "output normalised": {"attended_norm": True, "chunk_shift": 2},
     "key shift": {"key_shift": True},
     "shifted grid": {"chunk_shift": 3},
     "wide": {"wide_every": 2, "wide_chunk": 24},
@@ -80,6 +81,9 @@ def stated(model, ids, *, causal):
             if config.attention_type != "local":
                 dims = slice(h, None, H)
                 out_h += global_stated(gamma[-2:], beta[-2:], z, v_h, chunk, w, naive, config, causal, dims)
+        if config.attended_norm:
+            rms = attended.square().mean(-1, keepdim=True).add(1e-12).sqrt()
+            attended = attended / rms * w["gau.attended_norm.weight"]
         x = x + naive_linear(u * attended, w, "gau.o_proj")
     return naive_norm(x, state, naive)
 

@@ -44,12 +44,15 @@ class GAUConfig(FlashConfig):
             up to 1.
         global_norm (`bool`, defaults to `False`): Normalise the global branch's output (RMS, one learnt gain a
             channel, which begins at 0).
+        attended_norm (`bool`, defaults to `False`): Normalise what the unit gates, both branches together (RMS, one
+            learnt gain a channel, which begins at 1): the unit then has an output from the first step on.
         global_rope (`bool`, defaults to `True`): Turn the global queries and keys by RoPE.
         key_shift (`bool`, defaults to `False`): Make a token's global key from the token before it, so that values
             are stored under what precedes them.
         conv_size (`int`, defaults to 0): Add to the unit's normalised input a convolution of each channel over so
             many tokens, the last of which is its own, within the document; causal models only, documents without
-            holes. Begins at 0.
+            holes.
+        conv_init (`float`, defaults to 0.0): It begins at random up to this, evenly.
         token_shift (`bool`, defaults to `False`): Take the first half of the channels of the unit's normalised input
             from the token before, within the document (0 at its first); documents without holes.
         wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
@@ -61,9 +64,11 @@ class GAUConfig(FlashConfig):
     gated: bool = True
     chunk_weighting: str = "mean"
     global_norm: bool = False
+    attended_norm: bool = False
     global_rope: bool = True
     key_shift: bool = False
     conv_size: int = 0
+    conv_init: float = 0.0
     token_shift: bool = False
     wide_every: int = 0
     wide_chunk: int = 0
@@ -136,11 +141,11 @@ def global_attention(
 
 
 class RMSGain(nn.Module):
-    """`x / rms(x)` times one gain a channel that begins at 0."""
+    """`x / rms(x)` times one gain a channel."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, gain: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.zeros(width)), eps
+        self.weight, self.eps, self.gain = nn.Parameter(torch.full((width,), gain)), eps, gain
 
     def forward(self, x: Tensor) -> Tensor:
         x_wide = x.to(wide(x.dtype))
@@ -181,12 +186,15 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
                 self.relative_bias.span = self.chunk_size
                 self.relative_bias.weight = nn.Parameter(torch.empty(2 * self.chunk_size - 1))
         self.conv = nn.Parameter(torch.empty(config.conv_size, config.hidden_size)) if config.conv_size else None
-        self.decay_logit = self.out_norm = None
+        self.decay_logit = self.out_norm = self.attended_norm = None
         if self.has_lin and config.chunk_weighting == "decay":
             # RoPE's pairs share one decay, or turning them would not be a turn.
             self.decay_logit = nn.Parameter(torch.empty(config.query_key_dim // 2))
         if self.has_lin and config.global_norm:
-            self.out_norm = RMSGain(config.intermediate_size, config.norm_eps)
+            self.out_norm = RMSGain(config.intermediate_size, config.norm_eps, 0.0)
+        if config.attended_norm:
+            # The mean square of what the paper's scales let through begins at 1e-9 or less.
+            self.attended_norm = RMSGain(config.intermediate_size, 1e-12, 1.0)
 
     def own_grid(self, layout: ChunkLayout, documents, rotary, batch: int):
         """Layout and angles of this layer, where its chunks are not those of all."""
@@ -220,6 +228,8 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         else:
             layout, rotary = self.own_grid(layout, documents, rotary, v_BNE.shape[0])
             out_BNE = self.mixed(v_BNE, z_BNS, layout, rotary, bias_rotary, settings)
+        if self.attended_norm is not None:
+            out_BNE = self.attended_norm(out_BNE)
         return self.o_proj(out_BNE if u_BNE is None else u_BNE * out_BNE)
 
     def mixed(self, v_BNE, z_BNS, layout: ChunkLayout, rotary, bias_rotary, settings: dict) -> Tensor:
@@ -289,13 +299,13 @@ class GAUPreTrainedModel(FlashPreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, RMSGain):
-            init.zeros_(module.weight)
+            init.constant_(module.weight, module.gain)
         elif isinstance(module, VariantGatedAttentionUnit):
             if module.decay_logit is not None:
                 # From the last chunk alone to hundreds of chunks.
                 init.copy_(module.decay_logit, torch.linspace(-3, 6, len(module.decay_logit)))
             if module.conv is not None:
-                init.zeros_(module.conv)
+                init.uniform_(module.conv, -self.config.conv_init, self.config.conv_init)
 
 
 class GAUModel(GAUPreTrainedModel, FlashModel):

@@ -179,7 +179,8 @@ def few_configurations() -> None:
 # FLASH-Quad's divisor is the training length, from max_position_embeddings; its bias, for such spans, the rotary one.
 _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 
-# The better form, of variants of the unit.
+# The better form, and the same of variants of the unit.
+BETTER = {"chunk_shift": 0.5, "global_form": "previous_token"}
 _SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
 
 MODELS: dict[str, Model] = {
@@ -216,7 +217,7 @@ MODELS: dict[str, Model] = {
         'global_form="previous_token"', _flash(global_form="previous_token"), compiled=False
     ),
     "flash-shifted": Model(
-        "FLASH, chunks shifted, keys of the token before", _flash(chunk_shift=0.5, global_form="previous_token"),
+        "FLASH, chunks shifted, keys of the token before", _flash(**BETTER),
         compiled=False,
     ),
     "flash-stagger": Model("grid shifted in every second layer", _flash(chunk_shift=0.5), compiled=False),
@@ -244,24 +245,42 @@ MODELS: dict[str, Model] = {
         "grid shifted, keys of the token before, no RoPE, 4 heads, half of the channels from the token before",
         _gau(**_SHIFTED, num_heads=4, token_shift=True),
     ),
-    # How heads and biases start.
+    # How training starts: heads, biases, positions, norms, the deviation of the weights.
     "flash-ones": Model("heads start at 1", _flash(heads="ones"), compiled=False),
-    "flash-ones-recent": Model(
-        "heads start at 1, at recent tokens", _flash(heads="ones", recent=True), compiled=False
+    "flash-bare": Model("no sinusoid", _flash(use_scaled_sinusoid=False), compiled=False),
+    "flash-bare-ones-recent": Model(
+        "no sinusoid, heads start at 1, at recent tokens",
+        _flash(use_scaled_sinusoid=False, heads="ones", recent=True), compiled=False,
     ),
     **{
-        f"flash-shifted-{name}": Model(
-            f"grid shifted, {title}", _flash(**changes, chunk_shift=0.5, global_form="previous_token"), compiled=False
-        )
+        f"flash-shifted-{name}": Model(f"better form, {title}", _flash(**BETTER, **changes), compiled=False)
         for name, title, changes in (
             ("ones", "heads start at 1", {"heads": "ones"}),
             ("recent", "starts at recent tokens", {"recent": True}),
             ("ones-recent", "heads start at 1, at recent tokens", {"heads": "ones", "recent": True}),
-            ("local", "local heads start at 1, global queries at 0", {"heads": "local"}),
             ("local-recent", "local heads start at 1, at recent tokens, global queries at 0",
              {"heads": "local", "recent": True}),
+            ("bare", "no sinusoid", {"use_scaled_sinusoid": False}),
+            ("bare-ones", "no sinusoid, heads start at 1", {"use_scaled_sinusoid": False, "heads": "ones"}),
+            ("bare-ones-recent", "no sinusoid, heads start at 1, at recent tokens",
+             {"use_scaled_sinusoid": False, "heads": "ones", "recent": True}),
+            ("rms", "RMS norm", {"norm_type": "rms_norm"}),
+            ("bare-rms-ones-recent", "no sinusoid, RMS norm, heads start at 1, at recent tokens",
+             {"use_scaled_sinusoid": False, "norm_type": "rms_norm", "heads": "ones", "recent": True}),
+            ("std", "weights of 0.04", {"initializer_range": 0.04}),
+            ("bare-std-ones-recent", "no sinusoid, weights of 0.04, heads start at 1, at recent tokens",
+             {"use_scaled_sinusoid": False, "initializer_range": 0.04, "heads": "ones", "recent": True}),
         )
     },
+    "flash-shifted-normed": Model("better form, output normalised", _gau(**_SHIFTED, attended_norm=True)),
+    "flash-shifted-bare-normed": Model(
+        "better form, no sinusoid, output normalised",
+        _gau(**_SHIFTED, attended_norm=True, use_scaled_sinusoid=False),
+    ),
+    "flash-shifted-bare-conv": Model(
+        "better form, no sinusoid, convolution of 4 tokens that begins at random",
+        _gau(**_SHIFTED, conv_size=4, conv_init=0.5, use_scaled_sinusoid=False), causal_only=True,
+    ),
     "flash-heads": Model("4 heads", _gau(num_heads=4)),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip
