@@ -228,6 +228,28 @@ def test_initialisation():
             assert abs(parameter.std() / 0.02 - 1) < 0.15 and abs(parameter.mean()) < 0.004, name
 
 
+@pytest.mark.parametrize("chunk_size", [8, 2])
+def test_attention_that_begins_at_recent_tokens(tmp_path, chunk_size):
+    """Scales of 1, and before any training a token attends to itself and the three around it; what a checkpoint holds
+    is loaded over it."""
+    config = tiny_config(attention_init="recent", chunk_size=chunk_size, initializer_range=0.0, is_decoder=False)
+    gau = FlashModel(config).layers[0].gau
+    assert (gau.offset_scale.weight == 1).all() and (gau.offset_scale.bias == 0).all()
+    bias = gau.relative_bias(chunk_size).tolist()
+    nearest = [1.0, 0.7, 0.5, 0.35, *[0.0] * chunk_size]
+    assert bias == pytest.approx([nearest[abs(offset)] for offset in range(1 - chunk_size, chunk_size)])
+    config.initializer_range = 0.02
+    drawn = FlashModel(config).layers[0].gau.relative_bias.weight
+    assert 0 < (drawn - torch.tensor(bias)).abs().max() < 0.1
+
+    trained = make_model(FlashForCausalLM, tiny_config(attention_init="recent"), dtype=torch.float32)
+    trained.save_pretrained(tmp_path)
+    loaded = FlashForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.attention_init == "recent"
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, trained.get_parameter(name)), name
+
+
 def test_missing_weights_are_initialised_as_in_a_fresh_model(tmp_path):
     """from_pretrained builds on the meta device: what the file lacks must not be left as uninitialised memory."""
     model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)

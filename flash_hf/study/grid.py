@@ -17,6 +17,8 @@ HEADLINE = FLASH, RIVAL = ("flash", "transformer++")
 BETTER = "flash-shifted"
 # The linear-time model that a user would weigh FLASH against.
 MODERN = "gated-deltanet"
+# And with a better start of training: no sinusoid, an attention that begins at recent tokens.
+STARTED = "flash-shifted-bare-ones-recent"
 TOKENS = 30  # millions
 # Shorter trainings, each with a schedule that ends there.
 BUDGETS = (3.75, 7.5, 15)
@@ -46,13 +48,15 @@ SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTE
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
 # Of these, what is worth the study's size.
 CONFIRMED = ("flash-shifted-conv", "flash-shifted-tokens", "flash-shifted-heads")
+STARTS = ("flash-bare", "flash-bare-ones-recent", "flash-shifted-bare", "flash-shifted-bare-rms-ones-recent",
+          "flash-shifted-bare-std-ones-recent")  # fmt: skip
 # mqarP: P pairs; needle: one.
 RECALL_TASKS = ("mqar32", "needle")
 RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", BETTER, "flash-local", "flash-norope")
 # What may be worth a GPU's time, on a CPU.
 HINT = {"size": "xs", "tokens": 2}
 HINT_CONTEXT = 512
-HINTS = ("flash", BETTER, "flash-conv")
+HINTS = ("flash", BETTER, STARTED, "flash-conv")
 FORMS = tuple(name for name in MODELS if name.startswith("flash-") and name not in ("flash-quad", "flash-global"))
 
 
@@ -172,6 +176,17 @@ def full_grid(results: Results) -> list[Cell]:
     # What of Gated DeltaNet is it that the better form lacks?
     for model in CONFIRMED:
         cells += train(model, books, 8192, [first, 2 * first])
+    # Does a better start of training?
+    cells += train(STARTED, books, 8192, [first, 2 * first])
+    for task, context in TUNED:
+        cells += train(STARTED, task, context, [first])
+    for seed, goals in ((1, GOALS), (2, [(books, 8192)])):
+        cells += [cell for place in goals for cell in train(STARTED, *place, [first], seed=seed)]
+    for model in STARTS:
+        cells += train(model, books, 8192, [first])
+    # Or is it AdamW's eps, which is above the gradients that heads of the paper's start get?
+    for model, rate in ((FLASH, first), (BETTER, first), (RIVAL, lower)):
+        cells += train(model, books, 8192, [rate], size="m-eps")
     # How soon is FLASH at Transformer++'s end with a schedule of its own?
     for task, context in GOALS:
         for tokens in BUDGETS:
@@ -200,13 +215,15 @@ def full_grid(results: Results) -> list[Cell]:
     # Small enough for a CPU.
     for model in HINTS:
         cells += train(model, books, HINT_CONTEXT, [2 * first], **HINT)
+    for model in (FLASH, STARTED):
+        cells += train(model, masked, HINT_CONTEXT, [2 * first], **HINT)
     small = {"size": "recall-cpu", "tokens": 3.7}
     for seed in (0, 1):
-        for model in RECALL_MODELS:
+        for model in (*HEADLINE, "flash-keyshift-norope", "flash-norope"):
             cells += train(model, "mqar4", 128, [2 * first], **small, seed=seed)
     deep = {"size": "recall-cpu-deep", "tokens": 3.7}
-    for model in ("transformer++", "flash-previous", "flash", "flash-local"):
-        cells += train(model, "mqar4", 128, [2 * first, lower], **deep)
+    for model in (*HEADLINE, "flash-previous"):
+        cells += train(model, "mqar4", 128, [2 * first], **deep)
     for model in (*HEADLINE, BETTER):
         cells += train(model, "needle", 128, [2 * first], **deep)
     return list(dict.fromkeys(cells))
@@ -250,6 +267,6 @@ def load_results(*folders: Path) -> Results:
 __all__ = [
     "ABLATIONS", "BETTER", "BETWEEN", "BUDGETS", "CONTEXTS", "FLASH", "FORMS", "GOALS", "HEADLINE", "HINT",
     "HINT_CONTEXT", "LONG", "MODERN", "RATES", "RECALL_MODELS", "RECALL_TASKS", "RIVAL", "SCALED", "SEARCH",
-    "SEARCH_CONTEXT", "SHORT", "TOKENS", "TUNED", "Cell", "Results", "best_rates", "final_loss", "full_grid",
-    "load_results", "tiny_grid", "tuned", "tuning",
+    "SEARCH_CONTEXT", "SHORT", "STARTED", "TOKENS", "TUNED", "Cell", "Results", "best_rates", "final_loss",
+    "full_grid", "load_results", "tiny_grid", "tuned", "tuning",
 ]  # fmt: skip

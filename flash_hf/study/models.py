@@ -85,7 +85,7 @@ def start(gau: FlashGatedAttentionUnit, heads: str, recent: bool) -> None:
     Args:
         heads: `"ones"`: queries and keys begin as the basis they are made of; `"local"`: the local ones do, and global
             queries at 0; `""`: as in the paper.
-        recent: the local attention begins at a token and the three before it.
+        recent: the local attention begins at a token and the three around it.
     """
     scale = gau.offset_scale.weight
     if heads:
@@ -93,8 +93,7 @@ def start(gau: FlashGatedAttentionUnit, heads: str, recent: bool) -> None:
     if heads == "local":
         scale[2].zero_()
     if recent:
-        for back, bias in enumerate((1.0, 0.7, 0.5, 0.35)):
-            gau.relative_bias.weight[gau.relative_bias.span - 1 - back] += bias
+        gau.relative_bias.weight.copy_(gau.relative_bias.recent())
 
 
 def _gau(**changes) -> Callable[[FlashConfig, bool], nn.Module]:
@@ -217,7 +216,7 @@ MODELS: dict[str, Model] = {
         'global_form="previous_token"', _flash(global_form="previous_token"), compiled=False
     ),
     "flash-shifted": Model(
-        "FLASH, chunks shifted, keys of the token before", _flash(**BETTER),
+        "FLASH, better form", _flash(**BETTER),
         compiled=False,
     ),
     "flash-stagger": Model("grid shifted in every second layer", _flash(chunk_shift=0.5), compiled=False),
@@ -249,27 +248,29 @@ MODELS: dict[str, Model] = {
     "flash-ones": Model("heads start at 1", _flash(heads="ones"), compiled=False),
     "flash-bare": Model("no sinusoid", _flash(use_scaled_sinusoid=False), compiled=False),
     "flash-bare-ones-recent": Model(
-        "no sinusoid, heads start at 1, at recent tokens",
-        _flash(use_scaled_sinusoid=False, heads="ones", recent=True), compiled=False,
+        "no sinusoid, attention begins at recent tokens",
+        _flash(use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
+    ),
+    "flash-shifted-bare-ones-recent": Model(
+        "FLASH, better form and start",
+        _flash(**BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
     **{
         f"flash-shifted-{name}": Model(f"better form, {title}", _flash(**BETTER, **changes), compiled=False)
         for name, title, changes in (
             ("ones", "heads start at 1", {"heads": "ones"}),
-            ("recent", "starts at recent tokens", {"recent": True}),
-            ("ones-recent", "heads start at 1, at recent tokens", {"heads": "ones", "recent": True}),
-            ("local-recent", "local heads start at 1, at recent tokens, global queries at 0",
+            ("recent", "biases raised at recent tokens", {"recent": True}),
+            ("ones-recent", "attention begins at recent tokens", {"attention_init": "recent"}),
+            ("local-recent", "local heads start at 1, global queries at 0, biases raised at recent tokens",
              {"heads": "local", "recent": True}),
             ("bare", "no sinusoid", {"use_scaled_sinusoid": False}),
             ("bare-ones", "no sinusoid, heads start at 1", {"use_scaled_sinusoid": False, "heads": "ones"}),
-            ("bare-ones-recent", "no sinusoid, heads start at 1, at recent tokens",
-             {"use_scaled_sinusoid": False, "heads": "ones", "recent": True}),
             ("rms", "RMS norm", {"norm_type": "rms_norm"}),
-            ("bare-rms-ones-recent", "no sinusoid, RMS norm, heads start at 1, at recent tokens",
-             {"use_scaled_sinusoid": False, "norm_type": "rms_norm", "heads": "ones", "recent": True}),
+            ("bare-rms-ones-recent", "no sinusoid, RMS norm, attention begins at recent tokens",
+             {"use_scaled_sinusoid": False, "norm_type": "rms_norm", "attention_init": "recent"}),
             ("std", "weights of 0.04", {"initializer_range": 0.04}),
-            ("bare-std-ones-recent", "no sinusoid, weights of 0.04, heads start at 1, at recent tokens",
-             {"use_scaled_sinusoid": False, "initializer_range": 0.04, "heads": "ones", "recent": True}),
+            ("bare-std-ones-recent", "no sinusoid, weights of 0.04, attention begins at recent tokens",
+             {"use_scaled_sinusoid": False, "initializer_range": 0.04, "attention_init": "recent"}),
         )
     },
     "flash-shifted-normed": Model("better form, output normalised", _gau(**_SHIFTED, attended_norm=True)),

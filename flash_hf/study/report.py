@@ -17,7 +17,7 @@ from .models import MODELS
 Row = list[str]
 SIZES_SHOWN = ("s", "m", "l")
 # Forms are compared in a table of their own; the others have only these.
-HIDDEN = set(FORMS) - {"flash-local", grid.BETTER}
+HIDDEN = set(FORMS) - {"flash-local", grid.BETTER, grid.STARTED}
 
 
 def table(head: Row, rows: list[Row]) -> str:
