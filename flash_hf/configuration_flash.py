@@ -118,8 +118,8 @@ class FlashConfig(PreTrainedConfig):
         max_position_embeddings (`int`, defaults to 8192): Training length. Only `"quadratic"` with a `"toeplitz"` bias
             is bound by it; the chunked forms take any length.
         initializer_range (`float`, defaults to 0.02): Standard deviation of weights, offset scales and biases `b`.
-        attention_init (`str`, defaults to `"normal"`): How attention begins. `"normal"`: scales of queries and keys and
-            relative biases are drawn like all weights, as in the paper; the unit then has next to no output.
+        attention_init (`str`, defaults to `"normal"`): How attention begins. `"normal"`: scales of queries and keys
+            and relative biases are drawn like all weights, as in the paper; the unit then has next to no output.
             `"recent"`: the scales are 1, and the biases of the nearest tokens are raised, so that the local attention
             begins with the token itself and the three around it. Together with `use_scaled_sinusoid=False` it ended
             0.1 nats a token lower after 30 M tokens; with the sinusoid it did not help (RESULTS.md, section 4).

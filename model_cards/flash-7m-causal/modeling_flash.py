@@ -197,10 +197,20 @@ class FlashRotaryEmbedding(nn.Module):
 class FlashToeplitzBias(nn.Module):
     """One weight for each offset of a span: `b[i, j] = w[j - i + span - 1]`."""
 
+    # What attention_init="recent" adds at the distances 0, 1, 2, 3: relu2 makes of them weights of 1, 1/2, 1/4, 1/8.
+    RECENT = (1.0, 0.7, 0.5, 0.35)
+
     def __init__(self, config: FlashConfig, causal: bool):
         super().__init__()
         self.span = config.span
         self.weight = nn.Parameter(torch.empty(2 * config.span - 1))
+
+    def recent(self) -> Tensor:
+        """The weights with those of the nearest tokens raised."""
+        distance = (torch.arange(2 * self.span - 1, device=self.weight.device) - self.span + 1).abs()
+        raised = self.weight.new_zeros(max(self.span, len(self.RECENT)))
+        raised[: len(self.RECENT)] = self.weight.new_tensor(self.RECENT)
+        return self.weight + raised[distance]
 
     def forward(self, length: int, rotary=None) -> Tensor:
         return self.weight[self.span - length : self.span + length - 1]
@@ -521,10 +531,15 @@ class FlashPreTrainedModel(PreTrainedModel):
         if isinstance(module, FlashScaleNorm):
             init.ones_(module.weight)
         elif isinstance(module, FlashOffsetScale):
-            init.normal_(module.weight, mean=0.0, std=std)
+            if self.config.attention_init == "recent":
+                init.ones_(module.weight)
+            else:
+                init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
         elif isinstance(module, (FlashToeplitzBias, FlashRotaryBias, FlashT5Bias)):
             init.normal_(module.weight, mean=0.0, std=std)
+            if self.config.attention_init == "recent":
+                init.copy_(module.weight, module.recent())
         elif isinstance(module, FlashScaledSinusoid):
             init.constant_(module.scale, self.config.hidden_size**-0.5)
 
