@@ -250,6 +250,26 @@ def test_attention_that_begins_at_recent_tokens(tmp_path, chunk_size):
         assert torch.equal(parameter, trained.get_parameter(name)), name
 
 
+def test_the_papers_start_leaves_the_heads_without_gradient():
+    """What attention_init="recent" is for: AdamW divides gradients far below its eps (the paper's is 1e-6) by eps."""
+    median = {}
+    for start in ("normal", "recent"):
+        torch.manual_seed(0)
+        model = FlashForCausalLM(FlashConfig(
+            hidden_size=256, num_hidden_layers=4, vocab_size=500, use_scaled_sinusoid=start == "normal",
+            attention_init=start,
+        ))  # fmt: skip
+        ids = torch.randint(500, (2, 512), generator=torch.Generator().manual_seed(1))
+        model(ids, labels=ids).loss.backward()
+        for name in ("z_proj", "offset_scale", "v_proj"):
+            grads = [getattr(layer.gau, name).weight.grad.abs().flatten() for layer in model.model.layers]
+            median[start, name] = torch.cat(grads).median().item()
+    assert max(median["normal", "z_proj"], median["normal", "offset_scale"]) < 1e-6
+    assert min(median["recent", "z_proj"], median["recent", "offset_scale"]) > 1e-6
+    assert median["normal", "v_proj"] > 50 * median["normal", "z_proj"]
+    assert median["recent", "v_proj"] < 50 * median["recent", "z_proj"]
+
+
 def test_missing_weights_are_initialised_as_in_a_fresh_model(tmp_path):
     """from_pretrained builds on the meta device: what the file lacks must not be left as uninitialised memory."""
     model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
