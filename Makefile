@@ -11,14 +11,15 @@ STAMP := .venv/.stamp
 
 .venv: $(STAMP)
 
+# Without compiling: most of what is installed is never imported, and Python compiles the rest when it is.
 # torch comes first and pinned: an unpinned one is the newest build there is, with gigabytes of CUDA libraries.
 # A CPU-only torch on Linux: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "flash-hf needs Python 3.11 or later, and '$(PYTHON)' is not: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@
 
 test: $(STAMP)
@@ -45,8 +46,8 @@ oldest: .venv-oldest/.stamp
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^(transformers|huggingface_hub|hf-xet|httpcore2|httpx2|tokenizers|accelerate|peft|trl)==' constraints.txt \
 		> .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt torch==2.13.0
-	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt transformers==$(OLDEST) -e ".[dev]"
+	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt torch==2.13.0
+	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt transformers==$(OLDEST) -e ".[dev]"
 	@touch $@
 
 clean:
