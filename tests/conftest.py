@@ -51,6 +51,8 @@ def exact_float32():
 
 
 def pytest_collection_modifyitems(items):
+    # Who wants to be alone comes first: later it would wait for somebody's long test, and the others for both.
+    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
