@@ -531,6 +531,7 @@ class FlashPreTrainedModel(PreTrainedModel):
         if isinstance(module, FlashScaleNorm):
             init.ones_(module.weight)
         elif isinstance(module, FlashOffsetScale):
+            # CODEPATH: the paper's models are drawn; RESULTS.md's best ones begin at recent tokens.
             if self.config.attention_init == "recent":
                 init.ones_(module.weight)
             else:
@@ -538,6 +539,7 @@ class FlashPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, (FlashToeplitzBias, FlashRotaryBias, FlashT5Bias)):
             init.normal_(module.weight, mean=0.0, std=std)
+            # CODEPATH: as above.
             if self.config.attention_init == "recent":
                 init.copy_(module.weight, module.recent())
         elif isinstance(module, FlashScaledSinusoid):
