@@ -179,7 +179,7 @@ def few_configurations() -> None:
 _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 
 # The better form, and the same of variants of the unit.
-BETTER = {"chunk_shift": 0.5, "global_form": "previous_token"}
+_BETTER = {"chunk_shift": 0.5, "global_form": "previous_token"}
 _SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
 
 MODELS: dict[str, Model] = {
@@ -216,7 +216,7 @@ MODELS: dict[str, Model] = {
         'global_form="previous_token"', _flash(global_form="previous_token"), compiled=False
     ),
     "flash-shifted": Model(
-        "FLASH, better form", _flash(**BETTER),
+        "FLASH, better form", _flash(**_BETTER),
         compiled=False,
     ),
     "flash-stagger": Model("grid shifted in every second layer", _flash(chunk_shift=0.5), compiled=False),
@@ -253,10 +253,10 @@ MODELS: dict[str, Model] = {
     ),
     "flash-shifted-bare-ones-recent": Model(
         "FLASH, better form and start",
-        _flash(**BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
+        _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
     **{
-        f"flash-shifted-{name}": Model(f"better form, {title}", _flash(**BETTER, **changes), compiled=False)
+        f"flash-shifted-{name}": Model(f"better form, {title}", _flash(**_BETTER, **changes), compiled=False)
         for name, title, changes in (
             ("ones", "heads start at 1", {"heads": "ones"}),
             ("recent", "biases raised at recent tokens", {"recent": True}),
