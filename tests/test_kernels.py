@@ -83,8 +83,6 @@ def compare(config, layout, dtype=torch.float32, *, whole=True, length=45, scale
             continue
         # The rounding errors of a few numbers may cancel by chance in one of the two: the fewer, the more.
         wide, narrow = (400, 16) if name == "scalars" else (16, 0.25) if truth.numel() < 100 else (10, 0)
-        # So may the terms of a sum over all tokens.
-        narrow = max(narrow, 2) if name.endswith("offset_scale.bias") else narrow
         chance = wide if dtype == torch.float32 else narrow
         limit = 2 * error_ratio(plain[name], truth) + chance * torch.finfo(dtype).eps
         assert error_ratio(fast[name], truth) <= limit, (name, layout)
