@@ -145,7 +145,7 @@ class RMSGain(nn.Module):
 
     def __init__(self, width: int, eps: float, gain: float):
         super().__init__()
-        self.weight, self.eps, self.gain = nn.Parameter(torch.full((width,), gain)), eps, gain
+        self.weight, self.eps, self.gain = nn.Parameter(torch.empty(width)), eps, gain
 
     def forward(self, x: Tensor) -> Tensor:
         x_wide = x.to(wide(x.dtype))
