@@ -121,6 +121,7 @@ class CellRunner:
         folder: cells/NAME.json and logs/NAME.log go there.
         command: what runs a cell, without its name.
         lasting: the command runs many cells, by [`serve`], so that imports and what a device needs are paid for once.
+        devices: GPUs to share the work; of several, each process sees one.
         minutes: all is stopped then; the next run goes on.
         least_seconds: a cell is not begun with less time left.
         environment: variables for the cells.
@@ -130,10 +131,10 @@ class CellRunner:
     def __init__(
         self, folder: Path, command: list[str], *, minutes: float, least_seconds: float = 30.0,
         environment: dict[str, str] | None = None, done: Callable[[str], None] = lambda cell: None,
-        begin: float | None = None, lasting: bool = False,
+        begin: float | None = None, lasting: bool = False, devices: int = 1,
     ):  # fmt: skip
         self.folder, self.command, self.minutes, self.least_seconds = Path(folder), command, minutes, least_seconds
-        self.lasting, self.kept = lasting, threading.local()
+        self.lasting, self.devices, self.kept = lasting, devices, threading.local()
         self.environment, self.done = environment or {}, done
         self.begin = time.perf_counter() if begin is None else begin
         self.failed: dict[str, str] = {}
@@ -148,13 +149,15 @@ class CellRunner:
         return json.loads(self.path(cell).read_text()) if self.path(cell).is_file() else None
 
     def run(self, cells: Iterable[str], workers: int) -> None:
-        """Run those that are not finished; again and alone those for which the GPU's memory was too small. A cell is
-        taken when a worker is free: what `cells` give may depend on those that have been done."""
+        """Run those that are not finished, `workers` at once on each device; again and alone those for which the GPU's
+        memory was too small. A cell is taken when a worker is free: what `cells` give may depend on those that have
+        been done."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.processes: list[subprocess.Popen] = []
         source, lock = iter(cells), threading.Lock()
 
-        def work() -> None:
+        def work(device: int) -> None:
+            self.kept.device = device
             while True:
                 with lock:
                     cell = next(source, None)
@@ -162,8 +165,8 @@ class CellRunner:
                     return
                 self.one(cell, workers)
 
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            for worker in [pool.submit(work) for _ in range(workers)]:
+        with concurrent.futures.ThreadPoolExecutor(workers * self.devices) as pool:
+            for worker in [pool.submit(work, i % self.devices) for i in range(workers * self.devices)]:
                 worker.result()
         for process in self.processes:
             process.communicate()  # its input ends, and so does it
@@ -186,6 +189,8 @@ class CellRunner:
             # Batches of ever new lengths leave gaps that other processes could use.
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **self.environment,
         }  # fmt: skip
+        if self.devices > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.kept.device)
         log, begin = self.folder / "logs" / f"{cell}.log", self.seconds()
         try:
             if self.lasting:

@@ -6,7 +6,7 @@ The study behind RESULTS.md. Three steps, on three machines if need be:
 
 1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA (needs no GPU).
 2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first
-   (rates and seeds as the finished ones ask for), several beside each other, until `--minutes` are over;
+   (rates and seeds as the finished ones ask for), several beside each other, on all GPUs, until `--minutes` are over;
    `--bundle FILE` puts what is finished in one file as well, and `--unbundle FILE` adds such a file to FOLDER.
 3. `--report --fill RESULTS.md`: the tables of RESULTS.md from FOLDER; `--figures FOLDER` draws.
 """
@@ -18,6 +18,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from flash_hf.cells import CellRunner, Gate, serve, write_json
 from flash_hf.study import grid
@@ -41,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells, by name, instead of the whole grid")
     parser.add_argument("--list", action="store_true", help="print the cells to run, as far as known yet, and end")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
-    parser.add_argument("--workers", type=int, default=1, help="cells beside each other on one device")
+    parser.add_argument("--workers", type=int, default=1, help="cells beside each other on each device")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into this file")
     parser.add_argument("--unbundle", type=Path, metavar="FILE", help="add a bundle's cells to --results, and end")
     parser.add_argument("--report", action="store_true", help="print the tables of RESULTS.md, and end")
@@ -56,7 +58,7 @@ def run_cells(options: argparse.Namespace) -> None:
     """Cells by their names from standard input, one after the other in this process."""
     from flash_hf.study import training
 
-    gate = Gate(options.work / "gate")
+    gate = Gate(options.work / f"gate{os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
 
     def run(name: str) -> None:
         cell = grid.Cell.parse(name)
@@ -133,7 +135,8 @@ def main() -> int:
     if options.tiny:
         environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
     runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 80,
-                        environment=environment, done=bundle, begin=begin, lasting=True)  # fmt: skip
+                        environment=environment, done=bundle, begin=begin, lasting=True,
+                        devices=max(1, torch.cuda.device_count()))  # fmt: skip
     runner.run(upcoming(), options.workers)
     for cell, why in runner.failed.items():
         print(f"--- {cell}\n{why}", file=sys.stderr)

@@ -230,6 +230,18 @@ def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path, capsys
     assert "not begun" in late.failed["other"] and "new" not in late.failed
 
 
+def test_each_of_several_devices_has_workers_of_its_own(tmp_path):
+    program = (
+        "import json, os, sys, time; from pathlib import Path\n"
+        "time.sleep(0.5)\n"
+        f"Path({str(tmp_path)!r}, 'cells', sys.argv[1] + '.json').write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    (tmp_path / "cells").mkdir()
+    runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, devices=2)
+    runner.run(["a", "b", "c", "d"], 2)
+    assert sorted(runner.result(cell) for cell in "abcd") == [0, 0, 1, 1] and not runner.failed
+
+
 def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
     program = (
         "import os, sys, time; from pathlib import Path; from flash_hf.cells import serve, write_json\n"

@@ -19,6 +19,8 @@ BETTER = "flash-shifted"
 MODERN = "gated-deltanet"
 # And with a better start of training: no sinusoid, an attention that begins at recent tokens.
 STARTED = "flash-shifted-bare-ones-recent"
+# The same without a global branch: is it that which pays?
+STARTED_LOCAL = "flash-stagger-local-bare-ones-recent"
 TOKENS = 30  # millions
 # Shorter trainings, each with a schedule that ends there.
 BUDGETS = (3.75, 7.5, 15)
@@ -52,7 +54,7 @@ STARTS = ("flash-bare", "flash-bare-ones-recent", "flash-shifted-bare", "flash-s
           "flash-shifted-bare-std-ones-recent")  # fmt: skip
 # mqarP: P pairs; needle: one.
 RECALL_TASKS = ("mqar32", "needle")
-RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", BETTER, "flash-local", "flash-norope")
+RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", BETTER, STARTED, "flash-local", "flash-norope")
 # What may be worth a GPU's time, on a CPU.
 HINT = {"size": "xs", "tokens": 2}
 HINT_CONTEXT = 512
@@ -177,11 +179,17 @@ def full_grid(results: Results) -> list[Cell]:
     for model in CONFIRMED:
         cells += train(model, books, 8192, [first, 2 * first])
     # Does a better start of training?
-    cells += train(STARTED, books, 8192, [first, 2 * first])
-    for task, context in TUNED:
-        cells += train(STARTED, task, context, [first])
+    for place in TUNED:
+        cells += tuning(results, STARTED, *place)
     for seed, goals in ((1, GOALS), (2, [(books, 8192)])):
-        cells += [cell for place in goals for cell in train(STARTED, *place, [first], seed=seed)]
+        started = [tuned(results, STARTED, *place) for place in goals]
+        cells += [replace(cell, seed=seed) for cell in started if cell is not None]
+    # And does the global branch, then?
+    cells += tuning(results, STARTED_LOCAL, books, 8192)
+    local = tuned(results, STARTED_LOCAL, books, 8192)
+    cells += [] if local is None else [replace(local, seed=seed) for seed in (1, 2)]
+    for model in (STARTED, STARTED_LOCAL):
+        cells += train(model, books, SEARCH_CONTEXT, [first], **LONG)
     for model in STARTS:
         cells += train(model, books, 8192, [first])
     # Or is it AdamW's eps, which is above the gradients that heads of the paper's start get?
@@ -191,11 +199,11 @@ def full_grid(results: Results) -> list[Cell]:
     for task, context in GOALS:
         for tokens in BUDGETS:
             cells += tuning(results, FLASH, task, context, tokens=tokens)
-    for rate in RATES:
-        cells += [cell for model in ABLATIONS for cell in train(model, rates=[rate], **SHORT)]
-    for size in ("s", "l"):
-        cells += [cell for model in SCALED for cell in train(model, rates=RATES, size=size, **SHORT)]
-    cells += [cell for model in OTHERS for cell in train(model, books, 8192, [lower])]
+    for model in OTHERS:
+        cells += tuning(results, model, books, 8192)
+    for size, models in (("m", ABLATIONS), ("s", SCALED), ("l", SCALED)):
+        for model in models:
+            cells += tuning(results, model, **SHORT, size=size)
     for model in ("flash", "flash-local", BETTER, "flash-stagger-local"):
         cells += train(model, books, SEARCH_CONTEXT, [first], **LONG)
     for seed in (0, 1, 2):
@@ -211,7 +219,11 @@ def full_grid(results: Results) -> list[Cell]:
     modern = tuned(results, MODERN, books, 8192)
     cells += [] if modern is None else [replace(modern, seed=1), replace(modern, tokens=TOKENS // 2)]
     cells += timing([MODERN], books, [512, 2048])
-    cells += [cell for model in OTHERS for cell in train(model, books, 8192, [first])]
+    for task in (books, masked):
+        for context in BETWEEN:
+            started = [tuned(results, STARTED, task, end) for end in (512, 8192)]
+            if None not in started:
+                cells += train(STARTED, task, context, sorted({cell.rate for cell in started}))
     # Small enough for a CPU.
     for model in HINTS:
         cells += train(model, books, HINT_CONTEXT, [2 * first], **HINT)

@@ -255,6 +255,11 @@ MODELS: dict[str, Model] = {
         "FLASH, better form and start",
         _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
+    "flash-stagger-local-bare-ones-recent": Model(
+        "grid shifted, local only, better start",
+        _flash(chunk_shift=0.5, attention_type="local", use_scaled_sinusoid=False, attention_init="recent"),
+        compiled=False,
+    ),
     **{
         f"flash-shifted-{name}": Model(f"better form, {title}", _flash(**_BETTER, **changes), compiled=False)
         for name, title, changes in (
