@@ -238,6 +238,9 @@ def full_grid(results: Results) -> list[Cell]:
         cells += train(model, "mqar4", 128, [2 * first], **deep)
     for model in (*HEADLINE, BETTER):
         cells += train(model, "needle", 128, [2 * first], **deep)
+    for task in ("mqar4", "needle"):
+        for model in (STARTED, STARTED_LOCAL):
+            cells += train(model, task, 128, [2 * first], **deep)
     return list(dict.fromkeys(cells))
 
 

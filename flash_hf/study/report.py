@@ -16,6 +16,8 @@ from .models import MODELS
 
 Row = list[str]
 SIZES_SHOWN = ("s", "m", "l")
+# Seconds are compared between steps that were timed on this GPU alone.
+TIMED_ON = "NVIDIA H100 80GB HBM3"
 # Forms are compared in a table of their own; the others have only these.
 HIDDEN = set(FORMS) - {"flash-local", grid.BETTER, grid.STARTED}
 
@@ -60,8 +62,8 @@ def rates_tried(results: Results, cell: Cell) -> str:
 
 
 def step_ms(results: Results, cell: Cell) -> float | None:
-    """Milliseconds of a training step alone on the device, in the cell's direction; its corpus makes no difference."""
-    result = timed(results).get(timed_as(cell))
+    """Milliseconds of a training step alone on `TIMED_ON`, in the cell's direction; its corpus makes no difference."""
+    result = timed(results).get((*timed_as(cell), TIMED_ON))
     return None if result is None else result["step"]["median"]
 
 
@@ -70,11 +72,12 @@ def timed_as(cell: Cell) -> tuple[str, str, int, str]:
     return cell.size, cell.task.split("-")[-1], cell.context, cell.model
 
 
-def timed(results: Results) -> dict[tuple[str, str, int, str], dict]:
-    """Of the cells that measured one kind of step, the quietest: others may have been compiling beside it."""
-    found: dict[tuple[str, str, int, str], dict] = {}
+def timed(results: Results) -> dict[tuple[str, str, int, str, str], dict]:
+    """Of the cells that measured one kind of step on one machine, the quietest: others may have been compiling beside
+    it."""
+    found: dict[tuple[str, str, int, str, str], dict] = {}
     for cell, result in results.items():
-        key = timed_as(cell)
+        key = *timed_as(cell), result["machine"]
         if "step" in result and (key not in found or result["step"]["median"] < found[key]["step"]["median"]):
             found[key] = result
     return found
@@ -185,16 +188,16 @@ def times(results: Results) -> str:
     rows, issued = [], {}
     for cell, result in results.items():
         if "issued" in result:
-            issued[timed_as(cell)] = f"{result['issued']['median']:.1f}"
+            issued[*timed_as(cell), result["machine"]] = f"{result['issued']['median']:.1f}"
     for key, result in sorted(timed(results).items()):
-        size, direction, context, model = key
+        size, direction, context, model, machine = key
         step = result["step"]
         rows.append([
-            MODELS[model].title, size, direction, f"{context:,}",
+            MODELS[model].title, size, direction, f"{context:,}", machine,
             f"{step['median']:.1f} ({step['q25']:.1f} to {step['q75']:.1f})", issued.get(key, "-"),
             "yes" if result["graphed"] else "no",
         ])  # fmt: skip
-    head = ["model", "size", "direction", "context", "ms a step (quartiles)", "issued by Python, ms",
+    head = ["model", "size", "direction", "context", "machine", "ms a step (quartiles)", "issued by Python, ms",
             "CUDA graph"]  # fmt: skip
     return table(head, rows) if rows else "No cells yet."
 
@@ -202,7 +205,7 @@ def times(results: Results) -> str:
 def forms(results: Results) -> str:
     """Forms of FLASH, best first, at the study's size, at that of the search, and at one for a CPU."""
     parts = []
-    searched = [("m", grid.TOKENS, 8192)]
+    searched = [(size, grid.TOKENS, 8192) for size in ("m", "m-eps")]
     searched += [(*search.values(), grid.SEARCH_CONTEXT) for search in (grid.LONG, grid.SEARCH)]
     searched.append((*grid.HINT.values(), grid.HINT_CONTEXT))
     for size, tokens, context in searched:
