@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,12 +91,16 @@ def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp.yaml", "fsdp2.yaml"])
-def test_two_processes_give_the_losses_of_one(name, single, tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus(name, tmp_path)]
+@pytest.mark.parametrize(("name", "machines"), [("ddp.yaml", 2), ("fsdp2.yaml", 1)])
+def test_two_processes_give_the_losses_of_one(name, machines, single, tmp_path):
+    """Of one machine, or of two (here, of one address): each has a launch of its own."""
     port = 29500 + os.getpid() % 1000 + (name == "ddp.yaml") * 1000
-    run(*launch, "--main_process_port", port, *TRAIN, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo",
-        "--output_dir", tmp_path / "out")  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus(name, tmp_path), "--num_machines",
+              machines, "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]  # fmt: skip
+    train = [*TRAIN, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo", "--output_dir", tmp_path / "out"]
+    with ThreadPoolExecutor() as pool:
+        for launched in [pool.submit(run, *launch, rank, *train) for rank in range(machines)]:
+            launched.result()
     assert len(losses(single)) == 5
     assert_close(losses(tmp_path / "out"), losses(single), 1e-5)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", single))
