@@ -4,6 +4,10 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
+# Some containers forbid Python to keep what it has compiled: every process of the tests would then compile anew all that
+# it imports, for half a minute.
+export PYTHONDONTWRITEBYTECODE :=
+
 # The stamp is younger than what it depends on exactly when the environment is up to date.
 STAMP := .venv/.stamp
 
