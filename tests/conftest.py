@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds, threads, and memory that shows when it is read before it is written."""
 
+import dataclasses
 import os
 
 import pytest
@@ -23,6 +24,31 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Under this mode torch.empty returns NaN, so that a result with an unwritten element cannot pass.
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def hasten_interpreter():
+    """Triton's interpreter puts its own functions into triton's language anew for every call of one jitted function by
+    another, and checks every sum of integers for an overflow: together more than half of its time. The first is needed
+    once a launch; sizes in tests are small."""
+    try:
+        import triton.language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    builder, call = interpreter.interpreter_builder, interpreter.InterpretedFunction.__call__
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    def call_patched(self, *args, **kwargs):
+        names = self.fn.__globals__
+        if any(tl.core.is_builtin(language.arange) for language in (names.get("tl"), names.get("core")) if language):
+            return call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call_patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    hasten_interpreter()
 
 
 @pytest.fixture(autouse=True)

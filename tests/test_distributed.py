@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
 from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
@@ -38,6 +39,15 @@ def run(*command):
     return done.stdout
 
 
+def run_here(kind, *command):
+    """A training script's work in this process, with a cache of its own beside the output."""
+    command = [str(word) for word in command]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", Path(command[command.index("--output_dir") + 1]) / "cache")
+        training.run_training(kind, *training.parse_arguments(command[1:]))
+
+
 def losses(folder):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
@@ -46,7 +56,7 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    run(*TRAIN, "--per_device_train_batch_size", 8, "--output_dir", folder / "out")
+    run_here("causal", *TRAIN, "--per_device_train_batch_size", 8, "--output_dir", folder / "out")
     return folder / "out"
 
 
@@ -76,7 +86,8 @@ def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
         f"--shuffle_buffer 30 --eval_strategy no --eval_on_start false --use_cpu true --save_steps 3 "
         f"--tokenizer_vocab_size 400 --streaming {str(streaming).lower()} --ddp_find_unused_parameters false"
     ).split()
-    run(*command, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "one")
+    here = partial(run_here, "causal" if kind == "clm" else "masked", *command, "--per_device_train_batch_size", 8)
+    here("--output_dir", tmp_path / "one")
     launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus("ddp.yaml", tmp_path)]
     port = 32500 + os.getpid() % 1000 + 3 * (kind == "mlm") + streaming
     run(*launch, "--main_process_port", port, *command, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo",
@@ -84,8 +95,7 @@ def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
     assert len(losses(tmp_path / "one")) == 5
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
     checkpoint = tmp_path / "two" / "checkpoint-3"
-    run(*command, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "two", "--resume_from_checkpoint",
-        checkpoint)  # fmt: skip
+    here("--output_dir", tmp_path / "two", "--resume_from_checkpoint", checkpoint)
     assert len(losses(tmp_path / "two")) == 5
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
 

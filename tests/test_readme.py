@@ -2,8 +2,8 @@
 """The README's Python runs as it stands, its table names every field, its commands name what exists."""
 
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -79,15 +79,16 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_study_is_what_the_kept_results_render_to():
+def test_study_is_what_the_kept_results_render_to(capsys, monkeypatch):
     """And the kept table is what the kept cells give: no figure of the README is written by hand."""
     kept = "scripts/results/finetune_study.json"
-    command = [sys.executable, "scripts/finetune_study.py", "--render", kept]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "### Beside a Transformer++" in done.stdout and done.stdout in README and f"`{kept}`" in README
-    assert max(len(line) for line in done.stdout.split("```")[0].splitlines()) <= 119
+    monkeypatch.setattr(sys, "argv", ["finetune_study.py", "--render", str(ROOT / kept)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "finetune_study.py"), run_name="__main__")
+    rendered = capsys.readouterr().out
+    assert not ended.value.code
+    assert "### Beside a Transformer++" in rendered and rendered in README and f"`{kept}`" in README
+    assert max(len(line) for line in rendered.split("```")[0].splitlines()) <= 119
 
     summary = json.loads((ROOT / kept).read_text())
     cells = summary["cells"].values()

@@ -4,6 +4,7 @@
 import json
 import re
 import sqlite3
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,7 +282,9 @@ def test_the_bar_writes_what_is_no_loss_on_a_line(capsys):
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
 def test_trackers_are_told_the_speed(tracker, files, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # before trackio is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
+    for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
     pytest.importorskip(tracker)
     wanted = {"loss", "grad_norm", "tokens_per_second", "mfu", "learning_rate"}
     more = ["--project", "flash-test", "--trackio_static_space_id", "false"] if tracker == "trackio" else []

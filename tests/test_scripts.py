@@ -63,7 +63,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_clm.py", "train_mlm.py"])
-def test_first_line_commands_train(script, tmp_path):
+def test_first_line_commands_train(script, monkeypatch, tmp_path):
     command = first_line(script)
     place = command.index("--output_dir") + 1
     command[place] = str(tmp_path / "run")
@@ -73,8 +73,10 @@ def test_first_line_commands_train(script, tmp_path):
     assert float(after.replace(",", "")) < float(before.replace(",", ""))
     assert {"model.safetensors", "config.json", "tokenizer.json", "loss.png"} <= set(os.listdir(tmp_path / "run"))
 
-    again = run([*command, "--max_steps", "4"], tmp_path / "cache")
-    assert again.returncode != 0 and "--overwrite_output_dir" in again.stderr.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", [*command, "--max_steps", "4"])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(FileExistsError, match="--overwrite_output_dir"):
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
 
 
 def test_train_scripts_print_the_error_last(tmp_path):

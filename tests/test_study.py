@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import runpy
-import subprocess
 import sys
 import threading
 import time
@@ -244,7 +243,7 @@ def test_each_of_several_devices_has_workers_of_its_own(tmp_path):
 
 def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
     program = (
-        "import os, sys, time; from pathlib import Path; from flash_hf.cells import serve, write_json\n"
+        "import os, sys, time; from pathlib import Path; from cells import serve, write_json\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "def run(name):\n"
         "    print('output of', name)\n"
@@ -259,7 +258,7 @@ def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
             runner.minutes = (runner.seconds() + 1) / 60
 
     runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, lasting=True,
-                        done=done, environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
+                        done=done, environment={"PYTHONPATH": str(ROOT / "flash_hf")})  # fmt: skip
     runner.run(["a", "b", "bad", "c", "long"], 1)
     assert runner.result("a") == runner.result("b") != runner.result("c") is not None
     assert list(runner.failed) == ["bad", "long"]
@@ -286,10 +285,7 @@ def test_what_is_run_next_may_depend_on_what_was_found(tmp_path):
 def test_the_script_runs_a_cell_once_and_reports_it(tmp_path, monkeypatch, capsys):
     cell = grid.tiny_grid()[0].name
     bundle, work = tmp_path / "bundle.json", tmp_path / "work"
-    command = ["scripts/study.py", "--tiny", "--work", str(work), "--prepare", str(BOOK), "--only", cell,
-               "--bundle", str(bundle)]  # fmt: skip
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and f"{cell}: done" in done.stdout, done.stderr
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
     def study(*words):
         monkeypatch.setattr(sys, "argv", ["study.py", "--tiny", "--work", str(work), *words])
@@ -298,6 +294,7 @@ def test_the_script_runs_a_cell_once_and_reports_it(tmp_path, monkeypatch, capsy
         assert not ended.value.code
         return capsys.readouterr().out
 
+    assert f"{cell}: done" in study("--prepare", str(BOOK), "--only", cell, "--bundle", str(bundle))
     assert "done" not in study("--only", cell)
     assert study("--list").split() == [other.name for other in grid.tiny_grid()[1:]]
     study("--unbundle", str(bundle), "--results", str(tmp_path / "kept"))
@@ -310,7 +307,7 @@ def cell_of(model, rate, losses, **more):
     curve = [[10 * (i + 1), loss] for i, loss in enumerate(losses)]
     facts = {"task": "books-causal", "parameters": 2e7, "steps": curve[-1][0], "valid_curve": curve, "lengths": {},
              "final": {"loss": losses[-1], "by_position": [losses[-1]] * 8},
-             "text": {"books_valid": {"tokens": 100, "bytes": 400}}}  # fmt: skip
+             "text": {"books_valid": {"tokens": 100, "bytes": 400}}, "machine": report.TIMED_ON}  # fmt: skip
     return {grid.Cell("train", model, "m", "books-causal", 512, 30, rate, more.pop("seed", 0)): facts | more}
 
 
@@ -326,7 +323,9 @@ def test_the_headline_table_compares_best_rates_and_seconds():
     results |= cell_of("transformer++", 0.002, [6.0, 5.5, 5.0])
     for model, ms in (("flash", 20.0), ("transformer++", 30.0)):
         step = {"median": ms, "q25": ms, "q75": ms}
-        results[grid.Cell("time", model, "m", "books-causal", 512)] = {"step": step, "graphed": True}
+        results[grid.Cell("time", model, "m", "books-causal", 512)] = {
+            "step": step, "graphed": True, "machine": report.TIMED_ON
+        }  # fmt: skip
     rows = [line.split(" | ") for line in report.headline(results).splitlines()[2:]]
     ours, rival = rows
     assert ours[4] == "4.100 +- 0.141" and "**0.002: 4.000**, 0.004: 4.200" in ours[6]
@@ -338,8 +337,13 @@ def test_the_headline_table_compares_best_rates_and_seconds():
 def test_the_time_of_a_step_is_the_quietest_of_those_measured():
     results = cell_of("flash", 0.002, [5.0], step={"median": 21.0, "q25": 20.0, "q75": 22.0}, graphed=True)
     results |= cell_of("flash", 0.004, [5.0], step={"median": 25.0, "q25": 25.0, "q75": 25.0}, graphed=True)
+    results |= cell_of("flash", 0.001, [5.0], step={"median": 19.0, "q25": 19.0, "q75": 19.0}, graphed=True,
+                       machine="another GPU")  # fmt: skip
     times = report.times(results).splitlines()[2:]
-    assert times == ["| FLASH | m | causal | 512 | 21.0 (20.0 to 22.0) | - | yes |"]
+    assert times == [
+        "| FLASH | m | causal | 512 | NVIDIA H100 80GB HBM3 | 21.0 (20.0 to 22.0) | - | yes |",
+        "| FLASH | m | causal | 512 | another GPU | 19.0 (19.0 to 19.0) | - | yes |",
+    ]
     assert report.step_ms(results, grid.Cell("train", "flash", "m", "wiki-causal", 512)) == 21.0
     assert report.step_ms(results, grid.Cell("train", "flash", "m", "wiki-masked", 512)) is None
 
