@@ -190,7 +190,8 @@ class CellRunner:
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **self.environment,
         }  # fmt: skip
         if self.devices > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.kept.device)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(self.devices)))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[self.kept.device]
         log, begin = self.folder / "logs" / f"{cell}.log", self.seconds()
         try:
             if self.lasting:

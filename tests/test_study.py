@@ -229,7 +229,8 @@ def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path, capsys
     assert "not begun" in late.failed["other"] and "new" not in late.failed
 
 
-def test_each_of_several_devices_has_workers_of_its_own(tmp_path):
+def test_each_of_several_devices_has_workers_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     program = (
         "import json, os, sys, time; from pathlib import Path\n"
         "time.sleep(0.5)\n"
@@ -238,7 +239,7 @@ def test_each_of_several_devices_has_workers_of_its_own(tmp_path):
     (tmp_path / "cells").mkdir()
     runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, devices=2)
     runner.run(["a", "b", "c", "d"], 2)
-    assert sorted(runner.result(cell) for cell in "abcd") == [0, 0, 1, 1] and not runner.failed
+    assert sorted(runner.result(cell) for cell in "abcd") == [2, 2, 5, 5] and not runner.failed
 
 
 def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
