@@ -273,7 +273,7 @@ def run(kind: str, *command: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_clm.py", "train_mlm.py"])
 def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
-    """SIGKILL at a random moment after the first checkpoint; resumed by another process, bit for bit."""
+    """SIGKILL at a random moment after the first checkpoint; resumed in a process of its own, bit for bit."""
     kind = "causal" if script == "train_clm.py" else "masked"
     run(kind, *command_of(files, tmp_path / "whole"))
     command = [sys.executable, f"scripts/{script}", *command_of(files, tmp_path / "killed")]
@@ -288,7 +288,10 @@ def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was done before it was killed: train for longer"
 
-    run(kind, *command_of(files, tmp_path / "killed", "--resume_from_checkpoint", "last"))
+    done = subprocess.run(
+        [*command, "--resume_from_checkpoint", "last"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     for key in ("loss", "grad_norm", "learning_rate", "epoch"):
         assert history(tmp_path / "killed", key) == history(tmp_path / "whole", key), key
     assert sorted(history(tmp_path / "killed")) == list(range(1, 13))

@@ -232,7 +232,7 @@ def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path, capsys
 def test_each_of_several_devices_has_workers_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     program = (
-        "import json, os, sys, time; from pathlib import Path\n"
+        "import os, sys, time; from pathlib import Path\n"
         "time.sleep(0.5)\n"
         f"Path({str(tmp_path)!r}, 'cells', sys.argv[1] + '.json').write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
     )
