@@ -224,6 +224,8 @@ def full_grid(results: Results) -> list[Cell]:
             started = [tuned(results, STARTED, task, end) for end in (512, 8192)]
             if None not in started:
                 cells += train(STARTED, task, context, sorted({cell.rate for cell in started}))
+        # Its trainings were on other GPUs than the others'.
+        cells += timing([STARTED], task, CONTEXTS)
     # Small enough for a CPU.
     for model in HINTS:
         cells += train(model, books, HINT_CONTEXT, [2 * first], **HINT)
@@ -236,7 +238,7 @@ def full_grid(results: Results) -> list[Cell]:
     deep = {"size": "recall-cpu-deep", "tokens": 3.7}
     for model in (*HEADLINE, "flash-previous"):
         cells += train(model, "mqar4", 128, [2 * first], **deep)
-    for model in (*HEADLINE, BETTER):
+    for model in (*HEADLINE, BETTER, "flash-shifted-tokens"):
         cells += train(model, "needle", 128, [2 * first], **deep)
     for task in ("mqar4", "needle"):
         for model in (STARTED, STARTED_LOCAL):
