@@ -391,3 +391,36 @@ def test_results_md_is_what_the_kept_cells_say():
         recipe = json.loads(json.dumps(dataclasses.asdict(training.recipe_of(cell))))
         assert result["commit"] and "dirty" not in result["commit"] and result["recipe"] == recipe, cell
         assert cell.size not in ("tiny", "tiny-recall")
+
+
+# What RESULTS.md says of recall: all answers that stand in an earlier chunk, and no other.
+def recalled(model: str, task: str) -> dict[int, float]:
+    """Share of right answers by the length of the rows."""
+    result = grid.load_results(KEPT)[grid.Cell("train", model, "recall", task, 512, 60, 0.002)]
+    longer = {int(length): found["accuracy"] for length, found in result["lengths"].items()}
+    return {512: result["final"]["accuracy"], **longer}
+
+
+def asked(task: str, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that recall was measured on, and their labels."""
+    recipe = training.Recipe()
+    batches = [training.recall_batch(task, context, 32, recipe.recall_vocab, index)
+               for index in range(0, recipe.recall_rows, 32)]  # fmt: skip
+    return tuple(map(torch.cat, zip(*batches, strict=True)))
+
+
+@pytest.mark.parametrize("model", [grid.STARTED, "flash-keyshift-norope"])
+def test_needles_that_were_found_are_those_before_the_last_chunk(model):
+    found = recalled(model, "needle")
+    for context in (512, 1024):
+        inputs, _ = asked("needle", context)
+        before = (inputs == 1).int().argmax(1) < context - SIZES["recall"].chunk
+        assert 0 < before.sum() < len(inputs) and found[context] * len(inputs) == before.sum()
+
+
+def test_pairs_that_were_recalled_are_those_of_an_earlier_chunk():
+    for context, found in recalled(grid.STARTED, "mqar32").items():
+        _, labels = asked("mqar32", context)
+        # All pairs stand in the first 64 tokens; the first chunk of the shifted grid is half of one.
+        share = ((labels != IGNORE).nonzero()[:, 1] >= SIZES["recall"].chunk // 2).double().mean().item()
+        assert share - 0.001 <= found <= share + 0.01, context
