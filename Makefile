@@ -22,6 +22,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "flash-hf needs Python 3.11 or later, and '$(PYTHON)' is not: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt pip
 	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
 	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@

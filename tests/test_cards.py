@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import flash_hf
+import warm
 from flash_hf import FlashConfig, FlashForCausalLM, training
 from flash_hf.cards import PIPELINE_TAGS, check_facts, check_results, make_card, published
 from flash_hf.hub import add_code, registered_classes
@@ -41,7 +41,7 @@ def folder(tmp_path):
 
 def test_the_script_writes_a_card_with_everything(folder):
     facts, results = ROOT / "tests" / "data" / "card_facts.json", ROOT / "tests" / "data" / "card_results.json"
-    command = [sys.executable, ROOT / "scripts" / "make_card.py"]
+    command = [warm.python(), ROOT / "scripts" / "make_card.py"]
     done = subprocess.run(
         [*command, "--folder", folder, "--facts", facts, "--results", results],
         env={**os.environ, "PYTHONPATH": str(Path(flash_hf.__file__).parents[1])},
@@ -280,6 +280,6 @@ for name, auto in (("causal", AutoModelForCausalLM), ("masked", AutoModelForMask
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     print(type(model).__name__)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([warm.python(), "-c", program], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["FlashForCausalLM", "FlashForMaskedLM"]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+import warm
 from flash_hf import FlashConfig
 from flash_hf.conversion import (
     convert,
@@ -548,6 +549,6 @@ def test_first_line_command_runs(tmp_path):
     command = SCRIPT.read_text().split('"""')[1].splitlines()[0].split()
     assert command[:2] == ["python", "scripts/convert_checkpoint.py"]
     command[command.index("runs/hf")] = str(tmp_path / "out")
-    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([warm.python(), *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.chunk_size == 24

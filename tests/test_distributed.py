@@ -4,7 +4,6 @@
 import json
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
+import warm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
 from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
@@ -33,8 +33,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "HF_HU
 
 def run(*command):
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+        [warm.python(), *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+        env={**ENVIRONMENT, "PYTHON_EXEC": warm.python()},  # what the launcher starts
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

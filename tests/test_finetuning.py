@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import flash_hf.metrics
+import warm
 from flash_hf import data, finetuning
 from flash_hf.cards import check_results
 from flash_hf.metrics import Accuracy, MacroF1, SpanF1, Squad
@@ -402,7 +403,7 @@ def test_first_line_command_learns(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
                    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [warm.python(), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "results.json").read_text())

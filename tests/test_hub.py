@@ -5,10 +5,11 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import warm
 
 
 TESTS = Path(__file__).resolve().parent
@@ -38,7 +39,7 @@ def test_hub(transport, tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(TESTS)]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--durations=0", "hub_client.py"]
+    command = [warm.python(), "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--durations=0", "hub_client.py"]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 14

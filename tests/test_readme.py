@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedConfig
 
+import warm
 from flash_hf import FlashConfig
 
 
@@ -35,7 +36,7 @@ def test_python_examples_run_in_order(tmp_path):
         assert len(example.strip().splitlines()) <= 12
     program = "\n".join(examples)
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # "in a clone of this repository"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([warm.python(), "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-flash" / "model.safetensors").exists()
     assert (tmp_path / "my-flash-tuned" / "model.safetensors").exists()
@@ -57,7 +58,7 @@ def test_script_commands_run(tmp_path):
     for command in commands:
         words = command.replace("runs/", f"{tmp_path}/").replace('"Dorothy looked"', "Dorothy").split()
         assert words[0] == "python"
-        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([warm.python(), *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "clm" / "model.safetensors").exists()
 

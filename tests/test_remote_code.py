@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForPreTraining, PreTrainedTokenizer
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import flash_hf
+import warm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
 from flash_hf.hub import add_code, registered_classes, save_with_code
 from flash_hf.testing import make_model, random_ids, tiny_config
@@ -144,7 +145,7 @@ def test_without_the_package(root, tmp_path):
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "remote_client.py")]
+    command = [warm.python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "remote_client.py")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
 

@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 config = FlashConfig(vocab_size=256, hidden_size=128, num_hidden_layers=1, query_key_dim=64, is_decoder=True)
 model = FlashModel(config).train()
+print("ready", flush=True)
 for length in map(int, sys.stdin):
     ids, times = torch.randint(0, 256, (1, length)), []
     for _ in range(2):
@@ -34,9 +35,10 @@ for length in map(int, sys.stdin):
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def step_seconds():
-    """CPU seconds of a training step, the best of two: another process on the machine must not decide the test."""
+    """CPU seconds of a training step, the best of two: another process on the machine must not decide the test. The
+    process starts before the test, while others run."""
     # glibc would map and unmap every large tensor: most of the time would be the kernel's page faults, and all of its
     # noise. With these it keeps freed memory for the next tensor (elsewhere they mean nothing).
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -44,6 +46,8 @@ def step_seconds():
         [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, **keep},
     )  # fmt: skip
+
+    assert process.stdout.readline() == "ready\n"
 
     def measure(length: int) -> float:
         process.stdin.write(f"{length}\n")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from flash_hf import data, training
 
 
@@ -42,7 +43,7 @@ def run(command: list[str], cache: Path, **options) -> subprocess.CompletedProce
         "CUDA_VISIBLE_DEVICES": "",
     }
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
+        [warm.python(), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
     )
 
 

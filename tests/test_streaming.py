@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, IterableDataset
 
+import warm
 from flash_hf import data, streaming, training
 from flash_hf.streaming import BlockStream
 
@@ -238,7 +239,7 @@ def test_a_stream_from_the_hub_that_breaks_off(tmp_path):
     """tests/stream_client.py, with a server that falls silent in the middle of a run."""
     environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE")
-    command = [sys.executable, "tests/stream_client.py", str(tmp_path)]
+    command = [warm.python(), "tests/stream_client.py", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "as if it had not happened"
@@ -288,9 +289,8 @@ def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was done before it was killed: train for longer"
 
-    done = subprocess.run(
-        [*command, "--resume_from_checkpoint", "last"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    command = [warm.python(), *command[1:], "--resume_from_checkpoint", "last"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for key in ("loss", "grad_norm", "learning_rate", "epoch"):
         assert history(tmp_path / "killed", key) == history(tmp_path / "whole", key), key
