@@ -2,6 +2,7 @@
 """The notebooks run from top to bottom, and the committed files show what they showed: text, pictures, no errors."""
 
 import base64
+import json
 import os
 import re
 import struct
@@ -11,6 +12,8 @@ import matplotlib.font_manager
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+import warm
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,11 +112,15 @@ def test_runs(path, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     # Neither the user's IPython profile nor a kernel of that name in the home folder may have a say.
-    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+    for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_PATH"):
         monkeypatch.setenv(name, str(tmp_path))
     startup = tmp_path / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "00.py").write_text(STARTUP)
+    kernel = tmp_path / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    command = [warm.python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
     # Where nobody has drawn before, matplotlib says on stderr that it looks for fonts; here it does so beforehand.
     monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
     notebook = nbformat.read(path, as_version=4)

@@ -2,10 +2,9 @@
 """Python processes that start soon. A stand-in for the interpreter (`python()`) hands its arguments, folder,
 environment and open files to a server that has imported torch and what else takes seconds, and the server forks.
 
-Nothing of Hugging Face's is there before the fork: it reads the environment when it is imported. What a test says of
-imports, memory or signals needs `sys.executable` itself."""
+Nothing of Hugging Face's is there before the fork, nor matplotlib: they read the environment when they are imported.
+What a test says of imports, memory or signals needs `sys.executable` itself."""
 
-import array
 import atexit
 import functools
 import gc
@@ -26,9 +25,8 @@ from pathlib import Path
 
 IMPORTED = ("torch", "torch._dynamo", "torch._inductor.decomposition", "torch.distributed.tensor",
             "torch.distributed.checkpoint", "torch.distributed.run", "torch.distributed.fsdp", "torchao", "pandas",
-            "pyarrow.dataset", "scipy.optimize", "matplotlib.pyplot")  # fmt: skip
+            "pyarrow.dataset", "scipy.optimize")  # fmt: skip
 MOST = 2**20  # bytes of a request
-INTEGERS = array.array("i").itemsize
 
 
 @functools.cache
