@@ -15,6 +15,7 @@ STAMP := .venv/.stamp
 
 .venv: $(STAMP)
 
+# pip first: the one that comes with Python 3.11 takes twice the time to choose among wheels.
 # Without compiling: most of what is installed is never imported, and Python compiles the rest when it is.
 # torch comes first and pinned: an unpinned one is the newest build there is, with gigabytes of CUDA libraries.
 # A CPU-only torch on Linux: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test.
@@ -51,6 +52,7 @@ oldest: .venv-oldest/.stamp
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^(transformers|huggingface_hub|hf-xet|httpcore2|httpx2|tokenizers|accelerate|peft|trl)==' constraints.txt \
 		> .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt pip
 	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt torch==2.13.0
 	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt transformers==$(OLDEST) -e ".[dev]"
 	@touch $@

@@ -358,20 +358,16 @@ forms = pytest.mark.parametrize("form", [{}, OURS], ids=str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cls, form, backend",
-    # The causal form is traced by AOTAutograd for any length in test_exported_forward_at_any_length.
-    [
-        (FlashForCausalLM, OURS | {"num_hidden_layers": 2}, "eager"),
-        (FlashForMaskedLM, {"num_hidden_layers": 1}, "aot_eager"),
-    ],
+    "cls, form",
+    [(FlashForCausalLM, OURS | {"num_hidden_layers": 2}), (FlashForMaskedLM, {"num_hidden_layers": 1})],
     ids=["causal", "masked"],
 )
-def test_compiled_forward_does_not_recompile_for_a_length(cls, form, backend):
+def test_compiled_forward_does_not_recompile_for_a_length(cls, form):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     model = make_model(cls, tiny_config(**form), dtype=torch.float32)
-    counter, graphs = CompileCounterWithBackend(backend), 0
+    counter, graphs = CompileCounterWithBackend("aot_eager"), 0
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     for length in (9, 10, 16, 17, 31, 64, 65, 100):
         ids = random_ids(model.config, 2, length)

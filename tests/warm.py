@@ -6,6 +6,7 @@ Nothing of Hugging Face's is there before the fork, nor matplotlib: they read th
 What a test says of imports, memory or signals needs `sys.executable` itself."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -68,7 +69,8 @@ def ask(address: str, *words: str) -> None:
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
         code = json.loads(server.recv(16))
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        if code != -signal.SIGKILL:  # which nobody can handle
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
@@ -110,19 +112,20 @@ def serve(address: str) -> dict:
                 sys.exit()  # the tests have ended
             else:
                 pid, client = key.data
-                if client is None:  # the stand-in passes a signal on, or is gone itself
-                    number = key.fileobj.recv(1)
-                    os.kill(pid, number[0] if number else signal.SIGKILL)
-                    if not number:
-                        selector.unregister(key.fileobj)
-                else:
+                if client is not None:
                     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                     selector.unregister(key.fileobj)
                     os.close(key.fileobj)
                     if client in selector.get_map():
                         selector.unregister(client)
-                        client.send(json.dumps(code).encode())
+                        with contextlib.suppress(OSError):  # it may be gone by now
+                            client.send(json.dumps(code).encode())
                     client.close()
+                elif key.fileobj.fileno() >= 0:  # the stand-in passes a signal on, or is gone before its process
+                    number = key.fileobj.recv(1)
+                    os.kill(pid, number[0] if number else signal.SIGKILL)
+                    if not number:
+                        selector.unregister(key.fileobj)
 
 
 def run(request: dict) -> None:

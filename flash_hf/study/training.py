@@ -204,6 +204,12 @@ def validate(model: nn.Module, stream: Stream, batch_tokens: int, seed: int = 0)
     return torch.cat(found)
 
 
+def recall_questions(task: str, context: int, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches that recall is measured on; no training has their seeds."""
+    for index in range(0, recipe.recall_rows, 32):
+        yield recall_batch(task, context, min(32, recipe.recall_rows - index), recipe.recall_vocab, index)
+
+
 @torch.no_grad()
 def recall(model: nn.Module, cell: Cell, context: int, recipe: Recipe) -> dict[str, float]:
     """Share of the questions that are answered right, and their loss, on rows that no training saw."""
@@ -211,9 +217,7 @@ def recall(model: nn.Module, cell: Cell, context: int, recipe: Recipe) -> dict[s
     device = next(model.parameters()).device.type
     right, losses = [], []
     with torch.compiler.set_stance("force_eager"), autocast(device):
-        for index in range(0, recipe.recall_rows, 32):
-            rows = min(32, recipe.recall_rows - index)
-            inputs, labels = recall_batch(cell.task, context, rows, recipe.recall_vocab, index)
+        for inputs, labels in recall_questions(cell.task, context, recipe):
             hidden = model.model(inputs.to(device), use_cache=False).last_hidden_state
             asked = (labels != IGNORE).to(device)
             logits = F.linear(hidden[asked], model.get_input_embeddings().weight).float()
