@@ -35,7 +35,7 @@ test: $(STAMP)
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
 
-# After a change of the model's code or of results: the folders in model_cards/ hold both.
+# After a change of results: the cards in model_cards/ are made from them.
 cards: $(STAMP)
 	HF_HUB_OFFLINE=1 .venv/bin/python scripts/make_card.py --published
 

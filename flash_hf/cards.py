@@ -121,7 +121,14 @@ def published(cards: Path) -> list[tuple[Path, Path, Path]]:
     ]
 
 
-def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], template: str | os.PathLike) -> ModelCard:
+def make_card(
+    folder: str | os.PathLike,
+    facts: dict,
+    results: list[dict],
+    template: str | os.PathLike,
+    *,
+    has_code: bool | None = None,
+) -> ModelCard:
     """The card of a saved model.
 
     Args:
@@ -134,6 +141,8 @@ def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], templ
         results: Measured numbers, each with `task` (the Hub's name of the task), `dataset`, `split`, `metric`,
             `value`, `command`, `machine` and `commit`. An empty list makes a card that says so.
         template: model_cards/TEMPLATE.md of the repository, or another Jinja template.
+        has_code: Whether the repository holds the code for `trust_remote_code`. By default as the folder does; True
+            for a folder that is going to be pushed with its code.
 
     Raises:
         ValueError: something that the card must say is missing.
@@ -153,6 +162,8 @@ def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], templ
     picture = facts.get("picture")
     if picture is not None and not (folder / picture).is_file():
         raise ValueError(f"`picture` must be a file of {folder}, and {picture!r} is not there.")
+    if has_code is None:
+        has_code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     data = ModelCardData(
         model_name=name,
         license=facts["license"],
@@ -185,7 +196,7 @@ def make_card(folder: str | os.PathLike, facts: dict, results: list[dict], templ
         auto_class=auto_class,
         parameters=count_parameters(folder),
         config=config,
-        has_code="auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        has_code=has_code,
         results=results,
         example=facts.get("example"),
         picture=picture,

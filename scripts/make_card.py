@@ -1,8 +1,8 @@
 """python scripts/make_card.py --folder runs/demo/causal --facts tests/data/card_facts.json --results tests/data/card_results.json
 
 Write README.md, the model card, into a saved model's folder. Facts and results are described in flash_hf/cards.py.
---published does so for every model of model_cards/, brings the code in their folders up to date, and prints the table
-of the README.
+--published does so for every model of model_cards/, and prints the table of the README. Their folders hold no code:
+pushing adds it (flash_hf.hub.add_code, push_with_code), and their cards say so.
 """  # noqa: E501
 
 import argparse
@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 from flash_hf.cards import make_card, published
-from flash_hf.hub import add_code
 
 
 # What the README shows of the results: model, metric, data set, split, and how to say it.
@@ -54,10 +53,8 @@ def main() -> None:
         parser.error("give --folder, --facts and --results, or --published alone")
 
     for folder, facts, results in published(CARDS) if args.published else [one]:
-        if args.published:
-            add_code(folder)
         facts, results = (json.loads(path.read_text(encoding="utf-8")) for path in (facts, results))
-        make_card(folder, facts, results, args.template).save(folder / "README.md")
+        make_card(folder, facts, results, args.template, has_code=args.published or None).save(folder / "README.md")
         print(folder / "README.md")
     if args.published:
         print(table())
