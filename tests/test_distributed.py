@@ -63,7 +63,7 @@ def single(tmp_path_factory):
 
 def for_two_cpus(name, folder):
     """The YAML file of the repo, with what a test machine lacks changed: GPUs, bf16, eight of them."""
-    settings = yaml.safe_load((ROOT / "scripts" / "accelerate" / name).read_text())
+    settings = yaml.safe_load((ROOT / "scripts" / "accelerate_configs" / name).read_text())
     settings.update(num_processes=2, mixed_precision="no", use_cpu=True)
     path = folder / name
     path.write_text(yaml.safe_dump(settings))
@@ -123,7 +123,7 @@ def test_two_processes_give_the_losses_of_one(name, machines, single, tmp_path):
 def test_every_launch_file_is_read_and_names_the_layer():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    folder = ROOT / "scripts" / "accelerate"
+    folder = ROOT / "scripts" / "accelerate_configs"
     kinds = {path.name: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
     types = {name: str(config.distributed_type).split(".")[-1] for name, config in kinds.items()}
     assert types == {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "deepspeed_zero2.yaml": "DEEPSPEED"}
@@ -139,7 +139,7 @@ def test_the_deepspeed_file_selects_zero(monkeypatch):
 
     launched = []
     monkeypatch.setattr(launch, "deepspeed_launcher", launched.append)
-    path = ROOT / "scripts" / "accelerate" / "deepspeed_zero2.yaml"
+    path = ROOT / "scripts" / "accelerate_configs" / "deepspeed_zero2.yaml"
     launch.launch_command(launch.launch_command_parser().parse_args(["--config_file", str(path), *TRAIN]))
     (args,) = launched
     assert [args.training_script, *args.training_script_args] == TRAIN and args.num_processes == 8

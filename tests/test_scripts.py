@@ -233,6 +233,8 @@ def test_profile_step_in_small(tmp_path):
 
 
 def test_no_script_hides_a_package():
-    """A script finds the modules beside it first: scripts/evaluate.py would be what flash_hf.metrics imports."""
+    """A script finds what lies beside it first: scripts/evaluate.py would be what flash_hf.metrics imports, and a folder
+    scripts/accelerate is an empty package of that name where accelerate is not installed."""
     packages = {name.split(".")[0] for name in importlib.metadata.packages_distributions()}
-    assert not {path.stem for path in (ROOT / "scripts").glob("*.py")} & (packages | set(sys.stdlib_module_names))
+    beside = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not (beside - {"__pycache__"}) & (packages | set(sys.stdlib_module_names))
