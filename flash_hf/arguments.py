@@ -256,7 +256,11 @@ def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"--config must be a YAML or JSON file of options; {path} is no file.")
     # Not YAML for both: it reads 1e-5 as a string.
-    options = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+    options = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".json"
+        else yaml.safe_load(path.read_text(encoding="utf-8"))
+    )
     if not isinstance(options, dict):
         raise ValueError(f"--config {path} must hold a mapping of options, got {type(options).__name__}.")
     known = {action.dest for action in parser._actions} - {"help", "config"}

@@ -84,7 +84,7 @@ def commit() -> str:
 
     def git(*command: str) -> str:
         folder = Path(__file__).parent
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, encoding="utf-8", check=True)
         return done.stdout.strip()
 
     try:
@@ -96,7 +96,7 @@ def commit() -> str:
 def processor() -> str:
     """The CPU's name; on Linux from /proc, which knows more than `platform`."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "CPU"

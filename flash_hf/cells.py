@@ -31,7 +31,7 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Write whole or not at all: a cell that was cut off must not look finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=indent) + "\n")
+    part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 
@@ -48,7 +48,7 @@ def provenance() -> dict:
     if commit is None:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         try:
-            commit = subprocess.run(git, capture_output=True, text=True, timeout=20).stdout.strip() or None
+            commit = subprocess.run(git, capture_output=True, encoding="utf-8", timeout=20).stdout.strip() or None
         except OSError:
             commit = None
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
@@ -70,7 +70,9 @@ class Gate:
 
     @contextlib.contextmanager
     def _lock(self, name: str, kind: int) -> Iterator[None]:
-        with open(self.folder / name, "w") as file:  # closing it lets go, and so does the end of a process
+        with open(
+            self.folder / name, "w", encoding="utf-8"
+        ) as file:  # closing it lets go, and so does the end of a process
             fcntl.flock(file, kind)
             yield
 
@@ -99,9 +101,9 @@ class Gate:
 def serve(run: Callable[[str], None], logs: Path) -> None:
     """The other end of `CellRunner(lasting=True)`: run the cells whose names come in by standard input, one a line,
     each with its output in a log, and answer with a line. Ends with the input, or with the first cell that fails."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     for name in map(str.strip, sys.stdin):
-        with open(logs / f"{name}.log", "w") as log:
+        with open(logs / f"{name}.log", "w", encoding="utf-8") as log:
             os.dup2(log.fileno(), sys.stdout.fileno())
             os.dup2(log.fileno(), sys.stderr.fileno())
         try:
@@ -146,7 +148,7 @@ class CellRunner:
         return self.folder / "cells" / f"{cell}.json"
 
     def result(self, cell: str) -> dict | None:
-        return json.loads(self.path(cell).read_text()) if self.path(cell).is_file() else None
+        return json.loads(self.path(cell).read_text(encoding="utf-8")) if self.path(cell).is_file() else None
 
     def run(self, cells: Iterable[str], workers: int) -> None:
         """Run those that are not finished, `workers` at once on each device; again and alone those for which the GPU's
@@ -197,12 +199,14 @@ class CellRunner:
             if self.lasting:
                 done = self._ask(cell, environment, left)
             else:
-                with open(log, "w") as file:
+                with open(log, "w", encoding="utf-8") as file:
                     done = not subprocess.run(
                         [*self.command, cell], stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left
                     ).returncode
             if not done:
-                self.failed[cell] = log.read_text(errors="replace")[-1500:] if log.is_file() else "it did not start"
+                self.failed[cell] = (
+                    log.read_text(errors="replace", encoding="utf-8")[-1500:] if log.is_file() else "it did not start"
+                )
         except subprocess.TimeoutExpired:
             self.failed[cell] = f"cut off: {self.minutes:g} minutes are over"
         state = "FAILED" if cell in self.failed else "done"
@@ -219,7 +223,7 @@ class CellRunner:
         process = getattr(self.kept, "process", None)
         if process is None or process not in self.processes or process.poll() is not None:
             process = self.kept.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment
             )
             self.processes.append(process)
         end = threading.Timer(left, process.kill)

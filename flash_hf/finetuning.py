@@ -788,10 +788,12 @@ def run_finetuning(
     }
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
-        (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         # The interpreter's folder says nothing to others.
         command = shlex.join(["python", *sys.argv])
-        (folder / "card_results.json").write_text(json.dumps(card_results(result, command), indent=1) + "\n")
+        (folder / "card_results.json").write_text(
+            json.dumps(card_results(result, command), indent=1) + "\n", encoding="utf-8"
+        )
     return result
 
 

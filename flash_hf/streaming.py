@@ -223,7 +223,7 @@ def is_network_error(error: BaseException) -> bool:
 def write_state(state: dict, folder: str | Path) -> None:
     """Write the state of a stream into a checkpoint, whole or not at all."""
     path = Path(folder) / STREAM_STATE
-    path.with_suffix(".tmp").write_text(json.dumps(state))
+    path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
 

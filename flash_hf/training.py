@@ -103,7 +103,7 @@ def missing_from_checkpoint(folder: Path, *, streaming: bool = False) -> list[st
     missing = []
     for name in ("trainer_state.json", *([STREAM_STATE] if streaming else [])):
         try:
-            json.loads((folder / name).read_text())
+            json.loads((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             missing.append(name)
         except ValueError as error:
@@ -261,7 +261,7 @@ class FlashTrainer(Trainer):
 
     def go_on_with_stream(self, checkpoint: Path) -> None:
         """Let the stream begin where it was when `checkpoint` was saved. Train with `ignore_data_skip` then."""
-        self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text()))
+        self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8")))
         self._resumed_from = str(checkpoint)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -411,8 +411,8 @@ def write_log(log_history: list[dict], folder: Path) -> None:
     """Write a training log as JSON, as CSV, and as a plot of training and validation loss against the step."""
     # Beside the old files, which are replaced when the new ones are whole: the disk may be full.
     new = {name: folder / f".{name}.tmp" for name in ("log_history.json", "log_history.csv", "loss.png")}
-    new["log_history.json"].write_text(json.dumps(log_history, indent=1))
-    with open(new["log_history.csv"], "w", newline="") as file:
+    new["log_history.json"].write_text(json.dumps(log_history, indent=1), encoding="utf-8")
+    with open(new["log_history.csv"], "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=dict.fromkeys(key for entry in log_history for key in entry))
         writer.writeheader()
         writer.writerows(log_history)

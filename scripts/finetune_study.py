@@ -161,7 +161,7 @@ def pretrain(options: argparse.Namespace, name: str, rate: float) -> dict:
     set_seed(0)
     model = AutoModelForMaskedLM.from_config(model_configs(options, tokenizer)[name])
     collator = data.MaskingCollator(tokenizer, mlm_probability=0.15, seed=0)
-    size = json.loads((work / "text.json").read_text())["validation"]
+    size = json.loads((work / "text.json").read_text(encoding="utf-8"))["validation"]
     trainer = training.FlashTrainer(
         model=model,
         args=args,
@@ -209,7 +209,7 @@ def best_pretraining(options: argparse.Namespace, name: str) -> str | None:
         path = Path(options.work) / "cells" / f"{cell}.json"
         if not path.is_file():
             return None  # a choice from a part of the grid would not be on equal terms
-        losses[cell] = json.loads(path.read_text())["metrics"]["validation"]["loss"]
+        losses[cell] = json.loads(path.read_text(encoding="utf-8"))["metrics"]["validation"]["loss"]
     return min(losses, key=losses.get)
 
 
@@ -306,7 +306,10 @@ class Study(CellRunner):
         return max(sorted(scores), key=scores.get)
 
     def summary(self) -> dict:
-        cells = {path.stem: json.loads(path.read_text()) for path in sorted((self.work / "cells").glob("*.json"))}
+        cells = {
+            path.stem: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted((self.work / "cells").glob("*.json"))
+        }
         table = []
         for task in task_options(self.options):
             for name in MODELS:
@@ -328,7 +331,7 @@ class Study(CellRunner):
         settings = {key: value for key, value in vars(self.options).items() if key not in ("cell", "work", "out")}
         text = self.work / "text.json"
         return {
-            "study": "finetune", "settings": settings, "text": json.loads(text.read_text()),
+            "study": "finetune", "settings": settings, "text": json.loads(text.read_text(encoding="utf-8")),
             "pretraining": pretraining, "table": table, "failed": self.failed, "seconds": round(self.seconds(), 1),
             "cells": cells,
         }  # fmt: skip
@@ -529,7 +532,7 @@ def main() -> int:
     parser = make_parser()
     options = parser.parse_args()
     if options.render:
-        print(as_readme(json.loads(Path(options.render).read_text())), end="")
+        print(as_readme(json.loads(Path(options.render).read_text(encoding="utf-8"))), end="")
         return 0
     if not options.text or not options.work:
         parser.error("--text and --work are needed")
@@ -544,13 +547,13 @@ def main() -> int:
     out = Path(options.out or options.work)
     study = Study(options, begin)
     if not any((study.work / "cells").glob("*.json")) and (out / "summary.json").is_file():
-        earlier = json.loads((out / "summary.json").read_text())
+        earlier = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         for cell, result in earlier["cells"].items():
             if result["kind"] == "tune":  # a pretraining is finished only where its model is
                 write_json(study.path(cell), result)
     study.work.mkdir(parents=True, exist_ok=True)
     prepare(options)
-    print(f"{study.seconds():6.1f} s  text: {(study.work / 'text.json').read_text()}", flush=True)
+    print(f"{study.seconds():6.1f} s  text: {(study.work / 'text.json').read_text(encoding='utf-8')}", flush=True)
     tasks = [task for task in task_options(options) if options.tasks is None or task in options.tasks]
     study.run([pretrain_name(n, rate) for rate in options.pretrain_rates for n in MODELS], min(options.workers, 2))
     ready = [name for name in MODELS if best_pretraining(options, name) is not None]
@@ -563,7 +566,7 @@ def main() -> int:
 
     summary = study.summary()
     write_json(out / "summary.json", summary)
-    (out / "summary.md").write_text(as_markdown(summary))
+    (out / "summary.md").write_text(as_markdown(summary), encoding="utf-8")
     write_json(out / "card_results.json", card_results(summary))
     print(as_markdown(summary))
     for cell, why in study.failed.items():

@@ -76,7 +76,7 @@ def main() -> int:
         run_cells(options)
         return 0
     if options.unbundle:
-        bundle = json.loads(options.unbundle.read_text())
+        bundle = json.loads(options.unbundle.read_text(encoding="utf-8"))
         for name, result in bundle.items():
             write_json(options.results / f"{grid.Cell.parse(name).name}.json", result, indent=None)
         print(f"{len(bundle)} cells are now in {options.results}")
@@ -86,7 +86,7 @@ def main() -> int:
 
         results = grid.load_results(options.results)
         if options.fill:
-            options.fill.write_text(report.fill(options.fill.read_text(), results))
+            options.fill.write_text(report.fill(options.fill.read_text(encoding="utf-8"), results), encoding="utf-8")
         else:
             print(report.render(results), end="")
         if options.figures:
@@ -125,7 +125,7 @@ def main() -> int:
 
     def bundle(cell: str) -> None:
         if options.bundle:
-            found = {path.stem: json.loads(path.read_text()) for path in sorted(new.glob("*.json"))}
+            found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(new.glob("*.json"))}
             write_json(options.bundle, found, indent=None)
 
     words = [sys.executable, __file__, "--work", str(options.work), "--serve"]

@@ -277,7 +277,7 @@ def load_results(*folders: Path) -> Results:
     found = {}
     for folder in folders:
         for path in sorted(Path(folder).glob("*.json")):
-            found[Cell.parse(path.stem)] = json.loads(path.read_text())
+            found[Cell.parse(path.stem)] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 

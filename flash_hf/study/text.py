@@ -65,7 +65,7 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
         size |= {"tokens": len(tokens), "bytes": round(size["bytes"] * share), "words": round(size["words"] * share)}
         np.save(folder / f"{name}.npy", tokens)
         facts[name] = size
-    (folder / "text.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "text.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
 
@@ -127,7 +127,7 @@ def load_stream(
     """
     if not (folder / "text.json").is_file():
         raise FileNotFoundError(f"study: no tokens in {folder}. Make them with --prepare DATA.")
-    facts = json.loads((folder / "text.json").read_text())
+    facts = json.loads((folder / "text.json").read_text(encoding="utf-8"))
     tokens = np.load(folder / f"{corpus}_{part}.npy", mmap_mode="r")[:limit]
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
     return Stream(tokens, context, facts["vocab_size"], None if causal else facts["mask"])

@@ -280,7 +280,7 @@ def run_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe) -> dict:
     found = (time_cell if cell.kind == "time" else train_cell)(cell, folder, gate, recipe, device)
     result = {**dataclasses.asdict(cell), **found, "recipe": dataclasses.asdict(recipe), **provenance()}
     if not cell.recalls:
-        result["text"] = json.loads((folder / "text.json").read_text())
+        result["text"] = json.loads((folder / "text.json").read_text(encoding="utf-8"))
     if device == "cuda":
         result["peak_gigabytes"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     result["cell_seconds"] = round(time.perf_counter() - begin, 1)
