@@ -7,6 +7,8 @@ PYTEST_ARGS ?=
 # Some containers forbid Python to keep what it has compiled: every process of the tests would then compile anew all that
 # it imports, for half a minute.
 export PYTHONDONTWRITEBYTECODE :=
+# Python warns of text files opened in the encoding of the locale, and setup.cfg makes that an error.
+export PYTHONWARNDEFAULTENCODING := 1
 
 # The stamp is younger than what it depends on exactly when the environment is up to date.
 STAMP := .venv/.stamp

@@ -93,7 +93,7 @@ def lane(request, tmp_path_factory):
     if fcntl is None:
         yield
         return
-    with open(tmp_path_factory.getbasetemp().parent / "lane.lock", "w") as lock:
+    with open(tmp_path_factory.getbasetemp().parent / "lane.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
         yield
 
@@ -105,6 +105,13 @@ def exact_float32():
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+def pytest_configure(config):
+    # For this process and the workers of pytest-xdist. Scripts that tests start would print such warnings of other
+    # packages, too, among the errors that the tests read.
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        os.environ.pop("PYTHONWARNDEFAULTENCODING", None)
 
 
 def pytest_collection_modifyitems(items):
