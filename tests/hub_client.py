@@ -165,7 +165,12 @@ def test_remote_code_by_name(model, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     # The module carries the commit, so that another version of the code would not be mixed with it.
@@ -288,7 +293,7 @@ def hf(*command: str, **environment: str) -> subprocess.CompletedProcess:
         [Path(sys.executable).with_name("hf"), *command],
         env={**os.environ, **environment},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
 

@@ -403,13 +403,13 @@ class Handler(BaseHTTPRequestHandler):
         blobs = "blobs" in self.q
         card = {}
         if "README.md" in files:
-            t = open(self.path_of(files["README.md"])).read()
+            t = open(self.path_of(files["README.md"]), encoding="utf-8").read()
             if t.startswith("---") and "library_name:" in t:
                 card["library_name"] = re.search(r"library_name:\s*(\S+)", t)[1]
         cfg = {}
         if "config.json" in files:
             try:
-                cfg = json.load(open(self.path_of(files["config.json"])))
+                cfg = json.load(open(self.path_of(files["config.json"]), encoding="utf-8"))
             except ValueError:
                 pass
         d = {

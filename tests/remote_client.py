@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 ROOT = Path(os.environ["REMOTE_ROOT"])
 SAVED = sorted(path.name for path in ROOT.iterdir() if (path / "expected.safetensors").exists())
-AUTO_MAP = json.loads((ROOT / SAVED[0] / "config.json").read_text())["auto_map"]
+AUTO_MAP = json.loads((ROOT / SAVED[0] / "config.json").read_text(encoding="utf-8"))["auto_map"]
 
 
 def load(folder: Path, auto_class: str, **options):
@@ -104,7 +104,7 @@ def test_saved_again_it_carries_the_code_on(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForMaskedLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(outputs(again, {"input_ids": stored["in.input_ids"]})[0], stored["out.0"])
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"] == AUTO_MAP
 
 
 def test_two_versions_in_one_process():

@@ -47,7 +47,7 @@ streaming.BATCH_CHARACTERS = 2000
 
 
 def push() -> None:
-    api, text = HfApi(), BOOK.read_text()
+    api, text = HfApi(), BOOK.read_text(encoding="utf-8")
     api.create_repo("alice/books", repo_type="dataset")
     for name, begin, end in [("validation", 150_000, 151_500), *((n, n * 4000, n * 4000 + 4000) for n in range(8))]:
         rows = [json.dumps({"text": text[i : i + 301]}) + "\n" for i in range(begin, end, 301)]
@@ -84,7 +84,7 @@ def train(name: str, *more: str, hush: bool = False) -> dict[int, float]:
         training.run_training("causal", *parsed)
     finally:
         training.build_trainer = build
-    log = json.loads((FOLDER / name / "log_history.json").read_text())
+    log = json.loads((FOLDER / name / "log_history.json").read_text(encoding="utf-8"))
     return {line["step"]: line["loss"] for line in log if "loss" in line}
 
 

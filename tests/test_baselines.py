@@ -586,7 +586,7 @@ def test_bad_settings_of_baselines_are_refused():
 
 def test_the_table_of_baselines_is_true():
     """Every configuration that the README of the baselines shows can be built."""
-    text = (Path(__file__).parents[1] / "flash_hf" / "baselines" / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "flash_hf" / "baselines" / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"`((?:baseline_config|FlashConfig|GAUConfig)\(.*?\))`", text)
     assert len(lines) >= len(BASELINES)
     for line in lines:

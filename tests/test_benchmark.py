@@ -37,7 +37,7 @@ def run_script(monkeypatch, *options) -> int:
 
 
 def rows_of(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -265,7 +265,7 @@ def test_rows_are_appended_with_their_origin(tmp_path, monkeypatch):
     assert rows[0]["commit"] == "abc123" and rows[0]["torch"] == torch.__version__
     assert float(rows[1]["ms"]) == 2 and float(rows[1]["tokens_per_s"]) == 16_000
     assert rows[2]["ms"] == "" and rows[2]["note"] == "out of memory"
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="name another"):
         benchmark_runs.Recorder(tmp_path / "other.csv", "cpu")
 
@@ -318,7 +318,7 @@ def test_an_unknown_name_is_refused(monkeypatch, capfd):
 # -- tables and plots
 def made_up(path: Path, rows: list[tuple]) -> Path:
     """A CSV of `(model, direction, measurement, context, batch, ms, peak_gib, note)`."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, benchmark_runs.COLUMNS)
         writer.writeheader()
         for model, direction, measurement, context, batch, ms, memory, note in rows:
@@ -391,7 +391,7 @@ def test_the_script_prints_tables_and_plots(monkeypatch, tmp_path, capfd):
 
 
 def test_another_csv_is_refused(tmp_path):
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no table of scripts/benchmark.py"):
         benchmark_report.read([tmp_path / "other.csv"])
 
@@ -430,7 +430,7 @@ CONTEXTS = (512, 2048, 8192, 32_768, 65_536, 131_072)
 def test_the_readme_shows_what_the_kept_results_give():
     kept = "scripts/results/benchmark"
     root = Path(__file__).parents[1]
-    readme = (root / "README.md").read_text()
+    readme = (root / "README.md").read_text(encoding="utf-8")
     results = benchmark_report.read(sorted((root / kept).glob("*.csv")))
     assert benchmark_report.target_table(results) in readme and kept in readme
     for model, title in (("flash", "FLASH"), ("transformer++", "Transformer++")):

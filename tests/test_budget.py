@@ -75,7 +75,7 @@ def test_a_resumed_run_goes_on_from_its_rate(clock):
 
 def test_a_run_ends_in_time_and_saves(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "text.txt").write_text("Down the road of yellow brick. " * 400)
+    (tmp_path / "text.txt").write_text("Down the road of yellow brick. " * 400, encoding="utf-8")
     parsed = training.parse_arguments(
         f"--train_file {tmp_path / 'text.txt'} --config_overrides hidden_size=16,num_hidden_layers=1,query_key_dim=8,"
         "chunk_size=16,vocab_size=300 --tokenizer_vocab_size 280 --block_size 64 --max_minutes 0.05 --logging_steps 1 "
@@ -84,13 +84,13 @@ def test_a_run_ends_in_time_and_saves(tmp_path, monkeypatch):
     begin = time.monotonic()
     training.run_training("causal", *parsed)
     seconds = time.monotonic() - begin
-    log = json.loads((tmp_path / "run" / "log_history.json").read_text())
+    log = json.loads((tmp_path / "run" / "log_history.json").read_text(encoding="utf-8"))
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
     assert 3 <= seconds < 60 and rates
     assert max(rates) <= 1e-3
     assert any("train_runtime" in entry for entry in log)
     assert not any(name.startswith("train_") and name.endswith("per_second") for entry in log for name in entry)
-    state = json.loads(next((tmp_path / "run").glob("checkpoint-*/trainer_state.json")).read_text())
+    state = json.loads(next((tmp_path / "run").glob("checkpoint-*/trainer_state.json")).read_text(encoding="utf-8"))
     assert state["stateful_callbacks"]["TimeBudget"]["attributes"]["before"] == 1.0
 
 

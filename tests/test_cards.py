@@ -29,8 +29,8 @@ from flash_hf.testing import tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
-FACTS = json.loads((ROOT / "tests" / "data" / "card_facts.json").read_text())
-RESULTS = json.loads((ROOT / "tests" / "data" / "card_results.json").read_text())
+FACTS = json.loads((ROOT / "tests" / "data" / "card_facts.json").read_text(encoding="utf-8"))
+RESULTS = json.loads((ROOT / "tests" / "data" / "card_results.json").read_text(encoding="utf-8"))
 PUBLISHED = {folder.name: (folder, facts, results) for folder, facts, results in published(ROOT / "model_cards")}
 
 
@@ -47,7 +47,7 @@ def test_the_script_writes_a_card_with_everything(folder):
         [*command, "--folder", folder, "--facts", facts, "--results", results],
         env={**os.environ, "PYTHONPATH": str(Path(flash_hf.__file__).parents[1])},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -156,7 +156,7 @@ def test_other_mistakes_are_refused(folder, tmp_path):
         make_card(folder, FACTS, {"metrics": {}}, TEMPLATE)
     with pytest.raises(ValueError, match=r"`results\[0\].command` must fit into a cell"):
         check_results([{**RESULTS[0], "command": "python a.py | tee log"}])
-    (tmp_path / "template.md").write_text("---\n{{ card_data }}\n---\n{{ nobody_knows }}\n")
+    (tmp_path / "template.md").write_text("---\n{{ card_data }}\n---\n{{ nobody_knows }}\n", encoding="utf-8")
     with pytest.raises(jinja2.UndefinedError, match="nobody_knows"):
         make_card(folder, FACTS, RESULTS, tmp_path / "template.md")
     (folder / "model.safetensors").unlink()
@@ -179,10 +179,15 @@ def test_a_picture_must_be_there(folder):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_folder_is_up_to_date(name):
     """The card is made from its facts and results by `make cards`; the code is added by a push, not kept here."""
-    folder, facts, results = (PUBLISHED[name][0], *(json.loads(path.read_text()) for path in PUBLISHED[name][1:]))
+    folder, facts, results = (
+        PUBLISHED[name][0],
+        *(json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED[name][1:]),
+    )
     card = make_card(folder, facts, results, TEMPLATE, has_code=True)
-    assert card.content == (folder / "README.md").read_text(), "make cards"
-    assert not list(folder.glob("*.py")) and "auto_map" not in json.loads((folder / "config.json").read_text())
+    assert card.content == (folder / "README.md").read_text(encoding="utf-8"), "make cards"
+    assert not list(folder.glob("*.py")) and "auto_map" not in json.loads(
+        (folder / "config.json").read_text(encoding="utf-8")
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -193,9 +198,9 @@ def test_a_published_model_is_small_and_measured(name):
     with safe_open(weights, "pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}
     # What the results tell of the training is the end of its log.
-    log = json.loads((folder / "log_history.json").read_text())
+    log = json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
     last = [entry for entry in log if "eval_loss" in entry][-1]
-    rows = [row for row in json.loads(results.read_text()) if "scripts/train_" in row["command"]]
+    rows = [row for row in json.loads(results.read_text(encoding="utf-8")) if "scripts/train_" in row["command"]]
     found = {row["metric"].split()[0].rstrip(","): row["value"] for row in rows}
     measured = [key for key in ("perplexity", "word_perplexity", "bits_per_byte", "masked_accuracy") if key in found]
     assert len(measured) >= 2
@@ -204,9 +209,9 @@ def test_a_published_model_is_small_and_measured(name):
 
 
 def test_the_readme_shows_the_results():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "scripts" / "make_card.py"))["table"]() in readme
-    results = json.loads(PUBLISHED["flash-7m-causal"][2].read_text())
+    results = json.loads(PUBLISHED["flash-7m-causal"][2].read_text(encoding="utf-8"))
     whole, cut = (
         next(row["value"] for row in results if row["metric"] == metric)
         for metric in ("bits_per_byte", "bits_per_byte, context 4096")
@@ -282,6 +287,6 @@ for name, auto in (("causal", AutoModelForCausalLM), ("masked", AutoModelForMask
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     print(type(model).__name__)
 """
-    done = subprocess.run([warm.python(), "-c", program], capture_output=True, text=True, timeout=240)
+    done = subprocess.run([warm.python(), "-c", program], capture_output=True, encoding="utf-8", timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["FlashForCausalLM", "FlashForMaskedLM"]

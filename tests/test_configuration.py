@@ -31,7 +31,7 @@ def test_saves_and_loads_exactly(tmp_path):
 def test_old_and_extra_keys_of_a_file_still_load(tmp_path):
     stored = {**tiny_config().to_dict(), "a_key_of_tomorrow": 3, "chunksize": 5, "torch_dtype": "float32"}
     stored.pop("norm_eps")
-    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "config.json").write_text(json.dumps(stored), encoding="utf-8")
     config = FlashConfig.from_pretrained(tmp_path)
     assert config.a_key_of_tomorrow == 3 and config.chunk_size == 8 and config.norm_eps == 1e-5
     config.save_pretrained(tmp_path / "again")
@@ -90,7 +90,7 @@ def test_wrong_values_and_names_are_refused(changes, words):
 
 
 def test_a_bad_file_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**tiny_config().to_dict(), "chunk_size": 0}))
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config().to_dict(), "chunk_size": 0}), encoding="utf-8")
     with pytest.raises(Exception, match="chunk_size.*at least 1"):
         FlashConfig.from_pretrained(tmp_path)
 

@@ -481,7 +481,9 @@ def test_files_that_are_refused(tmp_path):
         read_state_dict(tmp_path)
     with pytest.raises(ValueError, match="something else"):
         read_state_dict(tmp_path / "b.pt")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "../x.safetensors"}}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match="files beside it"):
         read_state_dict(tmp_path)
 
@@ -493,8 +495,8 @@ def test_files_that_are_read(tmp_path):
     for name in state:
         save_file({name: state[name]}, tmp_path / f"{name}.safetensors")
     weight_map = {"weight_map": {name: f"{name}.safetensors" for name in state}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weight_map))
-    (tmp_path / "config.json").write_text('{"group_size": 8}')
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(weight_map), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"group_size": 8}', encoding="utf-8")
     read, settings = read_state_dict(tmp_path)
     assert read.keys() == state.keys() and settings == {"group_size": 8}
 
@@ -511,9 +513,9 @@ def test_script_makes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     source, output = tmp_path / "original", tmp_path / "converted"
     source.mkdir()
     torch.save(state, source / "pytorch_model.bin")
-    (source / "config.json").write_text(json.dumps({"model_type": "flash", **SETTINGS}))
+    (source / "config.json").write_text(json.dumps({"model_type": "flash", **SETTINGS}), encoding="utf-8")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (source / "vocab.txt").write_text("\n".join(words) + "\n")
+    (source / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     report = script(monkeypatch, capsys, source, output, "--padded_length", "0")
     assert report["kind"] == "junnyu_flash" and report["tokenizer"] and report["class"] == "FlashForMaskedLM"
     model = AutoModelForMaskedLM.from_pretrained(output)
@@ -546,9 +548,9 @@ def test_script_says_why_it_refuses(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_first_line_command_runs(tmp_path):
-    command = SCRIPT.read_text().split('"""')[1].splitlines()[0].split()
+    command = SCRIPT.read_text(encoding="utf-8").split('"""')[1].splitlines()[0].split()
     assert command[:2] == ["python", "scripts/convert_checkpoint.py"]
     command[command.index("runs/hf")] = str(tmp_path / "out")
-    done = subprocess.run([warm.python(), *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([warm.python(), *command[1:]], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.chunk_size == 24

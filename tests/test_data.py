@@ -28,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([{"text": BOOK.read_text()[:60_000]}], 400)
+    return data.train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -169,7 +169,7 @@ def test_split_documents():
     two = data.split_documents(documents.take(2), 0.9)  # both parts keep at least one
     assert [len(part) for part in two] == [1, 1]
 
-    text = BOOK.read_text()
+    text = BOOK.read_text(encoding="utf-8")
     train, validation = data.split_documents(Dataset.from_dict({"text": [text]}), 0.1)
     assert train[0]["text"] + validation[0]["text"] == text
     assert validation[0]["text"][0].isspace()  # not inside a word
@@ -206,12 +206,12 @@ def test_tokenizer_errors(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="vocab_size must be at least 259"):
         data.train_tokenizer([{"text": "x"}], 258)
     tokenizer.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "mask_token": None}))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "mask_token": None}), encoding="utf-8")
     assert data.load_tokenizer(str(tmp_path), masked=False).mask_token is None
     with pytest.raises(ValueError, match="has no mask_token"):
         data.load_tokenizer(str(tmp_path), masked=True)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}), encoding="utf-8")
     with pytest.raises(ValueError, match="neither an eos_token nor a sep_token"):
         data.load_tokenizer(str(tmp_path), masked=False)
 
@@ -425,7 +425,9 @@ def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
 
 
 def test_mask_once_fixes_the_validation_set(tokenizer):
-    tokenized = data.tokenize_documents(Dataset.from_dict({"text": [BOOK.read_text()[:20_000]]}), tokenizer)
+    tokenized = data.tokenize_documents(
+        Dataset.from_dict({"text": [BOOK.read_text(encoding="utf-8")[:20_000]]}), tokenizer
+    )
     blocks = data.pack_documents(tokenized, tokenizer, block_size=64, causal=False)
     collator = data.MaskingCollator(tokenizer, seed=1)
     masked = collator.mask_once(blocks)

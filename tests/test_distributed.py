@@ -33,7 +33,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "HF_HU
 
 def run(*command):
     done = subprocess.run(
-        [warm.python(), *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+        [warm.python(), *map(str, command)], cwd=ROOT, capture_output=True, encoding="utf-8",
         env={**ENVIRONMENT, "PYTHON_EXEC": warm.python()},  # what the launcher starts
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -50,7 +50,7 @@ def run_here(kind, *command):
 
 
 def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return torch.tensor([entry["loss"] for entry in history if "loss" in entry])
 
 
@@ -63,10 +63,10 @@ def single(tmp_path_factory):
 
 def for_two_cpus(name, folder):
     """The YAML file of the repo, with what a test machine lacks changed: GPUs, bf16, eight of them."""
-    settings = yaml.safe_load((ROOT / "scripts" / "accelerate_configs" / name).read_text())
+    settings = yaml.safe_load((ROOT / "scripts" / "accelerate_configs" / name).read_text(encoding="utf-8"))
     settings.update(num_processes=2, mixed_precision="no", use_cpu=True)
     path = folder / name
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
 
 
@@ -77,10 +77,10 @@ def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
 
     A checkpoint of the two is gone on from by the one, at the stream's place.
     """
-    text = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text()
+    text = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
     for name, begin, end in (("train", 0, 60_000), ("validation", 60_000, 61_000)):
         rows = [json.dumps({"text": text[i : i + 700]}) + "\n" for i in range(begin, end, 700)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     command = (
         f"scripts/train_{kind}.py --train_file {tmp_path / 'train.jsonl'} --config scripts/tiny.json --block_size 64 "
         f"--validation_file {tmp_path / 'validation.jsonl'} --batch_tokens 1024 --max_steps 5 --logging_steps 1 "
@@ -184,7 +184,7 @@ def test_tensor_parallel_over_two_processes(tmp_path):
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
     torch.save({"ids": ids, "mask": mask}, tmp_path / "inputs.pt")
-    (tmp_path / "program.py").write_text(TENSOR_PARALLEL)
+    (tmp_path / "program.py").write_text(TENSOR_PARALLEL, encoding="utf-8")
     port = 31500 + os.getpid() % 1000
     run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, tmp_path / "program.py", tmp_path)
     out = torch.load(tmp_path / "out.pt", weights_only=True)

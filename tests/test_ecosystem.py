@@ -17,7 +17,7 @@ from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
 ROOT = Path(__file__).parent.parent
-BOOK = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text()
+BOOK = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,6 @@ def test_linter_of_transformers_models():
     auto_docstring would write the fields' descriptions over ours, which say more."""
     done = subprocess.run(
         [sys.executable, "-m", "mlinter", "--no-cache", "--no-progress", "flash_hf/modeling_flash.py"],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

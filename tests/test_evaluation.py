@@ -20,7 +20,7 @@ from flash_hf.testing import make_model, random_ids, tiny_config
 
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text()
+TEXT = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
 TASKS = ROOT / "scripts" / "lm_eval_tasks"
 DOCUMENTS = [{"text": TEXT[3000:3900]}, {"text": "  "}, {"text": TEXT[9000:9300]}]
 
@@ -211,7 +211,7 @@ def test_speed_is_tokens_over_time(causal, masked, monkeypatch):
 def test_the_questions_are_sound():
     """And stand in no text that is trained on here: their books are held out."""
     cloze, following = (
-        [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text().splitlines()]
+        [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         for name in ("book_cloze", "book_next")
     )
     assert len(cloze) == len(following) == 200
@@ -233,8 +233,8 @@ def test_the_questions_are_made_by_rule(tmp_path, monkeypatch, capsys):
     assert "9 of" in capsys.readouterr().out
     flat = " ".join(TEXT.split())
     for name in ("book_cloze.jsonl", "book_next.jsonl"):
-        made = (tmp_path / "first" / name).read_text()
-        assert made == (tmp_path / "second" / name).read_text()
+        made = (tmp_path / "first" / name).read_text(encoding="utf-8")
+        assert made == (tmp_path / "second" / name).read_text(encoding="utf-8")
         for row in map(json.loads, made.splitlines()):
             after = f" {row['word']}" if "word" in row else f" {row['choices'][row['answer']]}"
             # The right answer is what the book says; further back there may be a heading that was left out.
@@ -270,11 +270,11 @@ def evaluate(monkeypatch, model: Path, *options: str) -> None:
 
 def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS), encoding="utf-8")
     files = ["--files", str(tmp_path / "held_out.jsonl")]
     output = tmp_path / "new" / "results.json"
     evaluate(monkeypatch, folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
-    first = json.loads(output.read_text())
+    first = json.loads(output.read_text(encoding="utf-8"))
     check_results(first)
     assert {row["dataset"] for row in first} == {"held_out"} and {row["task"] for row in first} == {"text-generation"}
     metrics = {row["metric"]: row["value"] for row in first}
@@ -288,7 +288,7 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
     more = ["--context", "40", "--dataset", "other", "--measure", "perplexity", "speed", "--lengths", "32"]
     evaluate(monkeypatch, folders["causal"], *files, *more, "--output", str(output))
     evaluate(monkeypatch, folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
-    rows = json.loads(output.read_text())
+    rows = json.loads(output.read_text(encoding="utf-8"))
     keys = [(row["dataset"], row["metric"]) for row in rows]
     assert len(keys) == len(set(keys)) and {("held_out", "loss"), ("other", "loss, context 40")} <= set(keys)
     assert {metric for name, metric in keys if name == "random-tokens"} == {

@@ -43,7 +43,9 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    data.train_tokenizer([{"text": (DATA / "wizard_of_oz.txt").read_text()}], 600).save_pretrained(folder)
+    data.train_tokenizer([{"text": (DATA / "wizard_of_oz.txt").read_text(encoding="utf-8")}], 600).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -72,7 +74,7 @@ def arguments(task: str, output_dir: Path, tokenizer: Path | None = None, /, **c
 
 
 def write(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -163,9 +165,9 @@ def test_learns_far_above_chance(task, metric, at_least, epochs, order, tokenize
     parsed = arguments(task, tmp_path / "run", tokenizer, num_train_epochs=epochs, train_sampling_strategy=order)
     result = finetuning.run_finetuning(*parsed)
     assert result["metrics"]["validation"][metric] > at_least, result["metrics"]
-    saved = json.loads((tmp_path / "run" / "results.json").read_text())
+    saved = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(result)) and saved["versions"]["torch"] and saved["seed"] == 42
-    card = json.loads((tmp_path / "run" / "card_results.json").read_text())
+    card = json.loads((tmp_path / "run" / "card_results.json").read_text(encoding="utf-8"))
     check_results(card)
     assert {entry["metric"]: entry["value"] for entry in card}[metric] == result["metrics"]["validation"][metric]
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
@@ -173,7 +175,7 @@ def test_learns_far_above_chance(task, metric, at_least, epochs, order, tokenize
     if task == "classification":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
         assert [*model.config.id2label.values()] == ["Dorothy", "Lion", "Scarecrow", "Tin Woodman"]
-        rows = [json.loads(line) for line in (DATA / FILES[task][1]).read_text().splitlines()]
+        rows = [json.loads(line) for line in (DATA / FILES[task][1]).read_text(encoding="utf-8").splitlines()]
         classify = pipeline("text-classification", str(tmp_path / "run"))
         right = [classify(row["text"])[0]["label"] == row["label"] for row in rows]
         assert np.mean(right) == pytest.approx(result["metrics"]["validation"]["accuracy"])
@@ -199,10 +201,10 @@ def test_goes_on_from_a_model_and_tests(tokenizer, tmp_path):
     """The labels keep the order of a model that knows them; a test set is measured on its own."""
     options = {"num_train_epochs": 1, "max_train_examples": 32, "validation_file": None}
     finetuning.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))
-    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config = json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))
     config["id2label"] = dict(enumerate(reversed(config["id2label"].values())))
     config["label2id"] = {name: number for number, name in config["id2label"].items()}
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     options |= {"model": tmp_path / "a", "config_overrides": None, "test_file": DATA / FILES["classification"][1]}
     result = finetuning.run_finetuning(*arguments("classification", tmp_path / "b", None, **options))
     assert result["labels"] == ["Tin Woodman", "Scarecrow", "Lion", "Dorothy"]
@@ -218,8 +220,8 @@ def task_arguments(task: str, **changes) -> finetuning.TaskArguments:
 
 
 def test_tables_keep_what_stands_there(tmp_path):
-    (tmp_path / "a.tsv").write_text('say "no\t1\nNA\t0\nnull\t1\n')
-    (tmp_path / "a.csv").write_text('text,label\n"one, ""two""",bad\nnull,good\n')
+    (tmp_path / "a.tsv").write_text('say "no\t1\nNA\t0\nnull\t1\n', encoding="utf-8")
+    (tmp_path / "a.csv").write_text('text,label\n"one, ""two""",bad\nnull,good\n', encoding="utf-8")
     load = finetuning.Classification.load
     rows = load(task_arguments("classification", column_names=["text", "label"]), [str(tmp_path / "a.tsv")], "", None)
     assert rows["text"][:] == ['say "no', "NA", "null"] and rows["label"][:] == ["1", "0", "1"]
@@ -240,13 +242,15 @@ def test_class_names_and_their_order():
 
 
 def test_column_files(tmp_path):
-    (tmp_path / "a.conll").write_text("-DOCSTART- -X- O\n\nThe DT O\nLion NN B-PER\n\n\nhe\tB-PER\n\t\nran\tO")
+    (tmp_path / "a.conll").write_text(
+        "-DOCSTART- -X- O\n\nThe DT O\nLion NN B-PER\n\n\nhe\tB-PER\n\t\nran\tO", encoding="utf-8"
+    )
     assert finetuning.read_column_file(tmp_path / "a.conll") == [
         {"tokens": ["The", "Lion"], "tags": ["O", "B-PER"]},
         {"tokens": ["he"], "tags": ["B-PER"]},
         {"tokens": ["ran"], "tags": ["O"]},
     ]
-    (tmp_path / "b.conll").write_text("The O\nLion\n")
+    (tmp_path / "b.conll").write_text("The O\nLion\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2 must hold a word and its tag, got 'Lion'"):
         finetuning.read_column_file(tmp_path / "b.conll")
 
@@ -280,7 +284,7 @@ def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
 def test_long_contexts_are_split_and_answers_found(tokenizer):
     """With windows that overlap, the answer's tokens are marked where it is whole, and decoding finds it again."""
     tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
-    context = (DATA / "wizard_of_oz.txt").read_text()[5000:6500]
+    context = (DATA / "wizard_of_oz.txt").read_text(encoding="utf-8")[5000:6500]
     begin = context.index("Toto")
     found, none = {"text": ["Toto"], "answer_start": [begin]}, {"text": [], "answer_start": []}
     rows = [
@@ -364,22 +368,22 @@ def test_bad_data_is_refused(task, files, changes, message, tmp_path):
 
 
 def test_bad_files_are_refused(tmp_path):
-    (tmp_path / "a.json").write_text('{"data": [{"paragraphs": [{"qas": []}, 3]}]}')
+    (tmp_path / "a.json").write_text('{"data": [{"paragraphs": [{"qas": []}, 3]}]}', encoding="utf-8")
     with pytest.raises(ValueError, match="must be in SQuAD's format"):
         finetuning.read_squad_file(tmp_path / "a.json")
-    (tmp_path / "a.xml").write_text("<a/>")
+    (tmp_path / "a.xml").write_text("<a/>", encoding="utf-8")
     with pytest.raises(ValueError, match=r"must end in one of .*\.jsonl.*got '.xml'"):
         finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "a.xml")], "")
-    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "a.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="of one type, got .jsonl, .xml"):
         finetuning.load_rows(task_arguments("qa"), [str(tmp_path / "a.xml"), str(tmp_path / "a.jsonl")], "")
-    (tmp_path / "b.jsonl").write_text('{"text": "x"')
+    (tmp_path / "b.jsonl").write_text('{"text": "x"', encoding="utf-8")
     with pytest.raises(ValueError, match="Cannot read .*b.jsonl as json"):
         finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "b.jsonl")], "")
 
 
 def test_earlier_results_are_not_overwritten(tmp_path):
-    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "results.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileExistsError, match="must be empty"):
         finetuning.run_finetuning(*arguments("classification", tmp_path))
 
@@ -390,7 +394,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def first_line(script: str) -> list[str]:
-    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text()))
+    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text(encoding="utf-8")))
     python, *command = shlex.split(docstring.splitlines()[0])
     assert python == "python" and command[0] == f"scripts/{script}"
     return command
@@ -403,10 +407,10 @@ def test_first_line_command_learns(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
                    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
     done = subprocess.run(
-        [warm.python(), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [warm.python(), *command], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    result = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert result["metrics"]["validation"]["accuracy"] > 0.4
     assert f"accuracy {result['metrics']['validation']['accuracy']:.4f}" in done.stdout
 
@@ -438,7 +442,7 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     pretraining = [f"pretrain-{name}-{rate}" for rate in ("0.001", "0.002") for name in ("flash", "transformer_pp")]
     assert study.begun[:4] == pretraining
     assert len(study.begun) == 4 + 2 * 2 + 2 and len(set(study.begun)) == 10
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     flash, other = summary["pretraining"]
     assert abs(flash["parameters"] / other["parameters"] - 1) < 0.02 and flash["tokens"] == other["tokens"]
     for row in (flash, other):
@@ -458,15 +462,15 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
         assert by_rate[row["learning_rate"]] == max(by_rate.values())
         tests = [cell["metrics"]["test"]["f1"] for cell in cells if cell["learning_rate"] == row["learning_rate"]]
         assert row["test"] == pytest.approx(np.mean(tests)) and row["seeds"] == len(tests) == 2
-    check_results(json.loads((tmp_path / "out" / "card_results.json").read_text()))
+    check_results(json.loads((tmp_path / "out" / "card_results.json").read_text(encoding="utf-8")))
 
     lost = tmp_path / "work" / "cells" / f"{study.begun[-1]}.json"
-    before = json.loads(lost.read_text())
+    before = json.loads(lost.read_text(encoding="utf-8"))
     lost.unlink()
     study.begun.clear()
     assert study.main() == 0
     assert study.begun == [lost.stem]
-    assert json.loads(lost.read_text())["metrics"] == before["metrics"]
+    assert json.loads(lost.read_text(encoding="utf-8"))["metrics"] == before["metrics"]
 
     # Another machine, with the summary alone: only what its models are needed for is done again.
     command[command.index("--work") + 1] = str(tmp_path / "elsewhere")
@@ -488,7 +492,7 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
 
 def test_study_that_was_cut_off_says_what_it_lacks(study):
     """Rates and seeds that are gone are named, and a model without all rates has no choice."""
-    summary = json.loads((ROOT / "scripts" / "results" / "finetune_study.json").read_text())
+    summary = json.loads((ROOT / "scripts" / "results" / "finetune_study.json").read_text(encoding="utf-8"))
     gone = {"tune-flash-sst2-0.001-0": "cut off: 7.2 minutes are over", "pretrain-flash-0.001": "x\nValueError: y"}
     unknown = "tune-transformer_pp-wnut17-0.001-0"
     summary["cells"] = {

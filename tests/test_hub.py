@@ -40,7 +40,7 @@ def test_hub(transport, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(TESTS)]),
     }
     command = [warm.python(), "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--durations=0", "hub_client.py"]
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 14
     log = done.stdout + done.stderr

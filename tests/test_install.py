@@ -37,6 +37,6 @@ def test_the_plain_install_needs_none_of_the_extras(tmp_path):
     absent = ["triton", "einops", "datasets", "evaluate", "matplotlib", "peft", "accelerate", "pandas"]
     assert not any(name in needed for name in absent)
     program = PROGRAM.format(absent=absent, root=str(ROOT), folder=str(tmp_path / "model"))
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 30])" in done.stdout

@@ -500,7 +500,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.startswith("True\n") and "triton is not installed" in done.stdout
     assert done.stderr.count("triton is not installed") == 1
 

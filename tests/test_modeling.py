@@ -511,8 +511,8 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, caplog):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         FlashForCausalLM.from_pretrained(tmp_path, config=tiny_config(hidden_size=32))
     assert "embed_tokens.weight" in caplog.text and "[61, 24]" in caplog.text and "[61, 32]" in caplog.text
-    stored = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**stored, "chunk_size": 16}))
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "chunk_size": 16}), encoding="utf-8")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         FlashForCausalLM.from_pretrained(tmp_path)
     assert "relative_bias.weight" in caplog.text
@@ -537,7 +537,7 @@ def test_a_broken_weights_file_is_refused_and_left_alone(damage, tmp_path):
 
 def test_saving_where_nothing_can_be_written(tmp_path):
     model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises((OSError, AssertionError), match="file"):
         model.save_pretrained(tmp_path / "file" / "model")
-    assert (tmp_path / "file").read_text() == "in the way"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"

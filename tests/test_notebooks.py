@@ -116,11 +116,13 @@ def test_runs(path, monkeypatch, tmp_path):
         monkeypatch.setenv(name, str(tmp_path))
     startup = tmp_path / "profile_default" / "startup"
     startup.mkdir(parents=True)
-    (startup / "00.py").write_text(STARTUP)
+    (startup / "00.py").write_text(STARTUP, encoding="utf-8")
     kernel = tmp_path / "kernels" / "python3" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     command = [warm.python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    kernel.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    kernel.write_text(
+        json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
+    )
     # Where nobody has drawn before, matplotlib says on stderr that it looks for fonts; here it does so beforehand.
     monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
     notebook = nbformat.read(path, as_version=4)

@@ -17,7 +17,7 @@ BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
 
 
 def test_nothing_is_lost_and_no_paragraph_is_cut():
-    text = BOOK.read_text()
+    text = BOOK.read_text(encoding="utf-8")
     found = list(cut_passages(text, random.Random(0), shortest=8, longest=2048))
     assert "\n\n".join(found) == text.rstrip("\n") or "\n\n".join(found).strip() == text.strip()
     lengths = sorted(len(passage.split()) for passage in found[:-1])
@@ -34,7 +34,7 @@ def test_a_draw_of_one_length_cuts_as_soon_as_it_is_reached():
 
 
 def test_rows_are_drawn_by_seed():
-    rows = [{"text": BOOK.read_text()}, {"text": None}]
+    rows = [{"text": BOOK.read_text(encoding="utf-8")}, {"text": None}]
     first, second, third = (list(passages(rows, seed=seed)) for seed in (0, 0, 1))
     assert first == second != third
 
@@ -50,7 +50,7 @@ def test_the_script_shuffles_what_it_writes(tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "passages.jsonl"
     monkeypatch.setattr(sys, "argv", ["cut_passages.py", "--files", str(BOOK), "--output", str(output)])
     runpy.run_path(str(ROOT / "scripts" / "cut_passages.py"), run_name="__main__")
-    rows = [json.loads(line)["text"] for line in output.read_text().splitlines()]
-    ordered = [row["text"] for row in passages([{"text": BOOK.read_text()}])]
+    rows = [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
+    ordered = [row["text"] for row in passages([{"text": BOOK.read_text(encoding="utf-8")}])]
     assert rows != ordered and sorted(rows) == sorted(ordered)
     assert f"{len(rows)} passages" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from flash_hf import FlashConfig
 
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
@@ -36,7 +36,7 @@ def test_python_examples_run_in_order(tmp_path):
         assert len(example.strip().splitlines()) <= 12
     program = "\n".join(examples)
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # "in a clone of this repository"
-    done = subprocess.run([warm.python(), "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([warm.python(), "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-flash" / "model.safetensors").exists()
     assert (tmp_path / "my-flash-tuned" / "model.safetensors").exists()
@@ -58,7 +58,7 @@ def test_script_commands_run(tmp_path):
     for command in commands:
         words = command.replace("runs/", f"{tmp_path}/").replace('"Dorothy looked"', "Dorothy").split()
         assert words[0] == "python"
-        done = subprocess.run([warm.python(), *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([warm.python(), *words[1:]], cwd=ROOT, capture_output=True, encoding="utf-8")
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (tmp_path / "clm" / "model.safetensors").exists()
 
@@ -75,7 +75,7 @@ def test_network_command_is_accepted_by_the_parser():
 
 
 def test_make_targets_exist():
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("bash")), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
@@ -91,7 +91,7 @@ def test_study_is_what_the_kept_results_render_to(capsys, monkeypatch):
     assert "### Beside a Transformer++" in rendered and rendered in README and f"`{kept}`" in README
     assert max(len(line) for line in rendered.split("```")[0].splitlines()) <= 119
 
-    summary = json.loads((ROOT / kept).read_text())
+    summary = json.loads((ROOT / kept).read_text(encoding="utf-8"))
     cells = summary["cells"].values()
     assert not any(cell["smoke"] for cell in cells) and {cell["commit"] for cell in cells} == {
         summary["settings"]["commit"]

@@ -29,22 +29,24 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A training and a validation file of short documents."""
-    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text()
+    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text(encoding="utf-8")
     for name, begin, end in (("train", 0, 40_000), ("validation", 150_000, 153_000)):
         rows = [{"text": text[i : i + 999]} for i in range(begin, end, 999)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 
 def log_of(folder: Path) -> list[dict]:
-    return json.loads((folder / "log_history.json").read_text())
+    return json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def kind_of(recipe: Path) -> str:
-    script = re.search(r"^# python scripts/train_(clm|mlm)\.py --config scripts/recipes/(\S+)", recipe.read_text())
+    script = re.search(
+        r"^# python scripts/train_(clm|mlm)\.py --config scripts/recipes/(\S+)", recipe.read_text(encoding="utf-8")
+    )
     assert script[2] == recipe.name
     return {"clm": "causal", "mlm": "masked"}[script[1]]
 
@@ -103,7 +105,7 @@ def test_what_the_command_line_says_takes_the_place_of_its_alternatives(tmp_path
         "batch_tokens": 4096, "per_device_batch_tokens": 1024, "model_config": {"hidden_size": 64},
         "output_dir": str(tmp_path), "text_column": "content", "disable_tqdm": True, "seed": None,
     }  # fmt: skip
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
 
     def parse(*command):
         return training.parse_arguments(["--config", str(tmp_path / "recipe.json"), *command])

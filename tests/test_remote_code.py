@@ -62,7 +62,7 @@ def test_saving_leaves_the_classes_as_they_were(tmp_path):
     assert not any(cls._auto_class for cls in registered_classes().values()) and not model.is_remote_code()
     model.save_pretrained(tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py"))
-    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text(encoding="utf-8"))
 
 
 def test_loaded_by_the_package_and_saved_it_does_not_promise_code(tmp_path):
@@ -71,9 +71,9 @@ def test_loaded_by_the_package_and_saved_it_does_not_promise_code(tmp_path):
     for model in (FlashForCausalLM.from_pretrained(tmp_path / "coded"), AutoModel.from_pretrained(tmp_path / "coded")):
         assert type(model) in (FlashForCausalLM, FlashModel)
         model.save_pretrained(tmp_path / "again")
-        assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+        assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
         add_code(tmp_path / "again")
-        assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"]
+        assert json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))["auto_map"]
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
@@ -87,7 +87,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="`folder` must hold a saved model.*config.json does not exist.*save_pretr"):
         add_code(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
     with pytest.raises(ValueError, match="`folder` must hold a model of type 'flash_gau', got 'bert'"):
         add_code(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -130,7 +130,7 @@ def root(tmp_path_factory):
     ):
         shutil.copytree(root / "AutoModelForCausalLM", root / name)
         (root / name / "expected.safetensors").unlink()
-        with open(root / name / "cache_flash.py", "a") as file:
+        with open(root / name / "cache_flash.py", "a", encoding="utf-8") as file:
             file.write(line)
     return root
 
@@ -146,7 +146,7 @@ def test_without_the_package(root, tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = [warm.python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "remote_client.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
 
 

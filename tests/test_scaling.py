@@ -43,7 +43,7 @@ def step_seconds():
     # noise. With these it keeps freed memory for the next tensor (elsewhere they mean nothing).
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
         env={**os.environ, **keep},
     )  # fmt: skip
 

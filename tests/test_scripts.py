@@ -26,7 +26,7 @@ TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"
 
 def first_line(script: str) -> list[str]:
     """The command in the first line of a script's docstring, without the word python."""
-    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text()))
+    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text(encoding="utf-8")))
     python, *command = shlex.split(docstring.splitlines()[0])
     assert python == "python" and command[0] == f"scripts/{script}"
     return command
@@ -97,8 +97,8 @@ def test_train_scripts_print_the_error_last(tmp_path):
 
 def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"text": BOOK.read_text()[begin : begin + 4000]} for begin in range(0, 20_000, 4000)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": BOOK.read_text(encoding="utf-8")[begin : begin + 4000]} for begin in range(0, 20_000, 4000)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokenizer, files = ROOT / "model_cards" / "flash-7m-causal", {"text": tmp_path / "text.jsonl"}
     files["tokens"] = tmp_path / "new" / "tokens.parquet"
     options = ["--files", str(files["text"]), "--tokenizer", str(tokenizer), "--output", str(files["tokens"])]
@@ -200,7 +200,7 @@ def test_demo_in_small(tmp_path):
         ).groups()
         assert float(after.replace(",", "")) < float(before.replace(",", ""))
         assert Path(shown) == folder and (folder / "model.safetensors").is_file() and Path(plot).is_file()
-    text = (tmp_path / "demo" / "text.txt").read_text()
+    text = (tmp_path / "demo" / "text.txt").read_text(encoding="utf-8")
     assert str(tmp_path / "demo" / "text.txt") in done.stdout
     assert text.startswith("Dorothy looked") and len(text.split()) > 20
     assert text.splitlines()[0] in done.stdout  # what was streamed is what was saved
@@ -216,7 +216,7 @@ def test_compare_backends_in_small(tmp_path):
     command = [*first_line("compare_backends.py"), "--folder", str(tmp_path), "--batch", "2", "--length", "100"]
     done = run(command, tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    lines = (tmp_path / "backends.csv").read_text().splitlines()
+    lines = (tmp_path / "backends.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "step,torch,torch-float32" and len(lines) == 6
     first = [float(value) for value in lines[1].split(",")[1:]]
     assert first[0] == pytest.approx(first[1], rel=1e-2) and first[1] == pytest.approx(5.55, abs=0.1)  # ln 256

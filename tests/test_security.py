@@ -71,7 +71,7 @@ def test_the_search_finds(source):
 
 def test_no_pickle_in_the_package_and_the_scripts():
     assert {"modeling_flash.py", "training.py", "train_mlm.py"} <= {path.name for path in SOURCES}
-    assert not {str(path): uses for path in SOURCES if (uses := unsafe_uses(path.read_text()))}
+    assert not {str(path): uses for path in SOURCES if (uses := unsafe_uses(path.read_text(encoding="utf-8")))}
 
 
 class Mark:
@@ -95,7 +95,7 @@ def test_a_pickle_is_never_read(write, options, tmp_path):
         if name == "model.safetensors":
             (folder / "pytorch_model.bin").rename(folder / name)
         elif name == "model.safetensors.index.json":
-            (folder / name).write_text(json.dumps(index))
+            (folder / name).write_text(json.dumps(index), encoding="utf-8")
         for auto_class in (AutoModel, FlashForCausalLM):
             with pytest.raises(Exception) as error:
                 auto_class.from_pretrained(folder, **options)
@@ -147,7 +147,7 @@ def test_generation_code_of_a_checkpoint_does_not_run(tmp_path):
     (tmp_path / "custom_generate").mkdir()
     mark = tmp_path / "mark"
     (tmp_path / "custom_generate" / "generate.py").write_text(
-        f"open({str(mark)!r}, 'w').close()\ndef generate(*args, **kwargs): pass\n"
+        f"open({str(mark)!r}, 'w').close()\ndef generate(*args, **kwargs): pass\n", encoding="utf-8"
     )
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape == (1, 4)
@@ -160,8 +160,10 @@ def test_generation_code_of_a_checkpoint_does_not_run(tmp_path):
 def test_a_config_file_does_not_choose_kernels(key, tmp_path):
     """transformers would fetch the kernel from the Hub, and a kernel is code."""
     FlashModel(tiny_config()).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, key: "kernels-community/flash-attn2"}))
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, key: "kernels-community/flash-attn2"}), encoding="utf-8"
+    )
     model = AutoModel.from_pretrained(tmp_path)
     assert model.config._attn_implementation == "eager"
     with pytest.raises(ValueError, match="sdpa|scaled_dot_product"):
@@ -249,16 +251,16 @@ def outcomes(tmp_path_factory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("configs")
     FlashModel(tiny_config()).save_pretrained(folder)
     cases = [("AutoModel", case) for case in REFUSED] + [("AutoConfig", case) for case in ACCEPTED]
-    (folder / "cases.json").write_text(json.dumps(cases))
+    (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder), str(folder / "cases.json")],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((folder / "cases.json").read_text())
+    results = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
     outcomes = [[case, *result] for (_, case), result in zip(cases, results, strict=True)]
     return {"AutoModel": outcomes[: len(REFUSED)], "AutoConfig": outcomes[len(REFUSED) :]}
 

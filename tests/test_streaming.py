@@ -39,13 +39,13 @@ def small_batches(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([{"text": BOOK.read_text()[:60_000]}], 400)
+    return data.train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, tokenizer):
     """Three files of short documents, the first with a blank one, as JSON and as Parquet; validation; a tokenizer."""
-    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text()
+    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text(encoding="utf-8")
     for number in range(3):
         rows = [text[i : i + 301] for i in range(number * 7000, (number + 1) * 7000, 301)]
         rows = [" \n", *rows] if number == 0 else rows
@@ -240,7 +240,7 @@ def test_a_stream_from_the_hub_that_breaks_off(tmp_path):
     environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE")
     command = [warm.python(), "tests/stream_client.py", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "as if it had not happened"
 
@@ -263,7 +263,9 @@ def command_of(files: Path, folder: Path, *more: str) -> list[str]:
 
 def history(folder: Path, key: str = "loss") -> dict[int, float]:
     return {
-        entry["step"]: entry[key] for entry in json.loads((folder / "log_history.json").read_text()) if key in entry
+        entry["step"]: entry[key]
+        for entry in json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
+        if key in entry
     }
 
 
@@ -290,7 +292,7 @@ def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
     assert process.wait() == -signal.SIGKILL, "it was done before it was killed: train for longer"
 
     command = [warm.python(), *command[1:], "--resume_from_checkpoint", "last"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     for key in ("loss", "grad_norm", "learning_rate", "epoch"):
         assert history(tmp_path / "killed", key) == history(tmp_path / "whole", key), key
@@ -328,7 +330,7 @@ def test_a_checkpoint_without_its_stream_is_none(files, tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoint-12" / streaming.STREAM_STATE).unlink()
     find = partial(training.find_checkpoint, "last", tmp_path / "run")
     assert find(streaming=True).name == "checkpoint-6" and find().name == "checkpoint-12"
-    (tmp_path / "run" / "checkpoint-6" / streaming.STREAM_STATE).write_text('{"rows": 1')
+    (tmp_path / "run" / "checkpoint-6" / streaming.STREAM_STATE).write_text('{"rows": 1', encoding="utf-8")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         find(streaming=True)
 

@@ -41,11 +41,11 @@ def tokens(tmp_path_factory):
 def test_prepared_text_is_the_book(tokens):
     from flash_hf.data import load_tokenizer
 
-    facts = json.loads((tokens / "text.json").read_text())
+    facts = json.loads((tokens / "text.json").read_text(encoding="utf-8"))
     train, valid = (np.load(tokens / f"books_{part}.npy") for part in ("train", "valid"))
     assert train.dtype == np.uint16 and len(train) <= 20_000 and facts["books_valid"]["tokens"] == len(valid) <= 4_000
     assert int(train.max()) < facts["vocab_size"] <= 300
-    tokenizer, book = load_tokenizer(str(tokens / "tokenizer"), masked=True), BOOK.read_text()
+    tokenizer, book = load_tokenizer(str(tokens / "tokenizer"), masked=True), BOOK.read_text(encoding="utf-8")
     paragraphs = tokenizer.decode(train).split("<|endoftext|>")
     assert paragraphs[0] == "" and len(paragraphs) - 1 == facts["books_train"]["documents"]
     assert all(" ".join(paragraph.split()) in " ".join(book.split()) for paragraph in paragraphs[1:30])
@@ -264,7 +264,7 @@ def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
     assert runner.result("a") == runner.result("b") != runner.result("c") is not None
     assert list(runner.failed) == ["bad", "long"]
     assert "this one fails" in runner.failed["bad"] and "cut off" in runner.failed["long"]
-    assert (tmp_path / "logs" / "b.log").read_text() == "output of b\n"
+    assert (tmp_path / "logs" / "b.log").read_text(encoding="utf-8") == "output of b\n"
     assert all(process.returncode is not None for process in runner.processes)
 
 
@@ -382,11 +382,11 @@ def test_results_are_filled_in_between_their_marks():
 
 
 def test_results_md_is_what_the_kept_cells_say():
-    document = (ROOT / "RESULTS.md").read_text()
+    document = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     results = grid.load_results(KEPT)
     assert results and report.fill(document, results) == document
     assert all(f"<!-- study: {name} -->" in document for name in report.SECTIONS)
-    assert "(RESULTS.md)" in (ROOT / "README.md").read_text()
+    assert "(RESULTS.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
     for cell, result in results.items():
         recipe = json.loads(json.dumps(dataclasses.asdict(training.recipe_of(cell))))
         assert result["commit"] and "dirty" not in result["commit"] and result["recipe"] == recipe, cell

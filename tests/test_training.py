@@ -32,10 +32,10 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Short documents of uneven length, so that the last block and the last batch are partly filled."""
-    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text()
+    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text(encoding="utf-8")
     for name, begin, end in (("train", 0, 6000), ("validation", 150_000, 152_500)):
         rows = [{"text": text[i : i + 301]} for i in range(begin, end, 301)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data.train_tokenizer([{"text": text[:60_000]}], 300).save_pretrained(folder / "tokenizer")
     return folder
 
@@ -65,7 +65,9 @@ def arguments(files: Path, output_dir: Path, *more: str, **changes):
 
 def history(folder: Path, key: str = "loss") -> dict[int, float]:
     return {
-        entry["step"]: entry[key] for entry in json.loads((folder / "log_history.json").read_text()) if key in entry
+        entry["step"]: entry[key]
+        for entry in json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
+        if key in entry
     }
 
 
@@ -156,14 +158,14 @@ def test_a_run_leaves_everything_that_is_promised(files, tmp_path, kind):
     # An untrained model knows nothing: about log(300) nats.
     assert result["before"]["eval_loss"] == pytest.approx(math.log(300), abs=0.5)
     assert result["after"]["eval_loss"] < result["before"]["eval_loss"] - 0.2
-    saved = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    saved = json.loads((tmp_path / "run" / "eval_results.json").read_text(encoding="utf-8"))
     assert saved["eval_loss"] == result["after"]["eval_loss"]
     table = training.describe(kind, result)
     assert f"{result['after']['eval_loss']:.4f}" in table and str(tmp_path / "run" / "loss.png") in table
     assert re.search(r"^loss +- +\d\.\d{4}$", training.describe(kind, {**result, "before": None}), re.M)
 
-    lines = (tmp_path / "run" / "log_history.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(json.loads((tmp_path / "run" / "log_history.json").read_text()))
+    lines = (tmp_path / "run" / "log_history.csv").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + len(json.loads((tmp_path / "run" / "log_history.json").read_text(encoding="utf-8")))
     assert {"step", "loss", "eval_loss", "learning_rate"} <= set(lines[0].split(","))
     with Image.open(result["plot"]) as image:
         assert image.format == "PNG" and min(image.size) >= 400
@@ -316,7 +318,9 @@ def test_metrics_equal_a_direct_computation(files, tmp_path, kind, packing):
         assert got["eval_masked_accuracy"] == pytest.approx(right / count)
         assert set(got).isdisjoint({"eval_bits_per_byte", "eval_word_perplexity"})
     else:
-        text = [json.loads(line)["text"] for line in (files / "validation.jsonl").read_text().splitlines()]
+        text = [
+            json.loads(line)["text"] for line in (files / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text]
         assert count == sum(map(len, ids)) + len(ids)  # every token of the text, and the end of every document
         assert got["eval_accuracy"] == pytest.approx(right / count)
@@ -370,22 +374,22 @@ def no_work(monkeypatch):
 @pytest.mark.parametrize("place", ["below a file", "read-only"])
 def test_an_unwritable_output_dir_is_refused(files, tmp_path, no_work, place):
     """Also for root, whom permission bits do not stop."""
-    (tmp_path / "file").write_text("precious")
+    (tmp_path / "file").write_text("precious", encoding="utf-8")
     folder = tmp_path / "file" / "run" if place == "below a file" else Path("/proc/flash_hf_run")
     if place == "read-only" and not Path("/proc/version").exists():
         pytest.skip("no /proc here")
     with pytest.raises(OSError, match=f"output_dir {folder} must be a folder that can be written to"):
         training.run_training("causal", *arguments(files, folder))
-    assert (tmp_path / "file").read_text() == "precious"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "precious"
 
 
 def test_an_earlier_run_is_not_overwritten_silently(files, tmp_path, no_work):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "model.safetensors").write_text("precious")
+    (tmp_path / "run" / "model.safetensors").write_text("precious", encoding="utf-8")
     with pytest.raises(FileExistsError, match="must be empty.*--resume_from_checkpoint last.*--overwrite_output_dir"):
         training.run_training("causal", *arguments(files, tmp_path / "run"))
     assert fingerprint(tmp_path / "run").keys() == {"model.safetensors"}
-    assert (tmp_path / "run" / "model.safetensors").read_text() == "precious"
+    assert (tmp_path / "run" / "model.safetensors").read_text(encoding="utf-8") == "precious"
     training.check_output_dir(tmp_path / "run", overwrite=True)
     training.check_output_dir(tmp_path / "run", resume=tmp_path / "run" / "checkpoint-5")
 
@@ -459,13 +463,13 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         run(config_overrides="chunk_size")
     with pytest.raises(FileNotFoundError, match="is no file"):
         run(config=tmp_path / "none.json")
-    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold a mapping of options, got list"):
         run(config=tmp_path / "list.yaml")
-    (tmp_path / "misspelt.yaml").write_text("learning_rat: 1.0\n")
+    (tmp_path / "misspelt.yaml").write_text("learning_rat: 1.0\n", encoding="utf-8")
     with pytest.raises(ValueError, match="'learning_rat', which is no option. Did you mean 'learning_rate'"):
         run(config=tmp_path / "misspelt.yaml")
-    (tmp_path / "flat.json").write_text('{"query_key_dim": 16}')
+    (tmp_path / "flat.json").write_text('{"query_key_dim": 16}', encoding="utf-8")
     with pytest.raises(ValueError, match="It is a field of FlashConfig: put it under model_config"):
         run(config=tmp_path / "flat.json")
     for wrong, message in (("{", "must be JSON"), ("[1]", "must be a mapping of fields, got list")):
@@ -501,9 +505,9 @@ def test_wrong_data_is_refused(files, tmp_path):
 
 
 def test_config_file_and_overrides(files, tmp_path):
-    (tmp_path / "a.json").write_text('{"model_config": {"hidden_size": 48, "norm_eps": 1e-6}}')
+    (tmp_path / "a.json").write_text('{"model_config": {"hidden_size": 48, "norm_eps": 1e-6}}', encoding="utf-8")
     fields = "{hidden_size: 48, relative_bias: null, rope_parameters: {rope_theta: 500.0}}"
-    (tmp_path / "a.yaml").write_text(f"model_config: {fields}\n")
+    (tmp_path / "a.yaml").write_text(f"model_config: {fields}\n", encoding="utf-8")
     overrides = "chunk_size=32,attention_type=local,relative_bias=null,use_rope=false,norm_eps=1e-4"
     args = arguments(files, tmp_path, config=tmp_path / "a.json", config_overrides=overrides)[0]
     assert training.config_fields(args) == {
@@ -524,7 +528,7 @@ def test_config_file_and_overrides(files, tmp_path):
 def test_arguments_from_a_file(tmp_path, ending):
     """As the first argument, or named by --config; the command line goes over the file."""
     options = {"train_file": ["a.txt"], "output_dir": str(tmp_path), "block_size": 128, "learning_rate": 0.002}
-    (tmp_path / f"run.{ending}").write_text(json.dumps(options))  # JSON is YAML, too
+    (tmp_path / f"run.{ending}").write_text(json.dumps(options), encoding="utf-8")  # JSON is YAML, too
     _, data_args, args = training.parse_arguments([str(tmp_path / f"run.{ending}")])
     assert (data_args.block_size, data_args.train_file, args.learning_rate) == (128, ["a.txt"], 0.002)
     assert (args.adam_epsilon, args.weight_decay, args.data_seed) == (1e-6, 0.01, args.seed)

@@ -40,7 +40,7 @@ def python() -> str:
     folder = tempfile.TemporaryDirectory(prefix="warm-")
     stand_in, address = Path(folder.name, "python"), f"{folder.name}/socket"
     words = [sys.executable, "-SEs", __file__, "ask", address]
-    stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    stand_in.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     stand_in.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     server = subprocess.Popen([sys.executable, __file__, "serve", address], stdin=subprocess.PIPE,

@@ -22,7 +22,7 @@ QUESTIONS = {"PER": "Which character is named?", "LOC": "Which place is named?"}
 
 
 def main():
-    text = " ".join((FOLDER / "wizard_of_oz.txt").read_text().split())
+    text = " ".join((FOLDER / "wizard_of_oz.txt").read_text(encoding="utf-8").split())
     sentences = [s for s in re.split(r'(?<=[.!?"])\s+(?=["A-Z])', text) if 4 <= len(s.split()) <= 40]
     random.Random(0).shuffle(sentences)
     found = [(sentence, [(m[0], m.start(), m.end()) for m in NAME.finditer(sentence)]) for sentence in sentences]
@@ -36,7 +36,7 @@ def main():
     random.Random(1).shuffle(mixed)
     for split, part in (("train", mixed[:-50]), ("validation", mixed[-50:])):
         lines = [json.dumps({"text": sentence, "label": name}) for sentence, name in part]
-        (FOLDER / f"characters_{split}.jsonl").write_text("\n".join(lines) + "\n")
+        (FOLDER / f"characters_{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     tagged = [pair for pair in found if pair[1]][:280]
     for split, part in (("train", tagged[:220]), ("validation", tagged[220:])):
@@ -49,7 +49,7 @@ def main():
                         tag = ("B-" if word.start() == begin else "I-") + KINDS[name]
                 lines.append(f"{word[0]}\t{tag}")
             lines.append("")
-        (FOLDER / f"names_{split}.conll").write_text("\n".join(lines))
+        (FOLDER / f"names_{split}.conll").write_text("\n".join(lines), encoding="utf-8")
 
     paragraphs = []
     for number, (sentence, names) in enumerate(found):
@@ -66,7 +66,7 @@ def main():
     random.Random(3).shuffle(chosen)
     for split, part in (("train", chosen[:190]), ("validation", chosen[190:])):
         content = {"version": "1.1", "data": [{"title": "The Wonderful Wizard of Oz", "paragraphs": part}]}
-        (FOLDER / f"questions_{split}.json").write_text(json.dumps(content, indent=0) + "\n")
+        (FOLDER / f"questions_{split}.json").write_text(json.dumps(content, indent=0) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
