@@ -8,13 +8,61 @@ batch decodes exactly as its rows would alone.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_flash import DecodingState, Heads, mixed_chunk_attention, wide
 from .chunking_flash import Documents, chunk_layout, count_positions, is_tracing
 from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
+
+
+# transformers 5.24 renamed `past_key_values` to `cache`. A model takes both; this is the name that the installed
+# version passes, reads from outputs, and drops under gradient checkpointing.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def resolve_cache(cache: Cache | None, past_key_values: Cache | None, **options: Any) -> Cache | None:
+    """The cache, whichever of its two names it was given under.
+
+    Args:
+        options: the call's further keyword arguments, where a cache would be ignored silently.
+
+    Raises:
+        ValueError: two different caches, or a cache under another name.
+    """
+    for name, value in options.items():
+        looks_like_one = name in ("mems", "state") or "cache" in name or "past" in name
+        if name in ("use_cache", "cache_position") or value is None:
+            continue
+        if looks_like_one or isinstance(value, Cache):
+            raise ValueError(
+                f"Unknown argument `{name}`: the decoding state is passed as `cache` (or `past_key_values`), as a "
+                f"transformers Cache; got {type(value).__name__}."
+            )
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError(
+            "`cache` and `past_key_values` are two names of one argument, got a different object under each. Pass one."
+        )
+    return past_key_values if cache is None else cache
+
+
+def takes_both_cache_names(function: Callable) -> Callable:
+    """A method of transformers that also takes the cache under the name that its version does not have."""
+
+    @functools.wraps(function)
+    def renamed(*args, **kwargs):
+        given = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+        if (cache := resolve_cache(*given)) is not None:
+            kwargs[CACHE_NAME] = cache
+        return function(*args, **kwargs)
+
+    return renamed
 
 
 def _each(change, tensors: tuple) -> list:
@@ -374,7 +422,7 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     wanted = LAYER_KINDS[config.layer_types[0]]
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values must be a transformers Cache, got {type(cache).__name__}. Use "
+            f"`cache` (or `past_key_values`) must be a transformers Cache, got {type(cache).__name__}. Use "
             "DynamicCache(config=model.config)."
         )
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
@@ -392,8 +440,9 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     if len(cache.layers) != config.num_hidden_layers or not all(isinstance(layer, wanted) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
-            f"past_key_values must be a cache of this model ({config.num_hidden_layers} layers, attention_type "
-            f"{config.attention_type!r}), got {len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
+            "`cache` (or `past_key_values`) must be a cache of this model "
+            f"({config.num_hidden_layers} layers, attention_type {config.attention_type!r}), got "
+            f"{len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
             "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
         )
     layer = cache.layers[0]
@@ -401,8 +450,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         return
     if layer.batch_size != batch:
         raise ValueError(
-            f"past_key_values holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, "
-            "or change the cache with batch_select_indices / batch_repeat_interleave."
+            f"The cache holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, or "
+            "change the cache with batch_select_indices / batch_repeat_interleave."
         )
     S, E = config.query_key_dim, layer.state.value.shape[2] if chunked else layer.values.shape[3]
     if config.intermediate_size % E:
@@ -419,13 +468,13 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         found, expected = (layer.keys.shape[3], layer.values.shape[3]), (S, E)
     if found != expected:
         raise ValueError(
-            "past_key_values was filled by a model of another shape (chunk_size, query_key_dim, value width ...: "
+            "The cache was filled by a model of another shape (chunk_size, query_key_dim, value width ...: "
             f"{found}); "
             f"this model needs {expected}. Start with an empty cache."
         )
 
 
 __all__ = [
-    "FlashChunkCacheLayer", "FlashQuadraticCacheLayer", "FlashStaticChunkCacheLayer", "FlashStaticQuadraticCacheLayer",
-    "check_cache",
+    "CACHE_NAME", "FlashChunkCacheLayer", "FlashQuadraticCacheLayer", "FlashStaticChunkCacheLayer",
+    "FlashStaticQuadraticCacheLayer", "check_cache", "resolve_cache", "takes_both_cache_names",
 ]  # fmt: skip

@@ -138,7 +138,7 @@ class FlashConfig(PreTrainedConfig):
     """
 
     model_type = "flash_gau"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"head_dim": "query_key_dim"}
     # Gate and values are cut over E; queries and keys are shared by all of E and stay whole.
     base_model_tp_plan: ClassVar[dict[str, str]] = {

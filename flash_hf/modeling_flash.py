@@ -60,7 +60,13 @@ from .attention_flash import (
     scaled_sinusoid,
     wide,
 )  # fmt: skip
-from .cache_flash import FlashStaticQuadraticCacheLayer, check_cache
+from .cache_flash import (
+    CACHE_NAME,
+    FlashStaticQuadraticCacheLayer,
+    check_cache,
+    resolve_cache,
+    takes_both_cache_names,
+)
 from .chunking_flash import (
     ChunkLayout,
     Documents,
@@ -456,7 +462,14 @@ class FlashLayer(GradientCheckpointingLayer):
             and all(kernels.fusible(module) for module in (gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj))
         )
 
-    def forward(self, hidden_states: Tensor, past_key_values: Cache | None = None, **layout: Any) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        **layout: Any,
+    ) -> Tensor:
+        cache = resolve_cache(cache, past_key_values)
         grid = layout["layout"]
         fused = grid.fused
         # Cached slots come between the projections.
@@ -466,11 +479,11 @@ class FlashLayer(GradientCheckpointingLayer):
                 hidden_states, self.norm.weight, self.norm.eps, gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj,
                 gau.offset_scale.weight, gau.offset_scale.bias, layout["rotary"], grid,
                 dtype=compute_dtype(hidden_states),
-                **gau.kernel_options(grid, layout["bias_rotary"], layout["bias_length"], past_key_values),
+                **gau.kernel_options(grid, layout["bias_rotary"], layout["bias_length"], cache),
             )  # fmt: skip
-            gau.store(state, past_key_values, out.shape[1])
+            gau.store(state, cache, out.shape[1])
             return out
-        out = self.gau(self.norm(hidden_states, fused=fused), past_key_values=past_key_values, **layout)
+        out = self.gau(self.norm(hidden_states, fused=fused), past_key_values=cache, **layout)
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
 
@@ -499,7 +512,7 @@ class FlashPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlashLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_record_outputs = {"hidden_states": FlashLayer}
     _can_compile_fullgraph = True
     # A chunk's state depends on all tokens before it: no cutting of sequences over devices as for softmax attention.
@@ -578,30 +591,38 @@ class FlashModel(FlashPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
+        r"""
+        cache (`Cache`, *optional*):
+            Decoding state of the tokens before these, updated in place: a `DynamicCache` or `StaticCache`.
+        past_key_values (`Cache`, *optional*):
+            The same argument under the name that transformers had for it until 5.23.
+        """
+        cache = resolve_cache(cache, past_key_values, **kwargs)
         check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         B, N = inputs_embeds.shape[:2]
-        if past_key_values is not None:
+        if cache is not None:
             if not self.is_causal:
                 raise ValueError(
-                    "past_key_values was given to a bidirectional model, where every token depends on later ones. Use "
+                    "A cache was given to a bidirectional model, where every token depends on later ones. Use "
                     "FlashForCausalLM, or FlashModel with config.is_decoder=True."
                 )
-            check_cache(past_key_values, self.config, B)
+            check_cache(cache, self.config, B)
         elif use_cache and self.is_causal and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+            cache = DynamicCache(config=self.config)
 
         documents, layouts, bias_length = self.lay_out(
             B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
-            kwargs.get("seq_idx"), past_key_values,
+            kwargs.get("seq_idx"), cache,
         )  # fmt: skip
-        layouts = [self.plan(layout, documents, inputs_embeds, past_key_values) for layout in layouts]
+        layouts = [self.plan(layout, documents, inputs_embeds, cache) for layout in layouts]
         fused = layouts[0].fused
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -611,11 +632,11 @@ class FlashModel(FlashPreTrainedModel):
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
         grids = self.grids(layouts, bias_length, hidden_states)
         for index, layer in enumerate(self.layers):
-            hidden_states = layer(
-                hidden_states, documents=documents, past_key_values=past_key_values, **grids[index % len(grids)]
-            )
+            # Under the host's name, since gradient checkpointing drops it by name.
+            options = {CACHE_NAME: cache, **grids[index % len(grids)]}
+            hidden_states = layer(hidden_states, documents=documents, **options)
         hidden_states = self.norm(hidden_states, fused=fused)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def lay_out(
         self,
@@ -831,15 +852,20 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         r"""
+        cache (`Cache`, *optional*):
+            Decoding state of the tokens before these, updated in place: a `DynamicCache` or `StaticCache`.
+        past_key_values (`Cache`, *optional*):
+            The same argument under the name that transformers had for it until 5.23.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted.
         skip_logits (`bool`, *optional*):
@@ -861,7 +887,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=resolve_cache(cache, past_key_values, **kwargs),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -880,9 +906,12 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    generate = takes_both_cache_names(GenerationMixin.generate)
+    prepare_inputs_for_generation = takes_both_cache_names(GenerationMixin.prepare_inputs_for_generation)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the host's paged cache holds keys and values by token, which FLASH sums up by chunk."""
@@ -895,7 +924,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs):
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
         """The padding mask of this call alone: with a static cache, a mask that grows would recompile every step."""
         length = inputs_embeds.shape[1]
         # A generated token is never padding.

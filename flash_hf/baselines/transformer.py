@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from ..attention_flash import rotate
+from ..cache_flash import resolve_cache
 from ..chunking_flash import ChunkLayout, chunk_layout, quadratic_layout, resolve_documents
 from ..configuration_flash import HOST_KEYS, nearest
 from ..modeling_flash import (
@@ -406,9 +407,10 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Run the model; padding and packed documents are marked as for FLASH, and have the same meaning.
@@ -417,8 +419,10 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
             ValueError: for a cache, which this baseline does not have, and for what [`check_inputs`] refuses.
         """
         check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal)
-        if past_key_values is not None:
-            raise ValueError("past_key_values must be None: the Transformer++ baseline has no decoding cache.")
+        if resolve_cache(cache, past_key_values, **kwargs) is not None:
+            raise ValueError(
+                "`cache` (or `past_key_values`) must be None: the Transformer++ baseline has no decoding cache."
+            )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, N = hidden_states.shape[:2]
         documents = resolve_documents(
