@@ -252,7 +252,24 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         self._map(lambda x: x.to(self.device, non_blocking=True))
 
 
-class FlashStaticChunkCacheLayer(FlashChunkCacheLayer, StaticLayer):
+class Irreversible:
+    """What static layers share: nothing of what they overwrite is kept."""
+
+    is_croppable = False
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "A static cache cannot be rolled back, which assisted decoding needs: leave out "
+            "cache_implementation='static', or pass DynamicCache(config=model.config)."
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, except for 0."""
+        if tokens_to_remove:
+            self.activate_past_recording()
+
+
+class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer):
     """The same state at fixed addresses, with its counter on the device: for `torch.compile` and CUDA graphs.
 
     `max_cache_len` is accepted and not needed: a constant state has no longest context.
@@ -283,8 +300,6 @@ class FlashStaticChunkCacheLayer(FlashChunkCacheLayer, StaticLayer):
                 mine.copy_(new)
 
     def begin_step(self, heads: Heads, value_B1E: Tensor, documents: Documents) -> DecodingState:
-        if self.record_past:
-            raise NotImplementedError("A static cache cannot be rolled back; use DynamicCache for assisted decoding.")
         self.cumulative_length.add_(1)
         return self.state
 
@@ -363,7 +378,7 @@ class FlashQuadraticCacheLayer(DynamicLayer):
         self._map(lambda x: x.to(self.device, non_blocking=True))
 
 
-class FlashStaticQuadraticCacheLayer(StaticLayer):
+class FlashStaticQuadraticCacheLayer(Irreversible, StaticLayer):
     """FLASH-Quad's keys and values in tensors of `max_cache_len` places; unused places belong to document -1."""
 
     _layer_type = QUADRATIC_LAYER_TYPE

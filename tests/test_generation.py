@@ -384,9 +384,15 @@ def test_masked_head_cannot_generate():
     assert not FlashForMaskedLM.can_generate() and FlashForCausalLM.can_generate()
 
 
-def test_static_rollback_is_refused():
-    model = build()
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic"])
+def test_static_rollback_is_refused(attention_type):
+    """By the host until 5.23; since 5.24 it asks the layers, and would take back its own count of tokens alone."""
+    model = build(attention_type)
+    ids = random_ids(model.config, 1, 9)
     with pytest.raises(ValueError, match="[Ss]tatic"):
-        model.generate(
-            random_ids(model.config, 1, 9), prompt_lookup_num_tokens=2, cache_implementation="static", **GREEDY
-        )
+        model.generate(ids, prompt_lookup_num_tokens=2, cache_implementation="static", **GREEDY)
+    _, cache = run_in_parts(model, ids, torch.ones_like(ids), [0, 9], static(model))
+    assert not cache.is_croppable
+    for change in (cache.activate_past_recording, lambda: cache.crop(-1)):
+        with pytest.raises(ValueError, match="cannot be rolled back.*DynamicCache"):
+            change()
