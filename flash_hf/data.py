@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import gzip
+import json
 import lzma
+import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -40,9 +46,13 @@ IGNORE = -100  # the label that the losses of transformers and torch skip
 
 PACKING_VERSION = 1  # raise it when `pack` changes: `datasets` would find the blocks of the old one in its cache
 
+READING_VERSION = 1  # the same for `_read_texts`
+
 FILE_TYPES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
+TEXT_ADVICE = "Choose one with --text_column."
+TEXT = Features({"text": Value("string")})
 TOKENIZED = Features(
     {
         "input_ids": Sequence(Value("int32")),
@@ -87,6 +97,136 @@ def check_text_file(path: Path) -> None:
         raise ValueError(f"{path} must hold text, but it is {'blank' if done else 'empty (0 bytes)'}.")
 
 
+def open_text(path: Path, newline: str | None = None) -> IO[str]:
+    """Open a UTF-8 file, compressed or not, without its byte-order mark."""
+    return DECOMPRESSORS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline=newline)
+
+
+def read_rows(
+    path: Path, columns: dict[str, str], *, names: list[str] | None = None, quotes: bool = True
+) -> Iterator[tuple[str, dict]]:
+    """Read these columns of a .json, .jsonl, .csv or .tsv file, compressed or not.
+
+    The other columns may hold anything: change their type, begin late, or be different in another file. `datasets`
+    infers one schema for all columns from the first rows, and fails at a later row that is different.
+
+    Args:
+        columns: their names, and what a message about a missing one advises ("Name it with --text_column.").
+        names: the columns of a table without a header.
+        quotes: whether quotation marks enclose the fields of a table.
+
+    Yields:
+        The place of a row, for messages ("a.jsonl, line 3"), and its values. Those of a table are strings; a row of
+        JSON that lacks a column has None there.
+
+    Raises:
+        ValueError: the file or a row is malformed, or no row has one of the columns.
+    """
+    suffix = path.with_suffix("").suffix if path.suffix in DECOMPRESSORS else path.suffix
+    if suffix in (".csv", ".tsv"):
+        yield from _read_table(path, columns, "\t" if suffix == ".tsv" else ",", names, quotes)
+        return
+    missing, found = dict(columns), {}
+    for place, row in _read_json(path):
+        if missing:
+            found |= dict.fromkeys(row)
+            missing = {name: advice for name, advice in missing.items() if name not in row}
+        yield place, {name: row.get(name) for name in columns}
+    if found:
+        _refuse_missing(path, missing, found)
+
+
+def _refuse_missing(path: Path | str, missing: dict[str, str], found: Collection[str]) -> None:
+    for name, advice in missing.items():
+        raise ValueError(f"{path} must have a column {name!r}; it has {', '.join(found) or 'none'}. {advice}".rstrip())
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of JSON Lines, of an array of objects or strings, or of a single object over several lines."""
+    with open_text(path) as file:
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        if not first.lstrip().startswith("[") and _parse(first) is not None:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place = f"{path}, line {number}"
+                    yield place, _as_object(_parse(line, place), place)
+            return
+        content = _parse(file.read(), str(path))
+    for number, row in enumerate(content if isinstance(content, list) else [content], 1):
+        place = f"{path}, row {number}"
+        yield place, {"text": row} if isinstance(row, str) else _as_object(row, place)
+
+
+def _parse(text: str, place: str | None = None):
+    """The value that a JSON text holds; if it holds none, a ValueError, or None where no place is given."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if place is None:
+            return None
+        reason = f"{error.msg} at character {error.colno}" if hasattr(error, "colno") else error
+        if getattr(error, "lineno", 1) > 1:
+            reason = f"{reason} of line {error.lineno}"
+        raise ValueError(f"{place} must hold JSON: {reason}.") from None
+
+
+def _as_object(row, place: str) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} must hold a JSON object, got {type(row).__name__}: {str(row)[:80]!r}.")
+    return row
+
+
+def _read_table(
+    path: Path, columns: dict[str, str], delimiter: str, names: list[str] | None, quotes: bool
+) -> Iterator[tuple[str, dict]]:
+    csv.field_size_limit(sys.maxsize)  # a field may be a whole book
+    with open_text(path, newline="") as file:
+        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        line = 1
+        try:
+            names = names or next(reader, [])
+            _refuse_missing(path, {name: advice for name, advice in columns.items() if name not in names}, names)
+            line = reader.line_num + 1
+            for fields in reader:
+                place, line = f"{path}, line {line}", reader.line_num + 1
+                if not fields:
+                    continue
+                row = dict(zip(names, fields, strict=False))
+                # With a field too many, or too few, a column may hold a part of another one.
+                if len(fields) > len(names) or not columns.keys() <= row.keys():
+                    raise ValueError(
+                        f"{place} must have {len(names)} fields ({', '.join(names)}), it has {len(fields)}. Text that "
+                        f"holds {delimiter!r} must stand in quotation marks."
+                    )
+                yield place, {name: row[name] for name in columns}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {line} is malformed: {error}. Are the quotation marks in pairs?") from None
+
+
+def _read_texts(files: list[tuple[str, int, int]], text_column: str, version: int) -> Iterator[dict]:
+    """Documents of files that are each given with the time and size that tell `datasets` whether it has changed."""
+    for file, *_ in files:
+        for place, row in read_rows(Path(file), {text_column: TEXT_ADVICE}):
+            text = row[text_column]
+            check_text(text, f"{place}, column {text_column!r}")
+            yield {"text": text}
+
+
+def check_text(text, place: str) -> None:
+    """Raise a ValueError unless `text` is None or a string that UTF-8 can hold."""
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{place} must hold a string, got {type(text).__name__}: {str(text)[:80]!r}.")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} must hold text; character {error.start} (U+{ord(text[error.start]):04X}) is half of a surrogate "
+            "pair. Write the whole character, or leave it out."
+        ) from None
+
+
 def load_documents(
     files: str | Path | list[str | Path] | None = None,
     *,
@@ -100,6 +240,8 @@ def load_documents(
 ) -> Dataset | IterableDataset:
     """Load documents, one a row, in the single column `text`; or, as `scripts/tokenize_text.py` wrote them, tokenised.
 
+    Of local files, the text column alone is read; see [`read_rows`].
+
     Args:
         files: local files, all of one type: .txt, .md, .json, .jsonl, .csv or .parquet; all but the last also as
             .gz, .xz or .bz2.
@@ -112,7 +254,8 @@ def load_documents(
         max_documents: keep only the first ones.
 
     Raises:
-        ValueError, FileNotFoundError: neither or both sources, a missing, empty or undecodable file, no such column.
+        ValueError, FileNotFoundError: neither or both sources, a missing, empty or undecodable file, no such column,
+            a text that is no string (in a stream: when it is read).
     """
     if (files is None) == (dataset_name is None):
         raise ValueError(f"Documents come either from files or from dataset_name, got {files=} and {dataset_name=}.")
@@ -121,17 +264,14 @@ def load_documents(
         source = dataset_name
     else:
         paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
-        documents = _load_files(paths, sample_by, streaming)
+        documents, text_column = _load_files(paths, sample_by, streaming, text_column)
         source = ", ".join(map(str, paths))
 
     columns = documents.column_names or list(next(iter(documents), {}))
     if text_column not in columns and set(TOKENIZED) <= set(columns) and isinstance(documents, Dataset):
         return _first(documents.select_columns(list(TOKENIZED)), max_documents).cast(TOKENIZED)
     if text_column not in columns:
-        raise ValueError(
-            f"text_column={text_column!r} must name a column of {source}; it has {', '.join(columns) or 'none'}. "
-            "Choose one with --text_column."
-        )
+        _refuse_missing(source, {text_column: TEXT_ADVICE}, columns)
     feature = (documents.features or {}).get(text_column)
     if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"text_column={text_column!r} of {source} must hold strings, it holds {feature}.")
@@ -147,7 +287,10 @@ def _first(documents: Dataset | IterableDataset, max_documents: int | None) -> D
     return documents if max_documents is None else documents.take(max_documents)
 
 
-def _load_files(paths: list[Path], sample_by: str, streaming: bool) -> Dataset | IterableDataset:
+def _load_files(
+    paths: list[Path], sample_by: str, streaming: bool, text_column: str
+) -> tuple[Dataset | IterableDataset, str]:
+    """Documents, and the name of the column that holds them."""
     types = set()
     for path in paths:
         if not path.is_file():
@@ -165,12 +308,40 @@ def _load_files(paths: list[Path], sample_by: str, streaming: bool) -> Dataset |
     if len(types) > 1:
         raise ValueError(f"Data files must be of one type, got {', '.join(sorted(types))}. Convert them first.")
     builder = types.pop()
-    options = {"sample_by": sample_by} if builder == "text" else {}
+    if builder in ("json", "csv"):
+        for path in paths:
+            # For errors that a stream would meet late: read up to the first text.
+            texts = (row[text_column] for _, row in read_rows(path, {text_column: TEXT_ADVICE}))
+            if not any(text is not None for text in texts):
+                raise ValueError(f"{path} must hold text, but it has none in the column {text_column!r}.")
+        files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
+        options = {"files": files, "text_column": text_column, "version": READING_VERSION}
+        if streaming:
+            return IterableDataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options), "text"
+        try:
+            # Few at once, since documents may be whole books.
+            return Dataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options, writer_batch_size=32), "text"
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+    columns = {"columns": _parquet_columns(paths, text_column)} if builder == "parquet" else {"sample_by": sample_by}
+    names = [str(path) for path in paths]
     try:
-        return load_dataset(builder, data_files=[str(p) for p in paths], split="train", streaming=streaming, **options)
+        return load_dataset(builder, data_files=names, split="train", streaming=streaming, **columns), text_column
     except Exception as error:  # datasets hides the reason in the cause, behind "an error occurred"
-        reason = error.__cause__ or error
-        raise ValueError(f"Cannot read {', '.join(map(str, paths))} as {builder}: {reason}") from error
+        raise ValueError(f"Cannot read {', '.join(names)} as {builder}: {error.__cause__ or error}") from error
+
+
+def _parquet_columns(paths: list[Path], text_column: str) -> list[str]:
+    """The columns to read: the text alone, or those of tokenised documents."""
+    for path in paths:
+        schema = pq.read_schema(path)
+        if text_column not in schema.names and set(TOKENIZED) <= set(schema.names):
+            return list(TOKENIZED)
+        _refuse_missing(path, {} if text_column in schema.names else {text_column: TEXT_ADVICE}, schema.names)
+        kind = schema.field(text_column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            raise ValueError(f"{path}, column {text_column!r} must hold strings, it holds {kind}.")
+    return [text_column]
 
 
 def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
@@ -573,6 +744,6 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 
 __all__ = [
     "MaskingCollator", "Packer", "check_text_file", "collate", "cut_rows", "document_end", "document_start",
-    "load_documents", "load_tokenizer", "pack_documents", "packing_options", "split_documents", "text_size",
-    "tokenize_documents", "tokenize_texts", "train_tokenizer",
+    "load_documents", "load_tokenizer", "open_text", "pack_documents", "packing_options", "read_rows",
+    "split_documents", "text_size", "tokenize_documents", "tokenize_texts", "train_tokenizer",
 ]  # fmt: skip

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading, tokenizers, packing and collators of flash_hf/data.py."""
 
+import csv
 import gzip
+import io
 import json
 import lzma
 from functools import partial
@@ -142,21 +144,135 @@ def test_wrong_sources_are_refused(tmp_path):
         data.load_documents(good, dataset_name="x/y")
     with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
         data.load_documents(good, max_documents=0)
-    with pytest.raises(ValueError, match=r"Cannot read .*b\.jsonl as json"):
-        data.load_documents(write(tmp_path / "b.jsonl", '{"text": "one"}\n{"text": two}\n'))
+    with pytest.raises(ValueError, match=r"Cannot read .*b\.txt as text"):
+        data.load_documents(write(tmp_path / "b.txt", "x"), sample_by="word")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_missing_text_column_names_those_there_are(tmp_path, streaming):
     path = write(tmp_path / "a.jsonl", jsonl("one", column="content"))
-    with pytest.raises(ValueError, match=r"text_column='text' .* it has id, content"):
+    with pytest.raises(ValueError, match=r"a\.jsonl must have a column 'text'; it has id, content\. .*--text_column"):
         data.load_documents(path, streaming=streaming)
+    good = write(tmp_path / "b.jsonl", jsonl("one"))
+    for name, content in (("c.csv", "a,b\n1,2\n"), ("d.csv", "a,b\n")):
+        with pytest.raises(ValueError, match=rf"{name} must have a column 'text'; it has a, b\."):
+            data.load_documents(write(tmp_path / name, content), streaming=streaming)
+    with pytest.raises(ValueError, match=r"a\.jsonl must have a column 'text'"):  # the second of two files
+        data.load_documents([good, path], streaming=streaming)
+    for name in ("a", "b"):
+        Dataset.from_json(str(tmp_path / f"{name}.jsonl")).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet must have a column 'text'; it has id, content\."):
+        data.load_documents([tmp_path / "b.parquet", tmp_path / "a.parquet"], streaming=streaming)
+
+
+# What stands beside the text: a column that changes its type, begins late, is an object here and a list there.
+UNLIKE = [
+    {"text": "one", "id": 1, "meta": {"a": 1}},
+    {"text": "two", "id": "x", "meta": [1]},
+    {"id": 2.5},
+    {"text": "three", "late": {"deep": [{"er": None}, 3]}},
+    {"text": None},
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_may_hold_anything(tmp_path, streaming, monkeypatch):
+    """Their type changes in a file, late in a file, and from file to file."""
+    lines = "".join(json.dumps(row) + "\n" for row in UNLIKE)
+    table = "id,text\n1,one\nx,two\n,three\n"
+    files = {
+        "a.jsonl": (lines, ["one", "two", None, "three", None]),
+        "b.jsonl.gz": ('{"id": [], "text": "four"}', ["four"]),
+        "c.json": (json.dumps(UNLIKE, indent=1), ["one", "two", None, "three", None]),
+        "d.json": ('{\n"text": "five",\n"id": 7}', ["five"]),
+        "e.json": ('["six", "seven"]', ["six", "seven"]),
+        # What datasets reads at once: 10 MB. The types change behind it.
+        "f.jsonl": (
+            f'{{"text": "same", "id": {"1" * 4000}}}\n' * 2800 + '{"text": "other", "id": "x", "late": 1}',
+            None,
+        ),
+    }
+    paths = [write(tmp_path / name, content) for name, (content, _) in files.items()]
+    for path, (_, texts) in zip(paths, files.values(), strict=True):
+        if texts is not None:
+            assert [row["text"] for row in data.load_documents(path, streaming=streaming)] == texts
+    documents = data.load_documents(paths, streaming=streaming)
+    texts = [row["text"] for row in documents]
+    assert texts[:6] == ["one", "two", None, "three", None, "four"] and texts[-2:] == ["same", "other"]
+    assert len(texts) == 5 + 1 + 5 + 1 + 2 + 2801
+
+    tables = [write(tmp_path / "a.csv", table), write(tmp_path / "b.csv", "text,late\nfour,4\n")]
+    documents = data.load_documents(tables, streaming=streaming)
+    assert [dict(row) for row in documents] == [{"text": text} for text in ("one", "two", "three", "four")]
+
+    rows = [{"text": ["one"], "id": [1]}, {"late": ["x"], "text": ["two"], "id": ["y"]}]
+    for number, row in enumerate(rows):
+        Dataset.from_dict(row).to_parquet(tmp_path / f"{number}.parquet")
+    documents = data.load_documents([tmp_path / "0.parquet", tmp_path / "1.parquet"], streaming=streaming)
+    assert [dict(row) for row in documents] == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_csv_files_keep_what_stands_there(tmp_path, name, streaming):
+    """Quotation marks, lines and separators in a field, words that pandas takes for nothing, numbers, a long field."""
+    texts = ['a "b", c\r\nd\n\ne', "NA", "null", "5", "x" * 300_000, "", "日本"]
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("id", "text"), *enumerate(texts)])
+    documents = data.load_documents(write(tmp_path / name, "\ufeff" + table.getvalue()), streaming=streaming)
+    assert [row["text"] for row in documents] == texts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_line_ends_and_byte_order_marks(tmp_path, streaming):
+    """A line of JSON ends where a file's does, and not at the other characters that str.splitlines heeds."""
+    for end in ("\n", "\r\n", "\r"):
+        text = "\ufeff" + end.join(['{"text": "a\u2028b\x85c"}', "", '{"text": "d\\r\\ne"}', ""])
+        documents = data.load_documents(write(tmp_path / "a.jsonl", text), streaming=streaming)
+        assert [row["text"] for row in documents] == ["a\u2028b\x85c", "d\r\ne"]
+    path = write(tmp_path / "long.jsonl", jsonl("x" * 12_000_000, "y"))
+    assert [len(row["text"]) for row in data.load_documents(path, streaming=streaming)] == [12_000_000, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": 5}\n', r"a\.jsonl, line 3, column 'text' must hold a string, got int"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ["b"]}\n', r"line 2, column 'text' must hold a string, got list"),
+        ("a.json", '[{"text": "a"}, {"text": {}}]', r"a\.json, row 2, column 'text' must hold a string, got dict"),
+        ("a.jsonl", '{"text": "a"}\n{"text": b}\n', r"line 2 must hold JSON: Expecting value at character 10"),
+        ("a.jsonl", '{"text": a}\n{"text": "b"}\n', r"a\.jsonl must hold JSON: Expecting value at character 10"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', r"line 2 must hold a JSON object, got list"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b\\ud800"}\n', r"line 2, .* character 1 \(U\+D800\) is half"),
+        ("a.jsonl", '{"text": "a"}\n{"x": %s}\n' % ("[" * 100_000), r"line 2 must hold JSON: maximum recursion"),
+        ("a.csv", "text,id\na,1\nb,c,2\n", r"a\.csv, line 3 must have 2 fields \(text, id\), it has 3.*quotation"),
+        ("a.csv", 'id,text\n1,"a\nb"\n2\n', r"a\.csv, line 4 must have 2 fields \(id, text\), it has 1"),
+        ("a.csv", 'id,text\n1,a\n2,"b\n3,c\n', r"a\.csv, line 3 is malformed: unexpected end of data.*in pairs"),
+        ("a.csv", "text,id\n", r"a\.csv must hold text, but it has none in the column 'text'"),
+        ("a.jsonl", '{"text": null}\n' * 3, r"a\.jsonl must hold text, but it has none in the column 'text'"),
+    ],
+)  # fmt: skip
+def test_an_error_names_file_and_row(tmp_path, name, content, message, streaming):
+    with pytest.raises(ValueError, match=message):
+        list(data.load_documents(write(tmp_path / name, content), streaming=streaming))
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path):
+    """`datasets` keeps what it has read."""
+    path = write(tmp_path / "a.jsonl", jsonl("one"))
+    assert data.load_documents(path)["text"] == ["one"]
+    write(path, jsonl("two"))
+    assert data.load_documents(path)["text"] == ["two"]
 
 
 def test_a_column_of_numbers_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", jsonl("one"))
-    with pytest.raises(ValueError, match="must hold strings"):
-        data.tokenize_documents(data.load_documents(path, text_column="id"), tokenizer)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1, column 'id' must hold a string, got int: '0'"):
+        data.load_documents(path, text_column="id")
+    Dataset.from_json(str(path)).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet, column 'id' must hold strings, it holds int64"):
+        data.load_documents(tmp_path / "a.parquet", text_column="id")
     with pytest.raises(ValueError, match="must hold strings, got int"):
         data.tokenize_texts(["one", 2], tokenizer)
 
