@@ -215,8 +215,8 @@ def test_import_and_use_are_silent():
     """Neither a message nor a warning of the host's about our code; messages of what else is installed are its own."""
     alone = "import transformers.modeling_utils, transformers.generation.utils, transformers.modeling_layers\n"
     words = [sys.executable, "-c"]
-    theirs = subprocess.run([*words, alone], capture_output=True, text=True, check=True)
-    ours = subprocess.run([*words, alone + IMPORT], capture_output=True, text=True)
+    theirs = subprocess.run([*words, alone], capture_output=True, encoding="utf-8", check=True)
+    ours = subprocess.run([*words, alone + IMPORT], capture_output=True, encoding="utf-8")
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout == theirs.stdout == ""
 
