@@ -341,8 +341,9 @@ def mixed_chunk_attention(
             causal=causal, activation=activation, divisor=divisor, bias_R=bias_R, dropout=dropout,
         )  # fmt: skip
     total, stored_k = None, lin_k
-    # Within a first chunk the causal global part is zero: a short input need not compute it.
-    if lin_q is not None and (not causal or G > 1 or initial is not None or return_state):
+    # Within a first chunk the causal global part is zero: a short input need not compute it. TorchScript would keep
+    # what its example needs.
+    if lin_q is not None and (not causal or G > 1 or initial is not None or return_state or torch.jit.is_tracing()):
         if previous_key:
             stored_k = previous_keys(lin_k, layout, before)
         product = chunk_products(stored_k, value_BGCE)
@@ -520,7 +521,13 @@ def quadratic_attention(
     """
     N = q_BNS.shape[1]
     scale = score_scale(activation, divisor, q_BNS.shape[-1])
-    if layout.visible_BNM is None:
+    visible_BNM, offset_BNM = layout.visible_BNM, layout.offset_BNM
+    if visible_BNM is None and is_tracing() and bias_R is not None:
+        # The views below would tie the graph to one length.
+        token_N = torch.arange(N, device=q_BNS.device)
+        offset_BNM = (token_N - token_N[:, None])[None]
+        visible_BNM = offset_BNM <= 0 if causal else torch.ones_like(offset_BNM, dtype=torch.bool)
+    if visible_BNM is None:
         if bias_R is not None:
             margin = (bias_R.shape[0] + 1) // 2 - N
             bias_R = bias_R[margin : bias_R.shape[0] - margin]
@@ -529,11 +536,15 @@ def quadratic_attention(
         bias_BNM = None
         if bias_R is not None:
             centre = (bias_R.shape[0] - 1) // 2
-            bias_BNM = bias_R.to(q_BNS.dtype)[(layout.offset_BNM + centre).clamp(0, 2 * centre)]
+            index_BNM = offset_BNM + centre
+            # An exported program keeps no check of its length; ONNX Runtime refuses an index out of range.
+            if not torch.compiler.is_exporting():
+                index_BNM = index_BNM.clamp(0, 2 * centre)
+            bias_BNM = bias_R.to(q_BNS.dtype)[index_BNM]
         scores = scores_of(q_BNS, k_BMS, scale, bias_BNM)
         # As in local_attention: rows that see nothing must stay finite under a softmax.
         hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
-        scores = scores.masked_fill(~layout.visible_BNM, hidden)
+        scores = scores.masked_fill(~visible_BNM, hidden)
     weights = activate(scores, activation)
     if dropout:
         weights = F.dropout(weights, dropout)

@@ -125,12 +125,29 @@ def resolve_documents(
         if not is_tracing() and bool(valid_BN.all()):
             valid_BN = None
 
-    if is_tracing() and seen_B is not None:
+    if torch.compiler.is_exporting():
+        if cu_seq_lens is not None or seq_idx is not None:
+            raise ValueError(
+                "Packed rows cannot be exported: the number of chunks would depend on cu_seq_lens_q or seq_idx. Leave "
+                "them out, and give each document a row of its own, padded by attention_mask."
+            )
+        if position_ids is not None:
+            _check_marks("position_ids", position_ids, batch, length)
+        # See `misplaced`.
+        position_ids = None
+    elif is_tracing() and seen_B is not None:
         # A captured step cannot compare values. Positions that continue a cache are those the cache counts anyway.
         position_ids = None
     if position_ids is None and cu_seq_lens is None and seq_idx is None:
         return count_positions(batch, length, device, valid_BN, None, seen_B)
     return _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_lens, seq_idx, seen_B)
+
+
+def misplaced(position_ids: Tensor, documents: Documents) -> Tensor:
+    """Real tokens whose position is another than that counted, packed documents included, bool `[B, N]`. For programs
+    that can raise no error: what they compute of these tokens must not look right."""
+    wrong_BN = position_ids.to(documents.position_BN.device) != documents.position_BN
+    return wrong_BN if documents.valid_BN is None else wrong_BN & documents.valid_BN
 
 
 # Whether rows are packed, and in how many chunks, is known only from the values: torch.compile breaks its graph here
@@ -302,6 +319,13 @@ def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
     return torch.where((index_BK >= 0)[..., None], x_BKF, 0)
 
 
+def _number_of_chunks(slots: int, chunk_size: int) -> int:
+    """Chunks that hold `slots`. At least 2 in an exported program: torch would tell one chunk from several by a guard,
+    and the program would then refuse lengths on the other side of `chunk_size` than its example's."""
+    chunks = (slots + chunk_size - 1) // chunk_size
+    return torch.sym_max(chunks, 2) if torch.compiler.is_exporting() else chunks
+
+
 def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: bool, shift: int = 0) -> ChunkLayout:
     """Lay the tokens of `documents` out in chunks of `chunk_size`, the first of which begins `shift` slots before its
     document.
@@ -317,13 +341,16 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     if not is_tracing() and documents.seen_B is None and N + shift <= chunk_size:
         C, shift, skipped = N, 0, shift
     if documents.is_plain:
-        G = (N + shift + C - 1) // C
+        G = _number_of_chunks(N + shift, C)
+        final_B = None
+        if torch.compiler.is_exporting():
+            final_B = torch.full((batch,), (N + shift - 1) // C, device=device)
         position_BGC = torch.arange(-shift, G * C - shift, device=device).view(1, G, C)
         occupied_BGC = (position_BGC >= 0) & (position_BGC < N)
         count_BG = torch.full((1, 1), N, dtype=torch.long, device=device)
         return ChunkLayout(
-            position_BN, position_BGC.clamp(min=0), occupied_BGC, count_BG[0], count_BG=count_BG, shift=shift,
-            skipped=skipped,
+            position_BN, position_BGC.clamp(min=0), occupied_BGC, count_BG[0], count_BG=count_BG, final_B=final_B,
+            shift=shift, skipped=skipped,
         )  # fmt: skip
 
     seen_B, start_BN = documents.seen_B, documents.start_BN
@@ -338,9 +365,9 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     if start_BN is not None:
         G = int(chunk_BN.max().clamp(min=0)) + 1
     elif seen_B is not None:
-        G = (N + 2 * C - 2) // C
+        G = _number_of_chunks(N + C - 1, C)
     else:
-        G = (N + shift + C - 1) // C
+        G = _number_of_chunks(N + shift, C)
 
     # Column G (or G * C) collects what has no place and is cut off.
     def by_chunk(value_BN: Tensor, fill: int) -> Tensor:
@@ -484,6 +511,6 @@ def quadratic_layout(
 
 
 __all__ = [
-    "ChunkLayout", "Documents", "QuadraticLayout", "StepLayout", "chunk_layout", "quadratic_layout",
+    "ChunkLayout", "Documents", "QuadraticLayout", "StepLayout", "chunk_layout", "misplaced", "quadratic_layout",
     "resolve_documents",
 ]  # fmt: skip

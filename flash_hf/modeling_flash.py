@@ -19,6 +19,7 @@ Functions of attention_flash.py hold the maths, modules here hold parameters, mo
 
 import contextlib
 import copy
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -74,6 +75,7 @@ from .chunking_flash import (
     StepLayout,
     chunk_layout,
     is_tracing,
+    misplaced,
     quadratic_layout,
     resolve_documents,
 )  # fmt: skip
@@ -622,6 +624,9 @@ class FlashModel(FlashPreTrainedModel):
             B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
             kwargs.get("seq_idx"), cache,
         )  # fmt: skip
+        if torch.compiler.is_exporting() and position_ids is not None:
+            # Eager calls raise an error here.
+            inputs_embeds = inputs_embeds.masked_fill(misplaced(position_ids, documents)[..., None], math.nan)
         layouts = [self.plan(layout, documents, inputs_embeds, cache) for layout in layouts]
         fused = layouts[0].fused
         hidden_states = inputs_embeds
@@ -736,7 +741,7 @@ class FlashModel(FlashPreTrainedModel):
         if self.config.relative_bias != "toeplitz":
             return keys
         span = self.config.span
-        if not is_tracing() and keys > span:
+        if (not is_tracing() or torch.compiler.is_exporting()) and keys > span:
             raise ValueError(
                 f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, "
                 f"got {keys}. "

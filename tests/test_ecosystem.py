@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users bring along: TRL, torchao, torch.export, ONNX, and the linter that transformers' own models pass."""
+"""What users bring along: TRL, torchao, and the linter that transformers' own models pass."""
 
 import math
 import subprocess
@@ -11,9 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import TorchAoConfig
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
+from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.data import train_tokenizer
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
 ROOT = Path(__file__).parent.parent
@@ -82,57 +81,6 @@ def test_trl_fine_tunes(trained, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "cls, changes",
-    [
-        (FlashForMaskedLM, {"num_hidden_layers": 1}),
-        (FlashForCausalLM, {"num_hidden_layers": 2, "chunk_shift": 5, "global_form": "previous_token"}),
-    ],
-)
-@pytest.mark.parametrize("target", ["torch.export", "onnx"])
-def test_exported_forward_at_any_length(target, cls, changes, tmp_path):
-    """Through transformers' own exporters, with a padded batch, at other lengths and rows than those traced; the ONNX
-    file is read back by ONNX Runtime alone. What the exporters return changed after transformers 5.17."""
-    if target == "onnx":
-        from transformers.exporters.exporter_onnx import OnnxConfig as Config
-        from transformers.exporters.exporter_onnx import OnnxExporter as Exporter
-    else:
-        from transformers.exporters.exporter_dynamo import DynamoConfig as Config
-        from transformers.exporters.exporter_dynamo import DynamoExporter as Exporter
-    model = make_model(cls, tiny_config(**changes), dtype=torch.float32)
-
-    def inputs(rows, length):
-        ids = random_ids(model.config, rows, length, seed=length)
-        mask = torch.ones_like(ids)
-        mask[0, :3] = 0
-        return {"input_ids": ids, "attention_mask": mask, **({"use_cache": False} if cls is FlashForCausalLM else {})}
-
-    exported = Exporter().export(model, inputs(2, 20), config=Config(dynamic=True))
-    if target == "onnx":
-        import onnxruntime
-
-        if hasattr(exported, "save_pretrained"):
-            exported.save_pretrained(tmp_path)
-        else:
-            exported.save(tmp_path / "model.onnx")
-        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-        names = [node.name for node in session.get_inputs()]
-
-        def run(batch):
-            return torch.from_numpy(session.run(["logits"], {name: batch[name].numpy() for name in names})[0])
-    else:
-        program = exported.module() if isinstance(exported, torch.export.ExportedProgram) else exported
-
-        def run(batch):
-            return program(**{name: value for name, value in batch.items() if torch.is_tensor(value)})["logits"]
-
-    for length in (20, 9, 33, 50):
-        batch = inputs(3, length)
-        got = run(batch)
-        assert_close(got, model(**batch).logits, 1e-5, f"length {length}")
 
 
 def test_linter_of_transformers_models():
