@@ -7,6 +7,7 @@ Machines that train need numpy and torch alone: `datasets` and `tokenizers` are 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from torch import Tensor
 
 
 CORPORA = ("books", "wiki")
+# All training text, shuffled by document, in pieces that can be carried one by one.
+MIXED = "mixed"
+PIECE_TOKENS = 26_000_000
+VALIDATED = {MIXED: CORPORA}  # on which corpora; elsewhere on the corpus itself
 IGNORE = -100
 # BERT's recipe, as data.MaskingCollator has it: of the chosen tokens, 80 % are hidden, 10 % exchanged, 10 % kept.
 MASKED, HIDDEN, EXCHANGED = 0.15, 0.8, 0.5
@@ -69,6 +74,46 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
     return facts
 
 
+def prepare_mixed(data: Path, folder: Path, *, piece_tokens: int = PIECE_TOKENS, batch: int = 64) -> dict:
+    """Write all training text of `data`, `*_train.jsonl.xz` and `*_more.jsonl.xz`, into `folder` as
+    `mixed_train_{0,1,...}.npy` of `piece_tokens` tokens each, with the tokenizer that [`prepare`] left there; it is
+    validated on the other corpora's text.
+
+    Args:
+        batch: documents that are encoded together.
+    """
+    from datasets import concatenate_datasets
+
+    from .. import data as flash_data
+
+    files = sorted(path for part in ("train", "more") for path in data.glob(f"*_{part}.jsonl.xz"))
+    documents = concatenate_datasets([flash_data.load_documents(path) for path in files]).shuffle(seed=0)
+    encoder = flash_data.load_tokenizer(str(folder / "tokenizer"), masked=True).backend_tokenizer
+    facts = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+    size = {"documents": len(documents), "tokens": 0, "bytes": 0, "words": 0}
+    pieces, waiting = [], np.empty(0, np.uint16)
+
+    def write(tokens: np.ndarray) -> None:
+        np.save(folder / f"{MIXED}_train_{len(pieces)}.npy", tokens)
+        pieces.append(len(tokens))
+
+    for rows in documents.iter(batch):
+        encoded = encoder.encode_batch_fast(rows["text"], add_special_tokens=False)
+        ids = [np.asarray([facts["end"], *found.ids], np.uint16) for found in encoded]
+        size["bytes"] += sum(len(text.encode()) for text in rows["text"])
+        size["words"] += sum(len(text.split()) for text in rows["text"])
+        waiting = np.concatenate([waiting, *ids])
+        while len(waiting) >= piece_tokens:
+            write(waiting[:piece_tokens])
+            waiting = waiting[piece_tokens:]
+    if len(waiting):
+        write(waiting)
+    size["tokens"] = sum(pieces)
+    facts[f"{MIXED}_train"] = {**size, "pieces": pieces, "files": [path.name for path in files]}
+    (folder / "text.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return facts
+
+
 def _until(documents, max_bytes: int) -> Iterator[dict]:
     for document in documents:
         yield document
@@ -77,7 +122,7 @@ def _until(documents, max_bytes: int) -> Iterator[dict]:
             return
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Stream:
     """A corpus as rows of `context` tokens, cut one after the other; documents run on from row to row.
 
@@ -98,11 +143,19 @@ class Stream:
         """All rows in a random order."""
         return np.random.default_rng(seed).permutation(len(self))
 
+    def spans(self, rows: np.ndarray) -> Tensor:
+        """The tokens of these rows and the one after each, int32 `[rows, context + 1]`."""
+        begin = torch.from_numpy(rows * self.context).to(self.device, non_blocking=True)
+        return self.tokens[begin[:, None] + torch.arange(self.context + 1, device=self.device)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
     def batch(self, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and, at the same places, labels, int64 `[rows, context]`; `seed` draws the masks."""
-        device = self.tokens.device
-        begin = torch.from_numpy(rows * self.context).to(device, non_blocking=True)
-        ids = self.tokens[begin[:, None] + torch.arange(self.context + 1, device=device)].long()
+        device = self.device
+        ids = self.spans(rows).long()
         inputs, following = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if self.mask_id is None:
             return inputs, following
@@ -117,10 +170,70 @@ class Stream:
         return torch.where(hidden, self.mask_id, torch.where(exchanged, other, inputs)), labels
 
 
+class PieceStream(Stream):
+    """Rows of a corpus in pieces, in a random order in each piece and one piece after the other; a piece is read when
+    its first row is asked for, so that training begins before the last piece is there.
+
+    Args:
+        files: the pieces, `.npy`.
+        sizes: tokens of each.
+        wait_seconds: how long a piece may take to come.
+    """
+
+    def __init__(self, files: list[Path], sizes: list[int], context: int, vocab_size: int, mask_id: int | None,
+                 device: str, wait_seconds: float = 0.0):  # fmt: skip
+        super().__init__(torch.empty(0, dtype=torch.int32, device=device), context, vocab_size, mask_id)
+        self.files, self.sizes, self.wait_seconds = files, sizes, wait_seconds
+        self.counts = np.array([(size - 1) // context for size in sizes])
+        self.ends = np.cumsum(self.counts)
+        self.held: dict[int, Stream] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def order(self, seed: int) -> np.ndarray:
+        return np.concatenate([
+            end - count + np.random.default_rng([seed, piece]).permutation(count)
+            for piece, (end, count) in enumerate(zip(self.ends, self.counts, strict=True))
+        ])  # fmt: skip
+
+    def spans(self, rows: np.ndarray) -> Tensor:
+        pieces = np.searchsorted(self.ends, rows, side="right")
+        found = torch.empty(len(rows), self.context + 1, dtype=torch.int32, device=self.device)
+        for piece in np.unique(pieces):
+            chosen = pieces == piece
+            inside = rows[chosen] - (self.ends[piece] - self.counts[piece])
+            found[torch.from_numpy(chosen).to(self.device)] = self.piece(int(piece)).spans(inside)
+        return found
+
+    def piece(self, index: int) -> Stream:
+        if index not in self.held:
+            file, begin = self.files[index], time.monotonic()
+            while not file.is_file():
+                if time.monotonic() - begin >= self.wait_seconds:
+                    raise FileNotFoundError(
+                        f"study: no tokens in {file}. Make them with --prepare DATA, or wait longer for them with "
+                        "--wait_minutes."
+                    )
+                time.sleep(0.2)
+            tokens = np.load(file)
+            if len(tokens) != self.sizes[index]:
+                raise ValueError(f"study: {file} holds {len(tokens):,} tokens and not the {self.sizes[index]:,} that "
+                                 "text.json says. Make both with one --prepare.")  # fmt: skip
+            # A batch is of one piece, or of the end of one and the beginning of the next.
+            for old in [other for other in self.held if other != index - 1]:
+                del self.held[old]
+            self.held[index] = Stream(torch.from_numpy(tokens.astype(np.int32)).to(self.device), self.context,
+                                      self.vocab_size)  # fmt: skip
+        return self.held[index]
+
+
 def load_stream(
-    folder: Path, corpus: str, part: str, context: int, *, causal: bool, device: str = "cpu", limit: int | None = None
-) -> Stream:
-    """The rows of `{corpus}_{part}.npy`, of its first `limit` tokens if given.
+    folder: Path, corpus: str, part: str, context: int, *, causal: bool, device: str = "cpu",
+    limit: int | None = None, wait_seconds: float = 0.0,
+) -> Stream:  # fmt: skip
+    """The rows of `{corpus}_{part}.npy`, of its first `limit` tokens if given; or of all pieces of a corpus that has
+    pieces, each of which may be `wait_seconds` late.
 
     Raises:
         FileNotFoundError: the text has not been prepared.
@@ -128,9 +241,15 @@ def load_stream(
     if not (folder / "text.json").is_file():
         raise FileNotFoundError(f"study: no tokens in {folder}. Make them with --prepare DATA.")
     facts = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+    mask_id = None if causal else facts["mask"]
+    sizes = facts.get(f"{corpus}_{part}", {}).get("pieces")
+    if sizes:
+        files = [folder / f"{corpus}_{part}_{index}.npy" for index in range(len(sizes))]
+        return PieceStream(files, sizes, context, facts["vocab_size"], mask_id, device, wait_seconds)
     tokens = np.load(folder / f"{corpus}_{part}.npy", mmap_mode="r")[:limit]
     tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
-    return Stream(tokens, context, facts["vocab_size"], None if causal else facts["mask"])
+    return Stream(tokens, context, facts["vocab_size"], mask_id)
 
 
-__all__ = ["CORPORA", "IGNORE", "Stream", "load_stream", "prepare"]
+__all__ = ["CORPORA", "IGNORE", "MIXED", "VALIDATED", "PieceStream", "Stream", "load_stream", "prepare",
+           "prepare_mixed"]  # fmt: skip
