@@ -4,9 +4,12 @@ python scripts/study.py --tiny --prepare tests/data/wizard_of_oz.txt --work runs
 
 The study behind RESULTS.md. Three steps, on three machines if need be:
 
-1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA (needs no GPU).
+1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA, and of all its
+   training text together, in pieces of 50 MB (needs no GPU). Training may begin with the first piece there and wait up
+   to `--wait_minutes` for each of the others.
 2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first
-   (rates and seeds as the finished ones ask for), several beside each other, on all GPUs, until `--minutes` are over;
+   (rates and seeds as the finished ones ask for), several beside each other, on all GPUs, until `--minutes` are over
+   (a training that is cut off then resumes from WORK/states, at most a minute back);
    `--bundle FILE` puts what is finished in one file as well, and `--unbundle FILE` adds such a file to FOLDER.
 3. `--report --fill RESULTS.md`: the tables of RESULTS.md from FOLDER; `--figures FOLDER` draws.
 """
@@ -50,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: put the tables into RESULTS.md")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="with --report: also draw the figures there")
     parser.add_argument("--tiny", action="store_true", help="a small grid of tiny models: does the study run?")
+    parser.add_argument(
+        "--wait_minutes", type=float, default=0.0, help="how long a piece of the tokens may be late, after the last"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -62,7 +68,8 @@ def run_cells(options: argparse.Namespace) -> None:
 
     def run(name: str) -> None:
         cell = grid.Cell.parse(name)
-        result = training.run_cell(cell, options.work / "tokens", gate, training.recipe_of(cell))
+        result = training.run_cell(cell, options.work / "tokens", gate, training.recipe_of(cell),
+                                   states=options.work / "states", wait_seconds=60 * options.wait_minutes)  # fmt: skip
         write_json(options.work / "cells" / f"{cell.name}.json", result, indent=None)
         training.forget()
 
@@ -98,6 +105,8 @@ def main() -> int:
         vocab = options.vocab_size or (600 if options.tiny else 8192)
         facts = text.prepare(options.prepare, options.work / "tokens", vocab_size=vocab,
                              max_tokens=options.max_tokens, max_valid_tokens=2_200_000)  # fmt: skip
+        if options.prepare.is_dir():
+            facts = text.prepare_mixed(options.prepare, options.work / "tokens")
         print(json.dumps(facts, indent=1))
     if options.prepare and not options.minutes:
         return 0
@@ -128,7 +137,8 @@ def main() -> int:
             found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(new.glob("*.json"))}
             write_json(options.bundle, found, indent=None)
 
-    words = [sys.executable, __file__, "--work", str(options.work), "--serve"]
+    words = [sys.executable, __file__, "--work", str(options.work), "--wait_minutes", str(options.wait_minutes),
+             "--serve"]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Batches have one shape, and CUDA graphs their own pools; compilers of several cells share the processors.
     environment = {"PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "", "TORCHINDUCTOR_COMPILE_THREADS": "4"}

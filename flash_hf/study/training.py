@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import itertools
 import json
 import math
+import os
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,7 +33,7 @@ from ..graphs import GraphedBackward
 from ..recall import mqar, needle
 from .grid import Cell
 from .models import MODELS, SIZES, build
-from .text import IGNORE, Stream, load_stream
+from .text import IGNORE, VALIDATED, Stream, load_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,7 @@ CURVE_POINTS = 100
 BINS = 32  # of the loss by position
 GATED_STEPS = 8  # steps between two looks whether somebody wants the device alone
 TRAINED_SAMPLES = 10  # timed steps of a model that has been trained
+STATE_SECONDS = 60  # of training between two saved states
 
 
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -165,22 +170,24 @@ def recall_batch(task: str, context: int, rows: int, vocab_size: int, seed: int)
     return mqar(rows, context, int(task.removeprefix("mqar")), vocab_size, generator)
 
 
-def batches(cell: Cell, stream: Stream | None, recipe: Recipe, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a training, without end; the same for every model."""
+def batches(
+    cell: Cell, stream: Stream | None, recipe: Recipe, device: str, begin: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a training from number `begin` on, without end; the same for every model."""
     rows = max(1, recipe.batch_tokens // cell.context)
     if stream is None:
-        count = 0
-        while True:
+        for count in itertools.count(begin + 1):
             # Recall is asked for with seeds below 10^6.
-            count += 1
             batch = recall_batch(cell.task, cell.context, rows, recipe.recall_vocab, 10**6 * (cell.seed + 1) + count)
             yield tuple(part.to(device, non_blocking=True) for part in batch)
-    epoch = 0
-    while True:
+    each = len(stream) // rows
+    if not each:
+        raise ValueError(f"study: {cell.task} has {len(stream)} rows of {cell.context} tokens, fewer than a batch: "
+                         f"{rows}.")  # fmt: skip
+    for epoch in itertools.count(begin // each):
         order = stream.order(1000 * cell.seed + epoch)
-        for at in range(0, len(order) - rows + 1, rows):
+        for at in range(max(0, begin - epoch * each) * rows, each * rows, rows):
             yield stream.batch(order[at : at + rows], 10**6 * (cell.seed + 1) + epoch * 10**5 + at)
-        epoch += 1
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -242,23 +249,26 @@ def binned(losses: Tensor, bins: int) -> list[float]:
 # ------------------------------------------------------------------------------------------------------------------
 # Cells
 # ------------------------------------------------------------------------------------------------------------------
-def prepare(cell: Cell, folder: Path, recipe: Recipe, device: str) -> tuple[nn.Module, Stream | None, Step, Iterator]:
-    """Model, text (None for recall), step and batches of a cell; `steps` is in the step's schedule."""
+def prepare(
+    cell: Cell, folder: Path, recipe: Recipe, device: str, wait_seconds: float = 0.0
+) -> tuple[nn.Module, Stream | None, Step]:
+    """Model, text (None for recall) and step of a cell; `steps` is in the step's schedule. The step's example is the
+    first batch, which no training takes."""
     torch.set_float32_matmul_precision("high")
     set_seed(cell.seed)
     stream, vocab = None, recipe.recall_vocab
     if not cell.recalls:
         corpus = cell.task.split("-")[0]
-        stream = load_stream(folder, corpus, "train", cell.context, causal=cell.causal, device=device)
+        stream = load_stream(folder, corpus, "train", cell.context, causal=cell.causal, device=device,
+                             wait_seconds=wait_seconds)  # fmt: skip
         vocab = stream.vocab_size
     model = build(cell.model, cell.size, vocab, cell.context, causal=cell.causal).to(device)
     model.train()
     if MODELS[cell.model].compiled and device == "cuda":
         for layer in model.model.layers:
             layer.compile(dynamic=False)
-    source = batches(cell, stream, recipe, device)
-    steps = steps_of(cell, recipe)
-    return model, stream, Step(model, next(source), steps, cell.rate, recipe), source
+    example = next(batches(cell, stream, recipe, device))
+    return model, stream, Step(model, example, steps_of(cell, recipe), cell.rate, recipe)
 
 
 def steps_of(cell: Cell, recipe: Recipe) -> int:
@@ -266,18 +276,26 @@ def steps_of(cell: Cell, recipe: Recipe) -> int:
     return max(1, round(cell.tokens * 1e6 / (rows * cell.context)))
 
 
-def run_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe) -> dict:
+def run_cell(
+    cell: Cell, folder: Path, gate: Gate, recipe: Recipe, *, states: Path | None = None, wait_seconds: float = 0.0
+) -> dict:
     """What a cell measures, with what is needed to repeat it.
 
     Args:
         folder: of the tokens, from [`text.prepare`].
         gate: shared with the other cells on this device.
+        states: folder for the states of trainings that have not ended, from which they resume; None keeps none.
+        wait_seconds: how long a piece of the text may take to come.
     """
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = (time_cell if cell.kind == "time" else train_cell)(cell, folder, gate, recipe, device)
+    if cell.kind == "time":
+        found = time_cell(cell, folder, gate, recipe, device)
+    else:
+        state = None if states is None else states / f"{cell.name}.pt"
+        found = train_cell(cell, folder, gate, recipe, device, state, wait_seconds)
     result = {**dataclasses.asdict(cell), **found, "recipe": dataclasses.asdict(recipe), **provenance()}
     if not cell.recalls:
         result["text"] = json.loads((folder / "text.json").read_text(encoding="utf-8"))
@@ -319,8 +337,8 @@ def sampler(step: Step, batch: tuple[Tensor, Tensor], device: str) -> Callable[[
 def time_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str) -> dict:
     """Milliseconds of a training step (forward, backward, clipping, optimiser), alone on the device: as the trainings
     do it, and, on a GPU, issued by Python."""
-    model, _, step, source = prepare(cell, folder, recipe, device)
-    sample = sampler(step, next(source), device)
+    model, stream, step = prepare(cell, folder, recipe, device)
+    sample = sampler(step, next(batches(cell, stream, recipe, device, 1)), device)
     for _ in range(3):
         sample()
     found = {}
@@ -332,41 +350,105 @@ def time_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str)
     return {**about(model, step), **found}
 
 
-def train_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str) -> dict:
+@dataclasses.dataclass
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        losses: of every step, 0 where it has not been done.
+        curve: validations: steps, loss (the mean over the corpora), and accuracy for recall.
+        curves: for text, the same of each corpus.
+        resumed: the steps after which it was resumed.
+    """
+
+    losses: Tensor
+    curve: list[list[float]] = dataclasses.field(default_factory=list)
+    curves: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
+    done: int = 0
+    seconds: float = 0.0
+    resumed: list[int] = dataclasses.field(default_factory=list)
+
+
+def save_state(path: Path, step: Step, progress: Progress) -> None:
+    """All that a training needs to go on as if it had not stopped; whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = [torch.get_rng_state(), torch.cuda.get_rng_state() if step.device == "cuda" else None]
+    part = path.with_suffix(".part")
+    torch.save({"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "random": random,
+                "schedule": step.schedule.state_dict(), "progress": dataclasses.asdict(progress)}, part)  # fmt: skip
+    os.replace(part, path)
+
+
+def load_state(path: Path, step: Step) -> Progress:
+    """Put a saved state into a step that has just been made (and captured)."""
+    state = torch.load(path, map_location=step.device, weights_only=True)
+    step.model.load_state_dict(state["model"])
+    step.optimizer.load_state_dict(state["optimizer"])
+    step.schedule.load_state_dict(state["schedule"])
+    cpu, cuda = state["random"]
+    torch.set_rng_state(cpu.cpu())
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda.cpu())
+    progress = Progress(**state["progress"])
+    progress.resumed.append(progress.done)
+    return progress
+
+
+def train_cell(
+    cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str, state: Path | None, wait_seconds: float
+) -> dict:
     """Curves of the training and the validation loss, what the trained model can do, and, on a GPU, the milliseconds
-    of a step, alone on the device."""
-    model, stream, step, source = prepare(cell, folder, recipe, device)
+    of a step, alone on the device. It resumes from `state`, if there is one, and leaves one there now and then."""
+    model, stream, step = prepare(cell, folder, recipe, device, wait_seconds)
     steps = steps_of(cell, recipe)
     step.capture()  # not in the gate: compiling takes long, and little of the device
     corpus = cell.task.split("-")[0]
+    corpora = () if stream is None else VALIDATED.get(corpus, (corpus,))
 
-    def valid(context: int, tokens: int) -> Stream:
+    def valid(corpus: str, context: int, tokens: int) -> Stream:
         return load_stream(folder, corpus, "valid", context, causal=cell.causal, device=device, limit=tokens + 1)
 
-    watch = None if stream is None else valid(cell.context, recipe.valid_tokens)
-    losses = torch.zeros(steps, device=device)
+    watched = {name: valid(name, cell.context, recipe.valid_tokens) for name in corpora}
+    now = Progress(torch.zeros(steps, device=device), curves={name: [] for name in corpora})
+    if state is not None and state.is_file():
+        now = load_state(state, step)
+    source = batches(cell, stream, recipe, device, 1 + now.done)
     every = max(1, steps // recipe.evaluations)
-    curve, seconds, done = [], 0.0, 0
-    while done < steps and not (curve and not math.isfinite(curve[-1][1])):
+    saved = time.perf_counter()
+    while now.done < steps and not (now.curve and not math.isfinite(now.curve[-1][1])):
         with gate.shared():
             begin = time.perf_counter()
-            until = min(steps, done + GATED_STEPS, (done // every + 1) * every)
-            while done < until:
+            until = min(steps, now.done + GATED_STEPS, (now.done // every + 1) * every)
+            while now.done < until:
                 step(next(source))
-                losses[done] = step.loss
-                done += 1
+                now.losses[now.done] = step.loss
+                now.done += 1
             wait(device)
-            seconds += time.perf_counter() - begin
-            if done % every == 0 or done == steps:
-                if watch is not None:
-                    loss = validate(model, watch, recipe.batch_tokens).nanmean().item()
-                    curve.append([done, round(loss, 4)])
+            now.seconds += time.perf_counter() - begin
+            if now.done % every == 0 or now.done == steps:
+                for name, rows in watched.items():
+                    loss = validate(model, rows, recipe.batch_tokens).nanmean().item()
+                    now.curves[name].append([now.done, round(loss, 4)])
+                if watched:
+                    mean = statistics.mean(curve[-1][1] for curve in now.curves.values())
+                    now.curve.append([now.done, round(mean, 4)])
                 else:
                     found = recall(model, cell, cell.context, recipe)
-                    curve.append([done, round(found["loss"], 4), round(found["accuracy"], 4)])
+                    now.curve.append([now.done, round(found["loss"], 4), round(found["accuracy"], 4)])
+        if state is not None and time.perf_counter() - saved > STATE_SECONDS:
+            save_state(state, step, now)
+            saved = time.perf_counter()
+    several = {}
     with gate.shared():
-        if watch is not None:
-            final, other = measure_text(model, cell, valid, recipe)
+        if watched:
+            measured = {name: measure_text(model, cell, functools.partial(valid, name), recipe) for name in watched}
+            final, other = measured[corpora[0]]
+            if len(corpora) > 1:
+                several = {"corpora": {
+                    name: {"final": final, "lengths": other, "valid_curve": now.curves[name]}
+                    for name, (final, other) in measured.items()
+                }}  # fmt: skip
+                final, other = means(measured.values())
         else:
             final = recall(model, cell, cell.context, recipe)
             factors = (2, 4) if MODELS[cell.model].long else ()
@@ -375,13 +457,23 @@ def train_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str
     timed = {}
     if device == "cuda" and not cell.recalls:  # last: these steps go on training
         timed["step"] = quietest(sampler(step, next(source), device), gate, TRAINED_SAMPLES, 1)
+    if state is not None:
+        state.unlink(missing_ok=True)
     width = max(1, steps // CURVE_POINTS)
-    smooth = losses[: done // width * width].view(-1, width).mean(1)
+    smooth = now.losses[: now.done // width * width].view(-1, width).mean(1)
     return {
-        **about(model, step), "steps": done, "diverged": done < steps, "shared_seconds": round(seconds, 1),
-        "train_curve": {"every": width, "loss": rounded(smooth)}, "valid_curve": curve, "final": final,
-        "lengths": other, **timed,
+        **about(model, step), "steps": now.done, "diverged": now.done < steps,
+        "shared_seconds": round(now.seconds, 1), **({"resumed": now.resumed} if now.resumed else {}),
+        "train_curve": {"every": width, "loss": rounded(smooth)}, "valid_curve": now.curve, "final": final,
+        "lengths": other, **several, **timed,
     }  # fmt: skip
+
+
+def means(measured: Iterable[tuple[dict, dict]]) -> tuple[dict, dict]:
+    """Of several corpora, each counted once whatever its tokens, the mean of the losses: finally, and by length."""
+    finals, others = zip(*measured, strict=True)
+    longer = {length: {"loss": statistics.mean(other[length]["loss"] for other in others)} for length in others[0]}
+    return {"loss": statistics.mean(final["loss"] for final in finals)}, longer
 
 
 def measure_text(model: nn.Module, cell: Cell, valid: Callable[[int, int], Stream], recipe: Recipe):
