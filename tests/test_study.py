@@ -4,8 +4,10 @@ are what the kept cells say."""
 
 import dataclasses
 import json
+import lzma
 import math
 import runpy
+import shutil
 import sys
 import threading
 import time
@@ -17,8 +19,8 @@ import torch
 
 from flash_hf.cells import CellRunner, Gate, write_json
 from flash_hf.study import grid, report, training
-from flash_hf.study.models import MODELS, SIZES, build
-from flash_hf.study.text import IGNORE, Stream, load_stream, prepare
+from flash_hf.study.models import MODELS, SIZES, _flash, build
+from flash_hf.study.text import IGNORE, PieceStream, Stream, load_stream, prepare, prepare_mixed
 
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +79,80 @@ def test_masks_are_berts_and_can_be_drawn_again():
 def test_missing_text_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="--prepare"):
         load_stream(tmp_path, "books", "train", 8, causal=True)
+
+
+@pytest.fixture(scope="module")
+def mixed(tokens, tmp_path_factory):
+    """The same tokenizer and validation, and all training text of a folder in pieces."""
+    data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("mixed")
+    shutil.copytree(tokens, folder, dirs_exist_ok=True)
+    paragraphs = BOOK.read_text(encoding="utf-8").split("\n\n")
+    for index, name in enumerate(("books_train", "books_more", "books_valid", "wiki_train")):
+        with lzma.open(data / f"{name}.jsonl.xz", "wt", encoding="utf-8") as file:
+            for text in paragraphs[100 * index : 100 * (index + 1)]:
+                file.write(json.dumps({"text": f"{name} {text}"}) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        facts = prepare_mixed(data, folder, piece_tokens=5000, batch=7)
+    return folder, facts, data
+
+
+def test_the_mixed_corpus_holds_every_training_document_once(mixed):
+    from flash_hf.data import load_tokenizer
+
+    folder, facts, data = mixed
+    size = facts["mixed_train"]
+    pieces = [np.load(folder / f"mixed_train_{index}.npy") for index in range(len(size["pieces"]))]
+    assert [len(piece) for piece in pieces] == size["pieces"] and set(size["pieces"][:-1]) == {5000}
+    assert len(pieces) > 2 and 0 < size["pieces"][-1] <= 5000 and size["tokens"] == sum(size["pieces"])
+    assert all(piece.dtype == np.uint16 for piece in pieces)
+    text = load_tokenizer(str(folder / "tokenizer"), masked=True).decode(np.concatenate(pieces))
+    expected = [json.loads(line)["text"] for name in ("books_train", "books_more", "wiki_train")
+                for line in lzma.open(data / f"{name}.jsonl.xz", "rt", encoding="utf-8")]  # fmt: skip
+    found = text.split("<|endoftext|>")[1:]
+    assert sorted(found) == sorted(expected) and found != expected and len(found) == size["documents"]
+    assert size["bytes"] == sum(len(text.encode()) for text in expected)
+    assert json.loads((folder / "text.json").read_text(encoding="utf-8")) == facts and "books_valid" in facts
+
+
+def test_rows_come_piece_after_piece_and_each_once(tmp_path):
+    sizes, context = [41, 33, 18], 8
+    tokens = np.arange(sum(sizes), dtype=np.uint16)
+    files = [tmp_path / f"{index}.npy" for index in range(len(sizes))]
+    for file, piece in zip(files, np.split(tokens, np.cumsum(sizes)[:-1]), strict=True):
+        np.save(file, piece)
+    stream = PieceStream(files, sizes, context, 100, None, "cpu")
+    order = stream.order(3)
+    assert len(stream) == 5 + 4 + 2 and [sorted(order[a:b]) for a, b in ((0, 5), (5, 9), (9, 11))] == [
+        [0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10]
+    ]  # fmt: skip
+    assert list(order) != sorted(order) and list(stream.order(4)) != list(order)
+    # A batch of three ends in another piece than it begins in.
+    inputs = torch.cat([stream.batch(order[at : at + 3], 0)[0] for at in (0, 3, 6, 9)])
+    begins = [8 * row if row < 5 else 41 + 8 * (row - 5) if row < 9 else 74 + 8 * (row - 9) for row in order]
+    assert torch.equal(inputs, torch.tensor(begins)[:, None] + torch.arange(context)) and len(stream.held) <= 2
+    _, labels = stream.batch(order, 0)
+    assert torch.equal(labels, inputs + 1)
+
+
+def test_a_piece_may_be_late_but_not_missing_or_another(tmp_path):
+    files, sizes = [tmp_path / "0.npy", tmp_path / "1.npy"], [33, 33]
+    np.save(files[0], np.arange(33, dtype=np.uint16))
+    stream = PieceStream(files, sizes, 8, 100, None, "cpu")
+    stream.batch(np.array([0, 3]), 0)
+    with pytest.raises(FileNotFoundError, match="--prepare"):
+        stream.batch(np.array([3, 4]), 0)
+    patient = PieceStream(files, sizes, 8, 100, None, "cpu", wait_seconds=60)
+    # Under another name first, as what brings it must do.
+    np.save(tmp_path / "part.npy", np.arange(33, dtype=np.uint16))
+    late = threading.Timer(0.3, (tmp_path / "part.npy").rename, [files[1]])
+    late.start()
+    inputs, _ = patient.batch(np.array([3, 4]), 0)
+    late.join()
+    assert inputs[:, 0].tolist() == [24, 0]
+    np.save(files[1], np.arange(20, dtype=np.uint16))
+    with pytest.raises(ValueError, match="holds 20 tokens and not the 33"):
+        stream.batch(np.array([4]), 0)
 
 
 # --- models and grid -------------------------------------------------------------------------------------------------
@@ -170,6 +246,56 @@ def test_models_see_the_same_batches_in_the_same_order(tokens):
         source = training.batches(cell, stream, training.TINY_RECIPE, "cpu")
         drawn[cell] = torch.stack([next(source)[0] for _ in range(5)])
     assert torch.equal(drawn[CAUSAL], drawn[rival]) and len(set(map(str, drawn.values()))) == 2
+
+
+class CutOff(Exception):
+    pass
+
+
+@pytest.mark.parametrize("task", ["mixed-causal", "mixed-masked", "mqar4"])
+def test_a_training_that_was_cut_off_resumes_exactly(mixed, tmp_path, monkeypatch, task):
+    """As if it had not been: curves, final losses, in another piece of the text and with dropout."""
+    folder, facts, _ = mixed
+    size = "tiny-recall" if task == "mqar4" else "tiny"
+    cell = grid.Cell("train", "flash", size, task, 32, 0.012, 0.004)
+    monkeypatch.setitem(MODELS, "flash", dataclasses.replace(
+        MODELS["flash"], build=_flash(hidden_dropout=0.1, attention_init="recent")))  # fmt: skip
+    whole = training.run_cell(cell, folder, Gate(None), training.TINY_RECIPE)
+    assert whole["steps"] == 23 and "resumed" not in whole and facts["mixed_train"]["pieces"][0] < 12_000
+
+    monkeypatch.setattr(training, "STATE_SECONDS", 0)
+    save, cut = training.save_state, {7, 14}
+
+    def cut_off(path, step, now):
+        save(path, step, now)
+        if now.done in cut:
+            cut.remove(now.done)
+            raise CutOff
+
+    monkeypatch.setattr(training, "save_state", cut_off)
+    for _ in range(2):
+        with pytest.raises(CutOff):
+            training.run_cell(cell, folder, Gate(None), training.TINY_RECIPE, states=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{cell.name}.pt"]
+    again = training.run_cell(cell, folder, Gate(None), training.TINY_RECIPE, states=tmp_path)
+    assert again["resumed"] == [7, 14] and not list(tmp_path.iterdir())
+    for key in ("train_curve", "valid_curve", "final", "lengths", *(["corpora"] if task != "mqar4" else [])):
+        assert again[key] == whole[key], key
+
+
+def test_a_mixed_cell_tells_each_corpus_and_their_mean(mixed):
+    folder, _, _ = mixed
+    cell = grid.Cell("train", "flash", "tiny", "mixed-causal", 32, 0.004, 0.004)
+    result = training.run_cell(cell, folder, Gate(None), training.TINY_RECIPE)
+    books, wiki = (result["corpora"][name] for name in ("books", "wiki"))
+    assert result["final"]["loss"] == pytest.approx((books["final"]["loss"] + wiki["final"]["loss"]) / 2)
+    assert set(books["lengths"]) == set(result["lengths"]) == {"64", "128"}
+    for (step, mean), (_, first), (_, second) in zip(
+        result["valid_curve"], books["valid_curve"], wiki["valid_curve"], strict=True
+    ):
+        assert mean == pytest.approx((first + second) / 2, abs=2e-4) and step
+    stream = load_stream(folder, "books", "valid", 32, causal=True, limit=1025)
+    assert books["final"]["tokens"] == len(stream) * 32
 
 
 @pytest.mark.parametrize("task", ["books-masked", "mqar4", "needle"])
@@ -358,6 +484,34 @@ def test_seconds_to_a_loss_are_the_mean_of_the_seeds():
     ours, rival = (grid.Cell("train", model, "m", "books-causal", 512, 30, 0.002) for model in grid.HEADLINE)
     # 20 of 30 steps, and 20 and a third.
     assert report.faster(results, ours, rival) == f"{(30 / 20 + 30 / (20 + 10 / 3)) / 2:.2f} x"
+
+
+def test_long_trainings_are_told_by_corpus_and_position():
+    """Of each model the best rate, the lowest loss first."""
+    results = {}
+    for model, rate, books in (("flash", 0.002, 4.0), ("flash", 0.004, 4.5), ("transformer++", 0.001, 3.0)):
+        cell = grid.Cell("train", model, "m", "mixed-causal", 2048, 235, rate)
+        found = {
+            name: {
+                "final": {"loss": loss, "by_position": [loss + 0.4] * 4 + [loss] * 24 + [loss - 0.1] * 4},
+                "lengths": {"4096": {"loss": loss + 1}, "8192": {"loss": loss + 2}},
+            }
+            for name, loss in (("books", books), ("wiki", books + 1))
+        }
+        results[cell] = {
+            "task": cell.task, "final": {"loss": books + 0.5}, "corpora": found, "tokens_per_step": 32768,
+            "train_curve": {"every": 10, "loss": [6.0] * 90 + [books - 0.2, books] * 5},
+            "valid_curve": [[100 * step, books + 2 - step / 10] for step in range(1, 21)],
+            "text": {f"{name}_valid": {"tokens": 100, "bytes": 400} for name in ("books", "wiki")},
+        }  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in report.lasting(results).splitlines()]
+    assert len(rows) == 4 and len({len(row) for row in rows}) == 1
+    assert rows[2] == ["2,048", "235 M", "Transformer++", "0.001", "2.900", "3.000 (1.082)", "3.400, 2.900", "0.500",
+                       "4.000 (1.443)", "4.400, 3.900", "0.500", "4.000, 5.000"]  # fmt: skip
+    assert rows[3][2:6] == ["FLASH", "0.002", "3.900", "4.000 (1.443)"]
+    crossed = report.crossings(results).splitlines()[2]
+    assert crossed.startswith("| 2,048 | 235 M | Transformer++ | 4.900 (3 M) | 4.800 (7 M) | 4.500 (16 M)")
+    assert crossed.endswith("3.000 (66 M) |")
 
 
 def test_figures_are_drawn(tmp_path):

@@ -45,6 +45,13 @@ SEARCH = {"size": "s", "tokens": 15}
 SEARCH_CONTEXT = 4096
 # Does the global branch pay with more training?
 LONG = {"size": "s", "tokens": 60}
+# Does the lead last? One pass over all training text, at the best rates of the short trainings; rates are searched
+# with a tenth of it.
+ONE_PASS = 235
+PASSED = {2048: {RIVAL: 1e-3, STARTED: 2e-3, STARTED_LOCAL: 2e-3, "flash-quad": 1e-3, "gau-softmax": 1e-3,
+                 FLASH: 2e-3},
+          8192: {RIVAL: 1e-3, STARTED: 2e-3, FLASH: 2e-3}}  # fmt: skip
+SEVERAL_PASSES = 600
 # What the draw of the weights does to a loss is learnt from these.
 SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTER, "flash-shifted-conv",
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
@@ -145,10 +152,26 @@ def best_of(cells: list[Cell], results: Results) -> Cell:
     return min(cells, key=lambda cell: final_loss(results[cell]))
 
 
-def tuned(results: Results, model: str, task: str, context: int) -> Cell | None:
+def tuned(results: Results, model: str, task: str, context: int, **more) -> Cell | None:
     """The cell at a model's best rate, or None before the search has ended."""
-    cells = tuning(results, model, task, context)
+    cells = tuning(results, model, task, context, **more)
     return best_of(cells, results) if all(cell in results for cell in cells) else None
+
+
+def passes(results: Results) -> list[Cell]:
+    """The long trainings, on all text."""
+    task = "mixed-causal"
+    cells = [cell for context, rates in PASSED.items() for model, rate in rates.items()
+             for cell in train(model, task, context, [rate], tokens=ONE_PASS)]  # fmt: skip
+    searched = {"context": 2048, "tokens": ONE_PASS / 10}
+    for model in (RIVAL, STARTED):
+        cells += tuning(results, model, task, **searched)
+    for context in PASSED:
+        for model in (RIVAL, STARTED):
+            best = tuned(results, model, task, **searched)
+            if best is not None:
+                cells += [replace(best, context=context, tokens=tokens) for tokens in (ONE_PASS, SEVERAL_PASSES)]
+    return cells
 
 
 def full_grid(results: Results) -> list[Cell]:
@@ -158,8 +181,9 @@ def full_grid(results: Results) -> list[Cell]:
     first, lower = RATES
     best = {(model, *place): tuned(results, model, *place) for place in TUNED for model in HEADLINE}
 
+    cells = passes(results)
     # Trainings time their steps, too. These also tell what Python needs to issue one; the second was disturbed there.
-    cells = timing(HEADLINE, books, [8192]) + timing(HEADLINE, masked, [4096])
+    cells += timing(HEADLINE, books, [8192]) + timing(HEADLINE, masked, [4096])
     for task, context in TUNED:
         for model in HEADLINE:
             cells += tuning(results, model, task, context)
@@ -283,7 +307,7 @@ def load_results(*folders: Path) -> Results:
 
 __all__ = [
     "ABLATIONS", "BETTER", "BETWEEN", "BUDGETS", "CONTEXTS", "FLASH", "FORMS", "GOALS", "HEADLINE", "HINT",
-    "HINT_CONTEXT", "LONG", "MODERN", "RATES", "RECALL_MODELS", "RECALL_TASKS", "RIVAL", "SCALED", "SEARCH",
-    "SEARCH_CONTEXT", "SHORT", "STARTED", "TOKENS", "TUNED", "Cell", "Results", "best_rates", "final_loss",
-    "full_grid", "load_results", "tiny_grid", "tuned", "tuning",
+    "HINT_CONTEXT", "LONG", "MODERN", "ONE_PASS", "RATES", "RECALL_MODELS", "RECALL_TASKS", "RIVAL", "SCALED",
+    "SEARCH", "SEARCH_CONTEXT", "SHORT", "STARTED", "TOKENS", "TUNED", "Cell", "Results", "best_rates", "final_loss",
+    "full_grid", "load_results", "passes", "tiny_grid", "tuned", "tuning",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from . import grid
 from .grid import FLASH, FORMS, HEADLINE, RECALL_TASKS, RIVAL, SHORT, Cell, Results, best_rates, final_loss
 from .models import MODELS
+from .text import CORPORA, MIXED
 
 
 Row = list[str]
@@ -96,10 +97,11 @@ def steps_to(curve: list[list[float]], target: float) -> float | None:
     return None
 
 
-def bits_per_byte(result: dict) -> float:
-    """From nats a token, by the tokens and bytes of the whole validation text."""
-    size = result["text"][f"{result['task'].split('-')[0]}_valid"]
-    return result["final"]["loss"] / math.log(2) * size["tokens"] / size["bytes"]
+def bits_per_byte(result: dict, corpus: str | None = None) -> float:
+    """From nats a token, by the tokens and bytes of the whole validation text; of one of several corpora if named."""
+    size = result["text"][f"{corpus or result['task'].split('-')[0]}_valid"]
+    final = result["corpora"][corpus]["final"] if corpus else result["final"]
+    return final["loss"] / math.log(2) * size["tokens"] / size["bytes"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -254,13 +256,61 @@ def positions(results: Results) -> str:
         if cell.recalls or model in HIDDEN:
             continue
         result = results[cell]
-        bins = result["final"]["by_position"]
-        eighths = [statistics.mean(bins[i * len(bins) // 8 : (i + 1) * len(bins) // 8]) for i in range(8)]
         further = [f"{int(length) // context} x: {found['loss']:.3f} (last quarter {found['quarters'][-1]:.3f})"
                    for length, found in result["lengths"].items()]  # fmt: skip
         rows.append([task.replace("-", ", "), f"{context:,}", MODELS[model].title,
-                     *(f"{value:.3f}" for value in eighths), "; ".join(further) or "-"])  # fmt: skip
+                     *(f"{value:.3f}" for value in eighths(result["final"])), "; ".join(further) or "-"])  # fmt: skip
     head = ["task", "context", "model", *(f"{i + 1}/8" for i in range(8)), "beyond the context"]
+    return table(head, rows) if rows else "No cells yet."
+
+
+def eighths(final: dict) -> list[float]:
+    """Loss by eighth of the context."""
+    bins = final["by_position"]
+    return [statistics.mean(bins[i * len(bins) // 8 : (i + 1) * len(bins) // 8]) for i in range(8)]
+
+
+def passed(results: Results) -> list[Cell]:
+    """The trainings on all text at their best rates: by context and tokens, the lowest loss first."""
+    cells = [cell for cell in best_rates(results).values() if cell.task.startswith(MIXED)]
+    return sorted(cells, key=lambda cell: (cell.context, -cell.tokens, mean_loss(results, cell)))
+
+
+def lasting(results: Results) -> str:
+    """Long trainings on all text: each corpus apart, the training's own loss, and what the context is worth."""
+    rows = []
+    for cell in passed(results):
+        result = results[cell]
+        curve = result["train_curve"]["loss"]
+        row = [f"{cell.context:,}", f"{cell.tokens:g} M", MODELS[cell.model].title, f"{cell.rate:g}",
+               f"{statistics.mean(curve[-len(curve) // 10 :]):.3f}"]  # fmt: skip
+        for corpus, found in result["corpora"].items():
+            parts = eighths(found["final"])
+            row += [f"{found['final']['loss']:.3f} ({bits_per_byte(result, corpus):.3f})",
+                    f"{parts[0]:.3f}, {parts[-1]:.3f}", f"{parts[0] - parts[-1]:.3f}"]  # fmt: skip
+        beyond = next(iter(result["corpora"].values()))["lengths"]
+        row.append(", ".join(f"{found['loss']:.3f}" for found in beyond.values()) or "-")
+        rows.append(row)
+    head = ["context", "tokens", "model", "learning rate", "training, last tenth"]
+    for corpus in CORPORA:
+        head += [f"{corpus} (bits per byte)", f"{corpus}: first, last eighth", "difference"]
+    head.append(f"{CORPORA[0]} at 2 and 4 times the context")
+    return table(head, rows) if rows else "No cells yet."
+
+
+SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+
+def crossings(results: Results) -> str:
+    """Validation loss during the long trainings, against tokens."""
+    rows = []
+    for cell in passed(results):
+        curve = results[cell]["valid_curve"]
+        points = [curve[max(0, round(share * len(curve)) - 1)] for share in SHARES]
+        per_step = results[cell]["tokens_per_step"] / 1e6
+        rows.append([f"{cell.context:,}", f"{cell.tokens:g} M", MODELS[cell.model].title,
+                     *(f"{loss:.3f} ({step * per_step:.0f} M)" for step, loss in points)])  # fmt: skip
+    head = ["context", "tokens", "model", *(f"{share:.0%}" for share in SHARES)]
     return table(head, rows) if rows else "No cells yet."
 
 
@@ -292,7 +342,7 @@ def where(results: Results) -> str:
 
 SECTIONS = {
     "goals": goals, "headline": headline, "budgets": budgets, "times": times, "forms": forms, "recall": recall,
-    "positions": positions, "ablations": ablations, "where": where,
+    "positions": positions, "lasting": lasting, "crossings": crossings, "ablations": ablations, "where": where,
 }  # fmt: skip
 
 
