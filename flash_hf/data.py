@@ -133,10 +133,11 @@ def read_rows(
             missing = {name: advice for name, advice in missing.items() if name not in row}
         yield place, {name: row.get(name) for name in columns}
     if found:
-        _refuse_missing(path, missing, found)
+        refuse_missing(path, missing, found)
 
 
-def _refuse_missing(path: Path | str, missing: dict[str, str], found: Collection[str]) -> None:
+def refuse_missing(path: Path | str, missing: dict[str, str], found: Collection[str]) -> None:
+    """Raise a ValueError that names the first missing column, those there are, and an advice."""
     for name, advice in missing.items():
         raise ValueError(f"{path} must have a column {name!r}; it has {', '.join(found) or 'none'}. {advice}".rstrip())
 
@@ -187,7 +188,7 @@ def _read_table(
         line = 1
         try:
             names = names or next(reader, [])
-            _refuse_missing(path, {name: advice for name, advice in columns.items() if name not in names}, names)
+            refuse_missing(path, {name: advice for name, advice in columns.items() if name not in names}, names)
             line = reader.line_num + 1
             for fields in reader:
                 place, line = f"{path}, line {line}", reader.line_num + 1
@@ -271,7 +272,7 @@ def load_documents(
     if text_column not in columns and set(TOKENIZED) <= set(columns) and isinstance(documents, Dataset):
         return _first(documents.select_columns(list(TOKENIZED)), max_documents).cast(TOKENIZED)
     if text_column not in columns:
-        _refuse_missing(source, {text_column: TEXT_ADVICE}, columns)
+        refuse_missing(source, {text_column: TEXT_ADVICE}, columns)
     feature = (documents.features or {}).get(text_column)
     if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"text_column={text_column!r} of {source} must hold strings, it holds {feature}.")
@@ -337,7 +338,7 @@ def _parquet_columns(paths: list[Path], text_column: str) -> list[str]:
         schema = pq.read_schema(path)
         if text_column not in schema.names and set(TOKENIZED) <= set(schema.names):
             return list(TOKENIZED)
-        _refuse_missing(path, {} if text_column in schema.names else {text_column: TEXT_ADVICE}, schema.names)
+        refuse_missing(path, {} if text_column in schema.names else {text_column: TEXT_ADVICE}, schema.names)
         kind = schema.field(text_column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
             raise ValueError(f"{path}, column {text_column!r} must hold strings, it holds {kind}.")
@@ -745,5 +746,5 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 __all__ = [
     "MaskingCollator", "Packer", "check_text_file", "collate", "cut_rows", "document_end", "document_start",
     "load_documents", "load_tokenizer", "open_text", "pack_documents", "packing_options", "read_rows",
-    "split_documents", "text_size", "tokenize_documents", "tokenize_texts", "train_tokenizer",
+    "refuse_missing", "split_documents", "text_size", "tokenize_documents", "tokenize_texts", "train_tokenizer",
 ]  # fmt: skip

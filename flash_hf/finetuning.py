@@ -7,19 +7,22 @@ its checks and its arguments are those of training.py, the metrics those of flas
 
 from __future__ import annotations
 
-import csv
 import json
+import re
 import shlex
 import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets import Sequence as DatasetSequence
 from torch import Tensor
@@ -149,14 +152,21 @@ def parse_arguments(
 # --- reading labelled data -------------------------------------------------------------------------------------------
 
 
-def load_rows(args: TaskArguments, files: list[str] | None, split: str) -> Dataset:
-    """Labelled rows as they are in the files, or in a split of the data set.
+def load_rows(
+    args: TaskArguments, files: list[str] | None, split: str, columns: dict[str, str]
+) -> tuple[Dataset, list[str]]:
+    """These columns of the files, or of a split of the data set, and the place of each row, for messages.
+
+    Args:
+        columns: their names in the files, and what a message about a missing one advises.
 
     Raises:
-        ValueError, FileNotFoundError: a missing, empty, undecodable or malformed file, or one of an unknown type.
+        ValueError, FileNotFoundError: a missing, empty, undecodable or malformed file, one of an unknown type, or one
+            that lacks a column.
     """
     if files is None:
-        return load_dataset(args.dataset_name, args.dataset_config_name, split=split)
+        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=split)
+        return select_columns(rows, columns, f"{args.dataset_name}, split {split}")
     paths = [Path(file) for file in files]
     for path in paths:
         if not path.is_file():
@@ -164,29 +174,68 @@ def load_rows(args: TaskArguments, files: list[str] | None, split: str) -> Datas
             raise FileNotFoundError(f"Data file {path} {what}. Give files, or a data set with --dataset_name.")
         if path.suffix != ".parquet":
             data.check_text_file(path)
-    types = {path.suffix for path in paths}
+    types = {path.with_suffix("").suffix if path.suffix in data.DECOMPRESSORS else path.suffix for path in paths}
     if len(types) > 1:
         raise ValueError(f"Data files must be of one type, got {', '.join(sorted(types))}. Convert them first.")
-    suffix = types.pop()
+    suffix, source = types.pop(), ", ".join(files)
     if args.task == "tagging" and suffix in COLUMN_FILES:
-        return Dataset.from_list([row for path in paths for row in read_column_file(path)])
-    if args.task == "qa" and suffix == ".json":
-        return Dataset.from_list([row for path in paths for row in read_squad_file(path)])
-    # keep_default_na: the words "null", "NA" and "None" are text.
-    table = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False, "names": args.column_names}
-    if args.quoting == "none" or args.quoting == "auto" and suffix == ".tsv":
-        table["quoting"] = csv.QUOTE_NONE
-    builder = {**data.FILE_TYPES, ".tsv": "csv"}.get(suffix)
-    if builder in (None, "text"):
+        rows = [(f"{path}, sentence {n}", row) for path in paths for n, row in enumerate(read_column_file(path), 1)]
+    elif args.task == "qa" and suffix == ".json":
+        rows = [(f"{path}, question {row['id']}", row) for path in paths for row in read_squad_file(path)]
+    elif suffix in (".csv", ".tsv", ".json", ".jsonl"):
+        options = {}
+        if suffix in TABLES:
+            quotes = args.quoting == "standard" or args.quoting == "auto" and suffix == ".csv"
+            options = {"names": args.column_names, "quotes": quotes}
+        rows = [row for path in paths for row in data.read_rows(path, columns, **options)]
+    elif suffix == ".parquet":
+        for path in paths:
+            found = pq.read_schema(path).names
+            data.refuse_missing(path, {name: columns[name] for name in columns if name not in found}, found)
+        try:
+            rows = load_dataset("parquet", data_files=files, split="train", columns=[*columns])
+        except Exception as error:  # datasets hides the reason in the cause, behind "an error occurred"
+            raise ValueError(f"Cannot read {source} as parquet: {error.__cause__ or error}") from error
+        return select_columns(rows, columns, source)
+    else:
         known = {*TABLES, ".json", ".jsonl", ".parquet", *(COLUMN_FILES if args.task == "tagging" else ())}
         raise ValueError(
             f"Data file {paths[0]} must end in one of {', '.join(sorted(known))}, got {suffix or 'nothing'!r}."
         )
+    if not rows:
+        raise ValueError(f"{source} must hold at least one row, it holds none.")
+    places = [place for place, _ in rows]
+    return select_columns(as_dataset(rows), columns, source)[0], places
+
+
+def select_columns(rows: Dataset, columns: dict[str, str], source: str) -> tuple[Dataset, list[str]]:
+    found = rows.column_names
+    data.refuse_missing(source, {name: columns[name] for name in columns if name not in found}, found)
+    return rows.select_columns([*columns]), [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
+
+
+def as_dataset(rows: list[tuple[str, dict]]) -> Dataset:
+    """Rows, each with its place, as a data set.
+
+    Raises:
+        ValueError: a column holds values of unlike types, or a string that UTF-8 cannot hold.
+    """
+    errors = (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError)
     try:
-        names = [str(path) for path in paths]
-        return load_dataset(builder, data_files=names, split="train", **(table if builder == "csv" else {}))
-    except Exception as error:  # datasets hides the reason in the cause, behind "an error occurred"
-        raise ValueError(f"Cannot read {', '.join(names)} as {builder}: {error.__cause__ or error}") from error
+        return Dataset.from_list([row for _, row in rows])
+    except errors as error:
+        for name in rows[0][1]:
+            first = None
+            for place, row in rows:
+                value = row.get(name)
+                first = value if first is None else first
+                try:
+                    pa.array([first, value])
+                except errors as reason:
+                    raise ValueError(
+                        f"{place}, column {name!r} must hold values of the type that the rows before have: {reason}"
+                    ) from None
+        raise ValueError(f"The rows up to {rows[-1][0]} cannot be made into one table: {error}") from error
 
 
 def read_column_file(path: Path) -> list[dict]:
@@ -196,7 +245,9 @@ def read_column_file(path: Path) -> list[dict]:
         ValueError: a line without a second column.
     """
     sentences, tokens, tags = [], [], []
-    for number, line in enumerate([*path.read_text(encoding="utf-8").split("\n"), ""], 1):
+    with data.open_text(path) as file:
+        lines = file.read().split("\n")
+    for number, line in enumerate([*lines, ""], 1):
         if line.strip() and not line.startswith("-DOCSTART-"):
             parts = [part.strip() for part in line.split("\t")] if "\t" in line.strip() else line.split()
             if len(parts) < 2 or not parts[-1]:
@@ -216,6 +267,8 @@ def read_squad_file(path: Path) -> list[dict]:
         ValueError: another format.
     """
     try:
+        with data.open_text(path) as file:
+            articles = json.load(file)["data"]
         return [
             {
                 "id": str(question["id"]),
@@ -225,7 +278,7 @@ def read_squad_file(path: Path) -> list[dict]:
                     name: [answer[name] for answer in question["answers"]] for name in ("text", "answer_start")
                 },
             }
-            for article in json.loads(path.read_text(encoding="utf-8"))["data"]
+            for article in articles
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
         ]
@@ -245,18 +298,20 @@ def label_names(values: set[str], known: dict[int, str] | None = None) -> list[s
     return sorted(values)
 
 
-def as_names(values: list, feature, what: str) -> list[str]:
+def as_names(values: Iterable, feature, places: Iterable[str]) -> list[str]:
     """Class labels, numbers or names, as names.
 
     Raises:
         ValueError: a missing label, or a fraction (regression is no task here).
     """
     names = []
-    for value in values:
+    for value, place in zip(values, places, strict=True):
         if value is None or value == "" or isinstance(feature, ClassLabel) and value < 0:
-            raise ValueError(f"{what} must hold a label in every row, got {value!r}.")
-        if isinstance(value, float) and not value.is_integer():
-            raise ValueError(f"{what} must hold classes (names or whole numbers), got {value!r}.")
+            raise ValueError(f"{place} must hold a label, got {value!r}.")
+        if isinstance(value, str) and re.fullmatch(r"-?\d+\.\d+", value):  # of a table
+            value = float(value)
+        if not isinstance(value, (str, int, float)) or isinstance(value, float) and not value.is_integer():
+            raise ValueError(f"{place} must hold a class (a name or a whole number) as its label, got {value!r}.")
         if isinstance(feature, ClassLabel):
             value = feature.int2str(value)
         names.append(str(int(value) if isinstance(value, (bool, float)) else value))
@@ -276,6 +331,7 @@ class Task:
     name: str
     auto: type
     main_metric: str
+    nothing: str  # what an empty row has
 
     def __init__(self, args: TaskArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str]):
         self.args, self.tokenizer, self.labels = args, tokenizer, labels
@@ -292,24 +348,23 @@ class Task:
         Raises:
             ValueError: no rows, a missing column, or one of a wrong type.
         """
-        rows = load_rows(args, files, split)
+        theirs = cls.columns(args)
+        advice = {
+            name: f"Name it with --{own}_column." if hasattr(args, f"{own}_column") else ""
+            for own, name in theirs.items()
+        }
+        rows, places = load_rows(args, files, split, advice)
         source = f"{args.dataset_name}, split {split}" if files is None else ", ".join(files)
         if not len(rows):
             raise ValueError(f"{source} must hold at least one row, it holds none.")
-        for own, theirs in cls.columns(args).items():
-            if theirs not in rows.column_names:
-                option = f" Name it with --{own}_column." if hasattr(args, f"{own}_column") else ""
-                raise ValueError(
-                    f"{source} must have a column {theirs!r}; it has {', '.join(rows.column_names)}.{option}"
-                )
-        rows = rows.select_columns([*cls.columns(args).values()])
-        rows = rows.rename_columns({theirs: own for own, theirs in cls.columns(args).items() if own != theirs})
+        rows = rows.rename_columns({name: own for own, name in theirs.items() if own != name})
+        rows = rows.add_column("place", places)
         rows = rows.take(min(limit or len(rows), len(rows)))
-        return cls.check(rows, source)
+        return cls.check(rows)
 
     @classmethod
-    def check(cls, rows: Dataset, source: str) -> Dataset:
-        """Rows with labels as names.
+    def check(cls, rows: Dataset) -> Dataset:
+        """Rows with labels as names. The column `place` says where each row stands, for messages.
 
         Raises:
             ValueError: a value of a wrong type.
@@ -326,8 +381,12 @@ class Task:
         """The text, to train a tokenizer on."""
         raise NotImplementedError
 
-    def encode(self, batch: dict) -> dict:
-        """Features of a batch of rows; columns that the model does not take are for `score`."""
+    def encode(self, batch: dict, indices: list[int]) -> dict:
+        """Features of a batch of rows; columns that the model does not take are for `score`.
+
+        Of each feature, `row` is the index of its row, `cut` whether that is too long, and `empty` whether it has
+        nothing to learn from or to predict.
+        """
         raise NotImplementedError
 
     def collator(self):
@@ -341,34 +400,48 @@ class Task:
     def score(self, prediction: EvalPrediction, rows: Dataset, features: Dataset) -> dict[str, float]:
         raise NotImplementedError
 
-    def features(self, rows: Dataset, what: str) -> Dataset:
-        """Tokenised rows; says how many were too long."""
-        out = rows.map(
-            self.encode, batched=True, batch_size=64, remove_columns=rows.column_names, desc=f"Tokenise {what}"
-        )
-        cut = sum(out["cut"])
+    def features(self, rows: Dataset, what: str) -> tuple[Dataset, Dataset]:
+        """Tokenised rows, and the rows themselves, both without empty ones; says how many those are, or too long.
+
+        Raises:
+            ValueError: every row is empty.
+        """
+        options = {"remove_columns": rows.column_names, "desc": f"Tokenise {what}"}
+        out = rows.map(self.encode, with_indices=True, batched=True, batch_size=64, **options)
+        cut, empty = sum(out["cut"]), np.array(out["empty"], bool)
         if cut:
             logger.warning(
                 f"{cut} of {len(rows)} examples for {what} are longer than max_length = {self.args.max_length} tokens "
                 f"and were {'split' if self.name == 'qa' else 'cut'}."
             )
-        return out.remove_columns("cut")
+        if empty.any():
+            left_out = np.unique(np.array(out["row"])[empty])
+            places = [rows[int(row)]["place"] for row in left_out[:5]]
+            logger.warning(
+                f"Left out {len(left_out)} of {len(rows)} examples for {what}, with {self.nothing}: "
+                f"{'; '.join(places)}{' ...' if len(left_out) > 5 else ''}."
+            )
+            rows = rows.select(np.setdiff1d(np.arange(len(rows)), left_out))
+            out = out.select(np.flatnonzero(~empty))
+        if not len(rows):
+            raise ValueError(f"An example for {what} must not be empty, but each one has {self.nothing}.")
+        return out.remove_columns(["cut", "empty", "row"]), rows
 
     def was_cut(self, encoded, count: int) -> list[bool]:
         return [bool(encoded.encodings[row].overflowing) for row in range(count)]
 
 
-def strings(rows: Dataset, column: str, source: str) -> None:
-    values = rows[column]
-    for number, value in enumerate(values, 1):
+def strings(rows: Dataset, column: str) -> None:
+    for value, place in zip(rows[column], rows["place"], strict=True):
         if not isinstance(value, str):
-            raise ValueError(f"Column {column!r} of {source} must hold strings, got {value!r} in row {number}.")
+            raise ValueError(f"{place}, column {column!r} must hold a string, got {value!r}.")
 
 
 class Classification(Task):
     """One class for a text or a pair of texts."""
 
     name, auto, main_metric = "classification", AutoModelForSequenceClassification, "accuracy"
+    nothing = "no text"
 
     @classmethod
     def columns(cls, args):
@@ -376,10 +449,10 @@ class Classification(Task):
         return {"text": args.text_column, **pair, "label": args.label_column}
 
     @classmethod
-    def check(cls, rows, source):
-        for column in set(rows.column_names) - {"label"}:
-            strings(rows, column, source)
-        names = as_names(rows["label"], rows.features["label"], f"The label column of {source}")
+    def check(cls, rows):
+        for column in set(rows.column_names) - {"label", "place"}:
+            strings(rows, column)
+        names = as_names(rows["label"], rows.features["label"], rows["place"])
         return rows.remove_columns("label").add_column("label", names)
 
     @classmethod
@@ -390,12 +463,17 @@ class Classification(Task):
     def texts(cls, rows):
         return [{"text": text} for text in rows["text"]]
 
-    def encode(self, batch):
-        encoded = self.tokenizer(
-            batch["text"], batch.get("text_pair"), truncation=True, max_length=self.args.max_length
-        )
+    def encode(self, batch, indices):
+        texts, pairs = batch["text"], batch.get("text_pair")
+        encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.args.max_length)
         labels = [self.labels.index(name) for name in batch["label"]]
-        return {**encoded, "labels": labels, "cut": self.was_cut(encoded, len(labels))}
+        # A special token alone says nothing of a class, and without one there is nothing at all.
+        empty = [
+            not ids or not (text.strip() or pair.strip())
+            for ids, text, pair in zip(encoded["input_ids"], texts, pairs or texts, strict=True)
+        ]
+        cut = self.was_cut(encoded, len(labels))
+        return {**encoded, "labels": labels, "cut": cut, "empty": empty, "row": indices}
 
     def score(self, prediction, rows, features):
         both = {"predictions": prediction.predictions, "references": prediction.label_ids}
@@ -406,25 +484,26 @@ class Tagging(Task):
     """A tag for every word."""
 
     name, auto, main_metric = "tagging", AutoModelForTokenClassification, "f1"
+    nothing = "no words"
 
     @classmethod
     def columns(cls, args):
         return {"tokens": args.tokens_column, "tags": args.tags_column}
 
     @classmethod
-    def check(cls, rows, source):
+    def check(cls, rows):
         feature = rows.features["tags"]
         feature = feature.feature if isinstance(feature, DatasetSequence) else None
         tags = []
-        for number, row in enumerate(rows, 1):
+        for row in rows:
             if not isinstance(row["tokens"], list) or not isinstance(row["tags"], list):
-                raise ValueError(f"tokens and tags of {source} must be lists, got {row['tokens']!r} in row {number}.")
+                raise ValueError(f"{row['place']}: tokens and tags must be lists, got {row['tokens']!r}.")
             if len(row["tokens"]) != len(row["tags"]) or not all(isinstance(word, str) for word in row["tokens"]):
                 raise ValueError(
-                    f"{source}, row {number} must have as many tags as words, all strings; it has {len(row['tags'])} "
-                    f"for {len(row['tokens'])}."
+                    f"{row['place']} must have as many tags as words, all strings; it has {len(row['tags'])} for "
+                    f"{len(row['tokens'])}."
                 )
-            tags.append(as_names(row["tags"], feature, f"The tags column of {source}"))
+            tags.append(as_names(row["tags"], feature, [row["place"]] * len(row["tags"])))
         return rows.remove_columns("tags").add_column("tags", tags)
 
     @classmethod
@@ -435,7 +514,7 @@ class Tagging(Task):
     def texts(cls, rows):
         return [{"text": " ".join(words)} for words in rows["tokens"]]
 
-    def encode(self, batch):
+    def encode(self, batch, indices):
         # As running text and not word by word: byte-level tokenizers spell a word with the blank before it.
         texts = [" ".join(words) for words in batch["tokens"]]
         encoded = self.tokenizer(texts, truncation=True, max_length=self.args.max_length, return_offsets_mapping=True)
@@ -451,7 +530,9 @@ class Tagging(Task):
                 last = max(last, word)
             labels.append(row)
             owners.append(owner)
-        return {**encoded, "labels": labels, "word": owners, "cut": self.was_cut(encoded, len(labels))}
+        empty = [all(label == data.IGNORE for label in row) for row in labels]
+        cut = self.was_cut(encoded, len(labels))
+        return {**encoded, "labels": labels, "word": owners, "cut": cut, "empty": empty, "row": indices}
 
     def collator(self):
         return DataCollatorForTokenClassification(self.tokenizer)
@@ -480,6 +561,7 @@ class QuestionAnswering(Task):
     """The part of a text that answers a question, or, as in SQuAD 2.0, that there is none."""
 
     name, auto, main_metric = "qa", AutoModelForQuestionAnswering, "f1"
+    nothing = "no question or no context"
     best = 20  # starts and ends that are combined
 
     @classmethod
@@ -487,17 +569,26 @@ class QuestionAnswering(Task):
         return {name: name for name in ("id", "question", "context", "answers")}
 
     @classmethod
-    def check(cls, rows, source):
+    def check(cls, rows):
         for column in ("question", "context"):
-            strings(rows, column, source)
-        if len(set(rows["id"])) != len(rows):
-            raise ValueError(f"Column 'id' of {source} must be different in every row.")
+            strings(rows, column)
+        seen = {}
         for row in rows:
-            for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True):
+            earlier = seen.setdefault(row["id"], row["place"])
+            if earlier != row["place"]:
+                raise ValueError(f"{row['place']} must have an id of its own, {row['id']!r} is that of {earlier}.")
+            answers = row["answers"] if isinstance(row["answers"], dict) else {}
+            texts, starts = answers.get("text"), answers.get("answer_start")
+            if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+                raise ValueError(
+                    f"{row['place']}: answers must be two lists of one length, text and answer_start (empty where "
+                    f"there is no answer), got {row['answers']!r}."
+                )
+            for text, start in zip(texts, starts, strict=True):
                 if row["context"][start : start + len(text)] != text:
                     raise ValueError(
-                        f"{source}, question {row['id']}: answer_start = {start} must be where {text!r} begins in the "
-                        f"context, which has {row['context'][start : start + len(text)]!r} there."
+                        f"{row['place']}: answer_start = {start} must be where {text!r} begins in the context, which "
+                        f"has {row['context'][start : start + len(text)]!r} there."
                     )
         return rows
 
@@ -505,7 +596,7 @@ class QuestionAnswering(Task):
     def texts(cls, rows):
         return [{"text": text} for text in {*rows["context"], *rows["question"]}]
 
-    def encode(self, batch):
+    def encode(self, batch, indices):
         room = self.args.max_length - self.args.stride - self.tokenizer.num_special_tokens_to_add(pair=True)
         for question, ids in zip(
             batch["question"], self.tokenizer(batch["question"], add_special_tokens=False)["input_ids"], strict=True
@@ -520,10 +611,11 @@ class QuestionAnswering(Task):
             stride=self.args.stride, return_overflowing_tokens=True, return_offsets_mapping=True,
         )  # fmt: skip
         owner = encoded.pop("overflow_to_sample_mapping")
-        starts, ends, offset_rows = [], [], []
+        starts, ends, offset_rows, empty = [], [], [], []
         for feature, row in enumerate(owner):
-            offsets = np.array(encoded["offset_mapping"][feature])
-            of_context = np.array([part == 1 for part in encoded.sequence_ids(feature)])
+            offsets = np.array(encoded["offset_mapping"][feature], int).reshape(-1, 2)
+            of_context = np.array([part == 1 for part in encoded.sequence_ids(feature)], bool)
+            empty.append(not (batch["question"][row].strip() and batch["context"][row].strip() and of_context.any()))
             offsets[~of_context] = -1
             offset_rows.append(offsets.tolist())
             place = (0, 0)  # the first token stands for "no answer here"
@@ -544,6 +636,8 @@ class QuestionAnswering(Task):
             "offsets": offset_rows,
             "example_id": [batch["id"][row] for row in owner],
             "cut": [pieces[row] > 1 and not (row in seen or seen.add(row)) for row in owner],
+            "empty": empty,
+            "row": [indices[row] for row in owner],
         }
 
     @staticmethod
@@ -696,10 +790,15 @@ def card_results(result: dict, command: str) -> list[dict]:
 
 def build_trainer(
     task: Task, model: PreTrainedModel, args: FinetuningArguments, rows: dict[str, Dataset]
-) -> tuple[FlashTrainer, dict[str, Dataset]]:
-    """Tokenise the splits and put everything together; validation is the trainer's evaluation."""
+) -> tuple[FlashTrainer, dict[str, Dataset], dict[str, Dataset]]:
+    """Tokenise the splits and put everything together; validation is the trainer's evaluation.
+
+    Returns:
+        The trainer, the features of each split, and the rows they come from: those that are not empty.
+    """
     with args.main_process_first(desc="tokenising"):
-        features = {name: task.features(part, name) for name, part in rows.items()}
+        both = {name: task.features(part, name) for name, part in rows.items()}
+    features, rows = ({name: part[index] for name, part in both.items()} for index in (0, 1))
     trainer = FlashTrainer(
         model=model,
         args=args,
@@ -710,7 +809,7 @@ def build_trainer(
         compute_metrics=partial(task.score, rows=rows["validation"], features=features["validation"]),
         preprocess_logits_for_metrics=task.reduce,
     )
-    return trainer, features
+    return trainer, features, rows
 
 
 def run_finetuning(
@@ -743,7 +842,8 @@ def run_finetuning(
     known = AutoConfig.from_pretrained(source).id2label if source is not None else None
     labels = label_names({*kind.label_set(rows["train"])}, known)
     model = load_model(kind, model_args, tokenizer, labels, resume)
-    trainer, features = build_trainer(kind(task_args, tokenizer, labels), model, args, rows)
+    given = {name: len(part) for name, part in rows.items()}
+    trainer, features, rows = build_trainer(kind(task_args, tokenizer, labels), model, args, rows)
     if plot:
         trainer.add_callback(LossPlotCallback())
 
@@ -782,6 +882,7 @@ def run_finetuning(
         "epochs": args.num_train_epochs,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps,
         "train_examples": len(rows["train"]),
+        "empty_examples": {name: given[name] - len(part) for name, part in rows.items()},
         "train_seconds": round(seconds, 2),
         "parameters": model.num_parameters(),
         **provenance(),

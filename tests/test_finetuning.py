@@ -2,9 +2,11 @@
 """flash_hf/finetuning.py and flash_hf/metrics: hand-worked scores, reading, aligning, learning, resuming, refusals."""
 
 import ast
+import gzip
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import evaluate
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import flash_hf.metrics
@@ -33,6 +36,7 @@ FILES = {
     "qa": ("questions_train.json", "questions_validation.json"),
 }
 QUESTION = {"id": "1", "question": "q", "context": "c", "answers": {"text": ["x"], "answer_start": [0]}}
+ANSWERED = {**QUESTION, "answers": {"text": ["c"], "answer_start": [0]}}
 
 
 @pytest.fixture(autouse=True)
@@ -229,12 +233,119 @@ def test_tables_keep_what_stands_there(tmp_path):
     assert rows["text"][:] == ['one, "two"', "null"] and rows["label"][:] == ["bad", "good"]
 
 
+def test_other_columns_may_hold_anything(tmp_path):
+    """As in data.read_rows, whose places the rows keep. A class column in Parquet keeps its names."""
+    load, names = finetuning.Classification.load, ClassLabel(names=["bad", "good"])
+    rows = [{"text": "a", "label": 1, "x": 1}, {"label": 0, "x": "s", "late": [1], "text": "b"}]
+    files = [str(write(tmp_path / f"{n}.jsonl", rows[n:])) for n in range(2)]
+    read = load(task_arguments("classification"), files, "", None)
+    assert read["text"][:] == ["a", "b", "b"] and read["label"][:] == ["1", "0", "0"]
+    assert read["place"][:] == [f"{files[0]}, line 1", f"{files[0]}, line 2", f"{files[1]}, line 1"]
+    with gzip.open(tmp_path / "a.csv.gz", "wt", encoding="utf-8") as file:
+        file.write('\ufefflabel,text\r\n1.0,"a\r\nb"\r\n0,NA\r\n')
+    read = load(task_arguments("classification"), [str(tmp_path / "a.csv.gz")], "", None)
+    assert read["text"][:] == ["a\r\nb", "NA"] and read["label"][:] == ["1", "0"]
+    assert read["place"][1].endswith("line 4")
+    for number, other in enumerate(([1], ["s"])):
+        features = Features(
+            {"text": Value("string"), "label": names, "x": Value("int64" if number == 0 else "string")}
+        )
+        rows = Dataset.from_dict({"text": ["a"], "label": [number], "x": other}, features)
+        rows.to_parquet(tmp_path / f"{number}.parquet")
+    files = [str(tmp_path / f"{n}.parquet") for n in range(2)]
+    assert load(task_arguments("classification"), files, "", None)["label"][:] == ["bad", "good"]
+
+
+def answered(number: int, question: str, context: str, answer: str = "") -> dict:
+    answers = (
+        {"text": [answer], "answer_start": [context.index(answer)]} if answer else {"text": [], "answer_start": []}
+    )
+    return {"id": str(number), "question": question, "context": context, "answers": answers}
+
+
+# Rows, and those of them that are empty.
+EMPTY = {
+    "classification": (
+        [{"text": text, "label": label} for text, label in zip(("good", "", " \n", "bad"), "abab", strict=True)],
+        {2, 3},
+    ),
+    "pairs": (
+        [
+            {"text": text, "text_pair": pair, "label": label}
+            for text, pair, label in (("one", "two", "a"), ("", "two", "b"), ("", " ", "a"), ("one", "", "b"))
+        ],
+        {3},
+    ),
+    "tagging": (
+        [
+            {"tokens": ["Oz", "is"], "tags": ["B-x", "O"]},
+            {"tokens": [], "tags": []},
+            {"tokens": ["", ""], "tags": ["O", "O"]},
+            {"tokens": ["a", "", "b"], "tags": ["O", "O", "B-x"]},
+        ],
+        {2, 3},
+    ),
+    "qa": (
+        [
+            answered(1, "Who?", "Toto ran", "Toto"),
+            answered(2, "", "Toto ran", "Toto"),
+            answered(3, "Who?", ""),
+            answered(4, "", " "),
+            answered(5, "Who?", "Toto"),
+        ],
+        {2, 3, 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("start", [True, False], ids=["start token", "no start token"])
+@pytest.mark.parametrize("case", [*EMPTY])
+def test_empty_rows_are_left_out_and_counted(case, start, tokenizer, tmp_path, monkeypatch):
+    """Each is a batch of its own: an empty one would have no token, or a loss of nothing, which is NaN."""
+    rows, empty = EMPTY[case]
+    task = "classification" if case == "pairs" else case
+    if not start:
+        bare = data.load_tokenizer(str(tokenizer), masked=False)
+        bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer = tmp_path / "tokenizer"
+        bare.save_pretrained(tokenizer)
+        assert data.load_tokenizer(str(tokenizer), masked=False)("")["input_ids"] == []
+    said = []
+    monkeypatch.setattr(finetuning.logger, "warning", said.append)
+    files = {f"{name}_file": write(tmp_path / f"{name}.jsonl", rows) for name in ("train", "validation", "test")}
+    parsed = arguments(
+        task, tmp_path / "run", tokenizer, **files, per_device_train_batch_size=1, per_device_eval_batch_size=1,
+        num_train_epochs=2, max_length=64, stride=8, text_pair_column="text_pair" if case == "pairs" else None,
+    )  # fmt: skip
+    result = finetuning.run_finetuning(*parsed, plot=False)
+    left = len(rows) - len(empty)
+    assert result["empty_examples"] == dict.fromkeys(("train", "validation", "test"), len(empty))
+    assert result["steps"] == 2 * left and result["train_examples"] == left
+    for name in ("validation", "test"):
+        assert result["metrics"][name]["examples"] == left and np.isfinite(result["metrics"][name]["loss"])
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 2 * left and np.isfinite(losses).all()
+    message = next(text for text in said if text.startswith("Left out") and "examples for train" in text)
+    assert f"Left out {len(empty)} of {len(rows)} examples for train, with no " in message
+    assert {int(number) for number in re.findall(r"train\.jsonl, line (\d+)", message)} == empty
+
+
+def test_rows_that_are_all_empty_are_refused(tokenizer):
+    tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
+    task = finetuning.Classification(task_arguments("classification"), tokenizer, ["a"])
+    rows = Dataset.from_list([{"text": " ", "label": "a", "place": "it, row 1"}])
+    with pytest.raises(ValueError, match="example for train must not be empty, but each one has no text"):
+        task.features(rows, "train")
+
+
 def test_class_names_and_their_order():
     feature = ClassLabel(names=["neg", "pos"])
     rows = Dataset.from_dict(
-        {"text": ["a", "b"], "label": [1, 0]}, Features({"text": Value("string"), "label": feature})
+        {"text": ["a", "b"], "label": [1, 0], "place": ["1", "2"]},
+        Features({"text": Value("string"), "label": feature, "place": Value("string")}),
     )
-    assert finetuning.Classification.check(rows, "it")["label"][:] == ["pos", "neg"]
+    assert finetuning.Classification.check(rows)["label"][:] == ["pos", "neg"]
     assert finetuning.label_names({"10", "9", "1"}) == ["1", "9", "10"]
     assert finetuning.label_names({"b", "a"}) == ["a", "b"]
     assert finetuning.label_names({"b", "a"}, {0: "b", 1: "a"}) == ["b", "a"]
@@ -261,7 +372,7 @@ def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
     labels = sorted(set(tags))
     task = finetuning.Tagging(task_arguments("tagging"), tokenizer, labels)
     rows = Dataset.from_list([{"tokens": words, "tags": tags}])
-    features = task.features(rows, "test")
+    features, _ = task.features(rows, "test")
     row = features[0]
     first = [place for place, label in enumerate(row["labels"]) if label != -100]
     assert [labels[row["labels"][place]] for place in first] == tags
@@ -275,7 +386,7 @@ def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
     prediction = SimpleNamespace(predictions=guesses, label_ids=np.array([row["labels"]]))
     assert task.score(prediction, rows, features)["f1"] == 1
     task.args.max_length = first[3]
-    features = task.features(rows, "test")
+    features, _ = task.features(rows, "test")
     prediction.predictions = guesses[:, : first[3]]
     assert len(features[0]["input_ids"]) == first[3]
     assert task.score(prediction, rows, features)["recall"] == 0.5
@@ -293,7 +404,7 @@ def test_long_contexts_are_split_and_answers_found(tokenizer):
     ]
     rows = Dataset.from_list(rows)
     task = finetuning.QuestionAnswering(task_arguments("qa", max_length=64, stride=16), tokenizer, [])
-    features = task.features(rows, "test")
+    features, _ = task.features(rows, "test")
     assert len(features) > 8 and all(len(row["input_ids"]) <= 64 for row in features)
     whole = [row for row in features if row["end_positions"] > 0]
     assert len(whole) in (1, 2)
@@ -347,12 +458,21 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
         ("classification", {}, {"text_column": "review"}, "must have a column 'review'.*--text_column"),
         ("classification", {"validation": [{"text": "x", "label": "Toto"}]}, {}, r"validation set .*Toto \(1 times"),
         ("classification", {"train": [{"text": "x", "label": "a"}] * 3}, {}, "two labels or more, it has only 'a'"),
-        ("classification", {"train": [{"text": 5, "label": "a"}]}, {}, "must hold strings, got 5 in row 1"),
-        ("classification", {"train": [{"text": "x", "label": None}]}, {}, "must hold a label in every row, got None"),
-        ("classification", {"train": [{"text": "x", "label": 0.5}]}, {}, "must hold classes .*got 0.5"),
+        ("classification", {"train": [{"text": 5, "label": "a"}]}, {}, r"line 1, column 'text' must hold a string, got 5"),
+        ("classification", {"train": [{"text": "x", "label": None}]}, {}, "line 1 must hold a label, got None"),
+        ("classification", {"train": [{"text": "x", "label": 0.5}]}, {}, "line 1 must hold a class .*got 0.5"),
         ("tagging", {"train": [{"tokens": ["a", "b"], "tags": ["O"]}]}, {}, "as many tags as words.* 1 for 2"),
         ("tagging", {"validation": [{"tokens": ["a"], "tags": ["B-Q"]}]}, {}, "B-Q .1 times. does not"),
-        ("qa", {"train": [QUESTION]}, {}, "answer_start = 0 must be where 'x' begins"),
+        ("tagging", {"train": [{"tokens": ["a"], "tags": [None]}]}, {}, "line 1 must hold a label, got None"),
+        ("qa", {"train": [QUESTION]}, {}, "line 1: answer_start = 0 must be where 'x' begins"),
+        ("qa", {"train": [{**QUESTION, "answers": {"text": ["c"]}}]}, {}, "answers must be two lists of one length"),
+        ("qa", {"train": [{**QUESTION, "answers": None}]}, {}, "answers must be two lists of one length.*got None"),
+        ("qa", {"train": [ANSWERED, ANSWERED]}, {}, "line 2 must have an id of its own, '1' is that of .*, line 1"),
+        ("classification", {"train": [{"text": "x", "label": "a"}, {"text": "x", "label": 1}]}, {},
+         r"line 2, column 'label' must hold values of the type"),
+        ("classification", {"train": [{"text": "x", "label": "a"}, {"text": "\ud800", "label": "b"}]}, {},
+         r"line 2, column 'text' must hold .*surrogates"),
+        ("tagging", {"train": [{"tokens": ["a", 1], "tags": ["O", "O"]}]}, {}, r"line 1, column 'tokens' must hold"),
     ],
 )  # fmt: skip
 def test_bad_data_is_refused(task, files, changes, message, tmp_path):
@@ -373,13 +493,21 @@ def test_bad_files_are_refused(tmp_path):
         finetuning.read_squad_file(tmp_path / "a.json")
     (tmp_path / "a.xml").write_text("<a/>", encoding="utf-8")
     with pytest.raises(ValueError, match=r"must end in one of .*\.jsonl.*got '.xml'"):
-        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "a.xml")], "")
+        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "a.xml")], "", {})
     (tmp_path / "a.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="of one type, got .jsonl, .xml"):
-        finetuning.load_rows(task_arguments("qa"), [str(tmp_path / "a.xml"), str(tmp_path / "a.jsonl")], "")
+        finetuning.load_rows(task_arguments("qa"), [str(tmp_path / "a.xml"), str(tmp_path / "a.jsonl")], "", {})
     (tmp_path / "b.jsonl").write_text('{"text": "x"', encoding="utf-8")
-    with pytest.raises(ValueError, match="Cannot read .*b.jsonl as json"):
-        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "b.jsonl")], "")
+    with pytest.raises(ValueError, match="b.jsonl must hold JSON"):
+        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "b.jsonl")], "", {})
+    (tmp_path / "b.csv").write_text("text,label\nx,1\ny, z,0\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"b.csv, line 3 must have 2 fields \(text, label\), it has 3"):
+        finetuning.Classification.load(task_arguments("classification"), [str(tmp_path / "b.csv")], "", None)
+    Dataset.from_dict({"text": ["x"], "class": [1]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(
+        ValueError, match=r"b.parquet must have a column 'label'; it has text, class. .*--label_column"
+    ):
+        finetuning.Classification.load(task_arguments("classification"), [str(tmp_path / "b.parquet")], "", None)
 
 
 def test_earlier_results_are_not_overwritten(tmp_path):
