@@ -435,7 +435,9 @@ def train_cell(
                 else:
                     found = recall(model, cell, cell.context, recipe)
                     now.curve.append([now.done, round(found["loss"], 4), round(found["accuracy"], 4)])
-                print(f"{now.done} of {steps} steps, {now.seconds:.0f} s, validation {now.curve[-1][1]:.3f}", flush=True)
+                print(
+                    f"{now.done} of {steps} steps, {now.seconds:.0f} s, validation {now.curve[-1][1]:.3f}", flush=True
+                )
         if state is not None and time.perf_counter() - saved > STATE_SECONDS:
             save_state(state, step, now)
             saved = time.perf_counter()
