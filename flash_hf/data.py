@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
@@ -50,6 +50,11 @@ READING_VERSION = 1  # the same for `_read_texts`
 
 FILE_TYPES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+# What byte-level BPE takes for one word (letters, digits, signs or blanks in a row) is cut after this many characters.
+# The time to train grows with the square of the longest word, and DNA or Chinese is a single one for whole pages.
+LONGEST_WORD = 256
+LONG_RUN = "|".join(rf"{kind}{{{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
 
 TEXT_ADVICE = "Choose one with --text_column."
 TEXT = Features({"text": Value("string")})
@@ -381,6 +386,8 @@ def train_tokenizer(
 
     Its special tokens are `<|endoftext|>` (begin and end of a document, as in GPT-2), `<|pad|>` and `<|mask|>`.
     Encoding puts `<|endoftext|>` in front, because that is what stands before a document in training.
+    A word has at most 256 characters: longer runs of letters, digits, signs or blanks are cut, so that text without
+    blanks (DNA, Chinese) takes no longer than other text.
 
     Args:
         documents: rows with the column `text`.
@@ -409,7 +416,9 @@ def train_tokenizer(
             yield document["text"] or ""
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(LONG_RUN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         texts(),

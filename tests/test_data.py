@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import time
 from functools import partial
 from pathlib import Path
 
@@ -316,6 +317,39 @@ def test_trained_tokenizer_loses_nothing(tokenizer, tmp_path):
             either.mask_token_id,
             *either(" ran", add_special_tokens=False)["input_ids"],
         ]
+
+
+@pytest.mark.parametrize("kind", ["DNA", "Chinese", "digits", "signs", "blanks"])
+def test_text_without_words_is_cut(kind, tmp_path):
+    """BPE takes a run of one kind for a single word, and the time to train grows with the square of its length: 65 s
+    for the 400,000 letters that take one second here."""
+    rng = np.random.default_rng(0)
+    alphabet = {
+        "DNA": "ACGT", "Chinese": "".join(map(chr, range(0x4E00, 0x4E00 + 2000))), "digits": "0123456789",
+        "signs": "=-_*", "blanks": " \t",
+    }[kind]  # fmt: skip
+    text = "".join(rng.choice([*alphabet], 400_000 if kind == "DNA" else 100_000))
+    begin = time.process_time()
+    trained = data.train_tokenizer([{"text": text}], 1000 if kind == "DNA" else 300)
+    ids = trained(text)["input_ids"]
+    assert time.process_time() - begin < 20
+    assert len(ids) < (0.4 if kind == "DNA" else 3) * len(text)  # it has learnt more than single bytes
+    assert trained.decode(ids[1:]) == text
+    trained.save_pretrained(tmp_path)
+    loaded = data.load_tokenizer(str(tmp_path), masked=True)
+    assert loaded(text)["input_ids"] == ids
+    pieces = loaded.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text[:5000])
+    assert max(end - begin for _, (begin, end) in pieces) == data.LONGEST_WORD
+    # One run among words: all of it comes back, and the words around it stay what they are.
+    mixed = f"the lion{ODD_TEXT} {text[:1000]} ran"
+    assert loaded.decode(loaded(mixed, add_special_tokens=False)["input_ids"]) == mixed
+
+
+def test_ordinary_text_is_not_cut(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "LONG_RUN", r"(?!)")  # nothing
+    text = BOOK.read_text(encoding="utf-8")[:60_000]
+    uncut = data.train_tokenizer([{"text": text}], 400)
+    assert uncut.get_vocab() == tokenizer.get_vocab() and uncut(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_tokenizer_errors(tokenizer, tmp_path):
