@@ -38,11 +38,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .loss_flash import IGNORE
+
 
 logger = logging.get_logger(__name__)
 
 Packing = Literal["concatenate", "documents"]
-IGNORE = -100  # the label that the losses of transformers and torch skip
 
 PACKING_VERSION = 1  # raise it when `pack` changes: `datasets` would find the blocks of the old one in its cache
 

@@ -18,6 +18,8 @@ from .attention_flash import is_bare
 
 logger = logging.get_logger(__name__)
 
+# The label that the losses of transformers and torch skip.
+IGNORE = -100
 # Tokens whose logits exist at once where liger-kernel does not compute the loss.
 SLICE = 4096
 
@@ -50,6 +52,12 @@ def may_wait(x: Tensor) -> bool:
     return not (x.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() == 2))
 
 
+def zero_without_labels(loss: Tensor, labels: Tensor) -> Tensor:
+    """`loss`, or 0 where all labels are -100: their mean is not a number, and would make every average over steps one.
+    The gradients of torch's losses are 0 then."""
+    return torch.where((labels != IGNORE).any().to(loss.device), loss, 0.0)
+
+
 def loss_without_logits(
     head: nn.Linear,
     hidden_BND: Tensor,
@@ -57,10 +65,9 @@ def loss_without_logits(
     *,
     shift: bool,
     num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
 ) -> Tensor:
     """Cross-entropy of `head(hidden)` in nats, float32: the mean over the labels, or their sum over
-    `num_items_in_batch`. The same number, and gradients, as from logits.
+    `num_items_in_batch`; 0 without any label. The same number, and gradients, as from logits.
 
     On CUDA by liger-kernel's fused linear cross-entropy, where it is installed and the head has no bias; elsewhere,
     and in CUDA graphs, by torch, a slice of tokens after the other, whose logits are computed again in the backward.
@@ -71,23 +78,24 @@ def loss_without_logits(
         shift: whether a token's label is the next one's (causal), or its own (masked).
     """
     if shift:
-        labels_BN = F.pad(labels_BN[:, 1:], (0, 1), value=ignore_index)
+        labels_BN = F.pad(labels_BN[:, 1:], (0, 1), value=IGNORE)
     hidden, labels = hidden_BND.flatten(0, 1), labels_BN.flatten().to(hidden_BND.device)
     waits = may_wait(hidden)
     # liger-kernel asks the device how many labels there are.
     liger = load_liger() if hidden.is_cuda and head.bias is None and waits else None
     if waits and (liger is None or not shift):
         # So does this: it is worth it where most tokens have no label.
-        labelled = (labels != ignore_index).nonzero()[:, 0]
+        labelled = (labels != IGNORE).nonzero()[:, 0]
         hidden, labels = hidden[labelled], labels[labelled]
-    items = (labels != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    items = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(items, Tensor):
         items = items.to(hidden.device)
+    items = items + (items == 0)
     if liger is not None and len(labels):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
         total = liger(
-            hidden.to(dtype), head.weight.to(dtype), labels, ignore_index=ignore_index, reduction="sum",
+            hidden.to(dtype), head.weight.to(dtype), labels, ignore_index=IGNORE, reduction="sum",
             accum_dtype=torch.float32,
         )  # fmt: skip
         return total.float() / items
@@ -97,5 +105,4 @@ def loss_without_logits(
         )
         for part, own in zip(hidden.split(SLICE), labels.split(SLICE), strict=True)
     ]
-    # As from logits, the mean over no labels is not a number.
     return torch.stack(sums).sum() / items

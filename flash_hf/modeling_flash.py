@@ -31,6 +31,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -44,7 +45,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -80,7 +81,10 @@ from .chunking_flash import (
     resolve_documents,
 )  # fmt: skip
 from .configuration_flash import FlashConfig
-from .loss_flash import can_split, loss_without_logits
+from .loss_flash import IGNORE, can_split, loss_without_logits, may_wait, zero_without_labels
+
+
+logger = logging.get_logger(__name__)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -624,6 +628,7 @@ class FlashModel(FlashPreTrainedModel):
             B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
             kwargs.get("seq_idx"), cache,
         )  # fmt: skip
+        check_single(documents, kwargs.get("single_document", False))
         if torch.compiler.is_exporting() and position_ids is not None:
             # Eager calls raise an error here.
             inputs_embeds = inputs_embeds.masked_fill(misplaced(position_ids, documents)[..., None], math.nan)
@@ -795,6 +800,20 @@ def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bo
             )
 
 
+def check_single(documents: Documents, single: bool) -> None:
+    """Heads that give one answer per row ask for rows of one document.
+
+    Raises:
+        ValueError: packed rows.
+    """
+    if single and documents.start_BN is not None:
+        raise ValueError(
+            "position_ids, cu_seq_lens_q or seq_idx mark several documents in one row, but this head gives one answer "
+            "per row, which would mix them. Give each document a row of its own, padded under attention_mask, as "
+            "DataCollatorWithPadding does."
+        )
+
+
 def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep) -> None:
     """Labels go with every token of the input.
 
@@ -826,6 +845,16 @@ def skips_logits(
         and not hasattr(model, "_loss_function")
         and can_split(model.lm_head)
     )
+
+
+def loss_from_logits(
+    model: PreTrainedModel, logits: Tensor, labels: Tensor, options: dict[str, Any], *, shift: bool
+) -> Tensor:
+    """The loss of transformers, or of the user's own, in nats; of transformers 0 where there is no label."""
+    loss = model.loss_function(logits, labels, model.config.vocab_size, **options)
+    if hasattr(model, "_loss_function"):
+        return loss
+    return zero_without_labels(loss, options.get("shift_labels", labels[:, 1:] if shift else labels))
 
 
 def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
@@ -907,7 +936,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
             if labels is not None:
-                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+                loss = loss_from_logits(self, logits, labels, kwargs, shift=True)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1003,7 +1032,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         else:
             logits = self.lm_head(hidden_states)
             if labels is not None:
-                loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+                loss = loss_from_logits(self, logits, labels, kwargs, shift=False)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
@@ -1020,9 +1049,39 @@ def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Ten
     return (total_BD / real_BN.sum(1, keepdim=True).clamp(min=1)).to(hidden_BND.dtype)
 
 
+def share(labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+    """This micro-batch's part of the labels of an accumulated batch: those that are not -100, as Trainer counts."""
+    return (labels != IGNORE).sum() / num_items_in_batch
+
+
 def per_item(mean_loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """The mean over `labels` as this micro-batch's share of the mean over all items of an accumulated batch."""
-    return mean_loss if num_items_in_batch is None else mean_loss * labels.numel() / num_items_in_batch
+    """The mean over the labels as this micro-batch's part of the mean over all of an accumulated batch; 0 without any
+    label."""
+    if num_items_in_batch is not None:
+        mean_loss = mean_loss * share(labels, num_items_in_batch).to(mean_loss.device)
+    return zero_without_labels(mean_loss, labels)
+
+
+def padding_mask(
+    model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor | None, marks: list[Tensor | None]
+) -> Tensor | None:
+    """`attention_mask`, or, where there is none, one that leaves out `pad_token_id`: transformers' own heads find
+    padding by its id, too. Not in a graph that is being captured, which cannot read the ids.
+
+    Args:
+        marks: what may give positions or documents; if anything does, rows are taken as they are.
+    """
+    config = model.config
+    pad = config.pad_token_id
+    if attention_mask is not None or input_ids is None or pad is None or any(mark is not None for mark in marks):
+        return attention_mask
+    if is_tracing() or not may_wait(input_ids):
+        return None
+    if pad in (config.bos_token_id, config.eos_token_id):
+        model.warn_if_padding_and_no_attention_mask(input_ids, None)
+        return None
+    real_BN = input_ids != pad
+    return None if bool(real_BN.all()) else real_BN
 
 
 @auto_docstring
@@ -1042,15 +1101,42 @@ class FlashTaskModel(FlashPreTrainedModel):
     def head_width(self) -> int:
         return self.num_labels
 
-    def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs) -> BaseModelOutputWithPast:
-        """Run the base; no decoding state, which nobody would read."""
-        return self.model(
+    def encode(
+        self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool
+    ) -> tuple[BaseModelOutputWithPast, Tensor | None]:
+        """Run the base, without a decoding state, and say which tokens are real (as an attention mask).
+
+        Args:
+            single: whether packed rows are refused, since the head gives one answer per row.
+        """
+        marks = [position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")]
+        attention_mask = padding_mask(self, input_ids, attention_mask, marks)
+        outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **{**kwargs, "use_cache": False},
+            **{**kwargs, "use_cache": False, "single_document": single},
         )
+        return outputs, attention_mask
+
+
+def class_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+    """The loss of a classifier or regressor on whole rows: the mean over what has a label.
+
+    Args:
+        items: labels of an accumulated batch as Trainer counts them, all that are not -100.
+    """
+    config = model.config
+    loss = model.loss_function(labels=labels, pooled_logits=logits, config=config)  # this decides on problem_type, too
+    if config.problem_type == "regression":
+        # Here -100 is a value, which Trainer's count leaves out: shares of it are right unless there is nothing else.
+        return loss if items is None else loss * share(labels, items).to(loss.device)
+    if config.problem_type == "multi_label_classification" and not hasattr(model, "_loss_function"):
+        known = labels != IGNORE
+        losses = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0), reduction="none")
+        loss = torch.where(known, losses, 0).sum() / known.sum()
+    return per_item(loss, labels, items)
 
 
 @auto_docstring
@@ -1070,15 +1156,17 @@ class FlashForSequenceClassification(FlashTaskModel):
     ) -> SequenceClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-            Classes (int64), values for a regression (float), or for each class 0.0 or 1.0.
+            Classes (int64), or for each class 0.0 or 1.0: -100 where there is no label. Or values for a regression
+            (float), where -100 is a value like any other.
         """
-        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        outputs, attention_mask = self.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs, single=True
+        )
         pooled = pool(outputs.last_hidden_state, attention_mask, self.model.is_causal)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-            loss = per_item(loss, labels, kwargs.get("num_items_in_batch"))
+            loss = class_loss(self, logits, labels, kwargs.get("num_items_in_batch"))
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
@@ -1103,10 +1191,34 @@ class FlashForTokenClassification(FlashTaskModel):
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0)
-        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        outputs, _ = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs, single=False)
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        loss = None
+        if labels is not None:
+            loss = zero_without_labels(self.loss_function(logits, labels, self.config, **kwargs), labels)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, width: int) -> Tensor:
+    """Columns of answers, int64 `[B]`: those beyond the input become -100, which the loss skips; as in transformers,
+    other negative ones become 0.
+
+    Raises:
+        ValueError: an answer at padding; not in a graph that is being captured.
+    """
+    places = places.flatten()
+    known = (places != IGNORE) & (places < width)
+    places = places.clamp(min=0)
+    if attention_mask is not None and not is_tracing() and may_wait(places):
+        mask = attention_mask.to(places.device)
+        wrong = known & (mask.gather(1, places.clamp(max=width - 1)[:, None])[:, 0] == 0)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{name} must be columns of real tokens, or -100 where there is no answer: row {row} has "
+                f"{int(places[row])}, where attention_mask is 0. Count the columns in the padded row."
+            )
+    return torch.where(known, places, IGNORE)
 
 
 @auto_docstring
@@ -1132,9 +1244,12 @@ class FlashForQuestionAnswering(FlashTaskModel):
     ) -> QuestionAnsweringModelOutput:
         r"""
         start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            First and last token of the answer, as columns of `input_ids`.
+            First and last token of the answer, as columns of `input_ids`; -100, or a column beyond the input, where
+            there is none.
         """
-        outputs = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        outputs, attention_mask = self.encode(
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs, single=start_positions is not None
+        )
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         if attention_mask is not None:
             # The loss is a softmax over places: padding must not have a share in it.
@@ -1142,7 +1257,18 @@ class FlashForQuestionAnswering(FlashTaskModel):
         start_logits, end_logits = (x.contiguous() for x in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            width = start_logits.shape[1]
+            start = answer_places("start_positions", start_positions, attention_mask, width)
+            end = answer_places("end_positions", end_positions, attention_mask, width)
+            if hasattr(self, "_loss_function"):
+                loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            else:
+                items = kwargs.get("num_items_in_batch")
+                sides = [
+                    zero_without_labels(fixed_cross_entropy(scores, places.to(scores.device), items), places)
+                    for scores, places in ((start_logits, start), (end_logits, end))
+                ]
+                loss = sum(sides) / 2
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
         )
@@ -1170,7 +1296,7 @@ class FlashForMultipleChoice(FlashTaskModel):
         input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
             Token ids of every choice; the other inputs have the same leading dimensions.
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            The right choice.
+            The right choice, or -100 where none is known.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or given.ndim != (4 if input_ids is None else 3):
@@ -1180,8 +1306,8 @@ class FlashForMultipleChoice(FlashTaskModel):
         flat = [
             None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
         ]
-        outputs = self.encode(*flat, kwargs)
-        pooled = pool(outputs.last_hidden_state, flat[1], self.model.is_causal)
+        outputs, mask = self.encode(*flat, kwargs, single=True)
+        pooled = pool(outputs.last_hidden_state, mask, self.model.is_causal)
         logits = self.score(self.dropout(pooled)).view(B, choices)
         loss = None
         if labels is not None:

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import pipeline
+from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
 
 from flash_hf import (
     AUTO_CLASSES,
@@ -86,6 +86,109 @@ def test_pooling():
         pooled = [hidden[0, 4], hidden[1, 1]] if is_decoder else [hidden[0, 2:].mean(0), hidden[1, :2].mean(0)]
         expected = model.score(torch.stack(pooled))
         assert_close(model(ids, attention_mask=mask).logits, expected, 1e-12)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("cls", TASKS)
+def test_padding_is_found_by_its_id(cls, is_decoder):
+    """Without a mask, as transformers' own heads find it; but not where the padding token may be a real one."""
+    config = tiny_config(num_labels=3, is_decoder=is_decoder, pad_token_id=5, eos_token_id=7)
+    model = make_model(cls, config)
+    inputs = inputs_for(cls, config, 2, 13)
+    ids = inputs["input_ids"]
+    ids[ids == 5] = 6
+    for left, right in ((3, 0), (0, 4)):
+        batch = padded(inputs, left, right)
+        # Rows of several lengths.
+        batch["attention_mask"][0, ..., left + 11 :] = 0
+        batch["input_ids"][0, ..., left + 11 :] = 5
+        expected = answer(model(**batch))
+        assert_close(answer(model(input_ids=batch["input_ids"])), expected, 1e-12)
+        model.config.eos_token_id = 5
+        whole = torch.ones_like(batch["input_ids"])
+        assert_close(
+            answer(model(input_ids=batch["input_ids"])),
+            answer(model(input_ids=batch["input_ids"], attention_mask=whole)), 1e-12,
+        )  # fmt: skip
+        model.config.eos_token_id = 7
+
+
+def test_padding_is_found_where_llama_finds_it():
+    """Llama's head takes the state of the last token that is not padding; so does a causal FLASH without a mask."""
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        pad_token_id=5, num_labels=3,
+    )  # fmt: skip
+    llama = LlamaForSequenceClassification(config).eval()
+    flash = make_model(FlashForSequenceClassification, tiny_config(is_decoder=True, pad_token_id=5, num_labels=3))
+    ids = random_ids(flash.config, 2, 9)
+    ids[ids == 5] = 6
+    short = ids[:1, :6]
+    ids[0, 6:] = 5
+    for model in (llama, flash):
+        assert_close(model(input_ids=ids).logits[:1], model(input_ids=short).logits, 1e-5, type(model).__name__)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("mark", ["position_ids", "cu_seq_lens_q", "seq_idx"])
+@pytest.mark.parametrize("cls", [FlashForSequenceClassification, FlashForMultipleChoice])
+def test_packed_rows_are_refused_where_a_row_gets_one_answer(cls, mark, is_decoder):
+    model = make_model(cls, tiny_config(num_labels=3, is_decoder=is_decoder))
+    shape = (1, 1, 12) if cls is FlashForMultipleChoice else (1, 12)
+    ids = random_ids(model.config, *shape)
+    position = torch.cat([torch.arange(5), torch.arange(7)]).view(shape)
+    packed = {
+        "position_ids": position, "cu_seq_lens_q": torch.tensor([0, 5, 12]),
+        "seq_idx": torch.tensor([[0] * 5 + [1] * 7]),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="one answer per row"):
+        model(input_ids=ids, **{mark: packed[mark]})
+    # One document a row may be marked.
+    whole = {
+        "position_ids": torch.arange(12).view(shape), "cu_seq_lens_q": torch.tensor([0, 12]),
+        "seq_idx": torch.zeros(1, 12, dtype=torch.int64),
+    }  # fmt: skip
+    assert_close(model(input_ids=ids, **{mark: whole[mark]}).logits, model(input_ids=ids).logits, 1e-12)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("cls", [FlashForTokenClassification, FlashForQuestionAnswering])
+def test_packed_rows_give_each_token_its_own(cls, is_decoder):
+    model = make_model(cls, tiny_config(num_labels=3, is_decoder=is_decoder))
+    ids = random_ids(model.config, 1, 23)
+    position = torch.cat([torch.arange(10), torch.arange(13)])[None]
+    out = answer(model(input_ids=ids, position_ids=position))
+    alone = [answer(model(input_ids=part)) for part in (ids[:, :10], ids[:, 10:])]
+    assert_close(out, torch.cat(alone, 1), 1e-9)
+    if cls is FlashForQuestionAnswering:  # the loss is a softmax over the row
+        with pytest.raises(ValueError, match="one answer per row"):
+            model(input_ids=ids, position_ids=position, **labels_for(cls, 1, 23))
+
+
+def test_answers_that_are_missing_or_misplaced():
+    """-100 and columns beyond the input are skipped, each side for itself; an answer at padding is refused."""
+    model = make_model(FlashForQuestionAnswering, tiny_config())
+    ids = random_ids(model.config, 3, 9)
+    out = model(ids)
+
+    def loss(start, end, **options):
+        return model(ids, start_positions=torch.tensor(start), end_positions=torch.tensor(end), **options).loss
+
+    start, end = -out.start_logits.log_softmax(-1), -out.end_logits.log_softmax(-1)
+    both = start[[0, 1, 2], [2, 0, 1]].mean() + end[[0, 1, 2], [3, 4, 8]].mean()
+    assert_close(loss([2, 0, 1], [3, 4, 8]), both / 2, 1e-9)
+    assert_close(loss([2, -100, 1], [3, -100, 99]), (start[[0, 2], [2, 1]].mean() + end[0, 3]) / 2, 1e-9)
+    assert_close(loss([2, -100, -100], [99, 99, -100]), start[0, 2] / 2, 1e-9)
+    # As transformers: the first token, where answers that do not exist are often put.
+    assert_close(loss([-1] * 3, [-1] * 3), loss([0] * 3, [0] * 3), 1e-12)
+    none = loss([-100] * 3, [9] * 3)
+    none.backward()
+    assert none == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    with pytest.raises(ValueError, match="end_positions must be columns of real tokens.*row 1 has 7"):
+        loss([2, 2, 2], [3, 7, 3], attention_mask=mask)
+    assert loss([2, 2, 2], [3, -100, 3], attention_mask=mask).isfinite()
 
 
 def test_losses():

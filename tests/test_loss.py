@@ -44,11 +44,18 @@ def test_equals_the_loss_from_logits(cls, share, items, monkeypatch):
         assert_close(got[name], wanted[name], 1e-6, name)
 
 
-def test_no_label_at_all_gives_what_logits_give():
-    model = make_model(FlashForCausalLM, tiny_config())
+@pytest.mark.parametrize("cls", HEADS)
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0), 7])
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_no_label_at_all_gives_zero(cls, items, skip_logits):
+    """Not torch's mean over none, NaN: with it in the sum, all that a log averages is NaN, too."""
+    model = make_model(cls, tiny_config())
     ids = random_ids(model.config, 1, 5)
-    labels = torch.full_like(ids, -100)
-    assert model(ids, labels=labels).loss.isnan() and model(ids, labels=labels, skip_logits=True).loss.isnan()
+    options = {} if items is None else {"num_items_in_batch": items}
+    loss = model(ids, labels=torch.full_like(ids, -100), skip_logits=skip_logits, **options).loss
+    assert loss == 0
+    found = gradients(model, loss)
+    assert found and all(not gradient.any() for gradient in found.values())
 
 
 def test_the_attribute_acts_in_training_alone():

@@ -40,6 +40,7 @@ from ..modeling_flash import (
     FlashScaledSinusoid,
     FlashTaskModel,
     check_inputs,
+    check_single,
     with_direction,
 )
 from .mixers import (
@@ -429,6 +430,7 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
             B, N, hidden_states.device, attention_mask=attention_mask, position_ids=position_ids,
             cu_seq_lens=kwargs.get("cu_seq_lens_q"), seq_idx=kwargs.get("seq_idx"),
         )  # fmt: skip
+        check_single(documents, kwargs.get("single_document", False))
         if MIXERS[self.config.mixer].chunked:
             layout = chunk_layout(documents, B, self.config.chunk_size, causal=self.is_causal)
         else:
