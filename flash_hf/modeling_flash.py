@@ -44,6 +44,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -512,6 +513,18 @@ def without_conversion():
 # ------------------------------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------------------------------
+# transformers looks class names up here, and registering with the Auto classes adds none: Trainer shifts the labels of
+# label smoothing only for names of the first table; pipelines and model cards read all of them.
+NAMES_BY_TASK = {
+    "ForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "ForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "ForMultipleChoice": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    "ForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "ForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
+
+
 @auto_docstring
 class FlashPreTrainedModel(PreTrainedModel):
     config: FlashConfig
@@ -525,6 +538,22 @@ class FlashPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     # Whether language models in training return their loss without logits; set on an instance, see the heads.
     skip_logits = False
+    # Of a head, as transformers names it: which loss is meant, whatever a subclass is called.
+    task: str | None = None
+    # Whether a head attends in the other direction than its configuration said.
+    turned = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.task is not None:
+            # Also the classes that FSDP2 makes of a model's, and those of remote code.
+            key = FlashConfig.model_type if cls.__name__ == f"Flash{cls.task}" else cls.__name__
+            NAMES_BY_TASK[cls.task][key] = cls.__name__
+
+    def post_init(self):
+        super().post_init()
+        if self.task is not None:
+            self.loss_type = self.task
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -870,6 +899,7 @@ def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
 class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     """FLASH with a language-model head, always causal; generates with a cache of constant size."""
 
+    task = "ForCausalLM"
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -982,6 +1012,7 @@ class FlashHeadTransform(nn.Module):
 class FlashForMaskedLM(FlashPreTrainedModel):
     """FLASH with a masked language-model head, always bidirectional."""
 
+    task = "ForMaskedLM"
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -1143,6 +1174,8 @@ def class_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, items: Te
 class FlashForSequenceClassification(FlashTaskModel):
     """FLASH with a classifier or regressor on the whole sequence (see `pool`)."""
 
+    task = "ForSequenceClassification"
+
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -1173,6 +1206,8 @@ class FlashForSequenceClassification(FlashTaskModel):
 @auto_docstring
 class FlashForTokenClassification(FlashTaskModel):
     """FLASH with a classifier on every token."""
+
+    task = "ForTokenClassification"
 
     @can_return_tuple
     @auto_docstring
@@ -1225,6 +1260,7 @@ def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, widt
 class FlashForQuestionAnswering(FlashTaskModel):
     """FLASH that marks the span of an answer."""
 
+    task = "ForQuestionAnswering"
     head_name = "qa_outputs"
 
     def head_width(self) -> int:
@@ -1277,6 +1313,8 @@ class FlashForQuestionAnswering(FlashTaskModel):
 @auto_docstring
 class FlashForMultipleChoice(FlashTaskModel):
     """FLASH that scores each of several continuations of a question; the highest score wins."""
+
+    task = "ForMultipleChoice"
 
     def head_width(self) -> int:
         return 1

@@ -14,6 +14,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -39,6 +40,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
@@ -56,6 +58,7 @@ from .arguments import (
 from .budget import TimeBudget
 from .configuration_flash import FlashConfig
 from .graphs import GraphedBackward
+from .loss_flash import zero_without_labels
 from .streaming import STREAM_STATE, BlockStream, write_state
 from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
 
@@ -227,13 +230,33 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
 # --- Trainer ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class FlashLabelSmoother(LabelSmoother):
+    """Trainer's label smoothing, but 0 for a batch without labels, and shifted for causal models whatever wraps them:
+    Trainer goes by the name of the outermost class, which after torch.compile is the compiler's.
+
+    Args:
+        causal: whether a token's label is the next one's.
+    """
+
+    causal: bool = False
+
+    def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None) -> Tensor:
+        shift = shift_labels or self.causal
+        loss = super().__call__(model_output, labels, shift_labels=shift, num_items_in_batch=num_items_in_batch)
+        return zero_without_labels(loss, labels[..., 1:] if shift else labels)
+
+
 class FlashTrainer(Trainer):
     """Trainer with weight decay on matrices only, speed in its log, steps as CUDA graphs, exact resuming of streams,
-    rows that grow, an end by the clock, a word about checkpoints that could not be saved, and an evaluation that keeps
-    the rows in order."""
+    rows that grow, an end by the clock, a word about checkpoints that could not be saved, an evaluation that keeps the
+    rows in order, and label smoothing of compiled models."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            epsilon = self.args.label_smoothing_factor
+            self.label_smoother = FlashLabelSmoother(epsilon=epsilon, causal=self._loss_shifts_labels)
         devices = self.args.world_size * max(1, self.args.n_gpu)
         half = self.args.bf16 or self.args.fp16
         peak = device_peak(device_name(), half=half, peak_tflops=getattr(self.args, "peak_tflops", None))

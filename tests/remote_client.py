@@ -128,3 +128,15 @@ def test_code_runs_only_with_the_flag():
     assert not mark.exists()
     AutoModelForCausalLM.from_pretrained(ROOT / "tampered", trust_remote_code=True)
     assert mark.exists()
+
+
+def test_trainer_shifts_the_labels_of_label_smoothing(tmp_path):
+    """It goes by the names of classes, which have to be known without the package, too."""
+    model = load(ROOT / "AutoModelForCausalLM", "AutoModelForCausalLM")
+    args = transformers.TrainingArguments(str(tmp_path), label_smoothing_factor=0.3, use_cpu=True, report_to=[])
+    trainer = transformers.Trainer(model, args)
+    ids = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    log_probs = model(ids).logits[:, :-1].log_softmax(-1)
+    expected = -0.7 * log_probs.gather(-1, ids[:, 1:, None]).mean() - 0.3 * log_probs.mean()
+    found = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    assert torch.allclose(found, expected, rtol=1e-5)
