@@ -559,6 +559,9 @@ class FlashPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """transformers' own, but weights are read from safetensors alone: a pickle can run code.
 
+        A language-model head on a checkpoint that was trained in the other direction is loaded with a warning;
+        `is_decoder` (True: causal), passed here, says that this is meant.
+
         Raises:
             ValueError: a pickle was asked for.
         """
@@ -570,7 +573,18 @@ class FlashPreTrainedModel(PreTrainedModel):
                 )
         kwargs["use_safetensors"] = True
         with without_conversion():
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.turned:
+            is_decoder = model.config.is_decoder
+            trained, now = ("bidirectionally", "causal") if is_decoder else ("causally", "bidirectional")
+            logger.warning(
+                f"{pretrained_model_name_or_path} was trained {trained} (config.is_decoder={not is_decoder}), but "
+                f"{cls.__name__} is {now}: its predictions mean nothing before it is trained further. To predict, "
+                f"load a {now} checkpoint. To train this one on in the other direction, pass is_decoder={is_decoder}, "
+                "which also silences this warning."
+            )
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -905,6 +919,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: FlashConfig):
         super().__init__(with_direction(config, is_decoder=True))
+        self.turned = config.is_decoder != self.config.is_decoder
         self.model = FlashModel(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -1018,6 +1033,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
 
     def __init__(self, config: FlashConfig):
         super().__init__(with_direction(config, is_decoder=False))
+        self.turned = config.is_decoder != self.config.is_decoder
         self.model = FlashModel(self.config)
         # CODEPATH: FLASHQuad checkpoints have BERT's head.
         self.transform = FlashHeadTransform(config) if config.mlm_transform else None

@@ -4,7 +4,13 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForSequenceClassification, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    pipeline,
+)
 
 from flash_hf import (
     AUTO_CLASSES,
@@ -15,6 +21,8 @@ from flash_hf import (
     FlashForQuestionAnswering,
     FlashForSequenceClassification,
     FlashForTokenClassification,
+    FlashModel,
+    modeling_flash,
 )
 from flash_hf.data import train_tokenizer
 from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
@@ -189,6 +197,51 @@ def test_answers_that_are_missing_or_misplaced():
     with pytest.raises(ValueError, match="end_positions must be columns of real tokens.*row 1 has 7"):
         loss([2, 2, 2], [3, 7, 3], attention_mask=mask)
     assert loss([2, 2, 2], [3, -100, 3], attention_mask=mask).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("auto", "head", "other", "task"),
+    [
+        (AutoModelForCausalLM, FlashForCausalLM, FlashForMaskedLM, "text-generation"),
+        (AutoModelForMaskedLM, FlashForMaskedLM, FlashForCausalLM, "fill-mask"),
+    ],
+    ids=["causal", "masked"],
+)
+def test_a_head_of_the_other_direction_warns(auto, head, other, task, tmp_path, monkeypatch, model_of, tokenizer):
+    """What it predicts looks like text. is_decoder says that training it on in this direction is meant."""
+    said = []
+    monkeypatch.setattr(modeling_flash.logger, "warning", said.append)
+    model_of(other).save_pretrained(tmp_path / "other")
+    model_of(head).save_pretrained(tmp_path / "same")
+    FlashForSequenceClassification.from_pretrained(tmp_path / "other").save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "other")
+    causal = auto is AutoModelForCausalLM
+
+    # New models, of whatever configuration, checkpoints of the same direction, and what is meant.
+    for is_decoder in (True, False):
+        head(tiny_config(is_decoder=is_decoder))
+        auto.from_config(tiny_config(is_decoder=is_decoder))
+    auto.from_pretrained(tmp_path / "same")
+    meant, report = auto.from_pretrained(tmp_path / "other", is_decoder=causal, output_loading_info=True)
+    assert meant.model.is_causal is causal and not report["missing_keys"]
+    FlashModel.from_pretrained(tmp_path / "other", is_decoder=causal)
+    FlashForSequenceClassification.from_pretrained(tmp_path / "other", is_decoder=causal)
+    assert not said
+
+    for folder in ("other", "tuned"):
+        model, _ = auto.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert len(said) == 1
+        trained, now = ("bidirectionally", "is causal") if causal else ("causally", "is bidirectional")
+        for words in (folder, trained, now, f"is_decoder={causal}"):
+            assert words in said[0]
+        said.clear()
+    pipeline(task, model=str(tmp_path / "other"))
+    assert len(said) == 1
+    # From here on it is what it was trained to be.
+    said.clear()
+    model.save_pretrained(tmp_path / "turned")
+    auto.from_pretrained(tmp_path / "turned")
+    assert not said
 
 
 def test_losses():
