@@ -458,7 +458,9 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
             "`cache` (or `past_key_values`) must be a cache of this model "
             f"({config.num_hidden_layers} layers, attention_type {config.attention_type!r}), got "
             f"{len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
-            "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...)."
+            "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...). PEFT's "
+            "prefix tuning passes keys and values of its own, which FLASH has no place for: use prompt tuning, "
+            "p-tuning or LoRA."
         )
     layer = cache.layers[0]
     if not layer.is_initialized:

@@ -77,6 +77,8 @@ class FlashConfig(PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 24): Layers. Two gated attention units stand for one Transformer block.
         expansion_factor (`int` or `float`, defaults to 2): `E / D`, the width of gate and values over the model's.
         query_key_dim (`int`, defaults to 128): Width `S` of the shared queries and keys.
+        num_attention_heads (`int`, defaults to 1): A gated attention unit has one head; libraries ask (PEFT, and
+            transformers for a static cache).
         chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting: it changes the function.
         chunk_shift (`int`, defaults to 0): In every second layer a document's first chunk begins this many tokens
             before the document, so that borders of one layer lie inside chunks of the next (as Swin's shifted
@@ -152,6 +154,7 @@ class FlashConfig(PreTrainedConfig):
     num_hidden_layers: int = 24
     expansion_factor: int | float = 2
     query_key_dim: int = 128
+    num_attention_heads: int = 1
     chunk_size: int = 256
     chunk_shift: int = 0
     attention_type: str = "mixed_chunk"
@@ -193,7 +196,15 @@ class FlashConfig(PreTrainedConfig):
         if self.attention_divisor is None:
             # Resolved here so that it is saved: the function must not change when only chunk_size is overridden later.
             self.attention_divisor = self.span
+        # TRL reads it without asking whether it is there. A copy that comes with a checkpoint's code has it filled.
+        self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
+
+    def to_dict(self):
+        values = super().to_dict()
+        if not values.get("auto_map"):
+            values.pop("auto_map", None)
+        return values
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -263,11 +274,6 @@ class FlashConfig(PreTrainedConfig):
         return int(round(self.hidden_size * self.expansion_factor))
 
     @property
-    def num_attention_heads(self) -> int:
-        """A gated attention unit has one head; transformers asks when it prepares a static cache."""
-        return 1
-
-    @property
     def span(self) -> int:
         """Tokens that one quadratic attention covers: a chunk, or the training length for `"quadratic"`."""
         return self.max_position_embeddings if self.attention_type == "quadratic" else self.chunk_size
@@ -302,6 +308,8 @@ class FlashConfig(PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 refuse(name, "at least 1")
+        if self.num_attention_heads != 1:
+            refuse("num_attention_heads", "1", " A gated attention unit has one head, of width query_key_dim.")
         self._refuse_huge()
         for name in ("expansion_factor", "norm_eps", "final_norm_eps", "attention_divisor"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:

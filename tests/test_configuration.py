@@ -38,6 +38,19 @@ def test_old_and_extra_keys_of_a_file_still_load(tmp_path):
     assert FlashConfig.from_pretrained(tmp_path / "again").a_key_of_tomorrow == 3
 
 
+def test_other_libraries_find_what_they_read(tmp_path):
+    """PEFT reads heads from the dictionary; TRL reads `auto_map` from the configuration."""
+    config = tiny_config()
+    assert config.to_dict()["num_attention_heads"] == 1 and config.auto_map == {}
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert stored["num_attention_heads"] == 1 and "auto_map" not in stored
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "num_attention_heads": 4}), encoding="utf-8")
+    for wrong in (lambda: FlashConfig.from_pretrained(tmp_path), lambda: FlashConfig(num_attention_heads=4)):
+        with pytest.raises(Exception, match="`num_attention_heads` must be 1, got 4"):
+            wrong()
+
+
 def test_divisor_is_a_stored_constant(tmp_path):
     tiny_config(chunk_size=16).save_pretrained(tmp_path)
     assert FlashConfig.from_pretrained(tmp_path, chunk_size=8).attention_divisor == 16
