@@ -45,7 +45,8 @@ cards: $(STAMP)
 # goes with that version.
 OLDEST := 5.17.0
 CONTRACTS := $(addprefix tests/test_,configuration.py documents.py ecosystem.py export.py finetuning.py generation.py \
-	heads.py hub.py loss.py modeling.py recipes.py remote_code.py security.py streaming.py training.py)
+	heads.py hub.py loss.py modeling.py peft.py recipes.py remote_code.py security.py streaming.py training.py \
+	trl.py)
 
 oldest: .venv-oldest/.stamp
 	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(CONTRACTS) $(PYTEST_ARGS)

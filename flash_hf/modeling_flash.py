@@ -661,8 +661,7 @@ class FlashModel(FlashPreTrainedModel):
             if not self.is_causal:
                 raise ValueError(
                     "A cache was given to a bidirectional model, where every token depends on later ones. Use "
-                    "FlashForCausalLM, or FlashModel with config.is_decoder=True; with PEFT, another method than prefix "
-                    "tuning."
+                    "FlashForCausalLM, or FlashModel with config.is_decoder=True; with PEFT, not prefix tuning."
                 )
             check_cache(cache, self.config, B)
         elif use_cache and self.is_causal and not self.training:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users bring along: TRL, torchao, and the linter that transformers' own models pass."""
+"""What users bring along: torchao, and the linter that transformers' own models pass."""
 
 import math
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import TorchAoConfig
 
 from flash_hf import FlashConfig, FlashForCausalLM
@@ -64,23 +63,6 @@ def test_int8_weights_lose_less_than_one_percent_of_perplexity(trained):
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "do_sample": False}
     cached = quantised.generate(prompt, **options)
     assert torch.equal(cached, quantised.generate(prompt, use_cache=False, **options))
-
-
-@pytest.mark.slow
-def test_trl_fine_tunes(trained, tmp_path):
-    from trl import SFTConfig, SFTTrainer
-
-    folder, tokenizer, _ = trained
-    rows = Dataset.from_dict({"text": [line for line in BOOK.splitlines() if len(line) > 200][:32]})
-    arguments = SFTConfig(
-        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, max_length=128,
-        report_to="none", use_cpu=True, logging_steps=1, bf16=False, gradient_checkpointing=False, packing=False,
-    )  # fmt: skip
-    model = FlashForCausalLM.from_pretrained(folder)
-    trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
 
 
 def test_linter_of_transformers_models():
