@@ -42,7 +42,8 @@ def folder(tmp_path_factory):
 def options(tmp_path, steps=1, **changes):
     return {
         "output_dir": str(tmp_path), "max_steps": steps, "per_device_train_batch_size": len(TEXTS),
-        "report_to": "none", "use_cpu": True, "bf16": False, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-3, **changes,
+        "report_to": "none", "use_cpu": True, "bf16": False, "logging_steps": 1, "save_strategy": "no",
+        "learning_rate": 1e-3, **changes,
     }  # fmt: skip
 
 
