@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import modeling_flash
 from .configuration_flash import FlashConfig, nearest
+from .hub import vocabulary_size
 
 
 # The originals with a ScaleNorm clamp the root mean square at 1e-5; ours adds eps inside the root. With this eps both
@@ -796,8 +797,11 @@ def save_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> bool
     Args:
         source: the original's folder, or a file in it.
         folder: the converted model's.
+
+    Raises:
+        ValueError: the tokenizer has ids beyond the model's embeddings.
     """
-    from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+    from transformers import AutoConfig, BertTokenizerFast, PreTrainedTokenizerFast
 
     source = Path(source) if Path(source).is_dir() else Path(source).parent
     if (source / "vocab.txt").is_file():
@@ -808,7 +812,14 @@ def save_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> bool
         return False
     # FLASH has no token types; type 0 is in the word embeddings.
     names = ["input_ids", "attention_mask"]
-    tokenizer_class.from_pretrained(str(source), model_input_names=names).save_pretrained(str(folder))
+    tokenizer = tokenizer_class.from_pretrained(str(source), model_input_names=names)
+    rows, needed = AutoConfig.from_pretrained(folder).vocab_size, vocabulary_size(tokenizer)
+    if rows < needed:
+        raise ValueError(
+            f"The tokenizer in {source} must belong to the model: it has ids up to {needed - 1}, the model's "
+            f"vocab_size is {rows}."
+        )
+    tokenizer.save_pretrained(str(folder))
     return True
 
 

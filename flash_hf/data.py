@@ -17,7 +17,7 @@ import lzma
 import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Literal
 
@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .hub import vocabulary_size
 from .loss_flash import IGNORE
 
 
@@ -489,10 +490,10 @@ def tokenize_documents(
     if "input_ids" in documents.column_names:
         column = documents.select_columns(["input_ids"]).with_format("numpy")
         largest = max((int(row["input_ids"].max(initial=0)) for row in column), default=0)
-        if largest >= len(tokenizer):
+        if largest >= vocabulary_size(tokenizer):
             raise ValueError(
-                f"The tokenised documents hold the token {largest}, and the tokenizer has {len(tokenizer)} tokens. "
-                "Give the --tokenizer that they were made with."
+                f"The tokenised documents hold the token {largest}, and the tokenizer's ids end at "
+                f"{vocabulary_size(tokenizer) - 1}. Give the --tokenizer that they were made with."
             )
         return documents
     return documents.map(
@@ -732,6 +733,20 @@ class MaskingCollator(DataCollatorForLanguageModeling):
     """
 
     epoch: int = 0
+
+    def torch_mask_tokens(self, inputs: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """The masks of the base class, whose random tokens are numbers below `len(tokenizer)`: where the tokenizer
+        leaves ids unused, the token of that rank stands in for a number."""
+        before = inputs.clone()
+        inputs, labels = super().torch_mask_tokens(inputs, *args, **kwargs)
+        if len(self.sorted_ids) < int(self.sorted_ids[-1]) + 1:
+            exchanged = (inputs != before) & (inputs != self.tokenizer.mask_token_id)
+            inputs[exchanged] = self.sorted_ids[inputs[exchanged]]
+        return inputs, labels
+
+    @cached_property
+    def sorted_ids(self) -> Tensor:
+        return torch.tensor(sorted(set(self.tokenizer.get_vocab().values())))
 
     def torch_call(self, examples: list[dict]) -> dict:
         if "labels" in examples[0]:

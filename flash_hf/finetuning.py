@@ -43,6 +43,7 @@ from transformers.utils import logging
 
 from . import data
 from .cells import provenance
+from .hub import vocabulary_size
 from .metrics import Accuracy, MacroF1, SpanF1, Squad
 from .training import (
     FlashTrainer,
@@ -742,9 +743,10 @@ def load_model(
         for name, value in names.items():
             setattr(config, name, value)
         model = task.auto.from_config(config)
-    if model.config.vocab_size < len(tokenizer):
+    needed = vocabulary_size(tokenizer)
+    if model.config.vocab_size < needed:
         raise ValueError(
-            f"The model's vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got "
+            f"The model's vocab_size must be at least {needed}, the tokenizer's highest id + 1, got "
             f"{model.config.vocab_size}. Take the tokenizer that belongs to the model."
         )
     return model

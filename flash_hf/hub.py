@@ -65,6 +65,14 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
     return sorted(written)
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The smallest `vocab_size` of a model that takes all ids of a tokenizer: the highest one, and 1.
+
+    `len(tokenizer)` counts the tokens. It is less where ids are left unused, as some tokenizers do.
+    """
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def save_with_code(
     model: FlashPreTrainedModel,
     folder: str | os.PathLike,

@@ -839,7 +839,7 @@ def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bo
             raise ValueError(
                 f"input_ids must lie in [0, vocab_size = {config.vocab_size}), got {low if low < 0 else high}. Does "
                 "the tokenizer belong to this model? After adding tokens call "
-                "model.resize_token_embeddings(len(tokenizer))."
+                "model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)."
             )
 
 

@@ -58,6 +58,7 @@ from .arguments import (
 from .budget import TimeBudget
 from .configuration_flash import FlashConfig
 from .graphs import GraphedBackward
+from .hub import vocabulary_size
 from .loss_flash import zero_without_labels
 from .streaming import STREAM_STATE, BlockStream, write_state
 from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
@@ -520,9 +521,10 @@ def load_model(
         model = auto.from_pretrained(model_args.model)
     else:
         model = auto.from_config(new_config(kind, fields, tokenizer))
-    if model.config.vocab_size < len(tokenizer):
+    needed = vocabulary_size(tokenizer)
+    if model.config.vocab_size < needed:
         raise ValueError(
-            f"The model's vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got "
+            f"The model's vocab_size must be at least {needed}, the tokenizer's highest id + 1, got "
             f"{model.config.vocab_size}. Leave vocab_size out, or take the tokenizer that belongs to the model."
         )
     return model
@@ -533,7 +535,7 @@ def new_config(kind: Kind, fields: dict, tokenizer: PreTrainedTokenizerBase | No
     defaults = {"is_decoder": kind == "causal"}
     if tokenizer is not None:
         defaults |= {
-            "vocab_size": len(tokenizer),
+            "vocab_size": vocabulary_size(tokenizer),
             "pad_token_id": tokenizer.pad_token_id,
             "bos_token_id": data.document_start(tokenizer),
             "eos_token_id": data.document_end(tokenizer),

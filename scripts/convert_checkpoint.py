@@ -57,7 +57,10 @@ def main() -> None:
         parser.exit(2, f"convert_checkpoint.py: {error}\n")
     model = converted.build().to(getattr(torch, args.dtype))
     model.save_pretrained(args.output)
-    tokenizer = save_tokenizer(args.input, args.output)
+    try:
+        tokenizer = save_tokenizer(args.input, args.output)
+    except ValueError as error:
+        parser.exit(2, f"convert_checkpoint.py: {error}\n")
     report = {
         "kind": kind, "class": converted.architecture, "output": args.output, "parameters": model.num_parameters(),
         "tokenizer": tokenizer, "notes": converted.notes,

@@ -31,6 +31,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 import flash_hf.baselines  # registers Transformer++
 from flash_hf import FlashConfig, data, finetuning, training
 from flash_hf.cells import CellRunner, provenance, write_json
+from flash_hf.hub import vocabulary_size
 
 
 MODELS = ("flash", "transformer_pp")
@@ -113,7 +114,7 @@ def prepare(options: argparse.Namespace) -> None:
 def model_configs(options: argparse.Namespace, tokenizer) -> dict:
     """FLASH and the Transformer++ whose number of parameters is nearest to it."""
     width, layers = options.hidden_size, options.layers
-    common = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "hidden_size": width}
+    common = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, "hidden_size": width}
     flash = FlashConfig(
         num_hidden_layers=layers, query_key_dim=32 if options.smoke else 128,
         chunk_size=32 if options.smoke else 256, max_position_embeddings=options.block_size, **common,

@@ -12,6 +12,7 @@ import pyarrow.parquet
 from datasets import Sequence, Value
 
 from flash_hf.data import load_documents, load_tokenizer, text_size, tokenize_documents
+from flash_hf.hub import vocabulary_size
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer, masked=False)
     documents = load_documents(args.files, max_documents=args.max_documents)
     tokenized = tokenize_documents(documents, tokenizer, num_proc=args.num_proc)
-    if len(tokenizer) <= 2**16:
+    if vocabulary_size(tokenizer) <= 2**16:
         tokenized = tokenized.cast_column("input_ids", Sequence(Value("uint16")))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     # Not to_parquet, which chooses the compression itself. Dictionaries only spread tokens over odd numbers of bits.

@@ -527,6 +527,11 @@ def test_script_makes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     expected = junnyu_flash(exact_state, inputs["input_ids"], 24)[1]
     assert (model(**inputs).logits - expected).abs().max() < 1e-4
     assert (output / "model.safetensors").exists() and not list(output.glob("*.bin"))
+    with open(source / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("".join(f"word{number}\n" for number in range(100)))
+    with pytest.raises(SystemExit):
+        script(monkeypatch, capsys, source, tmp_path / "again", "--padded_length", "0")
+    assert "must belong to the model: it has ids up to 130, the model's vocab_size" in capsys.readouterr().err
 
 
 def test_script_converts_an_encoder_to_bfloat16(tmp_path, monkeypatch, capsys):

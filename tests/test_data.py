@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data
+from flash_hf.hub import vocabulary_size
 
 
 BOOK = Path(__file__).parent / "data" / "wizard_of_oz.txt"
@@ -32,6 +33,18 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tokenizer():
     return data.train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
+
+
+@pytest.fixture(scope="module")
+def with_gaps(tokenizer, tmp_path_factory):
+    """The tokenizer with a hundred more tokens, from 1000 to 1099: the ids from 400 to 999 are unused."""
+    folder = tmp_path_factory.mktemp("gaps")
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"] |= {f"[{number}]": number for number in range(1000, 1100)}
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 1099, "content": "[1099]"})
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return data.load_tokenizer(str(folder), masked=True)
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -572,6 +585,31 @@ def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
     share = chosen.sum() / (original != tokenizer.pad_token_id).sum()
     hidden = (first["input_ids"][chosen] == tokenizer.mask_token_id).float().mean()
     assert 0.13 < share < 0.17 and 0.76 < hidden < 0.84  # 9,900 tokens: about 4 standard deviations
+
+
+def test_random_tokens_are_tokens_of_the_tokenizer(with_gaps):
+    """transformers takes numbers below len(tokenizer): where ids are unused, some of them, and not the highest ids."""
+    known = set(with_gaps.get_vocab().values())
+    rows = [{"input_ids": np.random.default_rng(n).choice([*known], 2000).tolist()} for n in range(10)]
+    collator = data.MaskingCollator(with_gaps, seed=1)
+    batch = collator(rows)
+    original = torch.tensor([row["input_ids"] for row in rows])
+    exchanged = (batch["input_ids"] != original) & (batch["input_ids"] != with_gaps.mask_token_id)
+    assert 150 < exchanged.sum() < 450 and (batch["labels"][exchanged] == original[exchanged]).all()
+    found = set(batch["input_ids"][exchanged].tolist())
+    assert found <= known and max(found) > len(with_gaps)
+    assert torch.equal(collator(rows)["input_ids"], batch["input_ids"])
+
+
+def test_a_vocabulary_ends_at_its_highest_id(with_gaps, tokenizer, tmp_path):
+    assert len(with_gaps) == 500 and vocabulary_size(with_gaps) == 1100
+    assert vocabulary_size(tokenizer) == len(tokenizer) == 400
+    documents = Dataset.from_dict({"text": ["one [1099] two"]})
+    tokenized = data.tokenize_documents(documents, with_gaps)
+    assert 1099 in tokenized[0]["input_ids"]
+    assert data.tokenize_documents(tokenized, with_gaps) is tokenized
+    with pytest.raises(ValueError, match="hold the token 1099, and the tokenizer's ids end at 399"):
+        data.tokenize_documents(tokenized, tokenizer)
 
 
 def test_mask_once_fixes_the_validation_set(tokenizer):

@@ -504,6 +504,26 @@ def test_wrong_data_is_refused(files, tmp_path):
     assert not list((tmp_path / "run").iterdir())  # and the next attempt is not told that the folder is in use
 
 
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_a_tokenizer_with_unused_ids(kind, files, tmp_path):
+    """The model has a row for the highest id, which is in the text, and not only as many as there are tokens."""
+    tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
+    tokenizer.save_pretrained(tmp_path / "gaps")
+    content = json.loads((tmp_path / "gaps" / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["Dorothy"] = 1000
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 1000, "content": "Dorothy", "special": False})
+    (tmp_path / "gaps" / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "text.txt").write_text("Dorothy ran. " * 200, encoding="utf-8")
+    options = {name: tmp_path / "text.txt" for name in ("train_file", "validation_file")}
+    parsed = arguments(files, tmp_path / "run", tokenizer=tmp_path / "gaps", max_steps=2, eval_steps=2, **options)
+    training.run_training(kind, *parsed)
+    model = (AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM).from_pretrained(tmp_path / "run")
+    assert len(data.load_tokenizer(str(tmp_path / "run"), masked=True)) < model.config.vocab_size == 1001
+    small = training.ModelArguments(config_overrides="vocab_size=500,hidden_size=32,num_hidden_layers=1")
+    with pytest.raises(ValueError, match="vocab_size must be at least 1001, the tokenizer's highest id"):
+        training.load_model(kind, small, data.load_tokenizer(str(tmp_path / "gaps"), masked=True), None)
+
+
 def test_config_file_and_overrides(files, tmp_path):
     (tmp_path / "a.json").write_text('{"model_config": {"hidden_size": 48, "norm_eps": 1e-6}}', encoding="utf-8")
     fields = "{hidden_size: 48, relative_bias: null, rope_parameters: {rope_theta: 500.0}}"
@@ -520,7 +540,7 @@ def test_config_file_and_overrides(files, tmp_path):
     padded = training.ModelArguments(config_overrides="vocab_size=320,hidden_size=32,num_hidden_layers=1")
     assert training.load_model("causal", padded, tokenizer, None).config.vocab_size == 320
     small = training.ModelArguments(config_overrides="vocab_size=200,hidden_size=32,num_hidden_layers=1")
-    with pytest.raises(ValueError, match="vocab_size must be at least the tokenizer's 300 tokens, got 200"):
+    with pytest.raises(ValueError, match="vocab_size must be at least 300, the tokenizer's highest id . 1, got 200"):
         training.load_model("causal", small, tokenizer, None)
 
 

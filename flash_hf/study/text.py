@@ -37,6 +37,7 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
             for both corpora: to try the study out.
     """
     from .. import data as flash_data
+    from ..hub import vocabulary_size
 
     if data.is_file():
         parts = flash_data.split_documents(flash_data.load_documents(data, sample_by="paragraph"), 0.1)
@@ -51,7 +52,7 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
     sample = [row for corpus in CORPORA for row in _until(rows[f"{corpus}_train"], 10_000_000)]
     tokenizer = flash_data.train_tokenizer(sample, vocab_size, max_bytes=20_000_000)
     tokenizer.save_pretrained(folder / "tokenizer")
-    facts = {"vocab_size": len(tokenizer), "end": tokenizer.eos_token_id, "mask": tokenizer.mask_token_id}
+    facts = {"vocab_size": vocabulary_size(tokenizer), "end": tokenizer.eos_token_id, "mask": tokenizer.mask_token_id}
     for name, documents in rows.items():
         limit = max_tokens if name.endswith("train") else max_valid_tokens
         stream, size = [], {"documents": 0, "tokens": 0, "bytes": 0, "words": 0}
