@@ -281,7 +281,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
     def __init__(self, max_cache_len: int = -1, **kwargs):
         FlashChunkCacheLayer.__init__(self)
         self.max_cache_len = max_cache_len
-        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+        self.cumulative_length = torch.tensor(0, dtype=torch.long, device="cpu")  # moved later; not torch's default
 
     def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor, layer_idx: int) -> None:
         super().lazy_initialization(config, value_BNE, layer_idx)

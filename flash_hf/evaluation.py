@@ -117,7 +117,8 @@ def score_documents(
             scores = score_document(model, ids_N[begin : begin + step + 1], segment=segment)
             nats.append(scores[0])
             right.append(scores[1])
-            places.append(torch.arange(1, len(scores[0]) + 1))  # tokens that each was predicted from
+            # The number of tokens that each was predicted from.
+            places.append(torch.arange(1, len(scores[0]) + 1, device=scores[0].device))
         n_bytes, n_words = n_bytes + len(text.encode()), n_words + len(text.split())
     if not nats:
         raise ValueError("The documents hold no text: every one is empty or blank.")
@@ -185,7 +186,7 @@ def masked_scores(
         with torch.inference_mode():
             scores = token_scores(model(**batch).logits, labels, causal=False)
         counted = labels != data.IGNORE
-        nats += scores[0][counted].sum(dtype=torch.float64).item()
+        nats += scores[0][counted].cpu().sum(dtype=torch.float64).item()  # some devices have no float64
         right += int(scores[1][counted].sum())
         tokens += int(counted.sum())
     loss = nats / tokens

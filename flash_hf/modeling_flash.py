@@ -191,9 +191,10 @@ class FlashRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: FlashConfig, device=None, **kwargs) -> tuple[Tensor, float]:
-        exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64) / config.rotary_dim
-        inv_freq = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
-        return inv_freq.to(device=device, dtype=torch.float32), 1.0
+        # In Python's numbers: exact, and some devices have no float64.
+        theta, width = config.rope_parameters["rope_theta"], config.rotary_dim
+        inv_freq = [1.0 / theta ** (index / width) for index in range(0, width, 2)]
+        return torch.tensor(inv_freq, device=device, dtype=torch.float32), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -263,7 +264,7 @@ class FlashT5Bias(nn.Module):
             bucket = (offset > 0) * buckets
             distance = offset.abs()
         exact = buckets // 2
-        ratio = torch.log(distance.clamp(min=1).float() / exact) / torch.log(torch.tensor(self.max_distance / exact))
+        ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
         return self.weight[bucket + torch.where(distance < exact, distance, far), 0] * self.scale
 
