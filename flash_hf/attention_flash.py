@@ -129,7 +129,7 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
             "torch, or backend='torch'; kernels need triton, an NVIDIA GPU of compute capability 8.0 or later, and "
             "bfloat16, float16 or float32."
         )
-    if not is_tracing():
+    if device.type == "cuda" and not is_tracing():  # elsewhere there is nothing that a user could change
         logger.warning_once(f"FLASH computes in plain torch, which is right but slower than its kernels: {reason}.")
     return None
 
