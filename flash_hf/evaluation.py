@@ -16,7 +16,6 @@ from pathlib import Path
 
 import psutil
 import torch
-import yaml
 from datasets import Dataset
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -252,10 +251,10 @@ def run_lm_eval(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Run tasks of lm-evaluation-harness whose data lie beside them, through its Python interface.
+    """Run the tasks of a folder by lm-evaluation-harness, through its Python interface.
 
     Args:
-        folder: tasks (`.yaml`) whose `data_files` name files of the same folder.
+        folder: tasks (`.yaml`), as the harness takes them by `--include_path`.
         limit: the first questions of each task only.
 
     Returns:
@@ -268,21 +267,16 @@ def run_lm_eval(
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError('lm-eval-harness is missing: pip install "flash-hf[eval]".') from error
-    tasks = []
-    for path in sorted(Path(folder).glob("*.yaml")):
-        task = yaml.safe_load(path.read_text(encoding="utf-8"))
-        files = task["dataset_kwargs"]["data_files"]
-        # The harness would look for them in the folder it runs in.
-        task["dataset_kwargs"]["data_files"] = {split: str(path.parent / name) for split, name in files.items()}
-        tasks.append(task)
-    if not tasks:
+    if not any(Path(folder).glob("*.yaml")):
         raise ValueError(f"folder must hold tasks in .yaml files, but {folder} holds none.")
+    manager = TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
     found = lm_eval.simple_evaluate(
-        model=wrapped, tasks=tasks, limit=limit, bootstrap_iters=1000, random_seed=0, numpy_random_seed=0,
-        torch_random_seed=0,
+        model=wrapped, tasks=manager.all_tasks, task_manager=manager, limit=limit, bootstrap_iters=1000,
+        random_seed=0, numpy_random_seed=0, torch_random_seed=0,
     )  # fmt: skip
     scores = {}
     for task, metrics in found["results"].items():

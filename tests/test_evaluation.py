@@ -241,6 +241,20 @@ def test_the_questions_are_made_by_rule(tmp_path, monkeypatch, capsys):
             assert " ".join(row["context"].split()[-9:]) + after in flat
 
 
+def test_tasks_find_their_questions_from_anywhere(tmp_path, monkeypatch):
+    """As the harness loads them: by the function that the task names, whatever folder it runs in."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    for path in TASKS.glob("*.yaml"):
+        task = path.read_text(encoding="utf-8")
+        module, function = re.search(r"^custom_dataset: !function (\w+)\.(\w+)$", task, re.M).groups()
+        name = re.search(r"^dataset_kwargs:\n  name: (\w+)$", task, re.M)[1]
+        rows = runpy.run_path(str(TASKS / f"{module}.py"))[function](version=1.0, name=name)["test"]
+        assert name == path.stem and len(rows) == 200
+        first = json.loads((TASKS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        assert rows[0] == first
+
+
 def test_the_harness_runs_on_local_data(folders, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason='needs pip install "flash-hf[eval]"')
     monkeypatch.chdir(tmp_path)  # the data are found from anywhere

@@ -1,0 +1,10 @@
+"""The questions beside this file: `data_files` of a task would be looked for in the folder of the command."""
+
+from pathlib import Path
+
+from datasets import DatasetDict, load_dataset
+
+
+def load(name: str, **metadata) -> DatasetDict:
+    """The questions of a task, as the split `test`."""
+    return load_dataset("json", data_files={"test": str(Path(__file__).resolve().parent / f"{name}.jsonl")})
