@@ -12,7 +12,6 @@ fixed divisor of the global sum is folded into the linear queries, whose own div
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import modeling_flash
+from .command_line import read_json
 from .configuration_flash import FlashConfig, nearest
 from .hub import vocabulary_size
 
@@ -752,11 +752,9 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     if not path.is_file():
         raise ValueError(f"`path` must be a file or a folder, but {path} does not exist.")
     settings_path = folder / "config.json"
-    settings = json.loads(settings_path.read_text(encoding="utf-8")) if settings_path.is_file() else {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"`path`: {settings_path} must hold a JSON object, got {type(settings).__name__}.")
+    settings = read_json(settings_path, dict) if settings_path.is_file() else {}
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(read_json(path, dict)["weight_map"].values()))
         if any(name != os.path.basename(name) for name in shards):
             raise ValueError(f"`path`: the index {path} must name files beside it, got {shards}.")
         state = {}

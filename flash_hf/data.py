@@ -38,6 +38,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .command_line import load_pretrained
 from .hub import vocabulary_size
 from .loss_flash import IGNORE
 
@@ -449,8 +450,9 @@ def load_tokenizer(name_or_path: str, *, masked: bool) -> PreTrainedTokenizerBas
 
     Raises:
         ValueError: no token to end documents with, or none to mask with.
+        OSError: there is no such tokenizer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    tokenizer = load_pretrained(AutoTokenizer, name_or_path, option="--tokenizer")
     if document_end(tokenizer) is None:
         raise ValueError(
             f"The tokenizer {name_or_path} has neither an eos_token nor a sep_token to end documents with."

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: a parser that names the option that was meant, a mistake told in one sentence, and the files,
+models and devices that their options name.
+
+A mistake of the user ends in one sentence on stderr and exit code 2 (an option that does not exist or cannot be read)
+or 1 (a value that cannot be used). A fault of the code shows its traceback, as does everything under
+`FLASH_TRACEBACK=1`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import dis
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from .configuration_flash import FlashConfig
+
+
+# The extra of setup.cfg that each module comes with.
+EXTRAS = {
+    "accelerate": "train", "datasets": "train", "evaluate": "train", "matplotlib": "train", "psutil": "train",
+    "tqdm": "train", "yaml": "train", "lm_eval": "eval",
+}  # fmt: skip
+
+# Packages that refuse what a user gave by a `raise` of their own; elsewhere such an error is a fault of the code.
+SPEAKERS = {"__main__", "accelerate", "datasets", "flash_hf", "huggingface_hub", "transformers"}
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, suggests the option that was meant, and ends in one line on stderr."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        # Before argparse looks for required options: the misspelt one may be one of them.
+        for word in args[: args.index("--")] if "--" in args else args:
+            name = word.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                self.error(self.unknown_option(name))
+        return super().parse_known_args(args, namespace)
+
+    def unknown_option(self, name: str) -> str:
+        """What to say of an option that does not exist."""
+        name = name.removeprefix("--")
+        field = name.replace("-", "_")
+        known = {option[2:] for option in self._option_string_actions if option.startswith("--")}
+        if "config_overrides" in known and field in FlashConfig.__dataclass_fields__:
+            return f"--{name} is no option but a field of FlashConfig: give it as --config_overrides {field}=VALUE."
+        near = difflib.get_close_matches(field, known, n=1)
+        return f"--{name} is no option. " + (f"Did you mean --{near[0]}?" if near else "--help lists the options.")
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's `main`, end with the code that it returns, and tell a mistake of the user in one sentence."""
+    program = Path(sys.argv[0]).name
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:
+        sentence = None if os.environ.get("FLASH_TRACEBACK") else explain(error)
+        if sentence is None:
+            raise
+        print(f"{program}: {sentence}", file=sys.stderr)
+        code = 1
+    if code is not None:
+        sys.exit(code)
+
+
+def explain(error: BaseException) -> str | None:
+    """An error that is the user's to mend, as one line; None for a fault of the code."""
+    cause = error
+    while cause is not None:  # transformers wraps what its lazy imports raise
+        module = (getattr(cause, "name", None) or "").partition(".")[0]
+        if isinstance(cause, ModuleNotFoundError) and module in EXTRAS:
+            return f"The package {module} is missing: pip install 'flash-hf[{EXTRAS[module]}]'"
+        cause = cause.__cause__
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else str(error)
+    if isinstance(error, (ValueError, OSError, ImportError, StrictDataclassError)) and is_deliberate(error):
+        return " ".join(str(error).split())
+    return None
+
+
+def is_deliberate(error: BaseException) -> bool:
+    """Whether the error comes from a `raise` statement of one of `SPEAKERS`."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    package = place.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    return package in SPEAKERS and place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+# --- what options name -----------------------------------------------------------------------------------------------
+
+
+def load_pretrained(auto: Any, name: str | Path, *, option: str, **options) -> Any:
+    """`auto.from_pretrained(name)`, with errors that name the option.
+
+    Args:
+        auto: a class with `from_pretrained`: of models, configurations or tokenizers.
+        name: a folder, or a name on the Hub.
+        option: where the name comes from, for instance `--model`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and it cannot be a name on the Hub.
+        OSError: nor does the Hub, or its cache, give it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return auto.from_pretrained(str(path), **options)
+    if path.is_file():
+        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; {name} is a file. Give its folder.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
+        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; there is no folder {name}.")
+    try:
+        return auto.from_pretrained(str(name), **options)
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{option} {name} is no folder here, and not to be had from the Hub: {reason}") from error
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, checked; None: the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device must be a device of this machine, got {name!r}: {reason}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The text in a file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} (0x{error.object[error.start]:02x})"
+        raise ValueError(f"{path} must be UTF-8 text; {byte} is not: {error.reason}. Convert it first.") from error
+
+
+def read_json(path: str | Path, kind: type) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        kind: the type it must have, dict or list.
+
+    Raises:
+        ValueError: it is no JSON, or holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, but: {error}.") from error
+    if not isinstance(value, kind):
+        wanted = {dict: "object", list: "list"}[kind]
+        raise ValueError(f"{path} must hold a JSON {wanted}, got {type(value).__name__}.")
+    return value
+
+
+__all__ = [
+    "EXTRAS", "OptionParser", "explain", "find_device", "load_pretrained", "read_json", "read_text", "run_command",
+]  # fmt: skip
