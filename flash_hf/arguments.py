@@ -5,24 +5,33 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import json
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from huggingface_hub import whoami
+from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import is_liger_kernel_available
 
 from .budget import MAX_STEPS
-from .configuration_flash import FlashConfig
+from .command_line import OptionParser, read_text
+from .configuration_flash import FlashConfig, nearest
 
 
 @dataclass
 class ModelArguments:
     """Which model and tokenizer."""
+
+    _argument_group_name = "model and tokenizer"
 
     model: str | None = field(
         default=None, metadata={"help": "Folder or Hub name of a model to go on from. Without it, a new one is made."}
@@ -55,6 +64,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     """Which text, and how it is cut."""
+
+    _argument_group_name = "text"
 
     train_file: list[str] | None = field(
         default=None, metadata={"help": "Text files: .txt, .md, .json, .jsonl, .csv (also .gz, .xz, .bz2), .parquet."}
@@ -102,14 +113,34 @@ class DataArguments:
             raise ValueError("Training text must come from either --train_file or --dataset_name: give exactly one.")
         if self.shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer must be 0 or more, got {self.shuffle_buffer}.")
+        if self.block_size < 2:
+            raise ValueError(
+                f"block_size must be at least 2 (one token to see, one to predict), got {self.block_size}."
+            )
+        for name in ("max_train_documents", "max_eval_documents", "num_proc"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie strictly between 0 and 1, got {self.validation_fraction}.")
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(f"mlm_probability must be above 0 and at most 1, got {self.mlm_probability}.")
         if self.stream_patience < 0:
             raise ValueError(f"stream_patience must be 0 or more seconds, got {self.stream_patience}.")
+
+
+SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")  # ends of the names of metrics
 
 
 @dataclass
 class FlashTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the defaults of FLASH (the paper's optimiser) and of an honest log."""
 
+    _argument_group_name = "training"
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the model, its checkpoints and the log. Must be given."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, on matrices only."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Epsilon of AdamW."})
@@ -176,6 +207,13 @@ class FlashTrainingArguments(TrainingArguments):
                 "`hub_token` must be left out: Trainer would write it into training_args.bin, which is pushed too. "
                 "Log in with `hf auth login`, or set the environment variable HF_TOKEN."
             )
+        if self.output_dir is None:
+            raise ValueError("output_dir must name the folder for the model and the log: --output_dir runs/NAME.")
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            # Trainer takes all but losses for better the greater they are.
+            self.greater_is_better = not self.metric_for_best_model.endswith(SMALLER_IS_BETTER)
         self.started = time.monotonic()
         if self.max_minutes is not None and self.max_steps <= 0:
             self.max_steps = MAX_STEPS
@@ -208,8 +246,27 @@ def parse_arguments(
     arguments: list[str] | None = None, description: str | None = None
 ) -> tuple[ModelArguments, DataArguments, FlashTrainingArguments]:
     """Read the command line, and under it the options of a `--config` file (see [`parse_with_config`])."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, FlashTrainingArguments), description=description)
-    return parse_with_config(parser, arguments)
+    return parse_with_config(
+        TrainingParser((ModelArguments, DataArguments, FlashTrainingArguments), description=description), arguments
+    )
+
+
+class TrainingParser(HfArgumentParser, OptionParser):
+    """`HfArgumentParser` whose help shows the options of this package first and the rest of TrainingArguments last."""
+
+    def __init__(self, dataclass_types: tuple[type, ...], **kwargs):
+        super().__init__(dataclass_types, usage="%(prog)s [CONFIG.yaml] [--OPTION VALUE ...]", **kwargs)
+        training = next(cls for cls in dataclass_types if issubclass(cls, TrainingArguments))
+        own = {
+            name
+            for cls in training.__mro__[: training.__mro__.index(TrainingArguments)]
+            for name in inspect.get_annotations(cls)
+        }
+        rest = self.add_argument_group("other TrainingArguments of transformers")
+        for group in self._action_groups:
+            if group.title == training._argument_group_name:
+                rest._group_actions += [action for action in group._group_actions if action.dest not in own]
+                group._group_actions = [action for action in group._group_actions if action.dest in own]
 
 
 def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = None) -> tuple:
@@ -256,11 +313,10 @@ def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"--config must be a YAML or JSON file of options; {path} is no file.")
     # Not YAML for both: it reads 1e-5 as a string.
-    options = (
-        json.loads(path.read_text(encoding="utf-8"))
-        if path.suffix == ".json"
-        else yaml.safe_load(path.read_text(encoding="utf-8"))
-    )
+    try:
+        options = (json.loads if path.suffix == ".json" else yaml.safe_load)(read_text(path))
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"--config {path} must hold a mapping of options, got {type(options).__name__}.")
     known = {action.dest for action in parser._actions} - {"help", "config"}
@@ -308,6 +364,85 @@ def config_fields(model_args: ModelArguments) -> dict:
     return fields
 
 
+def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> None:
+    """Refuse what would end the training in its middle, before any work is done.
+
+    Args:
+        metrics: names of what the validation measures, without `eval_`.
+
+    Raises:
+        ValueError: a value out of range, an option that this training cannot have, an optimizer or a learning rate
+            that cannot be made.
+        ImportError: a package that an option needs is missing.
+        OSError: `push_to_hub` without the Hub or a login.
+    """
+    least = {
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+        "num_train_epochs": 0, "dataloader_num_workers": 0, "sequence_warmup_steps": 0, "seed": 0,
+    }  # fmt: skip
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {getattr(args, name)}.")
+    whole = {"prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True}
+    for name, value in whole.items():
+        if getattr(args, name) != value:
+            raise ValueError(
+                f"{name} must be {value}, got {not value}: the scores of the validation come from the predictions of "
+                "the whole set. Little memory is taken all the same, since logits are reduced batch by batch."
+            )
+    if args.label_names:
+        raise ValueError(f"label_names must be left out, got {args.label_names}: the model knows its labels.")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise ValueError("dataloader_persistent_workers needs dataloader_num_workers of at least 1, got 0.")
+    if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(
+            "eval_strategy must be steps or epoch with save_strategy=best, which saves after a validation, got no."
+        )
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in metrics:
+        known = ", ".join(metrics)
+        raise ValueError(f"metric_for_best_model must be one of {known}, got {metric!r}.{nearest(metric, metrics)}")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel needs liger-kernel: pip install 'flash-hf[kernels]'")
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except RuntimeError as error:
+        raise ImportError(f"report_to={','.join(args.report_to)} cannot be used: {error}") from error
+    if args.push_to_hub and args.should_save:
+        try:
+            whoami()
+        except OSError as error:
+            raise OSError(
+                f"push_to_hub needs the Hub and a login (hf auth login, or HF_TOKEN), but: {error}"
+            ) from error
+    check_optimizer(args)
+
+
+def check_optimizer(args: FlashTrainingArguments) -> None:
+    """Make the optimizer and the learning-rate schedule of the arguments for a single number.
+
+    Raises:
+        ValueError: a value that one of them does not take.
+        ImportError: the package of the optimizer is missing.
+    """
+    try:
+        make, options = Trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError:
+        return  # an optimizer that needs the model to be made
+    if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
+        return
+    try:
+        optimizer = make([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+        steps = max(1, args.max_steps)
+        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"optim={args.optim.value} with lr_scheduler_type={args.lr_scheduler_type.value} cannot be made of the "
+            f"options given (learning_rate, adam_beta1, optim_args, lr_scheduler_kwargs, ...): {error}"
+        ) from error
+
+
 def set_batch(args: FlashTrainingArguments, block_size: int) -> None:
     """Turn batches given in tokens into rows on a device and batches to accumulate, for the devices there are.
 
@@ -352,6 +487,6 @@ def warmup_length(step: int, *, steps: int, start: int, block_size: int) -> int:
 
 
 __all__ = [
-    "DataArguments", "FlashTrainingArguments", "ModelArguments", "config_fields", "parse_arguments",
-    "parse_with_config", "set_batch", "warmup_length",
+    "DataArguments", "FlashTrainingArguments", "ModelArguments", "TrainingParser", "check_arguments", "config_fields",
+    "parse_arguments", "parse_with_config", "set_batch", "warmup_length",
 ]  # fmt: skip

@@ -34,7 +34,6 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -43,6 +42,7 @@ from transformers.utils import logging
 
 from . import data
 from .cells import provenance
+from .command_line import load_pretrained
 from .hub import vocabulary_size
 from .metrics import Accuracy, MacroF1, SpanF1, Squad
 from .training import (
@@ -50,7 +50,10 @@ from .training import (
     FlashTrainingArguments,
     LossPlotCallback,
     ModelArguments,
+    TrainingParser,
+    check_arguments,
     check_output_dir,
+    check_sources,
     config_fields,
     find_checkpoint,
     new_config,
@@ -71,6 +74,8 @@ COLUMN_FILES = (".conll", ".iob", ".bio", ".txt", ".tsv", ".annotated")
 @dataclass
 class TaskArguments:
     """Which task, on which labelled data."""
+
+    _argument_group_name = "task and data"
 
     task: TaskName = field(
         metadata={
@@ -128,8 +133,11 @@ class TaskArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if not 0 <= self.stride < self.max_length:
-            raise ValueError(f"stride must lie in [0, max_length = {self.max_length}), got {self.stride}.")
+        if self.task == "qa" and not 0 <= self.stride < self.max_length:
+            raise ValueError(
+                f"stride must lie in [0, max_length = {self.max_length}), got {self.stride}. Give --stride, or a "
+                "larger --max_length."
+            )
 
 
 @dataclass
@@ -146,8 +154,9 @@ def parse_arguments(
     arguments: list[str] | None = None, description: str | None = None
 ) -> tuple[ModelArguments, TaskArguments, FinetuningArguments]:
     """Read the command line, and under it the options of a `--config` file (see [`training.parse_with_config`])."""
-    parser = HfArgumentParser((ModelArguments, TaskArguments, FinetuningArguments), description=description)
-    return parse_with_config(parser, arguments)
+    return parse_with_config(
+        TrainingParser((ModelArguments, TaskArguments, FinetuningArguments), description=description), arguments
+    )
 
 
 # --- reading labelled data -------------------------------------------------------------------------------------------
@@ -333,6 +342,7 @@ class Task:
     auto: type
     main_metric: str
     nothing: str  # what an empty row has
+    metrics: tuple[str, ...]
 
     def __init__(self, args: TaskArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str]):
         self.args, self.tokenizer, self.labels = args, tokenizer, labels
@@ -443,6 +453,7 @@ class Classification(Task):
 
     name, auto, main_metric = "classification", AutoModelForSequenceClassification, "accuracy"
     nothing = "no text"
+    metrics = ("loss", "accuracy", "macro_f1")
 
     @classmethod
     def columns(cls, args):
@@ -486,6 +497,7 @@ class Tagging(Task):
 
     name, auto, main_metric = "tagging", AutoModelForTokenClassification, "f1"
     nothing = "no words"
+    metrics = ("loss", "f1", "precision", "recall", "accuracy")
 
     @classmethod
     def columns(cls, args):
@@ -563,6 +575,7 @@ class QuestionAnswering(Task):
 
     name, auto, main_metric = "qa", AutoModelForQuestionAnswering, "f1"
     nothing = "no question or no context"
+    metrics = ("loss", "f1", "exact_match")
     best = 20  # starts and ends that are combined
 
     @classmethod
@@ -737,7 +750,7 @@ def load_model(
         model = task.auto.from_config(config)
     elif model_args.model is not None:
         # A head for other classes is made anew, and transformers says so.
-        model = task.auto.from_pretrained(model_args.model, ignore_mismatched_sizes=True, **names)
+        model = load_pretrained(task.auto, model_args.model, option="--model", ignore_mismatched_sizes=True, **names)
     else:
         config = new_config("masked", config_fields(model_args), tokenizer)
         for name, value in names.items():
@@ -828,9 +841,17 @@ def run_finetuning(
     Returns:
         What `results.json` holds: the `metrics` of validation and test, and what is needed to have them again.
     """
+    check_arguments(args, TASKS[task_args.task].metrics)
+    for name in ("batch_tokens", "per_device_batch_tokens", "sequence_warmup_steps"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} must be left out, got {getattr(args, name)}: it is for rows of one length, and fine-tuning "
+                "has examples of all lengths. Give --per_device_train_batch_size."
+            )
     resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
     fields = config_fields(model_args)
+    check_sources(model_args)
     if model_args.model is None:
         new_config("masked", fields)  # for its errors: they should not wait for the data
     if plot:
@@ -857,6 +878,7 @@ def run_finetuning(
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
+    trainer.save_model()  # first: the evaluation leaves the model in the type of bf16_full_eval or fp16_full_eval
     metrics = {}
     for name in ("validation", "test"):
         if name in rows:
@@ -868,7 +890,6 @@ def run_finetuning(
                 key.removeprefix(f"{name}_"): value for key, value in scores.items() if not key.endswith(rates)
             }
             metrics[name]["examples"] = len(rows[name])
-    trainer.save_model()
     trainer.save_state()
     result = {
         "task": kind.name,

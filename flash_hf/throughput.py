@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from functools import partial
 
 import torch
 from transformers import ProgressCallback
@@ -94,6 +96,12 @@ class SpeedMeter:
 
 class SpeedBar(ProgressCallback):
     """Trainer's progress bar, with loss, gradient norm, tokens a second and MFU in the bar itself."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            # tqdm would write the lines of the log to stdout, which is for results.
+            self.training_bar.write = partial(self.training_bar.write, file=sys.stderr)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:

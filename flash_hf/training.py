@@ -6,14 +6,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,15 +28,17 @@ from datasets import Dataset, IterableDataset
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoTokenizer,
     EvalPrediction,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -49,6 +53,8 @@ from .arguments import (
     DataArguments,
     FlashTrainingArguments,
     ModelArguments,
+    TrainingParser,
+    check_arguments,
     config_fields,
     parse_arguments,
     parse_with_config,
@@ -56,6 +62,7 @@ from .arguments import (
     warmup_length,
 )
 from .budget import TimeBudget
+from .command_line import load_pretrained
 from .configuration_flash import FlashConfig
 from .graphs import GraphedBackward
 from .hub import vocabulary_size
@@ -174,6 +181,11 @@ def find_checkpoint(
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
+METRICS = {
+    "causal": ("loss", "perplexity", "word_perplexity", "bits_per_byte", "accuracy", "tokens"),
+    "masked": ("loss", "perplexity", "masked_accuracy", "tokens"),
+}
+
 
 def token_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Reduce logits to what the metrics need, so that evaluation never holds a vocabulary-wide tensor for all tokens.
@@ -266,6 +278,8 @@ class FlashTrainer(Trainer):
         self._batches_used = 0
         if self.pop_callback(ProgressCallback):
             self.add_callback(SpeedBar)
+        if self.pop_callback(PrinterCallback):
+            self.add_callback(LogPrinter)
         if isinstance(self.train_dataset, BlockStream):
             self.add_callback(StreamEpochCallback)
         self._graphed: GraphedBackward | None = None
@@ -287,6 +301,33 @@ class FlashTrainer(Trainer):
         """Let the stream begin where it was when `checkpoint` was saved. Train with `ignore_data_skip` then."""
         self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8")))
         self._resumed_from = str(checkpoint)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if has_length(loader) and not len(loader):
+            rows = f"{len(self.train_dataset)} rows" if has_length(self.train_dataset) else "the data"
+            raise ValueError(
+                f"dataloader_drop_last leaves nothing of {rows}, which are less than a batch of "
+                f"{self.args.train_batch_size} on each device. Leave it out, or give less per_device_train_batch_size."
+            )
+        return loader
+
+    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
+        with self._no_row_dropped():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
+        with self._no_row_dropped():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _no_row_dropped(self) -> Iterator[None]:
+        """`dataloader_drop_last` is for training: scores are those of the whole set."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, cut to the length that the sequence warm-up has reached."""
@@ -403,6 +444,14 @@ class FlashTrainer(Trainer):
         ]
 
 
+class LogPrinter(PrinterCallback):
+    """Where there is no progress bar, Trainer prints its log; on stderr, since stdout is for results."""
+
+    def on_log(self, *args, **kwargs):
+        with contextlib.redirect_stdout(sys.stderr):
+            super().on_log(*args, **kwargs)
+
+
 class StreamEpochCallback(TrainerCallback):
     """Count the epoch of a stream, its share of `max_steps`, from the first step of the run: Trainer begins anew in a
     resumed run that skips no batches."""
@@ -497,6 +546,17 @@ def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Data
     return train, Dataset.from_list(list(validation)) if lazily else validation
 
 
+def check_sources(model_args: ModelArguments) -> None:
+    """See that there are the model and the tokenizer to go on from, before the data are read.
+
+    Raises:
+        OSError: one of them is neither a folder nor to be had from the Hub.
+    """
+    for option, auto in (("model", AutoConfig), ("tokenizer", AutoTokenizer)):
+        if (name := getattr(model_args, option)) is not None:
+            load_pretrained(auto, name, option=f"--{option}")
+
+
 def load_model(
     kind: Kind, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, resume: Path | None
 ) -> PreTrainedModel:
@@ -518,7 +578,7 @@ def load_model(
                 )
         model = auto.from_config(config)
     elif model_args.model is not None:
-        model = auto.from_pretrained(model_args.model)
+        model = load_pretrained(auto, model_args.model, option="--model")
     else:
         model = auto.from_config(new_config(kind, fields, tokenizer))
     needed = vocabulary_size(tokenizer)
@@ -638,6 +698,7 @@ def run_training(
         `before` and `after` (the metrics of the validation text; `before` is None if `eval_on_start` is off),
         `train_seconds`, `output_dir`, `plot`.
     """
+    check_arguments(args, METRICS[kind])
     resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, streaming=data_args.streaming)
     if args.process_index == 0:  # another process may look when this one has begun to write
         check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
@@ -654,6 +715,7 @@ def run_training(
             "by a thread of its own, which tokenises on all cores."
         )
     fields = config_fields(model_args)
+    check_sources(model_args)
     if model_args.model is None:
         new_config(kind, fields)  # for its errors: they should not wait for the data
     import matplotlib  # noqa: F401  the same: it would be missed only at the first validation
@@ -676,10 +738,12 @@ def run_training(
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
+    trainer.save_model()  # first: the evaluation leaves the model in the type of bf16_full_eval or fp16_full_eval
     after = trainer.evaluate()
-    trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("eval", after)
+    if args.push_to_hub:
+        trainer.push_to_hub()  # once more, with the last scores and the loss plot
     before = next((log for log in trainer.state.log_history if "eval_loss" in log and log["step"] == 0), None)
     return {
         "before": before,
@@ -705,7 +769,8 @@ def describe(kind: Kind, result: dict) -> str:
 
 
 __all__ = [
-    "DataArguments", "FlashTrainer", "FlashTrainingArguments", "LossPlotCallback", "ModelArguments", "build_trainer",
-    "check_output_dir", "describe", "find_checkpoint", "make_compute_metrics", "parse_arguments", "parse_with_config",
-    "run_training", "set_batch", "token_scores", "warmup_length", "write_log",
+    "DataArguments", "FlashTrainer", "FlashTrainingArguments", "LossPlotCallback", "METRICS", "ModelArguments",
+    "TrainingParser", "build_trainer", "check_arguments", "check_output_dir", "check_sources", "describe",
+    "find_checkpoint", "make_compute_metrics", "parse_arguments", "parse_with_config", "run_training", "set_batch",
+    "token_scores", "warmup_length", "write_log",
 ]  # fmt: skip

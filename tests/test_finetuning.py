@@ -16,7 +16,9 @@ from types import SimpleNamespace
 import evaluate
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, pipeline
 
@@ -169,6 +171,7 @@ def test_learns_far_above_chance(task, metric, at_least, epochs, order, tokenize
     parsed = arguments(task, tmp_path / "run", tokenizer, num_train_epochs=epochs, train_sampling_strategy=order)
     result = finetuning.run_finetuning(*parsed)
     assert result["metrics"]["validation"][metric] > at_least, result["metrics"]
+    assert result["metrics"]["validation"].keys() - {"examples"} <= set(finetuning.TASKS[task].metrics)
     saved = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(result)) and saved["versions"]["torch"] and saved["seed"] == 42
     card = json.loads((tmp_path / "run" / "card_results.json").read_text(encoding="utf-8"))
@@ -214,6 +217,22 @@ def test_goes_on_from_a_model_and_tests(tokenizer, tmp_path):
     assert result["labels"] == ["Tin Woodman", "Scarecrow", "Lion", "Dorothy"]
     assert result["metrics"]["test"]["examples"] == 50 and result["metrics"]["validation"]["examples"] == 4
     assert result["train_examples"] == 28
+
+
+def test_every_example_is_scored_and_nothing_rounded(tokenizer, tmp_path):
+    """With options that leave out rows of the training, or round the model for its evaluation."""
+    options = {"num_train_epochs": 1, "max_train_examples": 40, "max_length": 64, "per_device_eval_batch_size": 64}
+    results = []
+    for name, more in (("a", {}), ("b", {"dataloader_drop_last": "true"})):
+        results.append(
+            finetuning.run_finetuning(*arguments("classification", tmp_path / name, tokenizer, **options, **more))
+        )
+    for result in results:
+        assert {*finetuning.TASKS["classification"].metrics, "examples"} == set(result["metrics"]["validation"])
+    options |= {"bf16_full_eval": "true", "use_cpu": "true"}
+    finetuning.run_finetuning(*arguments("classification", tmp_path / "c", tokenizer, **options))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("a", "c")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 # --- reading and aligning --------------------------------------------------------------------------------------------
@@ -447,6 +466,23 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
     ]:
         with pytest.raises(ValueError, match=message):
             finetuning.TaskArguments(**{"task": "qa", "train_file": ["a"], **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_do_concat_batches": "false"}, "eval_do_concat_batches must be True, got False"),
+        ({"label_names": "foo"}, "label_names must be left out"),
+        ({"metric_for_best_model": "exact_match"}, "must be one of loss, accuracy, macro_f1, got 'exact_match'"),
+        ({"batch_tokens": 1000}, "batch_tokens must be left out, got 1000: it is for rows of one length"),
+        ({"sequence_warmup_steps": 2}, "sequence_warmup_steps must be left out, got 2"),
+        ({"tokenizer": "/no/where"}, "there is no folder /no/where"),
+    ],
+)
+def test_options_that_would_end_a_run_in_its_middle_are_refused(changes, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "load_splits", lambda *args: pytest.fail("the data were loaded first"))
+    with pytest.raises((ValueError, OSError), match=message):
+        finetuning.run_finetuning(*arguments("classification", tmp_path, **changes))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data, training
@@ -171,6 +172,37 @@ def test_a_run_leaves_everything_that_is_promised(files, tmp_path, kind):
         assert image.format == "PNG" and min(image.size) >= 400
         colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two: both curves are drawn
+
+
+def test_what_is_saved_has_not_been_rounded_for_the_evaluation(files, tmp_path):
+    """Trainer's evaluation with bf16_full_eval leaves the model in bfloat16."""
+    for name, more in (("plain", []), ("rounded", ["--bf16_full_eval", "--use_cpu"])):
+        training.run_training("causal", *arguments(files, tmp_path / name, *more, max_steps=2))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("plain", "rounded")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights[0].values())
+
+
+def test_dropping_the_last_batch_is_for_training(files, tmp_path):
+    results, changes = [], {"max_steps": 2, "per_device_eval_batch_size": 1000}
+    for name, more in (("all", []), ("dropped", ["--dataloader_drop_last"])):
+        results.append(training.run_training("causal", *arguments(files, tmp_path / name, *more, **changes))["after"])
+    for metric in ("eval_tokens", "eval_loss", "eval_word_perplexity"):
+        assert results[0][metric] == results[1][metric]
+    with pytest.raises(ValueError, match="dataloader_drop_last leaves nothing of .* less than a batch of 1000"):
+        more = ["--dataloader_drop_last"]
+        training.run_training("causal", *arguments(files, tmp_path / "none", *more, per_device_train_batch_size=1000))
+
+
+def test_the_best_checkpoint_is_the_one_with_the_lowest_perplexity(files, tmp_path):
+    more = ["--load_best_model_at_end", "--metric_for_best_model", "perplexity", "--warmup_steps", "0"]
+    result = training.run_training("causal", *arguments(files, tmp_path, *more, learning_rate=10.0, max_grad_norm=0))
+    found = history(tmp_path, "eval_perplexity")
+    assert found[5] != found[10] and result["after"]["eval_perplexity"] == min(found[5], found[10])
+    for metric, greater in (("word_perplexity", False), ("eval_bits_per_byte", False), ("accuracy", True)):
+        assert arguments(files, tmp_path, metric_for_best_model=metric)[2].greater_is_better is greater
+    args = arguments(files, tmp_path, "--greater_is_better", "true", save_strategy="best")[2]
+    assert args.metric_for_best_model == "loss" and args.greater_is_better is True
 
 
 def test_training_goes_on_from_a_model(files, tmp_path):
@@ -488,6 +520,51 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
     for changes in ({"train_file": None}, {"dataset_name": "x/y"}):
         with pytest.raises(ValueError, match="give exactly one"):
             run(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--prediction_loss_only", "prediction_loss_only must be False, got True"),
+        ("--batch_eval_metrics", "batch_eval_metrics must be False, got True"),
+        ("--eval_do_concat_batches false", "eval_do_concat_batches must be True, got False"),
+        ("--label_names input_ids", r"label_names must be left out, got \['input_ids'\]"),
+        ("--load_best_model_at_end --metric_for_best_model perplexty", "got 'perplexty'. Did you mean 'perplexity'"),
+        ("--save_strategy best --eval_strategy no", "eval_strategy must be steps or epoch with save_strategy=best"),
+        ("--load_best_model_at_end --eval_strategy no", "requires the save and eval strategy to match"),
+        ("--per_device_eval_batch_size 0", "per_device_eval_batch_size must be at least 1, got 0"),
+        ("--gradient_accumulation_steps 0", "gradient_accumulation_steps must be at least 1, got 0"),
+        ("--max_steps -1 --num_train_epochs -1", "num_train_epochs must be at least 0, got -1"),
+        ("--seed -1", "seed must be at least 0, got -1"),
+        ("--dataloader_persistent_workers", "needs dataloader_num_workers of at least 1"),
+        ("--learning_rate -1", "optim=adamw_torch.* cannot be made.*Invalid learning rate: -1"),
+        ("--adam_beta2 2", "optim=adamw_torch.* cannot be made.*Invalid beta"),
+        ("--lr_scheduler_type cosine_with_min_lr", "lr_scheduler_type=cosine_with_min_lr cannot be made.*min_lr"),
+        ("--lr_scheduler_type warmup_stable_decay", "cannot be made.*num_decay_steps"),
+        ("--optim lomo", "lomo_optim"),
+        ("--report_to nonsense", "nonsense is not supported"),
+        ("--report_to swanlab", "report_to=swanlab cannot be used"),
+        ("--push_to_hub", "push_to_hub needs the Hub and a login"),
+        ("--mlm_probability 0", "mlm_probability must be above 0 and at most 1, got 0"),
+        ("--block_size 1", "block_size must be at least 2"),
+        ("--num_proc 0", "num_proc must be at least 1, got 0"),
+        ("--max_eval_documents 0", "max_eval_documents must be at least 1, got 0"),
+        ("--validation_fraction 1", "validation_fraction must lie strictly between 0 and 1, got 1"),
+        ("--tokenizer /no/where", "--tokenizer must be a folder or a name on the Hub; there is no folder /no/where"),
+        ("--tokenizer nowhere", "--tokenizer nowhere is no folder here, and not to be had from the Hub"),
+    ],
+)
+def test_options_that_would_end_a_run_in_its_middle_are_refused(
+    files, tmp_path, no_work, monkeypatch, options, message
+):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises((ValueError, ImportError, OSError), match=message):
+        training.run_training("causal", *arguments(files, tmp_path / "run", *options.split()))
+
+
+def test_a_run_needs_an_output_dir(files):
+    with pytest.raises(ValueError, match="output_dir must name the folder for the model and the log"):
+        arguments(files, None)
 
 
 def test_wrong_data_is_refused(files, tmp_path):
