@@ -21,13 +21,14 @@ import torch
 from flash_hf import benchmark_report as report
 from flash_hf import benchmark_runs as runs
 from flash_hf.benchmarking import MODELS, gate
+from flash_hf.command_line import OptionParser, run_command
 
 
 FIRST = ("flash", "transformer++")
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", help=f"comma-separated, of {', '.join(MODELS)}; default: what the device can run")
     parser.add_argument("--groups", help=f"comma-separated, of {', '.join(runs.GROUPS)}; default: all of the device")
     parser.add_argument("--contexts", help="comma-separated; only these contexts")
@@ -130,4 +131,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from flash_hf import FlashConfig, FlashForCausalLM
+from flash_hf.command_line import OptionParser, run_command
 
 
 # Name: backend, type of the matrix products.
@@ -62,7 +63,7 @@ def train(options: argparse.Namespace, run: str) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="text file to train on")
     parser.add_argument("--folder", default="runs/backends", help="where the results go")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a model for a laptop")
     options = parser.parse_args()
+    if not Path(options.text).is_file():
+        parser.error(f"--text must be a text file, and {options.text} is none")
 
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,4 +118,4 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

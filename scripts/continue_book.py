@@ -7,19 +7,17 @@ of the process and of the state, are printed as it goes. On a laptop's CPU; the 
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer, set_seed
 
-import flash_hf  # noqa: F401  registers FLASH with the Auto classes
-from flash_hf.evaluation import cache_bytes, memory_bytes, read_long
+from flash_hf.command_line import OptionParser, load_pretrained, read_text, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of a causal model")
-    parser.add_argument("--book", type=Path, required=True, help="text file to continue")
+    parser.add_argument("--book", required=True, help="text file to continue")
     parser.add_argument("--tokens", type=int, default=100_000, help="read so many; a shorter book is read again")
     parser.add_argument("--segment", type=int, default=2048, help="tokens read at once")
     parser.add_argument("--max_new_tokens", type=int, default=200)
@@ -27,10 +25,12 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    from flash_hf.evaluation import cache_bytes, memory_bytes, read_long
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    ids = tokenizer(args.book.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    book = read_text(args.book)
+    model = load_pretrained(AutoModelForCausalLM, args.model, option="--model", dtype=torch.float32).eval()
+    tokenizer = load_pretrained(AutoTokenizer, args.model, option="--model")
+    ids = tokenizer(book, verbose=False)["input_ids"]
     if len(ids) < 2:
         parser.error(f"{args.book} has no text to continue")
     # The end of the text is what is continued, so what is repeated goes in front.
@@ -65,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,11 +10,12 @@ import json
 
 import torch
 
+from flash_hf.command_line import OptionParser, run_command
 from flash_hf.conversion import CONVERTERS, convert, detect_kind, read_state_dict, save_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help="the original: .bin, .pt or .safetensors, or a folder with one")
     parser.add_argument("output", help="folder for config, safetensors and tokenizer")
     parser.add_argument("--kind", choices=tuple(CONVERTERS), help="what it is; by default told by its names")
@@ -35,26 +36,23 @@ def main() -> None:
     lucidrains.add_argument("--separate_groups", action="store_true", help="reduce_group_non_causal_attn=False")
     args = parser.parse_args()
 
-    try:
-        state, settings = read_state_dict(args.input)
-        kind = args.kind or detect_kind(state)
-        given = {
-            "encoder_only": args.encoder_only or None,
-            "padded_length": args.padded_length,
-            "causal": args.causal,
-            "shift_tokens": args.shift,
-            "group_size": args.chunk_size,
-            "laplace_attn_fn": args.laplace or None,
-            "reduce_group_non_causal_attn": False if args.separate_groups else None,
-        }
-        options = {name: value for name, value in given.items() if value is not None}
-        if options.get("padded_length") == 0:
-            options["padded_length"] = None
-        if kind.startswith("junnyu"):
-            options["settings"] = settings
-        converted = convert(state, kind=kind, **options)
-    except ValueError as error:
-        parser.exit(2, f"convert_checkpoint.py: {error}\n")
+    state, settings = read_state_dict(args.input)
+    kind = args.kind or detect_kind(state)
+    given = {
+        "encoder_only": args.encoder_only or None,
+        "padded_length": args.padded_length,
+        "causal": args.causal,
+        "shift_tokens": args.shift,
+        "group_size": args.chunk_size,
+        "laplace_attn_fn": args.laplace or None,
+        "reduce_group_non_causal_attn": False if args.separate_groups else None,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if options.get("padded_length") == 0:
+        options["padded_length"] = None
+    if kind.startswith("junnyu"):
+        options["settings"] = settings
+    converted = convert(state, kind=kind, **options)
     model = converted.build().to(getattr(torch, args.dtype))
     model.save_pretrained(args.output)
     try:
@@ -69,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

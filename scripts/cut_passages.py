@@ -9,12 +9,11 @@ import json
 import random
 from pathlib import Path
 
-from flash_hf.data import load_documents
-from flash_hf.passages import passages
+from flash_hf.command_line import OptionParser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--files", nargs="+", required=True, help="texts, as train_mlm.py takes them")
     parser.add_argument("--output", required=True, type=Path, help=".jsonl file to write")
     parser.add_argument("--shortest", type=int, default=8, help="words that are drawn at least")
@@ -22,6 +21,8 @@ def main() -> None:
     parser.add_argument("--max_documents", type=int, default=None, help="of each file, the first ones only")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and order")
     args = parser.parse_args()
+    from flash_hf.data import load_documents
+    from flash_hf.passages import passages
 
     rows = []
     for file in args.files:
@@ -35,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

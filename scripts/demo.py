@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline, set_seed
 
-import flash_hf  # noqa: F401  registers FLASH with the Auto classes
-from flash_hf.training import describe, parse_arguments, run_training
+from flash_hf.command_line import OptionParser, run_command
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +51,8 @@ def fill_in(folder: Path, sentence: str) -> None:
 
 def train(kind: str, output_dir: Path, args: argparse.Namespace, steps: int, *more: str) -> dict:
     """Train a model of `kind` into `output_dir`, print the table of metrics, return the result."""
+    from flash_hf.training import describe, parse_arguments, run_training
+
     print(f"\n=== Training a {kind} FLASH on {args.book.name}: {steps} steps ===", flush=True)
     arguments = {
         "train_file": args.book,
@@ -75,7 +76,7 @@ def train(kind: str, output_dir: Path, args: argparse.Namespace, steps: int, *mo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--book", type=Path, default=BOOK, help="text to learn")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
     parser.add_argument("--causal_steps", type=int, default=600, help="training steps of the causal model")
@@ -88,6 +89,8 @@ def main() -> None:
         help="fields of FlashConfig",
     )
     args = parser.parse_args()
+    if not args.book.is_file():
+        parser.error(f"--book must be a text file, and {args.book} is none")
     # So small a model gains little from a second core, and loses much where another program wants it, too.
     torch.set_num_threads(1)
     begin = time.perf_counter()
@@ -117,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,9 +23,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-import flash_hf  # noqa: F401  registers FLASH with the Auto classes
-from flash_hf import data, evaluation
-from flash_hf.benchmark_runs import commit, processor
+from flash_hf.command_line import OptionParser, find_device, load_pretrained, read_json, run_command
 
 
 MEASURES = ("perplexity", "masked", "pseudo", "speed", "recall", "lm_eval")
@@ -35,6 +33,8 @@ TASKS = {AutoModelForCausalLM: "text-generation", AutoModelForMaskedLM: "fill-ma
 
 def machine_name(device: torch.device) -> str:
     """The device and the threads, and the version of torch."""
+    from flash_hf.benchmark_runs import processor
+
     if device.type == "cpu":
         where = f"{processor()} ({torch.get_num_threads()} threads)"
     else:
@@ -43,7 +43,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name")
     parser.add_argument("--files", nargs="+", help="held-out texts, as the training scripts take them")
     parser.add_argument("--dataset", default=None, help="what the results call these; else the first file's name")
@@ -57,25 +57,31 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="of masked and pseudo")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 8192], help="speed, recall: tokens of a row")
     parser.add_argument("--limit", type=int, default=None, help="lm_eval: the first questions of each task only")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16, or auto: as saved")
+    dtypes = ("float32", "bfloat16", "float16", "auto")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights; auto: as saved")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one")
     parser.add_argument("--output", type=Path, default=None, help="JSON list of results to write, or to add to")
     args = parser.parse_args()
     if {"perplexity", "masked", "pseudo"} & set(args.measure) and not args.files:
         parser.error("--files must name held-out text for perplexity, masked and pseudo")
+    from flash_hf import data, evaluation
+    from flash_hf.benchmark_runs import commit
 
-    device = args.device
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(args.model)
+    if args.output is not None:  # what is wrong with it should not wait for hours of measuring
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        if args.output.exists():
+            read_json(args.output, list)
+    device = find_device(args.device)
+    config = load_pretrained(AutoConfig, args.model, option="--model")
     masked = "MaskedLM" in (config.architectures or [""])[0]
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     causal_only = {"perplexity", "recall", "lm_eval"} & set(args.measure)
     wrong = {"masked", "pseudo"} & set(args.measure) if not masked else causal_only
     if wrong:
         parser.error(f"{', '.join(sorted(wrong))} cannot be measured with {(config.architectures or ['no head'])[0]}")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = auto.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+    documents = data.load_documents(args.files, max_documents=args.max_documents) if args.files else None
+    tokenizer = load_pretrained(AutoTokenizer, args.model, option="--model")
+    model = load_pretrained(auto, args.model, option="--model", dtype=args.dtype).to(device).eval()
 
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     found = []
@@ -89,7 +95,6 @@ def main() -> None:
             })  # fmt: skip
             print(f"{dataset:<24} {split:<14} {metric:<34} {found[-1]['value']}", flush=True)
 
-    documents = data.load_documents(args.files, max_documents=args.max_documents) if args.files else None
     split = "validation" if args.max_documents is None else f"validation, first {args.max_documents} documents"
     name = args.dataset or (Path(args.files[0]).name.split(".")[0] if args.files else "none")
     for measure in args.measure:
@@ -134,13 +139,12 @@ def main() -> None:
                 note(task, "test", scores)
 
     if args.output is not None:
-        kept = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
+        kept = read_json(args.output, list) if args.output.exists() else []
         new = {(row["dataset"], row["split"], row["metric"]) for row in found}
         kept = [row for row in kept if (row["dataset"], row["split"], row["metric"]) not in new]
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(kept + found, indent=1) + "\n", encoding="utf-8")
         print(args.output)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

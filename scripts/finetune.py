@@ -5,9 +5,15 @@ Fine-tune FLASH (--model folder or Hub name; without it, a new model) to classif
 in a text. All arguments: --help.
 """  # noqa: E501
 
-from flash_hf.finetuning import describe, parse_arguments, run_finetuning
+from flash_hf.command_line import run_command
+
+
+def main() -> None:
+    from flash_hf.finetuning import describe, parse_arguments, run_finetuning
+
+    arguments = parse_arguments(description=__doc__)
+    print(describe(run_finetuning(*arguments), arguments[2].output_dir))
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments(description=__doc__)
-    print(describe(run_finetuning(*arguments), arguments[2].output_dir))
+    run_command(main)

@@ -31,6 +31,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 import flash_hf.baselines  # registers Transformer++
 from flash_hf import FlashConfig, data, finetuning, training
 from flash_hf.cells import CellRunner, provenance, write_json
+from flash_hf.command_line import OptionParser, read_json, run_command
 from flash_hf.hub import vocabulary_size
 
 
@@ -497,7 +498,7 @@ def card_results(summary: dict) -> list[dict]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the labelled sets; without it, the small ones of tests/data")
     parser.add_argument("--render", metavar="SUMMARY", help="print the README's section of a summary.json, and end")
     parser.add_argument("--text", nargs="+", help="pretraining text: .txt, .jsonl (also .xz, .gz)")
@@ -533,7 +534,7 @@ def main() -> int:
     parser = make_parser()
     options = parser.parse_args()
     if options.render:
-        print(as_readme(json.loads(Path(options.render).read_text(encoding="utf-8"))), end="")
+        print(as_readme(read_json(options.render, dict)), end="")
         return 0
     if not options.text or not options.work:
         parser.error("--text and --work are needed")
@@ -576,4 +577,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

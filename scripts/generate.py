@@ -6,12 +6,11 @@ Continue a text with a causal model, printed as it is made; the speed goes to st
 import argparse
 import sys
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
-import flash_hf  # noqa: F401  registers FLASH with the Auto classes
+from flash_hf.command_line import OptionParser, find_device, load_pretrained, read_text, run_command
 
 
 class TimedStreamer(TextStreamer):
@@ -23,7 +22,7 @@ class TimedStreamer(TextStreamer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
@@ -35,7 +34,8 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="sampling: choose among this share of probability")
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repeating")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    parser.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="cache_implementation")
     parser.add_argument(
@@ -46,12 +46,10 @@ def main() -> None:
     if args.prompt is not None:
         prompt = args.prompt
     else:
-        prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
-    device = args.device
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+        prompt = sys.stdin.read() if args.prompt_file == "-" else read_text(args.prompt_file)
+    device = find_device(args.device)
+    model = load_pretrained(AutoModelForCausalLM, args.model, option="--model", dtype=args.dtype).to(device).eval()
+    tokenizer = load_pretrained(AutoTokenizer, args.model, option="--model")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if inputs["input_ids"].shape[1] == 0:
         parser.error("the prompt has no tokens: give at least one word")
@@ -59,6 +57,8 @@ def main() -> None:
     if not args.greedy:
         names = ("temperature", "top_k", "top_p")
         sampling = {"do_sample": True, **{name: getattr(args, name) for name in names}}
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :1])  # what the model warns of should not stand in the middle of the text
     set_seed(args.seed)
     streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
     begin = time.perf_counter()
@@ -81,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from flash_hf.cards import make_card, published
+from flash_hf.command_line import OptionParser, read_json, run_command
 
 
 # What the README shows of the results: model, metric, data set, split, and how to say it.
@@ -41,7 +42,7 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--folder", type=Path, help="the saved model")
     parser.add_argument("--facts", type=Path, help="JSON object of facts")
     parser.add_argument("--results", type=Path, help="JSON list of results, [] if there are none")
@@ -53,7 +54,7 @@ def main() -> None:
         parser.error("give --folder, --facts and --results, or --published alone")
 
     for folder, facts, results in published(CARDS) if args.published else [one]:
-        facts, results = (json.loads(path.read_text(encoding="utf-8")) for path in (facts, results))
+        facts, results = read_json(facts, dict), read_json(results, list)
         make_card(folder, facts, results, args.template, has_code=args.published or None).save(folder / "README.md")
         print(folder / "README.md")
     if args.published:
@@ -61,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,10 +14,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flash_hf import FlashConfig, FlashModel
+from flash_hf.command_line import OptionParser, run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=65_536, help="of a step")
     parser.add_argument("--layers", type=int, default=24)
@@ -87,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from flash_hf.cells import CellRunner, Gate, serve, write_json
+from flash_hf.command_line import OptionParser, read_json, run_command
 from flash_hf.study import grid
 
 
@@ -33,7 +34,7 @@ RESULTS = ROOT / "scripts" / "results" / "study"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--prepare", type=Path, metavar="DATA",
         help="make the tokens, if there are none, from this folder of {books,wiki}_{train,valid}.jsonl.xz, or from a "
@@ -83,7 +84,7 @@ def main() -> int:
         run_cells(options)
         return 0
     if options.unbundle:
-        bundle = json.loads(options.unbundle.read_text(encoding="utf-8"))
+        bundle = read_json(options.unbundle, dict)
         for name, result in bundle.items():
             write_json(options.results / f"{grid.Cell.parse(name).name}.json", result, indent=None)
         print(f"{len(bundle)} cells are now in {options.results}")
@@ -154,4 +155,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -8,15 +8,12 @@ Tokenise text once, for many trainings or for a rented machine whose minutes cou
 import argparse
 from pathlib import Path
 
-import pyarrow.parquet
-from datasets import Sequence, Value
-
-from flash_hf.data import load_documents, load_tokenizer, text_size, tokenize_documents
+from flash_hf.command_line import OptionParser, run_command
 from flash_hf.hub import vocabulary_size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", nargs="+", required=True, help="texts, as the training scripts take them")
     parser.add_argument("--tokenizer", required=True, help="folder or Hub name")
     parser.add_argument("--output", required=True, type=Path, help=".parquet file to write")
@@ -26,6 +23,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.output.suffix != ".parquet":
         parser.error(f"--output must end in .parquet, got {args.output}")
+    import pyarrow.parquet
+    from datasets import Sequence, Value
+
+    from flash_hf.data import load_documents, load_tokenizer, text_size, tokenize_documents
 
     tokenizer = load_tokenizer(args.tokenizer, masked=False)
     documents = load_documents(args.files, max_documents=args.max_documents)
@@ -41,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

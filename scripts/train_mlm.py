@@ -5,8 +5,14 @@ Train a bidirectional FLASH to fill in masked tokens, or go on training one (--m
 --max_steps 20 makes it short.
 """
 
-from flash_hf.training import describe, parse_arguments, run_training
+from flash_hf.command_line import run_command
+
+
+def main() -> None:
+    from flash_hf.training import describe, parse_arguments, run_training
+
+    print(describe("masked", run_training("masked", *parse_arguments(description=__doc__))))
 
 
 if __name__ == "__main__":
-    print(describe("masked", run_training("masked", *parse_arguments(description=__doc__))))
+    run_command(main)

@@ -11,16 +11,20 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import TrainingArguments
 
 import warm
-from flash_hf import data, training
+from flash_hf import command_line, data, finetuning, training
 
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
+CARD = ROOT / "model_cards" / "flash-7m-causal"
 TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"
 
 
@@ -64,7 +68,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_clm.py", "train_mlm.py"])
-def test_first_line_commands_train(script, monkeypatch, tmp_path):
+def test_first_line_commands_train(script, capsys, monkeypatch, tmp_path):
     command = first_line(script)
     place = command.index("--output_dir") + 1
     command[place] = str(tmp_path / "run")
@@ -76,23 +80,161 @@ def test_first_line_commands_train(script, monkeypatch, tmp_path):
 
     monkeypatch.setattr(sys, "argv", [*command, "--max_steps", "4"])
     monkeypatch.chdir(ROOT)
-    with pytest.raises(FileExistsError) as refused:
+    with pytest.raises(SystemExit) as refused:
         runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-    assert "--overwrite_output_dir" in str(refused.value).splitlines()[-1]
+    assert refused.value.code == 1 and "--overwrite_output_dir" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_train_scripts_print_the_error_last(tmp_path):
-    (tmp_path / "latin1.txt").write_bytes(b"M\xe4dchen")
-    command = [
-        "scripts/train_clm.py",
-        "--train_file",
-        str(tmp_path / "latin1.txt"),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    done = run(command, tmp_path / "cache")
-    assert done.returncode != 0
-    assert "must be UTF-8 text; byte 1 (0xe4)" in done.stderr.splitlines()[-1]
+@pytest.fixture
+def fail(capsys, monkeypatch, tmp_path):
+    """Run a script in this process, from an empty folder; return its exit code and the one line that it ends with."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(script: str, *options) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith(f"{Path(script).name}: "), (out, err)
+        return ended.value.code, err.strip()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (["train_clm.py", "--train_file", "none.txt", "--output_dir", "run"], 1, "none.txt does not exist"),
+        (["train_clm.py", "--train_fil", BOOK, "--output_dir", "run"], 2, "Did you mean --train_file?"),
+        (["train_clm.py", "--train_file", BOOK, "--max-step", 5], 2, "Did you mean --max_steps?"),
+        (["train_clm.py", "--train_file", BOOK, "--max_steps", "five"], 2, "invalid int value: 'five'"),
+        (["train_mlm.py", "--hidden_size=64"], 2, "--config_overrides hidden_size=VALUE"),
+        (["train_mlm.py", "--train_file", BOOK], 1, "output_dir must name the folder"),
+        (["train_mlm.py", "--train_file", BOOK, "--output_dir", BOOK], 1, "must be a folder that can be written to"),
+        (["train_mlm.py", "--train_file", "empty.txt", "--output_dir", "run"], 1, "must hold text, but it is empty"),
+        (["train_mlm.py", "--train_file", "latin1.txt", "--output_dir", "run"], 1, "UTF-8 text; byte 1 (0xe4)"),
+        (["train_clm.py", "--train_file", BOOK, "--output_dir", "run", "--model", "a/b/c"], 1, "no folder a/b/c"),
+        (["train_clm.py", "--train_file", BOOK, "--output_dir", "run", "--tokenizer", "old"], 1, "is no folder here"),
+        (["train_clm.py", "--train_file", BOOK, "--output_dir", "run", "--model", BOOK], 1, "is a file"),
+        (["train_clm.py", "damaged.yaml"], 1, "--config damaged.yaml cannot be read"),
+        (["train_clm.py", "--train_file", BOOK, "--output_dir", "run", "--config_overrides", "hidden_size=x"], 1,
+         "expected int, got str"),
+        (["finetune.py", "--task", "nonsense", "--train_file", BOOK, "--output_dir", "run"], 2, "invalid choice"),
+        (["finetune.py", "--task", "qa", "--train_file", "none.json", "--output_dir", "run"], 1, "does not exist"),
+        (["finetune.py", "--task", "qa", "--train_files", "none.json"], 2, "Did you mean --train_file?"),
+        (["generate.py", "--modle", "a", "--prompt", "b"], 2, "Did you mean --model?"),
+        (["generate.py", "--model", "./none", "--prompt", "b"], 1, "there is no folder ./none"),
+        (["generate.py", "--model", CARD, "--prompt", "b", "--device", "gpu"], 1, "--device must be a device"),
+        (["generate.py", "--model", CARD, "--prompt_file", "latin1.txt"], 1, "latin1.txt must be UTF-8 text"),
+        (["continue_book.py", "--model", CARD, "--book", "none.txt"], 1, "No such file or directory: none.txt"),
+        (["evaluate_model.py", "--model", CARD, "--measure", "speed", "--output", "damaged.yaml"], 1, "must be JSON"),
+        (["evaluate_model.py", "--model", "a b", "--measure", "speed"], 1, "there is no folder a b"),
+        (["evaluate_model.py", "--model", CARD, "--measure", "perplexity", "--files", "none.txt"], 1, "not exist"),
+        (["convert_checkpoint.py", "none.bin", "out"], 1, "none.bin does not exist"),
+        (["convert_checkpoint.py", "none.bin", "out", "--chunksize", 3], 2, "Did you mean --chunk_size?"),
+        (["tokenize_text.py", "--files", "none.txt", "--tokenizer", CARD, "--output", "a.parquet"], 1, "not exist"),
+        (["tokenize_text.py", "--files", BOOK, "--tokenizer", CARD, "--output", "a.csv"], 2, "must end in .parquet"),
+        (["cut_passages.py", "--files", "none.txt", "--output", "a.jsonl"], 1, "none.txt does not exist"),
+        (["demo.py", "--book", "none.txt"], 2, "--book must be a text file"),
+        (["make_card.py", "--folder", CARD, "--facts", "damaged.yaml", "--results", BOOK], 1, "must be JSON"),
+        (["compare_backends.py", "--text", "none.txt"], 2, "--text must be a text file"),
+        (["benchmark.py", "--models", "nonsense"], 2, "unknown ['nonsense']"),
+        (["benchmark.py", "--table", "none.csv"], 1, "No such file or directory: none.csv"),
+        (["study.py", "--only", "nonsense", "--list"], 1, "no cell is called 'nonsense'"),
+        (["study.py", "--unbundle", "damaged.yaml"], 1, "must be JSON"),
+        (["finetune_study.py", "--worker", "3"], 2, "Did you mean --workers?"),
+        (["profile_step.py", "--layer", "3"], 2, "Did you mean --layers?"),
+        (["lm_eval_tasks/make_tasks.py", "--books", "none.txt"], 1, "none.txt does not exist"),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_in_one_sentence(fail, command, code, words):
+    Path("empty.txt").touch()
+    Path("latin1.txt").write_bytes(b"M\xe4dchen")
+    Path("damaged.yaml").write_text("{a: [", encoding="utf-8")
+    ended, line = fail(*command)
+    assert ended == code and words in line
+    assert not list(Path("run").glob("*"))
+
+
+def test_a_missing_package_is_named_with_its_extra(fail, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, line = fail("train_clm.py", "--train_file", BOOK, "--output_dir", "run")
+    assert code == 1 and line == "train_clm.py: The package matplotlib is missing: pip install 'flash-hf[train]'"
+    lines = (ROOT / "setup.cfg").read_text(encoding="utf-8").partition("[options.extras_require]")[2].splitlines()
+    for extra in ("train", "eval"):
+        begin = lines.index(f"{extra} =") + 1
+        end = next(i for i in range(begin, len(lines)) if not lines[i].startswith(" "))
+        names = {"pyyaml": "yaml", "lm-eval": "lm_eval"}
+        for package in (line.strip() for line in lines[begin:end]):
+            assert package.startswith("flash-hf[") or command_line.EXTRAS[names.get(package, package)] == extra
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(capsys, monkeypatch):
+    ours = {"__name__": "flash_hf.somewhere"}
+    exec(
+        "def refuse():\n    raise ValueError('chunk_size must be\\n  at least 1, got 0.')\n"
+        "def unpack():\n    first, second = 1, 2, 3\n"
+        "def look_up():\n    return {}['chunk_size']\n",
+        ours,
+    )
+    monkeypatch.setattr(sys, "argv", ["/a/script.py"])
+    faults = {ours["unpack"]: ValueError, ours["look_up"]: KeyError, lambda: int("a"): ValueError,
+              lambda: torch.ones(2) @ torch.ones(3): RuntimeError}  # fmt: skip
+    for fault, kind in faults.items():
+        with pytest.raises(kind):
+            command_line.run_command(fault)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    for main, code, line in (
+        (ours["refuse"], 1, "script.py: chunk_size must be at least 1, got 0."), (stop, 130, "script.py: interrupted"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            command_line.run_command(main)
+        assert ended.value.code == code and capsys.readouterr().err.strip() == line
+    monkeypatch.setenv("FLASH_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="chunk_size"):
+        command_line.run_command(ours["refuse"])
+    assert command_line.run_command(lambda: None) is None
+
+
+def test_help_shows_the_own_options_first(capsys):
+    for parse, first in ((training.parse_arguments, "--block_size"), (finetuning.parse_arguments, "--task")):
+        with pytest.raises(SystemExit):
+            parse(["--help"], "what it does")
+        text = capsys.readouterr().out
+        places = [text.index(f"\n{title}:\n") for title in (
+            "model and tokenizer", "text" if first == "--block_size" else "task and data", "training",
+            "other TrainingArguments of transformers",
+        )]  # fmt: skip
+        assert places == sorted(places) and places[1] < text.index(f"\n  {first}") < places[2]
+        for option in ("--output_dir", "--learning_rate", "--max_minutes"):
+            assert places[2] < text.index(f"\n  {option}") < places[3]
+        assert places[3] < text.index("\n  --gradient_accumulation_steps")
+        names = re.findall(r"^  (--\w+)", text, re.M)
+        assert len(names) == len(set(names)) and {field.name for field in fields(TrainingArguments)} <= {
+            name[2:] for name in names
+        }
+        assert "[--OPTION VALUE ...]" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize("bar", ["true", "false"])
+def test_results_go_to_stdout_and_progress_to_stderr(bar, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "text.txt").write_text(BOOK.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    command = (
+        f"train_clm.py --train_file text.txt --config_overrides {TINY} --tokenizer_vocab_size 300 --block_size 64 "
+        f"--max_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm {bar} --output_dir run"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", command.split())
+    runpy.run_path(str(ROOT / "scripts" / "train_clm.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["validation", "loss"] and len(out.splitlines()) == 9
+    assert "'eval_perplexity'" in err and "{" not in out
 
 
 def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_path):
@@ -168,8 +310,9 @@ def test_generate_refuses_bad_options(capsys, model, monkeypatch):
     for options in ([], ["--prompt", "a", "--prompt_file", "b"], ["--prompt", "a", "--cache", "none"]):
         with pytest.raises(SystemExit):
             generate(capsys, model, *options)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SystemExit):
         generate(capsys, model, "--prompt_file", str(model / "none.txt"))
+    assert capsys.readouterr().err.endswith(f"generate.py: No such file or directory: {model / 'none.txt'}\n")
 
 
 def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
@@ -233,8 +376,8 @@ def test_profile_step_in_small(tmp_path):
 
 
 def test_no_script_hides_a_package():
-    """A script finds what lies beside it first: scripts/evaluate.py would be what flash_hf.metrics imports, and a folder
-    scripts/accelerate is an empty package of that name where accelerate is not installed."""
+    """A script finds what lies beside it first: scripts/evaluate.py would be what flash_hf.metrics imports, and a
+    folder scripts/accelerate is an empty package of that name where accelerate is not installed."""
     packages = {name.split(".")[0] for name in importlib.metadata.packages_distributions()}
     beside = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert not (beside - {"__pycache__"}) & (packages | set(sys.stdlib_module_names))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from flash_hf.data import load_documents
+from flash_hf.command_line import OptionParser, run_command
 
 
 CONTEXT_WORDS = 60  # at least
@@ -67,12 +67,13 @@ def following(parts: list[str], draw: random.Random) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", nargs="+", required=True, help="texts, as the training scripts take them")
     parser.add_argument("--questions", type=int, default=200, help="of each task, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the .jsonl files")
     args = parser.parse_args()
+    from flash_hf.data import load_documents
 
     draw = random.Random(args.seed)
     books = [sentences(row["text"]) for row in load_documents(args.books)]
@@ -89,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
