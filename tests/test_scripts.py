@@ -263,7 +263,7 @@ def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_pa
     with pytest.raises(ValueError, match="must come with the --tokenizer that they were made with"):
         training.run_training("causal", *training.parse_arguments(command))
     small = data.train_tokenizer(rows, 300)
-    with pytest.raises(ValueError, match="tokenizer has 300 tokens. Give the --tokenizer"):
+    with pytest.raises(ValueError, match="the tokenizer's ids end at 299. Give the --tokenizer"):
         data.tokenize_documents(data.load_documents(files["tokens"]), small)
     with pytest.raises(ValueError, match="A single tokenised document cannot be split"):
         data.split_documents(data.load_documents(files["tokens"], max_documents=1), 0.5)
