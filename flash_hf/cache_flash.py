@@ -100,6 +100,11 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         """Known on the host to have seen nothing: the first call may skip what a continuation needs."""
         return not self.is_initialized or (isinstance(self.cumulative_length, int) and self.cumulative_length == 0)
 
+    @property
+    def seen_B(self) -> Tensor | None:
+        """Real tokens of each row's open document, int64 `[B]`; None if empty."""
+        return None if self.is_empty else self.state.seen
+
     def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor, layer_idx: int) -> None:
         """Allocate a state that has seen nothing, for values of this width (a shard of E under tensor parallelism)."""
         batch, dtype, device = value_BNE.shape[0], value_BNE.dtype, value_BNE.device
@@ -320,7 +325,22 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
             self._pin()
 
 
-class FlashQuadraticCacheLayer(DynamicLayer):
+class CountsDocuments:
+    """What layers share that keep the position and the document of every key."""
+
+    position: Tensor | None = None
+    document: Tensor | None = None
+
+    @property
+    def seen_B(self) -> Tensor | None:
+        """Real tokens of each row's open document, int64 `[B]`; None if empty."""
+        if not self.is_initialized:
+            return None
+        open_BM = self.document == self.document.amax(1, keepdim=True).clamp(min=0)
+        return torch.where(open_BM, self.position + 1, 0).amax(1)
+
+
+class FlashQuadraticCacheLayer(CountsDocuments, DynamicLayer):
     """Keys and values of FLASH-Quad, which grow with the context, and the document and position of each.
 
     Attributes:
@@ -329,8 +349,6 @@ class FlashQuadraticCacheLayer(DynamicLayer):
     """
 
     _layer_type = QUADRATIC_LAYER_TYPE
-    position: Tensor | None = None
-    document: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -378,13 +396,11 @@ class FlashQuadraticCacheLayer(DynamicLayer):
         self._map(lambda x: x.to(self.device, non_blocking=True))
 
 
-class FlashStaticQuadraticCacheLayer(Irreversible, StaticLayer):
+class FlashStaticQuadraticCacheLayer(Irreversible, CountsDocuments, StaticLayer):
     """FLASH-Quad's keys and values in tensors of `max_cache_len` places; unused places belong to document -1."""
 
     _layer_type = QUADRATIC_LAYER_TYPE
     supports_early_init = False  # it would give values the keys' width
-    position: Tensor | None = None
-    document: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)

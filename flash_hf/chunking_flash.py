@@ -59,11 +59,14 @@ class Documents(Movable):
         return self.valid_BN is None and self.start_BN is None and self.seen_B is None
 
 
-def check_mask(attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor) -> Tensor:
-    """The part `[B, N]` of the 2-D padding mask that belongs to this call, as bool.
+def check_mask(
+    attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor, seen_B: Tensor | None = None
+) -> Tensor | None:
+    """The part `[B, N]` of the 2-D padding mask that belongs to this call, as bool; None if all its tokens are real.
 
     Raises:
-        ValueError: not a tensor of 2 dimensions, of another shape, or with values other than 0 and 1.
+        ValueError: not a tensor of 2 dimensions, of another shape, with values other than 0 and 1, or with fewer real
+            tokens than the cache has seen.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
         got = (
@@ -85,12 +88,85 @@ def check_mask(attention_mask: Tensor, batch: int, length: int, past_length: int
         )
     mask = attention_mask[:, -length:]
     valid = mask != 0
-    if mask.dtype != torch.bool and not is_tracing() and not bool((mask == valid).all()):
+    if is_tracing():
+        return valid
+    facts = [(mask == valid).all(), valid.all()]
+    if seen_B is not None and width > length:
+        counted_B = (attention_mask[:, :-length] != 0).sum(1)
+        facts.append((counted_B < seen_B).any())  # more may be tokens of earlier documents
+    binary, full, *contradicts = torch.stack(facts).tolist()  # one wait for the device
+    if not binary:
         raise ValueError(
             "attention_mask must hold only 0 (padding) and 1 (real token), got other values: an additive mask is not "
             "accepted. Pass `mask == 0` of an additive mask, or the tokenizer's own mask."
         )
-    return valid
+    if any(contradicts):
+        raise ValueError(contradiction(counted_B, seen_B, past_length))
+    return None if full else valid
+
+
+def contradiction(counted_B: Tensor, seen_B: Tensor, past_length: int | Tensor) -> str | None:
+    """What to say where a caller's count of the real tokens in the cache is not the cache's own, or None.
+
+    A caller that calls all cached columns real may not know of padding or earlier documents there: no contradiction.
+
+    Args:
+        counted_B, seen_B: real tokens of each row by the caller, and by the cache, int64 `[B]`.
+        past_length: width of what went into the cache.
+    """
+    wrong_B = (counted_B < seen_B) | ((counted_B > seen_B) & (counted_B < past_length))
+    if not bool(wrong_B.any()):
+        return None
+    row = int(wrong_B.nonzero()[0])
+    return (
+        f"Row {row} has {int(counted_B[row])} real tokens in the {int(past_length)} cached columns by attention_mask "
+        f"(or, where none was given, by pad_token_id), but its state in the cache holds {int(seen_B[row])}, and "
+        "single tokens cannot be put into it or taken out. generate() puts padding into the state of a row that ends "
+        "before others. Pass the whole sequences with their attention_mask to generate(), without prefill_chunk_size, "
+        "or start with an empty cache."
+    )
+
+
+def is_whole(length: int, attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether an input of `length` tokens includes those that the cache holds: mask or positions are as long as it is,
+    and positions begin at 0."""
+    marks = position_ids if attention_mask is None else attention_mask
+    begins = position_ids is None or not bool(position_ids[..., :1].any())
+    return marks is not None and marks.shape[-1] == length and begins
+
+
+def compare_with_cache(
+    attention_mask: Tensor | None, position_ids: Tensor | None, length: int, seen_B: Tensor, past_length: int
+) -> tuple[Tensor | None, str | None]:
+    """Compare what generate() passes with a cache, which counts by itself.
+
+    Args:
+        attention_mask, position_ids: as in [`resolve_documents`], or of all columns; generate() makes the positions
+            from the mask, and where there is none, from the columns.
+        length: tokens of this call.
+        seen_B: tokens of the open document in the cache, int64 `[B]`.
+        past_length: width of what went into the cache before.
+
+    Returns:
+        The positions if they are not those of generate(), to be checked as a user's own; and what is wrong, or None.
+    """
+    batch, device = seen_B.shape[0], seen_B.device
+    valid_BN = torch.ones(batch, length, dtype=torch.bool, device=device)
+    counted_B = None
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(device)
+        valid_BN = attention_mask[:, -length:] != 0
+        if attention_mask.shape[1] == past_length + length:
+            counted_B = (attention_mask[:, :past_length] != 0).sum(1)
+    if position_ids is None or position_ids.shape[-1] < length:
+        return position_ids, None if counted_B is None else contradiction(counted_B, seen_B, past_length)
+    before_BN = position_ids.to(device)[..., -length:].expand(batch, -1) - (valid_BN.cumsum(1) - 1)
+    made_B = counted_B if counted_B is not None else torch.full_like(seen_B, past_length)
+    if bool((before_BN == made_B[:, None])[valid_BN].all()):
+        position_ids = None
+    if counted_B is None:
+        counted_B = torch.where(valid_BN, before_BN, past_length).amin(1)
+    return position_ids, contradiction(counted_B, seen_B, past_length)
 
 
 def resolve_documents(
@@ -117,13 +193,13 @@ def resolve_documents(
         past_length: width (padding included) of what went into the cache before; a tensor in a static cache.
 
     Raises:
-        ValueError: for shapes that do not fit, or positions that contradict mask and cache.
+        ValueError: for shapes that do not fit, a mask that contradicts the cache, or positions that contradict both.
     """
     valid_BN = None
     if attention_mask is not None:
-        valid_BN = check_mask(attention_mask, batch, length, past_length).to(device)
-        if not is_tracing() and bool(valid_BN.all()):
-            valid_BN = None
+        if isinstance(attention_mask, Tensor):
+            attention_mask = attention_mask.to(device)
+        valid_BN = check_mask(attention_mask, batch, length, past_length, seen_B)
 
     if torch.compiler.is_exporting():
         if cu_seq_lens is not None or seq_idx is not None:
@@ -511,6 +587,6 @@ def quadratic_layout(
 
 
 __all__ = [
-    "ChunkLayout", "Documents", "QuadraticLayout", "StepLayout", "chunk_layout", "misplaced", "quadratic_layout",
-    "resolve_documents",
+    "ChunkLayout", "Documents", "QuadraticLayout", "StepLayout", "chunk_layout", "compare_with_cache", "is_whole",
+    "misplaced", "quadratic_layout", "resolve_documents",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -76,7 +76,9 @@ from .chunking_flash import (
     QuadraticLayout,
     StepLayout,
     chunk_layout,
+    compare_with_cache,
     is_tracing,
+    is_whole,
     misplaced,
     quadratic_layout,
     resolve_documents,
@@ -457,6 +459,13 @@ class FlashLayer(GradientCheckpointingLayer):
         self.gau = FlashGatedAttentionUnit(config, layer_idx, causal)
         self.hidden_dropout = config.hidden_dropout
 
+    def __call__(self, *args, **kwargs):
+        # Without gradients nothing is recomputed, and generate() in training mode needs its cache. transformers looks
+        # at gradients only in its newer versions.
+        if torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)
+
     def is_fusible(self, hidden_states: Tensor) -> bool:
         """Whether one kernel call can stand for the layer's modules: they are what they seem, and nobody listens."""
         gau, norm = self.gau, self.norm
@@ -654,7 +663,9 @@ class FlashModel(FlashPreTrainedModel):
             The same argument under the name that transformers had for it until 5.23.
         """
         cache = resolve_cache(cache, past_key_values, **kwargs)
-        check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal)
+        # Not config.vocab_size: set_input_embeddings leaves it as it is.
+        vocab_size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
+        check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal, vocab_size)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         B, N = inputs_embeds.shape[:2]
@@ -665,7 +676,7 @@ class FlashModel(FlashPreTrainedModel):
                     "FlashForCausalLM, or FlashModel with config.is_decoder=True; with PEFT, not prefix tuning."
                 )
             check_cache(cache, self.config, B)
-        elif use_cache and self.is_causal and not self.training:
+        elif use_cache and self.is_causal and not (self.training and torch.is_grad_enabled()):
             cache = DynamicCache(config=self.config)
 
         documents, layouts, bias_length = self.lay_out(
@@ -685,7 +696,8 @@ class FlashModel(FlashPreTrainedModel):
             hidden_states = self.embed_norm(hidden_states, fused=fused)
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
         grids = self.grids(layouts, bias_length, hidden_states)
-        for index, layer in enumerate(self.layers):
+        # generate(assistant_early_exit=...) lowers num_hidden_layers while it drafts.
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             # Under the host's name, since gradient checkpointing drops it by name.
             options = {CACHE_NAME: cache, **grids[index % len(grids)]}
             hidden_states = layer(hidden_states, documents=documents, **options)
@@ -714,8 +726,7 @@ class FlashModel(FlashPreTrainedModel):
             seen_B, past_length = None, 0
             if first is not None and first.is_initialized:
                 past = {"past_position_BM": first.position.to(device), "past_document_BM": first.document.to(device)}
-                open_BM = first.document == first.document.amax(1, keepdim=True).clamp(min=0)
-                seen_B = torch.where(open_BM, first.position + 1, 0).amax(1).to(device)
+                seen_B = first.seen_B.to(device)
                 past_length = first.get_seq_length()
                 if isinstance(first, FlashStaticQuadraticCacheLayer):
                     past["write_N"] = first.places(length)
@@ -731,7 +742,7 @@ class FlashModel(FlashPreTrainedModel):
 
         seen_B, past_length = None, 0
         if first is not None and not first.is_empty:
-            seen_B, past_length = first.state.seen.to(device), first.get_seq_length()
+            seen_B, past_length = first.seen_B.to(device), first.get_seq_length()
         documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
         # CODEPATH: the paper's chunks are those of every layer; the shifted ones are ours.
         shifts = (0, self.config.chunk_shift) if self.config.chunk_shift else (0,)
@@ -799,8 +810,18 @@ class FlashModel(FlashPreTrainedModel):
         return span
 
 
-def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bool | None, is_causal: bool) -> None:
+def check_inputs(
+    input_ids,
+    inputs_embeds,
+    config: FlashConfig,
+    asked_causal: bool | None,
+    is_causal: bool,
+    vocab_size: int | None = None,
+) -> None:
     """Refuse what cannot be right before anything is computed.
+
+    Args:
+        vocab_size: rows of the embedding; by default `config.vocab_size`.
 
     Raises:
         ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or
@@ -836,9 +857,10 @@ def check_inputs(input_ids, inputs_embeds, config: FlashConfig, asked_causal: bo
         raise ValueError(f"The input must hold at least one row and one token, got shape {tuple(tokens.shape)}.")
     if input_ids is not None and input_ids.device.type == "cpu" and not is_tracing():
         low, high = (int(value) for value in input_ids.aminmax())
-        if low < 0 or high >= config.vocab_size:
+        vocab_size = config.vocab_size if vocab_size is None else vocab_size
+        if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"input_ids must lie in [0, vocab_size = {config.vocab_size}), got {low if low < 0 else high}. Does "
+                f"input_ids must lie in [0, vocab_size = {vocab_size}), got {low if low < 0 else high}. Does "
                 "the tokenizer belong to this model? After adding tokens call "
                 "model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)."
             )
@@ -899,6 +921,32 @@ def loss_from_logits(
     if hasattr(model, "_loss_function"):
         return loss
     return zero_without_labels(loss, options.get("shift_labels", labels[:, 1:] if shift else labels))
+
+
+def check_generation(generation_config: GenerationConfig, attention_mask: Tensor | None, num_layers: int) -> None:
+    """Refuse what generate() cannot continue, before anything is computed.
+
+    Raises:
+        ValueError: a prompt that ends in padding, or an early exit that is not a layer.
+    """
+    depth = generation_config.assistant_early_exit
+    if depth is not None and not 1 <= depth <= num_layers:
+        raise ValueError(
+            f"assistant_early_exit must be a number of layers from 1 to num_hidden_layers = {num_layers}, got {depth}."
+        )
+    if attention_mask is None or attention_mask.ndim != 2:
+        return
+    real_BN = attention_mask != 0
+    # A row of nothing but padding is an empty prompt, which does not keep the others from being continued.
+    wrong_B = real_BN.any(1) & ~real_BN[:, -1]
+    # Other masks than of 0 and 1 are refused by the model.
+    if bool((real_BN == attention_mask).all() & wrong_B.any()):
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        raise ValueError(
+            f"The prompt of row {int(wrong_B.nonzero()[0]) // copies} ends in padding (by attention_mask, or by "
+            "pad_token_id), so that the next token would be predicted from padding. Pad on the left: set "
+            "tokenizer.padding_side = 'left' before tokenizing."
+        )
 
 
 def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
@@ -991,7 +1039,77 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         )
 
     generate = takes_both_cache_names(GenerationMixin.generate)
-    prepare_inputs_for_generation = takes_both_cache_names(GenerationMixin.prepare_inputs_for_generation)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """transformers' own, after a comparison of its mask and positions with what the cache has seen.
+
+        The state cannot forget single tokens. Where the mask calls some of them padding (generate() feeds
+        `pad_token_id` to a sequence that has ended before others), the state is dropped and the whole sequences are
+        read again, which gives the tokens of generate() without a cache.
+
+        Raises:
+            ValueError: the input is not longer than the cache; or the whole sequences are needed and were not passed.
+        """
+        cache = resolve_cache(cache, past_key_values)
+        tokens = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
+        seen_B = getattr(cache.layers[0], "seen_B", None) if cache is not None and cache.layers else None
+        new = tokens.shape[1] if next_sequence_length is None else next_sequence_length
+        if seen_B is not None and (is_first_iteration or new > 1):
+            past = int(cache.get_seq_length())
+            whole = is_first_iteration and is_whole(tokens.shape[1], attention_mask, position_ids)
+            if whole:
+                # Assisted decoding leaves it to the model to pass over what the cache holds.
+                new = next_sequence_length = tokens.shape[1] - past
+            if new < 1:
+                raise ValueError(
+                    f"The cache holds {past} tokens and the input has {tokens.shape[1]}: nothing is left to read. "
+                    "Pass the cached tokens and at least one more; or, except in assisted decoding, new tokens alone, "
+                    "with an attention_mask for both."
+                )
+            position_ids, contradiction = compare_with_cache(attention_mask, position_ids, new, seen_B, past)
+            if contradiction is not None and not whole:
+                raise ValueError(contradiction)
+            if contradiction is not None:
+                logger.warning_once(
+                    "The cache holds tokens that attention_mask (or pad_token_id) calls padding, as for a row that "
+                    "ended before others: the whole sequences are read again."
+                )
+                cache.reset()
+                next_sequence_length = None
+        elif not is_first_iteration:
+            position_ids = None  # continued from those of the prompt
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache},
+            **kwargs,
+        )
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        # An assistant without a mask drafts for a model that found no padding: pad_token_id in a draft is a token.
+        if generation_config.is_assistant:
+            return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        # Every mode of generate() passes here once, with the mask of the whole prompt.
+        check_generation(generation_config, model_kwargs.get("attention_mask"), self.config.num_hidden_layers)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused: the host's paged cache holds keys and values by token, which FLASH sums up by chunk."""

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, TextStreamer
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TextStreamer, WatermarkingConfig
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashModel
+from flash_hf.cache_flash import CACHE_NAME
 from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
@@ -396,3 +397,303 @@ def test_static_rollback_is_refused(attention_type):
     for change in (cache.activate_past_recording, lambda: cache.crop(-1)):
         with pytest.raises(ValueError, match="cannot be rolled back.*DynamicCache"):
             change()
+
+
+# -- what generate() makes by itself: masks from pad_token_id, positions from masks, pads for rows that have ended
+PAD, EOS = 0, 7  # ids that `words` leaves out
+WORDS = {**GREEDY, "max_new_tokens": 12, "suppress_tokens": [PAD]}
+
+
+def words(model, *shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(EOS + 1, model.config.vocab_size, shape, generator=generator)
+
+
+def llama():
+    """A native that continues a cache exactly: the control of what is expected of FLASH."""
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    model, generator = LlamaForCausalLM(config).double().eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3
+            parameter.copy_(noise + 1 if "norm" in name else noise)
+    return model
+
+
+def alone(model, ids, mask, steps):
+    """Greedy continuations of the rows, each by itself, without padding and without a cache: `[B, steps]`."""
+    rows = []
+    for row, real in zip(ids, mask.bool(), strict=True):
+        row = row[real][None]
+        for _ in range(steps):
+            with torch.no_grad():
+                logits = model(row, use_cache=False).logits[:, -1]
+            logits[:, PAD] = -torch.inf
+            row = torch.cat([row, logits.argmax(-1, keepdim=True)], 1)
+        rows.append(row[:, -steps:])
+    return torch.cat(rows)
+
+
+def first_turn(model, **options):
+    """A turn in which row 0 ends early: sequences that end in pads there, their mask, and the cache, which has read
+    some of these pads as tokens."""
+    for seed in range(50):
+        ids = words(model, 2, 19, seed=seed)
+        replies = model.generate(ids, **WORDS)[:, 19:].tolist()
+        ends = [token for token in replies[0][2:6] if token not in {*replies[1], *replies[0][:2], *ids[0].tolist()}]
+        if ends:
+            break
+    out = model.generate(ids, return_dict_in_generate=True, **{**WORDS, "eos_token_id": ends[0]}, **options)
+    mask = torch.ones_like(out.sequences)
+    mask[0, out.sequences[0].tolist().index(ends[0]) + 1 :] = 0
+    assert (
+        mask[0].sum() < 19 + 8 and (out.sequences[mask == 0] == PAD).all() and (out.sequences[mask == 1] != PAD).all()
+    )
+    return out.sequences, mask, options.get(CACHE_NAME, getattr(out, CACHE_NAME))
+
+
+@pytest.mark.parametrize("attention_type", [*TYPES, "llama", "static"])
+def test_the_turn_after_one_in_which_a_row_ended_early(attention_type):
+    """The pads in its state would change all that follows; a native can mask them."""
+    model = llama() if attention_type == "llama" else build(attention_type.replace("static", "shifted"))
+    options = {CACHE_NAME: static(model)} if attention_type == "static" else {}
+    sequences, mask, cache = first_turn(model, **options)
+    # Row 1 says less: its part is padded on the left.
+    turn = torch.cat([sequences, words(model, 2, 5, seed=1)], 1)
+    mask = torch.cat([mask, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])], 1)
+    turn[mask == 0] = PAD
+    expected = alone(model, turn, mask, 12)
+    assert not torch.equal(expected, alone(model, turn, torch.ones_like(mask), 12))  # pads as tokens show
+    got = model.generate(turn, attention_mask=mask, **WORDS, **{CACHE_NAME: copy.deepcopy(cache)})
+    assert torch.equal(got[:, turn.shape[1] :], expected)
+    got = model.generate(turn, **WORDS, **{CACHE_NAME: copy.deepcopy(cache)})
+    assert torch.equal(got[:, turn.shape[1] :], expected), "mask by pad_token_id"
+    if attention_type == "llama":
+        return
+    past = int(cache.get_seq_length())
+    for ids, more in ((turn[:, past:], {}), (turn, {"prefill_chunk_size": 3})):
+        with pytest.raises(ValueError, match="its state in the cache holds 30.*whole sequences"):
+            model.generate(ids, attention_mask=mask, **WORDS, **more, **{CACHE_NAME: copy.deepcopy(cache)})
+    if attention_type != "static":
+        with pytest.raises(ValueError, match="Row 0 has .* its state in the cache holds 30"), torch.no_grad():
+            model(turn[:, past:], attention_mask=mask, **{CACHE_NAME: cache})
+
+
+@pytest.mark.parametrize("attention_type", TYPES)
+def test_a_turn_after_a_reply_with_the_pad_id(attention_type):
+    """Without a mask, generate() takes the pad id for padding, with a cache and without one."""
+    model = build(attention_type)
+    for seed in range(50):
+        ids = words(model, 1, 19, seed=seed)
+        new = [token for token in model.generate(ids, **WORDS)[0, 22:27].tolist() if token not in ids[0].tolist()]
+        if new:
+            break
+    pad = new[0]
+    options = {**GREEDY, "max_new_tokens": 12, "pad_token_id": pad}
+    out = model.generate(ids, return_dict_in_generate=True, **options)
+    turn = torch.cat([out.sequences, words(model, 1, 5, seed=1)], 1)
+    cache = getattr(out, CACHE_NAME)
+    told = model.generate(turn, attention_mask=torch.ones_like(turn), use_cache=False, **options)
+    inferred = model.generate(turn, use_cache=False, **options)
+    assert not torch.equal(told, inferred)
+    assert torch.equal(model.generate(turn, **options, **{CACHE_NAME: cache}), inferred)
+
+
+def test_a_cache_that_knows_of_padding_which_the_mask_has_forgotten():
+    """As where pad and end are one id, and the second turn has no mask: the state is right without it."""
+    model = build()
+    ids, mask = words(model, 2, 19), torch.ones(2, 19, dtype=torch.long)
+    mask[0, :6] = 0
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **WORDS)
+    turn = torch.cat([out.sequences, words(model, 2, 5, seed=1)], 1)
+    expected = alone(model, turn, torch.cat([mask, mask.new_ones(2, 17)], 1), 12)
+    got = model.generate(turn, attention_mask=torch.ones_like(turn), **WORDS, **{CACHE_NAME: getattr(out, CACHE_NAME)})
+    assert torch.equal(got[:, turn.shape[1] :], expected)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"prefill_chunk_size": 4}, {"num_beams": 2}, {"cache_implementation": "static"}, {"use_cache": False},
+], ids=str)  # fmt: skip
+def test_a_prompt_that_ends_in_padding_is_refused(options):
+    model = build()
+    ids, mask = words(model, 3, 19), torch.ones(3, 19, dtype=torch.long)
+    ids[1, 12:], mask[1, 12:] = PAD, 0
+    for given in ({"attention_mask": mask}, {}):
+        with pytest.raises(ValueError, match="row 1 ends in padding.*tokenizer.padding_side = 'left'"):
+            model.generate(ids, **given, **GREEDY, **options)
+    with pytest.raises(ValueError, match="row 0 .*padding_side"):
+        model.generate(ids[1:2], attention_mask=mask[1:2], **GREEDY, **options)
+    # Padding on the left and inside, also longer than a piece, is none at the end; an empty row stops no other.
+    ids = words(model, 3, 19)
+    mask[1] = torch.tensor([0] * 5 + [1] * 3 + [0] * 6 + [1] * 5)
+    mask[2] = 0
+    out = model.generate(ids, attention_mask=mask, **WORDS, **options)
+    single = [model.generate(ids[row : row + 1, mask[row].bool()], **WORDS, **options) for row in (0, 1)]
+    for row in (0, 1):
+        assert torch.equal(out[row, 19:], single[row][0, -12:])
+
+
+def test_a_row_without_a_new_token_is_refused_in_the_next_turn():
+    model = build()
+    out = model.generate(words(model, 2, 19), return_dict_in_generate=True, **WORDS)
+    turn = torch.cat([out.sequences, words(model, 2, 4)], 1)
+    mask = torch.ones_like(turn)
+    mask[1, -4:] = 0
+    with pytest.raises(ValueError, match="row 1 ends in padding"):
+        model.generate(turn, attention_mask=mask, **WORDS, **{CACHE_NAME: getattr(out, CACHE_NAME)})
+
+
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic", "shifted previous_token"])
+def test_a_draft_may_hold_the_pad_id(attention_type):
+    """Every id of the answer is the pad id once, so that it stands at every place of a draft."""
+    model = build(attention_type)
+    ids = words(model, 1, 19)
+    answer = model.generate(ids, **WORDS)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.004 * torch.randn_like(parameter))
+    pads = [token for token in answer[0, 19:].tolist() if token not in ids[0].tolist()]
+    assert len(pads) > 3
+    twin.generation_config.num_assistant_tokens = 3
+    for pad in pads:
+        for options in ({"assistant_model": twin}, {"prompt_lookup_num_tokens": 3}):
+            got = model.generate(ids, **{**WORDS, "pad_token_id": pad}, **options)
+            assert torch.equal(got, answer), f"{pad}, {options}"
+
+
+@pytest.mark.parametrize("attention_type", TYPES)
+def test_assisted_decoding_from_a_filled_cache(attention_type):
+    """transformers passes the cached tokens again."""
+    model = build(attention_type)
+    ids = words(model, 1, 29)
+    expected = model.generate(ids, **WORDS)
+    for options in ({"assistant_model": copy.deepcopy(model)}, {"prompt_lookup_num_tokens": 3}):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :11], **{CACHE_NAME: cache})
+        assert torch.equal(model.generate(ids, **WORDS, **options, **{CACHE_NAME: cache}), expected)
+        out = model.generate(ids, return_dict_in_generate=True, **WORDS, **options)
+        turn = torch.cat([out.sequences, words(model, 1, 4, seed=1)], 1)
+        got = model.generate(turn, **WORDS, **options, **{CACHE_NAME: getattr(out, CACHE_NAME)})
+        assert torch.equal(got, model.generate(turn, **WORDS))
+
+
+def test_a_cache_of_the_whole_input_or_of_more():
+    """transformers would read the input once more, or cut it at the wrong place."""
+    model = build()
+    ids = words(model, 1, 19)
+    with torch.no_grad():
+        cache = getattr(model(ids), CACHE_NAME)
+    for given in (ids, ids[:, :11]):
+        with pytest.raises(ValueError, match=f"holds 19 tokens and the input has {given.shape[1]}: nothing is left"):
+            model.generate(given, **WORDS, **{CACHE_NAME: copy.deepcopy(cache)})
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"cache_implementation": "static"}, {"num_beams": 3}, {"prefill_chunk_size": 5}, {"guidance_scale": 1.5},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_generate_in_training_mode(checkpointing, options):
+    """As GRPO and callbacks do it: nothing is recomputed without gradients, so the cache stays."""
+    model = build()
+    ids, mask = ragged(model.config)
+    inputs = {"attention_mask": mask, **GREEDY, **options}
+    expected = model.generate(ids, **inputs)
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if checkpointing and "guidance_scale" in options and CACHE_NAME != "cache":
+        pytest.skip("this transformers turns use_cache off for the unconditional branch, which natives do not notice")
+    model.train()
+    calls = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
+    assert torch.equal(model.generate(ids, **inputs), expected)
+    hook.remove()
+    assert calls[-1] == 1  # by the cache
+
+
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic", "shifted previous_token"])
+def test_early_exit(attention_type):
+    model = build(attention_type)
+    ids = words(model, 1, 29)
+    expected = model.generate(ids, **WORDS)
+    for depth in (1, 2, 3):
+        assert torch.equal(model.generate(ids, assistant_early_exit=depth, **WORDS), expected)
+    shallow = build(attention_type, num_hidden_layers=2)
+    shallow.load_state_dict(model.state_dict(), strict=False)
+    model.config.num_hidden_layers = 2
+    assert_close(model(ids).logits, shallow(ids).logits, 1e-12, "the draft of two layers")
+    model.config.num_hidden_layers = 3
+    for depth in (0, 4):
+        with pytest.raises(ValueError, match=f"assistant_early_exit .* num_hidden_layers = 3, got {depth}"):
+            model.generate(ids, assistant_early_exit=depth, **WORDS)
+    assert torch.equal(model.generate(ids, **WORDS), expected)
+
+
+@pytest.mark.parametrize("options", [
+    {"guidance_scale": 1.5}, {"guidance_scale": 1.5, "negative_prompt_ids": "seven"}, {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2}, {"min_new_tokens": 9, "eos_token_id": 20},
+    {"watermarking_config": WatermarkingConfig(bias=2.5)}, {"num_beams": 3, "eos_token_id": 20, "length_penalty": 0.5},
+    {"custom_generate": "sample"},
+], ids=str)  # fmt: skip
+def test_every_mode_equals_itself_without_a_cache(options):
+    model = build("shifted previous_token")
+    ids, mask = ragged(model.config)
+    if "negative_prompt_ids" in options:
+        negative = words(model, 4, 7)
+        padding = torch.ones_like(negative)
+        padding[1, :3] = 0
+        options = {**options, "negative_prompt_ids": negative, "negative_prompt_attention_mask": padding}
+    if "custom_generate" in options:
+        options = {"custom_generate": type(model)._sample}
+    inputs = {**GREEDY, "attention_mask": mask, **options}
+    expected = model.generate(ids, use_cache=False, **inputs)
+    for more in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
+        assert torch.equal(model.generate(ids, **inputs, **more), expected), more
+
+
+def test_guidance_by_its_formula():
+    model = build()
+    ids = words(model, 1, 19)
+    row, other, new = ids, ids[:, -1:], []
+    with torch.no_grad():
+        for _ in range(12):
+            given, free = (model(x).logits[:, -1].float().log_softmax(-1) for x in (row, other))
+            scores = 1.5 * (given - free) + free
+            scores[:, PAD] = -torch.inf
+            token = scores.argmax(-1, keepdim=True)
+            row, other, new = torch.cat([row, token], 1), torch.cat([other, token], 1), [*new, int(token)]
+    assert model.generate(ids, guidance_scale=1.5, **WORDS)[0, 19:].tolist() == new
+
+
+def test_a_users_positions_are_checked_in_generate():
+    model = build()
+    ids, mask = ragged(model.config)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"attention_mask": mask, **GREEDY}
+    assert torch.equal(model.generate(ids, position_ids=positions, **inputs), model.generate(ids, **inputs))
+    with pytest.raises(ValueError, match="position_ids must count the real tokens"):
+        model.generate(ids, position_ids=positions + 7, **inputs)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], attention_mask=mask[:, :20], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="position_ids must count the real tokens"):
+        model.generate(ids, position_ids=positions + 7, **inputs, **{CACHE_NAME: cache})
+
+
+def test_a_larger_embedding_takes_its_ids():
+    """set_input_embeddings leaves config.vocab_size as it is."""
+    model = build()
+    table = torch.nn.Embedding(70, 24, dtype=torch.float64)
+    table.weight.data[:61] = model.get_input_embeddings().weight.data
+    ids = words(model, 1, 19)
+    expected = model.generate(ids, **WORDS)
+    model.set_input_embeddings(table)
+    assert torch.equal(model.generate(ids, **WORDS), expected)
+    ids[0, 5] = 69
+    assert_close(model(ids).logits, model(inputs_embeds=table(ids)).logits, 1e-12)
+    with pytest.raises(ValueError, match=r"\[0, vocab_size = 70\), got 70"):
+        model(ids + 1)
