@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
+from .cache_flash import CACHE_NAME
 from .configuration_flash import FlashConfig
 from .modeling_flash import FlashModel
 from .naive import naive_model
@@ -216,17 +217,18 @@ class HostCandidate(Candidate):
 
     def recompute(self, on: bool) -> None:
         if on:
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            # The first is the name since transformers 5.23; both recompute without reentrance.
+            getattr(self.module, "activation_checkpointing_enable", self.module.gradient_checkpointing_enable)()
         else:
-            self.module.gradient_checkpointing_disable()
+            getattr(self.module, "activation_checkpointing_disable", self.module.gradient_checkpointing_disable)()
 
     def prefill(self, x: Tensor):
         cache = DynamicCache(config=self.module.config)
-        return self.module(inputs_embeds=x, use_cache=True, past_key_values=cache)
+        return self.module(inputs_embeds=x, use_cache=True, **{CACHE_NAME: cache})
 
     def step_on(self, cache, x: Tensor) -> Callable:
         def step():
-            return self.module(inputs_embeds=x, use_cache=True, past_key_values=cache).last_hidden_state
+            return self.module(inputs_embeds=x, use_cache=True, **{CACHE_NAME: cache}).last_hidden_state
 
         return step
 
@@ -255,7 +257,7 @@ class FlashCandidate(HostCandidate):
         cache = StaticCache(config=self.module.config, max_cache_len=context + steps)
         row = torch.randn(1, context - 1, like.shape[-1], dtype=like.dtype, device=like.device)
         # One row is enough: what a step costs does not depend on what the state holds.
-        self.module(inputs_embeds=row, use_cache=True, past_key_values=cache)
+        self.module(inputs_embeds=row, use_cache=True, cache=cache)
         if batch > 1:
             cache.batch_repeat_interleave(batch)
         # A state has no longest context, and every step costs the same: nothing to rewind.
@@ -650,9 +652,9 @@ def check_decoding(config: FlashConfig, exact: nn.Module, x: Tensor) -> Check:
     chunk, length = config.chunk_size, x.shape[1]
     first = length // chunk * chunk - 3
     cache = StaticCache(config=config, max_cache_len=length)
-    found = [model(inputs_embeds=x[:, :first], past_key_values=cache, use_cache=True).last_hidden_state]
+    found = [model(inputs_embeds=x[:, :first], cache=cache, use_cache=True).last_hidden_state]
     for t in range(first, min(first + 8, length)):
-        found.append(model(inputs_embeds=x[:, t : t + 1], past_key_values=cache, use_cache=True).last_hidden_state)
+        found.append(model(inputs_embeds=x[:, t : t + 1], cache=cache, use_cache=True).last_hidden_state)
     found = torch.cat(found, 1)
     return Check("decoding, static cache", error_ratio(found[:, first:], expected[:, first : found.shape[1]]), 1e-3)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import data
+from .cache_flash import CACHE_NAME
 from .training import token_scores
 
 
@@ -42,7 +43,7 @@ def score_document(model: PreTrainedModel, ids_N: Tensor, *, segment: int = 4096
     with torch.inference_mode():
         for begin in range(0, len(ids_N) - 1, segment):
             part = ids_N[begin : begin + segment + 1]
-            logits = model(part[None, :segment], past_key_values=cache, use_cache=True).logits
+            logits = model(part[None, :segment], use_cache=True, **{CACHE_NAME: cache}).logits
             # token_scores shifts by itself: the last logits have no target here, except at a border.
             logits = logits[:, : len(part) - 1]
             padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))
@@ -331,7 +332,7 @@ def read_long(
             end = min(mark, (done // segment + 1) * segment)
             # Not inference_mode: decoding writes into the state, and may do so outside of it.
             with torch.no_grad():
-                model(ids_N[None, done:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(ids_N[None, done:end], use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
             done = end
         yield Progress(done, time.perf_counter() - begin, memory_bytes(), cache_bytes(cache))
 
@@ -358,7 +359,7 @@ def tokens_per_second(
     with torch.inference_mode():
         for _ in range(repeats + 1):
             cache = DynamicCache(config=model.config) if new_tokens else None
-            options = {"past_key_values": cache, "use_cache": True} if new_tokens else {}
+            options = {CACHE_NAME: cache, "use_cache": True} if new_tokens else {}
             if new_tokens:
                 model(ids_BN, logits_to_keep=1, **options)
             synchronize(model.device)

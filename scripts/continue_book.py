@@ -50,7 +50,7 @@ def main() -> None:
     tokens = model.generate(
         ids_N[None],
         attention_mask=torch.ones(1, len(ids_N), dtype=torch.long),
-        past_key_values=cache,
+        cache=cache,
         max_new_tokens=args.max_new_tokens,
         do_sample=True,
         temperature=args.temperature,
