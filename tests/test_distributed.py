@@ -161,8 +161,9 @@ import sys
 import torch
 import flash_hf
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], distributed_config=DistributedConfig(tp_plan="auto"))
 assert model.model.layers[0].gau.u_proj.weight.to_local().shape[0] == 24, "u_proj is not sharded"
 inputs = torch.load(sys.argv[1] + "/inputs.pt", weights_only=True)
 with torch.no_grad():
