@@ -1,8 +1,11 @@
-# make test | make demo | make cards | make oldest | make .venv | make clean. A fresh clone needs Python 3.11 or later
-# with pip, and make.
+# make test | make demo | make cards | make oldest | make newest | make .venv | make clean. A fresh clone needs Python
+# 3.11 or later with pip, and make.
 # Another interpreter: make test PYTHON=python3.12. More for pytest: make test PYTEST_ARGS='-k cache'.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Pinned: an unpinned torch is the newest build there is, with gigabytes of CUDA libraries on Linux. For a CPU-only one:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test. Another: make oldest TORCH=torch==2.11.0.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 
 # Some containers forbid Python to keep what it has compiled: every process of the tests would then compile anew all that
 # it imports, for half a minute.
@@ -13,26 +16,30 @@ export PYTHONWARNDEFAULTENCODING := 1
 # The stamp is younger than what it depends on exactly when the environment is up to date.
 STAMP := .venv/.stamp
 
-.PHONY: .venv test demo cards oldest clean
+.PHONY: .venv test today demo cards oldest newest clean
 
 .venv: $(STAMP)
 
 # pip first: the one that comes with Python 3.11 takes twice the time to choose among wheels.
 # Without compiling: most of what is installed is never imported, and Python compiles the rest when it is.
-# torch comes first and pinned: an unpinned one is the newest build there is, with gigabytes of CUDA libraries.
-# A CPU-only torch on Linux: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "flash-hf needs Python 3.11 or later, and '$(PYTHON)' is not: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt pip
-	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt torch==2.13.0
+	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt torch
 	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@
 
 test: $(STAMP)
 	.venv/bin/python -m ruff check .
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,@$(MAKE) --no-print-directory today)
+
+# Users get the newest transformers, not the pinned one: where there is a newer one, import, README and generation are
+# run with it. Seconds, while the pinned one is the newest; without PyPI it is left out, in words.
+today: $(STAMP)
+	HF_HUB_OFFLINE=1 .venv/bin/python tests/today.py $(addprefix tests/test_,generation.py host_versions.py readme.py)
 
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
@@ -41,25 +48,40 @@ demo: $(STAMP)
 cards: $(STAMP)
 	HF_HUB_OFFLINE=1 .venv/bin/python scripts/make_card.py --published
 
-# The contracts with the oldest transformers that setup.cfg allows, in an environment of its own. pip chooses anew what
-# goes with that version.
-OLDEST := 5.17.0
+# What is promised to users, with other versions than the pinned ones.
 CONTRACTS := $(addprefix tests/test_,configuration.py documents.py ecosystem.py export.py finetuning.py generation.py \
-	heads.py hub.py loss.py modeling.py peft.py recipes.py remote_code.py security.py streaming.py training.py \
-	trl.py)
+	heads.py host_versions.py hub.py loss.py modeling.py peft.py readme.py recipes.py remote_code.py security.py \
+	streaming.py training.py trl.py)
+
+# The oldest transformers that setup.cfg allows, in an environment of its own. pip chooses anew what goes with it.
+OLDEST := $(shell sed -n 's/^ *transformers>=\([0-9.]*\).*/\1/p' setup.cfg)
 
 oldest: .venv-oldest/.stamp
 	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal $(CONTRACTS) $(PYTEST_ARGS)
 
 .venv-oldest/.stamp: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oldest
-	grep -vE '^(transformers|huggingface_hub|hf-xet|httpcore2|httpx2|tokenizers|accelerate|peft|trl)==' constraints.txt \
-		> .venv-oldest/constraints.txt
+	grep -vE '^(transformers|huggingface_hub|hf-xet|httpcore2|httpx2|tokenizers|accelerate|peft|trl|torch|triton)==' \
+		constraints.txt > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt pip
-	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt torch==2.13.0
+	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt $(TORCH)
 	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt transformers==$(OLDEST) -e ".[dev]"
 	@touch $@
 
+# What pip gives today, without a pin, in an environment made anew each time. torch: the newest of its CPU builds, whose
+# index alone has them for Linux; where that cannot be reached, $(TORCH).
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+
+newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --no-compile --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --no-compile --no-deps --retries 1 --index-url $(CPU_TORCH) torch \
+		|| .venv-newest/bin/python -m pip install --quiet --no-compile $(TORCH)
+	.venv-newest/bin/python -m pip install --quiet --no-compile -e ".[dev]"
+	.venv-newest/bin/python -m pip list | grep -E '^(torch|triton|transformers|tokenizers|accelerate|datasets|peft|trl) '
+	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(CONTRACTS) $(PYTEST_ARGS)
+
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-today build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,13 +5,18 @@ transformers 5.24 renamed `past_key_values` to `cache`. `make test` runs this wi
 oldest; each name is then once the host's and once the other one.
 """
 
+import configparser
 import inspect
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashForSequenceClassification, FlashModel
@@ -23,6 +28,8 @@ from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 NAMES = ("cache", "past_key_values")
 OTHER_NAME = NAMES[1 - NAMES.index(CACHE_NAME)]
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +231,21 @@ def test_import_and_use_are_silent():
         return [line.split("]")[-1] for line in text.splitlines()]
 
     assert [line for line in lines(ours.stderr) if line not in lines(theirs.stderr)] == []
+
+
+def test_the_pins_are_versions_that_setup_cfg_allows():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    lines = [*setup["options.extras_require"]["dev"].split("\n"), *setup["options"]["install_requires"].split("\n")]
+    pinned = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    versions = {canonicalize_name(name): version for name, version in pinned}
+    for wanted in (Requirement(line) for line in lines if line and not line.startswith("flash-hf")):
+        assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)]), wanted
+
+
+def test_contracts_are_files_of_tests():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    contracts = re.search(r"^CONTRACTS := \$\(addprefix tests/test_,(.*)\)$", makefile, re.MULTILINE)[1].split()
+    assert "host_versions.py" in contracts and "readme.py" in contracts
+    for name in contracts:
+        assert (ROOT / "tests" / f"test_{name}").exists(), name
