@@ -82,8 +82,17 @@ def test_generation_is_exact():
     new = {"max_new_tokens": 20, "do_sample": False}
     expected = stored["generated"]
     assert torch.equal(model.generate(stored["in.input_ids"], **new), expected)
-    cache = StaticCache(config=model.config, max_cache_len=64)
-    assert torch.equal(model.generate(stored["in.input_ids"], past_key_values=cache, **new), expected)
+    ids = stored["in.input_ids"]
+    logits = model(ids).logits
+    for name in ("cache", "past_key_values"):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        assert torch.equal(model.generate(ids, **{name: cache}, **new), expected)
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            model(ids[:, :3], **{name: cache})
+            torch.testing.assert_close(model(ids[:, 3:], **{name: cache}).logits, logits[:, 3:])
+    with pytest.raises(ValueError, match="Unknown argument `cache_params`"):
+        model(ids, cache_params=cache)
 
 
 def test_pipelines():
