@@ -18,15 +18,27 @@ import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property, partial
-from pathlib import Path
+from io import TextIOWrapper
+from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    Sequence,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils.file_utils import xopen
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -105,13 +117,22 @@ def check_text_file(path: Path) -> None:
         raise ValueError(f"{path} must hold text, but it is {'blank' if done else 'empty (0 bytes)'}.")
 
 
-def open_text(path: Path, newline: str | None = None) -> IO[str]:
-    """Open a UTF-8 file, compressed or not, without its byte-order mark."""
-    return DECOMPRESSORS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline=newline)
+def suffix_of(path: Path | str) -> str:
+    """The suffix of a file, or of what is compressed in it: `.jsonl` of "a.jsonl.gz"."""
+    path = PurePosixPath(path)
+    return path.with_suffix("").suffix if path.suffix in DECOMPRESSORS else path.suffix
+
+
+def open_text(path: Path | str, newline: str | None = None) -> IO[str]:
+    """Open a UTF-8 file or URL, compressed or not, without its byte-order mark."""
+    options = {"encoding": "utf-8-sig", "newline": newline}
+    file = xopen(path, "rb") if "://" in str(path) else open(path, "rb")
+    suffix = PurePosixPath(path).suffix
+    return DECOMPRESSORS[suffix](file, "rt", **options) if suffix in DECOMPRESSORS else TextIOWrapper(file, **options)
 
 
 def read_rows(
-    path: Path, columns: dict[str, str], *, names: list[str] | None = None, quotes: bool = True
+    path: Path | str, columns: dict[str, str], *, names: list[str] | None = None, quotes: bool = True
 ) -> Iterator[tuple[str, dict]]:
     """Read these columns of a .json, .jsonl, .csv or .tsv file, compressed or not.
 
@@ -130,16 +151,19 @@ def read_rows(
     Raises:
         ValueError: the file or a row is malformed, or no row has one of the columns.
     """
-    suffix = path.with_suffix("").suffix if path.suffix in DECOMPRESSORS else path.suffix
-    if suffix in (".csv", ".tsv"):
-        yield from _read_table(path, columns, "\t" if suffix == ".tsv" else ",", names, quotes)
-        return
+    suffix = suffix_of(path)
     missing, found = dict(columns), {}
-    for place, row in _read_json(path):
-        if missing:
-            found |= dict.fromkeys(row)
-            missing = {name: advice for name, advice in missing.items() if name not in row}
-        yield place, {name: row.get(name) for name in columns}
+    try:
+        if suffix in (".csv", ".tsv"):
+            yield from _read_table(path, columns, "\t" if suffix == ".tsv" else ",", names, quotes)
+            return
+        for place, row in _read_json(path):
+            if missing:
+                found |= dict.fromkeys(row)
+                missing = {name: advice for name, advice in missing.items() if name not in row}
+            yield place, {name: row.get(name) for name in columns}
+    except UnicodeDecodeError as error:  # not of local files, which `check_text_file` has read
+        raise ValueError(f"{path} must be UTF-8 text: {error}. Convert it first.") from None
     if found:
         refuse_missing(path, missing, found)
 
@@ -150,7 +174,7 @@ def refuse_missing(path: Path | str, missing: dict[str, str], found: Collection[
         raise ValueError(f"{path} must have a column {name!r}; it has {', '.join(found) or 'none'}. {advice}".rstrip())
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_json(path: Path | str) -> Iterator[tuple[str, dict]]:
     """Rows of JSON Lines, of an array of objects or strings, or of a single object over several lines."""
     with open_text(path) as file:
         first = next((line for line in file if line.strip()), "")
@@ -187,7 +211,7 @@ def _as_object(row, place: str) -> dict:
 
 
 def _read_table(
-    path: Path, columns: dict[str, str], delimiter: str, names: list[str] | None, quotes: bool
+    path: Path | str, columns: dict[str, str], delimiter: str, names: list[str] | None, quotes: bool
 ) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(sys.maxsize)  # a field may be a whole book
     with open_text(path, newline="") as file:
@@ -214,10 +238,10 @@ def _read_table(
             raise ValueError(f"{path}, line {line} is malformed: {error}. Are the quotation marks in pairs?") from None
 
 
-def _read_texts(files: list[tuple[str, int, int]], text_column: str, version: int) -> Iterator[dict]:
+def _read_texts(files: list[tuple], text_column: str, version: int) -> Iterator[dict]:
     """Documents of files that are each given with the time and size that tell `datasets` whether it has changed."""
     for file, *_ in files:
-        for place, row in read_rows(Path(file), {text_column: TEXT_ADVICE}):
+        for place, row in read_rows(file, {text_column: TEXT_ADVICE}):
             text = row[text_column]
             check_text(text, f"{place}, column {text_column!r}")
             yield {"text": text}
@@ -249,7 +273,7 @@ def load_documents(
 ) -> Dataset | IterableDataset:
     """Load documents, one a row, in the single column `text`; or, as `scripts/tokenize_text.py` wrote them, tokenised.
 
-    Of local files, the text column alone is read; see [`read_rows`].
+    Of JSON, CSV and Parquet the text column alone is read; see [`read_rows`].
 
     Args:
         files: local files, all of one type: .txt, .md, .json, .jsonl, .csv or .parquet; all but the last also as
@@ -269,7 +293,7 @@ def load_documents(
     if (files is None) == (dataset_name is None):
         raise ValueError(f"Documents come either from files or from dataset_name, got {files=} and {dataset_name=}.")
     if dataset_name is not None:
-        documents = load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
+        documents, text_column = _load_named(dataset_name, dataset_config_name, split, streaming, text_column)
         source = dataset_name
     else:
         paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
@@ -305,7 +329,7 @@ def _load_files(
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"Data file {path} {what}. Give files, or a data set with --dataset_name.")
-        suffix = path.with_suffix("").suffix if path.suffix in DECOMPRESSORS else path.suffix
+        suffix = suffix_of(path)
         if suffix not in FILE_TYPES:
             raise ValueError(
                 f"Data file {path} must end in one of {', '.join(FILE_TYPES)} (or that and "
@@ -318,20 +342,7 @@ def _load_files(
         raise ValueError(f"Data files must be of one type, got {', '.join(sorted(types))}. Convert them first.")
     builder = types.pop()
     if builder in ("json", "csv"):
-        for path in paths:
-            # For errors that a stream would meet late: read up to the first text.
-            texts = (row[text_column] for _, row in read_rows(path, {text_column: TEXT_ADVICE}))
-            if not any(text is not None for text in texts):
-                raise ValueError(f"{path} must hold text, but it has none in the column {text_column!r}.")
-        files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
-        options = {"files": files, "text_column": text_column, "version": READING_VERSION}
-        if streaming:
-            return IterableDataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options), "text"
-        try:
-            # Few at once, since documents may be whole books.
-            return Dataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options, writer_batch_size=32), "text"
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
+        return _read_files([*map(str, paths)], text_column, streaming), "text"
     columns = {"columns": _parquet_columns(paths, text_column)} if builder == "parquet" else {"sample_by": sample_by}
     names = [str(path) for path in paths]
     try:
@@ -340,10 +351,68 @@ def _load_files(
         raise ValueError(f"Cannot read {', '.join(names)} as {builder}: {error.__cause__ or error}") from error
 
 
-def _parquet_columns(paths: list[Path], text_column: str) -> list[str]:
+def _load_named(
+    name: str, config: str | None, split: str, streaming: bool, text_column: str
+) -> tuple[Dataset | IterableDataset, str]:
+    """Documents of a data set on the Hub or in a folder, and the name of the column that holds them."""
+    if not streaming and not Path(name).is_dir():
+        try:
+            # What `datasets` can read, it finds again in its cache without the network.
+            return load_dataset(name, config, split=split), text_column
+        except DatasetGenerationError as error:
+            logger.info(f"Reading the text column of {name} alone, since: {error.__cause__ or error}")
+    builder = load_dataset_builder(name, config)
+    plain, own = type(builder.config)(), ("name", "version", "data_dir", "data_files", "description")
+    files = {key: [*map(str, value)] for key, value in (getattr(builder.config, "data_files", None) or {}).items()}
+    kind, options = builder.name, {}
+    if kind == "parquet" and files:
+        options = {"columns": _parquet_columns(next(iter(files.values()))[:1], text_column)}
+    # Another separator, one field of an object and so on, or another compression: `datasets` knows these.
+    usual = all(getattr(builder.config, key) == value for key, value in vars(plain).items() if key not in own)
+    ours = [path for paths in files.values() for path in paths]
+    usual = usual and all(FILE_TYPES.get(suffix_of(path)) == kind and "::" not in path for path in ours)
+    parts = {part.split("[")[0].strip() for part in split.split("+")}
+    if kind not in ("json", "csv") or not usual or streaming and split not in parts:
+        return load_dataset(name, config, split=split, streaming=streaming, **options), text_column
+    if not parts <= files.keys():
+        raise ValueError(f"split={split!r} must be of splits that {name} has: {', '.join(files)}.")
+    for path in (path for part in parts for path in files[part] if "://" not in path):
+        check_text_file(Path(path))
+    read = {part: _read_files(files[part], text_column, streaming) for part in sorted(parts)}
+    if split in parts:
+        return read[split], "text"
+    slices = ReadInstruction.from_spec(split).to_absolute({part: len(rows) for part, rows in read.items()})
+    rows = [read[part.splitname].select(range(part.from_ or 0, part.to)) for part in slices]
+    return concatenate_datasets(rows), "text"
+
+
+def _read_files(files: list[str], text_column: str, streaming: bool) -> Dataset | IterableDataset:
+    """The text column of .json, .jsonl and .csv files, or URLs, under the name `text`."""
+    for file in files:
+        # For errors that a stream would meet late: read up to the first text.
+        texts = (row[text_column] for _, row in read_rows(file, {text_column: TEXT_ADVICE}))
+        if not any(text is not None for text in texts):
+            raise ValueError(f"{file} must hold text, but it has none in the column {text_column!r}.")
+        if "://" in file:
+            break  # of a thousand files on the Hub, one
+    # A URL of the Hub names the commit.
+    states = [None if "://" in file else Path(file).stat() for file in files]
+    stamps = [(file, state and (state.st_mtime_ns, state.st_size)) for file, state in zip(files, states, strict=True)]
+    options = {"files": stamps, "text_column": text_column, "version": READING_VERSION}
+    if streaming:
+        return IterableDataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options)
+    try:
+        # Few at once, since documents may be whole books.
+        return Dataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options, writer_batch_size=32)
+    except DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+
+
+def _parquet_columns(paths: list[Path | str], text_column: str) -> list[str]:
     """The columns to read: the text alone, or those of tokenised documents."""
     for path in paths:
-        schema = pq.read_schema(path)
+        with xopen(str(path), "rb") as file:
+            schema = pq.read_schema(file)
         if text_column not in schema.names and set(TOKENIZED) <= set(schema.names):
             return list(TOKENIZED)
         refuse_missing(path, {} if text_column in schema.names else {text_column: TEXT_ADVICE}, schema.names)

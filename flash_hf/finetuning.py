@@ -184,7 +184,7 @@ def load_rows(
             raise FileNotFoundError(f"Data file {path} {what}. Give files, or a data set with --dataset_name.")
         if path.suffix != ".parquet":
             data.check_text_file(path)
-    types = {path.with_suffix("").suffix if path.suffix in data.DECOMPRESSORS else path.suffix for path in paths}
+    types = {data.suffix_of(path) for path in paths}
     if len(types) > 1:
         raise ValueError(f"Data files must be of one type, got {', '.join(sorted(types))}. Convert them first.")
     suffix, source = types.pop(), ", ".join(files)

@@ -50,7 +50,8 @@ def push() -> None:
     api, text = HfApi(), BOOK.read_text(encoding="utf-8")
     api.create_repo("alice/books", repo_type="dataset")
     for name, begin, end in [("validation", 150_000, 151_500), *((n, n * 4000, n * 4000 + 4000) for n in range(8))]:
-        rows = [json.dumps({"text": text[i : i + 301]}) + "\n" for i in range(begin, end, 301)]
+        other = {"part": name} if name != 3 else {"part": "three", "late": [1]}  # a schema that `datasets` refuses
+        rows = [json.dumps({"text": text[i : i + 301], **other}) + "\n" for i in range(begin, end, 301)]
         place = "validation.jsonl" if name == "validation" else f"train-{name}.jsonl"
         api.upload_file(
             path_or_fileobj="".join(rows).encode(), path_in_repo=place, repo_id="alice/books", repo_type="dataset"

@@ -105,6 +105,43 @@ def test_a_data_set_by_name(tmp_path, streaming):
         assert [row["text"] for row in load(split="train[1:]")] == ["two", "three"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_a_data_set_by_name_may_hold_anything(tmp_path, streaming):
+    """As those of files; also in slices, and of Parquet. Errors name file and row."""
+    lines = [json.dumps(row) + "\n" for row in UNLIKE]
+    sets = {
+        "lines": {"train-0.jsonl": "".join(lines[:2]), "train-1.jsonl": "".join(lines[2:]), "test.jsonl": lines[3]},
+        "tables": {"train-0.csv": "text,id\nNA,1\n", "train-1.csv": "text,id,late\ntwo,x,1\n"},
+        "numbers": {"train.jsonl": jsonl("one") + '{"text": 2}\n'},
+        "bytes": {"train.jsonl": jsonl("one").encode() + b'{"text": "\xe9"}\n'},
+    }
+    for name, files in sets.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            write(tmp_path / name / file, content)
+    (tmp_path / "parquet").mkdir()
+    for number, row in enumerate([{"text": ["one"], "id": [1]}, {"late": ["x"], "text": ["two"], "id": ["y"]}]):
+        Dataset.from_dict(row).to_parquet(tmp_path / "parquet" / f"train-{number}.parquet")
+
+    def texts(name, **options):
+        documents = data.load_documents(dataset_name=str(tmp_path / name), streaming=streaming, **options)
+        assert documents.column_names in (None, ["text"])
+        return [row["text"] for row in documents]
+
+    assert texts("lines") == ["one", "two", None, "three", None] and texts("lines", split="test") == ["three"]
+    assert texts("lines", max_documents=2) == ["one", "two"]
+    assert texts("tables") == ["NA", "two"] and texts("parquet") == ["one", "two"]
+    if not streaming:
+        assert texts("lines", split="train[1:3]+test") == ["two", None, "three"]
+        assert texts("lines", split="train[:40%]") == ["one", "two"]
+    with pytest.raises(ValueError, match=r"numbers/train\.jsonl, line 2, column 'text' must hold a string, got int"):
+        texts("numbers")
+    with pytest.raises(ValueError, match=r"bytes/train\.jsonl must be UTF-8 text; byte 35"):
+        texts("bytes")
+    with pytest.raises(ValueError, match=r"split='nowhere' must be of splits that .*lines has: (train|test), "):
+        texts("lines", split="nowhere")
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz", "a.jsonl.gz"])
 def test_empty_and_blank_files_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"a\.\S+ must hold text, but it is empty \(0 bytes\)"):
