@@ -363,7 +363,9 @@ def _load_named(
             logger.info(f"Reading the text column of {name} alone, since: {error.__cause__ or error}")
     builder = load_dataset_builder(name, config)
     plain, own = type(builder.config)(), ("name", "version", "data_dir", "data_files", "description")
-    files = {key: [*map(str, value)] for key, value in (getattr(builder.config, "data_files", None) or {}).items()}
+    files = {
+        str(key): [*map(str, value)] for key, value in (getattr(builder.config, "data_files", None) or {}).items()
+    }
     kind, options = builder.name, {}
     if kind == "parquet" and files:
         options = {"columns": _parquet_columns(next(iter(files.values()))[:1], text_column)}
