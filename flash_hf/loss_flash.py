@@ -55,7 +55,8 @@ def may_wait(x: Tensor) -> bool:
 def zero_without_labels(loss: Tensor, labels: Tensor) -> Tensor:
     """`loss`, or 0 where all labels are -100: their mean is not a number, and would make every average over steps one.
     The gradients of torch's losses are 0 then."""
-    return torch.where((labels != IGNORE).any().to(loss.device), loss, 0.0)
+    # No scalar is copied to the device, which a CUDA graph could not record.
+    return loss.masked_fill((labels == IGNORE).all().to(loss.device), 0.0)
 
 
 def loss_without_logits(
@@ -100,9 +101,7 @@ def loss_without_logits(
         )  # fmt: skip
         return total.float() / items
     sums = [
-        checkpoint(
-            sum_of_slice, part, head.weight, head.bias, own, use_reentrant=False, preserve_rng_state=False
-        )
+        checkpoint(sum_of_slice, part, head.weight, head.bias, own, use_reentrant=False, preserve_rng_state=False)
         for part, own in zip(hidden.split(SLICE), labels.split(SLICE), strict=True)
     ]
     return torch.stack(sums).sum() / items

@@ -1232,7 +1232,7 @@ def padding_mask(
     model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor | None, marks: list[Tensor | None]
 ) -> Tensor | None:
     """`attention_mask`, or, where there is none, one that leaves out `pad_token_id`: transformers' own heads find
-    padding by its id, too. Not in a graph that is being captured, which cannot read the ids.
+    padding by its id, too. Not while a CUDA graph is recorded.
 
     Args:
         marks: what may give positions or documents; if anything does, rows are taken as they are.
@@ -1241,10 +1241,12 @@ def padding_mask(
     pad = config.pad_token_id
     if attention_mask is not None or input_ids is None or pad is None or any(mark is not None for mark in marks):
         return attention_mask
-    if is_tracing() or not may_wait(input_ids):
-        return None
     if pad in (config.bos_token_id, config.eos_token_id):
         model.warn_if_padding_and_no_attention_mask(input_ids, None)
+        return None
+    if is_tracing():
+        return input_ids != pad
+    if not may_wait(input_ids):
         return None
     real_BN = input_ids != pad
     return None if bool(real_BN.all()) else real_BN
@@ -1300,8 +1302,8 @@ def class_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, items: Te
         return loss if items is None else loss * share(labels, items).to(loss.device)
     if config.problem_type == "multi_label_classification" and not hasattr(model, "_loss_function"):
         known = labels != IGNORE
-        losses = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0), reduction="none")
-        loss = torch.where(known, losses, 0).sum() / known.sum()
+        losses = F.binary_cross_entropy_with_logits(logits, labels.masked_fill(~known, 0.0), reduction="none")
+        loss = losses.masked_fill(~known, 0.0).sum() / known.sum()
     return per_item(loss, labels, items)
 
 
@@ -1388,7 +1390,7 @@ def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, widt
                 f"{name} must be columns of real tokens, or -100 where there is no answer: row {row} has "
                 f"{int(places[row])}, where attention_mask is 0. Count the columns in the padded row."
             )
-    return torch.where(known, places, IGNORE)
+    return places.masked_fill(~known, IGNORE)
 
 
 @auto_docstring

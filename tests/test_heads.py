@@ -121,6 +121,25 @@ def test_padding_is_found_by_its_id(cls, is_decoder):
         model.config.eos_token_id = 7
 
 
+@DIRECTIONS
+def test_compiled_heads_find_the_same_padding_and_documents(is_decoder):
+    """A graph cannot ask whether there is any padding, or raise an error; packed rows break it."""
+    config = tiny_config(num_labels=3, num_hidden_layers=1, is_decoder=is_decoder, pad_token_id=5)
+    model = make_model(FlashForSequenceClassification, config)
+    ids = random_ids(config, 3, 13)
+    ids[ids == 5] = 6
+    ids[0, 9:] = 5
+    labels = torch.tensor([0, -100, 2])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for wanted in (labels, torch.full_like(labels, -100)):
+        out, expected = compiled(input_ids=ids, labels=wanted), model(input_ids=ids, labels=wanted)
+        assert_close(out.logits, expected.logits, 1e-12)
+        assert_close(out.loss, expected.loss, 1e-12)
+    packed = torch.cat([torch.arange(5), torch.arange(8)]).expand(3, -1)
+    with pytest.raises(ValueError, match="one answer per row"):
+        torch.compile(model, backend="eager")(input_ids=ids, position_ids=packed)
+
+
 def test_padding_is_found_where_llama_finds_it():
     """Llama's head takes the state of the last token that is not padding; so does a causal FLASH without a mask."""
     config = LlamaConfig(
