@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import dis
+import io
 import json
 import os
 import re
@@ -68,6 +69,7 @@ class OptionParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main`, end with the code that it returns, and tell a mistake of the user in one sentence."""
     program = Path(sys.argv[0]).name
+    speak_utf8()
     try:
         code = main()
         sys.stdout.flush()
@@ -85,6 +87,15 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = 1
     if code is not None:
         sys.exit(code)
+
+
+def speak_utf8() -> None:
+    """Read UTF-8 from stdin and write it into pipes and files, whatever the locale is. A terminal keeps its encoding,
+    and shows a question mark for what that lacks."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            terminal = stream is sys.stdout and stream.isatty()
+            stream.reconfigure(**({"errors": "replace"} if terminal else {"encoding": "utf-8"}))
 
 
 def explain(error: BaseException) -> str | None:

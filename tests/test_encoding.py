@@ -2,6 +2,7 @@
 """Text files are UTF-8 whatever the locale is: each call that opens one says so."""
 
 import ast
+import io
 import json
 import os
 import sys
@@ -9,6 +10,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+
+from flash_hf.command_line import run_command
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +74,24 @@ def test_every_file_is_opened_as_utf8():
                 sources[path / f"cell {number}"] = "".join(cell["source"])
     assert len(sources) > 100
     assert {str(path.relative_to(ROOT)): lines for path, text in sources.items() if (lines := text_calls(text))} == {}
+
+
+class Out(io.BytesIO):
+    terminal = False
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_commands_speak_utf8(terminal, monkeypatch):
+    """In pipes; a terminal is written to as it can read."""
+    out = Out()
+    out.terminal = terminal
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本 é".encode()), encoding="latin-1"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="latin-1"))
+    run_command(lambda: print(sys.stdin.read(), end=""))
+    assert out.getvalue() == ("?? \xe9".encode("latin-1") if terminal else "日本 é".encode())
 
 
 def test_a_file_opened_otherwise_is_an_error_in_make_test(request, tmp_path):
