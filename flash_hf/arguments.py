@@ -20,6 +20,7 @@ from huggingface_hub import whoami
 from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
 from .budget import MAX_STEPS
@@ -402,6 +403,10 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
     if metric not in metrics:
         known = ", ".join(metrics)
         raise ValueError(f"metric_for_best_model must be one of {known}, got {metric!r}.{nearest(metric, metrics)}")
+    if args.auto_find_batch_size and getattr(args, "batch_tokens", None) is not None:
+        raise ValueError("auto_find_batch_size must be left out with batch_tokens, which it would change.")
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise ValueError("fsdp is for several processes, got one: put `accelerate launch` in front of the command.")
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ImportError("use_liger_kernel needs liger-kernel: pip install 'flash-hf[kernels]'")
     try:

@@ -50,7 +50,10 @@ class OptionParser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
                 self.error(self.unknown_option(name))
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:  # HfArgumentParser would raise an error of its own
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
 
     def unknown_option(self, name: str) -> str:
         """What to say of an option that does not exist."""
@@ -64,6 +67,27 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind: type, *, least: float | None = None, above: float | None = None, most: float | None = None):
+    """A `type` for `add_argument`: int or float, within bounds."""
+
+    def parse(word: str) -> int | float:
+        value = kind(word)
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {word}")
+        if above is not None and not value > above:
+            raise argparse.ArgumentTypeError(f"must be above {above}, got {word}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {word}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its own errors
+    return parse
+
+
+natural = number(int, least=1)
+seed = number(int, least=0)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -127,30 +151,30 @@ def is_deliberate(error: BaseException) -> bool:
 # --- what options name -----------------------------------------------------------------------------------------------
 
 
-def load_pretrained(auto: Any, name: str | Path, *, option: str, **options) -> Any:
-    """`auto.from_pretrained(name)`, with errors that name the option.
+def load_named(load: Callable, source: str | Path, /, *, option: str, **options) -> Any:
+    """`load(source, **options)`, with errors that name the option.
 
     Args:
-        auto: a class with `from_pretrained`: of models, configurations or tokenizers.
-        name: a folder, or a name on the Hub.
-        option: where the name comes from, for instance `--model`.
+        load: `from_pretrained` of a class, or `load_dataset`.
+        source: a folder, or a name on the Hub.
+        option: where the source comes from, for instance `--model`.
 
     Raises:
         FileNotFoundError: there is no such folder, and it cannot be a name on the Hub.
         OSError: nor does the Hub, or its cache, give it.
     """
-    path = Path(name).expanduser()
+    path = Path(source).expanduser()
     if path.is_dir():
-        return auto.from_pretrained(str(path), **options)
+        return load(str(path), **options)
     if path.is_file():
-        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; {name} is a file. Give its folder.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
-        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; there is no folder {name}.")
+        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; {source} is a file.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
+        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; there is no folder {source}.")
     try:
-        return auto.from_pretrained(str(name), **options)
+        return load(str(source), **options)
     except OSError as error:
         reason = str(error).split("\n")[0]
-        raise OSError(f"{option} {name} is no folder here, and not to be had from the Hub: {reason}") from error
+        raise OSError(f"{option} {source} is no folder here, and not to be had from the Hub: {reason}") from error
 
 
 def find_device(name: str | None) -> torch.device:
@@ -203,5 +227,6 @@ def read_json(path: str | Path, kind: type) -> Any:
 
 
 __all__ = [
-    "EXTRAS", "OptionParser", "explain", "find_device", "load_pretrained", "read_json", "read_text", "run_command",
+    "EXTRAS", "OptionParser", "explain", "find_device", "load_named", "natural", "number", "read_json", "read_text",
+    "run_command", "seed",
 ]  # fmt: skip

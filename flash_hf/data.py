@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .command_line import load_pretrained
+from .command_line import load_named
 from .hub import vocabulary_size
 from .loss_flash import IGNORE
 
@@ -293,7 +293,10 @@ def load_documents(
     if (files is None) == (dataset_name is None):
         raise ValueError(f"Documents come either from files or from dataset_name, got {files=} and {dataset_name=}.")
     if dataset_name is not None:
-        documents, text_column = _load_named(dataset_name, dataset_config_name, split, streaming, text_column)
+        documents, text_column = load_named(
+            _load_named, dataset_name, option="--dataset_name", config=dataset_config_name, split=split,
+            streaming=streaming, text_column=text_column,
+        )  # fmt: skip
         source = dataset_name
     else:
         paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files)]
@@ -523,7 +526,7 @@ def load_tokenizer(name_or_path: str, *, masked: bool) -> PreTrainedTokenizerBas
         ValueError: no token to end documents with, or none to mask with.
         OSError: there is no such tokenizer.
     """
-    tokenizer = load_pretrained(AutoTokenizer, name_or_path, option="--tokenizer")
+    tokenizer = load_named(AutoTokenizer.from_pretrained, name_or_path, option="--tokenizer")
     if document_end(tokenizer) is None:
         raise ValueError(
             f"The tokenizer {name_or_path} has neither an eos_token nor a sep_token to end documents with."

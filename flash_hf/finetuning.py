@@ -42,7 +42,7 @@ from transformers.utils import logging
 
 from . import data
 from .cells import provenance
-from .command_line import load_pretrained
+from .command_line import load_named
 from .hub import vocabulary_size
 from .metrics import Accuracy, MacroF1, SpanF1, Squad
 from .training import (
@@ -175,7 +175,9 @@ def load_rows(
             that lacks a column.
     """
     if files is None:
-        rows = load_dataset(args.dataset_name, args.dataset_config_name, split=split)
+        rows = load_named(
+            load_dataset, args.dataset_name, option="--dataset_name", name=args.dataset_config_name, split=split
+        )
         return select_columns(rows, columns, f"{args.dataset_name}, split {split}")
     paths = [Path(file) for file in files]
     for path in paths:
@@ -750,7 +752,9 @@ def load_model(
         model = task.auto.from_config(config)
     elif model_args.model is not None:
         # A head for other classes is made anew, and transformers says so.
-        model = load_pretrained(task.auto, model_args.model, option="--model", ignore_mismatched_sizes=True, **names)
+        model = load_named(
+            task.auto.from_pretrained, model_args.model, option="--model", ignore_mismatched_sizes=True, **names
+        )
     else:
         config = new_config("masked", config_fields(model_args), tokenizer)
         for name, value in names.items():

@@ -62,7 +62,7 @@ from .arguments import (
     warmup_length,
 )
 from .budget import TimeBudget
-from .command_line import load_pretrained
+from .command_line import load_named
 from .configuration_flash import FlashConfig
 from .graphs import GraphedBackward
 from .hub import vocabulary_size
@@ -554,7 +554,7 @@ def check_sources(model_args: ModelArguments) -> None:
     """
     for option, auto in (("model", AutoConfig), ("tokenizer", AutoTokenizer)):
         if (name := getattr(model_args, option)) is not None:
-            load_pretrained(auto, name, option=f"--{option}")
+            load_named(auto.from_pretrained, name, option=f"--{option}")
 
 
 def load_model(
@@ -578,7 +578,7 @@ def load_model(
                 )
         model = auto.from_config(config)
     elif model_args.model is not None:
-        model = load_pretrained(auto, model_args.model, option="--model")
+        model = load_named(auto.from_pretrained, model_args.model, option="--model")
     else:
         model = auto.from_config(new_config(kind, fields, tokenizer))
     needed = vocabulary_size(tokenizer)
@@ -713,6 +713,11 @@ def run_training(
         raise ValueError(
             f"dataloader_num_workers must be 0 with --streaming, got {args.dataloader_num_workers}: a stream is read "
             "by a thread of its own, which tokenises on all cores."
+        )
+    if data_args.streaming and args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size must be left out with --streaming: a stream does not begin again with smaller "
+            "batches. Give --per_device_train_batch_size."
         )
     fields = config_fields(model_args)
     check_sources(model_args)

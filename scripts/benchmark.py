@@ -11,6 +11,7 @@ one layer, and on the CPU. First a gate: if the fast path is not right, nothing 
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import torch
 from flash_hf import benchmark_report as report
 from flash_hf import benchmark_runs as runs
 from flash_hf.benchmarking import MODELS, gate
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, run_command
 
 
 FIRST = ("flash", "transformer++")
@@ -33,8 +34,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groups", help=f"comma-separated, of {', '.join(runs.GROUPS)}; default: all of the device")
     parser.add_argument("--contexts", help="comma-separated; only these contexts")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/results.csv"), help="CSV to append to")
-    parser.add_argument("--rounds", type=int, help="times that a process goes through its cases; default 2, smoke: 1")
-    parser.add_argument("--reps", type=int, help="samples of a case in each round; default 8, smoke: 2")
+    parser.add_argument(
+        "--rounds", type=natural, help="times that a process goes through its cases; default 2, smoke: 1"
+    )
+    parser.add_argument("--reps", type=natural, help="samples of a case in each round; default 8, smoke: 2")
     parser.add_argument("--limit_s", type=float, default=300, help="most seconds for one (model, group)")
     parser.add_argument("--total_s", type=float, default=0, help="begin no process after so many seconds; 0: no limit")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU, in this process")
@@ -54,6 +57,8 @@ def parse() -> argparse.Namespace:
             if unknown := set(getattr(args, name)) - set(known):
                 parser.error(f"--{name}: unknown {sorted(unknown)}; choose from {', '.join(known)}")
     if args.contexts is not None:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.contexts):
+            parser.error(f"--contexts must be whole numbers with commas between them, got {args.contexts!r}")
         args.contexts = tuple(map(int, args.contexts.split(",")))
     return args
 

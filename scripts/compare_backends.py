@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from flash_hf import FlashConfig, FlashForCausalLM
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, run_command, seed
 
 
 # Name: backend, type of the matrix products.
@@ -67,16 +67,18 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="text file to train on")
     parser.add_argument("--folder", default="runs/backends", help="where the results go")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--workers", type=int, default=1, help="runs at once, each in a process of its own")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=16, help="rows a step")
-    parser.add_argument("--length", type=int, default=1000, help="bytes a row: no multiple of a chunk, on purpose")
+    parser.add_argument("--workers", type=natural, default=1, help="runs at once, each in a process of its own")
+    parser.add_argument("--steps", type=natural, default=1000)
+    parser.add_argument("--batch", type=natural, default=16, help="rows a step")
+    parser.add_argument("--length", type=natural, default=1000, help="bytes a row: no multiple of a chunk, on purpose")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--tiny", action="store_true", help="a model for a laptop")
     options = parser.parse_args()
     if not Path(options.text).is_file():
         parser.error(f"--text must be a text file, and {options.text} is none")
+    if Path(options.text).stat().st_size <= options.length:
+        parser.error(f"--text must hold more than --length={options.length} bytes, and {options.text} does not")
 
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,25 +11,27 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer, set_seed
 
-from flash_hf.command_line import OptionParser, load_pretrained, read_text, run_command
+from flash_hf.command_line import OptionParser, load_named, natural, number, read_text, run_command, seed
 
 
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of a causal model")
     parser.add_argument("--book", required=True, help="text file to continue")
-    parser.add_argument("--tokens", type=int, default=100_000, help="read so many; a shorter book is read again")
-    parser.add_argument("--segment", type=int, default=2048, help="tokens read at once")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--tokens", type=number(int, least=2), default=100_000, help="read so many; a shorter book is read again"
+    )
+    parser.add_argument("--segment", type=natural, default=2048, help="tokens read at once")
+    parser.add_argument("--max_new_tokens", type=natural, default=200)
+    parser.add_argument("--temperature", type=number(float, above=0), default=0.8)
+    parser.add_argument("--top_p", type=number(float, above=0, most=1), default=0.95)
+    parser.add_argument("--seed", type=seed, default=0)
     args = parser.parse_args()
     from flash_hf.evaluation import cache_bytes, memory_bytes, read_long
 
     book = read_text(args.book)
-    model = load_pretrained(AutoModelForCausalLM, args.model, option="--model", dtype=torch.float32).eval()
-    tokenizer = load_pretrained(AutoTokenizer, args.model, option="--model")
+    model = load_named(AutoModelForCausalLM.from_pretrained, args.model, option="--model", dtype=torch.float32).eval()
+    tokenizer = load_named(AutoTokenizer.from_pretrained, args.model, option="--model")
     ids = tokenizer(book, verbose=False)["input_ids"]
     if len(ids) < 2:
         parser.error(f"{args.book} has no text to continue")

@@ -7,10 +7,11 @@ folder that from_pretrained loads: exactly, or not at all, with the reason. All 
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, run_command
 from flash_hf.conversion import CONVERTERS, convert, detect_kind, read_state_dict, save_tokenizer
 
 
@@ -31,10 +32,12 @@ def main() -> None:
     lucidrains.add_argument(
         "--shift", action=argparse.BooleanOptionalAction, help="shift_tokens, True by default in FLASHTransformer"
     )
-    lucidrains.add_argument("--chunk_size", type=int, help="group_size; 256 by default")
+    lucidrains.add_argument("--chunk_size", type=natural, help="group_size; 256 by default")
     lucidrains.add_argument("--laplace", action="store_true", help="laplace_attn_fn=True")
     lucidrains.add_argument("--separate_groups", action="store_true", help="reduce_group_non_causal_attn=False")
     args = parser.parse_args()
+    if Path(args.output).is_file():
+        parser.error(f"output must be a folder, and {args.output} is a file")
 
     state, settings = read_state_dict(args.input)
     kind = args.kind or detect_kind(state)

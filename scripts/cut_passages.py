@@ -9,17 +9,17 @@ import json
 import random
 from pathlib import Path
 
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, run_command, seed
 
 
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--files", nargs="+", required=True, help="texts, as train_mlm.py takes them")
     parser.add_argument("--output", required=True, type=Path, help=".jsonl file to write")
-    parser.add_argument("--shortest", type=int, default=8, help="words that are drawn at least")
-    parser.add_argument("--longest", type=int, default=2048, help="words that are drawn at most")
-    parser.add_argument("--max_documents", type=int, default=None, help="of each file, the first ones only")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths and order")
+    parser.add_argument("--shortest", type=natural, default=8, help="words that are drawn at least")
+    parser.add_argument("--longest", type=natural, default=2048, help="words that are drawn at most")
+    parser.add_argument("--max_documents", type=natural, default=None, help="of each file, the first ones only")
+    parser.add_argument("--seed", type=seed, default=0, help="of lengths and order")
     args = parser.parse_args()
     from flash_hf.data import load_documents
     from flash_hf.passages import passages

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline, set_seed
 
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, number, run_command
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,10 +79,10 @@ def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--book", type=Path, default=BOOK, help="text to learn")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
-    parser.add_argument("--causal_steps", type=int, default=600, help="training steps of the causal model")
-    parser.add_argument("--masked_steps", type=int, default=1200, help="training steps of the masked model")
-    parser.add_argument("--learning_rate", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--vocab_size", type=int, default=1024, help="size of the tokenizer")
+    parser.add_argument("--causal_steps", type=natural, default=600, help="training steps of the causal model")
+    parser.add_argument("--masked_steps", type=natural, default=1200, help="training steps of the masked model")
+    parser.add_argument("--learning_rate", type=number(float, above=0), default=3e-3, help="peak learning rate")
+    parser.add_argument("--vocab_size", type=natural, default=1024, help="size of the tokenizer")
     parser.add_argument(
         "--config_overrides",
         default="hidden_size=128,num_hidden_layers=2,query_key_dim=64,chunk_size=64,initializer_range=0.05",

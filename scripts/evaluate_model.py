@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from flash_hf.command_line import OptionParser, find_device, load_pretrained, read_json, run_command
+from flash_hf.command_line import OptionParser, find_device, load_named, natural, number, read_json, run_command
 
 
 MEASURES = ("perplexity", "masked", "pseudo", "speed", "recall", "lm_eval")
@@ -48,15 +48,24 @@ def main() -> None:
     parser.add_argument("--files", nargs="+", help="held-out texts, as the training scripts take them")
     parser.add_argument("--dataset", default=None, help="what the results call these; else the first file's name")
     parser.add_argument("--measure", nargs="+", choices=MEASURES, required=True)
-    parser.add_argument("--max_documents", type=int, default=None, help="of the files, the first ones only")
-    parser.add_argument("--context", type=int, default=None, help="perplexity: tokens to remember; all if left out")
-    parser.add_argument("--segment", type=int, default=4096, help="perplexity: tokens read at once")
-    parser.add_argument("--block_size", type=int, default=512, help="masked: tokens in a block")
-    parser.add_argument("--mlm_probability", type=float, default=0.15, help="masked: share of the tokens masked")
-    parser.add_argument("--passages", type=int, default=100, help="pseudo: the first documents, so many")
-    parser.add_argument("--batch_size", type=int, default=8, help="of masked and pseudo")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 8192], help="speed, recall: tokens of a row")
-    parser.add_argument("--limit", type=int, default=None, help="lm_eval: the first questions of each task only")
+    parser.add_argument("--max_documents", type=natural, default=None, help="of the files, the first ones only")
+    parser.add_argument(
+        "--context", type=natural, default=None, help="perplexity: tokens to remember; all if left out"
+    )
+    parser.add_argument("--segment", type=natural, default=4096, help="perplexity: tokens read at once")
+    parser.add_argument("--block_size", type=number(int, least=2), default=512, help="masked: tokens in a block")
+    parser.add_argument(
+        "--mlm_probability",
+        type=number(float, above=0, most=1),
+        default=0.15,
+        help="masked: share of the tokens masked",
+    )
+    parser.add_argument("--passages", type=natural, default=100, help="pseudo: the first documents, so many")
+    parser.add_argument("--batch_size", type=natural, default=8, help="of masked and pseudo")
+    parser.add_argument(
+        "--lengths", type=natural, nargs="+", default=[512, 8192], help="speed, recall: tokens of a row"
+    )
+    parser.add_argument("--limit", type=natural, default=None, help="lm_eval: the first questions of each task only")
     dtypes = ("float32", "bfloat16", "float16", "auto")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights; auto: as saved")
     parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one")
@@ -72,7 +81,7 @@ def main() -> None:
         if args.output.exists():
             read_json(args.output, list)
     device = find_device(args.device)
-    config = load_pretrained(AutoConfig, args.model, option="--model")
+    config = load_named(AutoConfig.from_pretrained, args.model, option="--model")
     masked = "MaskedLM" in (config.architectures or [""])[0]
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     causal_only = {"perplexity", "recall", "lm_eval"} & set(args.measure)
@@ -80,8 +89,8 @@ def main() -> None:
     if wrong:
         parser.error(f"{', '.join(sorted(wrong))} cannot be measured with {(config.architectures or ['no head'])[0]}")
     documents = data.load_documents(args.files, max_documents=args.max_documents) if args.files else None
-    tokenizer = load_pretrained(AutoTokenizer, args.model, option="--model")
-    model = load_pretrained(auto, args.model, option="--model", dtype=args.dtype).to(device).eval()
+    tokenizer = load_named(AutoTokenizer.from_pretrained, args.model, option="--model")
+    model = load_named(auto.from_pretrained, args.model, option="--model", dtype=args.dtype).to(device).eval()
 
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     found = []

@@ -31,7 +31,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 import flash_hf.baselines  # registers Transformer++
 from flash_hf import FlashConfig, data, finetuning, training
 from flash_hf.cells import CellRunner, provenance, write_json
-from flash_hf.command_line import OptionParser, read_json, run_command
+from flash_hf.command_line import OptionParser, natural, read_json, run_command
 from flash_hf.hub import vocabulary_size
 
 
@@ -506,21 +506,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="folder for summary.json and summary.md; --work if left out")
     parser.add_argument("--commit", help="to note with the results, where git cannot tell it")
     parser.add_argument("--smoke", action="store_true", help="tiny models, few steps: does the study run?")
-    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--hidden_size", type=natural, default=512)
     parser.add_argument(
         "--layers", type=int, default=12, help="layers of FLASH; Transformer++ has half as many blocks"
     )
-    parser.add_argument("--vocab_size", type=int, default=16384)
-    parser.add_argument("--block_size", type=int, default=1024)
-    parser.add_argument("--batch_tokens", type=int, default=32768)
-    parser.add_argument("--pretrain_steps", type=int, default=800)
+    parser.add_argument("--vocab_size", type=natural, default=16384)
+    parser.add_argument("--block_size", type=natural, default=1024)
+    parser.add_argument("--batch_tokens", type=natural, default=32768)
+    parser.add_argument("--pretrain_steps", type=natural, default=800)
     parser.add_argument(
         "--pretrain_rates", type=float, nargs="+", default=[1e-3, 2e-3], help="the grid of pretraining"
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="the grid of fine-tuning")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=natural, default=3)
     parser.add_argument("--tasks", nargs="+", help="a part of the labelled sets")
-    parser.add_argument("--workers", type=int, default=4, help="fine-tunings beside each other")
+    parser.add_argument("--workers", type=natural, default=4, help="fine-tunings beside each other")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="layers, in pretraining"

@@ -10,7 +10,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
-from flash_hf.command_line import OptionParser, find_device, load_pretrained, read_text, run_command
+from flash_hf.command_line import OptionParser, find_device, load_named, natural, number, read_text, run_command, seed
 
 
 class TimedStreamer(TextStreamer):
@@ -27,19 +27,30 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt_file", help="file with the text to continue; - reads it from stdin")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="length of the continuation")
+    parser.add_argument("--max_new_tokens", type=natural, default=200, help="length of the continuation")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token instead of sampling")
-    parser.add_argument("--temperature", type=float, default=0.8, help="sampling: below 1 keeps to the likely")
-    parser.add_argument("--top_k", type=int, default=50, help="sampling: choose among so many tokens; 0 for all")
-    parser.add_argument("--top_p", type=float, default=0.95, help="sampling: choose among this share of probability")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repeating")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument(
+        "--temperature", type=number(float, above=0), default=0.8, help="sampling: below 1 keeps to the likely"
+    )
+    parser.add_argument(
+        "--top_k", type=number(int, least=0), default=50, help="sampling: choose among so many tokens; 0 for all"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=number(float, above=0, most=1),
+        default=0.95,
+        help="sampling: choose among this share of probability",
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=number(float, above=0), default=1.0, help="above 1 discourages repeating"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="cache_implementation")
     parser.add_argument(
-        "--prefill_chunk_size", type=int, default=None, help="read the prompt in pieces of so many tokens"
+        "--prefill_chunk_size", type=natural, default=None, help="read the prompt in pieces of so many tokens"
     )
     args = parser.parse_args()
 
@@ -48,8 +59,12 @@ def main() -> None:
     else:
         prompt = sys.stdin.read() if args.prompt_file == "-" else read_text(args.prompt_file)
     device = find_device(args.device)
-    model = load_pretrained(AutoModelForCausalLM, args.model, option="--model", dtype=args.dtype).to(device).eval()
-    tokenizer = load_pretrained(AutoTokenizer, args.model, option="--model")
+    model = (
+        load_named(AutoModelForCausalLM.from_pretrained, args.model, option="--model", dtype=args.dtype)
+        .to(device)
+        .eval()
+    )
+    tokenizer = load_named(AutoTokenizer.from_pretrained, args.model, option="--model")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if inputs["input_ids"].shape[1] == 0:
         parser.error("the prompt has no tokens: give at least one word")

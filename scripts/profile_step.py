@@ -14,20 +14,22 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flash_hf import FlashConfig, FlashModel
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, run_command
 
 
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, default=65_536, help="of a step")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--hidden_size", type=int, default=768)
+    parser.add_argument("--context", type=natural, default=8192)
+    parser.add_argument("--tokens", type=natural, default=65_536, help="of a step")
+    parser.add_argument("--layers", type=natural, default=24)
+    parser.add_argument("--hidden_size", type=natural, default=768)
     parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto")
     parser.add_argument("--bidirectional", action="store_true")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=20, help="kernels to list")
+    parser.add_argument("--steps", type=natural, default=12)
+    parser.add_argument("--rows", type=natural, default=20, help="kernels to list")
     options = parser.parse_args()
+    if options.tokens < options.context:
+        parser.error(f"--tokens must be at least --context={options.context}, got {options.tokens}")
 
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from flash_hf.cells import CellRunner, Gate, serve, write_json
-from flash_hf.command_line import OptionParser, read_json, run_command
+from flash_hf.command_line import OptionParser, natural, read_json, run_command
 from flash_hf.study import grid
 
 
@@ -42,12 +42,12 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of tokens, logs and new cells")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
-    parser.add_argument("--vocab_size", type=int, help="of the tokenizer; 8192 unless given (with --tiny 600)")
-    parser.add_argument("--max_tokens", type=int, default=31_000_000, help="of each corpus")
+    parser.add_argument("--vocab_size", type=natural, help="of the tokenizer; 8192 unless given (with --tiny 600)")
+    parser.add_argument("--max_tokens", type=natural, default=31_000_000, help="of each corpus")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells, by name, instead of the whole grid")
     parser.add_argument("--list", action="store_true", help="print the cells to run, as far as known yet, and end")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
-    parser.add_argument("--workers", type=int, default=1, help="cells beside each other on each device")
+    parser.add_argument("--workers", type=natural, default=1, help="cells beside each other on each device")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into this file")
     parser.add_argument("--unbundle", type=Path, metavar="FILE", help="add a bundle's cells to --results, and end")
     parser.add_argument("--report", action="store_true", help="print the tables of RESULTS.md, and end")
@@ -92,6 +92,10 @@ def main() -> int:
     if options.report:
         from flash_hf.study import report
 
+        if not options.results.is_dir():
+            raise FileNotFoundError(
+                f"--results must be a folder of finished cells; there is no folder {options.results}."
+            )
         results = grid.load_results(options.results)
         if options.fill:
             options.fill.write_text(report.fill(options.fill.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -8,7 +8,7 @@ Tokenise text once, for many trainings or for a rented machine whose minutes cou
 import argparse
 from pathlib import Path
 
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, run_command
 from flash_hf.hub import vocabulary_size
 
 
@@ -17,9 +17,10 @@ def main() -> None:
     parser.add_argument("--files", nargs="+", required=True, help="texts, as the training scripts take them")
     parser.add_argument("--tokenizer", required=True, help="folder or Hub name")
     parser.add_argument("--output", required=True, type=Path, help=".parquet file to write")
-    parser.add_argument("--max_documents", type=int, default=None, help="the first ones only")
-    parser.add_argument("--num_proc", type=int, default=None, help="processes that tokenise")
-    parser.add_argument("--compression", default="zstd", help="of the file; none, if it is packed afterwards")
+    parser.add_argument("--max_documents", type=natural, default=None, help="the first ones only")
+    parser.add_argument("--num_proc", type=natural, default=None, help="processes that tokenise")
+    kinds = ("none", "snappy", "gzip", "brotli", "lz4", "zstd")
+    parser.add_argument("--compression", choices=kinds, default="zstd", help="of the file; none, if packed afterwards")
     args = parser.parse_args()
     if args.output.suffix != ".parquet":
         parser.error(f"--output must end in .parquet, got {args.output}")

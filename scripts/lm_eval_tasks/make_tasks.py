@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from flash_hf.command_line import OptionParser, run_command
+from flash_hf.command_line import OptionParser, natural, run_command, seed
 
 
 CONTEXT_WORDS = 60  # at least
@@ -69,8 +69,8 @@ def following(parts: list[str], draw: random.Random) -> list[dict]:
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", nargs="+", required=True, help="texts, as the training scripts take them")
-    parser.add_argument("--questions", type=int, default=200, help="of each task, at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--questions", type=natural, default=200, help="of each task, at most")
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the .jsonl files")
     args = parser.parse_args()
     from flash_hf.data import load_documents
