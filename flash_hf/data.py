@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property, partial
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
@@ -177,15 +178,16 @@ def refuse_missing(path: Path | str, missing: dict[str, str], found: Collection[
 def _read_json(path: Path | str) -> Iterator[tuple[str, dict]]:
     """Rows of JSON Lines, of an array of objects or strings, or of a single object over several lines."""
     with open_text(path) as file:
-        first = next((line for line in file if line.strip()), "")
-        file.seek(0)
-        if not first.lstrip().startswith("[") and _parse(first) is not None:
-            for number, line in enumerate(file, 1):
+        begin = [""]
+        while begin[-1].strip() == "" and (line := file.readline()):
+            begin.append(line)
+        if not begin[-1].lstrip().startswith("[") and _parse(begin[-1]) is not None:
+            for number, line in enumerate(chain(begin[1:], file), 1):
                 if line.strip():
                     place = f"{path}, line {number}"
                     yield place, _as_object(_parse(line, place), place)
             return
-        content = _parse(file.read(), str(path))
+        content = _parse("".join(begin) + file.read(), str(path))
     for number, row in enumerate(content if isinstance(content, list) else [content], 1):
         place = f"{path}, row {number}"
         yield place, {"text": row} if isinstance(row, str) else _as_object(row, place)
