@@ -8,6 +8,7 @@ Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width,
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -40,7 +41,8 @@ class Heads(NamedTuple):
     lin_k: Tensor | None
 
 
-class DecodingState(NamedTuple):
+@dataclass(eq=False)
+class DecodingState:
     """What one layer remembers of each row's open document: constant in size, whatever the length.
 
     Attributes:
@@ -61,6 +63,10 @@ class DecodingState(NamedTuple):
     value: Tensor
     total: Tensor | None
     seen: Tensor
+
+    # Not a NamedTuple, which transformers' exporters cannot rebuild.
+    def __iter__(self):
+        return iter((self.quad_k, self.lin_k, self.value, self.total, self.seen))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -438,7 +444,8 @@ def mixed_chunk_step(
     Returns:
         `[B, 1, E]`; any finite value for rows whose token is padding, which leave no trace in the state.
     """
-    C, E = state.value.shape[1:]
+    # An exporter takes every size of a cache for a variable; this one is a constant of the model.
+    C, E = int(state.value.shape[1]), state.value.shape[2]
     seen_B = state.seen
     phase_B = (seen_B + layout.shift) % C
     # Tokens in closed chunks: the first chunk, alone, begins before its document.

@@ -84,12 +84,22 @@ class FlashChunkCacheLayer(CacheLayerMixin):
     def __init__(self, **kwargs):
         CacheLayerMixin.__init__(self)
         self.state: DecodingState | None = None
-        self.cumulative_length: int | Tensor = 0
+        self.cumulative_length = 0
         self.record_past = False
         self.previous_key = False
         self.shift = 0
         self._snapshot: DecodingState | None = None
         self._recorded: list[tuple] = []
+
+    @property
+    def cumulative_length(self) -> int | Tensor:
+        """Columns of input so far, padding included. Kept as a size: an exported program takes an attribute that is a
+        number for a constant."""
+        return self._columns.shape[0]
+
+    @cumulative_length.setter
+    def cumulative_length(self, columns: int) -> None:
+        self._columns = torch.empty(columns, 0)
 
     @property
     def batch_size(self) -> int:
@@ -282,6 +292,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
 
     _layer_type = CHUNK_LAYER_TYPE
     is_compileable = True
+    cumulative_length: Tensor = None
 
     def __init__(self, max_cache_len: int = -1, **kwargs):
         FlashChunkCacheLayer.__init__(self)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from torch.export import Dim
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from flash_hf import (
     FlashForCausalLM,
@@ -183,3 +184,62 @@ def test_torchscript_trace_at_any_length(case):
     for length, rows in LENGTHS:
         batch = batch_of(model, given, rows, length)
         assert_close(traced(*batch.values()), model(**batch).logits, 1e-5, f"length {length}")
+
+
+def generation_exporter(name):
+    """The exporter and its options; skips where transformers' exporters have no runners yet (5.17)."""
+    pytest.importorskip("transformers.exporters.runners")
+    if name == "onnx":
+        pytest.importorskip("onnxruntime")
+        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+        return OnnxExporter(), OnnxConfig(dynamic=True)
+    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+    return DynamoExporter(), DynamoConfig(dynamic=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "exporter, example, cache, several, changes",
+    [
+        ("dynamo", C - 3, "dynamic", False, {"chunk_shift": 3, "global_form": "previous_token"}),
+        ("dynamo", 2 * C + 4, "dynamic", True, {"num_hidden_layers": 1}),
+        ("dynamo", 2 * C + 4, "static", False, {"num_hidden_layers": 1}),
+        ("dynamo", C - 3, "dynamic", False, QUADRATIC),
+        ("onnx", C - 3, "dynamic", False, {"num_hidden_layers": 1}),
+    ],
+)
+def test_export_for_generation(exporter, example, cache, several, changes):
+    """Prefill at any length, then steps over the border of a chunk, each beside a call without cache."""
+    exporter, options = generation_exporter(exporter)
+    model = make_model(
+        FlashForCausalLM, tiny_config(**{"num_hidden_layers": 2, "pad_token_id": 0, **changes}), dtype=torch.float32
+    )
+    static = {"cache_implementation": "static", "max_cache_len": 64} if cache == "static" else {}
+    settings = GenerationConfig(do_sample=False, pad_token_id=0, **static)
+    prompt = batch_of(model, "mask", 2, example)
+    prompt["attention_mask"] = prompt["attention_mask"].sort(1).values  # padded on the left
+    exported = exporter.export_for_generation(
+        model, prompt, config=options, generation_config=settings, multi_token_decode=several
+    )
+    steps = 2 * C + 1
+    for length, rows in LENGTHS[::2]:
+        ids = random_ids(model.config, rows, length + steps, seed=length)
+        mask = torch.ones_like(ids)
+        mask[0, : min(2, length - 1)] = 0
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+        state = StaticCache(model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
+        start = 0
+        while start < length + steps:
+            stage = "decode" if start else "prefill"
+            end = min(start + 3, length + steps) if several and start else start + 1 if start else length
+            batch = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end], "cache": state}
+            if "attention_mask" in exported.components[stage].metadata.kwargs:
+                batch["attention_mask"] = mask[:, :end]
+            outputs = exported.runners[stage](**batch)
+            state = outputs.cache
+            assert_close(outputs.logits[:, -1], expected[:, end - 1], 1e-5, f"prompt {length}, token {end - 1}")
+            start = end
