@@ -445,7 +445,7 @@ def mixed_chunk_step(
         `[B, 1, E]`; any finite value for rows whose token is padding, which leave no trace in the state.
     """
     # An exporter takes every size of a cache for a variable; this one is a constant of the model.
-    C, E = int(state.value.shape[1]), state.value.shape[2]
+    C = int(state.value.shape[1])
     seen_B = state.seen
     phase_B = (seen_B + layout.shift) % C
     # Tokens in closed chunks: the first chunk, alone, begins before its document.
