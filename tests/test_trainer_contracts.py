@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.modelcard import TrainingSummary
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flash_hf import (
@@ -17,6 +18,7 @@ from flash_hf import (
     FlashForCausalLM,
     FlashForMaskedLM,
     FlashForMultipleChoice,
+    FlashForQuestionAnswering,
     FlashForSequenceClassification,
     FlashForTokenClassification,
 )
@@ -145,6 +147,22 @@ def test_losses_of_subclasses_are_those_of_their_head():
         assert_close(
             make_model(renamed, config)(ids, labels=ids).loss, make_model(cls, config)(ids, labels=ids).loss, 1e-9
         )
+
+
+@pytest.mark.parametrize(
+    ("cls", "task"),
+    [
+        (FlashForCausalLM, "text-generation"),
+        (FlashForMaskedLM, "fill-mask"),
+        (FlashForQuestionAnswering, "question-answering"),
+        (FlashForSequenceClassification, "text-classification"),
+        (FlashForTokenClassification, "token-classification"),
+    ],
+)
+def test_model_cards_name_the_task(cls, task, make_trainer):
+    """The Hub files a model under it; Trainer finds it by the name of the class."""
+    summary = TrainingSummary.from_trainer(make_trainer(Trainer, cls(tiny_config(num_hidden_layers=1))))
+    assert summary.tasks == task
 
 
 def test_compute_loss_func_gets_logits(make_trainer):
