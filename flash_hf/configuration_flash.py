@@ -22,7 +22,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
-from transformers.utils import logging
+from transformers.utils import auto_docstring, logging
 
 
 logger = logging.get_logger(__name__)
@@ -65,78 +65,78 @@ def nearest(value: object, valid: tuple | list | set) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
-@strict
-class FlashConfig(PreTrainedConfig):
-    r"""
+@auto_docstring(
+    custom_intro="""
     Configuration of FLASH, the gated attention unit with mixed chunk attention of "Transformer Quality in Linear Time"
     (arXiv 2202.10447). `FlashConfig()` is the paper's base model: 24 layers of width 768, 112 M parameters.
 
-    Args:
-        vocab_size (`int`, defaults to 32000): Rows of the embedding matrix.
-        hidden_size (`int`, defaults to 768): Model width `D`. Even, when the sinusoid is used.
-        num_hidden_layers (`int`, defaults to 24): Layers. Two gated attention units stand for one Transformer block.
-        expansion_factor (`int` or `float`, defaults to 2): `E / D`, the width of gate and values over the model's.
-        query_key_dim (`int`, defaults to 128): Width `S` of the shared queries and keys.
-        num_attention_heads (`int`, defaults to 1): A gated attention unit has one head; libraries ask (PEFT, and
-            transformers for a static cache).
-        chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting: it changes the function.
-        chunk_shift (`int`, defaults to 0): In every second layer a document's first chunk begins this many tokens
-            before the document, so that borders of one layer lie inside chunks of the next (as Swin's shifted
-            windows). 0 is the paper's; half of `chunk_size` gave the lowest losses of what was tried (by 0.05 nats a
-            token, one seed: RESULTS.md, section 4), at the same cost.
-        attention_type (`str`, defaults to `"mixed_chunk"`): `"mixed_chunk"` (FLASH), `"quadratic"` (FLASH-Quad: one
-            attention over the document, quadratic cost, a cache that grows), `"local"` or `"global"` (one branch).
-        attention_activation (`str`, defaults to `"relu2"`): `"relu2"`: `relu(q k / divisor + b)^2`; `"laplace"`:
-            MEGA's smooth stand-in, same argument; `"softmax"`: `softmax(q k / sqrt(S) + b)` over the visible keys.
-        attention_divisor (`int` or `float`, *optional*): What relu2 and laplace scores are divided by: a constant,
-            never the length of the input. Defaults to `chunk_size`, or `max_position_embeddings` for `"quadratic"`.
-        relative_bias (`str` or `None`, defaults to `"toeplitz"`): `"toeplitz"` (one weight an offset; for spans up to
-            512), `"rotary"` (`<RoPE_i(a), RoPE_j(b)>`, any span), `"t5"` (T5's buckets) or `None`.
-        t5_num_buckets (`int`, defaults to 32): Buckets of the `"t5"` bias.
-        t5_max_distance (`int`, defaults to 128): Distance from which the `"t5"` bias no longer changes.
-        norm_type (`str`, defaults to `"scale_norm"`): `"scale_norm"` (RMS with one scalar gain), `"layer_norm"` or
-            `"rms_norm"`.
-        norm_eps (`float`, defaults to 1e-5): Added to the mean square, or the variance, inside the root.
-        final_norm_type (`str`, *optional*): Norm before the head, if another than `norm_type`; `"none"` for none.
-        final_norm_eps (`float`, *optional*): Its eps, if another than `norm_eps`.
-        embedding_norm (`bool`, defaults to `False`): Normalise the sum of the embeddings before the first layer.
-        mlm_transform (`bool`, defaults to `False`): The masked head has BERT's transform, a linear layer, `hidden_act`
-            and a norm, before its decoder.
-        lm_head_bias (`bool`, defaults to `False`): The masked head's decoder has a bias.
-        hidden_act (`str`, defaults to `"silu"`): Activation of gate, values and the shared query/key basis.
-        use_rope (`bool`, defaults to `True`): Rotate queries and keys by their position in the document.
-        rope_parameters (`dict`, *optional*): transformers' RoPE settings (`rope_theta`, `rope_type`,
-            `partial_rotary_factor` for RoPE on the first dimensions only, scaling). Defaults to base 10000.
-        rope_interleaved (`bool`, defaults to `False`): Rotate neighbouring pairs instead of the two halves.
-        use_scaled_sinusoid (`bool`, defaults to `True`): Add sinusoidal positions times one learnt scalar.
-        global_normalization (`str`, defaults to `"mean"`): The global sum over tokens is divided by their number
-            (`"mean"`) or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
-        global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
-            sum under the key of the token before it, and global queries and keys are not rotated. What followed a
-            token can then be asked for by that token, at any distance: small models recall better (RESULTS.md,
-            section 4).
-        hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
-        attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
-        max_position_embeddings (`int`, defaults to 8192): Training length. Only `"quadratic"` with a `"toeplitz"` bias
-            is bound by it; the chunked forms take any length.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of weights, offset scales and biases `b`.
-        attention_init (`str`, defaults to `"normal"`): How attention begins. `"normal"`: scales of queries and keys
-            and relative biases are drawn like all weights, as in the paper; the unit then has next to no output.
-            `"recent"`: the scales are 1, and the biases of the nearest tokens are raised, so that the local attention
-            begins with the token itself and the three around it. Together with `use_scaled_sinusoid=False` causal
-            models ended 0.1 nats a token lower after 30 M tokens, masked ones 0.05 higher; with the sinusoid it did
-            not help (RESULTS.md, section 4).
-        is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
-            head never.
-        use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.
-        backend (`str`, defaults to `"auto"`): What computes: `"triton"` (kernels for NVIDIA GPUs; an error where they
-            cannot run), `"torch"`, or `"auto"`: kernels where they can run, with one warning where they cannot. The
-            function is the same.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
-        tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output projection.
-
-    Raises:
-        `ValueError`: for a misspelt field; huggingface_hub's `StrictDataclassError` for a wrong type or value.
+    Raises `ValueError` for a misspelt field, and huggingface_hub's `StrictDataclassError` for a wrong type or value.
+    """
+)
+@strict
+class FlashConfig(PreTrainedConfig):
+    r"""
+    vocab_size (`int`, defaults to 32000): Rows of the embedding matrix.
+    hidden_size (`int`, defaults to 768): Model width `D`. Even, when the sinusoid is used.
+    num_hidden_layers (`int`, defaults to 24): Layers. Two gated attention units stand for one Transformer block.
+    expansion_factor (`int` or `float`, defaults to 2): `E / D`, the width of gate and values over the model's.
+    query_key_dim (`int`, defaults to 128): Width `S` of the shared queries and keys.
+    num_attention_heads (`int`, defaults to 1): A gated attention unit has one head; libraries ask (PEFT, and
+        transformers for a static cache).
+    chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting: it changes the function.
+    chunk_shift (`int`, defaults to 0): In every second layer a document's first chunk begins this many tokens
+        before the document, so that borders of one layer lie inside chunks of the next (as Swin's shifted
+        windows). 0 is the paper's; half of `chunk_size` gave the lowest losses of what was tried (by 0.05 nats a
+        token, one seed: RESULTS.md, section 4), at the same cost.
+    attention_type (`str`, defaults to `"mixed_chunk"`): `"mixed_chunk"` (FLASH), `"quadratic"` (FLASH-Quad: one
+        attention over the document, quadratic cost, a cache that grows), `"local"` or `"global"` (one branch).
+    attention_activation (`str`, defaults to `"relu2"`): `"relu2"`: `relu(q k / divisor + b)^2`; `"laplace"`:
+        MEGA's smooth stand-in, same argument; `"softmax"`: `softmax(q k / sqrt(S) + b)` over the visible keys.
+    attention_divisor (`int` or `float`, *optional*): What relu2 and laplace scores are divided by: a constant,
+        never the length of the input. Defaults to `chunk_size`, or `max_position_embeddings` for `"quadratic"`.
+    relative_bias (`str` or `None`, defaults to `"toeplitz"`): `"toeplitz"` (one weight an offset; for spans up to
+        512), `"rotary"` (`<RoPE_i(a), RoPE_j(b)>`, any span), `"t5"` (T5's buckets) or `None`.
+    t5_num_buckets (`int`, defaults to 32): Buckets of the `"t5"` bias.
+    t5_max_distance (`int`, defaults to 128): Distance from which the `"t5"` bias no longer changes.
+    norm_type (`str`, defaults to `"scale_norm"`): `"scale_norm"` (RMS with one scalar gain), `"layer_norm"` or
+        `"rms_norm"`.
+    norm_eps (`float`, defaults to 1e-5): Added to the mean square, or the variance, inside the root.
+    final_norm_type (`str`, *optional*): Norm before the head, if another than `norm_type`; `"none"` for none.
+    final_norm_eps (`float`, *optional*): Its eps, if another than `norm_eps`.
+    embedding_norm (`bool`, defaults to `False`): Normalise the sum of the embeddings before the first layer.
+    mlm_transform (`bool`, defaults to `False`): The masked head has BERT's transform, a linear layer, `hidden_act`
+        and a norm, before its decoder.
+    lm_head_bias (`bool`, defaults to `False`): The masked head's decoder has a bias.
+    hidden_act (`str`, defaults to `"silu"`): Activation of gate, values and the shared query/key basis.
+    use_rope (`bool`, defaults to `True`): Rotate queries and keys by their position in the document.
+    rope_parameters (`dict`, *optional*): transformers' RoPE settings (`rope_theta`, `rope_type`,
+        `partial_rotary_factor` for RoPE on the first dimensions only, scaling). Defaults to base 10000.
+    rope_interleaved (`bool`, defaults to `False`): Rotate neighbouring pairs instead of the two halves.
+    use_scaled_sinusoid (`bool`, defaults to `True`): Add sinusoidal positions times one learnt scalar.
+    global_normalization (`str`, defaults to `"mean"`): The global sum over tokens is divided by their number
+        (`"mean"`) or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
+    global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
+        sum under the key of the token before it, and global queries and keys are not rotated. What followed a
+        token can then be asked for by that token, at any distance: small models recall better (RESULTS.md,
+        section 4).
+    hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
+    attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
+    max_position_embeddings (`int`, defaults to 8192): Training length. Only `"quadratic"` with a `"toeplitz"` bias
+        is bound by it; the chunked forms take any length.
+    initializer_range (`float`, defaults to 0.02): Standard deviation of weights, offset scales and biases `b`.
+    attention_init (`str`, defaults to `"normal"`): How attention begins. `"normal"`: scales of queries and keys
+        and relative biases are drawn like all weights, as in the paper; the unit then has next to no output.
+        `"recent"`: the scales are 1, and the biases of the nearest tokens are raised, so that the local attention
+        begins with the token itself and the three around it. Together with `use_scaled_sinusoid=False` causal
+        models ended 0.1 nats a token lower after 30 M tokens, masked ones 0.05 higher; with the sinusoid it did
+        not help (RESULTS.md, section 4).
+    is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
+        head never.
+    use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.
+    backend (`str`, defaults to `"auto"`): What computes: `"triton"` (kernels for NVIDIA GPUs; an error where they
+        cannot run), `"torch"`, or `"auto"`: kernels where they can run, with one warning where they cannot. The
+        function is the same.
+    tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output projection.
     """
 
     model_type = "flash_gau"

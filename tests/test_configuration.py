@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import fields
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from flash_hf import FlashConfig, FlashModel
 from flash_hf.testing import tiny_config
@@ -112,3 +113,11 @@ def test_an_override_at_loading_is_checked(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(Exception, match="chunk_size.*at least 1"):
         FlashConfig.from_pretrained(tmp_path, chunk_size=0)
+
+
+def test_every_field_is_described():
+    """transformers' decorator keeps our descriptions, and adds its own of what every model has."""
+    own = {field.name for field in fields(FlashConfig)} - {field.name for field in fields(PreTrainedConfig)}
+    described = [line.split(" (")[0].strip() for line in FlashConfig.__doc__.splitlines() if line.endswith("):")]
+    assert own <= set(described) and len(described) == len(set(described))
+    assert "Not a speed setting" in FlashConfig.__doc__ and "Rows of the embedding matrix" in FlashConfig.__doc__
