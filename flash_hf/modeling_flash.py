@@ -1272,7 +1272,8 @@ class FlashTaskModel(FlashPreTrainedModel):
     def encode(
         self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool
     ) -> tuple[BaseModelOutputWithPast, Tensor | None]:
-        """Run the base, without a decoding state, and say which tokens are real (as an attention mask).
+        """Run the base, and say which tokens of this call are real (as an attention mask). No decoding state is made;
+        one that is given goes on.
 
         Args:
             single: whether packed rows are refused, since the head gives one answer per row.
@@ -1286,7 +1287,9 @@ class FlashTaskModel(FlashPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **{**kwargs, "use_cache": False, "single_document": single},
         )
-        return outputs, attention_mask
+        # With a cache, the mask began before this call.
+        length = outputs.last_hidden_state.shape[1]
+        return outputs, None if attention_mask is None else attention_mask[:, -length:]
 
 
 def class_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:

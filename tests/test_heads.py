@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForSequenceClassification,
     pipeline,
@@ -445,3 +446,17 @@ def test_lora_merges_and_unloads_exactly():
     merged = model.merge_and_unload()
     assert type(merged) is FlashForCausalLM
     assert_close(merged(ids).logits, tuned, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_causal_head_goes_on_from_a_cache(name):
+    """With the mask of all tokens, as the base takes it."""
+    for cls in (FlashForSequenceClassification, FlashForTokenClassification, FlashForQuestionAnswering):
+        model = make_model(cls, tiny_config(is_decoder=True, num_labels=3), dtype=torch.float64)
+        inputs = padded(inputs_for(cls, model.config, 2, 14), left=6, right=0)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :9], attention_mask=mask[:, :9], **{name: cache})
+        found = model(ids[:, 9:], attention_mask=mask, **{name: cache}).to_tuple()[0]
+        full = model(ids, attention_mask=mask).to_tuple()[0]
+        assert_close(found, full if cls is FlashForSequenceClassification else full[:, 9:], 1e-9)
