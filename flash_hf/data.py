@@ -372,6 +372,15 @@ def _load_named(
         str(key): [*map(str, value)] for key, value in (getattr(builder.config, "data_files", None) or {}).items()
     }
     kind, options = builder.name, {}
+    if config is None and Path(name).is_dir():
+        # `datasets` takes the files of the most frequent type, and says nothing of the others.
+        unread = sorted(
+            str(path)
+            for path in Path(name).rglob("*")
+            if path.suffix != ".md" and FILE_TYPES.get(suffix_of(path), kind) != kind
+        )
+        if unread:
+            logger.warning(f"{name} is read as {kind}; not read: {', '.join(unread[:5])}{' ...' * (len(unread) > 5)}")
     if kind == "parquet" and files:
         options = {"columns": _parquet_columns(next(iter(files.values()))[:1], text_column)}
     # Another separator, one field of an object and so on, or another compression: `datasets` knows these.

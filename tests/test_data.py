@@ -142,6 +142,19 @@ def test_columns_of_a_data_set_by_name_may_hold_anything(tmp_path, streaming):
         texts("lines", split="nowhere")
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, monkeypatch):
+    folder, said = tmp_path / "set", []
+    folder.mkdir()
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    write(folder / "a.jsonl", jsonl("one"))
+    write(folder / "b.json", jsonl("two"))
+    write(folder / "README.md", "A card.")
+    assert data.load_documents(dataset_name=str(folder))["text"] == ["one", "two"] and not said
+    write(folder / "c.csv", "text\nthree\n")
+    assert data.load_documents(dataset_name=str(folder))["text"] == ["one", "two"]
+    assert said == [f"{folder} is read as json; not read: {folder / 'c.csv'}"]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz", "a.jsonl.gz"])
 def test_empty_and_blank_files_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"a\.\S+ must hold text, but it is empty \(0 bytes\)"):
