@@ -6,6 +6,7 @@ huggingface_hub reads HF_ENDPOINT when it is imported, so test_hub.py runs pytes
 once for each transport (HUB_TRANSPORT=lfs or xet). Every load below uses a cache of its own: it comes from the server.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from transformers import (
     default_data_collator,
 )
 
-from flash_hf import FlashForCausalLM, push_with_code
+from flash_hf import FlashForCausalLM, push_with_code, training
 from flash_hf.testing import make_model, random_ids, tiny_config
 
 
@@ -341,6 +342,22 @@ def test_trainer_pushes_and_resumes(tmp_path, tokenizer):
     second.train(resume_from_checkpoint=str(Path(copy) / "last-checkpoint"))
     assert second.state.global_step == 6
     assert same(second.model, whole.model) and not same(second.model, first.model)
+
+
+def test_a_training_run_pushes_its_end(tmp_path):
+    """Model, tokenizer, card, loss plot and last scores."""
+    words = " ".join(f"word{n % 50}" for n in range(3000))
+    (tmp_path / "text.txt").write_text(words, encoding="utf-8")
+    command = (
+        f"--train_file {tmp_path / 'text.txt'} --tokenizer_vocab_size 300 --block_size 32 --max_steps 2 --use_cpu "
+        "--config_overrides hidden_size=32,num_hidden_layers=1,query_key_dim=16,chunk_size=16 --save_strategy no "
+        f"--disable_tqdm true --push_to_hub --hub_model_id alice/run --output_dir {tmp_path / 'run'}"
+    )
+    result = training.run_training("causal", *training.parse_arguments(command.split()))
+    files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "loss.png", "eval_results.json"}
+    assert files <= set(API.list_repo_files("alice/run"))
+    pushed = hf_hub_download("alice/run", "eval_results.json", cache_dir=tmp_path / "cache")
+    assert json.loads(Path(pushed).read_text(encoding="utf-8"))["eval_loss"] == result["after"]["eval_loss"]
 
 
 def test_datasets(tmp_path, monkeypatch):
