@@ -26,7 +26,7 @@ from torch import Tensor
 from . import modeling_flash
 from .command_line import read_json
 from .configuration_flash import FlashConfig, nearest
-from .hub import vocabulary_size
+from .hub import pad_on_the_left, vocabulary_size
 
 
 # The originals with a ScaleNorm clamp the root mean square at 1e-5; ours adds eps inside the root. With this eps both
@@ -811,7 +811,10 @@ def save_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> bool
     # FLASH has no token types; type 0 is in the word embeddings.
     names = ["input_ids", "attention_mask"]
     tokenizer = tokenizer_class.from_pretrained(str(source), model_input_names=names)
-    rows, needed = AutoConfig.from_pretrained(folder).vocab_size, vocabulary_size(tokenizer)
+    config = AutoConfig.from_pretrained(folder)
+    if config.is_decoder:
+        pad_on_the_left(tokenizer)
+    rows, needed = config.vocab_size, vocabulary_size(tokenizer)
     if rows < needed:
         raise ValueError(
             f"The tokenizer in {source} must belong to the model: it has ids up to {needed - 1}, the model's "

@@ -467,8 +467,27 @@ def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Datas
 # --- tokenizers ----------------------------------------------------------------------------------------------------
 
 
+# A chat as running text: the messages one after another, as they are. A model of this package knows no roles; what it
+# continues is the last message. The marks of the assistant's messages are for losses on these alone.
+CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+{%- if content is string -%}{{- content -}}
+{%- elif content -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- text(message['content']) -}}{%- endgeneration -%}
+{%- else -%}
+{{- text(message['content']) -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
 def train_tokenizer(
-    documents: Iterable[dict], vocab_size: int, *, max_bytes: int = 100_000_000
+    documents: Iterable[dict], vocab_size: int, *, max_bytes: int = 100_000_000, causal: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: no text is unknown to it, and decoding gives every byte back.
 
@@ -481,6 +500,8 @@ def train_tokenizer(
         documents: rows with the column `text`.
         vocab_size: number of tokens, special ones included; at least 256 bytes and 3 special tokens.
         max_bytes: read no more text than this.
+        causal: whether it is for a causal model: then it pads on the left, where generate() needs the padding, and has
+            a chat template, which puts the messages of a chat one after another.
 
     Raises:
         ValueError: vocab_size is below 259.
@@ -520,6 +541,8 @@ def train_tokenizer(
     if tokenizer.get_vocab_size() < vocab_size:
         logger.warning(f"The text gives {tokenizer.get_vocab_size()} tokens only, fewer than vocab_size={vocab_size}.")
     return PreTrainedTokenizerFast(
+        padding_side="left" if causal else "right",
+        chat_template=CHAT_TEMPLATE if causal else None,
         tokenizer_object=tokenizer,
         bos_token=end,
         eos_token=end,

@@ -7,6 +7,7 @@ its checks and its arguments are those of training.py, the metrics those of flas
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -347,7 +348,11 @@ class Task:
     metrics: tuple[str, ...]
 
     def __init__(self, args: TaskArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str]):
-        self.args, self.tokenizer, self.labels = args, tokenizer, labels
+        self.args, self.own_tokenizer, self.labels = args, tokenizer, labels
+        # Answers are marked by column. The checkpoint's own tokenizer, which is saved, keeps its side: a causal one's
+        # is the left.
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.padding_side = "right"
 
     @classmethod
     def columns(cls, args: TaskArguments) -> dict[str, str]:
@@ -772,7 +777,7 @@ def load_model(
 def load_or_train_tokenizer(
     task: type[Task], model_args: ModelArguments, rows: Dataset, resume: Path | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, else `--tokenizer`, else the model's, else a new one; pads on the right."""
+    """The tokenizer of the checkpoint, else `--tokenizer`, else the model's, else a new one."""
     source = resume or model_args.tokenizer or model_args.model
     if source is None:
         tokenizer = data.train_tokenizer(task.texts(rows), model_args.tokenizer_vocab_size)
@@ -782,7 +787,6 @@ def load_or_train_tokenizer(
         raise ValueError(f"The tokenizer {source} must be a fast one: words and answers are found by its offsets.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
-    tokenizer.padding_side = "right"  # answers are marked by column
     return tokenizer
 
 
@@ -824,7 +828,7 @@ def build_trainer(
         train_dataset=features["train"],
         eval_dataset=features["validation"],
         data_collator=task.collator(),
-        processing_class=task.tokenizer,
+        processing_class=task.own_tokenizer,
         compute_metrics=partial(task.score, rows=rows["validation"], features=features["validation"]),
         preprocess_logits_for_metrics=task.reduce,
     )

@@ -65,6 +65,12 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
     return sorted(written)
 
 
+def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `tokenizer` pad on the left, as generate() needs it, and save that with it."""
+    tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # `save_pretrained` writes what the tokenizer was made from
+
+
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The smallest `vocab_size` of a model that takes all ids of a tokenizer: the highest one, and 1.
 

@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     EvalPrediction,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -65,13 +66,15 @@ from .budget import TimeBudget
 from .command_line import load_named
 from .configuration_flash import FlashConfig
 from .graphs import GraphedBackward
-from .hub import vocabulary_size
+from .hub import pad_on_the_left, vocabulary_size
 from .loss_flash import zero_without_labels
 from .streaming import STREAM_STATE, BlockStream, write_state
 from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
 
 
 logger = logging.get_logger(__name__)
+
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40}  # for generate(), in a new causal model's checkpoint
 
 Kind = Literal["causal", "masked"]
 
@@ -581,6 +584,12 @@ def load_model(
         model = load_named(auto.from_pretrained, model_args.model, option="--model")
     else:
         model = auto.from_config(new_config(kind, fields, tokenizer))
+        if kind == "causal":
+            # Greedy text of a small model soon repeats itself.
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.generation_config.update(**SAMPLING)
+    if kind == "causal" and resume is not None and (resume / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(resume)
     needed = vocabulary_size(tokenizer)
     if model.config.vocab_size < needed:
         raise ValueError(
@@ -611,18 +620,24 @@ def load_or_train_tokenizer(
     *,
     first: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one.
+    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one; a causal model's
+    pads on the left from now on.
 
     Args:
         first: whether this is the first of the run's processes; it trains the tokenizer for all of them.
     """
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
-        return data.load_tokenizer(str(source), masked=kind == "masked")
+        tokenizer = data.load_tokenizer(str(source), masked=kind == "masked")
+        if kind == "causal":
+            pad_on_the_left(tokenizer)
+        return tokenizer
     if "input_ids" in (train.column_names or ()):
         raise ValueError("Tokenised documents must come with the --tokenizer that they were made with.")
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
-    tokenizer = [data.train_tokenizer(train, model_args.tokenizer_vocab_size) if first else None]
+    tokenizer = [None]
+    if first:
+        tokenizer = [data.train_tokenizer(train, model_args.tokenizer_vocab_size, causal=kind == "causal")]
     broadcast_object_list(tokenizer)
     return tokenizer[0]
 

@@ -25,6 +25,7 @@ from flash_hf.conversion import (
     detect_kind,
     fold_decoder,
     read_state_dict,
+    save_tokenizer,
 )
 from flash_hf.testing import assert_close
 
@@ -526,6 +527,10 @@ def test_script_makes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     exact_state = {name: tensor.double() for name, tensor in state.items()}
     expected = junnyu_flash(exact_state, inputs["input_ids"], 24)[1]
     assert (model(**inputs).logits - expected).abs().max() < 1e-4
+    assert tokenizer.padding_side == "right"
+    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    (output / "config.json").write_text(json.dumps({**config, "is_decoder": True}), encoding="utf-8")
+    assert save_tokenizer(source, output) and AutoTokenizer.from_pretrained(output).padding_side == "left"
     assert (output / "model.safetensors").exists() and not list(output.glob("*.bin"))
     with open(source / "vocab.txt", "a", encoding="utf-8") as file:
         file.write("".join(f"word{number}\n" for number in range(100)))

@@ -20,14 +20,15 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file
 from tokenizers import processors
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import flash_hf.metrics
 import warm
-from flash_hf import data, finetuning
+from flash_hf import FlashForCausalLM, data, finetuning
 from flash_hf.cards import check_results
 from flash_hf.metrics import Accuracy, MacroF1, SpanF1, Squad
 from flash_hf.metrics.span_f1 import spans
+from flash_hf.testing import tiny_config
 
 
 DATA = Path(__file__).parent / "data"
@@ -186,6 +187,23 @@ def test_learns_far_above_chance(task, metric, at_least, epochs, order, tokenize
         classify = pipeline("text-classification", str(tmp_path / "run"))
         right = [classify(row["text"])[0]["label"] == row["label"] for row in rows]
         assert np.mean(right) == pytest.approx(result["metrics"]["validation"]["accuracy"])
+
+
+@pytest.mark.parametrize("task", ["qa", "tagging"])
+def test_the_tokenizer_of_a_causal_checkpoint_keeps_its_side(task, tokenizer, tmp_path):
+    """It pads on the left for generate(). Answers and tags are marked by column: training pads on the right."""
+    scores = {}
+    for side in ("left", "right"):
+        torch.manual_seed(0)
+        config = tiny_config(vocab_size=600, is_decoder=True, pad_token_id=1, max_position_embeddings=512)
+        FlashForCausalLM(config).save_pretrained(tmp_path / side)
+        own = AutoTokenizer.from_pretrained(tokenizer, padding_side=side)
+        own.save_pretrained(tmp_path / side)
+        options = {"model": tmp_path / side, "config_overrides": None, "max_steps": 4, "max_train_examples": 64}
+        result = finetuning.run_finetuning(*arguments(task, tmp_path / f"run {side}", **options))
+        scores[side] = result["metrics"]
+        assert AutoTokenizer.from_pretrained(tmp_path / f"run {side}").padding_side == side
+    assert scores["left"] == scores["right"]
 
 
 def test_resumed_run_equals_uninterrupted(tokenizer, tmp_path):

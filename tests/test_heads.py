@@ -376,6 +376,29 @@ def test_chat_template_passes_through_generation(model_of, tokenizer):
     assert out[0]["generated_text"][-1]["content"] == expected
 
 
+def test_a_chat_is_continued_as_running_text(model_of):
+    """By the template of a tokenizer that the package trains for causal models."""
+    tokenizer = train_tokenizer([{"text": text} for text in TEXTS] * 3, 300, causal=True)
+    parts = [" The Lion ", "ran.\n", "  Then"]
+    chat = [{"role": role, "content": part} for role, part in zip(("user", "assistant", "user"), parts, strict=True)]
+    ids = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert ids["input_ids"] == tokenizer("".join(parts))["input_ids"] and ids["input_ids"][0] == tokenizer.bos_token_id
+    marked = [token for token, mark in zip(ids["input_ids"], ids["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == parts[1]
+    pieces = [{"role": "user", "content": [{"type": "text", "text": part} for part in parts]}]
+    assert tokenizer.apply_chat_template(pieces, return_dict=True)["input_ids"] == ids["input_ids"]
+    generate = pipeline("text-generation", model=model_of(FlashForCausalLM), tokenizer=tokenizer)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    for turns, prompt in ((chat, "".join(parts)), (chat[:2], "".join(parts[:2]))):
+        text = generate(prompt, **options, return_full_text=False)[0]["generated_text"]
+        last = generate(turns, **options)[0]["generated_text"][-1]
+        # A reply that was begun is continued.
+        assert last == {"role": "assistant", "content": text if len(turns) == 3 else parts[1] + text}
+    both = generate([chat, chat[:1]], batch_size=2, **options)
+    for turns, out in zip((chat, chat[:1]), both, strict=True):
+        assert out[0]["generated_text"] == generate(turns, **options)[0]["generated_text"]
+
+
 def test_fill_mask_pipeline(model_of, tokenizer):
     fill = pipeline("fill-mask", model=model_of(FlashForMaskedLM), tokenizer=tokenizer)
     texts = [

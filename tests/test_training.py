@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, GenerationConfig
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data, training
 
@@ -155,6 +155,10 @@ def test_a_run_leaves_everything_that_is_promised(files, tmp_path, kind):
     assert (config.hidden_size, config.vocab_size, config.use_cache) == (32, 300, True)
     assert config.is_decoder == (kind == "causal")
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    if kind == "causal":
+        sampling = GenerationConfig.from_pretrained(tmp_path / "run")
+        assert (sampling.do_sample, sampling.temperature, sampling.top_k) == (True, 0.8, 40)
+        assert (sampling.pad_token_id, sampling.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
     assert result["before"]["step"] == 0
     # An untrained model knows nothing: about log(300) nats.
     assert result["before"]["eval_loss"] == pytest.approx(math.log(300), abs=0.5)
@@ -207,10 +211,39 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_perplexity(files, tmp_pa
 
 def test_training_goes_on_from_a_model(files, tmp_path):
     first = training.run_training("causal", *arguments(files, tmp_path / "first"))
+    GenerationConfig(do_sample=True, temperature=0.6).save_pretrained(tmp_path / "first")
     more = {"model": tmp_path / "first", "config_overrides": None, "tokenizer": None}
     second = training.run_training("causal", *arguments(files, tmp_path / "second", **more))
     assert second["before"]["eval_loss"] == pytest.approx(first["after"]["eval_loss"], rel=1e-6)
     assert second["after"]["eval_loss"] < first["after"]["eval_loss"]
+    more["resume_from_checkpoint"] = next((tmp_path / "second").glob("checkpoint-*"))
+    training.run_training("causal", *arguments(files, tmp_path / "third", **more))
+    for name in ("second", "third"):
+        kept = GenerationConfig.from_pretrained(tmp_path / name)
+        assert (kept.do_sample, kept.temperature, kept.top_k) == (True, 0.6, None), name
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_causal_checkpoints_tokenizer_pads_on_the_left(kind, trained, files, tmp_path):
+    """That of --tokenizer pads on the right and does not say so, as GPT-2's."""
+    own = AutoTokenizer.from_pretrained(files / "tokenizer")
+    del own.init_kwargs["padding_side"]
+    own.save_pretrained(tmp_path / "own")
+    more = {"tokenizer": None, "tokenizer_vocab_size": 300} if trained else {"tokenizer": tmp_path / "own"}
+    parsed = arguments(files, tmp_path / "run", **more)
+    training.run_training(kind, *parsed)
+    for folder in (tmp_path / "run", *(tmp_path / "run").glob("checkpoint-*")):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.padding_side == ("left" if kind == "causal" else "right")
+        assert (tokenizer.chat_template is not None) == (kind == "causal" and trained)
+    if kind == "causal":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+        texts = ["Dorothy looked at the", "The"]
+        out = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+        for text, row in zip(texts, out, strict=True):
+            alone = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, do_sample=False)
+            assert torch.equal(row[-8:], alone[0, -8:])
 
 
 @pytest.mark.slow
