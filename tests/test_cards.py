@@ -23,6 +23,7 @@ import flash_hf
 import warm
 from flash_hf import FlashConfig, FlashForCausalLM, training
 from flash_hf.cards import PIPELINE_TAGS, check_facts, check_results, make_card, published
+from flash_hf.data import CHAT_TEMPLATE
 from flash_hf.hub import add_code, registered_classes
 from flash_hf.testing import tiny_config
 
@@ -252,6 +253,11 @@ def test_the_published_causal_model_knows_english():
         return loss.item() * (ids.shape[1] - 1) / len(text) / 0.6931
 
     assert bits_per_byte(text) < 2 < 4 < bits_per_byte(shuffled)
+    # What it says of generation is in its folder: sampling, padding on the left, chats as running text.
+    settings = model.generation_config
+    assert (settings.do_sample, settings.temperature, settings.top_k) == (True, 0.8, 40)
+    assert (settings.pad_token_id, settings.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    assert tokenizer.padding_side == "left" and tokenizer.chat_template == CHAT_TEMPLATE
     prompt = tokenizer("It was a cold evening in November, and", return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False)
     new = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
