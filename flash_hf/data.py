@@ -96,12 +96,15 @@ def check_text_file(path: Path) -> None:
         ValueError: the file is empty, blank, not UTF-8 (with the offset of the first wrong byte), or cut off.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    done, blank = 0, True
+    done, blank, encoding = 0, True, "latin1"
     try:
         with DECOMPRESSORS.get(path.suffix, open)(path, "rb") as file:
             while True:
                 chunk = file.read(1 << 20)
                 pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
+                # What Windows calls "Unicode" begins with this mark.
+                if not done and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    encoding = "utf-16"
                 blank = not decoder.decode(chunk, final=not chunk).strip() and blank
                 if not chunk:
                     break
@@ -110,7 +113,7 @@ def check_text_file(path: Path) -> None:
         offset = done - pending + error.start
         raise ValueError(
             f"{path} must be UTF-8 text; byte {offset} (0x{error.object[error.start]:02x}) is not: {error.reason}. "
-            f"Convert it first, for instance: iconv -f latin1 -t utf-8 {path.name} > utf8_{path.name}"
+            f"Convert it first, for instance: iconv -f {encoding} -t utf-8 {path.name} > utf8_{path.name}"
         ) from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole {path.suffix} file ({error}). Copy or download it again.") from None

@@ -86,8 +86,9 @@ class TaskArguments:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Labelled files: .csv, .tsv, .jsonl, .parquet; for tagging also column files (a word and its tag "
-            "on each line, blank lines between sentences); for qa also .json as SQuAD has it."
+            "help": "Labelled files: .csv, .tsv, .json, .jsonl (also as .gz, .xz or .bz2), .parquet; for tagging also "
+            "column files (a word and its tag on each line, blank lines between sentences); for qa also .json as SQuAD "
+            "has it."
         },
     )
     validation_file: list[str] | None = field(

@@ -181,6 +181,13 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_place(tmp_path, name, good,
     assert str(path) in str(error.value) and "iconv" in str(error.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_file_in_utf16_is_called_so(tmp_path, encoding):
+    path = write(tmp_path / "a.csv", "\ufefftext,id\na,1\n".encode(encoding))
+    with pytest.raises(ValueError, match="byte 0 .* iconv -f utf-16 -t utf-8"):
+        data.load_documents(path)
+
+
 def test_truncated_archives_are_refused(tmp_path):
     for name in ("a.txt.gz", "a.txt.xz"):
         path = write(tmp_path / name, BOOK.read_bytes()[:50_000])
