@@ -183,6 +183,27 @@ def test_names_of_cells_can_be_read_back():
         grid.Cell.parse("train_flash")
 
 
+def test_long_trainings_begin_with_the_rates_of_short_ones_and_go_on_with_what_was_found():
+    cells = grid.passes({})
+    assert len({cell.name for cell in cells}) == len(cells) and {cell.context for cell in cells} == {2048, 8192}
+    assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.ONE_PASS / 10}
+    searched = finished([cell for cell in cells if cell.tokens < grid.ONE_PASS], {0.001: 4.1, 0.002: 4.0})
+    searched |= finished(grid.passes(searched), {0.001: 4.1, 0.002: 4.0})
+    last = grid.passes(searched)
+    for context in grid.PASSED:
+        for model in (grid.RIVAL, grid.STARTED):
+            found = [cell for cell in last if (cell.model, cell.context, cell.rate) == (model, context, 0.002)]
+            assert {(cell.tokens, cell.seed) for cell in found} >= {
+                (grid.ONE_PASS, 0), (grid.ONE_PASS, 1), (grid.SEVERAL_PASSES, 0)
+            }  # fmt: skip
+
+
+def test_shifts_are_of_the_chunks_that_a_form_has():
+    config = build("flash-started-512", "tiny", 64, 32, causal=True).config
+    assert (config.chunk_size, config.chunk_shift) == (512, 256)
+    assert build("flash-started-heads", "tiny", 64, 32, causal=True).config.chunk_shift == SIZES["tiny"].chunk // 2
+
+
 def finished(cells, losses):
     """Results of trainings whose loss depends on their rate alone."""
     return {cell: {"final": {"loss": losses.get(cell.rate, 9.0)}} for cell in cells if cell.kind == "train"}
@@ -512,6 +533,21 @@ def test_long_trainings_are_told_by_corpus_and_position():
     crossed = report.crossings(results).splitlines()[2]
     assert crossed.startswith("| 2,048 | 235 M | Transformer++ | 4.900 (3 M) | 4.800 (7 M) | 4.500 (16 M)")
     assert crossed.endswith("3.000 (66 M) |")
+    tenth = dataclasses.replace(cell, model="flash", tokens=23.5)
+    results |= {dataclasses.replace(tenth, rate=rate): {"final": {"loss": loss}} for rate, loss in
+                ((0.001, 5.0), (0.002, 4.5))}  # fmt: skip
+    table = report.lasting(results)
+    assert table.endswith("\n\nLearning rates with a tenth of the tokens: FLASH 0.001: 5.000, **0.002: 4.500**.")
+    assert len(table.splitlines()) == len(rows) + 2
+
+
+def test_long_trainings_are_drawn_against_tokens(tmp_path):
+    results = {}
+    for context in grid.PASSED:
+        cell = grid.Cell("train", "flash", "m", "mixed-causal", context, grid.ONE_PASS, 0.002)
+        results[cell] = {"final": {"loss": 4.0}, "tokens_per_step": 32768, "machine": "a GPU",
+                         "valid_curve": [[10, 6.0], [20, 5.0], [30, 4.0]]}  # fmt: skip
+    assert [path.name for path in report.draw(results, tmp_path)] == ["one-pass.png"]
 
 
 def test_figures_are_drawn(tmp_path):

@@ -52,6 +52,8 @@ PASSED = {2048: {RIVAL: 1e-3, STARTED: 2e-3, STARTED_LOCAL: 2e-3, "flash-quad": 
                  FLASH: 2e-3},
           8192: {RIVAL: 1e-3, STARTED: 2e-3, FLASH: 2e-3}}  # fmt: skip
 SEVERAL_PASSES = 600
+# Forms that may draw more from the context, at the rate of the better form.
+LASTING_FORMS = ("flash-started-512", "flash-started-heads")
 # What the draw of the weights does to a loss is learnt from these.
 SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTER, "flash-shifted-conv",
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
@@ -166,12 +168,11 @@ def passes(results: Results) -> list[Cell]:
     searched = {"context": 2048, "tokens": ONE_PASS / 10}
     for model in (RIVAL, STARTED):
         cells += tuning(results, model, task, **searched)
-    for context in PASSED:
-        for model in (RIVAL, STARTED):
-            best = tuned(results, model, task, **searched)
-            if best is not None:
-                cells += [replace(best, context=context, tokens=tokens) for tokens in (ONE_PASS, SEVERAL_PASSES)]
-    return cells
+    best = [cell for model in (RIVAL, STARTED) if (cell := tuned(results, model, task, **searched)) is not None]
+    long = [replace(cell, context=context, tokens=ONE_PASS) for context in PASSED for cell in best]
+    cells += long + [replace(cell, seed=1) for cell in long]
+    cells += [cell for model in LASTING_FORMS for cell in train(model, task, 2048, [RATES[0]], tokens=ONE_PASS)]
+    return cells + [replace(cell, tokens=SEVERAL_PASSES) for cell in long]
 
 
 def full_grid(results: Results) -> list[Cell]:

@@ -122,7 +122,8 @@ def shared(config: FlashConfig) -> dict[str, Any]:
 
 def settings(config: FlashConfig, changes: dict[str, Any]) -> dict[str, Any]:
     """[`shared`] ones with a model's changes, of which some are given in chunks."""
-    sizes = {name: int(changes[name] * config.chunk_size) for name in ("chunk_shift", "wide_chunk") if name in changes}
+    chunk = changes.get("chunk_size", config.chunk_size)
+    sizes = {name: int(changes[name] * chunk) for name in ("chunk_shift", "wide_chunk") if name in changes}
     return shared(config) | changes | sizes
 
 
@@ -254,6 +255,14 @@ MODELS: dict[str, Model] = {
     "flash-shifted-bare-ones-recent": Model(
         "FLASH, better form and start",
         _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
+    ),
+    "flash-started-512": Model(
+        "FLASH, better form and start, chunks of 512",
+        _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent", chunk_size=512), compiled=False,
+    ),
+    "flash-started-heads": Model(
+        "better form and start, 4 heads",
+        _gau(**_SHIFTED, use_scaled_sinusoid=False, attention_init="recent", num_heads=4),
     ),
     "flash-stagger-local-bare-ones-recent": Model(
         "grid shifted, local only, better start",

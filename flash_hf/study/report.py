@@ -271,8 +271,9 @@ def eighths(final: dict) -> list[float]:
 
 
 def passed(results: Results) -> list[Cell]:
-    """The trainings on all text at their best rates: by context and tokens, the lowest loss first."""
-    cells = [cell for cell in best_rates(results).values() if cell.task.startswith(MIXED)]
+    """The long trainings on all text at their best rates: by context and tokens, the lowest loss first."""
+    cells = [cell for cell in best_rates(results).values()
+             if cell.task.startswith(MIXED) and cell.tokens >= grid.ONE_PASS]  # fmt: skip
     return sorted(cells, key=lambda cell: (cell.context, -cell.tokens, mean_loss(results, cell)))
 
 
@@ -287,7 +288,7 @@ def lasting(results: Results) -> str:
         for corpus, found in result["corpora"].items():
             parts = eighths(found["final"])
             row += [f"{found['final']['loss']:.3f} ({bits_per_byte(result, corpus):.3f})",
-                    f"{parts[0]:.3f}, {parts[-1]:.3f}", f"{parts[0] - parts[-1]:.3f}"]  # fmt: skip
+                    f"{parts[0]:.3f}, {parts[-1]:.3f}", f"{round(parts[0] - parts[-1], 3) + 0.0:.3f}"]  # fmt: skip
         beyond = next(iter(result["corpora"].values()))["lengths"]
         row.append(", ".join(f"{found['loss']:.3f}" for found in beyond.values()) or "-")
         rows.append(row)
@@ -295,7 +296,11 @@ def lasting(results: Results) -> str:
     for corpus in CORPORA:
         head += [f"{corpus} (bits per byte)", f"{corpus}: first, last eighth", "difference"]
     head.append(f"{CORPORA[0]} at 2 and 4 times the context")
-    return table(head, rows) if rows else "No cells yet."
+    searched = [f"{MODELS[cell.model].title} {rates_tried(results, cell)}"
+                for cell in best_rates(results).values()
+                if cell.task.startswith(MIXED) and cell.tokens == grid.ONE_PASS / 10]  # fmt: skip
+    rates = f"\n\nLearning rates with a tenth of the tokens: {'; '.join(sorted(searched))}." if searched else ""
+    return table(head, rows) + rates if rows else "No cells yet."
 
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -405,6 +410,23 @@ def draw(results: Results, folder: Path) -> list[Path]:
             axis.grid(alpha=0.3)
         axes[0][0].set_ylabel("validation loss, nats a token")
         save(figure, task)
+
+    cells = [cell for cell in passed(results) if cell.tokens == grid.ONE_PASS]
+    contexts = sorted({cell.context for cell in cells})
+    if cells:
+        colours = {model: f"C{index}" for index, model in enumerate(grid.PASSED[min(grid.PASSED)])}
+        figure, axes = plt.subplots(1, len(contexts), figsize=(4.8 * len(contexts), 3.4), squeeze=False, sharey=True)
+        for axis, context in zip(axes[0], contexts, strict=True):
+            for cell in (cell for cell in cells if cell.context == context):
+                curve = results[cell]["valid_curve"][1:]
+                millions = results[cell]["tokens_per_step"] / 1e6
+                axis.plot([step * millions for step, _ in curve], [loss for _, loss in curve],
+                          color=colours.get(cell.model), label=MODELS[cell.model].title)  # fmt: skip
+            axis.set(title=f"all text, one pass, context {context:,}", xlabel="million tokens")
+            axis.legend(fontsize=7)
+            axis.grid(alpha=0.3)
+        axes[0][0].set_ylabel("validation loss, nats a token")
+        save(figure, "one-pass")
 
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
     for model in grid.SCALED:
