@@ -87,8 +87,8 @@ class TaskArguments:
         default=None,
         metadata={
             "help": "Labelled files: .csv, .tsv, .json, .jsonl (also as .gz, .xz or .bz2), .parquet; for tagging also "
-            "column files (a word and its tag on each line, blank lines between sentences); for qa also .json as SQuAD "
-            "has it."
+            "column files (a word and its tag on each line, blank lines between sentences); for qa also .json as SQuAD"
+            " has it."
         },
     )
     validation_file: list[str] | None = field(
