@@ -268,9 +268,25 @@ class FlashChunkCacheLayer(CacheLayerMixin):
 
 
 class Irreversible:
-    """What static layers share: nothing of what they overwrite is kept."""
+    """What static layers share: nothing of what they overwrite is kept, and the first call allocates."""
 
     is_croppable = False
+    _keys: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        if self._keys is None:
+            # The recipe would leave the state out of its program, which then remembers nothing.
+            raise AttributeError(
+                "FLASH's cache has no keys before its first call. transformers' recipes for ExecuTorch "
+                "(convert_and_export_with_cache, TorchExportableModuleForDecoderOnlyLM) keep keys and values alone: "
+                "use export_for_generation of transformers.exporters, whose programs take the cache as an input."
+            )
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._keys = keys
 
     def activate_past_recording(self) -> None:
         raise ValueError(

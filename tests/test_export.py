@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
@@ -167,6 +168,21 @@ def test_onnx_at_any_length(case, example, exporter, tmp_path):
         assert_close(torch.from_numpy(got), model(**batch).logits, 1e-5, f"length {length}")
 
 
+# One chunk, or several with a global part; one for FLASH-Quad.
+@pytest.mark.parametrize("case, graphs", [("causal", 2), ("masked", 2), ("quadratic causal", 1)])
+def test_compiled_graphs_over_the_border_of_a_chunk(case, graphs):
+    torch._dynamo.reset()
+    model, given = build(case)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True, fullgraph=True)
+    flag = {"use_cache": False} if isinstance(model, FlashForCausalLM) else {}
+    with torch.no_grad():
+        for length in (C - 3, 2 * C + 4, C + 1, C, 3, 8 * C):
+            batch = batch_of(model, given, 2, length)
+            assert_close(compiled(**batch, **flag).logits, model(**batch).logits, 1e-5, f"length {length}")
+    assert counter.frame_count == graphs
+
+
 @pytest.mark.parametrize("case", ["causal", "masked"])
 def test_torchscript_trace_at_any_length(case):
     model, given = build(case)
@@ -237,9 +253,22 @@ def test_export_for_generation(exporter, example, cache, several, changes):
             stage = "decode" if start else "prefill"
             end = min(start + 3, length + steps) if several and start else start + 1 if start else length
             batch = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end], "cache": state}
-            if "attention_mask" in exported.components[stage].metadata.kwargs:
-                batch["attention_mask"] = mask[:, :end]
+            batch["attention_mask"] = mask[:, :end]
+            taken = exported.components[stage].metadata.kwargs
+            batch = {name: value for name, value in batch.items() if name in taken}
             outputs = exported.runners[stage](**batch)
             state = outputs.cache
             assert_close(outputs.logits[:, -1], expected[:, end - 1], 1e-5, f"prompt {length}, token {end - 1}")
             start = end
+
+
+@pytest.mark.parametrize("case", ["causal", "quadratic causal"])
+def test_executorch_recipe_is_refused(case):
+    """It registers keys and values as buffers, and would export a program that forgets every token."""
+    from transformers.integrations.executorch import convert_and_export_with_cache
+
+    model, _ = build(case)
+    sizes = {"batch_size": 1, "max_cache_len": 32}
+    model.generation_config = GenerationConfig(cache_implementation="static", use_cache=True, cache_config=sizes)
+    with pytest.raises(AttributeError, match="export_for_generation"):
+        convert_and_export_with_cache(model)
