@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import (
     Dataset,
+    DatasetBuilder,
     Features,
     IterableDataset,
     ReadInstruction,
@@ -370,7 +371,6 @@ def _load_named(
         except DatasetGenerationError as error:
             logger.info(f"Reading the text column of {name} alone, since: {error.__cause__ or error}")
     builder = load_dataset_builder(name, config)
-    plain, own = type(builder.config)(), ("name", "version", "data_dir", "data_files", "description")
     files = {
         str(key): [*map(str, value)] for key, value in (getattr(builder.config, "data_files", None) or {}).items()
     }
@@ -386,12 +386,8 @@ def _load_named(
             logger.warning(f"{name} is read as {kind}; not read: {', '.join(unread[:5])}{' ...' * (len(unread) > 5)}")
     if kind == "parquet" and files:
         options = {"columns": _parquet_columns(next(iter(files.values()))[:1], text_column)}
-    # Another separator, one field of an object and so on, or another compression: `datasets` knows these.
-    usual = all(getattr(builder.config, key) == value for key, value in vars(plain).items() if key not in own)
-    ours = [path for paths in files.values() for path in paths]
-    usual = usual and all(FILE_TYPES.get(suffix_of(path)) == kind and "::" not in path for path in ours)
     parts = {part.split("[")[0].strip() for part in split.split("+")}
-    if kind not in ("json", "csv") or not usual or streaming and split not in parts:
+    if not _is_plain(builder, files) or "all" in parts or streaming and split not in parts:
         return load_dataset(name, config, split=split, streaming=streaming, **options), text_column
     if not parts <= files.keys():
         raise ValueError(f"split={split!r} must be of splits that {name} has: {', '.join(files)}.")
@@ -403,6 +399,20 @@ def _load_named(
     slices = ReadInstruction.from_spec(split).to_absolute({part: len(rows) for part, rows in read.items()})
     rows = [read[part.splitname].select(range(part.from_ or 0, part.to)) for part in slices]
     return concatenate_datasets(rows), "text"
+
+
+def _is_plain(builder: DatasetBuilder, files: dict[str, list[str]]) -> bool:
+    """Whether these are JSON or CSV files as [`read_rows`] takes them: without another separator, or one field of an
+    object to read, or another compression, which `datasets` knows."""
+    if builder.name not in ("json", "csv"):
+        return False
+    given = ("name", "version", "data_dir", "data_files", "description")
+    usual = {key: value for key, value in vars(type(builder.config)()).items() if key not in given}
+    return all(getattr(builder.config, key) == value for key, value in usual.items()) and all(
+        FILE_TYPES.get(suffix_of(path)) == builder.name and "::" not in path
+        for paths in files.values()
+        for path in paths
+    )
 
 
 def _read_files(files: list[str], text_column: str, streaming: bool) -> Dataset | IterableDataset:

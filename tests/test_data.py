@@ -134,6 +134,12 @@ def test_columns_of_a_data_set_by_name_may_hold_anything(tmp_path, streaming):
     if not streaming:
         assert texts("lines", split="train[1:3]+test") == ["two", None, "three"]
         assert texts("lines", split="train[:40%]") == ["one", "two"]
+    # Options that a card gives to `datasets` are heeded.
+    (tmp_path / "semicolons").mkdir()
+    write(tmp_path / "semicolons" / "train.csv", "text;id\na, b;1\n")
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n---\n"
+    write(tmp_path / "semicolons" / "README.md", card)
+    assert texts("semicolons") == ["a, b"]
     with pytest.raises(ValueError, match=r"numbers/train\.jsonl, line 2, column 'text' must hold a string, got int"):
         texts("numbers")
     with pytest.raises(ValueError, match=r"bytes/train\.jsonl must be UTF-8 text; byte 35"):
