@@ -934,7 +934,7 @@ def check_generation(generation_config: GenerationConfig, attention_mask: Tensor
         raise ValueError(
             f"assistant_early_exit must be a number of layers from 1 to num_hidden_layers = {num_layers}, got {depth}."
         )
-    if attention_mask is None or attention_mask.ndim != 2:
+    if attention_mask is None or attention_mask.ndim != 2 or not attention_mask.shape[1]:
         return
     real_BN = attention_mask != 0
     # A row of nothing but padding is an empty prompt, which does not keep the others from being continued.
@@ -1064,6 +1064,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         cache = resolve_cache(cache, past_key_values)
         tokens = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
         seen_B = getattr(cache.layers[0], "seen_B", None) if cache is not None and cache.layers else None
+        if seen_B is not None and len(seen_B) != len(tokens):
+            seen_B = None  # the model refuses it
         new = tokens.shape[1] if next_sequence_length is None else next_sequence_length
         if seen_B is not None and (is_first_iteration or new > 1):
             past = int(cache.get_seq_length())

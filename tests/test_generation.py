@@ -582,6 +582,27 @@ def test_assisted_decoding_from_a_filled_cache(attention_type):
         assert torch.equal(got, model.generate(turn, **WORDS))
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cache_of_another_batch(beams):
+    """Refused as by the model, until its rows are repeated like the input's."""
+    model = build()
+    ids, cache = words(model, 2, 19), DynamicCache(config=model.config)
+    given, copies = (ids, 3) if beams == 3 else (ids.repeat_interleave(2, 0), 2)
+    with torch.no_grad():
+        model(ids[:, :11], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match=f"holds 2 rows but the input has {2 * copies}"):
+        model.generate(given, num_beams=beams, **WORDS, **{CACHE_NAME: cache})
+    cache.batch_repeat_interleave(copies)
+    got = model.generate(given, num_beams=beams, **WORDS, **{CACHE_NAME: cache})
+    assert torch.equal(got, model.generate(given, num_beams=beams, **WORDS))
+
+
+def test_an_empty_prompt_is_refused():
+    model = build()
+    with pytest.raises(ValueError, match="at least one row and one token"):
+        model.generate(words(model, 1, 0), **WORDS)
+
+
 def test_a_cache_of_the_whole_input_or_of_more():
     """transformers would read the input once more, or cut it at the wrong place."""
     model = build()
