@@ -24,7 +24,9 @@ from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashCo
 
 # transformers 5.24 renamed `past_key_values` to `cache`. A model takes both; this is the name that the installed
 # version passes, reads from outputs, and drops under gradient checkpointing.
-CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE_NAME, OTHER_CACHE_NAME = "cache", "past_key_values"
+if CACHE_NAME not in BaseModelOutputWithPast.__dataclass_fields__:
+    CACHE_NAME, OTHER_CACHE_NAME = OTHER_CACHE_NAME, CACHE_NAME
 
 
 def resolve_cache(cache: Cache | None, past_key_values: Cache | None, **options: Any) -> Cache | None:
@@ -535,6 +537,6 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
 
 
 __all__ = [
-    "CACHE_NAME", "FlashChunkCacheLayer", "FlashQuadraticCacheLayer", "FlashStaticChunkCacheLayer",
+    "CACHE_NAME", "OTHER_CACHE_NAME", "FlashChunkCacheLayer", "FlashQuadraticCacheLayer", "FlashStaticChunkCacheLayer",
     "FlashStaticQuadraticCacheLayer", "check_cache", "resolve_cache", "takes_both_cache_names",
 ]  # fmt: skip

@@ -65,6 +65,7 @@ from .attention_flash import (
 )  # fmt: skip
 from .cache_flash import (
     CACHE_NAME,
+    OTHER_CACHE_NAME,
     FlashStaticQuadraticCacheLayer,
     check_cache,
     resolve_cache,
@@ -459,13 +460,6 @@ class FlashLayer(GradientCheckpointingLayer):
         self.gau = FlashGatedAttentionUnit(config, layer_idx, causal)
         self.hidden_dropout = config.hidden_dropout
 
-    def __call__(self, *args, **kwargs):
-        # Without gradients nothing is recomputed, and generate() in training mode needs its cache. transformers looks
-        # at gradients only in its newer versions.
-        if torch.is_grad_enabled():
-            return super().__call__(*args, **kwargs)
-        return nn.Module.__call__(self, *args, **kwargs)
-
     def is_fusible(self, hidden_states: Tensor) -> bool:
         """Whether one kernel call can stand for the layer's modules: they are what they seem, and nobody listens."""
         gau, norm = self.gau, self.norm
@@ -696,10 +690,12 @@ class FlashModel(FlashPreTrainedModel):
             hidden_states = self.embed_norm(hidden_states, fused=fused)
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
         grids = self.grids(layouts, bias_length, hidden_states)
+        # Gradient checkpointing drops the cache, by the host's name for it: before 5.24 also where there are no
+        # gradients and nothing is recomputed, as in generate() in training mode.
+        name = CACHE_NAME if torch.is_grad_enabled() else OTHER_CACHE_NAME
         # generate(assistant_early_exit=...) lowers num_hidden_layers while it drafts.
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            # Under the host's name, since gradient checkpointing drops it by name.
-            options = {CACHE_NAME: cache, **grids[index % len(grids)]}
+            options = {name: cache, **grids[index % len(grids)]}
             hidden_states = layer(hidden_states, documents=documents, **options)
         hidden_states = self.norm(hidden_states, fused=fused)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})

@@ -21,12 +21,12 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashForSequenceClassification, FlashModel
 from flash_hf.cache_flash import CACHE_NAME, resolve_cache
+from flash_hf.cache_flash import OTHER_CACHE_NAME as OTHER_NAME
 from flash_hf.modeling_flash import FlashLayer
 from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 
 
 NAMES = ("cache", "past_key_values")
-OTHER_NAME = NAMES[1 - NAMES.index(CACHE_NAME)]
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
 
 ROOT = Path(__file__).parent.parent
