@@ -18,7 +18,10 @@ from .common import (
     sigmoid,
     silu,
     silu_grad,
+    state_depth,
+    store_grid,
     store_rows,
+    store_tile,
     token_rows,
     vector,
 )
@@ -149,7 +152,7 @@ def gate_states_kernel(
 
 @triton.jit
 def score_gradient(
-    chunk, index, d, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, shift, E,
+    chunk, index, d, value, value_stride, source_ptr, a, d_score, N, G, C, shift, E,
     CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr,
     TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -169,14 +172,15 @@ def score_gradient(
             value, value_stride, token_n, real_n, chunk, block_n * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
         )
         acc = tl.dot(d_tile, tl.trans(v), acc, input_precision=PRECISION)
-    place = (chunk.to(tl.int64) * CP + m)[:, None] * CP + n[None, :]
-    weight = tl.load(a_ptr + place).to(tl.float32)
-    tl.store(d_score_ptr + place, (acc * 2.0 * tl.sqrt(weight)).to(d_score_ptr.dtype.element_ty))
+    row = chunk * CP + block_m * BLOCK
+    rows = tl.arange(0, BLOCK)
+    weight = load_grid(a, CP, row, rows, block_n * BLOCK, rows, TMA).to(tl.float32)
+    store_grid(d_score, CP, row, rows, block_n * BLOCK, rows, acc * 2.0 * tl.sqrt(weight), TMA)
 
 
 @triton.jit
 def linear_gradient(
-    chunk, block_m, x, x_stride, source_ptr, prefix, carry, piece, out_ptr, factor, N, G, C, shift, E,
+    chunk, block_m, x, x_stride, source_ptr, prefix, carry, piece, out, factor, depth, N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, RAGGED: tl.constexpr,
     EVEN_E: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -187,7 +191,7 @@ def linear_gradient(
     token, real = token_rows(source_ptr, chunk, m, N, G, C, shift, RAGGED)
     s = tl.arange(0, SP)
     acc = tl.zeros((BLOCK, SP), tl.float32)
-    for start in tl.range(0, E, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
         tile = load_tile(
             x, x_stride, token, real, chunk, block_m * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
@@ -196,14 +200,13 @@ def linear_gradient(
             acc, tile, prefix, carry, chunk, piece, s, 0, column, start, E, SP, EVEN_E, PREFIX, CARRY, TMA, True,
             PRECISION,
         )  # fmt: skip
-    place = (chunk.to(tl.int64) * CP + m)[:, None] * SP + s[None, :]
-    tl.store(out_ptr + place, (acc * factor).to(out_ptr.dtype.element_ty))
+    store_grid(out, SP, chunk * CP + block_m * BLOCK, tl.arange(0, BLOCK), 0, s, acc * factor, TMA)
 
 
 @triton.jit
 def value_gradient(
-    chunk, block_n, block_e, a, d, keys, prefix, carry, piece, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr,
-    source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, shift, E,
+    chunk, block_n, block_e, a, d, keys, prefix, carry, piece, h_v, v_stride, rms_ptr, gain_ptr, bias_v_ptr,
+    source_ptr, d_v, d_v_stride, d_bias_ptr, depth, N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, PREFIX: tl.constexpr,
     CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -226,14 +229,14 @@ def value_gradient(
             acc = tl.dot(tl.trans(weight), d_tile, acc, input_precision=PRECISION)
     if LIN:
         s = tl.arange(0, BLOCK_S)
-        for start in tl.range(0, SP, BLOCK_S, num_stages=STAGES):
+        for start in tl.range(0, depth, BLOCK_S, num_stages=STAGES):
             key = load_grid(keys, SP, chunk * CP + first_n, n, start, s, TMA)
             acc = add_state_product(
                 acc, key, prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA,
                 False, PRECISION,
             )  # fmt: skip
     token, real = token_rows(source_ptr, chunk, first_n + n, N, G, C, shift, RAGGED)
-    raw = load_rows(v_ptr, v_stride, token, real, column, E, EVEN_E)
+    raw = load_tile(h_v, v_stride, token, real, chunk, first_n, column, first_e, E, G, C, shift, EVEN_E, TMA)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     d_h = acc * silu_grad(preactivation(raw, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
     if SCALED:
@@ -241,20 +244,21 @@ def value_gradient(
         place = d_bias_ptr + (chunk.to(tl.int64) * (CP // BLOCK) + block_n) * E + column
         tl.store(place, tl.sum(d_h, 0), mask=column < E)
         d_h = d_h * gain[:, None]
-    store_rows(d_v_ptr, d_v_stride, token, real, column, E, d_h, EVEN_E)
+    store_tile(d_v, d_v_stride, token, real, chunk, first_n, column, first_e, E, d_h, G, C, shift, EVEN_E, TMA)
 
 
 @kernel
 @triton.jit
 def chunk_gradients_kernel(
-    a_ptr, a_slots, d_rows, d_slots, value, value_stride, keys, prefix, carry, d_prefix, d_carry, d_prefix_slots,
-    d_carry_slots, piece_ptr, factor_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_score_ptr,
-    d_lin_q_ptr, d_lin_k_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, shift, E, E_BLOCKS,
+    a, a_slots, d_rows, d_slots, value, value_stride, keys, prefix, carry, d_prefix, d_carry, d_prefix_slots,
+    d_carry_slots, piece_ptr, factor_ptr, opens_ptr, h_v, v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_score,
+    d_lin_q, d_lin_k, d_v, d_v_stride, d_bias_ptr, N, G, C, shift, GT, E, E_BLOCKS,
     CP: tl.constexpr, SP: tl.constexpr, TILES: tl.constexpr, SCORE_TILES: tl.constexpr, QUAD: tl.constexpr,
     LIN: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr,
     SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, EVEN_E: tl.constexpr, EVEN_K: tl.constexpr,
-    TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, LONG_STAGES: tl.constexpr,
+    TMA: tl.constexpr, SKIP: tl.constexpr, SKIP_AFTER: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LONG_STAGES: tl.constexpr,
 ):  # fmt: skip
     """All products of one chunk's backward, each program one tile of one of them. They read the same d_attended and
     V; side by side in one launch they find them in the L2 cache.
@@ -272,30 +276,31 @@ def chunk_gradients_kernel(
     if index < score_programs:
         if QUAD:
             score_gradient(
-                chunk, index, d_rows, value, value_stride, source_ptr, a_ptr, d_score_ptr, N, G, C, shift, E, CP,
-                TILES, CAUSAL, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, LONG_STAGES,
+                chunk, index, d_rows, value, value_stride, source_ptr, a, d_score, N, G, C, shift, E, CP, TILES,
+                CAUSAL, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, LONG_STAGES,
             )  # fmt: skip
     elif index < score_programs + linear_programs:
         if LIN:
             linear_gradient(
-                chunk, index - score_programs, d_rows, E, source_ptr, prefix, carry, piece, d_lin_q_ptr,
-                tl.load(factor_ptr + chunk), N, G, C, shift, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK,
-                BLOCK_K, PRECISION, STAGES,
+                chunk, index - score_programs, d_rows, E, source_ptr, prefix, carry, piece, d_lin_q,
+                tl.load(factor_ptr + chunk), state_depth(opens_ptr, chunk, GT, E, False, SKIP), N, G, C, shift, E, CP,
+                SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, STAGES,
             )  # fmt: skip
     elif index < score_programs + 2 * linear_programs:
         if LIN:
             linear_gradient(
                 chunk, index - score_programs - linear_programs, value, value_stride, source_ptr, d_prefix, d_carry,
-                piece, d_lin_k_ptr, 1.0, N, G, C, shift, E, CP, SP, PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K,
-                PRECISION, STAGES,
+                piece, d_lin_k, 1.0, state_depth(opens_ptr, chunk, GT, E, True, SKIP_AFTER), N, G, C, shift, E, CP, SP,
+                PREFIX, CARRY, RAGGED, EVEN_K, TMA, BLOCK, BLOCK_K, PRECISION, STAGES,
             )  # fmt: skip
     else:
         tile = index - score_programs - 2 * linear_programs
         value_gradient(
-            chunk, tile % TILES, tile // TILES, a_slots, d_slots, keys, d_prefix_slots, d_carry_slots, piece, v_ptr,
-            v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_v_ptr, d_v_stride, d_bias_ptr, N, G, C, shift, E,
-            CP, SP, QUAD, LIN, PREFIX, CARRY, CAUSAL, SCALED, SILU, FAST, RAGGED, EVEN_E, TMA, BLOCK, BLOCK_E, BLOCK_K,
-            BLOCK_S, PRECISION, STAGES,
+            chunk, tile % TILES, tile // TILES, a_slots, d_slots, keys, d_prefix_slots, d_carry_slots, piece, h_v,
+            v_stride, rms_ptr, gain_ptr, bias_v_ptr, source_ptr, d_v, d_v_stride, d_bias_ptr,
+            state_depth(opens_ptr, chunk, GT, SP, True, SKIP_AFTER), N, G, C, shift, E, CP, SP, QUAD, LIN, PREFIX,
+            CARRY, CAUSAL, SCALED, SILU, FAST, RAGGED, EVEN_E, TMA, BLOCK, BLOCK_E, BLOCK_K, BLOCK_S, PRECISION,
+            STAGES,
         )  # fmt: skip
 
 

@@ -124,12 +124,37 @@ def load_grid(x, width, row, rows, start, columns, TMA: tl.constexpr):
 
 
 @triton.jit
+def store_grid(x, width, row, rows, start, columns, value, TMA: tl.constexpr):
+    """`load_grid`'s counterpart."""
+    if TMA:
+        x.store([row, start], value.to(x.dtype))
+    else:
+        pointers = x + (row.to(tl.int64) + rows)[:, None] * width + (start + columns)[None, :]
+        tl.store(pointers, value.to(x.dtype.element_ty))
+
+
+@triton.jit
 def store_rows(ptr, stride, token, real, column, width, value, EVEN_E: tl.constexpr):
     pointers = ptr + token[:, None] * stride + column[None, :]
     if EVEN_E:
         tl.store(pointers, value.to(ptr.dtype.element_ty), mask=real[:, None])
     else:
         tl.store(pointers, value.to(ptr.dtype.element_ty), mask=real[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def store_tile(
+    x, stride, token, real, chunk, slot, column, start, width, value, G, C, shift, EVEN_E: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """`load_tile`'s counterpart: nothing is written outside of a row."""
+    if TMA == 3:
+        place = [chunk // G, (chunk % G) * C + slot - shift, start]
+        x.store(place, tl.reshape(value.to(x.dtype), (1, value.shape[0], value.shape[1])))
+    elif TMA == 2:
+        x.store([chunk * C + slot, start], value.to(x.dtype))
+    else:
+        store_rows(x, stride, token, real, column, width, value, EVEN_E)
 
 
 @triton.jit
@@ -197,6 +222,20 @@ def add_state_product(
         state = load_sums(carry, piece, s, first, column, start, E, SP, EVEN_E, TMA)
         acc = tl.dot(left, tl.trans(state) if TRANS else state, acc, input_precision=PRECISION)
     return acc
+
+
+@triton.jit
+def state_depth(opens_ptr, chunk, GT, depth, AFTER: tl.constexpr, SKIP: tl.constexpr):
+    """How far a product with a chunk's state goes: not at all where the state is 0, since nothing comes before the
+    chunk in its document (with AFTER, behind it: gradients of states)."""
+    if SKIP:
+        if AFTER:
+            opens = tl.load(opens_ptr + chunk + 1, mask=chunk + 1 < GT, other=1)
+        else:
+            opens = tl.load(opens_ptr + chunk)
+        return tl.where(opens == 0, depth, 0)
+    else:
+        return depth
 
 
 @triton.jit

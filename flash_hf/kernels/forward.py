@@ -17,6 +17,7 @@ from .common import (
     rotated_pair,
     row_gain,
     silu,
+    state_depth,
     store_rows,
     token_rows,
     values_of,
@@ -246,12 +247,12 @@ def carry_kernel(
 @triton.jit
 def output_kernel(
     a, q, prefix, carry, u_ptr, u_stride, value, value_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, piece_ptr,
-    out_ptr, attended_ptr, N, G, C, shift, E, E_BLOCKS,
+    opens_ptr, out_ptr, attended_ptr, N, G, C, shift, GT, E, E_BLOCKS,
     CP: tl.constexpr, SP: tl.constexpr, QUAD: tl.constexpr, LIN: tl.constexpr, PREFIX: tl.constexpr,
     CARRY: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, ATTENDED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, SKIP: tl.constexpr, ATTENDED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`silu(u) * (A V + q_lin state)` of one tile of tokens and value dimensions.
 
@@ -279,7 +280,8 @@ def output_kernel(
     if LIN:
         piece = tl.load(piece_ptr + chunk)
         s = tl.arange(0, BLOCK_S)
-        for start in tl.range(0, SP, BLOCK_S, num_stages=STAGES):
+        depth = state_depth(opens_ptr, chunk, GT, SP, False, SKIP)
+        for start in tl.range(0, depth, BLOCK_S, num_stages=STAGES):
             query = load_grid(q, SP, row, m, start, s, TMA)
             acc = add_state_product(
                 acc, query, prefix, carry, chunk, piece, s, start, column, first_e, E, SP, EVEN_E, PREFIX, CARRY, TMA,

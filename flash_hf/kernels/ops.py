@@ -360,10 +360,11 @@ def launch_forward(
         tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
         tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
         inputs.u.stride(0), shape.tokens(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
-        inputs.tokens, group, out, attended, N, G, C, shift, E, e_blocks, CP=t.CP, SP=t.SP,
+        inputs.tokens, group, inputs.index[6], out, attended, N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP,
         QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal, **flags,
-        EVEN_E=E % t.block_e == 0, TMA=tma, ATTENDED=want_attended, BLOCK_M=t.block, BLOCK_E=t.block_e,
-        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, **t.launch,
+        EVEN_E=E % t.block_e == 0, TMA=tma, SKIP=shape.causal and initial is None, ATTENDED=want_attended,
+        BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision,
+        STAGES=t.stages, **t.launch,
     )  # fmt: skip
     return out, heads, prefix, carry, attended, final
 
@@ -434,19 +435,24 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
     programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
     d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
+    score_block, head_block = (t.block, t.block), (t.block, t.SP)
+    value_block = t.block, t.block_e
     backward.chunk_gradients_kernel(
         (programs * shape.GT,),
-        weights, tiled(weights, tma, t.block_k, t.block), shape.tokens(d_attended, tma, t.block, t.block_k),
-        shape.tokens(d_attended, tma, t.block_k, t.block_e), shape.tokens(value, tma, t.block, t.block_k),
-        value.stride(0),
+        tiled(weights, tma, *score_block), tiled(weights, tma, t.block_k, t.block),
+        shape.tokens(d_attended, tma, t.block, t.block_k), shape.tokens(d_attended, tma, t.block_k, t.block_e),
+        shape.tokens(value, tma, t.block, t.block_k), value.stride(0),
         tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
         tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k),
         tiled(d_carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.block_s, t.block_e),
-        tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.v, inputs.v.stride(0),
-        *inputs.norm("bias_v"), inputs.tokens, d_scores, d_heads[row], d_heads[row + 1], d_v, d_v.stride(0),
-        d_bias_v, N, G, C, shift, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles, SCORE_TILES=shape.score_tiles,
-        QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried, CAUSAL=shape.causal, **flags,
-        EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma, BLOCK=t.block, BLOCK_E=t.block_e,
+        tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.index[6],
+        shape.tokens(inputs.v, tma, *value_block), inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens,
+        tiled(d_scores, tma, *score_block), tiled(d_heads[row], tma, *head_block),
+        tiled(d_heads[row + 1], tma, *head_block), shape.tokens(d_v, tma, *value_block), d_v.stride(0), d_bias_v,
+        N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
+        SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried,
+        CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma,
+        SKIP=shape.causal and not carried, SKIP_AFTER=shape.causal, BLOCK=t.block, BLOCK_E=t.block_e,
         BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, LONG_STAGES=t.long_stages,
         **t.launch,
     )  # fmt: skip
