@@ -62,9 +62,9 @@ def gate_kernel(
     d_out_ptr, d_out_stride, u_ptr, u_stride, saved_ptr, v_ptr, v_stride, rms_ptr, gain_ptr, bias_u_ptr, bias_v_ptr,
     d_attended_ptr, d_u_ptr, d_u_stride, value_ptr, d_bias_ptr, T, E,
     SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, ATTENDED: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    VALUES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Backward of the gate: `gate_gradient`, and the values again, which the other gradients need.
+    """Backward of the gate: `gate_gradient`, and with VALUES the values again, which the other gradients need.
 
     With SCALED the gate's gradient is stored times the norm's gain, as the projection's backward takes it, and its
     sums over the program's tokens, `[row blocks, E]`, for the bias.
@@ -76,7 +76,7 @@ def gate_kernel(
     d_out = load_rows(d_out_ptr, d_out_stride, token, real, column, E, EVEN).to(tl.float32)
     u = load_rows(u_ptr, u_stride, token, real, column, E, EVEN)
     saved = load_rows(saved_ptr, E, token, real, column, E, EVEN)
-    if SILU:
+    if VALUES:
         v = load_rows(v_ptr, v_stride, token, real, column, E, EVEN)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     d_attended, d_u = gate_gradient(d_out, u, saved, gain, bias_u_ptr, column, E, SCALED, SILU, FAST, ATTENDED)
@@ -86,7 +86,7 @@ def gate_kernel(
         tl.store(d_bias_ptr + block_m * E + column, sums, mask=column < E)
         d_u = d_u * gain[:, None]
     store_rows(d_u_ptr, d_u_stride, token, real, column, E, d_u, EVEN)
-    if SILU:
+    if VALUES:
         value = silu(preactivation(v, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
         store_rows(value_ptr, E, token, real, column, E, value, EVEN)
 
@@ -99,7 +99,8 @@ def gate_states_kernel(
     N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, ATTENDED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr,
-    TOTAL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TOTAL: tl.constexpr, VALUES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """`gate_kernel` and the gradient of the states in one pass over a piece, from its last chunk to its first:
     `sum q_lin d_attended^T` as `states_kernel` sums `k v^T`. `d_bias` has one row a piece."""
@@ -139,7 +140,7 @@ def gate_states_kernel(
             d_bias += tl.sum(tl.where(real[:, None], d_u, 0.0), 0)
             d_u = d_u * gain[:, None]
         store_rows(d_u_ptr, d_u_stride, token, real, column, E, d_u, EVEN_E)
-        if SILU:
+        if VALUES:
             h = load_tile(v, v_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
             value = silu(preactivation(h, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
             store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
@@ -244,7 +245,7 @@ def value_gradient(
         place = d_bias_ptr + (chunk.to(tl.int64) * (CP // BLOCK) + block_n) * E + column
         tl.store(place, tl.sum(d_h, 0), mask=column < E)
         d_h = d_h * gain[:, None]
-    store_tile(d_v, d_v_stride, token, real, chunk, first_n, column, first_e, E, d_h, G, C, shift, EVEN_E, TMA)
+    store_tile(d_v, d_v_stride, token, real, chunk, first_n, column, first_e, E, d_h, C, EVEN_E, TMA)
 
 
 @kernel

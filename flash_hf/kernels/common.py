@@ -144,14 +144,11 @@ def store_rows(ptr, stride, token, real, column, width, value, EVEN_E: tl.conste
 
 @triton.jit
 def store_tile(
-    x, stride, token, real, chunk, slot, column, start, width, value, G, C, shift, EVEN_E: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """`load_tile`'s counterpart: nothing is written outside of a row."""
-    if TMA == 3:
-        place = [chunk // G, (chunk % G) * C + slot - shift, start]
-        x.store(place, tl.reshape(value.to(x.dtype), (1, value.shape[0], value.shape[1])))
-    elif TMA == 2:
+    x, stride, token, real, chunk, slot, column, start, width, value, C, EVEN_E: tl.constexpr, TMA: tl.constexpr
+):
+    """`load_tile`'s counterpart. With TMA 3, x is a pointer here: a tile may be loaded from before a row's first token
+    (the slots of a shift), but not stored there."""
+    if TMA == 2:
         x.store([chunk * C + slot, start], value.to(x.dtype))
     else:
         store_rows(x, stride, token, real, column, width, value, EVEN_E)

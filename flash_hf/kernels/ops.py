@@ -7,18 +7,30 @@ matrix products.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
+from transformers.utils import logging
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import backward, forward, matmul
 from .common import dot_precision, fast_math
+
+
+try:
+    from . import scan
+except ImportError:  # triton without Gluon, or with another one
+    scan = None
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,19 @@ class Shape:
         stride = x.stride(0)
         return TensorDescriptor(x, [self.B, self.N, x.shape[1]], [self.N * stride, stride, 1], [1, *block])
 
+    def scans(self, source: Tensor | None, device: torch.device) -> bool:
+        """Whether the kernels of scan.py compute this, which are for the layers that most people train, on Hopper."""
+        fits = (
+            self.causal and self.quad and self.lin and self.scaled and self.silu and source is None
+            and self.dtype == torch.bfloat16 and (self.C, self.S) == (256, 128) and self.E % 128 == 0
+        )  # fmt: skip
+        return fits and scan_for(device)
+
+    @property
+    def splits(self) -> bool:
+        """Whether a scan walks along pieces of rows: there are too few rows for the multiprocessors."""
+        return self.B * (self.E // 128) < FEW_SCANS
+
     @property
     def row_tiles(self) -> int:
         return self.tiles.CP // self.tiles.block
@@ -145,6 +170,29 @@ def has_tma(device: torch.device) -> bool:
     """Whether the device has a tensor memory accelerator and the shared memory to use it well (Hopper, and Blackwell
     of data centres). Elsewhere descriptors cost more than they save."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+# Walks of 128 value dimensions that leave a large GPU (132 multiprocessors) so idle that a second pass costs less.
+FEW_SCANS = 90
+# Versions of triton that the kernels of scan.py have run with.
+TRIED_TRITON = ((3, 6), (3, 6))
+
+
+@functools.cache
+def scan_for(device: torch.device) -> bool:
+    """Whether the kernels of scan.py run on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if scan is not None and TRIED_TRITON[0] <= found <= TRIED_TRITON[1]:
+        return True
+    first, last = (".".join(map(str, version)) for version in TRIED_TRITON)
+    tried = first if first == last else f"{first} to {last}"
+    logger.warning_once(
+        f"FLASH's fastest kernels, those for Hopper, are left out: they need triton {tried}, and this is "
+        f"{triton.__version__}."
+    )
+    return False
 
 
 def on_device(x: Tensor):
@@ -293,6 +341,56 @@ def key_rows(shape: Shape) -> list[int]:
     return [1] * shape.quad + [shape.H - 1] * shape.lin
 
 
+def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor) -> Tensor:
+    """What comes before each piece, over C, `[pieces, SP, E]`."""
+    options = piece_launch(shape, inputs)
+    tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
+    _, total = state_buffers(shape, inputs.index, inputs.v.new_empty, True)
+    forward.states_kernel(
+        (inputs.index[2].shape[0], cdiv(shape.E, block_e)),
+        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(inputs.v, tma, block_k, block_e), inputs.v.stride(0),
+        *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3], inputs.v, inputs.v, total,
+        *ints(shape), shape.E, **{**options, "PREFIX": False}, TOTAL=True, VALUES=False, STAGES=3,
+    )  # fmt: skip
+    return launch_carry(shape, inputs.index, total, None, True, "", False)[0]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def scan_grid(tasks: int, device: torch.device) -> tuple[int]:
+    """Programs that take tasks in turn, one a multiprocessor: their tiles fill its shared memory."""
+    return (min(tasks, multiprocessors(device)),)
+
+
+def launch_scan(
+    shape: Shape, inputs: Inputs, weights: Tensor, heads: Tensor, x: Tensor, h: Tensor, biases: tuple[Tensor, Tensor],
+    out: Tensor, states: Tensor, carry: Tensor | None, value: Tensor | None = None, sums: Tensor | None = None,
+):  # fmt: skip
+    """One scan, see `scan_kernel`: forward, or with `value` and `sums` backward.
+
+    Args:
+        biases: of x and of h.
+        carry: what comes before each piece, or in the backward behind it; None walks along whole rows.
+    """
+    (B, N), row, back = (shape.B, shape.N), lin_row(shape), value is not None
+    reader, writer = (row + 1, row) if back else (row, row + 1)
+    walks = B if carry is None else inputs.index[2].shape[0]
+    tasks = walks * shape.E // 128
+    scan.scan_kernel(
+        scan_grid(tasks, x.device),
+        scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
+        scan.matrix(heads[writer]), scan.tokens(out, B, N), scan.matrix(states),
+        scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+        states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index[2], inputs.index[3],
+        out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back,
+        SPLIT=carry is not None, EVEN=shape.shift == 0 and N == shape.G * shape.C, SHIFTED=shape.shift > 0,
+        SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+    )  # fmt: skip
+
+
 def launch_forward(
     shape: Shape, inputs: Inputs, initial: Tensor | None, kept: Tensor | None, kept_mask: Tensor | None,
     want_final: bool, want_attended: bool,
@@ -326,6 +424,13 @@ def launch_forward(
             first = heads[row_of_key].view(shape.B, G, t.CP, t.SP)[:, 0, :C, :S]
             first.copy_(torch.where(mask[..., None], keys.to(first.dtype), first))
     weights = launch_scores(shape, inputs, heads)
+    if initial is None and not want_final and shape.scans(inputs.source, inputs.v.device):
+        out, prefix = new((T, E)), new((shape.GT, t.SP, E))
+        split = shape.splits and has_carry(shape, inputs.index, False)
+        before = launch_totals(shape, inputs, heads[row + 1]) if split else None
+        biases = inputs.bias_v, inputs.bias_u
+        launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
+        return out, heads, prefix, *(new((0,)) for _ in range(3))
     value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
     if shape.lin:
@@ -340,7 +445,7 @@ def launch_forward(
             tiled(heads[row + 1], tma, t.block_k, t.SP), shape.tokens(inputs.v, tma, t.block_k, block_e),
             inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
             inputs.v if value is None else value, prefix, total, N, G, C, shift, E, **options,
-            TOTAL=needed, STAGES=2 if shape.dtype == torch.float32 else 3,
+            TOTAL=needed, VALUES=True, STAGES=2 if shape.dtype == torch.float32 else 3,
         )  # fmt: skip
         carry, final = launch_carry(shape, inputs.index, total, initial, carried, asked, False)
         if not shape.causal:
@@ -369,69 +474,78 @@ def launch_forward(
     return out, heads, prefix, carry, attended, final
 
 
-def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d_out: Tensor, d_h: tuple, reuse: bool):
-    """Gradients of the projections' outputs, written to `d_h`, those of u, v and z.
+def launch_gate(
+    shape: Shape, inputs: Inputs, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor, value: Tensor | None
+) -> Tensor:
+    """Fill `d_attended`, `d_u` and `value` (unless that is None or not to be computed); partial sums for u's bias."""
+    E, T = shape.E, shape.B * shape.N
+    block_m, block_e = 64, 128
+    d_bias_u = gated.new_empty((cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
+    backward.gate_kernel(
+        (cdiv(T, block_m), cdiv(E, block_e)),
+        d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
+        *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0),
+        inputs.v if value is None else value, d_bias_u, T, E, SCALED=shape.scaled, SILU=shape.silu,
+        FAST=fast_math(shape.dtype), ATTENDED=saved_attended(shape.dtype, shape.silu), EVEN=E % block_e == 0,
+        VALUES=shape.silu and value is not None, BLOCK_M=block_m, BLOCK_E=block_e, num_warps=8,
+    )  # fmt: skip
+    return d_bias_u
 
-    Args:
-        saved: heads, prefix, carry of the forward. The weights are computed again: cheaper than their memory.
-        gated: the forward's output, or the attended value itself where it was kept.
-        d_out: gradient of the output, `[B * N, E]`; overwritten with `reuse`.
+
+def launch_gate_states(
+    shape: Shape, inputs: Inputs, queries: Tensor, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor,
+    value: Tensor | None, d_prefix: Tensor | None, total: Tensor,
+) -> Tensor:  # fmt: skip
+    """`launch_gate` and the gradient of the states: what it is behind each chunk in `d_prefix` (causal; None for
+    nothing), and over each piece in `total` (if that is not empty)."""
+    t, E = shape.tiles, shape.E
+    pieces = inputs.index[2].shape[0]
+    options = piece_launch(shape, inputs)
+    tma, block_e = options["TMA"], options["BLOCK_E"]
+    block = min(t.gate_k, t.block_k), block_e
+    options |= {"BLOCK_K": block[0], "STAGES": t.gate_stages, "PREFIX": shape.causal and d_prefix is not None}
+    d_bias_u = gated.new_empty((pieces if shape.scaled else 0, E), dtype=torch.float32)
+    backward.gate_states_kernel(
+        (pieces, cdiv(E, block_e)),
+        tiled(queries, tma, block[0], t.SP), shape.tokens(d_out, tma, *block), d_out.stride(0),
+        shape.tokens(inputs.u, tma, *block), inputs.u.stride(0), shape.tokens(gated, tma, *block),
+        shape.tokens(inputs.v, tma, *block), inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2],
+        inputs.tokens, inputs.index[2], inputs.index[3], d_attended, d_u, d_u.stride(0),
+        inputs.v if value is None else value, d_bias_u, total if d_prefix is None else d_prefix, total, *ints(shape),
+        E, **options, ATTENDED=saved_attended(shape.dtype, shape.silu), TOTAL=total.numel() > 0,
+        VALUES=shape.silu and value is not None,
+    )  # fmt: skip
+    return d_bias_u
+
+
+def launch_attention_gradients(
+    shape: Shape, inputs: Inputs, saved: tuple, weights: Tensor, gated: Tensor, d_out: Tensor, d_u: Tensor,
+    d_v: Tensor, d_scores: Tensor, d_heads: Tensor, reuse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill `d_u`, `d_v`, `d_scores` and the linear heads of `d_heads`; otherwise as `launch_backward`.
 
     Returns:
-        `(sums, d_bias_R, d_bias_u, d_bias_v)`: `sums` float32 `[2 H + 1, S]`, the gradients of gamma, beta and z's
-        bias; `d_bias_R` float32 `[2 C - 1]`; the others float32 `[E]`. Empty where there is none.
+        `(d_bias_u, d_bias_v)` as partial sums.
     """
     heads, prefix, carry = saved
-    d_u, d_v, d_z = d_h
-    t, (N, G, C, shift), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
+    t, (N, G, C, shift), E, T = shape.tiles, ints(shape), shape.E, shape.B * shape.N
     new = gated.new_empty
     flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
     factor, group = inputs.index[:2]
     row = lin_row(shape)
-
-    weights = launch_scores(shape, inputs, heads)
     d_attended = d_out if reuse else new((T, E))
     value = new((T, E)) if shape.silu else inputs.v
-    kept = saved_attended(shape.dtype, shape.silu)
     carried = carry.numel() > 0 and shape.causal
     d_prefix, d_carry = new((0,)), new((0,))
     if shape.lin:
         needed = carried or not shape.causal
         d_prefix, total = state_buffers(shape, inputs.index, new, needed)
-        pieces = inputs.index[2].shape[0]
-        options = piece_launch(shape, inputs)
-        tma, block_e = options["TMA"], options["BLOCK_E"]
-        block_k = min(t.gate_k, t.block_k)
-        options |= {"BLOCK_K": block_k, "STAGES": t.gate_stages}
-        block = block_k, block_e
-        d_bias_u = new((pieces if shape.scaled else 0, E), dtype=torch.float32)
-        backward.gate_states_kernel(
-            (pieces, cdiv(E, block_e)),
-            tiled(heads[row], tma, block_k, t.SP), shape.tokens(d_out, tma, *block), d_out.stride(0),
-            shape.tokens(inputs.u, tma, *block), inputs.u.stride(0), shape.tokens(gated, tma, *block),
-            shape.tokens(inputs.v, tma, *block), inputs.v.stride(0), *inputs.norm("bias_u"),
-            inputs.norm("bias_v")[2], inputs.tokens, inputs.index[2], inputs.index[3], d_attended, d_u, d_u.stride(0),
-            value, d_bias_u, d_prefix, total, N, G, C, shift, E, **options, ATTENDED=kept, TOTAL=needed,
-        )  # fmt: skip
-        d_carry, final = launch_carry(
-            shape, inputs.index, total, None, carried, "" if shape.causal else "state", True
-        )
+        d_bias_u = launch_gate_states(shape, inputs, heads[row], gated, d_out, d_attended, d_u, value, d_prefix, total)
+        d_carry, final = launch_carry(shape, inputs.index, total, None, carried, "" if shape.causal else "state", True)
         d_carry = d_carry if shape.causal else final
     else:
-        block_m, block_e = 64, 128
-        d_bias_u = new((cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
-        backward.gate_kernel(
-            (cdiv(T, block_m), cdiv(E, block_e)),
-            d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
-            *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0), value, d_bias_u, T, E,
-            SCALED=shape.scaled, SILU=shape.silu, FAST=fast_math(shape.dtype), ATTENDED=kept,
-            EVEN=E % block_e == 0, BLOCK_M=block_m, BLOCK_E=block_e, num_warps=8,
-        )  # fmt: skip
+        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, value)
 
-    # Branches that a first chunk alone does not need have no gradient.
-    used = 2 * (shape.quad + shape.lin) == shape.H
-    d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
-    d_scores = torch.empty_like(weights)
     e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
     programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
     d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
@@ -448,7 +562,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.index[6],
         shape.tokens(inputs.v, tma, *value_block), inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens,
         tiled(d_scores, tma, *score_block), tiled(d_heads[row], tma, *head_block),
-        tiled(d_heads[row + 1], tma, *head_block), shape.tokens(d_v, tma, *value_block), d_v.stride(0), d_bias_v,
+        tiled(d_heads[row + 1], tma, *head_block), tiled(d_v, tma == 2, *value_block), d_v.stride(0), d_bias_v,
         N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
         SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried,
         CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma,
@@ -456,6 +570,68 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, LONG_STAGES=t.long_stages,
         **t.launch,
     )  # fmt: skip
+    return d_bias_u, d_bias_v
+
+
+def launch_scan_gradients(
+    shape: Shape, inputs: Inputs, saved: tuple, weights: Tensor, gated: Tensor, d_out: Tensor, d_u: Tensor,
+    d_v: Tensor, d_scores: Tensor, d_heads: Tensor, reuse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`launch_attention_gradients` by the kernels of scan.py."""
+    heads, prefix, _ = saved
+    E, T, B, N, row = shape.E, shape.B * shape.N, shape.B, shape.N, lin_row(shape)
+    new = gated.new_empty
+    d_attended = d_out if reuse else new((T, E))
+    split = shape.splits and has_carry(shape, inputs.index, False)
+    behind = None
+    if split:
+        _, total = state_buffers(shape, inputs.index, new, True)
+        d_bias_u = launch_gate_states(shape, inputs, heads[row], gated, d_out, d_attended, d_u, None, None, total)
+        behind, _ = launch_carry(shape, inputs.index, total, None, True, "", True)
+    else:
+        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, None)
+    value, d_prefix = new((T, E)), torch.empty_like(prefix)
+    d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
+    biases = inputs.bias_v, inputs.bias_v
+    launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_v, d_prefix, behind, value, d_bias_v)
+    tasks, block_k = 4 * shape.GT, scan.REDUCE_K
+    scan.reduce_kernel(
+        scan_grid(tasks, d_out.device),
+        scan.tokens(d_attended, B, N, 256, block_k), scan.tokens(value, B, N, 256, block_k),
+        scan.tokens(value, B, N, 128, block_k), scan.matrix(prefix, 128, block_k),
+        scan.matrix(d_prefix, 128, block_k), scan.matrix(weights, 256, 128), scan.matrix(d_scores, 256, 128),
+        scan.matrix(d_heads[row], 256, 128), scan.matrix(d_heads[row + 1], 256, 128), inputs.index[0], shape.G,
+        shape.shift, E, tasks, BLOCK_K=block_k, STAGES=scan.REDUCE_STAGES, num_warps=8,
+    )  # fmt: skip
+    return d_bias_u, d_bias_v
+
+
+def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d_out: Tensor, d_h: tuple, reuse: bool):
+    """Gradients of the projections' outputs, written to `d_h`, those of u, v and z.
+
+    Args:
+        saved: heads, prefix, carry of the forward. The weights are computed again: cheaper than their memory.
+        gated: the forward's output, or the attended value itself where it was kept.
+        d_out: gradient of the output, `[B * N, E]`; overwritten with `reuse`.
+
+    Returns:
+        `(sums, d_bias_R, d_bias_u, d_bias_v)`: `sums` float32 `[2 H + 1, S]`, the gradients of gamma, beta and z's
+        bias; `d_bias_R` float32 `[2 C - 1]`; the others float32 `[E]`. Empty where there is none.
+    """
+    heads, _, carry = saved
+    d_u, d_v, d_z = d_h
+    t, (N, G, C, shift), S = shape.tiles, ints(shape), shape.S
+    new = gated.new_empty
+    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
+
+    weights = launch_scores(shape, inputs, heads)
+    # Branches that a first chunk alone does not need have no gradient.
+    used = 2 * (shape.quad + shape.lin) == shape.H
+    d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
+    d_scores = torch.empty_like(weights)
+    scanned = carry.numel() == 0 and shape.scans(inputs.source, gated.device)
+    launch = launch_scan_gradients if scanned else launch_attention_gradients
+    d_bias_u, d_bias_v = launch(shape, inputs, saved, weights, gated, d_out, d_u, d_v, d_scores, d_heads, reuse)
     d_bias_R = new((0,))
     if shape.quad:
         backward.quadratic_heads_kernel(
@@ -579,11 +755,15 @@ def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, kept, kept
     shape = attention_shape(
         u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
     )
-    return fake_forward(shape, v, index, initial is not None, want_final, want_attended)
+    return fake_forward(shape, v, source, index, initial is not None, want_final, want_attended)
 
 
-def fake_forward(shape: Shape, v: Tensor, index: list[Tensor], initial: bool, want_final: bool, want_attended: bool):
+def fake_forward(
+    shape: Shape, v: Tensor, source: Tensor | None, index: list[Tensor], initial: bool, want_final: bool,
+    want_attended: bool,
+):  # fmt: skip
     """Empty tensors of the shapes that `launch_forward` returns."""
+    scanned = shape.scans(source, v.device)
     t, E, new = shape.tiles, shape.E, v.new_empty
     pieces, documents = index[2].shape[0], index[4].shape[0]
     state = (t.SP, E)
@@ -592,7 +772,7 @@ def fake_forward(shape: Shape, v: Tensor, index: list[Tensor], initial: bool, wa
         prefix = new((shape.GT, *state)) if shape.causal else new((0,))
         if not shape.causal:
             carry = new((documents, *state))
-        elif pieces > documents or initial:
+        elif (pieces > documents or initial) and (initial or want_final or not scanned):
             carry = new((pieces, *state))
         if want_final:
             final = new((documents, *state), dtype=torch.float32)
@@ -789,7 +969,7 @@ def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos,
     cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
     h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
     out, heads, prefix, carry, _, final = fake_forward(
-        shape, h, index, initial is not None, want_final, False
+        shape, h, source, index, initial is not None, want_final, False
     )
     return [
         torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, heads, prefix, carry, out, final,

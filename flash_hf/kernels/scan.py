@@ -1,0 +1,541 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scans over the chunks of a document, for Hopper: one program walks along some chunks for 128 value dimensions, keeps
+the state in the tensor cores' accumulators, and leaves nothing to be read again but what the backward needs.
+
+Written in Gluon, which comes with triton: tiles of 128 by 128 go by the tensor memory accelerator into a ring in
+shared memory, filled by one warp ahead of the eight warps that multiply. README.md beside this file derives them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .launch import kernel
+
+
+# Names of triton 3.8 on, and those before.
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+BLOCK = gl.constexpr(128)
+TILE_BYTES = gl.constexpr(128 * 128 * 2)
+# Tiles of the ring, and of the values, whose tiles stay longer. With the state's they fill the shared memory.
+SLOTS, VALUE_SLOTS = 3, 3
+# Value dimensions a step of `reduce_kernel`, and steps under way.
+REDUCE_K, REDUCE_STAGES = 64, 3
+MATRIX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+
+def matrix(x: Tensor, *block: int) -> TensorDescriptor:
+    """`x` as a matrix of its last dimension, described for tiles."""
+    x = x.view(-1, x.shape[-1])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block or (128, 128)), MATRIX)
+
+
+def tokens(x: Tensor, B: int, N: int, *block: int) -> TensorDescriptor:
+    """`x` `[B * N, width]`, described for tiles of one row's tokens: outside of a row there is 0."""
+    stride = x.stride(0)
+    block = [1, *(block or (128, 128))]
+    return TensorDescriptor(x, [B, N, x.shape[1]], [N * stride, stride, 1], block, TOKENS)
+
+
+@gluon.jit
+def sigmoid(x):
+    half = gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return half * 0.5 + 0.5
+
+
+@gluon.jit
+def walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, SPLIT: gl.constexpr):
+    """First and last chunk (exclusive) of a task: a whole row, or with SPLIT one piece of one."""
+    walk = task // E_BLOCKS
+    if SPLIT:
+        return gl.load(begin_ptr + walk), gl.load(end_ptr + walk)
+    else:
+        return walk * G, (walk + 1) * G
+
+
+@gluon.jit
+def fetch(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
+    """Load a tile into the ring's next slot, once it is free."""
+    slot = step % SLOTS
+    mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), TILE_BYTES)
+    load_async(x, place, full.index(slot), ring.index(slot))
+    return step + 1
+
+
+@gluon.jit
+def fetch_tokens(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
+    slot = step % SLOTS
+    mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), TILE_BYTES)
+    load_async(x, place, full.index(slot), ring.index(slot).reshape([1, BLOCK, BLOCK]))
+    return step + 1
+
+
+@gluon.jit
+def load_tiles(
+    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS,
+    TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `multiply` reads, in its order."""
+    value_step = 0
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, SPLIT)
+        column = (task % E_BLOCKS) * BLOCK
+        for number in range(0, end - begin):
+            chunk = end - 1 - number if BACK else begin + number
+            reads = number > 0
+            if SPLIT:
+                border = end if BACK else begin
+                reads = reads | (border % G != 0)
+            writes = number < end - begin - 1
+            row = chunk // G
+            token = (chunk % G) * (2 * BLOCK) - shift
+            slot = chunk * (2 * BLOCK)
+            if BACK:
+                value_step = fetch_tokens(x, [row, token, column], values, x_full, x_empty, value_step, VALUE_SLOTS)
+                value_step = fetch_tokens(
+                    x, [row, token + BLOCK, column], values, x_full, x_empty, value_step, VALUE_SLOTS
+                )
+            for half in gl.static_range(2):
+                if not BACK:
+                    value_step = fetch_tokens(
+                        x, [row, token + half * BLOCK, column], values, x_full, x_empty, value_step, VALUE_SLOTS
+                    )
+                if reads:
+                    step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                for other in gl.static_range(2):
+                    if BACK:
+                        if other >= half:
+                            step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
+                    elif other <= half:
+                        step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
+                if BACK:
+                    if writes:
+                        step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
+                if not BACK:
+                    if writes:
+                        step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+
+
+@gluon.jit
+def product(ring, full, empty, step, right, acc, TRANS: gl.constexpr, SLOTS: gl.constexpr):
+    """`acc + left right`, or with TRANS `left^T`, for the ring's next tile, whose slot is then free."""
+    slot = step % SLOTS
+    mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+    left = ring.index(slot).permute((1, 0)) if TRANS else ring.index(slot)
+    acc = warpgroup_mma(left, right, acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(slot), count=1)
+    return acc, step + 1
+
+
+@gluon.jit
+def two_products(ring, full, empty, step, right_0, right_1, acc, TRANS: gl.constexpr, SLOTS: gl.constexpr):
+    """Two of `product`, the second of which begins while the first runs."""
+    slot_0 = step % SLOTS
+    slot_1 = (step + 1) % SLOTS
+    mbarrier.wait(full.index(slot_0), (step // SLOTS) & 1)
+    left_0 = ring.index(slot_0).permute((1, 0)) if TRANS else ring.index(slot_0)
+    acc = warpgroup_mma(left_0, right_0, acc, is_async=True)
+    mbarrier.wait(full.index(slot_1), ((step + 1) // SLOTS) & 1)
+    left_1 = ring.index(slot_1).permute((1, 0)) if TRANS else ring.index(slot_1)
+    acc = warpgroup_mma(left_1, right_1, acc, is_async=True)
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    mbarrier.arrive(empty.index(slot_0), count=1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(slot_1), count=1)
+    return acc, step + 2
+
+
+@gluon.jit
+def gain_of(rms_ptr, gain, row, token, N, EVEN: gl.constexpr, layout: gl.constexpr):
+    """`g / rms(x)` of 128 tokens of a row from `token` on, and which of them there are."""
+    place = token + gl.arange(0, BLOCK, layout)
+    real = (place >= 0) & (place < N)
+    if EVEN:
+        return gl.load(rms_ptr + row * N + place) * gain, real
+    else:
+        return gl.load(rms_ptr + row * N + place, mask=real, other=0.0) * gain, real
+
+
+@gluon.jit
+def activate(values, rms_ptr, gain, bias, row, token, N, EVEN: gl.constexpr, layout: gl.constexpr):
+    """In shared memory: what the projection gave becomes values `silu(h)`, 0 where there is no token."""
+    scale, real = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, layout))
+    h = values.load(layout).to(gl.float32) * gl.expand_dims(scale, 1) + gl.expand_dims(bias, 0)
+    value = h * sigmoid(h)
+    if not EVEN:
+        value = gl.where(gl.expand_dims(real, 1), value, 0.0)
+    values.store(value.to(gl.bfloat16))
+    fence_async_shared()
+
+
+@gluon.jit
+def halves(acc, layout: gl.constexpr):
+    """Left and right half of a tile, without moving anything."""
+    left, right = gl.split(gl.permute(gl.reshape(acc, [BLOCK, 2, BLOCK // 2]), (0, 2, 1)))
+    return gl.convert_layout(left, layout, True), gl.convert_layout(right, layout, True)
+
+
+@gluon.jit
+def gate(
+    tile, values, acc, scale, real, bias_ptr, sums_ptr, out_ptr, out_stride, value_ptr, E, token, before,
+    first: gl.constexpr, BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The end of half a tile, whose columns begin at `first`: `tile` holds h and takes `silu(h) acc`; BACK, it takes
+    `silu'(h) acc`, whose sums go to `sums`, and `values` takes `silu(h)`.
+
+    SHIFTED: where the tile begins `before` its row, which the memory accelerator reads but does not write, its tokens,
+    from `token` on, are stored from here."""
+    columns = first + gl.arange(0, BLOCK // 2, gl.SliceLayout(0, layout))
+    tile = tile.slice(first, BLOCK // 2, dim=1)
+    h = tile.load(layout).to(gl.float32) * scale + gl.expand_dims(gl.load(bias_ptr + columns).to(gl.float32), 0)
+    if BACK:
+        s = sigmoid(h)
+        value = (h * s).to(gl.bfloat16)
+        values.slice(first, BLOCK // 2, dim=1).store(value)
+        acc = acc * (s * (1.0 + h * (1.0 - s)))
+        if not EVEN:
+            acc = gl.where(real, acc, 0.0)
+        gl.store(sums_ptr + columns, gl.sum(acc, 0))
+        acc = acc * scale
+    else:
+        # The backward recovers the attended value as out / silu(h): h must not be 0.
+        h = gl.where(h == 0.0, 1e-20, h)
+        acc = acc * (h * sigmoid(h))
+    result = acc.to(gl.bfloat16)
+    tile.store(result)
+    if SHIFTED:
+        if before:
+            place = gl.expand_dims(token + gl.arange(0, BLOCK, gl.SliceLayout(1, layout)), 1).to(gl.int64)
+            gl.store(out_ptr + place * out_stride + gl.expand_dims(columns, 0), result, mask=real)
+            if BACK:
+                gl.store(value_ptr + place * E + gl.expand_dims(columns, 0), value, mask=real)
+
+
+@gluon.jit
+def multiply(
+    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty,
+    ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The scan itself, see `scan_kernel`."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
+    )
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
+    E = E_BLOCKS * BLOCK
+    CHUNK: gl.constexpr = 2 * BLOCK
+    gain = gl.load(gain_ptr).to(gl.float32)
+    # A gain of exactly 0 would hide its own gradient, which is recovered by a division.
+    gain = gl.where(gain == 0.0, 1e-20, gain)
+    value_step = 0
+    step = 0
+    held = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, SPLIT)
+        first_e = (task % E_BLOCKS) * BLOCK
+        columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, mma))
+        bias_x = gl.load(bias_x_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
+        state = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+        if SPLIT:
+            border = end if BACK else begin
+            if border % G != 0:
+                s = gl.arange(0, BLOCK, gl.SliceLayout(1, mma))
+                piece = (task // E_BLOCKS).to(gl.int64) * BLOCK * E
+                place = gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)
+                state = gl.load(carry_ptr + piece + place).to(gl.float32) * CHUNK
+        for number in range(0, end - begin):
+            chunk = end - 1 - number if BACK else begin + number
+            reads = number > 0
+            if SPLIT:
+                border = end if BACK else begin
+                reads = reads | (border % G != 0)
+            writes = number < end - begin - 1
+            row = chunk // G
+            token = (chunk % G) * CHUNK - shift
+            # Early, so that nothing waits for it.
+            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
+            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            x_0 = values.index(value_step % VALUE_SLOTS)
+            x_1 = values.index((value_step + 1) % VALUE_SLOTS)
+            if reads:
+                tma.store_wait(0)
+                state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
+                fence_async_shared()
+                store_async(states, [chunk * BLOCK, first_e], state_tile)
+            mbarrier.wait(x_full.index(value_step % VALUE_SLOTS), (value_step // VALUE_SLOTS) & 1)
+            if BACK:
+                mbarrier.wait(x_full.index((value_step + 1) % VALUE_SLOTS), ((value_step + 1) // VALUE_SLOTS) & 1)
+            else:
+                activate(x_0, rms_ptr, gain, bias_x, row, token, N, EVEN, wide)
+            for half in gl.static_range(2):
+                x_half = x_0 if half == 0 else x_1
+                acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+                if reads:
+                    acc, step = product(ring, full, empty, step, state_tile, acc, False, SLOTS)
+                if (half == 0) == BACK:
+                    acc, step = two_products(ring, full, empty, step, x_0, x_1, acc, BACK, SLOTS)
+                else:
+                    acc, step = product(ring, full, empty, step, x_half, acc, BACK, SLOTS)
+                if BACK:
+                    if half == 1:
+                        # The first half's stores have had the time of these products.
+                        tma.store_wait(0)
+                        mbarrier.arrive(empty.index(held), count=1)
+                        mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
+                    if writes:
+                        state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
+                held = step % SLOTS
+                mbarrier.wait(full.index(held), (step // SLOTS) & 1)
+                step += 1
+                scale = gl.expand_dims(scale_0 if half == 0 else scale_1, 1)
+                real = gl.expand_dims(real_0 if half == 0 else real_1, 1)
+                tile = ring.index(held)
+                sums = sums_ptr + (chunk * 2 + half) * E + first_e
+                # In two steps, since more does not fit the registers.
+                left, right = halves(acc, narrow)
+                start = token + half * BLOCK
+                before = start < 0
+                gate(
+                    tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                    value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
+                )  # fmt: skip
+                gate(
+                    tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                    value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                )  # fmt: skip
+                fence_async_shared()
+                if not SHIFTED or not before:
+                    store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
+                    if BACK:
+                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+                if not BACK:
+                    if writes:
+                        state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
+                    if half == 0:
+                        mbarrier.wait(
+                            x_full.index((value_step + 1) % VALUE_SLOTS), ((value_step + 1) // VALUE_SLOTS) & 1
+                        )
+                        activate(x_1, rms_ptr, gain, bias_x, row, token + BLOCK, N, EVEN, wide)
+                        tma.store_wait(0)
+                        mbarrier.arrive(empty.index(held), count=1)
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index(held), count=1)
+            if not BACK:
+                mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
+            mbarrier.arrive(x_empty.index((value_step + 1) % VALUE_SLOTS), count=1)
+            value_step += 2
+    tma.store_wait(0)
+
+
+@kernel
+@gluon.jit
+def scan_kernel(
+    x, h, a, reader, writer, out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr,
+    begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    SPLIT: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Forward: `out = silu(u) * (A V + q_lin S)` with `V = silu(x)`, `u` from h, and `S += k_lin^T V` from chunk to
+    chunk, which is stored as it was before each chunk, over C.
+
+    BACK, from the last chunk to the first: with x = d_attended and h the values' input, its gradient
+    `out = silu'(h) * (A^T x + k_lin dS)`, and `dS += q_lin^T x`. Also stores the values, and per half chunk the sums
+    of `out` for the bias.
+
+    reader, writer: the linear head that multiplies the state, and that whose product with x is added to it.
+    SPLIT: walk along pieces, whose first state is `carry`, instead of whole rows. Where the state is 0 it is neither
+    read nor stored. EVEN: all slots of all chunks have tokens. SHIFTED: a row's first slots have none.
+    """
+    layout: gl.constexpr = a.layout
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
+    state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
+    x_empty = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    for slot in gl.static_range(VALUE_SLOTS):
+        mbarrier.init(x_full.index(slot), count=1)
+        mbarrier.init(x_empty.index(slot), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                multiply,
+                (
+                    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
+                    x_full, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
+                    value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK, SPLIT, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                ),
+            ),
+            (
+                load_tiles,
+                (
+                    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
+                    shift, E_BLOCKS, TASKS, BACK, SPLIT, SLOTS, VALUE_SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def kind_of(task, G):
+    """Chunk of a task of `reduce_kernel`, which of its four products, and whether that one is 0: the state before a
+    row's first chunk, and the gradient of that behind its last. The products take turns, so that all programs have
+    as much to do."""
+    chunk = task // 4
+    kind = (task + task // gl.num_programs(0)) % 4
+    zero = ((kind == 2) & (chunk % G == 0)) | ((kind == 3) & (chunk % G == G - 1))
+    return chunk, kind, zero
+
+
+@gluon.jit
+def load_factors(
+    d_attended, value, value_half, state, d_state, a, left, right, full, empty, end, end_full, end_empty, G, shift, E,
+    TASKS, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What `reduce` reads, in its order."""
+    step = 0
+    number = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        chunk, kind, zero = kind_of(task, G)
+        row = chunk // G
+        token = (chunk % G) * (2 * BLOCK) - shift
+        if not zero:
+            for start in range(0, E, BLOCK_K):
+                slot = step % STAGES
+                mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(slot), 3 * BLOCK * BLOCK_K * 2)
+                x = left.index(slot).reshape([1, 2 * BLOCK, BLOCK_K])
+                if kind == 3:
+                    load_async(value, [row, token, start], full.index(slot), x)
+                    load_async(d_state, [chunk * BLOCK, start], full.index(slot), right.index(slot))
+                else:
+                    load_async(d_attended, [row, token, start], full.index(slot), x)
+                    if kind == 2:
+                        load_async(state, [chunk * BLOCK, start], full.index(slot), right.index(slot))
+                    else:
+                        y = right.index(slot).reshape([1, BLOCK, BLOCK_K])
+                        load_async(value_half, [row, token + kind * BLOCK, start], full.index(slot), y)
+                step += 1
+        # The tile of the result, in which its weights come.
+        mbarrier.wait(end_empty, (number & 1) ^ 1)
+        if kind < 2:
+            mbarrier.expect(end_full, 2 * TILE_BYTES)
+            load_async(a, [chunk * (2 * BLOCK), kind * BLOCK], end_full, end)
+        else:
+            mbarrier.arrive(end_full, count=1)
+        number += 1
+
+
+@gluon.jit
+def reduce(
+    d_score, d_query, d_key, factor_ptr, left, right, full, empty, end, end_full, end_empty, G, E, TASKS,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The products themselves, see `reduce_kernel`."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
+    step = 0
+    number = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        chunk, kind, zero = kind_of(task, G)
+        acc = gl.zeros([2 * BLOCK, BLOCK], gl.float32, mma)
+        if not zero:
+            for start in range(0, E, BLOCK_K):
+                slot = step % STAGES
+                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+                acc = warpgroup_mma(left.index(slot), right.index(slot).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                if start > 0:
+                    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+                step += 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+        mbarrier.wait(end_full, number & 1)
+        number += 1
+        if kind < 2:
+            acc = acc * 2.0 * gl.sqrt(end.load(mma).to(gl.float32))
+        elif kind == 2:
+            acc = acc * gl.load(factor_ptr + chunk)
+        end.store(acc.to(gl.bfloat16))
+        fence_async_shared()
+        if kind < 2:
+            store_async(d_score, [chunk * (2 * BLOCK), kind * BLOCK], end)
+        elif kind == 2:
+            store_async(d_query, [chunk * (2 * BLOCK), 0], end)
+        else:
+            store_async(d_key, [chunk * (2 * BLOCK), 0], end)
+        tma.store_wait(0)
+        mbarrier.arrive(end_empty, count=1)
+
+
+@kernel
+@gluon.jit
+def reduce_kernel(
+    d_attended, value, value_half, state, d_state, a, d_score, d_query, d_key, factor_ptr, G, shift, E, TASKS,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The products of a chunk's backward that are sums over the value dimensions, 256 by 128 each: the scores'
+    gradients `2 sqrt(A) (d_attended V^T)` of either half of the keys, the linear query's `f d_attended S^T`, and the
+    linear key's `V dS^T`. What lies above the diagonal of the scores' is not to be read."""
+    left = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK, BLOCK_K], state.layout)
+    right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, BLOCK_K], state.layout)
+    end = gl.allocate_shared_memory(gl.bfloat16, [2 * BLOCK, BLOCK], state.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    end_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    end_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    mbarrier.init(end_full, count=1)
+    mbarrier.init(end_empty, count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                reduce,
+                (
+                    d_score, d_query, d_key, factor_ptr, left, right, full, empty, end, end_full, end_empty, G, E,
+                    TASKS, BLOCK_K, STAGES,
+                ),
+            ),
+            (
+                load_factors,
+                (
+                    d_attended, value, value_half, state, d_state, a, left, right, full, empty, end, end_full,
+                    end_empty, G, shift, E, TASKS, BLOCK_K, STAGES,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
