@@ -290,7 +290,7 @@ def layer(
     cos, sin, rotary_dim = _flat_rotary(rotary)
     initial, *kept = _from_cache(state, layout, S, has_quad, has_lin, previous_key)
     quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
-    y, rms, _, h, heads, *_, final = ops.layer(
+    y, rms, _, h, _, heads, *_, final = ops.layer(
         x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
         z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
         plan.index, initial, *kept, eps, N, plan.chunks, plan.chunk_size, plan.shift, causal, quad, lin, previous_key,

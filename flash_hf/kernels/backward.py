@@ -343,14 +343,14 @@ def bias_kernel(
     d_score_ptr, out_ptr, GT, PER_PROGRAM,
     CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum of one tile of score gradients over some chunks, `[programs, CP, CP]`."""
+    """Sum of one tile of score gradients over some chunks, `[programs, CP, CP]`. `sums_kernel` adds the diagonals."""
     block_m, block_n = lower_tile(tl.program_id(0), TILES, CAUSAL)
     m = block_m * BLOCK + tl.arange(0, BLOCK)
     n = block_n * BLOCK + tl.arange(0, BLOCK)
     place = m[:, None] * CP + n[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     begin = tl.program_id(1) * PER_PROGRAM
-    for step in range(0, tl.minimum(PER_PROGRAM, GT - begin)):
+    for step in tl.range(0, tl.minimum(PER_PROGRAM, GT - begin), num_stages=4):
         acc += tl.load(d_score_ptr + (begin + step).to(tl.int64) * CP * CP + place).to(tl.float32)
     tl.store(out_ptr + tl.program_id(1) * CP * CP + place, acc)
 
@@ -445,18 +445,20 @@ def heads_gradient_kernel(
 @kernel
 @triton.jit
 def norm_gradient_kernel(
-    p_ptr, x_ptr, dy_ptr, rms_ptr, gain_ptr, dx_ptr, dot_ptr, sum_ptr, T, D,
+    p_ptr, x_ptr, dy_ptr, rms_ptr, gain_ptr, dx_ptr, sums_ptr, T, D,
     RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Backward of ScaleNorm, `dx = p - x (p . x) / (D rms^2)` with the gradient p that includes the norm's gain, and
-    `dot = p . x` for the gain's gradient.
+    """Backward of ScaleNorm, `dx = p - x (p . x) / (D rms^2)` with the gradient p that includes the norm's gain; and
+    the program's sum of `(p . x) / gain` for the gain's gradient, in the last column of `sums`.
 
     RESIDUAL: p comes from the projections' backward; the residual sum's gradient dy is added, and its sums over the
-    program's tokens, `[programs, D]`, are the output bias'. Otherwise p is `dy * gain` of a norm on its own.
+    program's tokens, the output bias', are the other columns, `[programs, D + 1]`. Otherwise p is `dy * gain` of a
+    norm on its own.
     """
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
+    dots = tl.zeros((BLOCK_T,), tl.float32)
     for step in range(STEPS):
         token = (program * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
         real = token < T
@@ -474,6 +476,66 @@ def norm_gradient_kernel(
         dot = tl.sum(p * x, 1)
         dx = dy + p - x * (dot * rms * rms / D)[:, None]
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        tl.store(dot_ptr + token, dot, mask=real)
+        dots += dot
+    width = D + 1 if RESIDUAL else 1
     if RESIDUAL:
-        tl.store(sum_ptr + program * D + column, total, mask=column < D)
+        tl.store(sums_ptr + program * width + column, total, mask=column < D)
+    gain = tl.load(gain_ptr).to(tl.float32)
+    gain = tl.where(gain == 0.0, 1e-20, gain)  # as `row_gain` reads it
+    tl.store(sums_ptr + program * width + width - 1, tl.sum(dots, 0) / gain)
+
+
+@triton.jit
+def column_sums(ptr, rows, width, block, out_ptr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Sums over the rows of a float32 matrix, for a block of its columns."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, rows, ROWS, num_stages=3):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        acc += tl.load(ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + tl.arange(0, BLOCK), tl.sum(acc, 0).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def diagonal_sums(
+    ptr, squares, C, block, out_ptr, CP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """Sums along the diagonals of some float32 squares `[squares, CP, CP]`, for a block of offsets `n - m + C - 1`."""
+    offset = block * BLOCK + tl.arange(0, BLOCK) - (C - 1)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in tl.range(0, squares * CP, ROWS, num_stages=3):
+        row = start + tl.arange(0, ROWS)
+        m = (row % CP)[:, None]
+        n = m + offset[None, :]
+        inside = (row < squares * CP)[:, None] & (m < C) & (n >= 0) & (n < C)
+        if CAUSAL:
+            inside = inside & (offset <= 0)[None, :]
+        acc += tl.load(ptr + row[:, None] * CP + n, mask=inside, other=0.0)
+    tl.store(out_ptr + tl.arange(0, BLOCK), tl.sum(acc, 0).to(out_ptr.dtype.element_ty))
+
+
+@kernel
+@triton.jit
+def sums_kernel(
+    u_ptr, u_rows, v_ptr, v_rows, heads_ptr, heads_rows, norm_ptr, norm_rows, square_ptr, squares, out_ptr, E,
+    heads_width, norm_width, C, u_blocks, v_blocks, heads_blocks, norm_blocks,
+    CP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """All sums over tokens, from the partial sums that programs have left: one after the other in `out`, each from
+    a whole block on. In a fixed order, so that two runs are bit-equal."""
+    block = tl.program_id(0)
+    out = out_ptr + block * BLOCK
+    after_v = u_blocks + v_blocks
+    after_heads = after_v + heads_blocks
+    after_norm = after_heads + norm_blocks
+    if block < u_blocks:
+        column_sums(u_ptr, u_rows, E, block, out, BLOCK, ROWS)
+    elif block < after_v:
+        column_sums(v_ptr, v_rows, E, block - u_blocks, out, BLOCK, ROWS)
+    elif block < after_heads:
+        column_sums(heads_ptr, heads_rows, heads_width, block - after_v, out, BLOCK, ROWS)
+    elif block < after_norm:
+        column_sums(norm_ptr, norm_rows, norm_width, block - after_heads, out, BLOCK, ROWS)
+    else:
+        diagonal_sums(square_ptr, squares, C, block - after_norm, out, CP, CAUSAL, BLOCK, ROWS)

@@ -615,8 +615,8 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         d_out: gradient of the output, `[B * N, E]`; overwritten with `reuse`.
 
     Returns:
-        `(sums, d_bias_R, d_bias_u, d_bias_v)`: `sums` float32 `[2 H + 1, S]`, the gradients of gamma, beta and z's
-        bias; `d_bias_R` float32 `[2 C - 1]`; the others float32 `[E]`. Empty where there is none.
+        What `launch_sums` takes of each program: `(d_bias_u, d_bias_v, heads, squares)`; the relative bias' `squares`
+        is None where there is none.
     """
     heads, _, carry = saved
     d_u, d_v, d_z = d_h
@@ -632,7 +632,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     scanned = carry.numel() == 0 and shape.scans(inputs.source, gated.device)
     launch = launch_scan_gradients if scanned else launch_attention_gradients
     d_bias_u, d_bias_v = launch(shape, inputs, saved, weights, gated, d_out, d_u, d_v, d_scores, d_heads, reuse)
-    d_bias_R = new((0,))
+    squares = None
     if shape.quad:
         backward.quadratic_heads_kernel(
             (shape.GT, shape.row_tiles, 2),
@@ -640,7 +640,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
             BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=precision, STAGES=t.stages, **t.launch,
         )  # fmt: skip
         if inputs.bias_R is not None:
-            d_bias_R = launch_bias(shape, d_scores)
+            squares = launch_bias(shape, d_scores)
     block = min(t.block, 32)
     blocks = shape.GT * t.CP // block
     cos, sin, table_rows = inputs.tables
@@ -652,23 +652,76 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
         H=shape.H, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
         BLOCK_M=block, num_warps=4,
     )  # fmt: skip
-    return sums.sum(0), d_bias_R, d_bias_u.sum(0), d_bias_v.sum(0)
+    return d_bias_u, d_bias_v, sums, squares
 
 
 def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
-    """Gradient of the relative bias: sums of score gradients along the diagonals, float32 `[2 C - 1]`."""
-    t, C = shape.tiles, shape.C
-    programs = min(shape.GT, cdiv(256, shape.score_tiles))
-    per_program = cdiv(shape.GT, programs)
-    parts = d_scores.new_zeros((programs, t.CP, t.CP), dtype=torch.float32)
+    """Score gradients summed over some chunks, float32 `[programs, CP, CP]`."""
+    block = min(shape.tiles.block, 32)
+    tiles = shape.tiles.CP // block
+    n_tiles = tiles * (tiles + 1) // 2 if shape.causal else tiles * tiles
+    programs = min(shape.GT, max(1, 288 // n_tiles))
+    squares = d_scores.new_empty((programs, shape.tiles.CP, shape.tiles.CP), dtype=torch.float32)
     backward.bias_kernel(
-        (shape.score_tiles, programs),
-        d_scores, parts, shape.GT, per_program, CP=t.CP, TILES=shape.row_tiles, CAUSAL=shape.causal, BLOCK=t.block,
-        num_warps=t.warps,
+        (n_tiles, programs),
+        d_scores, squares, shape.GT, cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles, CAUSAL=shape.causal,
+        BLOCK=block, num_warps=2,
     )  # fmt: skip
-    # Rows of 2 C - 1 read from rows of 2 C entries are shifted by one each: diagonals become columns.
-    square = torch.nn.functional.pad(parts.sum(0)[:C, :C].flip(0), (0, C)).flatten()
-    return square[: C * (2 * C - 1)].view(C, 2 * C - 1).sum(0)
+    return squares
+
+
+SUM_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Where the gradients that are sums over tokens lie in one vector, each from a whole block of `SUM_BLOCK` on.
+
+    Attributes:
+        u, v: widths of the biases of u and v, 0 for none; heads: of gammas, betas and z's bias, `2 H + 1` rows of S;
+        norm: of the output bias and the norm's gain, `D + 1` or 0; bias: of the relative bias, `2 C - 1` or 0.
+    """
+
+    u: int
+    v: int
+    heads: int
+    norm: int
+    bias: int
+
+    @staticmethod
+    def of(shape: Shape, D: int, biased: bool) -> Sums:
+        E, C = shape.E, shape.C
+        heads = (2 * shape.H + 1) * shape.S
+        bias = 2 * C - 1 if shape.quad and biased else 0
+        return Sums(E, E, heads, D + 1, bias) if shape.scaled else Sums(0, 0, heads, 0, bias)
+
+    @property
+    def blocks(self) -> list[int]:
+        return [cdiv(width, SUM_BLOCK) for width in (self.u, self.v, self.heads, self.norm, self.bias)]
+
+    def split(self, out: Tensor) -> list[Tensor]:
+        """The five gradients in `out`."""
+        sizes = [blocks * SUM_BLOCK for blocks in self.blocks]
+        widths = self.u, self.v, self.heads, self.norm, self.bias
+        return [part[:width] for part, width in zip(out.split(sizes), widths, strict=True)]
+
+
+def launch_sums(
+    shape: Shape, sums: Sums, u: Tensor, v: Tensor, heads: Tensor, norm: Tensor | None, squares: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The gradients that are sums over tokens, as `Sums` says, from partial sums `[programs, width]` of each, and of
+    the relative bias `[programs, CP, CP]`."""
+    blocks = sums.blocks
+    out = heads.new_empty((sum(blocks) * SUM_BLOCK,), dtype=dtype)
+    norm, squares = (heads if x is None else x for x in (norm, squares))
+    backward.sums_kernel(
+        (sum(blocks),),
+        u, u.shape[0], v, v.shape[0], heads, heads.shape[0], norm, norm.shape[0], squares, squares.shape[0], out,
+        shape.E, sums.heads, sums.norm, shape.C, *blocks[:4], CP=shape.tiles.CP, CAUSAL=shape.causal,
+        BLOCK=SUM_BLOCK, ROWS=128, num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def is_watched(tensors: tuple) -> bool:
@@ -800,8 +853,10 @@ def attention_backward(
     d_u, d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (u, v, z))
     with on_device(u):
         saved = heads, prefix, carry
-        sums, d_bias_R, *_ = launch_backward(shape, inputs, saved, gated, d_out, (d_u, d_v, d_z), False)
-    return [d_u, d_v, d_z, sums, d_bias_R]
+        *parts, squares = launch_backward(shape, inputs, saved, gated, d_out, (d_u, d_v, d_z), False)
+        sums = Sums.of(shape, 0, bias_R is not None)
+        small = launch_sums(shape, sums, *parts, None, squares, torch.float32)
+    return [d_u, d_v, d_z, small]
 
 
 gated_attention_backward_op = torch.library.custom_op(
@@ -812,10 +867,11 @@ gated_attention_backward_op = torch.library.custom_op(
 @gated_attention_backward_op.register_fake
 def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, prefix, carry, gated, N, G, C, shift,
       causal, quad, lin, previous, silu, interleaved, rotary_dim, scale):  # fmt: skip
-    new = u.new_empty
-    d_bias = new((2 * C - 1,), dtype=torch.float32) if quad and bias_R is not None else new((0,))
-    sums = new((2 * gamma.shape[0] + 1, z.shape[1]), dtype=torch.float32)
-    return [new(u.shape), new(v.shape), new(z.shape), sums, d_bias]
+    shape = attention_shape(
+        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
+    )
+    blocks = Sums.of(shape, 0, bias_R is not None).blocks
+    return [*(x.new_empty(x.shape) for x in (u, v, z)), u.new_empty((sum(blocks) * SUM_BLOCK,), dtype=torch.float32)]
 
 
 def _save_attention(ctx, inputs, output):
@@ -844,13 +900,16 @@ def _attention_gradients(backward, ctx, grads):
     bias_R = optional[0]
     # Descriptors cannot describe an expanded gradient.
     d_out = grads[0].contiguous()
-    d_u, d_v, d_z, sums, d_bias = backward(
+    d_u, d_v, d_z, small = backward(
         d_out, u, v, z, gamma, beta, *optional, index, heads, prefix, carry, gated, *ctx.static
     )
-    H = gamma.shape[0]
-    d_bias = None if bias_R is None or d_bias.numel() == 0 else d_bias.to(bias_R.dtype)
+    H, S = gamma.shape
+    shape = attention_shape(u, z, gamma, *ctx.static)
+    _, _, rows, _, d_bias = Sums.of(shape, 0, bias_R is not None).split(small)
+    rows = rows.view(2 * H + 1, S)
+    d_bias = None if d_bias.numel() == 0 else d_bias.to(bias_R.dtype)
     none = (None, None, None, [None] * 7, None, None, None) + (None,) * 14
-    return d_u, d_v, d_z, sums[:H].to(gamma.dtype), sums[H : 2 * H].to(beta.dtype), d_bias, *none
+    return d_u, d_v, d_z, rows[:H].to(gamma.dtype), rows[H : 2 * H].to(beta.dtype), d_bias, *none
 
 
 gated_attention_op.register_autograd(
@@ -872,11 +931,10 @@ def product_blocks(dtype: torch.dtype) -> dict:
 
 
 def layer_shape(
-    h_dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
+    h_dtype, T, E, S, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
 ) -> Shape:  # fmt: skip
-    S = w_z.shape[0]
     return Shape(
-        T // N, N, G, C, shift, w_u.shape[0], S, gamma.shape[0], causal, quad, lin, previous, True, True, interleaved,
+        T // N, N, G, C, shift, E, S, gamma.shape[0], causal, quad, lin, previous, True, True, interleaved,
         rotary_dim, scale, h_dtype, tiles_for(C, S, h_dtype),
     )  # fmt: skip
 
@@ -896,20 +954,19 @@ def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *
     )
 
 
-def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor):
-    """Fill `d_x`, and return `(dot, sums of d_y over tokens)`; see `norm_gradient_kernel`."""
+def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor) -> Tensor:
+    """Fill `d_x`, and return partial sums for the output bias and the gain; see `norm_gradient_kernel`."""
     T, D = x.shape
     block_d = power_of_two(D)
     block_t, steps = max(1, 4096 // block_d), 16
     programs = cdiv(T, block_t * steps)
-    dot = x.new_empty((T,), dtype=torch.float32)
-    sums = x.new_empty((programs if p is not None else 0, D), dtype=torch.float32)
+    sums = x.new_empty((programs, 1 if p is None else D + 1), dtype=torch.float32)
     backward.norm_gradient_kernel(
         (programs,),
-        d_y if p is None else p, x, d_y, rms, gain, d_x, dot, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
+        d_y if p is None else p, x, d_y, rms, gain, d_x, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
         BLOCK_D=block_d, STEPS=steps, num_warps=4,
     )  # fmt: skip
-    return dot, sums.sum(0)
+    return sums
 
 
 def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
@@ -937,22 +994,24 @@ def layer_forward(
 ) -> list[Tensor]:  # fmt: skip
     T, D = x.shape
     shape = layer_shape(
-        dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
-    )
+        dtype, T, len(w_u), len(w_z), gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim,
+        scale,
+    )  # fmt: skip
     E = shape.E
     rms = x.new_empty(T, dtype=torch.float32)
     cast = x.new_empty((T, D), dtype=dtype) if x.dtype != dtype else x.new_empty((0,), dtype=dtype)
     with on_device(x):
         launch_norm(x, gain, eps, rms, cast, cast=x.dtype != dtype, scale=False)
         raw_x = cast if x.dtype != dtype else x
-        h = torch.mm(raw_x, torch.cat([w_u, w_v, w_z]).to(dtype).t())
+        w = torch.cat([w_u, w_v, w_z]).to(dtype)
+        h = torch.mm(raw_x, w.t())
         u, v, z = split_columns(h, E)
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
         out, heads, prefix, carry, _, final = launch_forward(
             shape, inputs, initial, kept, kept_mask, want_final, False
         )
         y = launch_residual(x, out, w_o.to(dtype), b_o)
-    return [y, rms, cast, h, heads, prefix, carry, out, final]
+    return [y, rms, cast, h, w, heads, prefix, carry, out, final]
 
 
 layer_op = torch.library.custom_op("flash_hf::layer", layer_forward, mutates_args=())
@@ -964,111 +1023,103 @@ def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos,
       dtype):  # fmt: skip
     T, D = x.shape
     shape = layer_shape(
-        dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
-    )
+        dtype, T, len(w_u), len(w_z), gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim,
+        scale,
+    )  # fmt: skip
     cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
     h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
     out, heads, prefix, carry, _, final = fake_forward(
         shape, h, source, index, initial is not None, want_final, False
     )
     return [
-        torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, heads, prefix, carry, out, final,
+        torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, h.new_empty((h.shape[1], D)), heads,
+        prefix, carry, out, final,
     ]  # fmt: skip
 
 
-def gain_gradient(dot: Tensor, gain: Tensor) -> Tensor:
-    """Gradient of ScaleNorm's gain from `dot = p . x` of each token, where p has the gain in it."""
-    gain = gain.float()
-    return dot.sum() / torch.where(gain == 0, 1e-20, gain)  # as the kernels read it
-
-
 def layer_backward(
-    d_y: Tensor, x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor,
-    b_z: Tensor, w_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, source: Tensor | None, index: list[Tensor], rms: Tensor, h: Tensor, heads: Tensor,
-    prefix: Tensor, carry: Tensor, out: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool,
-    lin: bool, previous: bool, interleaved: bool, rotary_dim: int, scale: float,
+    d_y: Tensor, x: Tensor, gain: Tensor, w: Tensor, b_u: Tensor, b_v: Tensor, b_z: Tensor, w_o: Tensor,
+    gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    source: Tensor | None, index: list[Tensor], rms: Tensor, h: Tensor, heads: Tensor, prefix: Tensor, carry: Tensor,
+    out: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool,
+    interleaved: bool, rotary_dim: int, scale: float, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     T, D = d_y.shape
-    dtype = h.dtype
+    E, S = out.shape[1], gamma.shape[1]
     shape = layer_shape(
-        dtype, T, w_u, w_z, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
+        h.dtype, T, E, S, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
     )
-    E = shape.E
-    raw_dy = d_y.to(dtype)
-    new = h.new_empty
+    raw_dy = d_y.to(h.dtype)
     with on_device(d_y):
-        d_h = h.new_zeros(h.shape) if source is not None else new(h.shape)
+        d_h = h.new_zeros(h.shape) if source is not None else h.new_empty(h.shape)
         u, v, z = split_columns(h, E)
         d_w_o = torch.mm(raw_dy.t(), out)
-        d_out = torch.mm(raw_dy, w_o.to(dtype))
+        d_out = torch.mm(raw_dy, w_o.to(h.dtype))
         inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
         saved = heads, prefix, carry
-        sums, d_bias_R, d_bias_u, d_bias_v = launch_backward(
-            shape, inputs, saved, out, d_out, split_columns(d_h, E), True
-        )
+        *parts, squares = launch_backward(shape, inputs, saved, out, d_out, split_columns(d_h, E), True)
         del d_out
-        p = torch.mm(d_h, torch.cat([w_u, w_v, w_z]).to(dtype))
+        p = torch.mm(d_h, w)
         d_w = torch.mm(d_h.t(), x)
         del d_h
         d_x = torch.empty_like(d_y)
-        dot, d_b_o = launch_norm_gradient(p, x, d_y, rms, gain, d_x)
-    d_gain = gain_gradient(dot, gain)
-    d_b = torch.cat([d_bias_u, d_bias_v, sums[2 * shape.H]])
-    return [d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums[: 2 * shape.H].clone(), d_bias_R]
+        norm = launch_norm_gradient(p, x, d_y, rms, gain, d_x)
+        small = launch_sums(shape, Sums.of(shape, D, bias_R is not None), *parts, norm, squares, dtype)
+    return [d_x, d_w, d_w_o, small]
 
 
 layer_backward_op = torch.library.custom_op("flash_hf::layer_backward", layer_backward, mutates_args=())
 
 
 @layer_backward_op.register_fake
-def _(d_y, x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, bias_R, cos, sin, source, index, rms, h, heads,
-      prefix, carry, out, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale):  # fmt: skip
-    D, E, S, H = d_y.shape[1], w_u.shape[0], w_z.shape[0], gamma.shape[0]
-
-    def wide(*size):
-        return d_y.new_empty(size, dtype=torch.float32)
-
-    d_bias = wide(2 * C - 1) if quad and bias_R is not None else h.new_empty((0,))
-    return [
-        torch.empty_like(d_y), wide(), h.new_empty((2 * E + S, D)), wide(2 * E + S), h.new_empty((D, E)), wide(D),
-        wide(2 * H, S), d_bias,
-    ]  # fmt: skip
+def _(d_y, x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, bias_R, cos, sin, source, index, rms, h, heads, prefix, carry,
+      out, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale, dtype):  # fmt: skip
+    (T, D), E, S = d_y.shape, out.shape[1], gamma.shape[1]
+    shape = layer_shape(
+        h.dtype, T, E, S, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
+    )
+    blocks = Sums.of(shape, D, bias_R is not None).blocks
+    small = h.new_empty((sum(blocks) * SUM_BLOCK,), dtype=dtype)
+    return [torch.empty_like(d_y), h.new_empty((2 * E + S, D)), h.new_empty((D, E)), small]
 
 
 def _save_layer(ctx, inputs, output):
     x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, *rest = inputs
     _, _, _, _, *static, want_final, dtype = rest
-    y, rms, cast, h, heads, prefix, carry, out, final = output
+    y, rms, cast, h, w, heads, prefix, carry, out, final = output
     ctx.set_materialize_grads(False)
     ctx.optional = bias_R is not None, cos is not None, source is not None
     optional = [t for t in (bias_R, cos, sin, source) if t is not None]
     raw_x = cast if x.dtype != dtype else x
     ctx.save_for_backward(
-        raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out,
-        *index, *optional,
+        raw_x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out, *index, *optional,
     )  # fmt: skip
-    ctx.static, ctx.bias_dtype = static, b_o.dtype
+    ctx.static, ctx.bias_dtype, ctx.weight_dtypes = static, b_o.dtype, (w_u.dtype, w_v.dtype, w_z.dtype)
 
 
 def _layer_gradients(backward, ctx, grads):
     if grads[0] is None:
         return (None,) * 34
-    (raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out,
-     *rest) = ctx.saved_tensors  # fmt: skip
+    (raw_x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out, *rest) = ctx.saved_tensors
     index, optional = rest[:7], _optional(ctx, rest[7:])
     bias_R = optional[0]
-    d_x, d_gain, d_w, d_b, d_w_o, d_b_o, sums, d_bias_R = backward(
-        grads[0].contiguous(), raw_x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, gamma, beta, *optional, index, rms, h,
-        heads, prefix, carry, out, *ctx.static,
+    small = [x.dtype for x in (gain, b_u, b_v, b_z, gamma, beta, bias_R) if x is not None] + [ctx.bias_dtype]
+    dtype = small[0] if len(set(small)) == 1 else torch.float32
+    d_x, d_w, d_w_o, small = backward(
+        grads[0].contiguous(), raw_x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, *optional, index, rms, h, heads,
+        prefix, carry, out, *ctx.static, dtype,
     )  # fmt: skip
-    E, H = w_u.shape[0], gamma.shape[0]
-    d_bias_R = None if bias_R is None or d_bias_R.numel() == 0 else d_bias_R.to(bias_R.dtype)
+    (D, E), (H, S) = w_o.shape, gamma.shape
+    shape = layer_shape(h.dtype, raw_x.shape[0], E, S, gamma, *ctx.static)
+    d_b_u, d_b_v, rows, norm, d_bias_R = Sums.of(shape, D, bias_R is not None).split(small)
+    rows = rows.view(2 * H + 1, S)
+    d_bias_R = None if d_bias_R.numel() == 0 else d_bias_R.to(bias_R.dtype)
+    d_w_u, d_w_v, d_w_z = (x.to(t) for x, t in zip(d_w.split((E, E, S)), ctx.weight_dtypes, strict=True))
     none = (None, None, None, [None] * 7, None, None, None) + (None,) * 14
     return (
-        d_x, d_gain.to(gain.dtype), d_w[:E].to(w_u.dtype), d_b[:E].to(b_u.dtype), d_w[E : 2 * E].to(w_v.dtype),
-        d_b[E : 2 * E].to(b_v.dtype), d_w[2 * E :].to(w_z.dtype), d_b[2 * E :].to(b_z.dtype), d_w_o.to(w_o.dtype),
-        d_b_o.to(ctx.bias_dtype), sums[:H].to(gamma.dtype), sums[H:].to(beta.dtype), d_bias_R, *none,
+        d_x, norm[D].to(gain.dtype), d_w_u, d_b_u.to(b_u.dtype), d_w_v, d_b_v.to(b_v.dtype), d_w_z,
+        rows[2 * H].to(b_z.dtype), d_w_o.to(w_o.dtype), norm[:D].to(ctx.bias_dtype), rows[:H].to(gamma.dtype),
+        rows[H : 2 * H].to(beta.dtype), d_bias_R, *none,
     )  # fmt: skip
 
 
@@ -1096,8 +1147,8 @@ def _(x, gain, eps):
 def scale_norm_backward_op(d_y: Tensor, x: Tensor, rms: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     d_x = torch.empty_like(x)
     with on_device(x):
-        dot, _ = launch_norm_gradient(None, x, d_y, rms, gain, d_x)
-    return d_x, gain_gradient(dot, gain)
+        sums = launch_norm_gradient(None, x, d_y, rms, gain, d_x)
+    return d_x, sums.sum()
 
 
 @scale_norm_backward_op.register_fake
