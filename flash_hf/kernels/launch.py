@@ -7,20 +7,29 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import INTERPRET
 
 
 def _kind(value) -> object:
     """What triton compiles a kernel anew for: types, sizes of described tiles, and what divides by 16 or is 1."""
+    if type(value) is int:
+        return (value % 16 == 0) + 2 * (value == 1) + 4 * (value >= 2**31)
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
-        return value.base.dtype, tuple(value.block_shape)
-    if isinstance(value, int):
-        return value % 16 == 0, value == 1, value < 2**31
+    if hasattr(value, "block_shape"):  # a tensor descriptor
+        return value.base.dtype, *value.block_shape
     return type(value)
+
+
+def described(descriptor: type, x: Tensor, shape: list[int], strides: list[int], block: list[int], **more):
+    """A tensor descriptor of triton's or of Gluon's, without the checks of its constructor, which take several
+    microseconds: `Shape.tma` and `Shape.scans` have made them."""
+    if INTERPRET:
+        return descriptor(x, shape, strides, block, **more)
+    made = descriptor.__new__(descriptor)
+    made.__dict__.update(base=x, shape=shape, strides=strides, block_shape=block, **more)
+    return made
 
 
 class Kernel:

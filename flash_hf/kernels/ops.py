@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import backward, forward, matmul
 from .common import dot_precision, fast_math
+from .launch import described
 
 
 try:
@@ -141,7 +142,8 @@ class Shape:
         if tma != 3:
             return tiled(x, tma, *block)
         stride = x.stride(0)
-        return TensorDescriptor(x, [self.B, self.N, x.shape[1]], [self.N * stride, stride, 1], [1, *block])
+        shape, strides = [self.B, self.N, x.shape[1]], [self.N * stride, stride, 1]
+        return described(TensorDescriptor, x, shape, strides, [1, *block])
 
     def scans(self, source: Tensor | None, device: torch.device) -> bool:
         """Whether the kernels of scan.py compute this, which are for the layers that most people train, on Hopper."""
@@ -210,7 +212,7 @@ def tiled(x: Tensor, tma: int, *block: int):
     if not tma or x.numel() == 0:
         return x
     x = x.view(-1, x.shape[-1])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+    return described(TensorDescriptor, x, list(x.shape), list(x.stride()), list(block))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import kernel
+from .launch import described, kernel
 
 
 # Names of triton 3.8 on, and those before.
@@ -40,14 +40,15 @@ TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 def matrix(x: Tensor, *block: int) -> TensorDescriptor:
     """`x` as a matrix of its last dimension, described for tiles."""
     x = x.view(-1, x.shape[-1])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block or (128, 128)), MATRIX)
+    block = list(block or (128, 128))
+    return described(TensorDescriptor, x, list(x.shape), list(x.stride()), block, layout=MATRIX)
 
 
 def tokens(x: Tensor, B: int, N: int, *block: int) -> TensorDescriptor:
     """`x` `[B * N, width]`, described for tiles of one row's tokens: outside of a row there is 0."""
     stride = x.stride(0)
     block = [1, *(block or (128, 128))]
-    return TensorDescriptor(x, [B, N, x.shape[1]], [N * stride, stride, 1], block, TOKENS)
+    return described(TensorDescriptor, x, [B, N, x.shape[1]], [N * stride, stride, 1], block, layout=TOKENS)
 
 
 @gluon.jit
