@@ -399,7 +399,10 @@ def _number_of_chunks(slots: int, chunk_size: int) -> int:
     """Chunks that hold `slots`. At least 2 in an exported program: torch would tell one chunk from several by a guard,
     and the program would then refuse lengths on the other side of `chunk_size` than its example's."""
     chunks = (slots + chunk_size - 1) // chunk_size
-    return torch.sym_max(chunks, 2) if torch.compiler.is_exporting() else chunks
+    if not torch.compiler.is_exporting():
+        return chunks
+    # torch 2.11's dynamo takes compiling for exporting, and has no sym_max.
+    return max(chunks, 2) if torch.compiler.is_dynamo_compiling() else torch.sym_max(chunks, 2)
 
 
 def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: bool, shift: int = 0) -> ChunkLayout:
