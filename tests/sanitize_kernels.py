@@ -15,9 +15,9 @@ import torch
 from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
 
 
-# chunk_size, query_key_dim, hidden_size, tokens: whole chunks (descriptors), an odd length (descriptors of rows), and
-# chunks that are no whole tiles (pointers).
-SHAPES = ((128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131))
+# chunk_size, query_key_dim, hidden_size, tokens: whole chunks (descriptors), an odd length (descriptors of rows),
+# chunks that are no whole tiles (pointers), and what Hopper scans in bfloat16.
+SHAPES = ((128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131), (256, 128, 64, 256 * 3), (256, 128, 64, 600))
 
 
 def form(ours: bool, chunk_size: int) -> dict:
