@@ -34,14 +34,14 @@ EXTRAS = {
 }  # fmt: skip
 
 # Packages that refuse what a user gave by a `raise` of their own; elsewhere such an error is a fault of the code.
-SPEAKERS = {"__main__", "accelerate", "datasets", "flash_hf", "huggingface_hub", "transformers"}
+SPEAKERS = {"__main__", "accelerate", "datasets", "flash_hf", "huggingface_hub", "scripts", "transformers"}
 
 
 class OptionParser(argparse.ArgumentParser):
     """A parser that takes no abbreviations, suggests the option that was meant, and ends in one line on stderr."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "prog": program_name(), **kwargs})
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -90,9 +90,28 @@ natural = number(int, least=1)
 seed = number(int, least=0)
 
 
+def started_module() -> str | None:
+    """The module that `python -m` started, None for a file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec is not None and spec.origin == sys.argv[0] else None
+
+
+def program_name() -> str:
+    """What messages call this program: its file, or `python -m` and the module, which has no better name than
+    `__main__.py`."""
+    module = started_module()
+    return Path(sys.argv[0]).name if module is None else f"python -m {module}"
+
+
+def program_words() -> list[str]:
+    """What started this program, without its options, as results record it."""
+    module = started_module()
+    return ["python", os.path.relpath(sys.argv[0])] if module is None else ["python", "-m", module]
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main`, end with the code that it returns, and tell a mistake of the user in one sentence."""
-    program = Path(sys.argv[0]).name
+    program = program_name()
     speak_utf8()
     try:
         code = main()
@@ -227,6 +246,6 @@ def read_json(path: str | Path, kind: type) -> Any:
 
 
 __all__ = [
-    "EXTRAS", "OptionParser", "explain", "find_device", "load_named", "natural", "number", "read_json", "read_text",
-    "run_command", "seed",
+    "EXTRAS", "OptionParser", "explain", "find_device", "load_named", "natural", "number", "program_name",
+    "program_words", "read_json", "read_text", "run_command", "seed",
 ]  # fmt: skip
