@@ -46,7 +46,7 @@ demo: $(STAMP)
 
 # After a change of results: the cards in model_cards/ are made from them.
 cards: $(STAMP)
-	HF_HUB_OFFLINE=1 .venv/bin/python scripts/make_card.py --published
+	HF_HUB_OFFLINE=1 .venv/bin/python -m scripts.cards --published
 
 # What is promised to users, with other versions than the pinned ones.
 CONTRACTS := $(addprefix tests/test_,configuration.py documents.py ecosystem.py export.py finetuning.py generation.py \

@@ -792,7 +792,7 @@ def load_or_train_tokenizer(
 
 
 def card_results(result: dict, command: str) -> list[dict]:
-    """The scores of [`run_finetuning`] in the form that flash_hf/cards.py puts into a model card."""
+    """The scores of [`run_finetuning`] in the form that scripts/cards puts into a model card."""
     names = {"classification": "text-classification", "tagging": "token-classification", "qa": "question-answering"}
     source = result["data"] if isinstance(result["data"], str) else ", ".join(Path(f).name for f in result["data"])
     return [

@@ -135,7 +135,7 @@ def push_with_code(
     Args:
         model, tokenizer, save_options: as for `save_with_code`.
         repo_id: `"namespace/name"`, created if need be.
-        card: Written as README.md, if given (see `flash_hf.cards`).
+        card: Written as README.md, if given (scripts/cards of the repository makes one).
         private: Whether a new repository is private. Ignored for one that exists.
         revision: Branch to push to, created if need be. The main branch by default.
         create_pr: Open a pull request instead of pushing.

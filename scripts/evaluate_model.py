@@ -1,6 +1,6 @@
 """python scripts/evaluate_model.py --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
 
-Measure a model on held-out text and write the numbers down as JSON, from which scripts/make_card.py makes its card:
+Measure a model on held-out text and write the numbers down as JSON, from which scripts/cards makes its card:
 
 perplexity  causal: of whole documents (or --context tokens of them), by token, by word, by position, bits per byte
 masked      masked: loss and accuracy on tokens masked at random, as in the training

@@ -486,7 +486,7 @@ def as_command(settings: dict) -> str:
 
 
 def card_results(summary: dict) -> list[dict]:
-    """The mean test scores of FLASH, as flash_hf/cards.py wants them."""
+    """The mean test scores of FLASH, as scripts/cards takes them."""
     command = shlex.join(["python", *sys.argv])
     results = []
     for row in summary["table"]:

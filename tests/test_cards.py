@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import flash_hf
 import warm
 from flash_hf import FlashConfig, FlashForCausalLM, training
-from flash_hf.cards import PIPELINE_TAGS, check_facts, check_results, make_card, published
 from flash_hf.data import CHAT_TEMPLATE
 from flash_hf.hub import add_code, registered_classes
 from flash_hf.testing import tiny_config
+from scripts.cards.card import PIPELINE_TAGS, check_facts, check_results, make_card, published
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 def test_the_script_writes_a_card_with_everything(folder):
     facts, results = ROOT / "tests" / "data" / "card_facts.json", ROOT / "tests" / "data" / "card_results.json"
-    command = [warm.python(), ROOT / "scripts" / "make_card.py"]
+    command = [warm.python(), "-m", "scripts.cards"]
     done = subprocess.run(
         [*command, "--folder", folder, "--facts", facts, "--results", results],
         env={**os.environ, "PYTHONPATH": str(Path(flash_hf.__file__).parents[1])},
@@ -211,7 +211,7 @@ def test_a_published_model_is_small_and_measured(name):
 
 def test_the_readme_shows_the_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert runpy.run_path(str(ROOT / "scripts" / "make_card.py"))["table"]() in readme
+    assert runpy.run_module("scripts.cards")["table"]() in readme
     results = json.loads(PUBLISHED["flash-7m-causal"][2].read_text(encoding="utf-8"))
     whole, cut = (
         next(row["value"] for row in results if row["metric"] == metric)

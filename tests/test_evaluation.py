@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, data, evaluation
-from flash_hf.cards import check_results
 from flash_hf.testing import make_model, random_ids, tiny_config
+from scripts.cards.card import check_results
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,10 +25,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import flash_hf.metrics
 import warm
 from flash_hf import FlashForCausalLM, data, finetuning
-from flash_hf.cards import check_results
 from flash_hf.metrics import Accuracy, MacroF1, SpanF1, Squad
 from flash_hf.metrics.span_f1 import spans
 from flash_hf.testing import tiny_config
+from scripts.cards.card import check_results
 
 
 DATA = Path(__file__).parent / "data"

@@ -36,6 +36,14 @@ def first_line(script: str) -> list[str]:
     return command
 
 
+def run_here(script: str) -> None:
+    """Run in this process a file of scripts/, or `scripts.NAME` as `python -m` does."""
+    if script.startswith("scripts."):
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+
+
 def run(command: list[str], cache: Path, **options) -> subprocess.CompletedProcess:
     """Run a script in a process of its own, from the root of the repository, without the network."""
     environment = {
@@ -95,9 +103,10 @@ def fail(capsys, monkeypatch, tmp_path):
     def run(script: str, *options) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+            run_here(script)
         out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1 and err.startswith(f"{Path(script).name}: "), (out, err)
+        name = f"python -m {script}" if script.startswith("scripts.") else Path(script).name
+        assert out == "" and err.count("\n") == 1 and err.startswith(f"{name}: "), (out, err)
         return ended.value.code, err.strip()
 
     return run
@@ -147,7 +156,7 @@ def fail(capsys, monkeypatch, tmp_path):
         (["tokenize_text.py", "--files", BOOK, "--tokenizer", CARD, "--output", "a.csv"], 2, "must end in .parquet"),
         (["cut_passages.py", "--files", "none.txt", "--output", "a.jsonl"], 1, "none.txt does not exist"),
         (["demo.py", "--book", "none.txt"], 2, "--book must be a text file"),
-        (["make_card.py", "--folder", CARD, "--facts", "damaged.yaml", "--results", BOOK], 1, "must be JSON"),
+        (["scripts.cards", "--folder", CARD, "--facts", "damaged.yaml", "--results", BOOK], 1, "must be JSON"),
         (["compare_backends.py", "--text", "none.txt"], 2, "--text must be a text file"),
         (["benchmark.py", "--models", "nonsense"], 2, "unknown ['nonsense']"),
         (["compare_backends.py", "--text", BOOK, "--length", 10**7], 2, "more than --length=10000000 bytes"),
@@ -212,6 +221,26 @@ def test_a_fault_of_the_code_keeps_its_traceback(capsys, monkeypatch):
     with pytest.raises(ValueError, match="chunk_size"):
         command_line.run_command(ours["refuse"])
     assert command_line.run_command(lambda: None) is None
+
+
+def test_a_program_is_called_as_it_was_started(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "package").mkdir()
+    for name in ("__main__", "book"):
+        (tmp_path / "package" / f"{name}.py").write_text(
+            "from flash_hf.command_line import OptionParser, program_words\n"
+            "said = OptionParser().prog, program_words()\n",
+            encoding="utf-8",
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("package", "package.book"):
+        prog, words = runpy.run_module(module, run_name="__main__", alter_sys=True)["said"]
+        assert prog == f"python -m {module}" and words == ["python", "-m", module]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / "demo.py"), "-m"])
+    assert command_line.program_name() == "demo.py"
+    assert command_line.program_words() == ["python", os.path.join("scripts", "demo.py")]
+    monkeypatch.setattr(sys, "argv", [""])
+    assert command_line.OptionParser().prog == ""
 
 
 def test_help_shows_the_own_options_first(capsys):

@@ -1,6 +1,6 @@
-"""python scripts/make_card.py --folder runs/demo/causal --facts tests/data/card_facts.json --results tests/data/card_results.json
+"""python -m scripts.cards --folder runs/demo/causal --facts tests/data/card_facts.json --results tests/data/card_results.json
 
-Write README.md, the model card, into a saved model's folder. Facts and results are described in flash_hf/cards.py.
+Write README.md, the model card, into a saved model's folder. Facts and results are described in scripts/cards/card.py.
 --published does so for every model of model_cards/, and prints the table of the README. Their folders hold no code:
 pushing adds it (flash_hf.hub.add_code, push_with_code), and their cards say so.
 """  # noqa: E501
@@ -9,8 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-from flash_hf.cards import make_card, published
 from flash_hf.command_line import OptionParser, read_json, run_command
+
+from .card import make_card, published
 
 
 # What the README shows of the results: model, metric, data set, split, and how to say it.
@@ -27,7 +28,7 @@ SHOWN = (
     ("flash-7m-masked", "pseudo_perplexity", "sentences_valid", "validation, first 100 documents",
      "pseudo-perplexity of held-out short passages"),
 )  # fmt: skip
-CARDS = Path(__file__).resolve().parent.parent / "model_cards"
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 TEMPLATE = CARDS / "TEMPLATE.md"
 
 

@@ -17,8 +17,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from .configuration_flash import FlashConfig, nearest
-from .hub import registered_classes
+from flash_hf.configuration_flash import FlashConfig, nearest
+from flash_hf.hub import registered_classes
 
 
 REQUIRED_FACTS = (
