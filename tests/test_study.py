@@ -297,7 +297,7 @@ def test_a_training_that_was_cut_off_resumes_exactly(mixed, tmp_path, monkeypatc
     for _ in range(2):
         with pytest.raises(CutOff):
             training.run_cell(cell, folder, Gate(None), training.TINY_RECIPE, states=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{cell.name}.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{cell.name}.safetensors"]
     again = training.run_cell(cell, folder, Gate(None), training.TINY_RECIPE, states=tmp_path)
     assert again["resumed"] == [7, 14] and not list(tmp_path.iterdir())
     for key in ("train_curve", "valid_curve", "final", "lengths", *(["corpora"] if task != "mqar4" else [])):

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup, set_seed
 
@@ -294,7 +296,7 @@ def run_cell(
     if cell.kind == "time":
         found = time_cell(cell, folder, gate, recipe, device)
     else:
-        state = None if states is None else states / f"{cell.name}.pt"
+        state = None if states is None else states / f"{cell.name}.safetensors"
         found = train_cell(cell, folder, gate, recipe, device, state, wait_seconds)
     result = {**dataclasses.asdict(cell), **found, "recipe": dataclasses.asdict(recipe), **provenance()}
     if not cell.recalls:
@@ -370,18 +372,47 @@ class Progress:
 
 
 def save_state(path: Path, step: Step, progress: Progress) -> None:
-    """All that a training needs to go on as if it had not stopped; whole or not at all."""
+    """All that a training needs to resume as if it had not stopped; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = [torch.get_rng_state(), torch.cuda.get_rng_state() if step.device == "cuda" else None]
+    state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "random": random,
+             "schedule": step.schedule.state_dict(), "progress": dataclasses.asdict(progress)}  # fmt: skip
+    tensors = {}
+    text = json.dumps(without_tensors(state, tensors))
     part = path.with_suffix(".part")
-    torch.save({"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "random": random,
-                "schedule": step.schedule.state_dict(), "progress": dataclasses.asdict(progress)}, part)  # fmt: skip
+    save_file(tensors, part, metadata={"state": text})
     os.replace(part, path)
+
+
+def without_tensors(value: object, tensors: dict[str, Tensor]) -> object:
+    """`value` as JSON can hold it; its tensors go into `tensors`, by the names that stand in their places."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)  # tied weights share memory
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, without_tensors(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [without_tensors(item, tensors) for item in value]
+    return value
+
+
+def with_tensors(value: object, tensors: dict[str, Tensor]) -> object:
+    """What `without_tensors` was given; tuples come back as lists."""
+    if isinstance(value, list):
+        return [with_tensors(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {key: with_tensors(item, tensors) for key, item in value["dict"]}
 
 
 def load_state(path: Path, step: Step) -> Progress:
     """Put a saved state into a step that has just been made (and captured)."""
-    state = torch.load(path, map_location=step.device, weights_only=True)
+    with safe_open(path, "pt") as file:
+        text = file.metadata()["state"]
+    state = with_tensors(json.loads(text), load_file(path, device=step.device))
     step.model.load_state_dict(state["model"])
     step.optimizer.load_state_dict(state["optimizer"])
     step.schedule.load_state_dict(state["schedule"])
