@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 config = flash_hf.FlashConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, query_key_dim=8, chunk_size=8)
 model = flash_hf.FlashForCausalLM(config)
-ids = torch.randint(0, 50, (2, 21))
+ids = torch.randint(1, 50, (2, 21))  # 0 pads
 model(ids, labels=ids).loss.backward()
 model.save_pretrained({folder!r})
 model = AutoModelForCausalLM.from_pretrained({folder!r})
@@ -32,7 +32,7 @@ print(model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0).sha
 
 def test_the_plain_install_needs_none_of_the_extras(tmp_path):
     setup = ConfigParser()
-    setup.read(ROOT / "setup.cfg")
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
     needed = setup["options"]["install_requires"]
     absent = ["triton", "einops", "datasets", "evaluate", "matplotlib", "peft", "accelerate", "pandas"]
     assert not any(name in needed for name in absent)

@@ -5,6 +5,7 @@ Without a CUDA device the kernel runs in triton's interpreter, which has to be a
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def stored(state, shift=0):
     the newest token's key."""
     C = state.value.shape[1]
     count = torch.where(state.seen > 0, (state.seen - 1 + shift) % C + 1, 0)
-    for name, x in state._asdict().items():
+    for name, x in vars(state).items():
         if x is not None and name in ("quad_k", "lin_k", "value"):
             slot = torch.arange(x.shape[1], device=DEVICE)
             filled = slot < (count + (x.shape[1] > C) * (state.seen > 0))[:, None]
@@ -385,5 +386,5 @@ def test_errors_name_argument_and_value():
     refused("position_B1 must be of", 6, good[6].int())
     refused("valid_B1 must be of", 7, good[6])
     sparse = state.value.repeat(1, 1, 2)[..., ::2]
-    refused("state.value must be contiguous", 8, state._replace(value=sparse))
-    refused("state.total must be of", 8, state._replace(total=state.total.double()))
+    refused("state.value must be contiguous", 8, replace(state, value=sparse))
+    refused("state.total must be of", 8, replace(state, total=state.total.double()))

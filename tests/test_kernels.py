@@ -487,7 +487,7 @@ def test_float64_and_dropout_are_the_torch_tiers():
 
 
 def test_without_a_gpu_or_triton_the_model_runs():
-    """In a process of its own: no interpreter, and triton that cannot be imported."""
+    """In a process of its own: no interpreter, and triton that cannot be imported. On a CPU that is no news."""
     code = """
 import sys
 sys.modules["triton"] = None
@@ -503,7 +503,7 @@ except ValueError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.startswith("True\n") and "triton is not installed" in done.stdout
-    assert done.stderr.count("triton is not installed") == 1
+    assert "triton is not installed" not in done.stderr and "plain torch" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,13 @@ def run(command: list[str], cache: Path, **options) -> subprocess.CompletedProce
         "CUDA_VISIBLE_DEVICES": "",
     }
     return subprocess.run(
-        [warm.python(), *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
+        [warm.python(), *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+        **options,
     )
 
 
