@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_hf.passages import cut_passages, passages
+from scripts.cut_passages import cut_passages, passages
 
 
 ROOT = Path(__file__).resolve().parent.parent
