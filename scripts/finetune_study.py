@@ -1,5 +1,5 @@
 """\
-python scripts/finetune_study.py --smoke --text tests/data/wizard_of_oz.txt --work runs/study
+python -m scripts.finetune_study --smoke --text tests/data/wizard_of_oz.txt --work runs/study
 
 FLASH against a Transformer++ of the same size, trained the same way: one tokenizer, the same text, blocks, masks,
 steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. The learning rates, of
@@ -29,10 +29,14 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoModelForMaskedLM, set_seed
 
 import flash_hf.baselines  # registers Transformer++
-from flash_hf import FlashConfig, data, finetuning, training
+from flash_hf import FlashConfig, data, training
 from flash_hf.cells import CellRunner, provenance, write_json
-from flash_hf.command_line import OptionParser, natural, read_json, run_command
+from flash_hf.command_line import OptionParser, natural, program_words, read_json, run_command
 from flash_hf.hub import vocabulary_size
+
+from .finetune.arguments import FinetuningArguments, TaskArguments
+from .finetune.run import card_results as task_card_results
+from .finetune.run import run_finetuning
 
 
 MODELS = ("flash", "transformer_pp")
@@ -228,7 +232,7 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
         # The first 400 sentences of WNUT-17 have all of its tags.
         few = 400 if chosen["task"] == "tagging" else 64
         chosen |= {"max_train_examples": few, "max_eval_examples": 32, "max_length": 512}
-    args = finetuning.FinetuningArguments(
+    args = FinetuningArguments(
         output_dir=str(work / "runs" / cell),
         overwrite_output_dir=True,
         num_train_epochs=epochs,
@@ -247,9 +251,9 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
         disable_tqdm=True,
     )
     start = best_pretraining(options, name)
-    result = finetuning.run_finetuning(
+    result = run_finetuning(
         training.ModelArguments(model=str(work / "models" / start)),
-        finetuning.TaskArguments(**chosen),
+        TaskArguments(**chosen),
         args,
         plot=False,
     )
@@ -292,8 +296,9 @@ class Study(CellRunner):
         environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         if options.smoke:
             environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
+        command = [sys.executable, "-m", "scripts.finetune_study", *sys.argv[1:], "--cell"]
         super().__init__(
-            self.work, [sys.executable, __file__, *sys.argv[1:], "--cell"], minutes=options.minutes,
+            self.work, command, minutes=options.minutes,
             least_seconds=5 if options.smoke else 30, environment=environment, begin=begin,
         )  # fmt: skip
 
@@ -473,7 +478,7 @@ def at_the_edge(summary: dict) -> list[str]:
 
 def as_command(settings: dict) -> str:
     """The command of a study: what differs from the defaults, files and folders without the place they were in."""
-    words = ["python", "scripts/finetune_study.py"]
+    words = ["python", "-m", "scripts.finetune_study"]
     for name, value in settings.items():
         if name in ("commit", "render") or value == make_parser().get_default(name):
             continue
@@ -487,13 +492,13 @@ def as_command(settings: dict) -> str:
 
 def card_results(summary: dict) -> list[dict]:
     """The mean test scores of FLASH, as scripts/cards takes them."""
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join([*program_words(), *sys.argv[1:]])
     results = []
     for row in summary["table"]:
         if row["model"] == "flash":
             cell = summary["cells"][cell_name("flash", row["data"], row["learning_rate"], 0)]
             cell = {**cell, "data": row["data"], "metrics": {"test": {row["metric"]: row["test"]}}}
-            results += finetuning.card_results(cell, command)
+            results += task_card_results(cell, command)
     return results
 
 

@@ -14,14 +14,15 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from flash_hf import FlashForCausalLM, FlashForMaskedLM, data, evaluation
+from flash_hf import FlashForCausalLM, FlashForMaskedLM, data
 from flash_hf.testing import make_model, random_ids, tiny_config
 from scripts.cards.card import check_results
+from scripts.evaluate import cost, harness, language
 
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
-TASKS = ROOT / "scripts" / "lm_eval_tasks"
+TASKS = ROOT / "scripts" / "evaluate" / "lm_eval_tasks"
 DOCUMENTS = [{"text": TEXT[3000:3900]}, {"text": "  "}, {"text": TEXT[9000:9300]}]
 
 
@@ -66,7 +67,7 @@ def nats_of(model, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("length, segment", [(61, 16), (61, 13), (64, 64), (65, 64), (33, 16), (2, 16), (61, 4096)])
 def test_a_document_in_segments_scores_as_in_one_pass(causal, length, segment):
     ids = random_ids(causal.config, length)
-    nats, right = evaluation.score_document(causal, ids, segment=segment)
+    nats, right = language.score_document(causal, ids, segment=segment)
     expected = nats_of(causal, ids)
     assert nats.shape == right.shape == (length - 1,)
     torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-4)
@@ -76,7 +77,7 @@ def test_a_document_in_segments_scores_as_in_one_pass(causal, length, segment):
 
 @pytest.mark.parametrize("context", [None, 40])
 def test_document_metrics_are_the_sums_of_their_tokens(causal, tokenizer, context):
-    scores = evaluation.score_documents(causal, tokenizer, DOCUMENTS, context=context, segment=24)
+    scores = language.score_documents(causal, tokenizer, DOCUMENTS, context=context, segment=24)
     nats, tokens, places = 0.0, 0, []
     for row in (DOCUMENTS[0], DOCUMENTS[2]):
         ids = tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]  # it puts the start token in front
@@ -102,30 +103,30 @@ def test_document_metrics_are_the_sums_of_their_tokens(causal, tokenizer, contex
 
 
 def test_position_edges_double():
-    assert evaluation.position_edges(1) == [0, 256]
-    assert evaluation.position_edges(512) == [0, 256, 512]
-    assert evaluation.position_edges(513) == [0, 256, 512, 1024]
+    assert language.position_edges(1) == [0, 256]
+    assert language.position_edges(512) == [0, 256, 512]
+    assert language.position_edges(513) == [0, 256, 512, 1024]
 
 
 def test_no_text_is_refused(causal, masked, tokenizer):
     with pytest.raises(ValueError, match="The documents hold no text"):
-        evaluation.score_documents(causal, tokenizer, [{"text": " "}])
+        language.score_documents(causal, tokenizer, [{"text": " "}])
     with pytest.raises(ValueError, match="context must be at least 1, got 0"):
-        evaluation.score_documents(causal, tokenizer, DOCUMENTS, context=0)
+        language.score_documents(causal, tokenizer, DOCUMENTS, context=0)
     with pytest.raises(ValueError, match="The texts hold no token"):
-        evaluation.pseudo_perplexity(masked, tokenizer, [""])
+        language.pseudo_perplexity(masked, tokenizer, [""])
 
 
 def test_answers_are_counted_where_they_are_asked(causal):
     inputs = random_ids(causal.config, 5, 30)
     labels = torch.full_like(inputs, -100)
     with pytest.raises(ValueError, match="labels_BN must ask for something"):
-        evaluation.answer_accuracy(causal, inputs, labels)
+        language.answer_accuracy(causal, inputs, labels)
     with torch.no_grad():
         likeliest = causal(inputs).logits.argmax(-1)
     labels[:, 7] = likeliest[:, 7]
     labels[:2, 20] = (likeliest[:2, 20] + 1) % 300
-    assert evaluation.answer_accuracy(causal, inputs, labels, batch_size=2) == 5 / 7
+    assert language.answer_accuracy(causal, inputs, labels, batch_size=2) == 5 / 7
 
 
 # --- masked ----------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_answers_are_counted_where_they_are_asked(causal):
 def test_masked_scores_count_the_masked_tokens_alone(masked, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     documents = Dataset.from_list(DOCUMENTS)
-    scores = evaluation.masked_scores(masked, tokenizer, documents, block_size=50, batch_size=3, seed=4)
+    scores = language.masked_scores(masked, tokenizer, documents, block_size=50, batch_size=3, seed=4)
     nats, right, tokens, total = 0.0, 0, 0, 0
     blocks = data.pack_documents(
         data.tokenize_documents(documents, tokenizer), tokenizer, block_size=50, causal=False, packing="documents"
@@ -156,7 +157,7 @@ def test_masked_scores_count_the_masked_tokens_alone(masked, tokenizer, tmp_path
 
 def test_pseudo_perplexity_masks_one_token_at_a_time(masked, tokenizer):
     texts = [TEXT[5000:5080], TEXT[8000:8400]]
-    found = evaluation.pseudo_perplexity(masked, tokenizer, texts, max_tokens=60, batch_size=7)
+    found = language.pseudo_perplexity(masked, tokenizer, texts, max_tokens=60, batch_size=7)
     nats, right, tokens = 0.0, 0, 0
     for text in texts:
         ids = tokenizer(text)["input_ids"][:61] + [tokenizer.eos_token_id]
@@ -178,7 +179,7 @@ def test_pseudo_perplexity_masks_one_token_at_a_time(masked, tokenizer):
 def test_a_long_text_is_read_in_constant_memory_and_to_the_same_effect(causal):
     ids = random_ids(causal.config, 203)
     cache = DynamicCache(config=causal.config)
-    marks = list(evaluation.read_long(causal, ids[:-1], cache, segment=16, marks=[1, 5, 50, 100, 5000]))
+    marks = list(cost.read_long(causal, ids[:-1], cache, segment=16, marks=[1, 5, 50, 100, 5000]))
     assert [at.tokens for at in marks] == [1, 5, 50, 100, 202]
     C, S, E, L = 8, 12, 48, 3
     # Keys and values of the open chunk, the sum, and a count of tokens in 8 bytes, for each layer.
@@ -188,21 +189,21 @@ def test_a_long_text_is_read_in_constant_memory_and_to_the_same_effect(causal):
     mask = torch.ones(1, 203, dtype=torch.long)
     whole = causal.generate(ids[None], attention_mask=mask, **options)
     assert torch.equal(causal.generate(ids[None], attention_mask=mask, past_key_values=cache, **options), whole)
-    assert evaluation.cache_bytes(cache) == marks[0].cache
+    assert cost.cache_bytes(cache) == marks[0].cache
 
 
 def test_the_cache_of_another_model_is_counted_too():
     quad = model_of(FlashForCausalLM, attention_type="quadratic")
     cache = DynamicCache(config=quad.config)
-    list(evaluation.read_long(quad, random_ids(quad.config, 30), cache, segment=10))
-    assert evaluation.cache_bytes(cache) == 3 * 30 * (12 + 48) * 4
+    list(cost.read_long(quad, random_ids(quad.config, 30), cache, segment=10))
+    assert cost.cache_bytes(cache) == 3 * 30 * (12 + 48) * 4
 
 
 def test_speed_is_tokens_over_time(causal, masked, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr("flash_hf.evaluation.time.perf_counter", lambda: next(clock))  # each run takes a second
-    assert evaluation.tokens_per_second(masked, batch_size=2, length=20, repeats=3) == 40
-    assert evaluation.tokens_per_second(causal, batch_size=2, length=20, new_tokens=5, repeats=3) == 10
+    monkeypatch.setattr("scripts.evaluate.cost.time.perf_counter", lambda: next(clock))  # each run takes a second
+    assert cost.tokens_per_second(masked, batch_size=2, length=20, repeats=3) == 40
+    assert cost.tokens_per_second(causal, batch_size=2, length=20, new_tokens=5, repeats=3) == 10
 
 
 # --- lm-evaluation-harness -------------------------------------------------------------------------------------------
@@ -261,25 +262,25 @@ def test_the_harness_runs_on_local_data(folders, tmp_path, monkeypatch):
     # The harness takes the training length for the longest context.
     model = AutoModelForCausalLM.from_pretrained(folders["causal"], max_position_embeddings=4096)
     tokenizer = AutoTokenizer.from_pretrained(folders["causal"])
-    scores = evaluation.run_lm_eval(model, tokenizer, TASKS, limit=4)
+    scores = harness.run_lm_eval(model, tokenizer, TASKS, limit=4)
     assert set(scores) == {"book_cloze", "book_next"}
     assert scores["book_cloze"]["perplexity"] > 1 and 0 <= scores["book_next"]["acc_norm"] <= 1
     with pytest.raises(ValueError, match="folder must hold tasks"):
-        evaluation.run_lm_eval(model, tokenizer, tmp_path)
+        harness.run_lm_eval(model, tokenizer, tmp_path)
 
 
 def test_a_missing_harness_is_named(causal, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r'pip install "flash-hf\[eval\]"'):
-        evaluation.run_lm_eval(causal, tokenizer, TASKS)
+        harness.run_lm_eval(causal, tokenizer, TASKS)
 
 
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
 def evaluate(monkeypatch, model: Path, *options: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["scripts/evaluate_model.py", "--model", str(model), "--device", "cpu", *options])
-    runpy.run_path(str(ROOT / "scripts" / "evaluate_model.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["-m", "--model", str(model), "--device", "cpu", *options])
+    runpy.run_module("scripts.evaluate", run_name="__main__", alter_sys=True)
 
 
 def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, capsys):
@@ -290,11 +291,12 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
     evaluate(monkeypatch, folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
     first = json.loads(output.read_text(encoding="utf-8"))
     check_results(first)
+    assert {row["command"].partition(" --")[0] for row in first} == {"python -m scripts.evaluate"}
     assert {row["dataset"] for row in first} == {"held_out"} and {row["task"] for row in first} == {"text-generation"}
     metrics = {row["metric"]: row["value"] for row in first}
     model = AutoModelForCausalLM.from_pretrained(folders["causal"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folders["causal"])
-    expected = evaluation.score_documents(model, tokenizer, DOCUMENTS)
+    expected = language.score_documents(model, tokenizer, DOCUMENTS)
     assert metrics["bits_per_byte"] == pytest.approx(expected.metrics()["bits_per_byte"], rel=1e-4)
     assert metrics["loss, tokens 257 to 512"] == pytest.approx(expected.by_position[1]["loss"], rel=1e-4)
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flash_hf/finetuning.py and flash_hf/metrics: hand-worked scores, reading, aligning, learning, resuming, refusals."""
+"""scripts/finetune: hand-worked scores, reading, aligning, learning, resuming, refusals."""
 
 import ast
 import gzip
-import importlib.util
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -22,17 +20,17 @@ from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-import flash_hf.metrics
 import warm
-from flash_hf import FlashForCausalLM, data, finetuning
-from flash_hf.metrics import Accuracy, MacroF1, SpanF1, Squad
-from flash_hf.metrics.span_f1 import spans
+from flash_hf import FlashForCausalLM, data
 from flash_hf.testing import tiny_config
+from scripts import finetune_study
 from scripts.cards.card import check_results
+from scripts.finetune import readers, run, tasks
+from scripts.finetune.arguments import TaskArguments, parse_arguments
+from scripts.finetune.metrics import Accuracy, MacroF1, SpanF1, Squad, spans
 
 
 DATA = Path(__file__).parent / "data"
-METRICS = Path(flash_hf.metrics.__file__).parent
 FILES = {
     "classification": ("characters_train.jsonl", "characters_validation.jsonl"),
     "tagging": ("names_train.conll", "names_validation.conll"),
@@ -77,7 +75,7 @@ def arguments(task: str, output_dir: Path, tokenizer: Path | None = None, /, **c
     for name, value in options.items():
         if value is not None:
             command += [f"--{name}", *([str(part) for part in value] if isinstance(value, list) else [str(value)])]
-    return finetuning.parse_arguments(command)
+    return parse_arguments(command)
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -89,12 +87,9 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def computed(name, predictions, references):
-    """By the class, and by evaluate's own loader from the file: without the network, and alike."""
-    metric = {"accuracy": Accuracy, "macro_f1": MacroF1, "span_f1": SpanF1, "squad": Squad}[name]
-    result = metric(keep_in_memory=True).compute(predictions=predictions, references=references)
-    loaded = evaluate.load(str(METRICS / f"{name}.py"), keep_in_memory=True)
-    assert loaded.compute(predictions=predictions, references=references) == result
-    return result
+    metric = {"accuracy": Accuracy, "macro_f1": MacroF1, "span_f1": SpanF1, "squad": Squad}[name](keep_in_memory=True)
+    assert metric.description == metric.__doc__  # evaluate shows it
+    return metric.compute(predictions=predictions, references=references)
 
 
 def test_accuracy_and_macro_f1():
@@ -170,16 +165,16 @@ def test_squad():
 def test_learns_far_above_chance(task, metric, at_least, epochs, order, tokenizer, tmp_path):
     """Chance: 0.46 for the most frequent class, 0 for all O, about 10 for a random name of a sentence."""
     parsed = arguments(task, tmp_path / "run", tokenizer, num_train_epochs=epochs, train_sampling_strategy=order)
-    result = finetuning.run_finetuning(*parsed)
+    result = run.run_finetuning(*parsed)
     assert result["metrics"]["validation"][metric] > at_least, result["metrics"]
-    assert result["metrics"]["validation"].keys() - {"examples"} <= set(finetuning.TASKS[task].metrics)
+    assert result["metrics"]["validation"].keys() - {"examples"} <= set(tasks.TASKS[task].metrics)
     saved = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(result)) and saved["versions"]["torch"] and saved["seed"] == 42
     card = json.loads((tmp_path / "run" / "card_results.json").read_text(encoding="utf-8"))
     check_results(card)
     assert {entry["metric"]: entry["value"] for entry in card}[metric] == result["metrics"]["validation"][metric]
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
-    assert f"{metric} {result['metrics']['validation'][metric]:.4f}" in finetuning.describe(result, "run")
+    assert f"{metric} {result['metrics']['validation'][metric]:.4f}" in run.describe(result, "run")
     if task == "classification":
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
         assert [*model.config.id2label.values()] == ["Dorothy", "Lion", "Scarecrow", "Tin Woodman"]
@@ -200,7 +195,7 @@ def test_the_tokenizer_of_a_causal_checkpoint_keeps_its_side(task, tokenizer, tm
         own = AutoTokenizer.from_pretrained(tokenizer, padding_side=side)
         own.save_pretrained(tmp_path / side)
         options = {"model": tmp_path / side, "config_overrides": None, "max_steps": 4, "max_train_examples": 64}
-        result = finetuning.run_finetuning(*arguments(task, tmp_path / f"run {side}", **options))
+        result = run.run_finetuning(*arguments(task, tmp_path / f"run {side}", **options))
         scores[side] = result["metrics"]
         assert AutoTokenizer.from_pretrained(tmp_path / f"run {side}").padding_side == side
     assert scores["left"] == scores["right"]
@@ -208,30 +203,30 @@ def test_the_tokenizer_of_a_causal_checkpoint_keeps_its_side(task, tokenizer, tm
 
 def test_resumed_run_equals_uninterrupted(tokenizer, tmp_path):
     options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 25, "max_train_examples": 240}
-    whole = finetuning.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))
+    whole = run.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))
     for file in (tmp_path / "a" / "model.safetensors", tmp_path / "a" / "results.json"):
         file.unlink()
     options["resume_from_checkpoint"] = tmp_path / "a" / "checkpoint-25"
-    again = finetuning.run_finetuning(*arguments("classification", tmp_path / "b", tokenizer, **options))
+    again = run.run_finetuning(*arguments("classification", tmp_path / "b", tokenizer, **options))
     assert again["steps"] == whole["steps"] == 30
     assert again["metrics"]["validation"] == pytest.approx(whole["metrics"]["validation"], rel=1e-5)
 
     wrong = write(tmp_path / "wrong.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}] * 4)
     options["train_file"], options["validation_file"] = wrong, None
     with pytest.raises(ValueError, match="knows the labels Dorothy.*the data have x, y"):
-        finetuning.run_finetuning(*arguments("classification", tmp_path / "c", tokenizer, **options))
+        run.run_finetuning(*arguments("classification", tmp_path / "c", tokenizer, **options))
 
 
 def test_goes_on_from_a_model_and_tests(tokenizer, tmp_path):
     """The labels keep the order of a model that knows them; a test set is measured on its own."""
     options = {"num_train_epochs": 1, "max_train_examples": 32, "validation_file": None}
-    finetuning.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))
+    run.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))
     config = json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))
     config["id2label"] = dict(enumerate(reversed(config["id2label"].values())))
     config["label2id"] = {name: number for number, name in config["id2label"].items()}
     (tmp_path / "a" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     options |= {"model": tmp_path / "a", "config_overrides": None, "test_file": DATA / FILES["classification"][1]}
-    result = finetuning.run_finetuning(*arguments("classification", tmp_path / "b", None, **options))
+    result = run.run_finetuning(*arguments("classification", tmp_path / "b", None, **options))
     assert result["labels"] == ["Tin Woodman", "Scarecrow", "Lion", "Dorothy"]
     assert result["metrics"]["test"]["examples"] == 50 and result["metrics"]["validation"]["examples"] == 4
     assert result["train_examples"] == 28
@@ -242,13 +237,11 @@ def test_every_example_is_scored_and_nothing_rounded(tokenizer, tmp_path):
     options = {"num_train_epochs": 1, "max_train_examples": 40, "max_length": 64, "per_device_eval_batch_size": 64}
     results = []
     for name, more in (("a", {}), ("b", {"dataloader_drop_last": "true"})):
-        results.append(
-            finetuning.run_finetuning(*arguments("classification", tmp_path / name, tokenizer, **options, **more))
-        )
+        results.append(run.run_finetuning(*arguments("classification", tmp_path / name, tokenizer, **options, **more)))
     for result in results:
-        assert {*finetuning.TASKS["classification"].metrics, "examples"} == set(result["metrics"]["validation"])
+        assert {*tasks.TASKS["classification"].metrics, "examples"} == set(result["metrics"]["validation"])
     options |= {"bf16_full_eval": "true", "use_cpu": "true"}
-    finetuning.run_finetuning(*arguments("classification", tmp_path / "c", tokenizer, **options))
+    run.run_finetuning(*arguments("classification", tmp_path / "c", tokenizer, **options))
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("a", "c")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -256,14 +249,14 @@ def test_every_example_is_scored_and_nothing_rounded(tokenizer, tmp_path):
 # --- reading and aligning --------------------------------------------------------------------------------------------
 
 
-def task_arguments(task: str, **changes) -> finetuning.TaskArguments:
-    return finetuning.TaskArguments(task=task, **{"train_file": ["none"], "stride": 0, **changes})
+def task_arguments(task: str, **changes) -> TaskArguments:
+    return TaskArguments(task=task, **{"train_file": ["none"], "stride": 0, **changes})
 
 
 def test_tables_keep_what_stands_there(tmp_path):
     (tmp_path / "a.tsv").write_text('say "no\t1\nNA\t0\nnull\t1\n', encoding="utf-8")
     (tmp_path / "a.csv").write_text('text,label\n"one, ""two""",bad\nnull,good\n', encoding="utf-8")
-    load = finetuning.Classification.load
+    load = tasks.Classification.load
     rows = load(task_arguments("classification", column_names=["text", "label"]), [str(tmp_path / "a.tsv")], "", None)
     assert rows["text"][:] == ['say "no', "NA", "null"] and rows["label"][:] == ["1", "0", "1"]
     rows = load(task_arguments("classification"), [str(tmp_path / "a.csv")], "", None)
@@ -272,7 +265,7 @@ def test_tables_keep_what_stands_there(tmp_path):
 
 def test_other_columns_may_hold_anything(tmp_path):
     """As in data.read_rows, whose places the rows keep. A class column in Parquet keeps its names."""
-    load, names = finetuning.Classification.load, ClassLabel(names=["bad", "good"])
+    load, names = tasks.Classification.load, ClassLabel(names=["bad", "good"])
     rows = [{"text": "a", "label": 1, "x": 1}, {"label": 0, "x": "s", "late": [1], "text": "b"}]
     files = [str(write(tmp_path / f"{n}.jsonl", rows[n:])) for n in range(2)]
     read = load(task_arguments("classification"), files, "", None)
@@ -348,13 +341,13 @@ def test_empty_rows_are_left_out_and_counted(case, start, tokenizer, tmp_path, m
         bare.save_pretrained(tokenizer)
         assert data.load_tokenizer(str(tokenizer), masked=False)("")["input_ids"] == []
     said = []
-    monkeypatch.setattr(finetuning.logger, "warning", said.append)
+    monkeypatch.setattr(tasks.logger, "warning", said.append)
     files = {f"{name}_file": write(tmp_path / f"{name}.jsonl", rows) for name in ("train", "validation", "test")}
     parsed = arguments(
         task, tmp_path / "run", tokenizer, **files, per_device_train_batch_size=1, per_device_eval_batch_size=1,
         num_train_epochs=2, max_length=64, stride=8, text_pair_column="text_pair" if case == "pairs" else None,
     )  # fmt: skip
-    result = finetuning.run_finetuning(*parsed, plot=False)
+    result = run.run_finetuning(*parsed, plot=False)
     left = len(rows) - len(empty)
     assert result["empty_examples"] == dict.fromkeys(("train", "validation", "test"), len(empty))
     assert result["steps"] == 2 * left and result["train_examples"] == left
@@ -370,7 +363,7 @@ def test_empty_rows_are_left_out_and_counted(case, start, tokenizer, tmp_path, m
 
 def test_rows_that_are_all_empty_are_refused(tokenizer):
     tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
-    task = finetuning.Classification(task_arguments("classification"), tokenizer, ["a"])
+    task = tasks.Classification(task_arguments("classification"), tokenizer, ["a"])
     rows = Dataset.from_list([{"text": " ", "label": "a", "place": "it, row 1"}])
     with pytest.raises(ValueError, match="example for train must not be empty, but each one has no text"):
         task.features(rows, "train")
@@ -382,32 +375,32 @@ def test_class_names_and_their_order():
         {"text": ["a", "b"], "label": [1, 0], "place": ["1", "2"]},
         Features({"text": Value("string"), "label": feature, "place": Value("string")}),
     )
-    assert finetuning.Classification.check(rows)["label"][:] == ["pos", "neg"]
-    assert finetuning.label_names({"10", "9", "1"}) == ["1", "9", "10"]
-    assert finetuning.label_names({"b", "a"}) == ["a", "b"]
-    assert finetuning.label_names({"b", "a"}, {0: "b", 1: "a"}) == ["b", "a"]
-    assert finetuning.label_names({"b", "a"}, {0: "LABEL_0", 1: "LABEL_1"}) == ["a", "b"]
+    assert tasks.Classification.check(rows)["label"][:] == ["pos", "neg"]
+    assert readers.label_names({"10", "9", "1"}) == ["1", "9", "10"]
+    assert readers.label_names({"b", "a"}) == ["a", "b"]
+    assert readers.label_names({"b", "a"}, {0: "b", 1: "a"}) == ["b", "a"]
+    assert readers.label_names({"b", "a"}, {0: "LABEL_0", 1: "LABEL_1"}) == ["a", "b"]
 
 
 def test_column_files(tmp_path):
     (tmp_path / "a.conll").write_text(
         "-DOCSTART- -X- O\n\nThe DT O\nLion NN B-PER\n\n\nhe\tB-PER\n\t\nran\tO", encoding="utf-8"
     )
-    assert finetuning.read_column_file(tmp_path / "a.conll") == [
+    assert readers.read_column_file(tmp_path / "a.conll") == [
         {"tokens": ["The", "Lion"], "tags": ["O", "B-PER"]},
         {"tokens": ["he"], "tags": ["B-PER"]},
         {"tokens": ["ran"], "tags": ["O"]},
     ]
     (tmp_path / "b.conll").write_text("The O\nLion\n", encoding="utf-8")
     with pytest.raises(ValueError, match="line 2 must hold a word and its tag, got 'Lion'"):
-        finetuning.read_column_file(tmp_path / "b.conll")
+        readers.read_column_file(tmp_path / "b.conll")
 
 
 def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
     tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
     words, tags = ["Dorothy", "unquestionably", "loves", "Zürich", "."], ["B-PER", "O", "O", "B-LOC", "O"]
     labels = sorted(set(tags))
-    task = finetuning.Tagging(task_arguments("tagging"), tokenizer, labels)
+    task = tasks.Tagging(task_arguments("tagging"), tokenizer, labels)
     rows = Dataset.from_list([{"tokens": words, "tags": tags}])
     features, _ = task.features(rows, "test")
     row = features[0]
@@ -440,7 +433,7 @@ def test_long_contexts_are_split_and_answers_found(tokenizer):
         {"id": "2", "question": "Who?", "context": "Nobody.", "answers": none},
     ]
     rows = Dataset.from_list(rows)
-    task = finetuning.QuestionAnswering(task_arguments("qa", max_length=64, stride=16), tokenizer, [])
+    task = tasks.QuestionAnswering(task_arguments("qa", max_length=64, stride=16), tokenizer, [])
     features, _ = task.features(rows, "test")
     assert len(features) > 8 and all(len(row["input_ids"]) <= 64 for row in features)
     whole = [row for row in features if row["end_positions"] > 0]
@@ -483,7 +476,7 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
         ({"max_length": 100, "stride": 100}, r"stride must lie in \[0, max_length = 100\), got 100"),
     ]:
         with pytest.raises(ValueError, match=message):
-            finetuning.TaskArguments(**{"task": "qa", "train_file": ["a"], **changes})
+            TaskArguments(**{"task": "qa", "train_file": ["a"], **changes})
 
 
 @pytest.mark.parametrize(
@@ -498,9 +491,9 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
     ],
 )
 def test_options_that_would_end_a_run_in_its_middle_are_refused(changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetuning, "load_splits", lambda *args: pytest.fail("the data were loaded first"))
+    monkeypatch.setattr(run, "load_splits", lambda *args: pytest.fail("the data were loaded first"))
     with pytest.raises((ValueError, OSError), match=message):
-        finetuning.run_finetuning(*arguments("classification", tmp_path, **changes))
+        run.run_finetuning(*arguments("classification", tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -538,36 +531,36 @@ def test_bad_data_is_refused(task, files, changes, message, tmp_path):
             write(tmp_path / f"{name}.jsonl", rows)
     known = {"train_file": [str(DATA / FILES[task][0])], "validation_file": [str(DATA / FILES[task][1])]}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        finetuning.load_splits(finetuning.TaskArguments(task=task, **{**known, **given, **changes}))
+        run.load_splits(TaskArguments(task=task, **{**known, **given, **changes}))
 
 
 def test_bad_files_are_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"data": [{"paragraphs": [{"qas": []}, 3]}]}', encoding="utf-8")
     with pytest.raises(ValueError, match="must be in SQuAD's format"):
-        finetuning.read_squad_file(tmp_path / "a.json")
+        readers.read_squad_file(tmp_path / "a.json")
     (tmp_path / "a.xml").write_text("<a/>", encoding="utf-8")
     with pytest.raises(ValueError, match=r"must end in one of .*\.jsonl.*got '.xml'"):
-        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "a.xml")], "", {})
+        readers.load_rows(task_arguments("classification"), [str(tmp_path / "a.xml")], "", {})
     (tmp_path / "a.jsonl").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match="of one type, got .jsonl, .xml"):
-        finetuning.load_rows(task_arguments("qa"), [str(tmp_path / "a.xml"), str(tmp_path / "a.jsonl")], "", {})
+        readers.load_rows(task_arguments("qa"), [str(tmp_path / "a.xml"), str(tmp_path / "a.jsonl")], "", {})
     (tmp_path / "b.jsonl").write_text('{"text": "x"', encoding="utf-8")
     with pytest.raises(ValueError, match="b.jsonl must hold JSON"):
-        finetuning.load_rows(task_arguments("classification"), [str(tmp_path / "b.jsonl")], "", {})
+        readers.load_rows(task_arguments("classification"), [str(tmp_path / "b.jsonl")], "", {})
     (tmp_path / "b.csv").write_text("text,label\nx,1\ny, z,0\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"b.csv, line 3 must have 2 fields \(text, label\), it has 3"):
-        finetuning.Classification.load(task_arguments("classification"), [str(tmp_path / "b.csv")], "", None)
+        tasks.Classification.load(task_arguments("classification"), [str(tmp_path / "b.csv")], "", None)
     Dataset.from_dict({"text": ["x"], "class": [1]}).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(
         ValueError, match=r"b.parquet must have a column 'label'; it has text, class. .*--label_column"
     ):
-        finetuning.Classification.load(task_arguments("classification"), [str(tmp_path / "b.parquet")], "", None)
+        tasks.Classification.load(task_arguments("classification"), [str(tmp_path / "b.parquet")], "", None)
 
 
 def test_earlier_results_are_not_overwritten(tmp_path):
     (tmp_path / "results.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileExistsError, match="must be empty"):
-        finetuning.run_finetuning(*arguments("classification", tmp_path))
+        run.run_finetuning(*arguments("classification", tmp_path))
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
@@ -576,15 +569,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def first_line(script: str) -> list[str]:
-    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text(encoding="utf-8")))
+    source = ROOT / script.replace(".", "/")
+    source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
     python, *command = shlex.split(docstring.splitlines()[0])
-    assert python == "python" and command[0] == f"scripts/{script}"
+    assert python == "python" and command[:2] == ["-m", script]
     return command
 
 
 @pytest.mark.slow
 def test_first_line_command_learns(tmp_path):
-    command = first_line("finetune.py")
+    command = first_line("scripts.finetune")
     command[command.index("--output_dir") + 1] = str(tmp_path / "run")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
                    "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
@@ -594,16 +589,15 @@ def test_first_line_command_learns(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert result["metrics"]["validation"]["accuracy"] > 0.4
+    cards = json.loads((tmp_path / "run" / "card_results.json").read_text(encoding="utf-8"))
+    assert {card["command"] for card in cards} == {shlex.join(["python", *command])}
     assert f"accuracy {result['metrics']['validation']['accuracy']:.4f}" in done.stdout
 
 
 @pytest.fixture
 def study(monkeypatch):
     """The study's script as a module, with cells that run in this process."""
-    spec = importlib.util.spec_from_file_location("finetune_study", ROOT / "scripts" / "finetune_study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.begun = []
+    monkeypatch.setattr(module := finetune_study, "begun", [], raising=False)
 
     def one(self, cell, workers):
         if not self.path(cell).is_file():
@@ -616,7 +610,8 @@ def study(monkeypatch):
 
 @pytest.mark.slow
 def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monkeypatch, capsys):
-    command = [*first_line("finetune_study.py"), "--out", str(tmp_path / "out"), "--tasks", "names"]
+    name = "scripts.finetune_study"
+    command = [name, *first_line(name)[2:], "--out", str(tmp_path / "out"), "--tasks", "names"]
     command[command.index("--work") + 1] = str(tmp_path / "work")
     command[command.index("--text") + 1] = str(DATA / "wizard_of_oz.txt")
     monkeypatch.setattr(sys, "argv", command)
@@ -669,7 +664,8 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     for row in summary["table"]:
         assert f"**{100 * row['test']:.2f} +- {100 * row['test_std']:.2f}**" in table
     rendered = shlex.split(table.split("```bash\n")[1].split("\n")[0])
-    assert rendered[:2] == ["python", command[0]] and {"--smoke", "--text", "wizard_of_oz.txt"} <= set(rendered)
+    assert rendered[:3] == ["python", "-m", "scripts.finetune_study"]
+    assert {"--smoke", "--text", "wizard_of_oz.txt"} <= set(rendered)
 
 
 def test_study_that_was_cut_off_says_what_it_lacks(study):

@@ -83,9 +83,9 @@ def test_make_targets_exist():
 def test_study_is_what_the_kept_results_render_to(capsys, monkeypatch):
     """And the kept table is what the kept cells give: no figure of the README is written by hand."""
     kept = "scripts/results/finetune_study.json"
-    monkeypatch.setattr(sys, "argv", ["finetune_study.py", "--render", str(ROOT / kept)])
+    monkeypatch.setattr(sys, "argv", ["-m", "--render", str(ROOT / kept)])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "finetune_study.py"), run_name="__main__")
+        runpy.run_module("scripts.finetune_study", run_name="__main__", alter_sys=True)
     rendered = capsys.readouterr().out
     assert not ended.value.code
     assert "### Beside a Transformer++" in rendered and rendered in README and f"`{kept}`" in README

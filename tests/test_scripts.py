@@ -19,7 +19,8 @@ import torch
 from transformers import TrainingArguments
 
 import warm
-from flash_hf import command_line, data, finetuning, training
+from flash_hf import command_line, data, training
+from scripts.finetune.arguments import parse_arguments as finetuning_arguments
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +31,12 @@ TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"
 
 def first_line(script: str) -> list[str]:
     """The command in the first line of a script's docstring, without the word python."""
-    docstring = ast.get_docstring(ast.parse((ROOT / "scripts" / script).read_text(encoding="utf-8")))
+    module = script.startswith("scripts.")
+    source = ROOT / script.replace(".", "/") if module else ROOT / "scripts" / script
+    source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
     python, *command = shlex.split(docstring.splitlines()[0])
-    assert python == "python" and command[0] == f"scripts/{script}"
+    assert python == "python" and command[: 1 + module] == (["-m", script] if module else [f"scripts/{script}"])
     return command
 
 
@@ -139,9 +143,9 @@ def fail(capsys, monkeypatch, tmp_path):
         (["train_clm.py", "damaged.yaml"], 1, "--config damaged.yaml cannot be read"),
         (["train_clm.py", "--train_file", BOOK, "--output_dir", "run", "--config_overrides", "hidden_size=x"], 1,
          "expected int, got str"),
-        (["finetune.py", "--task", "nonsense", "--train_file", BOOK, "--output_dir", "run"], 2, "invalid choice"),
-        (["finetune.py", "--task", "qa", "--train_file", "none.json", "--output_dir", "run"], 1, "does not exist"),
-        (["finetune.py", "--task", "qa", "--train_files", "none.json"], 2, "Did you mean --train_file?"),
+        (["scripts.finetune", "--task", "nonsense", "--train_file", BOOK, "--output_dir", "run"], 2, "invalid choice"),
+        (["scripts.finetune", "--task", "qa", "--train_file", "none.json", "--output_dir", "run"], 1, "not exist"),
+        (["scripts.finetune", "--task", "qa", "--train_files", "none.json"], 2, "Did you mean --train_file?"),
         (["generate.py", "--modle", "a", "--prompt", "b"], 2, "Did you mean --model?"),
         (["generate.py", "--model", "./none", "--prompt", "b"], 1, "there is no folder ./none"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--device", "gpu"], 1, "--device must be a device"),
@@ -149,12 +153,12 @@ def fail(capsys, monkeypatch, tmp_path):
         (["generate.py", "--model", CARD, "--prompt", "b", "--top_p", 3], 2, "--top_p: must be at most 1, got 3"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--temperature", 0], 2, "must be above 0, got 0"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--seed", "x"], 2, "invalid int value: 'x'"),
-        (["finetune.py", "--task", "qa", "--dataset_name", "/no", "--output_dir", "run"], 1, "there is no folder /no"),
-        (["continue_book.py", "--model", CARD, "--book", BOOK, "--tokens", 1], 2, "must be at least 2, got 1"),
-        (["continue_book.py", "--model", CARD, "--book", "none.txt"], 1, "No such file or directory: none.txt"),
-        (["evaluate_model.py", "--model", CARD, "--measure", "speed", "--output", "damaged.yaml"], 1, "must be JSON"),
-        (["evaluate_model.py", "--model", "a b", "--measure", "speed"], 1, "there is no folder a b"),
-        (["evaluate_model.py", "--model", CARD, "--measure", "perplexity", "--files", "none.txt"], 1, "not exist"),
+        (["scripts.finetune", "--task", "qa", "--dataset_name", "/no", "--output_dir", "run"], 1, "no folder /no"),
+        (["scripts.evaluate.book", "--model", CARD, "--book", BOOK, "--tokens", 1], 2, "must be at least 2, got 1"),
+        (["scripts.evaluate.book", "--model", CARD, "--book", "none.txt"], 1, "No such file or directory: none.txt"),
+        (["scripts.evaluate", "--model", CARD, "--measure", "speed", "--output", "damaged.yaml"], 1, "must be JSON"),
+        (["scripts.evaluate", "--model", "a b", "--measure", "speed"], 1, "there is no folder a b"),
+        (["scripts.evaluate", "--model", CARD, "--measure", "perplexity", "--files", "none.txt"], 1, "not exist"),
         (["convert_checkpoint.py", "none.bin", "out"], 1, "none.bin does not exist"),
         (["convert_checkpoint.py", "none.bin", "out", "--chunksize", 3], 2, "Did you mean --chunk_size?"),
         (["convert_checkpoint.py", "none.bin", "empty.txt"], 2, "empty.txt is a file"),
@@ -171,10 +175,10 @@ def fail(capsys, monkeypatch, tmp_path):
         (["study.py", "--only", "nonsense", "--list"], 1, "no cell is called 'nonsense'"),
         (["study.py", "--report", "--results", "none"], 1, "there is no folder none"),
         (["study.py", "--unbundle", "damaged.yaml"], 1, "must be JSON"),
-        (["finetune_study.py", "--worker", "3"], 2, "Did you mean --workers?"),
+        (["scripts.finetune_study", "--worker", "3"], 2, "Did you mean --workers?"),
         (["profile_step.py", "--tokens", "3"], 2, "--tokens must be at least --context=8192, got 3"),
         (["profile_step.py", "--layer", "3"], 2, "Did you mean --layers?"),
-        (["lm_eval_tasks/make_tasks.py", "--books", "none.txt"], 1, "none.txt does not exist"),
+        (["scripts.evaluate.lm_eval_tasks.make_tasks", "--books", "none.txt"], 1, "none.txt does not exist"),
     ],
 )  # fmt: skip
 def test_a_mistake_ends_in_one_sentence(fail, command, code, words):
@@ -250,7 +254,7 @@ def test_a_program_is_called_as_it_was_started(monkeypatch, tmp_path):
 
 
 def test_help_shows_the_own_options_first(capsys):
-    for parse, first in ((training.parse_arguments, "--block_size"), (finetuning.parse_arguments, "--task")):
+    for parse, first in ((training.parse_arguments, "--block_size"), (finetuning_arguments, "--task")):
         with pytest.raises(SystemExit):
             parse(["--help"], "what it does")
         text = capsys.readouterr().out
@@ -365,10 +369,11 @@ def test_generate_refuses_bad_options(capsys, model, monkeypatch):
 
 def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
     """The checkpoint of this repository on the whole of Oz's first 3,000 tokens, and on a longer reading of it."""
-    command = first_line("continue_book.py")
+    script = "scripts.evaluate.book"
+    options = [*first_line(script)[2:], "--tokens", "3000", "--segment", "512", "--max_new_tokens", "30"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [*command, "--tokens", "3000", "--segment", "512", "--max_new_tokens", "30"])
-    runpy.run_path(str(ROOT / "scripts" / "continue_book.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    run_here(script)
     out = capsys.readouterr().out
     rows = re.findall(r"^ +([\d,]+) +[\d.]+ +\d+ +([\d.]+) MiB +(\d+) MiB$", out, re.M)
     assert [row[0] for row in rows] == ["1,000", "2,999"]
@@ -424,8 +429,10 @@ def test_profile_step_in_small(tmp_path):
 
 
 def test_no_script_hides_a_package():
-    """A script finds what lies beside it first: scripts/evaluate.py would be what flash_hf.metrics imports, and a
-    folder scripts/accelerate is an empty package of that name where accelerate is not installed."""
+    """A file of scripts/ that is run finds what lies beside it first: with scripts/datasets, its `import datasets`. So
+    no name but `evaluate` is taken, which only packages import, and `python -m` starts these from the root."""
     packages = {name.split(".")[0] for name in importlib.metadata.packages_distributions()}
     beside = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert not (beside - {"__pycache__"}) & (packages | set(sys.stdlib_module_names))
+    assert beside & (packages | set(sys.stdlib_module_names)) - {"__pycache__"} <= {"evaluate"}
+    for path in [*(ROOT / "flash_hf").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        assert not re.search(r"^\s*(import|from) evaluate\b", path.read_text(encoding="utf-8"), re.M), path

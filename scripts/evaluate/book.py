@@ -1,5 +1,5 @@
 """\
-python scripts/continue_book.py --model model_cards/flash-7m-causal --book tests/data/wizard_of_oz.txt
+python -m scripts.evaluate.book --model model_cards/flash-7m-causal --book tests/data/wizard_of_oz.txt
 
 Read a whole book into a state of constant size, then write on, token by token. What the reading took, and the memory
 of the process and of the state, are printed as it goes. On a laptop's CPU; the longer the book, the better the show.
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--top_p", type=number(float, above=0, most=1), default=0.95)
     parser.add_argument("--seed", type=seed, default=0)
     args = parser.parse_args()
-    from flash_hf.evaluation import cache_bytes, memory_bytes, read_long
+    from .cost import cache_bytes, memory_bytes, read_long
 
     book = read_text(args.book)
     model = load_named(AutoModelForCausalLM.from_pretrained, args.model, option="--model", dtype=torch.float32).eval()

@@ -1,28 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a language model is worth, and what it costs: scores of whole books, of masked words, speed, memory.
+"""What a language model is worth: scores of whole books and of masked words.
 
-Every function takes a model as it is and returns plain numbers; `scripts/evaluate_model.py` writes them down as the
+Every function takes a model as it is and returns plain numbers; `python -m scripts.evaluate` writes them down as the
 results that model cards are made from. Any causal or masked model of transformers will do.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import data
-from .cache_flash import CACHE_NAME
-from .training import token_scores
+from flash_hf import data
+from flash_hf.cache_flash import CACHE_NAME
+from flash_hf.training import token_scores
 
 
 # --- causal: perplexity, by position ---------------------------------------------------------------------------------
@@ -136,7 +132,7 @@ def score_documents(
 
 
 def answer_accuracy(model: PreTrainedModel, inputs_BN: Tensor, labels_BN: Tensor, *, batch_size: int = 8) -> float:
-    """Share of the labelled places whose likeliest next token is the label, as in flash_hf/recall.py's tasks.
+    """Share of the labelled places whose likeliest next token is the label, as in the tasks of recall.py.
 
     Args:
         inputs_BN: int64 `[B, N]`.
@@ -241,139 +237,7 @@ def pseudo_perplexity(
     }
 
 
-# --- lm-evaluation-harness -------------------------------------------------------------------------------------------
-
-
-def run_lm_eval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-) -> dict[str, dict[str, float]]:
-    """Run the tasks of a folder by lm-evaluation-harness, through its Python interface.
-
-    Args:
-        folder: tasks (`.yaml`), as the harness takes them by `--include_path`.
-        limit: the first questions of each task only.
-
-    Returns:
-        The metrics of each task, by their names in the harness, each with its standard error.
-
-    Raises:
-        ImportError: the harness is not installed.
-        ValueError: no task in the folder.
-    """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError('lm-eval-harness is missing: pip install "flash-hf[eval]".') from error
-    if not any(Path(folder).glob("*.yaml")):
-        raise ValueError(f"folder must hold tasks in .yaml files, but {folder} holds none.")
-    manager = TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
-    found = lm_eval.simple_evaluate(
-        model=wrapped, tasks=manager.all_tasks, task_manager=manager, limit=limit, bootstrap_iters=1000,
-        random_seed=0, numpy_random_seed=0, torch_random_seed=0,
-    )  # fmt: skip
-    scores = {}
-    for task, metrics in found["results"].items():
-        names = {name: name.removesuffix(",none").replace("_stderr", ", standard error") for name in metrics}
-        numbers = {names[name]: value for name, value in metrics.items() if name != "alias"}
-        scores[task] = {name: value for name, value in numbers.items() if isinstance(value, float)}
-    return scores
-
-
-# --- what it costs ---------------------------------------------------------------------------------------------------
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the tensors that a cache keeps, state or keys and values."""
-    total = 0
-    for layer in cache.layers:
-        state = getattr(layer, "state", None)
-        tensors = (layer.keys, layer.values) if state is None else tuple(state)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-    return total
-
-
-def memory_bytes() -> int:
-    """Memory of this process that is in use now (resident set)."""
-    return psutil.Process().memory_info().rss
-
-
-@dataclass
-class Progress:
-    """Where the reading of a long text stands."""
-
-    tokens: int
-    seconds: float
-    memory: int
-    cache: int
-
-
-def read_long(
-    model: PreTrainedModel, ids_N: Tensor, cache: DynamicCache, *, segment: int = 2048, marks: Iterable[int] = ()
-) -> Iterator[Progress]:
-    """Read a text of any length into a cache, `segment` tokens at a time, telling what it took at each mark.
-
-    Args:
-        ids_N: int64 `[N]`, on the model's device.
-        cache: what is read goes in here; for FLASH its size stays what it was after the first token.
-        marks: numbers of tokens to report at; the last token is always reported.
-    """
-    begin, done = time.perf_counter(), 0
-    for mark in sorted({*(mark for mark in marks if 0 < mark < len(ids_N)), len(ids_N)}):
-        while done < mark:
-            # Up to the next multiple, so that a mark inside leaves the later segments whole.
-            end = min(mark, (done // segment + 1) * segment)
-            # Not inference_mode: decoding writes into the state, and may do so outside of it.
-            with torch.no_grad():
-                model(ids_N[None, done:end], use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
-            done = end
-        yield Progress(done, time.perf_counter() - begin, memory_bytes(), cache_bytes(cache))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def tokens_per_second(
-    model: PreTrainedModel, *, batch_size: int, length: int, new_tokens: int = 0, repeats: int = 5
-) -> float:
-    """Speed on random tokens, the median of several runs after one that is not counted.
-
-    Args:
-        new_tokens: 0: tokens of the forward pass a second. Otherwise tokens generated a second, one after the other,
-            after `length` tokens that are read without being timed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, length)
-    ids_BN = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(repeats + 1):
-            cache = DynamicCache(config=model.config) if new_tokens else None
-            options = {CACHE_NAME: cache, "use_cache": True} if new_tokens else {}
-            if new_tokens:
-                model(ids_BN, logits_to_keep=1, **options)
-            synchronize(model.device)
-            begin = time.perf_counter()
-            if not new_tokens:
-                model(ids_BN)
-            for _ in range(new_tokens):
-                model(ids_BN[:, :1], **options)
-            synchronize(model.device)
-            seconds.append(time.perf_counter() - begin)
-    return batch_size * (new_tokens or length) / statistics.median(seconds[1:])
-
-
 __all__ = [
-    "DocumentScores", "Progress", "answer_accuracy", "cache_bytes", "masked_scores", "memory_bytes", "position_edges",
-    "pseudo_perplexity", "read_long", "run_lm_eval", "score_document", "score_documents", "tokens_per_second",
+    "DocumentScores", "answer_accuracy", "masked_scores", "position_edges", "pseudo_perplexity", "score_document",
+    "score_documents",
 ]  # fmt: skip

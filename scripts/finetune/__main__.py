@@ -1,5 +1,5 @@
 """\
-python scripts/finetune.py --task classification --train_file tests/data/characters_train.jsonl --config scripts/tiny.json --tokenizer_vocab_size 600 --learning_rate 1e-2 --num_train_epochs 6 --output_dir runs/finetune
+python -m scripts.finetune --task classification --train_file tests/data/characters_train.jsonl --config scripts/tiny.json --tokenizer_vocab_size 600 --learning_rate 1e-2 --num_train_epochs 6 --output_dir runs/finetune
 
 Fine-tune FLASH (--model folder or Hub name; without it, a new model) to classify texts, to tag words or to find answers
 in a text. All arguments: --help.
@@ -9,7 +9,8 @@ from flash_hf.command_line import run_command
 
 
 def main() -> None:
-    from flash_hf.finetuning import describe, parse_arguments, run_finetuning
+    from .arguments import parse_arguments
+    from .run import describe, run_finetuning
 
     arguments = parse_arguments(description=__doc__)
     print(describe(run_finetuning(*arguments), arguments[2].output_dir))

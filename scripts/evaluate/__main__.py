@@ -1,13 +1,13 @@
-"""python scripts/evaluate_model.py --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
+"""python -m scripts.evaluate --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
 
-Measure a model on held-out text and write the numbers down as JSON, from which scripts/cards makes its card:
+Measure a model on held-out text and write the numbers down as JSON, from which python -m scripts.cards makes its card:
 
 perplexity  causal: of whole documents (or --context tokens of them), by token, by word, by position, bits per byte
 masked      masked: loss and accuracy on tokens masked at random, as in the training
 pseudo      masked: pseudo-perplexity of passages, every token masked by itself
 speed       tokens a second, forward and, for a causal model, one after the other
 recall      causal: associative recall and a needle in random tokens (flash_hf/recall.py), --lengths tokens long
-lm_eval     causal: the tasks of scripts/lm_eval_tasks by lm-eval-harness (pip install "flash-hf[eval]"), no network
+lm_eval     causal: the tasks of lm_eval_tasks/ by lm-eval-harness (pip install "flash-hf[eval]"), no network
 
 --output is a list of results in a file; several runs may write into one, a result measured again takes the old one's
 place.
@@ -15,7 +15,6 @@ place.
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -23,7 +22,16 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from flash_hf.command_line import OptionParser, find_device, load_named, natural, number, read_json, run_command
+from flash_hf.command_line import (
+    OptionParser,
+    find_device,
+    load_named,
+    natural,
+    number,
+    program_words,
+    read_json,
+    run_command,
+)
 
 
 MEASURES = ("perplexity", "masked", "pseudo", "speed", "recall", "lm_eval")
@@ -73,8 +81,10 @@ def main() -> None:
     args = parser.parse_args()
     if {"perplexity", "masked", "pseudo"} & set(args.measure) and not args.files:
         parser.error("--files must name held-out text for perplexity, masked and pseudo")
-    from flash_hf import data, evaluation
+    from flash_hf import data
     from flash_hf.benchmark_runs import commit
+
+    from . import cost, harness, language
 
     if args.output is not None:  # what is wrong with it should not wait for hours of measuring
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +102,7 @@ def main() -> None:
     tokenizer = load_named(AutoTokenizer.from_pretrained, args.model, option="--model")
     model = load_named(auto.from_pretrained, args.model, option="--model", dtype=args.dtype).to(device).eval()
 
-    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join([*program_words(), *sys.argv[1:]])
     found = []
 
     def note(dataset: str, split: str, scores: dict[str, float]) -> None:
@@ -108,30 +118,28 @@ def main() -> None:
     name = args.dataset or (Path(args.files[0]).name.split(".")[0] if args.files else "none")
     for measure in args.measure:
         if measure == "perplexity":
-            scores = evaluation.score_documents(
-                model, tokenizer, documents, context=args.context, segment=args.segment
-            )
+            scores = language.score_documents(model, tokenizer, documents, context=args.context, segment=args.segment)
             suffix = "" if args.context is None else f", context {args.context}"
             note(name, split, {metric + suffix: value for metric, value in scores.metrics().items()})
             places = {f"loss, tokens {row['above'] + 1} to {row['up_to']}": row["loss"] for row in scores.by_position}
             note(name, split, {metric + suffix: value for metric, value in places.items()})
         elif measure == "masked":
-            scores = evaluation.masked_scores(
+            scores = language.masked_scores(
                 model, tokenizer, documents, block_size=args.block_size, mlm_probability=args.mlm_probability,
                 batch_size=args.batch_size,
             )  # fmt: skip
             note(name, split, scores)
         elif measure == "pseudo":
             texts = (row["text"] for row in documents.take(min(args.passages, len(documents))))
-            scores = evaluation.pseudo_perplexity(model, tokenizer, texts, batch_size=args.batch_size)
+            scores = language.pseudo_perplexity(model, tokenizer, texts, batch_size=args.batch_size)
             note(name, f"validation, first {args.passages} documents", scores)
         elif measure == "speed":
             note("random-tokens", "none", {
-                f"forward tokens/s, length {length}": evaluation.tokens_per_second(model, batch_size=1, length=length)
+                f"forward tokens/s, length {length}": cost.tokens_per_second(model, batch_size=1, length=length)
                 for length in args.lengths
             })  # fmt: skip
             if not masked:
-                speed = evaluation.tokens_per_second(model, batch_size=1, length=512, new_tokens=64)
+                speed = cost.tokens_per_second(model, batch_size=1, length=512, new_tokens=64)
                 note("random-tokens", "none", {"decoded tokens/s, batch 1": speed})
         elif measure == "recall":
             from flash_hf.recall import mqar, needle
@@ -141,10 +149,10 @@ def main() -> None:
                 for task, rows in (
                     ("mqar, 8 pairs", mqar(32, length, 8, size, draw)), ("needle", needle(32, length, size, draw))
                 ):  # fmt: skip
-                    accuracy = evaluation.answer_accuracy(model, *rows, batch_size=args.batch_size)
+                    accuracy = language.answer_accuracy(model, *rows, batch_size=args.batch_size)
                     note("random-tokens", "none", {f"{task}, accuracy, length {length}": accuracy})
         else:
-            for task, scores in evaluation.run_lm_eval(model, tokenizer, LM_EVAL_TASKS, limit=args.limit).items():
+            for task, scores in harness.run_lm_eval(model, tokenizer, LM_EVAL_TASKS, limit=args.limit).items():
                 note(task, "test", scores)
 
     if args.output is not None:
