@@ -30,9 +30,10 @@ from transformers import AutoModelForMaskedLM, set_seed
 
 import flash_hf.baselines  # registers Transformer++
 from flash_hf import FlashConfig, data, training
-from flash_hf.cells import CellRunner, provenance, write_json
+from flash_hf.cells import CellRunner
 from flash_hf.command_line import OptionParser, natural, program_words, read_json, run_command
 from flash_hf.hub import vocabulary_size
+from scripts.provenance import provenance, write_json
 
 from .finetune.arguments import FinetuningArguments, TaskArguments
 from .finetune.run import card_results as task_card_results

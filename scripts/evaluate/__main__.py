@@ -41,7 +41,7 @@ TASKS = {AutoModelForCausalLM: "text-generation", AutoModelForMaskedLM: "fill-ma
 
 def machine_name(device: torch.device) -> str:
     """The device and the threads, and the version of torch."""
-    from flash_hf.benchmark_runs import processor
+    from scripts.provenance import processor
 
     if device.type == "cpu":
         where = f"{processor()} ({torch.get_num_threads()} threads)"
@@ -82,7 +82,7 @@ def main() -> None:
     if {"perplexity", "masked", "pseudo"} & set(args.measure) and not args.files:
         parser.error("--files must name held-out text for perplexity, masked and pseudo")
     from flash_hf import data
-    from flash_hf.benchmark_runs import commit
+    from scripts.provenance import commit
 
     from . import cost, harness, language
 

@@ -16,7 +16,6 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, s
 from transformers.utils import logging
 
 from flash_hf import data
-from flash_hf.cells import provenance
 from flash_hf.command_line import load_named, program_words
 from flash_hf.hub import vocabulary_size
 from flash_hf.training import (
@@ -30,6 +29,7 @@ from flash_hf.training import (
     find_checkpoint,
     new_config,
 )
+from scripts.provenance import provenance
 
 from .arguments import FinetuningArguments, TaskArguments
 from .readers import label_names

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes beside a number: commit, versions and machine; and the writing of results, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def commit() -> str:
+    """The commit that is measured, with `-dirty` for changes on top; `FLASH_COMMIT` where there is no git."""
+    if given := os.environ.get("FLASH_COMMIT"):
+        return given
+
+    def git(*command: str) -> str:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """The CPU's name; on Linux from /proc, which knows more than `platform`."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "CPU"
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+def provenance() -> dict:
+    """Versions, commit and machine, to go beside a number. `FLASH_COMMIT` tells the commit where there is no git."""
+    names = ("torch", "transformers", "datasets", "evaluate", "accelerate", "tokenizers", "numpy")
+    versions = {"python": sys.version.split()[0]}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    commit = os.environ.get("FLASH_COMMIT") or None
+    if commit is None:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        try:
+            commit = subprocess.run(git, capture_output=True, encoding="utf-8", timeout=20).stdout.strip() or None
+        except OSError:
+            commit = None
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    return {"versions": versions, "commit": commit, "machine": machine}
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Write whole or not at all: a cell that was cut off must not look finished."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+__all__ = ["commit", "processor", "provenance", "triton_version", "write_json"]
