@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
-from flash_hf.baselines import (
+from flash_hf.testing import assert_close, make_model, random_ids
+from scripts.baselines import (
     AUTO_CLASSES,
     BASELINES,
     GAUConfig,
@@ -28,8 +29,7 @@ from flash_hf.baselines import (
     baseline_config,
     matched_config,
 )
-from flash_hf.baselines.mixers import orthogonal_features
-from flash_hf.testing import assert_close, make_model, random_ids
+from scripts.baselines.mixers import orthogonal_features
 
 
 TASKS = [
@@ -586,7 +586,7 @@ def test_bad_settings_of_baselines_are_refused():
 
 def test_the_table_of_baselines_is_true():
     """Every configuration that the README of the baselines shows can be built."""
-    text = (Path(__file__).parents[1] / "flash_hf" / "baselines" / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "scripts" / "baselines" / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"`((?:baseline_config|FlashConfig|GAUConfig)\(.*?\))`", text)
     assert len(lines) >= len(BASELINES)
     for line in lines:

@@ -11,24 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_hf import attention_flash, benchmark_report, benchmark_runs, benchmarking
-from flash_hf.baselines import TransformerPPConfig, TransformerPPModel
-from flash_hf.benchmarking import BASE, SMOKE, LeanTransformer, Size, Timing, Unsupported, model_flops
+from flash_hf import attention_flash
 from flash_hf.testing import assert_close
+from scripts.baselines import TransformerPPConfig, TransformerPPModel
+from scripts.benchmark import cases, models, report, sizes
+from scripts.benchmark import gate as gates
+from scripts.benchmark import timing as timer
+from scripts.benchmark.lean import LeanTransformer
+from scripts.benchmark.models import Unsupported
+from scripts.benchmark.sizes import BASE, SMOKE, Size, model_flops
+from scripts.benchmark.timing import Timing
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "benchmark.py"
+SCRIPT = "scripts.benchmark"
 
 
 def run_script(monkeypatch, *options) -> int:
     """The script in this process, where it can be patched; its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, options)])
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, options)])
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     recompile_limit = torch._dynamo.config.recompile_limit
     try:
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+            runpy.run_module(SCRIPT, run_name="__main__", alter_sys=True)
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
@@ -70,32 +76,32 @@ def test_operations_of_the_base_size():
     assert projections / 24 == pytest.approx(7.3e6, rel=0.01)
     assert model_flops("flash", BASE, 65_536, causal=False) / projections == pytest.approx(1.22, abs=0.01)
     for name in ("transformer++", "flash"):
-        module = benchmarking.build(name, BASE, True, "cpu", torch.float32).module
-        assert benchmarking.parameter_count(module) == pytest.approx(85e6, rel=0.04), name
+        module = models.build(name, BASE, True, "cpu", torch.float32).module
+        assert models.parameter_count(module) == pytest.approx(85e6, rel=0.04), name
 
 
 def test_utilisation_and_quartiles_by_hand():
     # 1,000 operations a token, 2,000 tokens, in 1 ms: 2 GFLOP/s.
-    assert benchmarking.utilisation(1000, 2000, 1.0, 4e9) == pytest.approx(0.5)
-    assert benchmarking.utilisation(None, 2000, 1.0, 4e9) is None
-    assert benchmarking.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0, 5)
-    assert benchmarking.quartiles([7.0]) == (7.0, 7.0, 7.0, 1)
+    assert sizes.utilisation(1000, 2000, 1.0, 4e9) == pytest.approx(0.5)
+    assert sizes.utilisation(None, 2000, 1.0, 4e9) is None
+    assert timer.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (3.0, 2.0, 4.0, 5)
+    assert timer.quartiles([7.0]) == (7.0, 7.0, 7.0, 1)
 
 
 def test_measure_warms_up_repeats_and_stops_at_its_limit():
     calls, befores = [], []
-    timing = benchmarking.measure(
+    timing = timer.measure(
         lambda: calls.append(1), "cpu", reps=3, warmup=2, calls=4, before=lambda: befores.append(1)
     )
     assert timing.samples == 3 and len(calls) == (2 + 3) * 4 and len(befores) == 5
     # The limit leaves two samples: no quartiles come of one.
-    assert benchmarking.measure(lambda: None, "cpu", reps=100, limit_s=0.0).samples == 2
+    assert timer.measure(lambda: None, "cpu", reps=100, limit_s=0.0).samples == 2
 
 
 # -- the opponent
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_lean_transformer_is_the_baseline(causal):
-    """Same function as flash_hf.baselines' Transformer++, so that its speed is that of Transformer++."""
+    """Same function as scripts.baselines' Transformer++, so that its speed is that of Transformer++."""
     size = Size(width=24, layers=4, heads=3, feed_forward=40)
     config = TransformerPPConfig(
         vocab_size=11, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
@@ -130,9 +136,9 @@ def test_the_lean_transformer_decodes_what_it_computes_whole():
 
 def test_recomputation_gives_the_same_gradients():
     for name in ("flash", "transformer++"):
-        candidate = benchmarking.build(name, SMOKE, True, "cpu", torch.float64)
+        candidate = models.build(name, SMOKE, True, "cpu", torch.float64)
         x = torch.randn(2, 20, SMOKE.width, dtype=torch.float64, requires_grad=True)
-        step = benchmarking.training_step(candidate.module, candidate.hidden, x, torch.randn_like(x))
+        step = timer.training_step(candidate.module, candidate.hidden, x, torch.randn_like(x))
         found = []
         for on in (False, True):
             candidate.recompute(on)
@@ -143,10 +149,10 @@ def test_recomputation_gives_the_same_gradients():
 
 
 def test_first_layers_are_the_model_less_its_ends():
-    candidate = benchmarking.build("flash", dataclasses.replace(SMOKE, layers=4), True, "cpu", torch.float64)
+    candidate = models.build("flash", dataclasses.replace(SMOKE, layers=4), True, "cpu", torch.float64)
     x = torch.randn(2, 40, SMOKE.width, dtype=torch.float64)
     states = candidate.module(inputs_embeds=x, use_cache=False, output_hidden_states=True).hidden_states
-    layers, forward = benchmarking.first_layers(candidate, 2, x)
+    layers, forward = models.first_layers(candidate, 2, x)
     assert len(layers) == 2
     assert_close(forward(states[0]), states[2], 1e-12)
 
@@ -154,7 +160,7 @@ def test_first_layers_are_the_model_less_its_ends():
 @pytest.mark.parametrize("name", ["flash", "llama"])
 def test_a_decoder_step_is_that_of_a_filled_cache(name):
     """`rewind` brings the cache back: the same token gives the same result however often it is decoded."""
-    candidate = benchmarking.build(name, SMOKE, True, "cpu", torch.float64)
+    candidate = models.build(name, SMOKE, True, "cpu", torch.float64)
     candidate.module.eval()
     with torch.no_grad():
         step, rewind = candidate.decoder(2, 20, 4, torch.randn(2, 1, SMOKE.width, dtype=torch.float64))
@@ -168,7 +174,7 @@ def test_a_decoder_step_is_that_of_a_filled_cache(name):
 
 
 def test_quadratic_decoding_is_refused_with_the_reason():
-    candidate = benchmarking.build("flash-quad", SMOKE, True, "cpu", torch.float32)
+    candidate = models.build("flash-quad", SMOKE, True, "cpu", torch.float32)
     with pytest.raises(Unsupported, match="grows"):
         candidate.decoder(1, 20, 4, torch.randn(1, 1, SMOKE.width))
 
@@ -176,12 +182,12 @@ def test_quadratic_decoding_is_refused_with_the_reason():
 def test_a_missing_package_becomes_a_note(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_pytorch", None)
     with pytest.raises(Unsupported, match="not installed"):
-        benchmarking.build("flash-pytorch", SMOKE, True, "cpu", torch.float32)
+        models.build("flash-pytorch", SMOKE, True, "cpu", torch.float32)
 
 
 # -- the gate
 def test_the_gate_is_green_and_looks_at_every_gradient():
-    checks = benchmarking.gate("cpu")
+    checks = gates.gate("cpu")
     assert all(check.passed for check in checks)
     names = {check.what for check in checks}
     for parameter in ("layers.2.gau.relative_bias.weight", "layers.0.gau.offset_scale.bias", "embed_tokens.weight"):
@@ -189,8 +195,8 @@ def test_the_gate_is_green_and_looks_at_every_gradient():
 
 
 def test_the_gate_fails_on_what_is_not_finite():
-    assert not benchmarking.Check("", float("nan"), 1.0).passed
-    assert not benchmarking.Check("", float("inf"), 1.0).passed
+    assert not gates.Check("", float("nan"), 1.0).passed
+    assert not gates.Check("", float("inf"), 1.0).passed
 
 
 @pytest.mark.parametrize("wrong", ["forward", "gradient"])
@@ -215,11 +221,11 @@ def test_a_red_gate_refuses_to_report(monkeypatch, tmp_path, capfd, wrong):
 def test_the_gate_on_kernels_compares_both_backends(monkeypatch):
     """Without a GPU: the kernels' place is taken by the torch tier, right and wrong."""
     monkeypatch.setattr(
-        benchmarking, "flash_config",
+        gates, "flash_config",
         lambda size, causal, backend, **changes: FLASH_CONFIG(size, causal, None, **changes),
     )  # fmt: skip
     size = dataclasses.replace(SMOKE, layers=2)
-    checks = benchmarking.check_kernels(size, "cpu", 3 * size.chunk_size + 7)
+    checks = gates.check_kernels(size, "cpu", 3 * size.chunk_size + 7)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
     what = {check.what for check in checks}
     assert {"causal torch.float32 output", "bidirectional torch.bfloat16 gradient of the input"} <= what
@@ -232,57 +238,57 @@ def test_the_gate_on_kernels_compares_both_backends(monkeypatch):
         return activate(scores if scores.dtype == torch.float64 else 1.1 * scores, activation)
 
     monkeypatch.setattr(attention_flash, "activate", broken)
-    failed = {check.what for check in benchmarking.check_kernels(size, "cpu", 3 * size.chunk_size + 7)
+    failed = {check.what for check in gates.check_kernels(size, "cpu", 3 * size.chunk_size + 7)
               if not check.passed}  # fmt: skip
     assert {"bidirectional torch.float32 output", "decoding, static cache"} <= failed
 
 
-FLASH_CONFIG = benchmarking.flash_config
+FLASH_CONFIG = sizes.flash_config
 
 
 # -- cases and rows
 def test_cases_hold_the_tokens_of_a_step():
-    found = benchmark_runs.cases("train", "flash", smoke=False)
+    found = cases.cases("train", "flash", smoke=False)
     assert {case.context for case in found if case.causal} == {512, 2048, 8192, 32_768, 65_536, 131_072}
     for case in found:
         assert case.batch * case.context == (131_072 if case.context == 131_072 else 65_536)
     assert [case.context for case in found if not case.causal] == [8192]
     assert [case.measurement for case in found if case.recompute] == ["train, checkpointing"]
-    decode = {(case.context, case.batch) for case in benchmark_runs.cases("decode", "flash", smoke=False)}
+    decode = {(case.context, case.batch) for case in cases.cases("decode", "flash", smoke=False)}
     assert decode == {(1024, 1), (65_536, 1), (32_768, 64)}
-    assert {case.context for case in benchmark_runs.cases("train", "flash", False, (512,))} == {512}
+    assert {case.context for case in cases.cases("train", "flash", False, (512,))} == {512}
 
 
 def test_rows_are_appended_with_their_origin(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASH_COMMIT", "abc123")
     path = tmp_path / "new" / "rows.csv"
     for _ in range(2):
-        recorder = benchmark_runs.Recorder(path, "cpu")
+        recorder = cases.Recorder(path, "cpu")
         recorder.add(Timing(2.0, 1.0, 3.0, 5), model="flash", measurement="train", context=8, batch=4, tokens=32)
     recorder.add(model="flash", measurement="decode", note="out of memory")
     rows = rows_of(path)
-    assert len(rows) == 3 and tuple(rows[0]) == benchmark_runs.COLUMNS
+    assert len(rows) == 3 and tuple(rows[0]) == cases.COLUMNS
     assert rows[0]["commit"] == "abc123" and rows[0]["torch"] == torch.__version__
     assert float(rows[1]["ms"]) == 2 and float(rows[1]["tokens_per_s"]) == 16_000
     assert rows[2]["ms"] == "" and rows[2]["note"] == "out of memory"
     (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
     with pytest.raises(ValueError, match="name another"):
-        benchmark_runs.Recorder(tmp_path / "other.csv", "cpu")
+        cases.Recorder(tmp_path / "other.csv", "cpu")
 
 
 def test_what_fails_becomes_a_row_and_the_next_case_runs(tmp_path, monkeypatch):
     arguments = argparse.Namespace(
         output=tmp_path / "rows.csv", device="cpu", smoke=True, rounds=1, reps=2, contexts=None, models=None
     )
-    prepare = benchmark_runs.prepare
+    prepare = cases.prepare
 
     def out_of_memory(candidate, case, *rest):
         if case.context == 64:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
         return prepare(candidate, case, *rest)
 
-    monkeypatch.setattr(benchmark_runs, "prepare", out_of_memory)
-    benchmark_runs.run(arguments, "flash", "forward")
+    monkeypatch.setattr(cases, "prepare", out_of_memory)
+    cases.run(arguments, "flash", "forward")
     rows = rows_of(arguments.output)
     assert {row["note"] for row in rows if row["context"] == "64"} == {"out of memory"}
     assert all(float(row["ms"]) > 0 for row in rows if row["context"] == "32")
@@ -306,8 +312,8 @@ def test_smoke_writes_a_whole_table(monkeypatch, tmp_path):
             # Decoding reads, it does not compute.
             assert (row["mfu"] == "") == (row["measurement"] in ("decode", "cpu train"))
     assert {row["measurement"] for row in rows if row["model"] == "device"} == {"matmul", "copy"}
-    results = benchmark_report.read([output])
-    assert "### decode, causal" in benchmark_report.tables(results)
+    results = report.read([output])
+    assert "### decode, causal" in report.tables(results)
 
 
 def test_an_unknown_name_is_refused(monkeypatch, capfd):
@@ -319,7 +325,7 @@ def test_an_unknown_name_is_refused(monkeypatch, capfd):
 def made_up(path: Path, rows: list[tuple]) -> Path:
     """A CSV of `(model, direction, measurement, context, batch, ms, peak_gib, note)`."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, benchmark_runs.COLUMNS)
+        writer = csv.DictWriter(file, cases.COLUMNS)
         writer.writeheader()
         for model, direction, measurement, context, batch, ms, memory, note in rows:
             writer.writerow({
@@ -348,11 +354,11 @@ def results(tmp_path):
     ]
     path = made_up(tmp_path / "rows.csv", [tuple(0 if value == "" and i in (3, 4) else value
                                                  for i, value in enumerate(row)) for row in rows])  # fmt: skip
-    return benchmark_report.read([path])
+    return report.read([path])
 
 
 def test_targets_are_computed_from_the_rows(results):
-    found = {what: (value, remark) for what, value, _, _, remark in benchmark_report.targets(results)}
+    found = {what: (value, remark) for what, value, _, _, remark in report.targets(results)}
     assert found["training step, causal, 512 tokens: Transformer++ / FLASH"][0] == pytest.approx(1.2)
     assert found["training step, causal, 8192 tokens: Transformer++ / FLASH"][0] == pytest.approx(2.5)
     assert found["training step, causal, 2048 tokens: Transformer++ / FLASH"][0] is None
@@ -364,7 +370,7 @@ def test_targets_are_computed_from_the_rows(results):
 
 
 def test_tables_show_losing_and_missing_rows(results):
-    text = benchmark_report.tables(results)
+    text = report.tables(results)
     lines = text.splitlines()
     assert "| training step, 8192: FLASH-pytorch / FLASH | 0.80 | >= 2.50 | **no** |" in lines
     assert "| training step, causal, 8192 tokens: Transformer++ / FLASH | 2.50 | >= 2.10 | yes |" in lines
@@ -375,11 +381,11 @@ def test_tables_show_losing_and_missing_rows(results):
 
 
 def test_plots_are_written_from_the_rows_alone(results, tmp_path):
-    written = benchmark_report.plots(results, tmp_path / "plots")
+    written = report.plots(results, tmp_path / "plots")
     assert [path.name for path in written] == ["train_causal.png", "memory.png", "decode.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
-    lines = benchmark_report.curves(results, "train", lambda result: result.ms)
+    lines = report.curves(results, "train", lambda result: result.ms)
     assert lines["flash"] == [(512, 100.0), (8192, 100.0)]
 
 
@@ -392,8 +398,8 @@ def test_the_script_prints_tables_and_plots(monkeypatch, tmp_path, capfd):
 
 def test_another_csv_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no table of scripts/benchmark.py"):
-        benchmark_report.read([tmp_path / "other.csv"])
+    with pytest.raises(ValueError, match="no table of scripts.benchmark"):
+        report.read([tmp_path / "other.csv"])
 
 
 # -- processes
@@ -404,7 +410,7 @@ def script_arguments(path: Path, **changes) -> argparse.Namespace:
 
 
 def test_the_most_important_pairs_come_first(tmp_path):
-    script = runpy.run_path(str(SCRIPT))
+    script = runpy.run_module(SCRIPT)
     pairs = script["order"](script_arguments(tmp_path, device="cuda"))
     assert pairs[:5] == [
         ("device", "matmul"), ("flash", "train"), ("transformer++", "train"), ("flash", "decode"),
@@ -417,11 +423,11 @@ def test_the_most_important_pairs_come_first(tmp_path):
 
 def test_a_process_that_takes_too_long_leaves_a_row(tmp_path):
     path = tmp_path / "rows.csv"
-    runpy.run_path(str(SCRIPT))["in_process"](script_arguments(path, limit_s=0.05), "flash", "train")
+    runpy.run_module(SCRIPT)["in_process"](script_arguments(path, limit_s=0.05), "flash", "train")
     (row,) = rows_of(path)
     assert (row["model"], row["measurement"], row["ms"]) == ("flash", "train", "")
     assert row["note"].startswith("stopped after")
-    assert "- flash, train: stopped after" in benchmark_report.tables(benchmark_report.read([path]))
+    assert "- flash, train: stopped after" in report.tables(report.read([path]))
 
 
 CONTEXTS = (512, 2048, 8192, 32_768, 65_536, 131_072)
@@ -431,9 +437,9 @@ def test_the_readme_shows_what_the_kept_results_give():
     kept = "scripts/results/benchmark"
     root = Path(__file__).parents[1]
     readme = (root / "README.md").read_text(encoding="utf-8")
-    results = benchmark_report.read(sorted((root / kept).glob("*.csv")))
-    assert benchmark_report.target_table(results) in readme and kept in readme
+    results = report.read(sorted((root / kept).glob("*.csv")))
+    assert report.target_table(results) in readme and kept in readme
     for model, title in (("flash", "FLASH"), ("transformer++", "Transformer++")):
-        times = [benchmark_report.pick(results, model, "train", context).ms for context in CONTEXTS]
+        times = [report.pick(results, model, "train", context).ms for context in CONTEXTS]
         row = " | ".join(f"{time:.1f}" if time < 100 else f"{time:,.0f}" for time in times)
         assert f"| {title} | {row} |" in readme.replace("**", "")

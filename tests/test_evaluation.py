@@ -316,7 +316,7 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
 
 
 def test_the_script_asks_for_recall(folders, monkeypatch, capsys):
-    pytest.importorskip("flash_hf.recall")
+    pytest.importorskip("scripts.evaluate.recall")
     evaluate(monkeypatch, folders["causal"], "--measure", "recall", "--lengths", "64")
     out = capsys.readouterr().out
     for task in ("mqar, 8 pairs", "needle"):

@@ -23,11 +23,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 import warm
 from flash_hf import FlashForCausalLM, data
 from flash_hf.testing import tiny_config
-from scripts import finetune_study
 from scripts.cards.card import check_results
 from scripts.finetune import readers, run, tasks
 from scripts.finetune.arguments import TaskArguments, parse_arguments
 from scripts.finetune.metrics import Accuracy, MacroF1, SpanF1, Squad, spans
+from scripts.study import finetune as finetune_study
 
 
 DATA = Path(__file__).parent / "data"
@@ -610,7 +610,7 @@ def study(monkeypatch):
 
 @pytest.mark.slow
 def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monkeypatch, capsys):
-    name = "scripts.finetune_study"
+    name = "scripts.study.finetune"
     command = [name, *first_line(name)[2:], "--out", str(tmp_path / "out"), "--tasks", "names"]
     command[command.index("--work") + 1] = str(tmp_path / "work")
     command[command.index("--text") + 1] = str(DATA / "wizard_of_oz.txt")
@@ -664,7 +664,7 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     for row in summary["table"]:
         assert f"**{100 * row['test']:.2f} +- {100 * row['test_std']:.2f}**" in table
     rendered = shlex.split(table.split("```bash\n")[1].split("\n")[0])
-    assert rendered[:3] == ["python", "-m", "scripts.finetune_study"]
+    assert rendered[:3] == ["python", "-m", "scripts.study.finetune"]
     assert {"--smoke", "--text", "wizard_of_oz.txt"} <= set(rendered)
 
 

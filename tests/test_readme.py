@@ -85,7 +85,7 @@ def test_study_is_what_the_kept_results_render_to(capsys, monkeypatch):
     kept = "scripts/results/finetune_study.json"
     monkeypatch.setattr(sys, "argv", ["-m", "--render", str(ROOT / kept)])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("scripts.finetune_study", run_name="__main__", alter_sys=True)
+        runpy.run_module("scripts.study.finetune", run_name="__main__", alter_sys=True)
     rendered = capsys.readouterr().out
     assert not ended.value.code
     assert "### Beside a Transformer++" in rendered and rendered in README and f"`{kept}`" in README

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from flash_hf.recall import IGNORE, mqar, needle
+from scripts.evaluate.recall import IGNORE, mqar, needle
 
 
 def generator(seed=0):

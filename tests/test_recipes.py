@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from flash_hf import FlashConfig, FlashForCausalLM, benchmarking, data, throughput, training
+from flash_hf import FlashConfig, FlashForCausalLM, data, throughput, training
+from scripts.benchmark.sizes import BASE, flash_flops
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +197,7 @@ def test_the_sequence_warmup_feeds_the_same_tokens_in_shorter_rows(kind, files, 
 def test_training_flops_agree_with_the_benchmark(context, causal, attention_type):
     """Which counts the backbone's forward alone."""
     config = FlashConfig(attention_type=attention_type)
-    forward = benchmarking.flash_flops(benchmarking.BASE, context, causal, attention_type)
+    forward = flash_flops(BASE, context, causal, attention_type)
     head = 2 * config.hidden_size * config.vocab_size
     got = throughput.training_flops(config, context, causal=causal)
     assert got == pytest.approx(3 * (forward + head))

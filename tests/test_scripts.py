@@ -167,17 +167,17 @@ def fail(capsys, monkeypatch, tmp_path):
         (["cut_passages.py", "--files", "none.txt", "--output", "a.jsonl"], 1, "none.txt does not exist"),
         (["demo.py", "--book", "none.txt"], 2, "--book must be a text file"),
         (["scripts.cards", "--folder", CARD, "--facts", "damaged.yaml", "--results", BOOK], 1, "must be JSON"),
-        (["compare_backends.py", "--text", "none.txt"], 2, "--text must be a text file"),
-        (["benchmark.py", "--models", "nonsense"], 2, "unknown ['nonsense']"),
-        (["compare_backends.py", "--text", BOOK, "--length", 10**7], 2, "more than --length=10000000 bytes"),
-        (["benchmark.py", "--contexts", "512,x"], 2, "--contexts must be whole numbers"),
-        (["benchmark.py", "--table", "none.csv"], 1, "No such file or directory: none.csv"),
-        (["study.py", "--only", "nonsense", "--list"], 1, "no cell is called 'nonsense'"),
-        (["study.py", "--report", "--results", "none"], 1, "there is no folder none"),
-        (["study.py", "--unbundle", "damaged.yaml"], 1, "must be JSON"),
-        (["scripts.finetune_study", "--worker", "3"], 2, "Did you mean --workers?"),
-        (["profile_step.py", "--tokens", "3"], 2, "--tokens must be at least --context=8192, got 3"),
-        (["profile_step.py", "--layer", "3"], 2, "Did you mean --layers?"),
+        (["scripts.benchmark.backends", "--text", "none.txt"], 2, "--text must be a text file"),
+        (["scripts.benchmark", "--models", "nonsense"], 2, "unknown ['nonsense']"),
+        (["scripts.benchmark.backends", "--text", BOOK, "--length", 10**7], 2, "more than --length=10000000 bytes"),
+        (["scripts.benchmark", "--contexts", "512,x"], 2, "--contexts must be whole numbers"),
+        (["scripts.benchmark", "--table", "none.csv"], 1, "No such file or directory: none.csv"),
+        (["scripts.study", "--only", "nonsense", "--list"], 1, "no cell is called 'nonsense'"),
+        (["scripts.study", "--report", "--results", "none"], 1, "there is no folder none"),
+        (["scripts.study", "--unbundle", "damaged.yaml"], 1, "must be JSON"),
+        (["scripts.study.finetune", "--worker", "3"], 2, "Did you mean --workers?"),
+        (["scripts.benchmark.profile", "--tokens", "3"], 2, "--tokens must be at least --context=8192, got 3"),
+        (["scripts.benchmark.profile", "--layer", "3"], 2, "Did you mean --layers?"),
         (["scripts.evaluate.lm_eval_tasks.make_tasks", "--books", "none.txt"], 1, "none.txt does not exist"),
     ],
 )  # fmt: skip
@@ -409,7 +409,7 @@ def test_demo_in_small(tmp_path):
 
 @pytest.mark.slow
 def test_compare_backends_in_small(tmp_path):
-    command = [*first_line("compare_backends.py"), "--folder", str(tmp_path), "--batch", "2", "--length", "100"]
+    command = [*first_line("scripts.benchmark.backends"), "--folder", str(tmp_path), "--batch", "2", "--length", "100"]
     done = run(command, tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "backends.csv").read_text(encoding="utf-8").splitlines()
@@ -421,7 +421,7 @@ def test_compare_backends_in_small(tmp_path):
 
 @pytest.mark.slow
 def test_profile_step_in_small(tmp_path):
-    done = run([*first_line("profile_step.py"), "--steps", "2"], tmp_path / "cache")
+    done = run([*first_line("scripts.benchmark.profile"), "--steps", "2"], tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     total = float(re.search(r"^operators: ([\d.]+) ms a step$", done.stdout, re.M).group(1))
     rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", done.stdout, re.M)]

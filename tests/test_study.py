@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from flash_hf.cells import CellRunner, Gate, write_json
-from flash_hf.study import grid, report, training
-from flash_hf.study.models import MODELS, SIZES, _flash, build
-from flash_hf.study.text import IGNORE, PieceStream, Stream, load_stream, prepare, prepare_mixed
+from scripts.provenance import write_json
+from scripts.study import cell as training
+from scripts.study import grid, report
+from scripts.study.models import MODELS, SIZES, _flash, build
+from scripts.study.runner import CellRunner, Gate
+from scripts.study.text import IGNORE, PieceStream, Stream, load_stream, prepare, prepare_mixed
 
 
 ROOT = Path(__file__).parent.parent
@@ -391,7 +393,8 @@ def test_each_of_several_devices_has_workers_of_its_own(tmp_path, monkeypatch):
 
 def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
     program = (
-        "import os, sys, time; from pathlib import Path; from cells import serve, write_json\n"
+        "import os, sys, time; from pathlib import Path; from scripts.provenance import write_json\n"
+        "from scripts.study.runner import serve\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "def run(name):\n"
         "    print('output of', name)\n"
@@ -406,7 +409,7 @@ def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
             runner.minutes = (runner.seconds() + 1) / 60
 
     runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, lasting=True,
-                        done=done, environment={"PYTHONPATH": str(ROOT / "flash_hf")})  # fmt: skip
+                        done=done, environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
     runner.run(["a", "b", "bad", "c", "long"], 1)
     assert runner.result("a") == runner.result("b") != runner.result("c") is not None
     assert list(runner.failed) == ["bad", "long"]
@@ -438,7 +441,7 @@ def test_the_script_runs_a_cell_once_and_reports_it(tmp_path, monkeypatch, capsy
     def study(*words):
         monkeypatch.setattr(sys, "argv", ["study.py", "--tiny", "--work", str(work), *words])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "scripts" / "study.py"), run_name="__main__")
+            runpy.run_module("scripts.study", run_name="__main__", alter_sys=True)
         assert not ended.value.code
         return capsys.readouterr().out
 

@@ -6,7 +6,7 @@ perplexity  causal: of whole documents (or --context tokens of them), by token, 
 masked      masked: loss and accuracy on tokens masked at random, as in the training
 pseudo      masked: pseudo-perplexity of passages, every token masked by itself
 speed       tokens a second, forward and, for a causal model, one after the other
-recall      causal: associative recall and a needle in random tokens (flash_hf/recall.py), --lengths tokens long
+recall      causal: associative recall and a needle in random tokens (recall.py), --lengths tokens long
 lm_eval     causal: the tasks of lm_eval_tasks/ by lm-eval-harness (pip install "flash-hf[eval]"), no network
 
 --output is a list of results in a file; several runs may write into one, a result measured again takes the old one's
@@ -41,7 +41,7 @@ TASKS = {AutoModelForCausalLM: "text-generation", AutoModelForMaskedLM: "fill-ma
 
 def machine_name(device: torch.device) -> str:
     """The device and the threads, and the version of torch."""
-    from scripts.provenance import processor
+    from ..provenance import processor
 
     if device.type == "cpu":
         where = f"{processor()} ({torch.get_num_threads()} threads)"
@@ -82,8 +82,8 @@ def main() -> None:
     if {"perplexity", "masked", "pseudo"} & set(args.measure) and not args.files:
         parser.error("--files must name held-out text for perplexity, masked and pseudo")
     from flash_hf import data
-    from scripts.provenance import commit
 
+    from ..provenance import commit
     from . import cost, harness, language
 
     if args.output is not None:  # what is wrong with it should not wait for hours of measuring
@@ -142,7 +142,7 @@ def main() -> None:
                 speed = cost.tokens_per_second(model, batch_size=1, length=512, new_tokens=64)
                 note("random-tokens", "none", {"decoded tokens/s, batch 1": speed})
         elif measure == "recall":
-            from flash_hf.recall import mqar, needle
+            from .recall import mqar, needle
 
             for length in args.lengths:
                 draw, size = torch.Generator().manual_seed(0), model.config.vocab_size

@@ -29,8 +29,8 @@ from flash_hf.training import (
     find_checkpoint,
     new_config,
 )
-from scripts.provenance import provenance
 
+from ..provenance import provenance
 from .arguments import FinetuningArguments, TaskArguments
 from .readers import label_names
 from .tasks import TASKS, Task

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention_flash import activate, global_scale, running_states, wide
-from ..chunking_flash import ChunkLayout
+from flash_hf.attention_flash import activate, global_scale, running_states, wide
+from flash_hf.chunking_flash import ChunkLayout
 
 
 # Added to every ReLU feature, so that no denominator is 0; the value is the one of the Performer authors' code.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """\
-python scripts/compare_backends.py --text tests/data/wizard_of_oz.txt --steps 5 --runs torch torch-float32 --tiny
+python -m scripts.benchmark.backends --text tests/data/wizard_of_oz.txt --steps 5 --runs torch torch-float32 --tiny
 
 Train one model from the same weights on the same batches with the kernels and with plain torch, and see whether the
 loss curves part. Rounding makes any two runs part a little: how much is shown by torch in float32 beside torch in

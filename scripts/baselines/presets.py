@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from ..configuration_flash import FlashConfig, nearest
-from ..modeling_flash import FlashForMaskedLM
+from flash_hf.configuration_flash import FlashConfig, nearest
+from flash_hf.modeling_flash import FlashForMaskedLM
+
 from .transformer import TransformerPPConfig, TransformerPPForMaskedLM
 
 

@@ -25,11 +25,11 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..attention_flash import rotate
-from ..cache_flash import resolve_cache
-from ..chunking_flash import ChunkLayout, chunk_layout, quadratic_layout, resolve_documents
-from ..configuration_flash import HOST_KEYS, nearest
-from ..modeling_flash import (
+from flash_hf.attention_flash import rotate
+from flash_hf.cache_flash import resolve_cache
+from flash_hf.chunking_flash import ChunkLayout, chunk_layout, quadratic_layout, resolve_documents
+from flash_hf.configuration_flash import HOST_KEYS, nearest
+from flash_hf.modeling_flash import (
     NORMS,
     FlashForCausalLM,
     FlashForMaskedLM,
@@ -43,6 +43,7 @@ from ..modeling_flash import (
     check_single,
     with_direction,
 )
+
 from .mixers import (
     combiner_attention,
     merge_heads,

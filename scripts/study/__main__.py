@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """\
-python scripts/study.py --tiny --prepare tests/data/wizard_of_oz.txt --work runs/study-tiny
+python -m scripts.study --tiny --prepare tests/data/wizard_of_oz.txt --work runs/study-tiny
 
 The study behind RESULTS.md. Three steps, on three machines if need be:
 
@@ -24,12 +24,14 @@ from pathlib import Path
 
 import torch
 
-from flash_hf.cells import CellRunner, Gate, serve, write_json
 from flash_hf.command_line import OptionParser, natural, read_json, run_command
-from flash_hf.study import grid
+
+from ..provenance import write_json
+from . import grid
+from .runner import CellRunner, Gate, serve
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "scripts" / "results" / "study"
 
 
@@ -63,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_cells(options: argparse.Namespace) -> None:
     """Cells by their names from standard input, one after the other in this process."""
-    from flash_hf.study import training
+    from . import cell as training
 
     gate = Gate(options.work / f"gate{os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
 
@@ -90,7 +92,7 @@ def main() -> int:
         print(f"{len(bundle)} cells are now in {options.results}")
         return 0
     if options.report:
-        from flash_hf.study import report
+        from . import report
 
         if not options.results.is_dir():
             raise FileNotFoundError(
@@ -105,7 +107,7 @@ def main() -> int:
             report.draw(results, options.figures)
         return 0
     if options.prepare and not (options.work / "tokens" / "text.json").is_file():
-        from flash_hf.study import text
+        from . import text
 
         vocab = options.vocab_size or (600 if options.tiny else 8192)
         facts = text.prepare(options.prepare, options.work / "tokens", vocab_size=vocab,
@@ -142,8 +144,8 @@ def main() -> int:
             found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(new.glob("*.json"))}
             write_json(options.bundle, found, indent=None)
 
-    words = [sys.executable, __file__, "--work", str(options.work), "--wait_minutes", str(options.wait_minutes),
-             "--serve"]  # fmt: skip
+    words = [sys.executable, "-m", "scripts.study", "--work", str(options.work), "--wait_minutes",
+             str(options.wait_minutes), "--serve"]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # Batches have one shape, and CUDA graphs their own pools; compilers of several cells share the processors.
     environment = {"PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "", "TORCHINDUCTOR_COMPILE_THREADS": "4"}

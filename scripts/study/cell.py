@@ -29,12 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup, set_seed
 
-from ..benchmarking import quartiles
-from ..cells import Gate, provenance
-from ..graphs import GraphedBackward
-from ..recall import mqar, needle
+from flash_hf.graphs import GraphedBackward
+
+from ..benchmark.timing import quartiles
+from ..evaluate.recall import mqar, needle
+from ..provenance import provenance
 from .grid import Cell
 from .models import MODELS, SIZES, build
+from .runner import Gate
 from .text import IGNORE, VALIDATED, Stream, load_stream
 
 

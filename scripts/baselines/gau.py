@@ -13,10 +13,10 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..attention_flash import Heads, chunk_products, local_attention, offset_scale, quadratic_attention, wide
-from ..chunking_flash import ChunkLayout, QuadraticLayout, chunk_layout
-from ..configuration_flash import FlashConfig
-from ..modeling_flash import (
+from flash_hf.attention_flash import Heads, chunk_products, local_attention, offset_scale, quadratic_attention, wide
+from flash_hf.chunking_flash import ChunkLayout, QuadraticLayout, chunk_layout
+from flash_hf.configuration_flash import FlashConfig
+from flash_hf.modeling_flash import (
     FlashForCausalLM,
     FlashForMaskedLM,
     FlashGatedAttentionUnit,

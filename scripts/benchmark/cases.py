@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts/benchmark.py runs: the cases of each group, and the CSV that every row goes to as it is measured."""
+"""What scripts.benchmark runs: the cases of each group, and the CSV that every row goes to as it is measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import csv
 import datetime
 import os
 import platform
-import subprocess
 import time
 import traceback
 from dataclasses import dataclass
@@ -17,29 +16,20 @@ from pathlib import Path
 import torch
 import transformers
 
-from .benchmarking import (
-    BASE,
-    MODELS,
-    SMALL,
-    SMOKE,
-    Candidate,
-    Size,
+from ..provenance import commit, processor, triton_version
+from .models import MODELS, Candidate, Unsupported, build, first_layers, parameter_count
+from .sizes import BASE, SMALL, SMOKE, Size, model_flops, utilisation
+from .timing import (
     Timing,
-    Unsupported,
-    build,
     capture,
     clean,
     copy_rate,
-    first_layers,
     matmul_rate,
     measure,
-    model_flops,
     once,
-    parameter_count,
     peak_gib,
     quartiles,
     training_step,
-    utilisation,
 )
 
 
@@ -50,7 +40,7 @@ COLUMNS = (
     "note",
 )  # fmt: skip
 TOKENS = 65_536
-# The contexts that the issue's table asks for come first: a run that is cut off keeps them.
+# The contexts of the tables come first: a run that is cut off keeps them.
 CONTEXTS = (8192, 512, 2048, 65_536, 32_768, 131_072)
 # Models of flash-linear-attention tune each shape for minutes.
 FLA_CONTEXTS = (8192, 2048, 32_768)
@@ -77,39 +67,6 @@ def default_models(args: argparse.Namespace) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------------------
 # Rows
 # ------------------------------------------------------------------------------------------------------------------
-def commit() -> str:
-    """The commit that is measured, with `-dirty` for changes on top; `FLASH_COMMIT` where there is no git."""
-    if given := os.environ.get("FLASH_COMMIT"):
-        return given
-
-    def git(*command: str) -> str:
-        folder = Path(__file__).parent
-        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, encoding="utf-8", check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def processor() -> str:
-    """The CPU's name; on Linux from /proc, which knows more than `platform`."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "CPU"
-
-
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return triton.__version__
-
-
 class Recorder:
     """Appends rows to a CSV, one at a time, each on the disk before the next is measured."""
 

@@ -1,5 +1,5 @@
 """\
-python -m scripts.finetune_study --smoke --text tests/data/wizard_of_oz.txt --work runs/study
+python -m scripts.study.finetune --smoke --text tests/data/wizard_of_oz.txt --work runs/study
 
 FLASH against a Transformer++ of the same size, trained the same way: one tokenizer, the same text, blocks, masks,
 steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. The learning rates, of
@@ -28,20 +28,20 @@ import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoModelForMaskedLM, set_seed
 
-import flash_hf.baselines  # registers Transformer++
 from flash_hf import FlashConfig, data, training
-from flash_hf.cells import CellRunner
 from flash_hf.command_line import OptionParser, natural, program_words, read_json, run_command
 from flash_hf.hub import vocabulary_size
-from scripts.provenance import provenance, write_json
 
-from .finetune.arguments import FinetuningArguments, TaskArguments
-from .finetune.run import card_results as task_card_results
-from .finetune.run import run_finetuning
+from ..baselines import TransformerPPConfig  # registers Transformer++
+from ..finetune.arguments import FinetuningArguments, TaskArguments
+from ..finetune.run import card_results as task_card_results
+from ..finetune.run import run_finetuning
+from ..provenance import provenance, write_json
+from .runner import CellRunner
 
 
 MODELS = ("flash", "transformer_pp")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def task_options(options: argparse.Namespace) -> dict[str, dict]:
@@ -127,7 +127,7 @@ def model_configs(options: argparse.Namespace, tokenizer) -> dict:
     )  # fmt: skip
 
     def transformer(inner: int):
-        return flash_hf.baselines.TransformerPPConfig(
+        return TransformerPPConfig(
             num_hidden_layers=layers // 2, num_attention_heads=max(1, width // 64), intermediate_size=inner,
             max_position_embeddings=options.block_size, **common,
         )  # fmt: skip
@@ -297,7 +297,7 @@ class Study(CellRunner):
         environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         if options.smoke:
             environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
-        command = [sys.executable, "-m", "scripts.finetune_study", *sys.argv[1:], "--cell"]
+        command = [sys.executable, "-m", "scripts.study.finetune", *sys.argv[1:], "--cell"]
         super().__init__(
             self.work, command, minutes=options.minutes,
             least_seconds=5 if options.smoke else 30, environment=environment, begin=begin,
@@ -479,7 +479,7 @@ def at_the_edge(summary: dict) -> list[str]:
 
 def as_command(settings: dict) -> str:
     """The command of a study: what differs from the defaults, files and folders without the place they were in."""
-    words = ["python", "-m", "scripts.finetune_study"]
+    words = ["python", "-m", "scripts.study.finetune"]
     for name, value in settings.items():
         if name in ("commit", "render") or value == make_parser().get_default(name):
             continue

@@ -14,9 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,34 +23,6 @@ try:
     import fcntl
 except ImportError:  # not on Windows; nothing waits for a measurement there
     fcntl = None
-
-
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write whole or not at all: a cell that was cut off must not look finished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def provenance() -> dict:
-    """Versions, commit and machine, to go beside a number. `FLASH_COMMIT` tells the commit where there is no git."""
-    names = ("torch", "transformers", "datasets", "evaluate", "accelerate", "tokenizers", "numpy")
-    versions = {"python": sys.version.split()[0]}
-    for name in names:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    commit = os.environ.get("FLASH_COMMIT") or None
-    if commit is None:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        try:
-            commit = subprocess.run(git, capture_output=True, encoding="utf-8", timeout=20).stdout.strip() or None
-        except OSError:
-            commit = None
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    return {"versions": versions, "commit": commit, "machine": machine}
 
 
 class Gate:
@@ -244,4 +214,4 @@ class CellRunner:
         return bool(answer)
 
 
-__all__ = ["CellRunner", "Gate", "provenance", "serve", "write_json"]
+__all__ = ["CellRunner", "Gate", "serve"]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """\
-python scripts/profile_step.py --layers 2 --hidden_size 64 --context 256 --tokens 512
+python -m scripts.benchmark.profile --layers 2 --hidden_size 64 --context 256 --tokens 512
 
 Where the time of a training step goes: how long steps take, how long Python needs to issue one, which kernels run for
 how long, and how long the device waits between them. Forward and backward of `FlashModel`, from input embeddings.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of scripts/benchmark.py from its CSV alone; rows that lose or have no numbers are shown, too."""
+"""Tables and plots of scripts.benchmark from its CSV alone; rows that lose or have no numbers are shown, too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .benchmark_runs import COLUMNS
+from .cases import COLUMNS
 
 
 PAPER = ("flash", "transformer++")
@@ -66,7 +66,7 @@ def read(paths: Iterable[Path]) -> Results:
         with Path(path).open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"{path} is no table of scripts/benchmark.py: its columns are {reader.fieldnames}.")
+                raise ValueError(f"{path} is no table of scripts.benchmark: its columns are {reader.fieldnames}.")
             for row in reader:
                 key = (row["model"], row["direction"], row["measurement"], int(row["context"] or 0),
                        int(row["batch"] or 0))  # fmt: skip

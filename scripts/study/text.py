@@ -36,8 +36,8 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
         data: folder with `{corpus}_{train,valid}.jsonl.xz`; or one text file, whose last tenth then is for validation,
             for both corpora: to try the study out.
     """
-    from .. import data as flash_data
-    from ..hub import vocabulary_size
+    from flash_hf import data as flash_data
+    from flash_hf.hub import vocabulary_size
 
     if data.is_file():
         parts = flash_data.split_documents(flash_data.load_documents(data, sample_by="paragraph"), 0.1)
@@ -85,7 +85,7 @@ def prepare_mixed(data: Path, folder: Path, *, piece_tokens: int = PIECE_TOKENS,
     """
     from datasets import concatenate_datasets
 
-    from .. import data as flash_data
+    from flash_hf import data as flash_data
 
     files = sorted(path for part in ("train", "more") for path in data.glob(f"*_{part}.jsonl.xz"))
     documents = concatenate_datasets([flash_data.load_documents(path) for path in files]).shuffle(seed=0)

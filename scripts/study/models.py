@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from flash_hf.configuration_flash import FlashConfig
+from flash_hf.modeling_flash import FlashForCausalLM, FlashForMaskedLM, FlashGatedAttentionUnit
+
 from ..baselines import TransformerPPForCausalLM, TransformerPPForMaskedLM, matched_config
 from ..baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM
-from ..configuration_flash import FlashConfig
-from ..modeling_flash import FlashForCausalLM, FlashForMaskedLM, FlashGatedAttentionUnit
 
 
 @dataclass(frozen=True)

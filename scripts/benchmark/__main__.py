@@ -1,13 +1,13 @@
 """\
-python scripts/benchmark.py --smoke --output runs/benchmark/smoke.csv
+python -m scripts.benchmark --smoke --output runs/benchmark/smoke.csv
 
 Speed and memory of FLASH and its peers at equal size (85 M backbone, bf16): training step, forward, prefill, decoding,
 one layer, and on the CPU. First a gate: if the fast path is not right, nothing is timed and the exit code is 1. Every
 (model, group) is measured in a process of its own, and every row is appended to the CSV as it is measured.
 
-    python scripts/benchmark.py --models flash,transformer++ --groups train --output runs/benchmark/h100.csv
-    python scripts/benchmark.py --table runs/benchmark/h100.csv
-    python scripts/benchmark.py --plot runs/benchmark/h100.csv --folder runs/benchmark
+    python -m scripts.benchmark --models flash,transformer++ --groups train --output runs/benchmark/h100.csv
+    python -m scripts.benchmark --table runs/benchmark/h100.csv
+    python -m scripts.benchmark --plot runs/benchmark/h100.csv --folder runs/benchmark
 """
 
 import argparse
@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
-from flash_hf import benchmark_report as report
-from flash_hf import benchmark_runs as runs
-from flash_hf.benchmarking import MODELS, gate
 from flash_hf.command_line import OptionParser, natural, run_command
+
+from . import cases as runs
+from . import report
+from .gate import gate
+from .models import MODELS
 
 
 FIRST = ("flash", "transformer++")
@@ -89,7 +91,7 @@ def order(args: argparse.Namespace) -> list[tuple[str, str]]:
 def in_process(args: argparse.Namespace, model: str, group: str) -> None:
     """Run one (model, group) in a process of its own, and leave a row behind if it does not end well."""
     command = [
-        sys.executable, __file__, "--gate_passed", "--groups", group, "--output", str(args.output),
+        sys.executable, "-m", "scripts.benchmark", "--gate_passed", "--groups", group, "--output", str(args.output),
         "--rounds", str(args.rounds), "--reps", str(args.reps),
     ]  # fmt: skip
     chosen = args.models if model in ("all", "device") else (model,)
@@ -118,7 +120,8 @@ def main() -> int:
         passed = print_gate(args)
     else:
         # A process of its own: its memory must not be taken from the models'.
-        passed = args.gate_passed or subprocess.run([sys.executable, __file__, "--gate_only"]).returncode == 0
+        gate_only = [sys.executable, "-m", "scripts.benchmark", "--gate_only"]
+        passed = args.gate_passed or subprocess.run(gate_only).returncode == 0
     if not passed:
         print("The correctness gate is red: nothing was timed.", file=sys.stderr)
         return 1

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The timer, the device's ceilings, and what is timed."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median, first and third quartile."""
+
+    median: float
+    q25: float
+    q75: float
+    samples: int
+
+
+def quartiles(samples: list[float]) -> Timing:
+    if len(samples) == 1:
+        return Timing(samples[0], samples[0], samples[0], 1)
+    q25, median, q75 = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, q25, q75, len(samples))
+
+
+def once(call: Callable, device: str, calls: int = 1) -> float:
+    """Milliseconds of one call, by events on a GPU, the mean of `calls` in a row."""
+    if device == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) * 1e3 / calls
+
+
+def measure(
+    call: Callable, device: str, *, reps: int, warmup: int = 2, calls: int = 1, before: Callable = lambda: None,
+    limit_s: float = 20.0,
+) -> Timing:  # fmt: skip
+    """Time `call` after warming it up: `reps` samples, fewer (at least 2) once they have taken `limit_s` seconds.
+
+    Args:
+        calls: calls in a row that make one sample, for what is too short to time alone.
+        before: run before every sample, outside of the time.
+    """
+    for _ in range(warmup):
+        before()
+        for _ in range(calls):
+            call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    samples, begin = [], time.perf_counter()
+    while len(samples) < reps and (len(samples) < 2 or time.perf_counter() - begin < limit_s):
+        before()
+        samples.append(once(call, device, calls))
+    return quartiles(samples)
+
+
+def clean(device: str) -> None:
+    """Free what earlier measurements left behind, and count memory anew."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
+
+def matmul_rate(device: str, dtype: torch.dtype, side: int, reps: int = 20) -> tuple[Timing, float]:
+    """Time of a `side`^3 matrix product of random numbers, and operations a second: what MFU is a share of."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    timing = measure(lambda: a @ b, device, reps=reps, warmup=3)
+    return timing, 2 * side**3 / (timing.median * 1e-3)
+
+
+def copy_rate(device: str, size: int, reps: int = 20) -> tuple[Timing, float]:
+    """Time of copying `size` bytes on the device, and bytes read and written a second."""
+    source = torch.randint(0, 256, (size,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    timing = measure(lambda: target.copy_(source), device, reps=reps, warmup=3)
+    return timing, 2 * size / (timing.median * 1e-3)
+
+
+def training_step(module: nn.Module, hidden: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable:
+    """Forward and backward of the backbone, the input's gradient too (below is an embedding)."""
+
+    def step():
+        x.grad = None
+        for parameter in module.parameters():
+            parameter.grad = None
+        hidden(x).backward(gradient)
+
+    return step
+
+
+def capture(step: Callable, rewind: Callable) -> Callable:
+    """`step` as one CUDA graph, to be replayed: no launch costs, and the same buffers every time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    rewind()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    rewind()
+    return graph.replay
