@@ -87,7 +87,7 @@ class FlashConfig(PreTrainedConfig):
     chunk_shift (`int`, defaults to 0): In every second layer a document's first chunk begins this many tokens
         before the document, so that borders of one layer lie inside chunks of the next (as Swin's shifted
         windows). 0 is the paper's; half of `chunk_size` gave the lowest losses of what was tried (by 0.05 nats a
-        token, one seed: RESULTS.md, section 4), at the same cost.
+        token, one seed: scripts/results/study, section 4), at the same cost.
     attention_type (`str`, defaults to `"mixed_chunk"`): `"mixed_chunk"` (FLASH), `"quadratic"` (FLASH-Quad: one
         attention over the document, quadratic cost, a cache that grows), `"local"` or `"global"` (one branch).
     attention_activation (`str`, defaults to `"relu2"`): `"relu2"`: `relu(q k / divisor + b)^2`; `"laplace"`:
@@ -117,7 +117,7 @@ class FlashConfig(PreTrainedConfig):
         (`"mean"`) or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
     global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
         sum under the key of the token before it, and global queries and keys are not rotated. What followed a
-        token can then be asked for by that token, at any distance: small models recall better (RESULTS.md,
+        token can then be asked for by that token, at any distance: small models recall better (scripts/results/study,
         section 4).
     hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
     attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
@@ -129,7 +129,7 @@ class FlashConfig(PreTrainedConfig):
         `"recent"`: the scales are 1, and the biases of the nearest tokens are raised, so that the local attention
         begins with the token itself and the three around it. Together with `use_scaled_sinusoid=False` causal
         models ended 0.1 nats a token lower after 30 M tokens, masked ones 0.05 higher; with the sinusoid it did
-        not help (RESULTS.md, section 4).
+        not help (scripts/results/study, section 4).
     is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
         head never.
     use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.

@@ -597,7 +597,7 @@ class FlashPreTrainedModel(PreTrainedModel):
         if isinstance(module, FlashScaleNorm):
             init.ones_(module.weight)
         elif isinstance(module, FlashOffsetScale):
-            # CODEPATH: the paper's models are drawn; RESULTS.md's best ones begin at recent tokens.
+            # CODEPATH: the paper's models are drawn; the study's best ones begin at recent tokens.
             if self.config.attention_init == "recent":
                 init.ones_(module.weight)
             else:

@@ -26,6 +26,17 @@ def blocks(language):
 
 def test_first_lines_say_that_flash_is_not_flashattention():
     assert "FLASH is not FlashAttention" in "\n".join(README.splitlines()[:6])
+    assert len(README.splitlines()) <= 260
+
+
+def test_links_lead_to_files():
+    """Of every document."""
+    documents = [path for path in ROOT.rglob("*.md") if not {".venv", "runs", "node_modules"} & set(path.parts)]
+    assert len(documents) >= 10
+    for document in documents:
+        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target}"
 
 
 @pytest.mark.slow
@@ -39,21 +50,21 @@ def test_python_examples_run_in_order(tmp_path):
     done = subprocess.run([warm.python(), "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-flash" / "model.safetensors").exists()
-    assert (tmp_path / "my-flash-tuned" / "model.safetensors").exists()
 
 
-def test_table_names_every_field():
+def test_table_names_fields_and_the_docstring_all():
     table = README.split("## Configuration")[1].split("## ")[0]
     own = {field.name for field in fields(FlashConfig)} - {field.name for field in fields(PreTrainedConfig)}
     first_column = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
     named = set(re.findall(r"`(\w+)`", first_column))
-    assert named == own
+    assert len(named) >= 14 and named <= own
+    assert not {name for name in own if f"{name} (" not in FlashConfig.__doc__}
 
 
 @pytest.mark.slow
 def test_script_commands_run(tmp_path):
     """The commands of "Train on text" that need no network, in their order, from the repo's root."""
-    commands = blocks("bash")[2].strip().splitlines()
+    commands = blocks("bash")[1].strip().splitlines()
     assert len(commands) == 3
     for command in commands:
         words = command.replace("runs/", f"{tmp_path}/").replace('"Dorothy looked"', "Dorothy").split()
@@ -67,7 +78,7 @@ def test_network_command_is_accepted_by_the_parser():
     """Its options exist and fit together; loading the data needs the network."""
     from flash_hf.training import parse_arguments
 
-    words = blocks("bash")[3].replace("\\\n", " ").split()
+    words = blocks("bash")[2].replace("\\\n", " ").split()
     # bf16 is refused without a GPU, unless the CPU is asked for.
     _, data_args, training_args = parse_arguments([*words[2:], "--use_cpu", "true"])
     assert data_args.streaming and training_args.max_steps == 125_000 and training_args.bf16
@@ -81,14 +92,15 @@ def test_make_targets_exist():
 
 
 def test_study_is_what_the_kept_results_render_to(capsys, monkeypatch):
-    """And the kept table is what the kept cells give: no figure of the README is written by hand."""
+    """And the kept table is what the kept cells give: no figure of the document is written by hand."""
     kept = "scripts/results/finetune_study.json"
     monkeypatch.setattr(sys, "argv", ["-m", "--render", str(ROOT / kept)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("scripts.study.finetune", run_name="__main__", alter_sys=True)
     rendered = capsys.readouterr().out
     assert not ended.value.code
-    assert "### Beside a Transformer++" in rendered and rendered in README and f"`{kept}`" in README
+    document = (ROOT / "scripts" / "results" / "README.md").read_text(encoding="utf-8")
+    assert "### Beside a Transformer++" in rendered and rendered in document and f"`{kept}`" in document
     assert max(len(line) for line in rendered.split("```")[0].splitlines()) <= 119
 
     summary = json.loads((ROOT / kept).read_text(encoding="utf-8"))

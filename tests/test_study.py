@@ -574,19 +574,19 @@ def test_results_are_filled_in_between_their_marks():
         report.fill("<!-- study: else -->\n\n<!-- end -->", {})
 
 
-def test_results_md_is_what_the_kept_cells_say():
-    document = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+def test_the_studys_document_is_what_the_kept_cells_say():
+    document = (KEPT / "README.md").read_text(encoding="utf-8")
     results = grid.load_results(KEPT)
     assert results and report.fill(document, results) == document
     assert all(f"<!-- study: {name} -->" in document for name in report.SECTIONS)
-    assert "(RESULTS.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(study/README.md)" in (KEPT.parent / "README.md").read_text(encoding="utf-8")
     for cell, result in results.items():
         recipe = json.loads(json.dumps(dataclasses.asdict(training.recipe_of(cell))))
         assert result["commit"] and "dirty" not in result["commit"] and result["recipe"] == recipe, cell
         assert cell.size not in ("tiny", "tiny-recall")
 
 
-# What RESULTS.md says of recall: as many right answers as stand in an earlier chunk.
+# What the study says of recall: as many right answers as stand in an earlier chunk.
 def recalled(model: str, task: str) -> dict[int, float]:
     """Share of right answers by the length of the rows."""
     result = grid.load_results(KEPT)[grid.Cell("train", model, "recall", task, 512, 60, 0.002)]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study behind RESULTS.md: FLASH against its peers at equal parameters, tokens and effort of tuning."""
+"""The study: FLASH against its peers at equal parameters, tokens and effort of tuning."""

@@ -2,7 +2,7 @@
 """\
 python -m scripts.study --tiny --prepare tests/data/wizard_of_oz.txt --work runs/study-tiny
 
-The study behind RESULTS.md. Three steps, on three machines if need be:
+The study behind scripts/results/study. Three steps, on three machines if need be:
 
 1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA, and of all its
    training text together, in pieces of 50 MB (needs no GPU). Training may begin with the first piece there and wait up
@@ -11,7 +11,7 @@ The study behind RESULTS.md. Three steps, on three machines if need be:
    (rates and seeds as the finished ones ask for), several beside each other, on all GPUs, until `--minutes` are over
    (a training that is cut off then resumes from WORK/states, at most a minute back);
    `--bundle FILE` puts what is finished in one file as well, and `--unbundle FILE` adds such a file to FOLDER.
-3. `--report --fill RESULTS.md`: the tables of RESULTS.md from FOLDER; `--figures FOLDER` draws.
+3. `--report --fill scripts/results/study/README.md`: its tables from FOLDER; `--figures FOLDER` draws.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=natural, default=1, help="cells beside each other on each device")
     parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into this file")
     parser.add_argument("--unbundle", type=Path, metavar="FILE", help="add a bundle's cells to --results, and end")
-    parser.add_argument("--report", action="store_true", help="print the tables of RESULTS.md, and end")
-    parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: put the tables into RESULTS.md")
+    parser.add_argument("--report", action="store_true", help="print the tables, and end")
+    parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: put the tables into this document")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="with --report: also draw the figures there")
     parser.add_argument("--tiny", action="store_true", help="a small grid of tiny models: does the study run?")
     parser.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and figures of RESULTS.md from the cells: no number of the study is written there by hand."""
+"""Tables and figures of the study from its cells: no number of the study is written there by hand."""
 
 from __future__ import annotations
 
@@ -352,7 +352,7 @@ SECTIONS = {
 
 
 def render(results: Results) -> str:
-    """All sections, each between the marks that RESULTS.md has it between."""
+    """All sections, each between the marks that the document has it between."""
     return "\n\n".join(between(name, section(results)) for name, section in SECTIONS.items()) + "\n"
 
 
