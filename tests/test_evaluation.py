@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, data
 from flash_hf.testing import make_model, random_ids, tiny_config
 from scripts.cards.card import check_results
-from scripts.evaluate import cost, harness, language
+from scripts.evaluate import cost, harness, language, recall
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,12 +121,12 @@ def test_answers_are_counted_where_they_are_asked(causal):
     inputs = random_ids(causal.config, 5, 30)
     labels = torch.full_like(inputs, -100)
     with pytest.raises(ValueError, match="labels_BN must ask for something"):
-        language.answer_accuracy(causal, inputs, labels)
+        recall.answer_accuracy(causal, inputs, labels)
     with torch.no_grad():
         likeliest = causal(inputs).logits.argmax(-1)
     labels[:, 7] = likeliest[:, 7]
     labels[:2, 20] = (likeliest[:2, 20] + 1) % 300
-    assert language.answer_accuracy(causal, inputs, labels, batch_size=2) == 5 / 7
+    assert recall.answer_accuracy(causal, inputs, labels, batch_size=2) == 5 / 7
 
 
 # --- masked ----------------------------------------------------------------------------------------------------------
@@ -316,7 +316,6 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
 
 
 def test_the_script_asks_for_recall(folders, monkeypatch, capsys):
-    pytest.importorskip("scripts.evaluate.recall")
     evaluate(monkeypatch, folders["causal"], "--measure", "recall", "--lengths", "64")
     out = capsys.readouterr().out
     for task in ("mqar, 8 pairs", "needle"):

@@ -142,14 +142,14 @@ def main() -> None:
                 speed = cost.tokens_per_second(model, batch_size=1, length=512, new_tokens=64)
                 note("random-tokens", "none", {"decoded tokens/s, batch 1": speed})
         elif measure == "recall":
-            from .recall import mqar, needle
+            from .recall import answer_accuracy, mqar, needle
 
             for length in args.lengths:
                 draw, size = torch.Generator().manual_seed(0), model.config.vocab_size
                 for task, rows in (
                     ("mqar, 8 pairs", mqar(32, length, 8, size, draw)), ("needle", needle(32, length, size, draw))
                 ):  # fmt: skip
-                    accuracy = language.answer_accuracy(model, *rows, batch_size=args.batch_size)
+                    accuracy = answer_accuracy(model, *rows, batch_size=args.batch_size)
                     note("random-tokens", "none", {f"{task}, accuracy, length {length}": accuracy})
         else:
             for task, scores in harness.run_lm_eval(model, tokenizer, LM_EVAL_TASKS, limit=args.limit).items():

@@ -131,26 +131,6 @@ def score_documents(
     )  # fmt: skip
 
 
-def answer_accuracy(model: PreTrainedModel, inputs_BN: Tensor, labels_BN: Tensor, *, batch_size: int = 8) -> float:
-    """Share of the labelled places whose likeliest next token is the label, as in the tasks of recall.py.
-
-    Args:
-        inputs_BN: int64 `[B, N]`.
-        labels_BN: int64 `[B, N]`, -100 where nothing is asked. A label stands at the token it follows: no shift.
-
-    Raises:
-        ValueError: nothing is asked.
-    """
-    right, asked = 0, int((labels_BN != data.IGNORE).sum())
-    if not asked:
-        raise ValueError("labels_BN must ask for something, but every label is -100.")
-    for inputs, labels in zip(inputs_BN.split(batch_size), labels_BN.split(batch_size), strict=True):
-        with torch.inference_mode():
-            likeliest = model(inputs.to(model.device)).logits.argmax(-1).cpu()
-        right += int((likeliest == labels)[labels != data.IGNORE].sum())
-    return right / asked
-
-
 # --- masked ----------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +218,5 @@ def pseudo_perplexity(
 
 
 __all__ = [
-    "DocumentScores", "answer_accuracy", "masked_scores", "position_edges", "pseudo_perplexity", "score_document",
-    "score_documents",
+    "DocumentScores", "masked_scores", "position_edges", "pseudo_perplexity", "score_document", "score_documents",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 IGNORE = -100
@@ -80,4 +81,24 @@ def needle(
     return inputs, labels
 
 
-__all__ = ["mqar", "needle"]
+def answer_accuracy(model: PreTrainedModel, inputs_BN: Tensor, labels_BN: Tensor, *, batch_size: int = 8) -> float:
+    """Share of the labelled places whose likeliest next token is the label, as in [`mqar`] and [`needle`].
+
+    Args:
+        inputs_BN: int64 `[B, N]`.
+        labels_BN: int64 `[B, N]`, -100 where nothing is asked. A label stands at the token it follows: no shift.
+
+    Raises:
+        ValueError: nothing is asked.
+    """
+    right, asked = 0, int((labels_BN != IGNORE).sum())
+    if not asked:
+        raise ValueError("labels_BN must ask for something, but every label is -100.")
+    for inputs, labels in zip(inputs_BN.split(batch_size), labels_BN.split(batch_size), strict=True):
+        with torch.inference_mode():
+            likeliest = model(inputs.to(model.device)).logits.argmax(-1).cpu()
+        right += int((likeliest == labels)[labels != IGNORE].sum())
+    return right / asked
+
+
+__all__ = ["IGNORE", "answer_accuracy", "mqar", "needle"]
