@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from flash_hf import FlashForCausalLM, push_with_code, training
-from flash_hf.testing import make_model, random_ids, tiny_config
+from helpers import make_model, random_ids, tiny_config
 
 
 API = HfApi()

@@ -11,7 +11,7 @@ from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashModel
 from flash_hf.attention_flash import Heads, mixed_chunk_attention, quadratic_attention
 from flash_hf.chunking_flash import chunk_layout, quadratic_layout, resolve_documents
 from flash_hf.naive import naive_model
-from flash_hf.testing import assert_close, make_model, naive_config, random_ids, tiny_config
+from helpers import assert_close, make_model, naive_config, random_ids, tiny_config
 
 
 C = 8

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
-from flash_hf.testing import assert_close, make_model, random_ids
+from helpers import assert_close, make_model, random_ids
 from scripts.baselines import (
     AUTO_CLASSES,
     BASELINES,

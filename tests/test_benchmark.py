@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flash_hf import attention_flash
-from flash_hf.testing import assert_close
+from helpers import assert_close
 from scripts.baselines import TransformerPPConfig, TransformerPPModel
 from scripts.benchmark import cases, models, report, sizes
 from scripts.benchmark import gate as gates

@@ -24,7 +24,7 @@ import warm
 from flash_hf import FlashConfig, FlashForCausalLM, training
 from flash_hf.data import CHAT_TEMPLATE
 from flash_hf.hub import add_code, registered_classes
-from flash_hf.testing import tiny_config
+from helpers import tiny_config
 from scripts.cards.card import PIPELINE_TAGS, check_facts, check_results, make_card, published
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
 from flash_hf import FlashConfig, FlashModel
-from flash_hf.testing import tiny_config
+from helpers import tiny_config
 
 
 def test_defaults_are_the_papers_base_model():

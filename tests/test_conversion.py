@@ -27,7 +27,7 @@ from flash_hf.conversion import (
     read_state_dict,
     save_tokenizer,
 )
-from flash_hf.testing import assert_close
+from helpers import assert_close
 
 
 ROOT = Path(__file__).resolve().parent.parent

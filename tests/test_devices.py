@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
-from flash_hf.testing import make_model, random_ids, tiny_config
+from helpers import make_model, random_ids, tiny_config
 
 
 class NoFloat64(TorchDispatchMode):

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 import warm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import torch
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.chunking_flash import chunk_layout, resolve_documents
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 C = 8

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, data
-from flash_hf.testing import make_model, random_ids, tiny_config
+from helpers import make_model, random_ids, tiny_config
 from scripts.cards.card import check_results
 from scripts.evaluate import cost, harness, language, recall
 

@@ -15,7 +15,7 @@ from flash_hf import (
     FlashForSequenceClassification,
     FlashForTokenClassification,
 )
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 C = 8

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import warm
 from flash_hf import FlashForCausalLM, data
-from flash_hf.testing import tiny_config
+from helpers import tiny_config
 from scripts.cards.card import check_results
 from scripts.finetune import readers, run, tasks
 from scripts.finetune.arguments import TaskArguments, parse_arguments

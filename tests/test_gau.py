@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.naive import naive_linear, naive_norm, naive_relative_bias, naive_rotary
-from flash_hf.testing import assert_close, make_model, naive_config, random_ids, tiny_config
+from helpers import assert_close, make_model, naive_config, random_ids, tiny_config
 from scripts.baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashModel
 from flash_hf.cache_flash import CACHE_NAME
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 C = 8

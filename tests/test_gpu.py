@@ -7,7 +7,7 @@ from transformers import StaticCache
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.naive import naive_model
-from flash_hf.testing import assert_close, error_ratio, make_model, naive_config, random_ids, tiny_config
+from helpers import assert_close, error_ratio, make_model, naive_config, random_ids, tiny_config
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]

@@ -8,7 +8,7 @@ import torch
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.graphs import GraphedBackward
-from flash_hf.testing import error_ratio, make_model
+from helpers import error_ratio, make_model
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]

@@ -26,7 +26,7 @@ from flash_hf import (
     modeling_flash,
 )
 from flash_hf.data import train_tokenizer
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 TASKS = [

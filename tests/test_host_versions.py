@@ -23,7 +23,7 @@ from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashForSequenceClassif
 from flash_hf.cache_flash import CACHE_NAME, resolve_cache
 from flash_hf.cache_flash import OTHER_CACHE_NAME as OTHER_NAME
 from flash_hf.modeling_flash import FlashLayer
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 NAMES = ("cache", "past_key_values")

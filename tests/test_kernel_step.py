@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="the kernels need triton: pip inst
 from flash_hf.attention_flash import DecodingState, Heads, mixed_chunk_step, offset_scale, wide  # noqa: E402
 from flash_hf.chunking_flash import StepLayout  # noqa: E402
 from flash_hf.kernels import step as kernel  # noqa: E402
-from flash_hf.testing import assert_close, error_ratio  # noqa: E402
+from helpers import assert_close, error_ratio  # noqa: E402
 
 
 COMPILED = any(isinstance(x, triton.JITFunction) for x in (triton.language.sum, kernel._gated_step_kernel))

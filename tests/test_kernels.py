@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
 from flash_hf.attention_flash import kernels_for
-from flash_hf.testing import assert_close, error_ratio, make_model, random_ids
+from helpers import assert_close, error_ratio, make_model, random_ids
 
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")

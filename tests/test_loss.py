@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, loss_flash
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 HEADS = [FlashForCausalLM, FlashForMaskedLM]

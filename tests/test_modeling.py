@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, StaticCache
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
-from flash_hf.testing import assert_close, error_ratio, make_model, random_ids, tiny_config
+from helpers import assert_close, error_ratio, make_model, random_ids, tiny_config
 
 
 HEADS = [FlashForCausalLM, FlashForMaskedLM]
@@ -317,7 +317,7 @@ def test_long_inputs_are_finite_in_low_precision(cls, dtype):
 def test_low_precision_error_is_at_most_twice_that_of_the_naive_version(cls, dtype):
     """Both against naive in float64, on the same rounded weights, over a chunk border and a long stretch."""
     from flash_hf.naive import naive_model
-    from flash_hf.testing import naive_config
+    from helpers import naive_config
 
     config = tiny_config(chunk_size=32, is_decoder=cls is FlashForCausalLM)
     model = make_model(cls, config, dtype=dtype, scale=0.1)

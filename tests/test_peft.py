@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flash_hf import LORA_TARGET_MODULES, FlashForCausalLM, FlashForMaskedLM, FlashForSequenceClassification
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 peft = pytest.importorskip("peft")

@@ -19,7 +19,7 @@ import flash_hf
 import warm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
 from flash_hf.hub import add_code, registered_classes, save_with_code
-from flash_hf.testing import make_model, random_ids, tiny_config
+from helpers import make_model, random_ids, tiny_config
 
 
 TESTS = Path(__file__).resolve().parent

@@ -11,7 +11,7 @@ from test_kernels import DEVICE, compare, config_of, through
 
 from flash_hf import FlashModel
 from flash_hf.kernels import ops
-from flash_hf.testing import make_model
+from helpers import make_model
 
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from flash_hf import FlashForCausalLM, FlashModel
-from flash_hf.testing import tiny_config
 from flash_hf.training import FlashTrainingArguments
+from helpers import tiny_config
 
 
 ROOT = Path(__file__).resolve().parent.parent

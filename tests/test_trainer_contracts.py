@@ -23,8 +23,8 @@ from flash_hf import (
     FlashForTokenClassification,
 )
 from flash_hf.loss_flash import IGNORE
-from flash_hf.testing import assert_close, make_model, random_ids, tiny_config
 from flash_hf.training import FlashTrainer
+from helpers import assert_close, make_model, random_ids, tiny_config
 
 
 EPSILON = 0.3

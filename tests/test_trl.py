@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.data import train_tokenizer
-from flash_hf.testing import make_model
+from helpers import make_model
 
 
 trl = pytest.importorskip("trl")

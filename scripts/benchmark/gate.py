@@ -13,9 +13,9 @@ from transformers import StaticCache
 from flash_hf.configuration_flash import FlashConfig
 from flash_hf.modeling_flash import FlashModel
 from flash_hf.naive import naive_model
-from flash_hf.testing import error_ratio, make_model, naive_config, random_ids, tiny_config
 
 from .sizes import BASE, Size, flash_config
+from .tiny import error_ratio, make_model, naive_config, random_ids, tiny_config
 
 
 class Check(NamedTuple):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests and benchmarks share: small seeded models whose weights are large enough to show a bug."""
+"""What the gate and the tests share: small seeded models whose weights are large enough to show a bug."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .configuration_flash import FlashConfig
+from flash_hf.configuration_flash import FlashConfig
 
 
 def tiny_config(**changes) -> FlashConfig:
@@ -61,8 +61,4 @@ def error_ratio(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
-def assert_close(actual: Tensor, expected: Tensor, ratio: float, what: str = "result") -> None:
-    """Fail unless shapes agree and the error ratio is at most `ratio`."""
-    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = error_ratio(actual, expected)
-    assert error <= ratio, f"{what}: error ratio {error:.3g} exceeds {ratio:.3g}"
+__all__ = ["error_ratio", "make_model", "naive_config", "random_ids", "tiny_config"]
