@@ -53,8 +53,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_flash import (
     Heads,
     is_bare,
-    kernels_for,
-    load_kernels,
     mixed_chunk_attention,
     mixed_chunk_step,
     offset_scale,
@@ -63,6 +61,7 @@ from .attention_flash import (
     scaled_sinusoid,
     wide,
 )  # fmt: skip
+from .backend_flash import kernels_for, load_kernels
 from .cache_flash import (
     CACHE_NAME,
     OTHER_CACHE_NAME,

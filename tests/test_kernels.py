@@ -11,7 +11,7 @@ from transformers import StaticCache
 from transformers.utils import logging
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
-from flash_hf.attention_flash import kernels_for
+from flash_hf.backend_flash import kernels_for
 from helpers import assert_close, error_ratio, make_model, random_ids
 
 
@@ -449,7 +449,7 @@ def test_falls_back_once_and_says_why(caplog, capsys):
     """Only where a GPU could do better, and not on stdout."""
     config = config_of(backend="auto", attention_activation="softmax")
     model = make_model(FlashModel, config, dtype=torch.float32)
-    logging.get_logger("flash_hf.attention_flash").warning_once.cache_clear()
+    logging.get_logger("flash_hf.backend_flash").warning_once.cache_clear()
     for _ in range(2):
         model(inputs_embeds=torch.randn(1, 9, 32))
         assert kernels_for(config, torch.device("cpu"), torch.float32, dropout=False) is None

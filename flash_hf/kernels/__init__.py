@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels for FLASH: training, prefill and decoding steps, behind the functions of the torch tier.
 
-The model reaches them through `attention_flash.kernels_for`; README.md beside this file derives them. Importing this
+The model reaches them through `backend_flash.kernels_for`; README.md beside this file derives them. Importing this
 package needs triton.
 """
 
