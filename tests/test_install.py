@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pip install flash-hf` alone is enough for the model: nothing of the extras is imported or missed."""
+"""`pip install flash-hf` alone is enough for the model: nothing of the extras is imported or missed. And it is a
+library: research code is in scripts/, which imports it and is never imported by it."""
 
+import ast
+import graphlib
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -40,3 +43,66 @@ def test_the_plain_install_needs_none_of_the_extras(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 30])" in done.stdout
+
+
+def imported(path: Path, package: str) -> set[str]:
+    """What a file imports, in functions as well, by full names: `a.b` and `a.b.c` for `from a.b import c`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            names |= {f"{base}.{alias.name}" for alias in node.names} or {base}
+            names.add(base)
+    return names
+
+
+def library_imports(root: Path) -> dict[str, set[str]]:
+    """Of each module of flash_hf, what it imports."""
+    found = {}
+    for path in (root / "flash_hf").rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        package = ".".join(parts[:-1])
+        found[package if parts[-1] == "__init__" else ".".join(parts)] = imported(path, package)
+    return found
+
+
+def test_the_library_imports_neither_scripts_nor_tests():
+    foreign = {"scripts", "tests", "conftest", "helpers", "warm"}
+    for module, names in library_imports(ROOT).items():
+        assert not {name.partition(".")[0] for name in names} & foreign, module
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """A circle of modules that import each other, if there is one."""
+    # `from . import x` imports the package only to find its module x.
+    graph = {
+        module: {name for name in names & imports.keys() - {module}
+                 if not any(other.startswith(name + ".") for other in names & imports.keys())}
+        for module, names in imports.items()
+    }  # fmt: skip
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_of_the_library_import_each_other():
+    assert circles(library_imports(ROOT)) == []
+    assert set(circles({"a": {"b", "torch"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+
+
+def test_the_wheel_holds_no_research_code():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    assert setup["options"]["packages"] == "find:"
+    assert setup["options.packages.find"]["include"].split() == ["flash_hf*"]
+    packages = [path.parent for path in (ROOT / "flash_hf").rglob("__init__.py")]
+    assert {path.name for path in packages} <= {"flash_hf", "kernels", "training", "convert"}
+    research = {"baselines", "benchmark", "cells", "evaluation", "finetuning", "metrics", "passages", "provenance",
+                "recall", "study"}  # fmt: skip
+    for path in [path for package in packages for path in package.glob("*.py")]:
+        assert not {path.stem, path.stem.partition("_")[0]} & research, path

@@ -436,11 +436,3 @@ def test_no_script_hides_a_package():
     assert beside & (packages | set(sys.stdlib_module_names)) - {"__pycache__"} <= {"evaluate"}
     for path in [*(ROOT / "flash_hf").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         assert not re.search(r"^\s*(import|from) evaluate\b", path.read_text(encoding="utf-8"), re.M), path
-
-
-def test_the_library_imports_no_script():
-    for path in (ROOT / "flash_hf").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            assert not {name.partition(".")[0] for name in names} & {"scripts", "tests"}, (path, node.lineno)
