@@ -4,6 +4,7 @@ python -m scripts.benchmark --smoke --output runs/benchmark/smoke.csv
 Speed and memory of FLASH and its peers at equal size (85 M backbone, bf16): training step, forward, prefill, decoding,
 one layer, and on the CPU. First a gate: if the fast path is not right, nothing is timed and the exit code is 1. Every
 (model, group) is measured in a process of its own, and every row is appended to the CSV as it is measured.
+Start it from the root of the clone.
 
     python -m scripts.benchmark --models flash,transformer++ --groups train --output runs/benchmark/h100.csv
     python -m scripts.benchmark --table runs/benchmark/h100.csv

@@ -2,7 +2,7 @@
 """\
 python -m scripts.study --tiny --prepare tests/data/wizard_of_oz.txt --work runs/study-tiny
 
-The study behind scripts/results/study. Three steps, on three machines if need be:
+The study behind scripts/results/study. Three steps, on three machines if need be, from the root of the clone:
 
 1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA, and of all its
    training text together, in pieces of 50 MB (needs no GPU). Training may begin with the first piece there and wait up
