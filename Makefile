@@ -33,6 +33,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 test: $(STAMP)
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,@$(MAKE) --no-print-directory today)
 

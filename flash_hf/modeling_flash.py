@@ -346,9 +346,7 @@ class FlashGatedAttentionUnit(nn.Module):
         config = self.config
         # Offloaded parameters are there only while their own module is called.
         if layout.fused and is_bare(self.offset_scale):
-            return self.fused_attention(
-                x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values
-            )
+            return self.fused_attention(x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values)
         u_BNE = self.act_fn(self.u_proj(x_BND))
         v_BNE = self.act_fn(self.v_proj(x_BND))
         z_BNS = self.act_fn(self.z_proj(x_BND))
@@ -391,7 +389,6 @@ class FlashGatedAttentionUnit(nn.Module):
                 heads = Heads(*(None if head is None else layout.merge(head) for head in heads))
             cache.update(state, heads, v_BNE, documents)
         return self.o_proj(u_BNE * layout.merge(out_BGCE))
-
 
     def kernel_options(self, layout: ChunkLayout, bias_rotary, bias_length, past_key_values: Cache | None) -> dict:
         """What every kernel of this unit takes besides tensors of the input."""

@@ -90,9 +90,7 @@ def test_utilisation_and_quartiles_by_hand():
 
 def test_measure_warms_up_repeats_and_stops_at_its_limit():
     calls, befores = [], []
-    timing = timer.measure(
-        lambda: calls.append(1), "cpu", reps=3, warmup=2, calls=4, before=lambda: befores.append(1)
-    )
+    timing = timer.measure(lambda: calls.append(1), "cpu", reps=3, warmup=2, calls=4, before=lambda: befores.append(1))
     assert timing.samples == 3 and len(calls) == (2 + 3) * 4 and len(befores) == 5
     # The limit leaves two samples: no quartiles come of one.
     assert timer.measure(lambda: None, "cpu", reps=100, limit_s=0.0).samples == 2

@@ -144,8 +144,15 @@ def test_each_variant_is_its_dense_statement(name, causal):
         # And the variant matters: the same weights without it give something else.
         plain = make_model(GAUModel, variant(is_decoder=causal))
         common = {name: p for name, p in model.state_dict().items() if name in plain.state_dict()}
-        if name not in ("ungated", "heads", "local, shifted", "wide", "wide, shifted", "convolved, quadratic",
-                        "heads, mixed"):
+        if name not in (
+            "ungated",
+            "heads",
+            "local, shifted",
+            "wide",
+            "wide, shifted",
+            "convolved, quadratic",
+            "heads, mixed",
+        ):
             plain.load_state_dict(common)
             assert not torch.allclose(plain(ids).last_hidden_state[0], got, rtol=1e-3)
 

@@ -188,6 +188,7 @@ def gated_attention(
     )  # fmt: skip
     new_state = None
     if return_state:
+
         def activated(x: Tensor, token: Tensor) -> Tensor:
             x = x.detach()[token]
             return F.silu(x) if silu else x
@@ -299,6 +300,7 @@ def layer(
     new_state = None
     if return_state:
         with torch.no_grad():
+
             def activated(x: Tensor, bias: Tensor, token: Tensor) -> Tensor:
                 scale = (rms[token] * gain.float())[..., None]
                 return F.silu(x[token].float() * scale + bias.float())

@@ -127,9 +127,9 @@ def gate_states_kernel(
         row = chunk * CP + slot
         token, real = token_rows(source_ptr, chunk, slot + k, N, G, C, shift, RAGGED)
         query = load_grid(queries, SP, row, k, 0, s, TMA)
-        d = load_tile(
-            d_out, d_out_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA
-        ).to(tl.float32)
+        d = load_tile(d_out, d_out_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA).to(
+            tl.float32
+        )
         raw = load_tile(u, u_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
         kept = load_tile(saved, E, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
         gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
@@ -166,9 +166,7 @@ def score_gradient(
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in tl.range(0, E, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        d_tile = load_tile(
-            d, E, token_m, real_m, chunk, block_m * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
-        )
+        d_tile = load_tile(d, E, token_m, real_m, chunk, block_m * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA)
         v = load_tile(
             value, value_stride, token_n, real_n, chunk, block_n * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
         )
@@ -194,9 +192,7 @@ def linear_gradient(
     acc = tl.zeros((BLOCK, SP), tl.float32)
     for start in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        tile = load_tile(
-            x, x_stride, token, real, chunk, block_m * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA
-        )
+        tile = load_tile(x, x_stride, token, real, chunk, block_m * BLOCK, column, start, E, G, C, shift, EVEN_E, TMA)
         acc = add_state_product(
             acc, tile, prefix, carry, chunk, piece, s, 0, column, start, E, SP, EVEN_E, PREFIX, CARRY, TMA, True,
             PRECISION,

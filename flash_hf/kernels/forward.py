@@ -274,9 +274,7 @@ def output_kernel(
         for start in tl.range(0, last, BLOCK_K, num_stages=STAGES):
             token, real = token_rows(source_ptr, chunk, start + k, N, G, C, shift, RAGGED)
             weight = load_grid(a, CP, row, m, start, k, TMA)
-            v = load_tile(
-                value, value_stride, token, real, chunk, start, column, first_e, E, G, C, shift, EVEN_E, TMA
-            )
+            v = load_tile(value, value_stride, token, real, chunk, start, column, first_e, E, G, C, shift, EVEN_E, TMA)
             acc = tl.dot(weight, v, acc, input_precision=PRECISION)
     if LIN:
         piece = tl.load(piece_ptr + chunk)

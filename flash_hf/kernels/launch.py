@@ -54,7 +54,7 @@ class Kernel:
             self.compiled[key] = self.function[grid](*arguments, **constants, num_warps=num_warps, **options)
             return None
         names = self.function.arg_names
-        return compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names[len(arguments):]])
+        return compiled[(*grid, 1, 1)[:3]](*arguments, *[constants[name] for name in names[len(arguments) :]])
 
 
 def kernel(function: triton.JITFunction) -> Kernel:

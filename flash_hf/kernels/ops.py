@@ -952,7 +952,18 @@ def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *
     block_t = max(1, 4096 // block_d)
     forward.norm_kernel(
         (cdiv(T, block_t),),
-        x, gain, rms, out, T, D, eps, CAST=cast, SCALE=scale, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8
+        x,
+        gain,
+        rms,
+        out,
+        T,
+        D,
+        eps,
+        CAST=cast,
+        SCALE=scale,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=8,
     )
 
 
@@ -1030,9 +1041,7 @@ def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos,
     )  # fmt: skip
     cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
     h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
-    out, heads, prefix, carry, _, final = fake_forward(
-        shape, h, source, index, initial is not None, want_final, False
-    )
+    out, heads, prefix, carry, _, final = fake_forward(shape, h, source, index, initial is not None, want_final, False)
     return [
         torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, h.new_empty((h.shape[1], D)), heads,
         prefix, carry, out, final,

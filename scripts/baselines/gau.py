@@ -246,9 +246,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             if self.has_quad:
                 locals_.append(local_attention(part.quad_q, part.quad_k, value, layout, bias_R=bias_R, **settings))
             if self.has_lin:
-                remotes.append(
-                    global_attention(part.lin_q, part.lin_k, value, layout, decay_S, causal=self.is_causal)
-                )
+                remotes.append(global_attention(part.lin_q, part.lin_k, value, layout, decay_S, causal=self.is_causal))
         out = torch.cat(locals_, -1) if locals_ else 0
         if remotes:
             remote = torch.cat(remotes, -1)
