@@ -49,7 +49,7 @@ def test_python_examples_run_in_order(tmp_path):
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # "in a clone of this repository"
     done = subprocess.run([warm.python(), "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "my-flash" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "my-flash" / "model.safetensors").exists()
 
 
 def test_table_names_fields_and_the_docstring_all():
