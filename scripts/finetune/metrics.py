@@ -9,11 +9,8 @@ import datasets
 import evaluate
 
 
-class Accuracy(evaluate.Metric):
-    """Share of classes that are right.
-
-    `{"accuracy": right / all}`.
-    """
+class ClassMetric(evaluate.Metric):
+    """A metric of one class per example."""
 
     def _info(self):
         classes = datasets.Value("int64")
@@ -23,26 +20,24 @@ class Accuracy(evaluate.Metric):
             inputs_description="predictions, references: lists of classes (int).",
             features=datasets.Features({"predictions": classes, "references": classes}),
         )
+
+
+class Accuracy(ClassMetric):
+    """Share of classes that are right.
+
+    `{"accuracy": right / all}`.
+    """
 
     def _compute(self, predictions, references):
         pairs = list(zip(predictions, references, strict=True))
         return {"accuracy": sum(guess == truth for guess, truth in pairs) / len(pairs)}
 
 
-class MacroF1(evaluate.Metric):
+class MacroF1(ClassMetric):
     """F1 of each class, averaged with equal weight (as scikit-learn's f1_score with average="macro").
 
     `{"macro_f1": mean of 2 tp / (2 tp + fp + fn)}` over the classes that occur as prediction or reference.
     """
-
-    def _info(self):
-        classes = datasets.Value("int64")
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="predictions, references: lists of classes (int).",
-            features=datasets.Features({"predictions": classes, "references": classes}),
-        )
 
     def _compute(self, predictions, references):
         guessed, true = Counter(predictions), Counter(references)
