@@ -105,6 +105,8 @@ def program_name() -> str:
 
 def program_words() -> list[str]:
     """What started this program, without its options, as results record it."""
+    if sys.argv[0].startswith("flash-hf "):  # see commands
+        return sys.argv[0].split()
     module = started_module()
     return ["python", os.path.relpath(sys.argv[0])] if module is None else ["python", "-m", module]
 

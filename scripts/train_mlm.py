@@ -1,18 +1,13 @@
 """\
 python scripts/train_mlm.py --train_file tests/data/wizard_of_oz.txt --config scripts/tiny.json --output_dir runs/mlm
 
-Train a bidirectional FLASH to fill in masked tokens, or go on training one (--model). All arguments: --help;
+The same as `flash-hf train-mlm`: train a bidirectional FLASH to fill in masked tokens. All options: --help;
 --max_steps 20 makes it short.
 """
 
 from flash_hf.command_line import run_command
-
-
-def main() -> None:
-    from flash_hf.training import describe, parse_arguments, run_training
-
-    print(describe("masked", run_training("masked", *parse_arguments(description=__doc__))))
+from flash_hf.commands.train import train_mlm
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(train_mlm)

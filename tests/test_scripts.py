@@ -11,7 +11,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+from configparser import ConfigParser
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ import torch
 from transformers import TrainingArguments
 
 import warm
-from flash_hf import command_line, data, training
+from flash_hf import command_line, commands, data, training
 from scripts.finetune.arguments import parse_arguments as finetuning_arguments
 
 
@@ -188,6 +190,45 @@ def test_a_mistake_ends_in_one_sentence(fail, command, code, words):
     ended, line = fail(*command)
     assert ended == code and words in line
     assert not list(Path("run").glob("*"))
+
+
+def test_the_packages_command(capsys, monkeypatch, tmp_path):
+    """`flash-hf`, which pip installs: the same commands as in scripts/, and mistakes in one sentence."""
+
+    def flash_hf(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["/somewhere/bin/flash-hf", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            sys.exit(commands.main())
+        return ended.value.code or 0, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    code, out, err = flash_hf("--help")
+    assert code == 0 and err == "" and len(out.splitlines()) < 12
+    for name in commands.COMMANDS:
+        assert f"\n  {name} " in out
+        code, options, err = flash_hf(name, "--help")
+        assert code == 0 and err == "" and options.startswith(f"usage: flash-hf {name} ")
+    assert flash_hf() == (2, "", out)
+    code, _, err = flash_hf("trian-clm")
+    assert code == 2 and err.startswith("flash-hf: there is no command 'trian-clm'. Did you mean 'train-clm'?\n")
+    assert flash_hf("generate", "--modle", "a", "--prompt", "b")[2].startswith(
+        "flash-hf generate: --modle is no option"
+    )
+    code, _, err = flash_hf("train-mlm", "--train_file", "none.txt", "--output_dir", "run")
+    assert code == 1 and err.startswith("flash-hf train-mlm: ") and "none.txt does not exist" in err
+
+    original = ROOT / "tests" / "data" / "flash_causal.safetensors"
+    code, out, err = flash_hf("convert", original, "hf", "--causal", "--no-shift", "--chunk_size", 24)
+    assert code == 0 and json.loads(out)["output"] == "hf" and (tmp_path / "hf" / "config.json").is_file()
+    assert command_line.program_words() == ["flash-hf", "convert"]
+
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg", encoding="utf-8")
+    module, _, function = setup["options.entry_points"]["console_scripts"].split("=")[1].strip().partition(":")
+    assert getattr(import_module(module), function) is commands.main
+    for script, name in (("train_clm", "train_clm"), ("train_mlm", "train_mlm"), ("generate", "main"),
+                         ("convert_checkpoint", "main")):  # fmt: skip
+        assert runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))[name].__module__.startswith("flash_hf.commands.")
 
 
 def test_a_missing_package_is_named_with_its_extra(fail, monkeypatch):

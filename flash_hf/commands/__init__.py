@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flash-hf`: the commands of the package. scripts/ has the same ones, and those that need a clone."""
+
+import sys
+from importlib import import_module
+
+from ..command_line import run_command
+from ..configuration_flash import nearest
+
+
+# Name: module, function, and one line of help.
+COMMANDS = {
+    "train-clm": ("train", "train_clm", "train or continue a causal language model on text"),
+    "train-mlm": ("train", "train_mlm", "train or continue a masked language model on text"),
+    "generate": ("generate", "main", "continue a text with a causal model"),
+    "convert": ("convert", "main", "convert a checkpoint of another FLASH implementation"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10} {words}" for name, (_, _, words) in COMMANDS.items()]
+    return "\n".join(["usage: flash-hf COMMAND [OPTIONS]", "", *lines, "", "flash-hf COMMAND --help has the options."])
+
+
+def main() -> None:
+    """The console script."""
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        if name is not None:
+            print(f"flash-hf: there is no command {name!r}.{nearest(name, tuple(COMMANDS))}\n", file=sys.stderr)
+        print(usage(), file=sys.stderr)
+        sys.exit(2)
+    module, function, _ = COMMANDS[name]
+    sys.argv[:2] = [f"flash-hf {name}"]  # as messages and results call it
+    run_command(lambda: getattr(import_module(f".{module}", __name__), function)())
+
+
+__all__ = ["COMMANDS", "main"]

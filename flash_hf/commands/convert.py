@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a checkpoint of another FLASH implementation (JunnYu's FLASH and FLASHQuad, lucidrains' FLASH-pytorch) into
+a folder that from_pretrained loads: exactly, or not at all, with the reason."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ..command_line import OptionParser, natural, program_name
+from ..conversion import CONVERTERS, convert, detect_kind, read_state_dict, save_tokenizer
+
+
+def main() -> None:
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", help="the original: .bin, .pt or .safetensors, or a folder with one")
+    parser.add_argument("output", help="folder for config, safetensors and tokenizer")
+    parser.add_argument("--kind", choices=tuple(CONVERTERS), help="what it is; by default told by its names")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the output")
+    parser.add_argument("--encoder_only", action="store_true", help="a FlashModel, without the language-model head")
+    junnyu = parser.add_argument_group("JunnYu's FLASH")
+    junnyu.add_argument(
+        "--padded_length", type=int, default=None,
+        help="length that inputs were padded to, 0 for none; by default 512, as the public checkpoints were trained",
+    )  # fmt: skip
+    lucidrains = parser.add_argument_group("FLASH-pytorch: what its constructor got, which the file does not tell")
+    lucidrains.add_argument("--causal", action=argparse.BooleanOptionalAction, help="causal")
+    lucidrains.add_argument(
+        "--shift", action=argparse.BooleanOptionalAction, help="shift_tokens, True by default in FLASHTransformer"
+    )
+    lucidrains.add_argument("--chunk_size", type=natural, help="group_size; 256 by default")
+    lucidrains.add_argument("--laplace", action="store_true", help="laplace_attn_fn=True")
+    lucidrains.add_argument("--separate_groups", action="store_true", help="reduce_group_non_causal_attn=False")
+    args = parser.parse_args()
+    if Path(args.output).is_file():
+        parser.error(f"output must be a folder, and {args.output} is a file")
+
+    state, settings = read_state_dict(args.input)
+    kind = args.kind or detect_kind(state)
+    given = {
+        "encoder_only": args.encoder_only or None,
+        "padded_length": args.padded_length,
+        "causal": args.causal,
+        "shift_tokens": args.shift,
+        "group_size": args.chunk_size,
+        "laplace_attn_fn": args.laplace or None,
+        "reduce_group_non_causal_attn": False if args.separate_groups else None,
+    }
+    options = {name: value for name, value in given.items() if value is not None}
+    if options.get("padded_length") == 0:
+        options["padded_length"] = None
+    if kind.startswith("junnyu"):
+        options["settings"] = settings
+    converted = convert(state, kind=kind, **options)
+    model = converted.build().to(getattr(torch, args.dtype))
+    model.save_pretrained(args.output)
+    try:
+        tokenizer = save_tokenizer(args.input, args.output)
+    except ValueError as error:
+        parser.exit(2, f"{program_name()}: {error}\n")
+    report = {
+        "kind": kind, "class": converted.architecture, "output": args.output, "parameters": model.num_parameters(),
+        "tokenizer": tokenizer, "notes": converted.notes,
+    }  # fmt: skip
+    print(json.dumps(report, indent=2))

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continue a text with a causal model, printed as it is made; the speed goes to stderr."""
+
+import argparse
+import sys
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+from ..command_line import OptionParser, find_device, load_named, natural, number, read_text, seed
+
+
+class TimedStreamer(TextStreamer):
+    """TextStreamer that notes when each token came."""
+
+    def put(self, value):
+        super().put(value)
+        self.times = [*getattr(self, "times", []), time.perf_counter()]
+
+
+def main() -> None:
+    parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub name")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="text to continue")
+    source.add_argument("--prompt_file", help="file with the text to continue; - reads it from stdin")
+    parser.add_argument("--max_new_tokens", type=natural, default=200, help="length of the continuation")
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token instead of sampling")
+    parser.add_argument(
+        "--temperature", type=number(float, above=0), default=0.8, help="sampling: below 1 keeps to the likely"
+    )
+    parser.add_argument(
+        "--top_k", type=number(int, least=0), default=50, help="sampling: choose among so many tokens; 0 for all"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=number(float, above=0, most=1),
+        default=0.95,
+        help="sampling: choose among this share of probability",
+    )
+    parser.add_argument(
+        "--repetition_penalty", type=number(float, above=0), default=1.0, help="above 1 discourages repeating"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="cache_implementation")
+    parser.add_argument(
+        "--prefill_chunk_size", type=natural, default=None, help="read the prompt in pieces of so many tokens"
+    )
+    args = parser.parse_args()
+
+    if args.prompt is not None:
+        prompt = args.prompt
+    else:
+        prompt = sys.stdin.read() if args.prompt_file == "-" else read_text(args.prompt_file)
+    device = find_device(args.device)
+    model = (
+        load_named(AutoModelForCausalLM.from_pretrained, args.model, option="--model", dtype=args.dtype)
+        .to(device)
+        .eval()
+    )
+    tokenizer = load_named(AutoTokenizer.from_pretrained, args.model, option="--model")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    if inputs["input_ids"].shape[1] == 0:
+        parser.error("the prompt has no tokens: give at least one word")
+    sampling = {"do_sample": False}
+    if not args.greedy:
+        names = ("temperature", "top_k", "top_p")
+        sampling = {"do_sample": True, **{name: getattr(args, name) for name in names}}
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :1])  # what the model warns of should not stand in the middle of the text
+    set_seed(args.seed)
+    streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
+    begin = time.perf_counter()
+    model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=args.max_new_tokens,
+        repetition_penalty=args.repetition_penalty,
+        cache_implementation="static" if args.cache == "static" else None,
+        prefill_chunk_size=args.prefill_chunk_size,
+        streamer=streamer,
+    )
+    # The streamer is given the prompt first, then one token after the other.
+    first, last, count = streamer.times[1] - begin, streamer.times[-1] - begin, len(streamer.times) - 1
+    speed = f", then {(count - 1) / (last - first):.1f} tokens/s" if count > 1 else ""
+    print(
+        f"{inputs['input_ids'].shape[1]} prompt tokens, first token after {first:.3f} s{speed} ({count} new tokens)",
+        file=sys.stderr,
+    )
