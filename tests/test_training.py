@@ -158,7 +158,8 @@ def test_a_run_leaves_everything_that_is_promised(files, tmp_path, kind):
     if kind == "causal":
         sampling = GenerationConfig.from_pretrained(tmp_path / "run")
         assert (sampling.do_sample, sampling.temperature, sampling.top_k) == (True, 0.8, 40)
-        assert (sampling.pad_token_id, sampling.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert sampling.pad_token_id == tokenizer.pad_token_id
+        assert sampling.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])  # a list in 5.17
     assert result["before"]["step"] == 0
     # An untrained model knows nothing: about log(300) nats.
     assert result["before"]["eval_loss"] == pytest.approx(math.log(300), abs=0.5)
