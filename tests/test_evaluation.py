@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, data
 from helpers import make_model, random_ids, tiny_config
 from scripts.cards.card import check_results
-from scripts.evaluate import cost, harness, language, recall
+from scripts.evaluation import cost, harness, language, recall
 
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
-TASKS = ROOT / "scripts" / "evaluate" / "lm_eval_tasks"
+TASKS = ROOT / "scripts" / "evaluation" / "lm_eval_tasks"
 DOCUMENTS = [{"text": TEXT[3000:3900]}, {"text": "  "}, {"text": TEXT[9000:9300]}]
 
 
@@ -201,7 +201,7 @@ def test_the_cache_of_another_model_is_counted_too():
 
 def test_speed_is_tokens_over_time(causal, masked, monkeypatch):
     clock = iter(range(1000))
-    monkeypatch.setattr("scripts.evaluate.cost.time.perf_counter", lambda: next(clock))  # each run takes a second
+    monkeypatch.setattr("scripts.evaluation.cost.time.perf_counter", lambda: next(clock))  # each run takes a second
     assert cost.tokens_per_second(masked, batch_size=2, length=20, repeats=3) == 40
     assert cost.tokens_per_second(causal, batch_size=2, length=20, new_tokens=5, repeats=3) == 10
 
@@ -280,7 +280,7 @@ def test_a_missing_harness_is_named(causal, tokenizer, monkeypatch):
 
 def evaluate(monkeypatch, model: Path, *options: str) -> None:
     monkeypatch.setattr(sys, "argv", ["-m", "--model", str(model), "--device", "cpu", *options])
-    runpy.run_module("scripts.evaluate", run_name="__main__", alter_sys=True)
+    runpy.run_module("scripts.evaluation", run_name="__main__", alter_sys=True)
 
 
 def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, capsys):
@@ -291,7 +291,7 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
     evaluate(monkeypatch, folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
     first = json.loads(output.read_text(encoding="utf-8"))
     check_results(first)
-    assert {row["command"].partition(" --")[0] for row in first} == {"python -m scripts.evaluate"}
+    assert {row["command"].partition(" --")[0] for row in first} == {"python -m scripts.evaluation"}
     assert {row["dataset"] for row in first} == {"held_out"} and {row["task"] for row in first} == {"text-generation"}
     metrics = {row["metric"]: row["value"] for row in first}
     model = AutoModelForCausalLM.from_pretrained(folders["causal"], dtype=torch.float32)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from scripts.evaluate.recall import IGNORE, mqar, needle
+from scripts.evaluation.recall import IGNORE, mqar, needle
 
 
 def generator(seed=0):

@@ -156,11 +156,11 @@ def fail(capsys, monkeypatch, tmp_path):
         (["generate.py", "--model", CARD, "--prompt", "b", "--temperature", 0], 2, "must be above 0, got 0"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--seed", "x"], 2, "invalid int value: 'x'"),
         (["scripts.finetune", "--task", "qa", "--dataset_name", "/no", "--output_dir", "run"], 1, "no folder /no"),
-        (["scripts.evaluate.book", "--model", CARD, "--book", BOOK, "--tokens", 1], 2, "must be at least 2, got 1"),
-        (["scripts.evaluate.book", "--model", CARD, "--book", "none.txt"], 1, "No such file or directory: none.txt"),
-        (["scripts.evaluate", "--model", CARD, "--measure", "speed", "--output", "damaged.yaml"], 1, "must be JSON"),
-        (["scripts.evaluate", "--model", "a b", "--measure", "speed"], 1, "there is no folder a b"),
-        (["scripts.evaluate", "--model", CARD, "--measure", "perplexity", "--files", "none.txt"], 1, "not exist"),
+        (["scripts.evaluation.book", "--model", CARD, "--book", BOOK, "--tokens", 1], 2, "must be at least 2, got 1"),
+        (["scripts.evaluation.book", "--model", CARD, "--book", "none.txt"], 1, "No such file or directory: none.txt"),
+        (["scripts.evaluation", "--model", CARD, "--measure", "speed", "--output", "damaged.yaml"], 1, "must be JSON"),
+        (["scripts.evaluation", "--model", "a b", "--measure", "speed"], 1, "there is no folder a b"),
+        (["scripts.evaluation", "--model", CARD, "--measure", "perplexity", "--files", "none.txt"], 1, "not exist"),
         (["convert_checkpoint.py", "none.bin", "out"], 1, "none.bin does not exist"),
         (["convert_checkpoint.py", "none.bin", "out", "--chunksize", 3], 2, "Did you mean --chunk_size?"),
         (["convert_checkpoint.py", "none.bin", "empty.txt"], 2, "empty.txt is a file"),
@@ -180,7 +180,7 @@ def fail(capsys, monkeypatch, tmp_path):
         (["scripts.study.finetune", "--worker", "3"], 2, "Did you mean --workers?"),
         (["scripts.benchmark.profile", "--tokens", "3"], 2, "--tokens must be at least --context=8192, got 3"),
         (["scripts.benchmark.profile", "--layer", "3"], 2, "Did you mean --layers?"),
-        (["scripts.evaluate.lm_eval_tasks.make_tasks", "--books", "none.txt"], 1, "none.txt does not exist"),
+        (["scripts.evaluation.lm_eval_tasks.make_tasks", "--books", "none.txt"], 1, "none.txt does not exist"),
     ],
 )  # fmt: skip
 def test_a_mistake_ends_in_one_sentence(fail, command, code, words):
@@ -410,7 +410,7 @@ def test_generate_refuses_bad_options(capsys, model, monkeypatch):
 
 def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
     """The checkpoint of this repository on the whole of Oz's first 3,000 tokens, and on a longer reading of it."""
-    script = "scripts.evaluate.book"
+    script = "scripts.evaluation.book"
     options = [*first_line(script)[2:], "--tokens", "3000", "--segment", "512", "--max_new_tokens", "30"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [script, *options])
@@ -470,10 +470,7 @@ def test_profile_step_in_small(tmp_path):
 
 
 def test_no_script_hides_a_package():
-    """A file of scripts/ that is run finds what lies beside it first: with scripts/datasets, its `import datasets`. So
-    no name but `evaluate` is taken, which only packages import, and `python -m` starts these from the root."""
+    """A file of scripts/ that is run finds what lies beside it first: with scripts/datasets, its `import datasets`."""
     packages = {name.split(".")[0] for name in importlib.metadata.packages_distributions()}
     beside = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert beside & (packages | set(sys.stdlib_module_names)) - {"__pycache__"} <= {"evaluate"}
-    for path in [*(ROOT / "flash_hf").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
-        assert not re.search(r"^\s*(import|from) evaluate\b", path.read_text(encoding="utf-8"), re.M), path
+    assert beside & (packages | set(sys.stdlib_module_names)) <= {"__pycache__"}

@@ -32,7 +32,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from flash_hf.graphs import GraphedBackward
 
 from ..benchmark.timing import quartiles
-from ..evaluate.recall import mqar, needle
+from ..evaluation.recall import mqar, needle
 from ..provenance import provenance
 from .grid import Cell
 from .models import MODELS, SIZES, build

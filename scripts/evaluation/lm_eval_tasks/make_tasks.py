@@ -1,5 +1,5 @@
 """\
-python -m scripts.evaluate.lm_eval_tasks.make_tasks --books tests/data/wizard_of_oz.txt --output runs/tasks
+python -m scripts.evaluation.lm_eval_tasks.make_tasks --books tests/data/wizard_of_oz.txt --output runs/tasks
 
 Make the questions of book_cloze and book_next from books. Those in this folder come from two books that no checkpoint
 here was trained on: "The Wind in the Willows" (Kenneth Grahame, 1859-1932; published in 1908) and "Looking Backward"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a language model is worth: scores of whole books and of masked words.
 
-Every function takes a model as it is and returns plain numbers; `python -m scripts.evaluate` writes them down as the
+Every function takes a model as it is and returns plain numbers; `python -m scripts.evaluation` writes them down as the
 results that model cards are made from. Any causal or masked model of transformers will do.
 """
 

@@ -1,5 +1,5 @@
 """\
-python -m scripts.evaluate.book --model model_cards/flash-7m-causal --book tests/data/wizard_of_oz.txt
+python -m scripts.evaluation.book --model model_cards/flash-7m-causal --book tests/data/wizard_of_oz.txt
 
 Read a whole book into a state of constant size, then write on, token by token. What the reading took, and the memory
 of the process and of the state, are printed as it goes. On a laptop's CPU; the longer the book, the better the show.

@@ -1,4 +1,4 @@
-"""python -m scripts.evaluate --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
+"""python -m scripts.evaluation --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
 
 Measure a model on held-out text and write the numbers down as JSON, from which python -m scripts.cards makes its card:
 
