@@ -127,9 +127,6 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
         assert int(products) > 0, name
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# On the GPU alone
-# ------------------------------------------------------------------------------------------------------------------
 FORMS = {
     "paper": {}, "half shift": {"chunk_shift": 128, "global_form": "previous_token"}, "odd shift": {"chunk_shift": 77},
 }  # fmt: skip
@@ -140,6 +137,97 @@ def hopper_config(**changes):
     return config_of(**{"chunk_size": 256, "query_key_dim": 128, "hidden_size": 256, **changes})
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# What is around the two kernels: with these in torch, as their docstrings say, in triton's interpreter
+# ------------------------------------------------------------------------------------------------------------------
+def scan_in_torch(
+    grid, x, h, a, reader, writer, out, states, value_out, rms, gain, bias_x, bias_h, carry, sums, begin, end, _, __,
+    ___, N, G, shift, e_blocks, tasks, *, BACK, SPLIT, EVEN, **constants,
+):  # fmt: skip
+    walks = [(row * G, (row + 1) * G) for row in range(tasks // e_blocks)]
+    if SPLIT:
+        walks = list(zip(begin.tolist(), end.tolist(), strict=True))
+        assert len(walks) == tasks // e_blocks
+    for number, (first, last) in enumerate(walks):
+        chunks = range(first, last)[::-1] if BACK else range(first, last)
+        begins_row = (last if BACK else first) % G == 0
+        state = x.new_zeros(128, 128 * e_blocks) if begins_row else carry[number] * 256
+        for chunk in chunks:
+            slot = torch.arange(256) + chunk % G * 256 - shift
+            real = (slot >= 0) & (slot < N)
+            assert real.all() or not EVEN
+            token = chunk // G * N + slot[real]
+
+            def tile(matrix, real=real, token=token):
+                whole = matrix.new_zeros(256, matrix.shape[1])
+                whole[real] = matrix[token]
+                return whole
+
+            slots = slice(chunk * 256, (chunk + 1) * 256)
+            scale = tile(rms[:, None]) * gain
+            weight = a[slots].nan_to_num().tril()
+            if chunk != chunks[0] or not begins_row:
+                states[chunk * 128 : (chunk + 1) * 128] = state / 256
+            gate = tile(h) * scale + bias_h
+            if BACK:
+                values = tile(x)
+                result = weight.T @ values + reader[slots] @ (state / 256)
+                s = gate.sigmoid()
+                result = result * s * (1 + gate * (1 - s)) * real[:, None]
+                sums[2 * chunk : 2 * chunk + 2] = result.view(2, 128, -1).sum(1)
+                out[token] = (result * scale)[real]
+                value_out[token] = (gate * s)[real]
+            else:
+                values = torch.nn.functional.silu(tile(x) * scale + bias_x) * real[:, None]
+                result = weight @ values + reader[slots] @ (state / 256)
+                out[token] = (result * torch.nn.functional.silu(gate))[real]
+            state = state + writer[slots].T @ values
+
+
+def reduce_in_torch(
+    grid, d_attended, value, _, state, d_state, a, d_score, d_query, d_key, factor, G, shift, E, tasks, **constants
+):
+    N = d_attended.shape[0] // (tasks // 4 // G)
+    for chunk in range(tasks // 4):
+        slot = torch.arange(256) + chunk % G * 256 - shift
+        real = (slot >= 0) & (slot < N)
+        d, v = (x.new_zeros(256, E) for x in (d_attended, value))
+        token = chunk // G * N + slot[real]
+        d[real], v[real] = d_attended[token], value[token]
+        slots, states = slice(chunk * 256, (chunk + 1) * 256), slice(chunk * 128, (chunk + 1) * 128)
+        d_score[slots] = 2 * a[slots].sqrt() * (d @ v.T)
+        d_query[slots] = factor[chunk] * d @ state[states].T if chunk % G else 0
+        d_key[slots] = v @ d_state[states].T if (chunk + 1) % G else 0
+
+
+@pytest.mark.skipif(HOPPER or ops.scan is None, reason="a GPU runs the kernels themselves")
+@pytest.mark.parametrize(
+    ("length", "form", "pieces"),
+    [(512, "paper", False), (600, "odd shift", True), (300, "half shift", False)],
+)
+def test_the_launches_around_the_scan_are_right(length, form, pieces, monkeypatch):
+    monkeypatch.setattr(ops, "FEW_SCANS", 10**6 if pieces else 0)
+    monkeypatch.setattr(ops.Shape, "scans", lambda shape, source, device: shape.causal and source is None)
+    monkeypatch.setattr(ops, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(ops.scan, "scan_kernel", scan_in_torch)
+    monkeypatch.setattr(ops.scan, "reduce_kernel", reduce_in_torch)
+    monkeypatch.setattr(ops.scan, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
+    monkeypatch.setattr(ops.scan, "tokens", lambda x, B, N, *block: x)
+    launch_forward = ops.launch_forward
+
+    def as_fake_tensors_say(shape, inputs, initial, kept, kept_mask, *wanted):
+        results = launch_forward(shape, inputs, initial, kept, kept_mask, *wanted)
+        faked = ops.fake_forward(shape, inputs.v, inputs.source, inputs.index, initial is not None, *wanted)
+        assert [x.shape for x in results] == [x.shape for x in faked]
+        return results
+
+    monkeypatch.setattr(ops, "launch_forward", as_fake_tensors_say)
+    compare(hopper_config(hidden_size=64, num_hidden_layers=2, **FORMS[form]), "odd", length=length)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# On the GPU alone
+# ------------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def scans(monkeypatch):
     """Counts the scans: forward and backward of each layer."""

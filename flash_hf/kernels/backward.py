@@ -99,8 +99,7 @@ def gate_states_kernel(
     N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, ATTENDED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr,
-    TOTAL: tl.constexpr, VALUES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    TOTAL: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`gate_kernel` and the gradient of the states in one pass over a piece, from its last chunk to its first:
     `sum q_lin d_attended^T` as `states_kernel` sums `k v^T`. `d_bias` has one row a piece."""
@@ -140,7 +139,7 @@ def gate_states_kernel(
             d_bias += tl.sum(tl.where(real[:, None], d_u, 0.0), 0)
             d_u = d_u * gain[:, None]
         store_rows(d_u_ptr, d_u_stride, token, real, column, E, d_u, EVEN_E)
-        if VALUES:
+        if SILU:
             h = load_tile(v, v_stride, token, real, chunk, slot, column, first_e, E, G, C, shift, EVEN_E, TMA)
             value = silu(preactivation(h, bias_v_ptr, column, E, gain, SCALED), SILU, FAST)
             store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)

@@ -343,18 +343,20 @@ def key_rows(shape: Shape) -> list[int]:
     return [1] * shape.quad + [shape.H - 1] * shape.lin
 
 
-def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor) -> Tensor:
-    """What comes before each piece, over C, `[pieces, SP, E]`."""
+def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False) -> Tensor:
+    """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
+    `back` of `keys^T x` behind each piece."""
     options = piece_launch(shape, inputs)
     tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
-    _, total = state_buffers(shape, inputs.index, inputs.v.new_empty, True)
+    options |= {"PREFIX": False, "SCALED": shape.scaled and not back, "SILU": shape.silu and not back}
+    _, total = state_buffers(shape, inputs.index, x.new_empty, True)
     forward.states_kernel(
         (inputs.index[2].shape[0], cdiv(shape.E, block_e)),
-        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(inputs.v, tma, block_k, block_e), inputs.v.stride(0),
-        *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3], inputs.v, inputs.v, total,
-        *ints(shape), shape.E, **{**options, "PREFIX": False}, TOTAL=True, VALUES=False, STAGES=3,
+        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(x, tma, block_k, block_e), x.stride(0),
+        *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3], x, x, total, *ints(shape), shape.E,
+        **options, TOTAL=True, VALUES=False, STAGES=3,
     )  # fmt: skip
-    return launch_carry(shape, inputs.index, total, None, True, "", False)[0]
+    return launch_carry(shape, inputs.index, total, None, True, "", back)[0]
 
 
 @functools.cache
@@ -429,7 +431,7 @@ def launch_forward(
     if initial is None and not want_final and shape.scans(inputs.source, inputs.v.device):
         out, prefix = new((T, E)), new((shape.GT, t.SP, E))
         split = shape.splits and has_carry(shape, inputs.index, False)
-        before = launch_totals(shape, inputs, heads[row + 1]) if split else None
+        before = launch_totals(shape, inputs, heads[row + 1], inputs.v) if split else None
         biases = inputs.bias_v, inputs.bias_u
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
         return out, heads, prefix, *(new((0,)) for _ in range(3))
@@ -496,16 +498,16 @@ def launch_gate(
 
 def launch_gate_states(
     shape: Shape, inputs: Inputs, queries: Tensor, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor,
-    value: Tensor | None, d_prefix: Tensor | None, total: Tensor,
+    value: Tensor, d_prefix: Tensor, total: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`launch_gate` and the gradient of the states: what it is behind each chunk in `d_prefix` (causal; None for
-    nothing), and over each piece in `total` (if that is not empty)."""
+    """`launch_gate` and the gradient of the states: what it is behind each chunk in `d_prefix` (causal), and over each
+    piece in `total` (if that is not empty)."""
     t, E = shape.tiles, shape.E
     pieces = inputs.index[2].shape[0]
     options = piece_launch(shape, inputs)
     tma, block_e = options["TMA"], options["BLOCK_E"]
     block = min(t.gate_k, t.block_k), block_e
-    options |= {"BLOCK_K": block[0], "STAGES": t.gate_stages, "PREFIX": shape.causal and d_prefix is not None}
+    options |= {"BLOCK_K": block[0], "STAGES": t.gate_stages}
     d_bias_u = gated.new_empty((pieces if shape.scaled else 0, E), dtype=torch.float32)
     backward.gate_states_kernel(
         (pieces, cdiv(E, block_e)),
@@ -513,9 +515,8 @@ def launch_gate_states(
         shape.tokens(inputs.u, tma, *block), inputs.u.stride(0), shape.tokens(gated, tma, *block),
         shape.tokens(inputs.v, tma, *block), inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2],
         inputs.tokens, inputs.index[2], inputs.index[3], d_attended, d_u, d_u.stride(0),
-        inputs.v if value is None else value, d_bias_u, total if d_prefix is None else d_prefix, total, *ints(shape),
-        E, **options, ATTENDED=saved_attended(shape.dtype, shape.silu), TOTAL=total.numel() > 0,
-        VALUES=shape.silu and value is not None,
+        value, d_bias_u, d_prefix, total, *ints(shape), E, **options,
+        ATTENDED=saved_attended(shape.dtype, shape.silu), TOTAL=total.numel() > 0,
     )  # fmt: skip
     return d_bias_u
 
@@ -585,13 +586,8 @@ def launch_scan_gradients(
     new = gated.new_empty
     d_attended = d_out if reuse else new((T, E))
     split = shape.splits and has_carry(shape, inputs.index, False)
-    behind = None
-    if split:
-        _, total = state_buffers(shape, inputs.index, new, True)
-        d_bias_u = launch_gate_states(shape, inputs, heads[row], gated, d_out, d_attended, d_u, None, None, total)
-        behind, _ = launch_carry(shape, inputs.index, total, None, True, "", True)
-    else:
-        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, None)
+    d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, None)
+    behind = launch_totals(shape, inputs, heads[row], d_attended, back=True) if split else None
     value, d_prefix = new((T, E)), torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v
