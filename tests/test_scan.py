@@ -28,7 +28,7 @@ SHAPE = ops.Shape(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"causal": False}, {"quad": False}, {"lin": False}, {"scaled": False}, {"silu": False}, {"C": 128},
+        {"quad": False}, {"lin": False}, {"scaled": False}, {"silu": False}, {"C": 128},
         {"S": 64}, {"E": 1600}, {"dtype": torch.float16}, {"dtype": torch.float32},
     ],
     ids=lambda changes: "-".join(map(str, *changes.items())),
@@ -97,7 +97,9 @@ found = {
     "forward, pieces": compiled(scan.scan_kernel, scanned, BACK=False, SPLIT=True, EVEN=False, SHIFTED=True, **slots),
     "backward": compiled(scan.scan_kernel, scanned, BACK=True, SPLIT=False, EVEN=True, SHIFTED=False, **slots),
     "backward, pieces": compiled(scan.scan_kernel, scanned, BACK=True, SPLIT=True, EVEN=False, SHIFTED=True, **slots),
-    "reduce": compiled(scan.reduce_kernel, reduced, BLOCK_K=scan.REDUCE_K, STAGES=scan.REDUCE_STAGES),
+    "whole": compiled(scan.whole_kernel, scanned, BACK=False, EVEN=False, SHIFTED=True, **slots),
+    "whole, backward": compiled(scan.whole_kernel, scanned, BACK=True, EVEN=True, SHIFTED=False, **slots),
+    "reduce": compiled(scan.reduce_kernel, reduced, CAUSAL=True, BLOCK_K=scan.REDUCE_K, STAGES=scan.REDUCE_STAGES),
 }
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 for name, kernel in found.items():
@@ -117,7 +119,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 5
+    assert len(rows) == 7
     found = tuple(int(part) for part in ops.triton.__version__.split(".")[:2])
     tried = ops.TRIED_TRITON[0] <= found <= ops.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -184,8 +186,53 @@ def scan_in_torch(
             state = state + writer[slots].T @ values
 
 
+def whole_in_torch(
+    grid, x, h, a, reader, out, value_out, rms, gain, bias_x, bias_h, state, sums, begin, end, _, __, ___, N, G, shift,
+    e_blocks, tasks, *, BACK, EVEN, **constants,
+):  # fmt: skip
+    assert len(begin) == tasks // e_blocks
+    for chunk in range(len(a) // 256):
+        assert ((begin <= chunk) & (chunk < end)).sum() == 1
+        slot = torch.arange(256) + chunk % G * 256 - shift
+        real = (slot >= 0) & (slot < N)
+        assert real.all() or not EVEN
+        token = chunk // G * N + slot[real]
+        slots = slice(chunk * 256, (chunk + 1) * 256)
+        values, gate = (matrix.new_zeros(256, 128 * e_blocks) for matrix in (x, h))
+        scale = rms.new_zeros(256, 1)
+        values[real], gate[real], scale[real] = x[token], h[token], rms[token, None] * gain
+        gate = gate * scale + bias_h
+        if BACK:
+            result = a[slots].T @ values + reader[slots] @ state[chunk // G]
+            s = gate.sigmoid()
+            result = result * s * (1 + gate * (1 - s)) * real[:, None]
+            sums[2 * chunk : 2 * chunk + 2] = result.view(2, 128, -1).sum(1)
+            out[token], value_out[token] = (result * scale)[real], (gate * s)[real]
+        else:
+            values = torch.nn.functional.silu(values * scale + bias_x) * real[:, None]
+            result = a[slots] @ values + reader[slots] @ state[chunk // G]
+            out[token] = (result * torch.nn.functional.silu(gate))[real]
+
+
 def reduce_in_torch(
-    grid, d_attended, value, _, state, d_state, a, d_score, d_query, d_key, factor, G, shift, E, tasks, **constants
+    grid,
+    d_attended,
+    value,
+    _,
+    state,
+    d_state,
+    a,
+    d_score,
+    d_query,
+    d_key,
+    factor,
+    G,
+    shift,
+    E,
+    tasks,
+    *,
+    CAUSAL,
+    **constants,
 ):
     N = d_attended.shape[0] // (tasks // 4 // G)
     for chunk in range(tasks // 4):
@@ -194,22 +241,30 @@ def reduce_in_torch(
         d, v = (x.new_zeros(256, E) for x in (d_attended, value))
         token = chunk // G * N + slot[real]
         d[real], v[real] = d_attended[token], value[token]
-        slots, states = slice(chunk * 256, (chunk + 1) * 256), slice(chunk * 128, (chunk + 1) * 128)
+        slots = slice(chunk * 256, (chunk + 1) * 256)
+        states = chunk if CAUSAL else chunk // G
+        states = slice(states * 128, (states + 1) * 128)
         d_score[slots] = 2 * a[slots].sqrt() * (d @ v.T)
-        d_query[slots] = factor[chunk] * d @ state[states].T if chunk % G else 0
-        d_key[slots] = v @ d_state[states].T if (chunk + 1) % G else 0
+        d_query[slots] = factor[chunk] * d @ state[states].T if chunk % G or not CAUSAL else 0
+        d_key[slots] = v @ d_state[states].T if (chunk + 1) % G or not CAUSAL else 0
 
 
 @pytest.mark.skipif(HOPPER or ops.scan is None, reason="a GPU runs the kernels themselves")
 @pytest.mark.parametrize(
-    ("length", "form", "pieces"),
-    [(512, "paper", False), (600, "odd shift", True), (300, "half shift", False)],
+    ("length", "form", "pieces", "causal"),
+    [
+        (512, "paper", False, True),
+        (600, "odd shift", True, True),
+        (300, "half shift", False, True),
+        (600, "odd shift", True, False),
+    ],
 )
-def test_the_launches_around_the_scan_are_right(length, form, pieces, monkeypatch):
+def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, monkeypatch):
     monkeypatch.setattr(ops, "FEW_SCANS", 10**6 if pieces else 0)
-    monkeypatch.setattr(ops.Shape, "scans", lambda shape, source, device: shape.causal and source is None)
+    monkeypatch.setattr(ops.Shape, "scans", lambda shape, source, device: source is None)
     monkeypatch.setattr(ops, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(ops.scan, "scan_kernel", scan_in_torch)
+    monkeypatch.setattr(ops.scan, "whole_kernel", whole_in_torch)
     monkeypatch.setattr(ops.scan, "reduce_kernel", reduce_in_torch)
     monkeypatch.setattr(ops.scan, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
     monkeypatch.setattr(ops.scan, "tokens", lambda x, B, N, *block: x)
@@ -222,7 +277,8 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, monkeypatc
         return results
 
     monkeypatch.setattr(ops, "launch_forward", as_fake_tensors_say)
-    compare(hopper_config(hidden_size=64, num_hidden_layers=2, **FORMS[form]), "odd", length=length)
+    config = hopper_config(hidden_size=64, num_hidden_layers=2, is_decoder=causal, **FORMS[form])
+    compare(config, "odd", length=length)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -244,6 +300,16 @@ def scans(monkeypatch):
 def test_error_is_at_most_twice_the_torch_tiers(length, split, form, scans, monkeypatch):
     monkeypatch.setattr(ops, "FEW_SCANS", 10**6 if split else 0)
     compare(hopper_config(**FORMS[form]), "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
+    assert len(scans) == 2 * 2 * 2
+
+
+@needs_hopper
+@pytest.mark.gpu
+@forms
+@pytest.mark.parametrize("length", [512, 200, 777, 2560])
+def test_bidirectional_error_is_at_most_twice_the_torch_tiers(length, form, scans):
+    config = hopper_config(is_decoder=False, **FORMS[form])
+    compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
     assert len(scans) == 2 * 2 * 2
 
 

@@ -148,7 +148,7 @@ class Shape:
     def scans(self, source: Tensor | None, device: torch.device) -> bool:
         """Whether the kernels of scan.py compute this, which are for the layers that most people train, on Hopper."""
         fits = (
-            self.causal and self.quad and self.lin and self.scaled and self.silu and source is None
+            self.quad and self.lin and self.scaled and self.silu and source is None
             and self.dtype == torch.bfloat16 and (self.C, self.S) == (256, 128) and self.E % 128 == 0
         )  # fmt: skip
         return fits and scan_for(device)
@@ -345,7 +345,7 @@ def key_rows(shape: Shape) -> list[int]:
 
 def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False) -> Tensor:
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
-    `back` of `keys^T x` behind each piece."""
+    `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`."""
     options = piece_launch(shape, inputs)
     tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
     options |= {"PREFIX": False, "SCALED": shape.scaled and not back, "SILU": shape.silu and not back}
@@ -356,7 +356,9 @@ def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back
         *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3], x, x, total, *ints(shape), shape.E,
         **options, TOTAL=True, VALUES=False, STAGES=3,
     )  # fmt: skip
-    return launch_carry(shape, inputs.index, total, None, True, "", back)[0]
+    final = "" if shape.causal else "state"
+    before, whole = launch_carry(shape, inputs.index, total, None, shape.causal, final, back)
+    return before if shape.causal else whole
 
 
 @functools.cache
@@ -377,12 +379,25 @@ def launch_scan(
 
     Args:
         biases: of x and of h.
-        carry: what comes before each piece, or in the backward behind it; None walks along whole rows.
+        states: of the chunks, to be filled (causal).
+        carry: what comes before each piece, or in the backward behind it; None walks along whole rows. Of
+            bidirectional models, the rows' states.
     """
     (B, N), row, back = (shape.B, shape.N), lin_row(shape), value is not None
     reader, writer = (row + 1, row) if back else (row, row + 1)
     walks = B if carry is None else inputs.index[2].shape[0]
     tasks = walks * shape.E // 128
+    even = shape.shift == 0 and N == shape.G * shape.C
+    if not shape.causal:
+        scan.whole_kernel(
+            scan_grid(tasks, x.device),
+            scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
+            scan.tokens(out, B, N), scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain,
+            *biases, carry, inputs.rms if sums is None else sums, inputs.index[2], inputs.index[3], out, out.stride(0),
+            out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back, EVEN=even,
+            SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+        )  # fmt: skip
+        return
     scan.scan_kernel(
         scan_grid(tasks, x.device),
         scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
@@ -390,8 +405,8 @@ def launch_scan(
         scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
         states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index[2], inputs.index[3],
         out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back,
-        SPLIT=carry is not None, EVEN=shape.shift == 0 and N == shape.G * shape.C, SHIFTED=shape.shift > 0,
-        SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+        SPLIT=carry is not None, EVEN=even, SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS,
+        VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
     )  # fmt: skip
 
 
@@ -429,12 +444,12 @@ def launch_forward(
             first.copy_(torch.where(mask[..., None], keys.to(first.dtype), first))
     weights = launch_scores(shape, inputs, heads)
     if initial is None and not want_final and shape.scans(inputs.source, inputs.v.device):
-        out, prefix = new((T, E)), new((shape.GT, t.SP, E))
-        split = shape.splits and has_carry(shape, inputs.index, False)
+        out, prefix = new((T, E)), new((shape.GT, t.SP, E) if shape.causal else (0,))
+        split = not shape.causal or shape.splits and has_carry(shape, inputs.index, False)
         before = launch_totals(shape, inputs, heads[row + 1], inputs.v) if split else None
         biases = inputs.bias_v, inputs.bias_u
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
-        return out, heads, prefix, *(new((0,)) for _ in range(3))
+        return out, heads, prefix, new((0,)) if shape.causal else before, new((0,)), new((0,))
     value = new((T, E)) if shape.silu else None
     prefix, carry, final = (new((0,)) for _ in range(3))
     if shape.lin:
@@ -581,11 +596,11 @@ def launch_scan_gradients(
     d_v: Tensor, d_scores: Tensor, d_heads: Tensor, reuse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`launch_attention_gradients` by the kernels of scan.py."""
-    heads, prefix, _ = saved
+    heads, prefix, carry = saved
     E, T, B, N, row = shape.E, shape.B * shape.N, shape.B, shape.N, lin_row(shape)
     new = gated.new_empty
     d_attended = d_out if reuse else new((T, E))
-    split = shape.splits and has_carry(shape, inputs.index, False)
+    split = not shape.causal or shape.splits and has_carry(shape, inputs.index, False)
     d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, None)
     behind = launch_totals(shape, inputs, heads[row], d_attended, back=True) if split else None
     value, d_prefix = new((T, E)), torch.empty_like(prefix)
@@ -596,10 +611,11 @@ def launch_scan_gradients(
     scan.reduce_kernel(
         scan_grid(tasks, d_out.device),
         scan.tokens(d_attended, B, N, 256, block_k), scan.tokens(value, B, N, 256, block_k),
-        scan.tokens(value, B, N, 128, block_k), scan.matrix(prefix, 128, block_k),
-        scan.matrix(d_prefix, 128, block_k), scan.matrix(weights, 256, 128), scan.matrix(d_scores, 256, 128),
-        scan.matrix(d_heads[row], 256, 128), scan.matrix(d_heads[row + 1], 256, 128), inputs.index[0], shape.G,
-        shape.shift, E, tasks, BLOCK_K=block_k, STAGES=scan.REDUCE_STAGES, num_warps=8,
+        scan.tokens(value, B, N, 128, block_k), scan.matrix(prefix if shape.causal else carry, 128, block_k),
+        scan.matrix(d_prefix if shape.causal else behind, 128, block_k), scan.matrix(weights, 256, 128),
+        scan.matrix(d_scores, 256, 128), scan.matrix(d_heads[row], 256, 128),
+        scan.matrix(d_heads[row + 1], 256, 128), inputs.index[0], shape.G, shape.shift, E, tasks, CAUSAL=shape.causal,
+        BLOCK_K=block_k, STAGES=scan.REDUCE_STAGES, num_warps=8,
     )  # fmt: skip
     return d_bias_u, d_bias_v
 
@@ -627,7 +643,8 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     used = 2 * (shape.quad + shape.lin) == shape.H
     d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
     d_scores = torch.empty_like(weights)
-    scanned = carry.numel() == 0 and shape.scans(inputs.source, gated.device)
+    # What a cache brought is in `carry`, and not in the states of the chunks.
+    scanned = not (shape.causal and carry.numel()) and shape.scans(inputs.source, gated.device)
     launch = launch_scan_gradients if scanned else launch_attention_gradients
     d_bias_u, d_bias_v = launch(shape, inputs, saved, weights, gated, d_out, d_u, d_v, d_scores, d_heads, reuse)
     squares = None

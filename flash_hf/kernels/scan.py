@@ -408,28 +408,189 @@ def scan_kernel(
 
 
 @gluon.jit
-def kind_of(task, G):
+def load_whole(
+    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `multiply_whole` reads, in its order."""
+    value_step = 0
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        column = (task % E_BLOCKS) * BLOCK
+        for chunk in range(begin, end):
+            row = chunk // G
+            token = (chunk % G) * (2 * BLOCK) - shift
+            slot = chunk * (2 * BLOCK)
+            for half in gl.static_range(2):
+                place = [row, token + half * BLOCK, column]
+                value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
+            for half in gl.static_range(2):
+                step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                for other in gl.static_range(2):
+                    if BACK:
+                        step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
+                    else:
+                        step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
+            for half in gl.static_range(2):
+                step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
+
+
+@gluon.jit
+def multiply_whole(
+    out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full, x_empty, ring,
+    full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `whole_kernel` computes."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
+    )
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
+    E = E_BLOCKS * BLOCK
+    gain = gl.load(gain_ptr).to(gl.float32)
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    value_step = 0
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        first_e = (task % E_BLOCKS) * BLOCK
+        columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
+        bias_x = gl.load(bias_x_ptr + columns).to(gl.float32)
+        s = gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
+        state = state_ptr + (begin // G).to(gl.int64) * BLOCK * E
+        state_tile.store(gl.load(state + gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)))
+        fence_async_shared()
+        for chunk in range(begin, end):
+            row = chunk // G
+            token = (chunk % G) * (2 * BLOCK) - shift
+            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
+            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            slot_0 = value_step % VALUE_SLOTS
+            slot_1 = (value_step + 1) % VALUE_SLOTS
+            x_0 = values.index(slot_0)
+            x_1 = values.index(slot_1)
+            mbarrier.wait(x_full.index(slot_0), (value_step // VALUE_SLOTS) & 1)
+            mbarrier.wait(x_full.index(slot_1), ((value_step + 1) // VALUE_SLOTS) & 1)
+            if not BACK:
+                activate(x_0, rms_ptr, gain, bias_x, row, token, N, EVEN, wide)
+                activate(x_1, rms_ptr, gain, bias_x, row, token + BLOCK, N, EVEN, wide)
+            acc_0 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+            acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
+            acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, BACK, SLOTS)
+            acc_1 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+            acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
+            acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, BACK, SLOTS)
+            first = step
+            for half in gl.static_range(2):
+                held = step % SLOTS
+                mbarrier.wait(full.index(held), (step // SLOTS) & 1)
+                step += 1
+                scale = gl.expand_dims(scale_0 if half == 0 else scale_1, 1)
+                real = gl.expand_dims(real_0 if half == 0 else real_1, 1)
+                x_half = x_0 if half == 0 else x_1
+                tile = ring.index(held)
+                sums = sums_ptr + (chunk * 2 + half) * E + first_e
+                left, right = halves(acc_0 if half == 0 else acc_1, narrow)
+                start = token + half * BLOCK
+                before = start < 0
+                gate(
+                    tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                    value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
+                )  # fmt: skip
+                gate(
+                    tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                    value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                )  # fmt: skip
+                fence_async_shared()
+                if not SHIFTED or not before:
+                    store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
+                    if BACK:
+                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index(first % SLOTS), count=1)
+            mbarrier.arrive(empty.index((first + 1) % SLOTS), count=1)
+            mbarrier.arrive(x_empty.index(slot_0), count=1)
+            mbarrier.arrive(x_empty.index(slot_1), count=1)
+            value_step += 2
+    tma.store_wait(0)
+
+
+@kernel
+@gluon.jit
+def whole_kernel(
+    x, h, a, reader, out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, begin_ptr,
+    end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr, EVEN: gl.constexpr,
+    SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """`scan_kernel` for bidirectional models, where a row has one state, `state`, that of all its chunks over C, and
+    every token of a chunk sees all others."""
+    layout: gl.constexpr = a.layout
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
+    state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
+    x_empty = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    for slot in gl.static_range(VALUE_SLOTS):
+        mbarrier.init(x_full.index(slot), count=1)
+        mbarrier.init(x_empty.index(slot), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                multiply_whole,
+                (
+                    out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full,
+                    x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G,
+                    shift, E_BLOCKS, TASKS, BACK, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                ),
+            ),
+            (
+                load_whole,
+                (
+                    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift,
+                    E_BLOCKS, TASKS, BACK, SLOTS, VALUE_SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def kind_of(task, G, CAUSAL: gl.constexpr):
     """Chunk of a task of `reduce_kernel`, which of its four products, and whether that one is 0: the state before a
     row's first chunk, and the gradient of that behind its last. The products take turns, so that all programs have
     as much to do."""
     chunk = task // 4
     kind = (task + task // gl.num_programs(0)) % 4
-    zero = ((kind == 2) & (chunk % G == 0)) | ((kind == 3) & (chunk % G == G - 1))
+    zero = kind > 3
+    if CAUSAL:
+        zero = ((kind == 2) & (chunk % G == 0)) | ((kind == 3) & (chunk % G == G - 1))
     return chunk, kind, zero
 
 
 @gluon.jit
 def load_factors(
     d_attended, value, value_half, state, d_state, a, left, right, full, empty, end, end_full, end_empty, G, shift, E,
-    TASKS, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    TASKS, CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `reduce` reads, in its order."""
     step = 0
     number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        chunk, kind, zero = kind_of(task, G)
+        chunk, kind, zero = kind_of(task, G, CAUSAL)
         row = chunk // G
         token = (chunk % G) * (2 * BLOCK) - shift
+        state_row = (chunk if CAUSAL else row) * BLOCK
         if not zero:
             for start in range(0, E, BLOCK_K):
                 slot = step % STAGES
@@ -438,11 +599,11 @@ def load_factors(
                 x = left.index(slot).reshape([1, 2 * BLOCK, BLOCK_K])
                 if kind == 3:
                     load_async(value, [row, token, start], full.index(slot), x)
-                    load_async(d_state, [chunk * BLOCK, start], full.index(slot), right.index(slot))
+                    load_async(d_state, [state_row, start], full.index(slot), right.index(slot))
                 else:
                     load_async(d_attended, [row, token, start], full.index(slot), x)
                     if kind == 2:
-                        load_async(state, [chunk * BLOCK, start], full.index(slot), right.index(slot))
+                        load_async(state, [state_row, start], full.index(slot), right.index(slot))
                     else:
                         y = right.index(slot).reshape([1, BLOCK, BLOCK_K])
                         load_async(value_half, [row, token + kind * BLOCK, start], full.index(slot), y)
@@ -460,14 +621,14 @@ def load_factors(
 @gluon.jit
 def reduce(
     d_score, d_query, d_key, factor_ptr, left, right, full, empty, end, end_full, end_empty, G, E, TASKS,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products themselves, see `reduce_kernel`."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     step = 0
     number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        chunk, kind, zero = kind_of(task, G)
+        chunk, kind, zero = kind_of(task, G, CAUSAL)
         acc = gl.zeros([2 * BLOCK, BLOCK], gl.float32, mma)
         if not zero:
             for start in range(0, E, BLOCK_K):
@@ -502,11 +663,12 @@ def reduce(
 @gluon.jit
 def reduce_kernel(
     d_attended, value, value_half, state, d_state, a, d_score, d_query, d_key, factor_ptr, G, shift, E, TASKS,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products of a chunk's backward that are sums over the value dimensions, 256 by 128 each: the scores'
     gradients `2 sqrt(A) (d_attended V^T)` of either half of the keys, the linear query's `f d_attended S^T`, and the
-    linear key's `V dS^T`. What lies above the diagonal of the scores' is not to be read."""
+    linear key's `V dS^T`. CAUSAL: states are those of chunks, and what lies above the diagonal of the scores' is not
+    to be read; otherwise they are those of rows."""
     left = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK, BLOCK_K], state.layout)
     right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, BLOCK_K], state.layout)
     end = gl.allocate_shared_memory(gl.bfloat16, [2 * BLOCK, BLOCK], state.layout)
@@ -526,14 +688,14 @@ def reduce_kernel(
                 reduce,
                 (
                     d_score, d_query, d_key, factor_ptr, left, right, full, empty, end, end_full, end_empty, G, E,
-                    TASKS, BLOCK_K, STAGES,
+                    TASKS, CAUSAL, BLOCK_K, STAGES,
                 ),
             ),
             (
                 load_factors,
                 (
                     d_attended, value, value_half, state, d_state, a, left, right, full, empty, end, end_full,
-                    end_empty, G, shift, E, TASKS, BLOCK_K, STAGES,
+                    end_empty, G, shift, E, TASKS, CAUSAL, BLOCK_K, STAGES,
                 ),
             ),
         ],
