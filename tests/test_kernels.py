@@ -17,7 +17,7 @@ from helpers import assert_close, error_ratio, make_model, random_ids
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
 from flash_hf import kernels  # noqa: E402
-from flash_hf.kernels import ops  # noqa: E402
+from flash_hf.kernels import launches, ops, tiles  # noqa: E402
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -200,7 +200,8 @@ def test_many_pieces_of_a_document(monkeypatch, form):
 @pytest.mark.parametrize("causal", [True, False])
 def test_gpus_without_descriptors(monkeypatch, causal, form):
     """Before Hopper tiles are loaded by pointers, and the output projection is torch's."""
-    monkeypatch.setattr(ops, "has_tma", lambda device: False)
+    for module in (tiles, launches):
+        monkeypatch.setattr(module, "has_tma", lambda device: False)
     compare(config_of(is_decoder=causal, **FORMS[form]), "whole chunks")
 
 

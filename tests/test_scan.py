@@ -10,7 +10,7 @@ import torch
 from test_kernels import DEVICE, compare, config_of, through
 
 from flash_hf import FlashModel
-from flash_hf.kernels import ops
+from flash_hf.kernels import choice, launches, ops, tiles
 from helpers import make_model
 
 
@@ -18,10 +18,10 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 pytestmark = pytest.mark.usefixtures("exact_float32")
 needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
 
-SHAPE = ops.Shape(
+SHAPE = tiles.Shape(
     B=2, N=700, G=3, C=256, shift=0, E=1536, S=128, H=4, causal=True, quad=True, lin=True, previous=False,
     scaled=True, silu=True, interleaved=False, rotary_dim=128, scale=1 / 256, dtype=torch.bfloat16,
-    tiles=ops.tiles_for(256, 128, torch.bfloat16),
+    tiles=tiles.tiles_for(256, 128, torch.bfloat16),
 )  # fmt: skip
 
 
@@ -34,11 +34,11 @@ SHAPE = ops.Shape(
     ids=lambda changes: "-".join(map(str, *changes.items())),
 )  # fmt: skip
 def test_what_the_scan_is_not_for_keeps_the_other_kernels(changes, monkeypatch):
-    monkeypatch.setattr(ops, "scan_for", lambda device: True)
+    monkeypatch.setattr(choice, "scan_for", lambda device: True)
     device = torch.device("cuda")
-    assert SHAPE.scans(None, device)
-    assert not SHAPE.scans(torch.zeros(1), device)  # padded or packed rows
-    assert not dataclasses.replace(SHAPE, **changes).scans(None, device)
+    assert choice.scans(SHAPE, None, device)
+    assert not choice.scans(SHAPE, torch.zeros(1), device)  # padded or packed rows
+    assert not choice.scans(dataclasses.replace(SHAPE, **changes), None, device)
 
 
 @pytest.mark.parametrize(
@@ -49,23 +49,23 @@ def test_what_the_scan_is_not_for_keeps_the_other_kernels(changes, monkeypatch):
 def test_the_scan_is_chosen_by_capability_and_triton(capability, version, chosen, monkeypatch):
     said = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(ops.triton, "__version__", version)
-    monkeypatch.setattr(ops.logger, "warning_once", said.append, raising=False)
-    if ops.scan is None:
-        monkeypatch.setattr(ops, "scan", object())
-    ops.scan_for.cache_clear()
+    monkeypatch.setattr(choice.triton, "__version__", version)
+    monkeypatch.setattr(choice.logger, "warning_once", said.append, raising=False)
+    if choice.scan is None:
+        monkeypatch.setattr(choice, "scan", object())
+    choice.scan_for.cache_clear()
     try:
-        assert not ops.scan_for(torch.device("cpu"))
+        assert not choice.scan_for(torch.device("cpu"))
         for _ in range(2):
-            assert ops.scan_for(torch.device("cuda", 0)) == chosen
+            assert choice.scan_for(torch.device("cuda", 0)) == chosen
     finally:
-        ops.scan_for.cache_clear()
+        choice.scan_for.cache_clear()
     # A reason is given once, and only where another triton would do.
     assert len(said) == (capability == (9, 0) and not chosen)
     assert all(version in message and "3.6" in message for message in said)
 
 
-# Compiles each kernel as ops.py launches it, and prints its shared memory and the stack of its threads (spills).
+# Compiles each kernel as launches.py launches it, and prints its shared memory and the stack of its threads (spills).
 COMPILE = """
 import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
@@ -111,7 +111,7 @@ for name, kernel in found.items():
 """
 
 
-@pytest.mark.skipif(ops.scan is None, reason="triton has no Gluon")
+@pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
 def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     """For sm_90a, within a multiprocessor's shared memory, and with at most a few registers spilled."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -120,8 +120,8 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
     assert len(rows) == 7
-    found = tuple(int(part) for part in ops.triton.__version__.split(".")[:2])
-    tried = ops.TRIED_TRITON[0] <= found <= ops.TRIED_TRITON[1]
+    found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
+    tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
         assert int(shared) <= 227 * 1024, name
         # Bytes a thread. Versions that are not chosen yet may spill more: 3.9 does, 104 bytes.
@@ -249,7 +249,7 @@ def reduce_in_torch(
         d_key[slots] = v @ d_state[states].T if (chunk + 1) % G or not CAUSAL else 0
 
 
-@pytest.mark.skipif(HOPPER or ops.scan is None, reason="a GPU runs the kernels themselves")
+@pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs the kernels themselves")
 @pytest.mark.parametrize(
     ("length", "form", "pieces", "causal"),
     [
@@ -260,14 +260,14 @@ def reduce_in_torch(
     ],
 )
 def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, monkeypatch):
-    monkeypatch.setattr(ops, "FEW_SCANS", 10**6 if pieces else 0)
-    monkeypatch.setattr(ops.Shape, "scans", lambda shape, source, device: source is None)
-    monkeypatch.setattr(ops, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(ops.scan, "scan_kernel", scan_in_torch)
-    monkeypatch.setattr(ops.scan, "whole_kernel", whole_in_torch)
-    monkeypatch.setattr(ops.scan, "reduce_kernel", reduce_in_torch)
-    monkeypatch.setattr(ops.scan, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
-    monkeypatch.setattr(ops.scan, "tokens", lambda x, B, N, *block: x)
+    monkeypatch.setattr(choice, "FEW_SCANS", 10**6 if pieces else 0)
+    monkeypatch.setattr(choice, "scans", lambda shape, source, device: source is None)
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(choice.scan, "scan_kernel", scan_in_torch)
+    monkeypatch.setattr(choice.scan, "whole_kernel", whole_in_torch)
+    monkeypatch.setattr(choice.scan, "reduce_kernel", reduce_in_torch)
+    monkeypatch.setattr(choice.scan, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
+    monkeypatch.setattr(choice.scan, "tokens", lambda x, B, N, *block: x)
     launch_forward = ops.launch_forward
 
     def as_fake_tensors_say(shape, inputs, initial, kept, kept_mask, *wanted):
@@ -287,8 +287,8 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, mo
 @pytest.fixture
 def scans(monkeypatch):
     """Counts the scans: forward and backward of each layer."""
-    counted, launch = [], ops.launch_scan
-    monkeypatch.setattr(ops, "launch_scan", lambda *a, **k: counted.append(a) or launch(*a, **k))
+    counted, launch = [], launches.launch_scan
+    monkeypatch.setattr(launches, "launch_scan", lambda *a, **k: counted.append(a) or launch(*a, **k))
     return counted
 
 
@@ -298,7 +298,7 @@ def scans(monkeypatch):
 @pytest.mark.parametrize("split", [False, True], ids=["rows", "pieces"])
 @pytest.mark.parametrize("length", [512, 300, 777, 2560])
 def test_error_is_at_most_twice_the_torch_tiers(length, split, form, scans, monkeypatch):
-    monkeypatch.setattr(ops, "FEW_SCANS", 10**6 if split else 0)
+    monkeypatch.setattr(choice, "FEW_SCANS", 10**6 if split else 0)
     compare(hopper_config(**FORMS[form]), "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
     assert len(scans) == 2 * 2 * 2
 

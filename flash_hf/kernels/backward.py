@@ -25,8 +25,8 @@ from .common import (
     token_rows,
     vector,
 )
+from .dispatch import kernel
 from .forward import lower_tile
-from .launch import kernel
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from .common import (
     values_of,
     vector,
 )
-from .launch import kernel
+from .dispatch import kernel
 
 
 @kernel

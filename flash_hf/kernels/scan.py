@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .launch import described, kernel
+from .dispatch import described, kernel
 
 
 # Names of triton 3.8 on, and those before.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import kernel
+from .dispatch import kernel
 
 
 @triton.jit

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels compute a call: those of scan.py, for Hopper, or those that take every call."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+from transformers.utils import logging
+
+from .tiles import Shape
+
+
+try:
+    from . import scan
+except ImportError:  # triton without Gluon, or with another one
+    scan = None
+
+
+logger = logging.get_logger(__name__)
+
+# Walks of 128 value dimensions that leave a large GPU (132 multiprocessors) so idle that a second pass costs less.
+FEW_SCANS = 90
+# Versions of triton that the kernels of scan.py have run with.
+TRIED_TRITON = ((3, 6), (3, 6))
+
+
+@functools.cache
+def scan_for(device: torch.device) -> bool:
+    """Whether the kernels of scan.py run on this device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if scan is not None and TRIED_TRITON[0] <= found <= TRIED_TRITON[1]:
+        return True
+    first, last = (".".join(map(str, version)) for version in TRIED_TRITON)
+    tried = first if first == last else f"{first} to {last}"
+    logger.warning_once(
+        f"FLASH's fastest kernels, those for Hopper, are left out: they need triton {tried}, and this is "
+        f"{triton.__version__}."
+    )
+    return False
+
+
+def scans(shape: Shape, source: Tensor | None, device: torch.device) -> bool:
+    """Whether the kernels of scan.py compute this, which are for the layers that most people train, on Hopper."""
+    fits = (
+        shape.quad and shape.lin and shape.scaled and shape.silu and source is None
+        and shape.dtype == torch.bfloat16 and (shape.C, shape.S) == (256, 128) and shape.E % 128 == 0
+    )  # fmt: skip
+    return fits and scan_for(device)
+
+
+def splits(shape: Shape) -> bool:
+    """Whether a scan walks along pieces of rows: there are too few rows for the multiprocessors."""
+    return shape.B * (shape.E // 128) < FEW_SCANS

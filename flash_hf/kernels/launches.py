@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the kernels: the forward and the backward of gated attention, the norm, the residual product."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backward, choice, forward, residual
+from .choice import scan
+from .common import dot_precision, fast_math
+from .tiles import (
+    Inputs,
+    Shape,
+    cdiv,
+    has_tma,
+    ints,
+    key_rows,
+    lin_row,
+    power_of_two,
+    saved_attended,
+    switches,
+    tiled,
+)
+
+
+def has_carry(shape: Shape, index: list[Tensor], initial: bool) -> bool:
+    """Whether anything comes before some piece: not with one piece a document."""
+    return shape.causal and (index[2].shape[0] > index[4].shape[0] or initial)
+
+
+def state_buffers(shape: Shape, index: list[Tensor], new, total: bool) -> tuple[Tensor, Tensor]:
+    """`(prefix, total)`: what a sum was before each chunk (causal), and that over each piece in float32, if asked."""
+    size = (shape.tiles.SP, shape.E)
+    prefix = new((shape.GT, *size)) if shape.causal else new((0,))
+    return prefix, new((index[2].shape[0] if total else 0, *size), dtype=torch.float32)
+
+
+def launch_carry(shape: Shape, index: list[Tensor], total: Tensor, initial, carried: bool, final: str, reverse: bool):
+    """Sums over a document's pieces: `(carry, final)`, empty where not needed.
+
+    Args:
+        carried: fill `carry`, the sum over C before each piece.
+        final: `"total"` for float32 sums over documents, `"state"` for these over C (bidirectional), or `""`.
+        reverse: go through documents backwards, for gradients.
+    """
+    documents, size = index[4].shape[0], shape.tiles.SP * shape.E
+    carry = total.new_empty(total.shape if carried else (0,), dtype=shape.dtype)
+    dtype = torch.float32 if final == "total" else shape.dtype
+    last = total.new_empty((documents, *total.shape[1:]) if final else (0,), dtype=dtype)
+    if carried or final:
+        forward.carry_kernel(
+            (documents, cdiv(size, 512)),
+            total, total if initial is None else initial, index[4], index[5], carry, last, size, 1.0 / shape.C,
+            1.0 / shape.C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=carried,
+            FINAL=bool(final), REVERSE=reverse, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+    return carry, last
+
+
+def piece_launch(shape: Shape, inputs: Inputs) -> dict:
+    """What both passes over pieces take."""
+    t = shape.tiles
+    block_e = t.block_e if t.SP <= 128 else t.block_e // 2
+    return {
+        "CP": t.CP, "SP": t.SP, **switches(shape, inputs), "EVEN_E": shape.E % block_e == 0,
+        "TMA": shape.tma(inputs), "PREFIX": shape.causal, "BLOCK_E": block_e, "BLOCK_K": t.block_k,
+        "PRECISION": dot_precision(shape.dtype), "num_warps": t.warps,
+    }  # fmt: skip
+
+
+def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
+    """Attention weights inside the chunks, `[GT, CP, CP]`; empty without that branch."""
+    t = shape.tiles
+    if not shape.quad:
+        return heads.new_empty((0,))
+    weights = heads.new_empty((shape.GT, t.CP, t.CP))
+    biased = inputs.bias_R is not None
+    forward.scores_kernel(
+        (shape.score_tiles, shape.GT),
+        heads[0], heads[1], inputs.bias_R if biased else inputs.index[0], weights, shape.C, shape.scale, CP=t.CP,
+        SP=t.SP, BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
+        PRECISION=dot_precision(shape.dtype), num_warps=4,
+    )  # fmt: skip
+    return weights
+
+
+def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False) -> Tensor:
+    """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
+    `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`."""
+    options = piece_launch(shape, inputs)
+    tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
+    options |= {"PREFIX": False, "SCALED": shape.scaled and not back, "SILU": shape.silu and not back}
+    _, total = state_buffers(shape, inputs.index, x.new_empty, True)
+    forward.states_kernel(
+        (inputs.index[2].shape[0], cdiv(shape.E, block_e)),
+        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(x, tma, block_k, block_e), x.stride(0),
+        *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3], x, x, total, *ints(shape), shape.E,
+        **options, TOTAL=True, VALUES=False, STAGES=3,
+    )  # fmt: skip
+    final = "" if shape.causal else "state"
+    before, whole = launch_carry(shape, inputs.index, total, None, shape.causal, final, back)
+    return before if shape.causal else whole
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def scan_grid(tasks: int, device: torch.device) -> tuple[int]:
+    """Programs that take tasks in turn, one a multiprocessor: their tiles fill its shared memory."""
+    return (min(tasks, multiprocessors(device)),)
+
+
+def launch_scan(
+    shape: Shape, inputs: Inputs, weights: Tensor, heads: Tensor, x: Tensor, h: Tensor, biases: tuple[Tensor, Tensor],
+    out: Tensor, states: Tensor, carry: Tensor | None, value: Tensor | None = None, sums: Tensor | None = None,
+):  # fmt: skip
+    """One scan, see `scan_kernel`: forward, or with `value` and `sums` backward.
+
+    Args:
+        biases: of x and of h.
+        states: of the chunks, to be filled (causal).
+        carry: what comes before each piece, or in the backward behind it; None walks along whole rows. Of
+            bidirectional models, the rows' states.
+    """
+    (B, N), row, back = (shape.B, shape.N), lin_row(shape), value is not None
+    reader, writer = (row + 1, row) if back else (row, row + 1)
+    walks = B if carry is None else inputs.index[2].shape[0]
+    tasks = walks * shape.E // 128
+    even = shape.shift == 0 and N == shape.G * shape.C
+    if not shape.causal:
+        scan.whole_kernel(
+            scan_grid(tasks, x.device),
+            scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
+            scan.tokens(out, B, N), scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain,
+            *biases, carry, inputs.rms if sums is None else sums, inputs.index[2], inputs.index[3], out, out.stride(0),
+            out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back, EVEN=even,
+            SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+        )  # fmt: skip
+        return
+    scan.scan_kernel(
+        scan_grid(tasks, x.device),
+        scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
+        scan.matrix(heads[writer]), scan.tokens(out, B, N), scan.matrix(states),
+        scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+        states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index[2], inputs.index[3],
+        out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back,
+        SPLIT=carry is not None, EVEN=even, SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS,
+        VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+    )  # fmt: skip
+
+
+def launch_forward(
+    shape: Shape, inputs: Inputs, initial: Tensor | None, kept: Tensor | None, kept_mask: Tensor | None,
+    want_final: bool, want_attended: bool,
+):  # fmt: skip
+    """`(out, heads, prefix, carry, attended, final)`; see the operators for what each is.
+
+    Args:
+        initial: the sum of the closed chunks that a row's first document brings from a cache, `[B, SP, E]`, or None.
+        kept, kept_mask: keys that a cache brings for slots of each row's first chunk, `[key_rows, B, C, S]`, and which
+            of them to take instead of those made from z, bool `[key_rows, B, C]`.
+    """
+    t, (N, G, C, shift), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
+    new = inputs.v.new_empty
+    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
+    factor, group = inputs.index[:2]
+    row = lin_row(shape)
+
+    cos, sin, table_rows = inputs.tables
+    size = (shape.H, shape.GT, t.CP, t.SP)
+    heads = new(size) if t.SP == S else inputs.v.new_zeros(size)
+    block = min(t.block, 32)
+    forward.heads_kernel(
+        (shape.GT * t.CP // block,),
+        inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin, factor,
+        inputs.tokens, inputs.index[6], heads, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows, H=shape.H,
+        LIN_Q=row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
+        BLOCK_M=block, num_warps=4,
+    )  # fmt: skip
+    if kept is not None:
+        for row_of_key, keys, mask in zip(key_rows(shape), kept, kept_mask, strict=True):
+            first = heads[row_of_key].view(shape.B, G, t.CP, t.SP)[:, 0, :C, :S]
+            first.copy_(torch.where(mask[..., None], keys.to(first.dtype), first))
+    weights = launch_scores(shape, inputs, heads)
+    if initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
+        out, prefix = new((T, E)), new((shape.GT, t.SP, E) if shape.causal else (0,))
+        split = not shape.causal or choice.splits(shape) and has_carry(shape, inputs.index, False)
+        before = launch_totals(shape, inputs, heads[row + 1], inputs.v) if split else None
+        biases = inputs.bias_v, inputs.bias_u
+        launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
+        return out, heads, prefix, new((0,)) if shape.causal else before, new((0,)), new((0,))
+    value = new((T, E)) if shape.silu else None
+    prefix, carry, final = (new((0,)) for _ in range(3))
+    if shape.lin:
+        carried = has_carry(shape, inputs.index, initial is not None)
+        asked = "total" if want_final else "" if shape.causal else "state"
+        needed = carried or bool(asked)
+        prefix, total = state_buffers(shape, inputs.index, new, needed)
+        options = piece_launch(shape, inputs)
+        tma, block_e = options["TMA"], options["BLOCK_E"]
+        forward.states_kernel(
+            (inputs.index[2].shape[0], cdiv(E, block_e)),
+            tiled(heads[row + 1], tma, t.block_k, t.SP), shape.tokens(inputs.v, tma, t.block_k, block_e),
+            inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
+            inputs.v if value is None else value, prefix, total, N, G, C, shift, E, **options,
+            TOTAL=needed, VALUES=True, STAGES=2 if shape.dtype == torch.float32 else 3,
+        )  # fmt: skip
+        carry, final = launch_carry(shape, inputs.index, total, initial, carried, asked, False)
+        if not shape.causal:
+            carry, final = final, new((0,))
+    elif shape.silu:
+        forward.values_kernel(
+            (cdiv(T, 32), cdiv(E, 128)),
+            inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), value, T, E, SCALED=shape.scaled, SILU=True,
+            FAST=fast_math(shape.dtype), BLOCK_M=32, BLOCK_E=128, num_warps=4,
+        )  # fmt: skip
+    value = inputs.v if value is None else value
+    out = inputs.v.new_zeros((T, E)) if inputs.source is not None else new((T, E))
+    attended = torch.zeros_like(out) if want_attended else new((0,))
+    e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
+    forward.output_kernel(
+        (shape.GT * e_blocks * shape.row_tiles,),
+        tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
+        tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
+        inputs.u.stride(0), shape.tokens(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
+        inputs.tokens, group, inputs.index[6], out, attended, N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP,
+        QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal, **flags,
+        EVEN_E=E % t.block_e == 0, TMA=tma, SKIP=shape.causal and initial is None, ATTENDED=want_attended,
+        BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision,
+        STAGES=t.stages, **t.launch,
+    )  # fmt: skip
+    return out, heads, prefix, carry, attended, final
+
+
+def launch_gate(
+    shape: Shape, inputs: Inputs, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor, value: Tensor | None
+) -> Tensor:
+    """Fill `d_attended`, `d_u` and `value` (unless that is None or not to be computed); partial sums for u's bias."""
+    E, T = shape.E, shape.B * shape.N
+    block_m, block_e = 64, 128
+    d_bias_u = gated.new_empty((cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
+    backward.gate_kernel(
+        (cdiv(T, block_m), cdiv(E, block_e)),
+        d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
+        *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0),
+        inputs.v if value is None else value, d_bias_u, T, E, SCALED=shape.scaled, SILU=shape.silu,
+        FAST=fast_math(shape.dtype), ATTENDED=saved_attended(shape.dtype, shape.silu), EVEN=E % block_e == 0,
+        VALUES=shape.silu and value is not None, BLOCK_M=block_m, BLOCK_E=block_e, num_warps=8,
+    )  # fmt: skip
+    return d_bias_u
+
+
+def launch_gate_states(
+    shape: Shape, inputs: Inputs, queries: Tensor, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor,
+    value: Tensor, d_prefix: Tensor, total: Tensor,
+) -> Tensor:  # fmt: skip
+    """`launch_gate` and the gradient of the states: what it is behind each chunk in `d_prefix` (causal), and over each
+    piece in `total` (if that is not empty)."""
+    t, E = shape.tiles, shape.E
+    pieces = inputs.index[2].shape[0]
+    options = piece_launch(shape, inputs)
+    tma, block_e = options["TMA"], options["BLOCK_E"]
+    block = min(t.gate_k, t.block_k), block_e
+    options |= {"BLOCK_K": block[0], "STAGES": t.gate_stages}
+    d_bias_u = gated.new_empty((pieces if shape.scaled else 0, E), dtype=torch.float32)
+    backward.gate_states_kernel(
+        (pieces, cdiv(E, block_e)),
+        tiled(queries, tma, block[0], t.SP), shape.tokens(d_out, tma, *block), d_out.stride(0),
+        shape.tokens(inputs.u, tma, *block), inputs.u.stride(0), shape.tokens(gated, tma, *block),
+        shape.tokens(inputs.v, tma, *block), inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2],
+        inputs.tokens, inputs.index[2], inputs.index[3], d_attended, d_u, d_u.stride(0),
+        value, d_bias_u, d_prefix, total, *ints(shape), E, **options,
+        ATTENDED=saved_attended(shape.dtype, shape.silu), TOTAL=total.numel() > 0,
+    )  # fmt: skip
+    return d_bias_u
+
+
+def launch_attention_gradients(
+    shape: Shape, inputs: Inputs, saved: tuple, weights: Tensor, gated: Tensor, d_out: Tensor, d_u: Tensor,
+    d_v: Tensor, d_scores: Tensor, d_heads: Tensor, reuse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill `d_u`, `d_v`, `d_scores` and the linear heads of `d_heads`; otherwise as `launch_backward`.
+
+    Returns:
+        `(d_bias_u, d_bias_v)` as partial sums.
+    """
+    heads, prefix, carry = saved
+    t, (N, G, C, shift), E, T = shape.tiles, ints(shape), shape.E, shape.B * shape.N
+    new = gated.new_empty
+    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
+    factor, group = inputs.index[:2]
+    row = lin_row(shape)
+    d_attended = d_out if reuse else new((T, E))
+    value = new((T, E)) if shape.silu else inputs.v
+    carried = carry.numel() > 0 and shape.causal
+    d_prefix, d_carry = new((0,)), new((0,))
+    if shape.lin:
+        needed = carried or not shape.causal
+        d_prefix, total = state_buffers(shape, inputs.index, new, needed)
+        d_bias_u = launch_gate_states(shape, inputs, heads[row], gated, d_out, d_attended, d_u, value, d_prefix, total)
+        d_carry, final = launch_carry(shape, inputs.index, total, None, carried, "" if shape.causal else "state", True)
+        d_carry = d_carry if shape.causal else final
+    else:
+        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, value)
+
+    e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
+    programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
+    d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
+    score_block, head_block = (t.block, t.block), (t.block, t.SP)
+    value_block = t.block, t.block_e
+    backward.chunk_gradients_kernel(
+        (programs * shape.GT,),
+        tiled(weights, tma, *score_block), tiled(weights, tma, t.block_k, t.block),
+        shape.tokens(d_attended, tma, t.block, t.block_k), shape.tokens(d_attended, tma, t.block_k, t.block_e),
+        shape.tokens(value, tma, t.block, t.block_k), value.stride(0),
+        tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
+        tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k),
+        tiled(d_carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.block_s, t.block_e),
+        tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.index[6],
+        shape.tokens(inputs.v, tma, *value_block), inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens,
+        tiled(d_scores, tma, *score_block), tiled(d_heads[row], tma, *head_block),
+        tiled(d_heads[row + 1], tma, *head_block), tiled(d_v, tma == 2, *value_block), d_v.stride(0), d_bias_v,
+        N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
+        SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried,
+        CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma,
+        SKIP=shape.causal and not carried, SKIP_AFTER=shape.causal, BLOCK=t.block, BLOCK_E=t.block_e,
+        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, LONG_STAGES=t.long_stages,
+        **t.launch,
+    )  # fmt: skip
+    return d_bias_u, d_bias_v
+
+
+def launch_scan_gradients(
+    shape: Shape, inputs: Inputs, saved: tuple, weights: Tensor, gated: Tensor, d_out: Tensor, d_u: Tensor,
+    d_v: Tensor, d_scores: Tensor, d_heads: Tensor, reuse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`launch_attention_gradients` by the kernels of scan.py."""
+    heads, prefix, carry = saved
+    E, T, B, N, row = shape.E, shape.B * shape.N, shape.B, shape.N, lin_row(shape)
+    new = gated.new_empty
+    d_attended = d_out if reuse else new((T, E))
+    split = not shape.causal or choice.splits(shape) and has_carry(shape, inputs.index, False)
+    d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, None)
+    behind = launch_totals(shape, inputs, heads[row], d_attended, back=True) if split else None
+    value, d_prefix = new((T, E)), torch.empty_like(prefix)
+    d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
+    biases = inputs.bias_v, inputs.bias_v
+    launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_v, d_prefix, behind, value, d_bias_v)
+    tasks, block_k = 4 * shape.GT, scan.REDUCE_K
+    scan.reduce_kernel(
+        scan_grid(tasks, d_out.device),
+        scan.tokens(d_attended, B, N, 256, block_k), scan.tokens(value, B, N, 256, block_k),
+        scan.tokens(value, B, N, 128, block_k), scan.matrix(prefix if shape.causal else carry, 128, block_k),
+        scan.matrix(d_prefix if shape.causal else behind, 128, block_k), scan.matrix(weights, 256, 128),
+        scan.matrix(d_scores, 256, 128), scan.matrix(d_heads[row], 256, 128),
+        scan.matrix(d_heads[row + 1], 256, 128), inputs.index[0], shape.G, shape.shift, E, tasks, CAUSAL=shape.causal,
+        BLOCK_K=block_k, STAGES=scan.REDUCE_STAGES, num_warps=8,
+    )  # fmt: skip
+    return d_bias_u, d_bias_v
+
+
+def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d_out: Tensor, d_h: tuple, reuse: bool):
+    """Gradients of the projections' outputs, written to `d_h`, those of u, v and z.
+
+    Args:
+        saved: heads, prefix, carry of the forward. The weights are computed again: cheaper than their memory.
+        gated: the forward's output, or the attended value itself where it was kept.
+        d_out: gradient of the output, `[B * N, E]`; overwritten with `reuse`.
+
+    Returns:
+        What `launch_sums` takes of each program: `(d_bias_u, d_bias_v, heads, squares)`; the relative bias' `squares`
+        is None where there is none.
+    """
+    heads, _, carry = saved
+    d_u, d_v, d_z = d_h
+    t, (N, G, C, shift), S = shape.tiles, ints(shape), shape.S
+    new = gated.new_empty
+    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
+
+    weights = launch_scores(shape, inputs, heads)
+    # Branches that a first chunk alone does not need have no gradient.
+    used = 2 * (shape.quad + shape.lin) == shape.H
+    d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
+    d_scores = torch.empty_like(weights)
+    # What a cache brought is in `carry`, and not in the states of the chunks.
+    scanned = not (shape.causal and carry.numel()) and choice.scans(shape, inputs.source, gated.device)
+    launch = launch_scan_gradients if scanned else launch_attention_gradients
+    d_bias_u, d_bias_v = launch(shape, inputs, saved, weights, gated, d_out, d_u, d_v, d_scores, d_heads, reuse)
+    squares = None
+    if shape.quad:
+        backward.quadratic_heads_kernel(
+            (shape.GT, shape.row_tiles, 2),
+            d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
+            BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=precision, STAGES=t.stages, **t.launch,
+        )  # fmt: skip
+        if inputs.bias_R is not None:
+            squares = launch_bias(shape, d_scores)
+    block = min(t.block, 32)
+    blocks = shape.GT * t.CP // block
+    cos, sin, table_rows = inputs.tables
+    sums = new((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
+    backward.heads_gradient_kernel(
+        (blocks,),
+        d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens,
+        inputs.index[6], d_z, d_z.stride(0), sums, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows,
+        H=shape.H, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
+        BLOCK_M=block, num_warps=4,
+    )  # fmt: skip
+    return d_bias_u, d_bias_v, sums, squares
+
+
+def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
+    """Score gradients summed over some chunks, float32 `[programs, CP, CP]`."""
+    block = min(shape.tiles.block, 32)
+    tiles = shape.tiles.CP // block
+    n_tiles = tiles * (tiles + 1) // 2 if shape.causal else tiles * tiles
+    programs = min(shape.GT, max(1, 288 // n_tiles))
+    squares = d_scores.new_empty((programs, shape.tiles.CP, shape.tiles.CP), dtype=torch.float32)
+    backward.bias_kernel(
+        (n_tiles, programs),
+        d_scores, squares, shape.GT, cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles, CAUSAL=shape.causal,
+        BLOCK=block, num_warps=2,
+    )  # fmt: skip
+    return squares
+
+
+SUM_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Where the gradients that are sums over tokens lie in one vector, each from a whole block of `SUM_BLOCK` on.
+
+    Attributes:
+        u, v: widths of the biases of u and v, 0 for none; heads: of gammas, betas and z's bias, `2 H + 1` rows of S;
+        norm: of the output bias and the norm's gain, `D + 1` or 0; bias: of the relative bias, `2 C - 1` or 0.
+    """
+
+    u: int
+    v: int
+    heads: int
+    norm: int
+    bias: int
+
+    @staticmethod
+    def of(shape: Shape, D: int, biased: bool) -> Sums:
+        E, C = shape.E, shape.C
+        heads = (2 * shape.H + 1) * shape.S
+        bias = 2 * C - 1 if shape.quad and biased else 0
+        return Sums(E, E, heads, D + 1, bias) if shape.scaled else Sums(0, 0, heads, 0, bias)
+
+    @property
+    def blocks(self) -> list[int]:
+        return [cdiv(width, SUM_BLOCK) for width in (self.u, self.v, self.heads, self.norm, self.bias)]
+
+    def split(self, out: Tensor) -> list[Tensor]:
+        """The five gradients in `out`."""
+        sizes = [blocks * SUM_BLOCK for blocks in self.blocks]
+        widths = self.u, self.v, self.heads, self.norm, self.bias
+        return [part[:width] for part, width in zip(out.split(sizes), widths, strict=True)]
+
+
+def launch_sums(
+    shape: Shape, sums: Sums, u: Tensor, v: Tensor, heads: Tensor, norm: Tensor | None, squares: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The gradients that are sums over tokens, as `Sums` says, from partial sums `[programs, width]` of each, and of
+    the relative bias `[programs, CP, CP]`."""
+    blocks = sums.blocks
+    out = heads.new_empty((sum(blocks) * SUM_BLOCK,), dtype=dtype)
+    norm, squares = (heads if x is None else x for x in (norm, squares))
+    backward.sums_kernel(
+        (sum(blocks),),
+        u, u.shape[0], v, v.shape[0], heads, heads.shape[0], norm, norm.shape[0], squares, squares.shape[0], out,
+        shape.E, sums.heads, sums.norm, shape.C, *blocks[:4], CP=shape.tiles.CP, CAUSAL=shape.causal,
+        BLOCK=SUM_BLOCK, ROWS=128, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def product_blocks(dtype: torch.dtype) -> dict:
+    """Tiles of the output projection."""
+    if dtype == torch.float32:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP": 8, "STAGES": 2, "num_warps": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 4, "num_warps": 8}
+
+
+def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *, cast: bool, scale: bool) -> None:
+    """Fill `rms` and, with `cast` or `scale`, `out`; see `norm_kernel`."""
+    T, D = x.shape
+    block_d = power_of_two(D)
+    block_t = max(1, 4096 // block_d)
+    forward.norm_kernel(
+        (cdiv(T, block_t),),
+        x,
+        gain,
+        rms,
+        out,
+        T,
+        D,
+        eps,
+        CAST=cast,
+        SCALE=scale,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+        num_warps=8,
+    )
+
+
+def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor) -> Tensor:
+    """Fill `d_x`, and return partial sums for the output bias and the gain; see `norm_gradient_kernel`."""
+    T, D = x.shape
+    block_d = power_of_two(D)
+    block_t, steps = max(1, 4096 // block_d), 16
+    programs = cdiv(T, block_t * steps)
+    sums = x.new_empty((programs, 1 if p is None else D + 1), dtype=torch.float32)
+    backward.norm_gradient_kernel(
+        (programs,),
+        d_y if p is None else p, x, d_y, rms, gain, d_x, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
+        BLOCK_D=block_d, STEPS=steps, num_warps=4,
+    )  # fmt: skip
+    return sums
+
+
+def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
+    """`x + out w_o^T + b_o`, in the type of x."""
+    if not has_tma(x.device):
+        return x + torch.addmm(b_o.to(out.dtype), out, w_o.t())
+    (T, D), E = x.shape, out.shape[1]
+    y = torch.empty_like(x)
+    blocks = product_blocks(out.dtype)
+    residual.residual_kernel(
+        (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),),
+        tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
+        tiled(w_o.contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
+        EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(out.dtype), **blocks,
+    )  # fmt: skip
+    return y

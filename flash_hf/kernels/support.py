@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the kernels can run, and what they compute."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from .common import INTERPRET
+
+
+MIN_TRITON = (3, 6)
+MIN_CAPABILITY = (8, 0)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_CHUNK, MAX_KEY_DIM = 512, 256
+LARGE_SHARED = 160 * 1024
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot run on this device in this type, or None."""
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < MIN_TRITON:
+        return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
+    if dtype not in DTYPES:
+        return f"there are no kernels for {dtype}"
+    if device.type == "cpu":
+        return None if INTERPRET else "the device is a CPU"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the device is not an NVIDIA GPU ({device.type})"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        name, needed = torch.cuda.get_device_name(device), ".".join(map(str, MIN_CAPABILITY))
+        return f"{name} has a compute capability below {needed}"
+    return None
+
+
+def unsupported(config, device: torch.device) -> str | None:
+    """Why kernels cannot compute this configuration on this device, or None."""
+    if config.attention_type == "quadratic":
+        return "FLASH-Quad (attention_type='quadratic') has no kernels"
+    if config.attention_activation != "relu2" and config.attention_type != "global":
+        return f"attention_activation={config.attention_activation!r} has no kernels"
+    if config.global_form == "previous_token" and config.chunk_size == 1:
+        return "global_form='previous_token' has kernels for chunks of at least 2 tokens"
+    if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
+        return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
+    if config.query_key_dim > 128 and device.type == "cuda":
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if shared < LARGE_SHARED:
+            return f"query_key_dim above 128 needs {LARGE_SHARED} bytes of shared memory, the GPU has {shared}"
+    if config.intermediate_size % 16:
+        return f"the width of the values ({config.intermediate_size}) is not a multiple of 16"
+    return None

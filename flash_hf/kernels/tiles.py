@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of tiles, the shape of a call, and what the launches read."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .common import fast_math
+from .dispatch import described
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Block sizes for one shape and type.
+
+    Attributes:
+        CP, SP: chunk and key dimension padded to whole tiles.
+        block: slots of a tile. block_e: value dimensions of a tile. block_k, block_s: step of a product.
+        warps, stages, registers: of the tiled kernels; a limit on registers lets two programs share a multiprocessor.
+        long_stages: stages of the products over the value dimensions.
+        gate_k, gate_stages: slots a step, and steps under way, in the pass over the gate, which loads four tiles a
+            step.
+    """
+
+    CP: int
+    SP: int
+    block: int
+    block_e: int
+    block_k: int
+    block_s: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    long_stages: int = 2
+    gate_k: int = 32
+    gate_stages: int = 3
+
+    @property
+    def launch(self) -> dict:
+        return {"num_warps": self.warps, "maxnreg": self.registers}
+
+
+def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
+    """Tiles that fit a Hopper or Ampere multiprocessor; float32 halves them."""
+    block = max(16, power_of_two(C)) if C <= 64 else 128
+    if dtype == torch.float32:
+        block = min(block, 64)
+    SP = max(16, power_of_two(S))
+    step = 32 if dtype == torch.float32 else 64
+    large = block == 128
+    return Tiles(
+        CP=-(-C // block) * block,
+        SP=SP,
+        block=block,
+        block_e=64 if dtype == torch.float32 else 128,
+        block_k=min(step, block),
+        block_s=min(step, SP),
+        warps=8 if large else 4,
+        stages=2,
+        registers=128 if large and SP <= 128 else None,
+        long_stages=3 if large and SP <= 128 else 2,
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes and switches of one call, as the launches need them."""
+
+    B: int
+    N: int
+    G: int
+    C: int
+    shift: int
+    E: int
+    S: int
+    H: int
+    causal: bool
+    quad: bool
+    lin: bool
+    previous: bool
+    scaled: bool
+    silu: bool
+    interleaved: bool
+    rotary_dim: int
+    scale: float
+    dtype: torch.dtype
+    tiles: Tiles
+
+    @property
+    def GT(self) -> int:
+        return self.B * self.G
+
+    @property
+    def pairs(self) -> dict:
+        """Key dimensions in pairs that RoPE turns, and those it leaves alone, each padded to a power of two."""
+        rest = self.S - self.rotary_dim
+        return {"HALF": power_of_two(self.rotary_dim // 2), "REST": power_of_two(rest)}
+
+    def tma(self, inputs: Inputs) -> int:
+        """Dimensions of the descriptors of tokens, or 0 where pointers are used. Every tile of a chunk has to be a
+        rectangle of memory: no padding, whole tiles, rows that begin at multiples of 16 bytes. 2 dimensions do for
+        whole chunks; otherwise the tokens of a row are a dimension of their own, outside of which there is 0."""
+        size = self.dtype.itemsize
+        fits = (
+            has_tma(inputs.v.device)
+            and inputs.source is None
+            and self.C == self.tiles.CP
+            and self.E * size % 16 == 0
+            and all(x.stride(0) * size % 16 == 0 and x.data_ptr() % 16 == 0 for x in (inputs.u, inputs.v))
+        )
+        if not fits:
+            return 0
+        return 2 if self.shift == 0 and self.N == self.G * self.C else 3
+
+    def tokens(self, x: Tensor, tma: int, *block: int):
+        """`x` `[B * N, width]`, described for loads of tokens by blocks as `tma` says."""
+        if tma != 3:
+            return tiled(x, tma, *block)
+        stride = x.stride(0)
+        shape, strides = [self.B, self.N, x.shape[1]], [self.N * stride, stride, 1]
+        return described(TensorDescriptor, x, shape, strides, [1, *block])
+
+    @property
+    def row_tiles(self) -> int:
+        return self.tiles.CP // self.tiles.block
+
+    @property
+    def score_tiles(self) -> int:
+        n = self.row_tiles
+        return n * (n + 1) // 2 if self.causal else n * n
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the device has a tensor memory accelerator and the shared memory to use it well (Hopper, and Blackwell
+    of data centres). Elsewhere descriptors cost more than they save."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def on_device(x: Tensor):
+    """Triton launches on the current device: make it x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n; 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
+
+
+def tiled(x: Tensor, tma: int, *block: int):
+    """`x` as a matrix of its last dimension, described for loads of whole blocks by the tensor memory accelerator."""
+    if not tma or x.numel() == 0:
+        return x
+    x = x.view(-1, x.shape[-1])
+    return described(TensorDescriptor, x, list(x.shape), list(x.stride()), list(block))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def lin_row(shape: Shape) -> int:
+    """Row of the linear query among the heads, or -1."""
+    return shape.H - 2 if shape.lin else -1
+
+
+@dataclass
+class Inputs:
+    """What the attention launches read. Without `rms` the projections are complete and the biases are not used."""
+
+    u: Tensor
+    v: Tensor
+    z: Tensor
+    gamma: Tensor
+    beta: Tensor
+    bias_R: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    source: Tensor | None
+    index: list[Tensor]
+    rms: Tensor | None = None
+    gain: Tensor | None = None
+    bias_u: Tensor | None = None
+    bias_v: Tensor | None = None
+    bias_z: Tensor | None = None
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, int]:
+        """cos, sin and their number of rows; any tensor where there is no RoPE."""
+        if self.cos is None:
+            return self.index[0], self.index[0], 1
+        return self.cos, self.sin, self.cos.shape[0]
+
+    @property
+    def tokens(self) -> Tensor:
+        """`source`, or any tensor where it is not read."""
+        return self.index[1] if self.source is None else self.source
+
+    def norm(self, bias: str) -> tuple:
+        """The pointers of the norm and of one bias; any tensor where they are not read."""
+        if self.rms is None:
+            return self.u, self.u, self.u
+        return self.rms, self.gain, getattr(self, bias)
+
+
+def ints(shape: Shape) -> tuple[int, int, int, int]:
+    return shape.N, shape.G, shape.C, shape.shift
+
+
+def switches(shape: Shape, inputs: Inputs) -> dict:
+    """What every kernel that reads tokens is compiled for."""
+    return {
+        "SCALED": shape.scaled,
+        "SILU": shape.silu,
+        "FAST": fast_math(shape.dtype),
+        "RAGGED": inputs.source is not None,
+    }
+
+
+def key_rows(shape: Shape) -> list[int]:
+    """Rows of the quadratic and the linear key among the heads, those that there are."""
+    return [1] * shape.quad + [shape.H - 1] * shape.lin
+
+
+def saved_attended(dtype: torch.dtype, silu: bool) -> bool:
+    """Whether the backward needs the attended value itself: float16 cannot hold what it would be recovered from, and
+    activations other than SiLU may be exactly 0."""
+    return dtype == torch.float16 or not silu
