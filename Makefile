@@ -40,7 +40,8 @@ test: $(STAMP)
 # Users get the newest transformers, not the pinned one: where there is a newer one, import, README and generation are
 # run with it. Seconds, while the pinned one is the newest; without PyPI it is left out, in words.
 today: $(STAMP)
-	HF_HUB_OFFLINE=1 .venv/bin/python tests/today.py $(addprefix tests/test_,generation.py host_versions.py readme.py)
+	HF_HUB_OFFLINE=1 .venv/bin/python tests/support/today.py \
+		tests/model/test_generation.py tests/model/test_host_versions.py tests/scripts/test_readme.py
 
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
@@ -50,9 +51,7 @@ cards: $(STAMP)
 	HF_HUB_OFFLINE=1 .venv/bin/python -m scripts.cards --published
 
 # What is promised to users, with other versions than the pinned ones.
-CONTRACTS := $(addprefix tests/test_,configuration.py documents.py ecosystem.py export.py finetuning.py generation.py \
-	heads.py host_versions.py hub.py loss.py modeling.py peft.py readme.py recipes.py remote_code.py security.py \
-	streaming.py training.py trl.py)
+CONTRACTS := tests/model tests/training tests/scripts/test_finetuning.py tests/scripts/test_readme.py
 
 # The oldest transformers that setup.cfg allows, in an environment of its own. pip chooses anew what goes with it.
 OLDEST := $(shell sed -n 's/^ *transformers>=\([0-9.]*\).*/\1/p' setup.cfg)

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 import warm
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Where the machine that ran them kept its files is nobody's business, and would be another path on each run.
 PRIVATE_PATHS = re.compile(r"(?:/tmp|/home|/root|/Users|/var/folders|/work|/private)/|[A-Z]:\\\\|site-packages")

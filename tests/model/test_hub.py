@@ -12,7 +12,7 @@ import pytest
 import warm
 
 
-TESTS = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 PACKAGE = Path(importlib.util.find_spec("flash_hf").origin).parent
 
 
@@ -37,10 +37,10 @@ def test_hub(transport, tmp_path):
         "TRANSFORMERS_VERBOSITY": "debug",
         "NO_PROXY": "*",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(TESTS)]),
+        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(SUPPORT)]),
     }
     command = [warm.python(), "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--durations=0", "hub_client.py"]
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, encoding="utf-8", timeout=600)
+    done = subprocess.run(command, cwd=SUPPORT, env=environment, capture_output=True, encoding="utf-8", timeout=600)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 14
     log = done.stdout + done.stderr

@@ -12,8 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hub_server
 import pytest
+
+import hub_server
 
 
 TRANSPORT = os.environ["HUB_TRANSPORT"]

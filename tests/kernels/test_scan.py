@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from test_kernels import DEVICE, compare, config_of, through
 
 from flash_hf import FlashModel
 from flash_hf.kernels import choice, launches, ops, tiles
 from helpers import make_model
+from test_kernels import DEVICE, compare, config_of, through
 
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

@@ -16,7 +16,7 @@ import warm
 from flash_hf import FlashConfig
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

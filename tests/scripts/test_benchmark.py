@@ -23,7 +23,7 @@ from scripts.benchmark.sizes import BASE, SMOKE, Size, model_flops
 from scripts.benchmark.timing import Timing
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "scripts.benchmark"
 
 
@@ -433,7 +433,7 @@ CONTEXTS = (512, 2048, 8192, 32_768, 65_536, 131_072)
 
 def test_the_document_shows_what_the_kept_results_give():
     kept = "scripts/results/benchmark"
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     readme = (root / "scripts" / "results" / "README.md").read_text(encoding="utf-8")
     results = report.read(sorted((root / kept).glob("*.csv")))
     assert report.target_table(results) in readme and kept in readme

@@ -25,7 +25,7 @@ from scripts.study.runner import CellRunner, Gate
 from scripts.study.text import IGNORE, PieceStream, Stream, load_stream, prepare, prepare_mixed
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
 KEPT = ROOT / "scripts" / "results" / "study"
 CAUSAL = grid.Cell("train", "flash", "tiny", "books-causal", 32, 0.004, 0.004)

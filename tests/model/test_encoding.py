@@ -14,7 +14,7 @@ import pytest
 from flash_hf.command_line import run_command
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMPRESSORS = ("bz2", "gzip", "lzma")
 
 

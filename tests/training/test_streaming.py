@@ -20,7 +20,7 @@ from flash_hf import data, streaming, training
 from flash_hf.streaming import BlockStream
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -236,10 +236,10 @@ def test_other_errors_are_not_waited_for(error, tokenizer, small_batches):
 
 @pytest.mark.slow
 def test_a_stream_from_the_hub_that_breaks_off(tmp_path):
-    """tests/stream_client.py, with a server that falls silent in the middle of a run."""
+    """tests/support/stream_client.py, with a server that falls silent in the middle of a run."""
     environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE")
-    command = [warm.python(), "tests/stream_client.py", str(tmp_path)]
+    command = [warm.python(), "tests/support/stream_client.py", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == "as if it had not happened"

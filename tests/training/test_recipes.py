@@ -16,7 +16,7 @@ from flash_hf import FlashConfig, FlashForCausalLM, data, throughput, training
 from scripts.benchmark.sizes import BASE, flash_flops
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"

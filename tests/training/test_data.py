@@ -19,7 +19,7 @@ from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data
 from flash_hf.hub import vocabulary_size
 
 
-BOOK = Path(__file__).parent / "data" / "wizard_of_oz.txt"
+BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
 # One, two, three and four bytes a character, a combining mark, Windows line ends, a tab.
 ODD_TEXT = "naïve – 日本語 🦁 e\u0301\r\n\t“Dorothy” didn’t\n\n  ok "
 

@@ -14,7 +14,7 @@ from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.data import train_tokenizer
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BOOK = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
 
 

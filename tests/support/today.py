@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run tests with the newest transformers that setup.cfg allows, if it is newer than the installed one: `make test`.
 
-    .venv/bin/python tests/today.py tests/test_generation.py ...
+    .venv/bin/python tests/support/today.py tests/model/test_generation.py ...
 
 Users get the newest release, not the pinned one, so a rename there has to be seen within a day. The newest is laid
 over this environment: .venv-today holds only what has to be newer. Exits with pytest's status; with 0 where the
@@ -18,7 +18,7 @@ import venv
 from pathlib import Path
 
 
-FOLDER = Path(__file__).parent.parent / ".venv-today"
+FOLDER = Path(__file__).parents[2] / ".venv-today"
 PIP = (sys.executable, "-m", "pip")
 
 

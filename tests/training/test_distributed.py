@@ -20,7 +20,7 @@ from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
 from helpers import assert_close, make_model, random_ids, tiny_config
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAIN = (
     "scripts/train_clm.py --train_file tests/data/wizard_of_oz.txt --config scripts/tiny.json --block_size 64 "
     "--max_steps 5 --logging_steps 1 --eval_strategy no --eval_on_start false --use_cpu true --save_strategy no "

@@ -21,7 +21,7 @@ from flash_hf.training import FlashTrainingArguments
 from helpers import tiny_config
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("flash_hf/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 
 # Reading a pickle runs what it says; so do these.

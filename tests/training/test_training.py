@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data, training
 
 
-BOOK = Path(__file__).parent / "data" / "wizard_of_oz.txt"
+BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "query_key_dim": 16, "chunk_size": 16}
 KINDS = ("causal", "masked")
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small Hub-compatible server for tests (standard library only), on the loopback address only.
 
-`serve` starts it in a thread; HF_ENDPOINT must name it before huggingface_hub is imported (tests/hub_client.py).
+`serve` starts it in a thread; HF_ENDPOINT must name it before huggingface_hub is imported (hub_client.py).
 
 Tokens: hf_alice (write), hf_alice_ro (read), hf_bob (write).
 With `xet=True` large files travel by Xet (this server is also the CAS: /v1/xorbs, /v1/shards, /v1/reconstructions),

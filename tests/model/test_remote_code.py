@@ -22,7 +22,7 @@ from flash_hf.hub import add_code, registered_classes, save_with_code
 from helpers import make_model, random_ids, tiny_config
 
 
-TESTS = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 PACKAGE = Path(flash_hf.__file__).parent
 SOURCES = {path.name for path in PACKAGE.glob("*_flash.py")}
 
@@ -145,7 +145,7 @@ def test_without_the_package(root, tmp_path):
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [warm.python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "remote_client.py")]
+    command = [warm.python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUPPORT / "remote_client.py")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
 

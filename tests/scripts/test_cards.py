@@ -28,7 +28,7 @@ from helpers import tiny_config
 from scripts.cards.card import PIPELINE_TAGS, check_facts, check_results, make_card, published
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
 FACTS = json.loads((ROOT / "tests" / "data" / "card_facts.json").read_text(encoding="utf-8"))
 RESULTS = json.loads((ROOT / "tests" / "data" / "card_results.json").read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ from scripts.finetune.metrics import Accuracy, MacroF1, SpanF1, Squad, spans
 from scripts.study import finetune as finetune_study
 
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 FILES = {
     "classification": ("characters_train.jsonl", "characters_validation.jsonl"),
     "tagging": ("names_train.conll", "names_validation.conll"),
@@ -565,7 +565,7 @@ def test_earlier_results_are_not_overwritten(tmp_path):
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def first_line(script: str) -> list[str]:

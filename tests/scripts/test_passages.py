@@ -12,7 +12,7 @@ import pytest
 from scripts.cut_passages import cut_passages, passages
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
 
 

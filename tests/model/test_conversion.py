@@ -30,7 +30,7 @@ from flash_hf.conversion import (
 from helpers import assert_close
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "tests" / "data"
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 STORED = {

@@ -20,7 +20,7 @@ from scripts.cards.card import check_results
 from scripts.evaluation import cost, harness, language, recall
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
 TASKS = ROOT / "scripts" / "evaluation" / "lm_eval_tasks"
 DOCUMENTS = [{"text": TEXT[3000:3900]}, {"text": "  "}, {"text": TEXT[9000:9300]}]

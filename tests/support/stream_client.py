@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402
-"""python tests/stream_client.py FOLDER: a training on a stream from the Hub (hub_server.py) that falls silent midway.
+"""python tests/support/stream_client.py FOLDER: a training on a stream from the Hub (hub_server.py) that falls silent.
 
 A process of its own, since huggingface_hub reads HF_ENDPOINT when it is imported.
 """
@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from flash_hf import streaming, training
 
 
-BOOK = Path(__file__).parent / "data" / "wizard_of_oz.txt"
+BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
 silent = False  # whether the server answers nobody
 
 

@@ -25,7 +25,7 @@ from flash_hf import command_line, commands, data, training
 from scripts.finetune.arguments import parse_arguments as finetuning_arguments
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
 CARD = ROOT / "model_cards" / "flash-7m-causal"
 TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"

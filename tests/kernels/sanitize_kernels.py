@@ -2,9 +2,9 @@
 """Runs every kernel on small, awkward shapes, for a memory checker to look at. Needs a GPU.
 
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize_kernels.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize_kernels.py
-python tests/sanitize_kernels.py bfloat16 ours    # only the cases of one type or one form (paper, ours)
+compute-sanitizer --tool memcheck --error-exitcode 1 python tests/kernels/sanitize_kernels.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/kernels/sanitize_kernels.py
+python tests/kernels/sanitize_kernels.py bfloat16 ours    # only the cases of one type or one form (paper, ours)
 """
 
 import itertools
