@@ -16,6 +16,8 @@ import triton.language as tl
 
 # triton's interpreter runs kernels on the CPU, for tests; it knows no inline assembly.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Types of inputs, parameters and caches.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

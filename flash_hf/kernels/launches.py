@@ -7,39 +7,39 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from . import backward, choice, forward, residual
 from .choice import scan
 from .common import dot_precision, fast_math
+from .plan import ChunkIndex
 from .tiles import (
     Inputs,
     Shape,
-    cdiv,
     has_tma,
     ints,
     key_rows,
     lin_row,
-    power_of_two,
     saved_attended,
     switches,
     tiled,
 )
 
 
-def has_carry(shape: Shape, index: list[Tensor], initial: bool) -> bool:
+def has_carry(shape: Shape, index: ChunkIndex, initial: bool) -> bool:
     """Whether anything comes before some piece: not with one piece a document."""
-    return shape.causal and (index[2].shape[0] > index[4].shape[0] or initial)
+    return shape.causal and (index.pieces > index.documents or initial)
 
 
-def state_buffers(shape: Shape, index: list[Tensor], new, total: bool) -> tuple[Tensor, Tensor]:
+def state_buffers(shape: Shape, index: ChunkIndex, new, total: bool) -> tuple[Tensor, Tensor]:
     """`(prefix, total)`: what a sum was before each chunk (causal), and that over each piece in float32, if asked."""
     size = (shape.tiles.SP, shape.E)
     prefix = new((shape.GT, *size)) if shape.causal else new((0,))
-    return prefix, new((index[2].shape[0] if total else 0, *size), dtype=torch.float32)
+    return prefix, new((index.pieces if total else 0, *size), dtype=torch.float32)
 
 
-def launch_carry(shape: Shape, index: list[Tensor], total: Tensor, initial, carried: bool, final: str, reverse: bool):
+def launch_carry(shape: Shape, index: ChunkIndex, total: Tensor, initial, carried: bool, final: str, reverse: bool):
     """Sums over a document's pieces: `(carry, final)`, empty where not needed.
 
     Args:
@@ -47,15 +47,15 @@ def launch_carry(shape: Shape, index: list[Tensor], total: Tensor, initial, carr
         final: `"total"` for float32 sums over documents, `"state"` for these over C (bidirectional), or `""`.
         reverse: go through documents backwards, for gradients.
     """
-    documents, size = index[4].shape[0], shape.tiles.SP * shape.E
+    documents, size = index.documents, shape.tiles.SP * shape.E
     carry = total.new_empty(total.shape if carried else (0,), dtype=shape.dtype)
     dtype = torch.float32 if final == "total" else shape.dtype
     last = total.new_empty((documents, *total.shape[1:]) if final else (0,), dtype=dtype)
     if carried or final:
         forward.carry_kernel(
-            (documents, cdiv(size, 512)),
-            total, total if initial is None else initial, index[4], index[5], carry, last, size, 1.0 / shape.C,
-            1.0 / shape.C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=carried,
+            (documents, triton.cdiv(size, 512)),
+            total, total if initial is None else initial, index.document_begin, index.document_end, carry, last, size,
+            1.0 / shape.C, 1.0 / shape.C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=carried,
             FINAL=bool(final), REVERSE=reverse, BLOCK=512, num_warps=4,
         )  # fmt: skip
     return carry, last
@@ -81,7 +81,7 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
     biased = inputs.bias_R is not None
     forward.scores_kernel(
         (shape.score_tiles, shape.GT),
-        heads[0], heads[1], inputs.bias_R if biased else inputs.index[0], weights, shape.C, shape.scale, CP=t.CP,
+        heads[0], heads[1], inputs.bias_R if biased else inputs.index.factor_G, weights, shape.C, shape.scale, CP=t.CP,
         SP=t.SP, BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
         PRECISION=dot_precision(shape.dtype), num_warps=4,
     )  # fmt: skip
@@ -96,10 +96,10 @@ def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back
     options |= {"PREFIX": False, "SCALED": shape.scaled and not back, "SILU": shape.silu and not back}
     _, total = state_buffers(shape, inputs.index, x.new_empty, True)
     forward.states_kernel(
-        (inputs.index[2].shape[0], cdiv(shape.E, block_e)),
+        (inputs.index.pieces, triton.cdiv(shape.E, block_e)),
         tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(x, tma, block_k, block_e), x.stride(0),
-        *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3], x, x, total, *ints(shape), shape.E,
-        **options, TOTAL=True, VALUES=False, STAGES=3,
+        *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end, x, x, total,
+        *ints(shape), shape.E, **options, TOTAL=True, VALUES=False, STAGES=3,
     )  # fmt: skip
     final = "" if shape.causal else "state"
     before, whole = launch_carry(shape, inputs.index, total, None, shape.causal, final, back)
@@ -130,7 +130,7 @@ def launch_scan(
     """
     (B, N), row, back = (shape.B, shape.N), lin_row(shape), value is not None
     reader, writer = (row + 1, row) if back else (row, row + 1)
-    walks = B if carry is None else inputs.index[2].shape[0]
+    walks = B if carry is None else inputs.index.pieces
     tasks = walks * shape.E // 128
     even = shape.shift == 0 and N == shape.G * shape.C
     if not shape.causal:
@@ -138,9 +138,9 @@ def launch_scan(
             scan_grid(tasks, x.device),
             scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
             scan.tokens(out, B, N), scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain,
-            *biases, carry, inputs.rms if sums is None else sums, inputs.index[2], inputs.index[3], out, out.stride(0),
-            out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back, EVEN=even,
-            SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+            *biases, carry, inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end,
+            out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks,
+            BACK=back, EVEN=even, SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
         )  # fmt: skip
         return
     scan.scan_kernel(
@@ -148,10 +148,10 @@ def launch_scan(
         scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
         scan.matrix(heads[writer]), scan.tokens(out, B, N), scan.matrix(states),
         scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
-        states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index[2], inputs.index[3],
-        out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back,
-        SPLIT=carry is not None, EVEN=even, SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS,
-        VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+        states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index.piece_begin,
+        inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift,
+        shape.E // 128, tasks, BACK=back, SPLIT=carry is not None, EVEN=even, SHIFTED=shape.shift > 0,
+        SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
     )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def launch_forward(
     t, (N, G, C, shift), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
     new = inputs.v.new_empty
     flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
-    factor, group = inputs.index[:2]
+    factor, group = inputs.index.factor_G, inputs.index.group_G
     row = lin_row(shape)
 
     cos, sin, table_rows = inputs.tables
@@ -179,9 +179,9 @@ def launch_forward(
     forward.heads_kernel(
         (shape.GT * t.CP // block,),
         inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin, factor,
-        inputs.tokens, inputs.index[6], heads, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows, H=shape.H,
-        LIN_Q=row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
-        BLOCK_M=block, num_warps=4,
+        inputs.tokens, inputs.index.opens_G, heads, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows,
+        H=shape.H, LIN_Q=row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved,
+        **flags, BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     if kept is not None:
         for row_of_key, keys, mask in zip(key_rows(shape), kept, kept_mask, strict=True):
@@ -205,10 +205,10 @@ def launch_forward(
         options = piece_launch(shape, inputs)
         tma, block_e = options["TMA"], options["BLOCK_E"]
         forward.states_kernel(
-            (inputs.index[2].shape[0], cdiv(E, block_e)),
+            (inputs.index.pieces, triton.cdiv(E, block_e)),
             tiled(heads[row + 1], tma, t.block_k, t.SP), shape.tokens(inputs.v, tma, t.block_k, block_e),
-            inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index[2], inputs.index[3],
-            inputs.v if value is None else value, prefix, total, N, G, C, shift, E, **options,
+            inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin,
+            inputs.index.piece_end, inputs.v if value is None else value, prefix, total, N, G, C, shift, E, **options,
             TOTAL=needed, VALUES=True, STAGES=2 if shape.dtype == torch.float32 else 3,
         )  # fmt: skip
         carry, final = launch_carry(shape, inputs.index, total, initial, carried, asked, False)
@@ -216,24 +216,24 @@ def launch_forward(
             carry, final = final, new((0,))
     elif shape.silu:
         forward.values_kernel(
-            (cdiv(T, 32), cdiv(E, 128)),
+            (triton.cdiv(T, 32), triton.cdiv(E, 128)),
             inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), value, T, E, SCALED=shape.scaled, SILU=True,
             FAST=fast_math(shape.dtype), BLOCK_M=32, BLOCK_E=128, num_warps=4,
         )  # fmt: skip
     value = inputs.v if value is None else value
     out = inputs.v.new_zeros((T, E)) if inputs.source is not None else new((T, E))
     attended = torch.zeros_like(out) if want_attended else new((0,))
-    e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
+    e_blocks, tma = triton.cdiv(E, t.block_e), shape.tma(inputs)
     forward.output_kernel(
         (shape.GT * e_blocks * shape.row_tiles,),
         tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
         tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
         inputs.u.stride(0), shape.tokens(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
-        inputs.tokens, group, inputs.index[6], out, attended, N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP,
-        QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal, **flags,
-        EVEN_E=E % t.block_e == 0, TMA=tma, SKIP=shape.causal and initial is None, ATTENDED=want_attended,
-        BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision,
-        STAGES=t.stages, **t.launch,
+        inputs.tokens, group, inputs.index.opens_G, out, attended, N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP,
+        SP=t.SP, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal,
+        **flags, EVEN_E=E % t.block_e == 0, TMA=tma, SKIP=shape.causal and initial is None, ATTENDED=want_attended,
+        BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages,
+        **t.launch,
     )  # fmt: skip
     return out, heads, prefix, carry, attended, final
 
@@ -244,9 +244,9 @@ def launch_gate(
     """Fill `d_attended`, `d_u` and `value` (unless that is None or not to be computed); partial sums for u's bias."""
     E, T = shape.E, shape.B * shape.N
     block_m, block_e = 64, 128
-    d_bias_u = gated.new_empty((cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
+    d_bias_u = gated.new_empty((triton.cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
     backward.gate_kernel(
-        (cdiv(T, block_m), cdiv(E, block_e)),
+        (triton.cdiv(T, block_m), triton.cdiv(E, block_e)),
         d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
         *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0),
         inputs.v if value is None else value, d_bias_u, T, E, SCALED=shape.scaled, SILU=shape.silu,
@@ -263,18 +263,18 @@ def launch_gate_states(
     """`launch_gate` and the gradient of the states: what it is behind each chunk in `d_prefix` (causal), and over each
     piece in `total` (if that is not empty)."""
     t, E = shape.tiles, shape.E
-    pieces = inputs.index[2].shape[0]
+    pieces = inputs.index.pieces
     options = piece_launch(shape, inputs)
     tma, block_e = options["TMA"], options["BLOCK_E"]
     block = min(t.gate_k, t.block_k), block_e
     options |= {"BLOCK_K": block[0], "STAGES": t.gate_stages}
     d_bias_u = gated.new_empty((pieces if shape.scaled else 0, E), dtype=torch.float32)
     backward.gate_states_kernel(
-        (pieces, cdiv(E, block_e)),
+        (pieces, triton.cdiv(E, block_e)),
         tiled(queries, tma, block[0], t.SP), shape.tokens(d_out, tma, *block), d_out.stride(0),
         shape.tokens(inputs.u, tma, *block), inputs.u.stride(0), shape.tokens(gated, tma, *block),
         shape.tokens(inputs.v, tma, *block), inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2],
-        inputs.tokens, inputs.index[2], inputs.index[3], d_attended, d_u, d_u.stride(0),
+        inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end, d_attended, d_u, d_u.stride(0),
         value, d_bias_u, d_prefix, total, *ints(shape), E, **options,
         ATTENDED=saved_attended(shape.dtype, shape.silu), TOTAL=total.numel() > 0,
     )  # fmt: skip
@@ -294,7 +294,7 @@ def launch_attention_gradients(
     t, (N, G, C, shift), E, T = shape.tiles, ints(shape), shape.E, shape.B * shape.N
     new = gated.new_empty
     flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
-    factor, group = inputs.index[:2]
+    factor, group = inputs.index.factor_G, inputs.index.group_G
     row = lin_row(shape)
     d_attended = d_out if reuse else new((T, E))
     value = new((T, E)) if shape.silu else inputs.v
@@ -309,7 +309,7 @@ def launch_attention_gradients(
     else:
         d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, value)
 
-    e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
+    e_blocks, tma = triton.cdiv(E, t.block_e), shape.tma(inputs)
     programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
     d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
     score_block, head_block = (t.block, t.block), (t.block, t.SP)
@@ -322,7 +322,7 @@ def launch_attention_gradients(
         tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
         tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k),
         tiled(d_carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.block_s, t.block_e),
-        tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.index[6],
+        tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.index.opens_G,
         shape.tokens(inputs.v, tma, *value_block), inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens,
         tiled(d_scores, tma, *score_block), tiled(d_heads[row], tma, *head_block),
         tiled(d_heads[row + 1], tma, *head_block), tiled(d_v, tma == 2, *value_block), d_v.stride(0), d_bias_v,
@@ -358,9 +358,9 @@ def launch_scan_gradients(
         scan.tokens(d_attended, B, N, 256, block_k), scan.tokens(value, B, N, 256, block_k),
         scan.tokens(value, B, N, 128, block_k), scan.matrix(prefix if shape.causal else carry, 128, block_k),
         scan.matrix(d_prefix if shape.causal else behind, 128, block_k), scan.matrix(weights, 256, 128),
-        scan.matrix(d_scores, 256, 128), scan.matrix(d_heads[row], 256, 128),
-        scan.matrix(d_heads[row + 1], 256, 128), inputs.index[0], shape.G, shape.shift, E, tasks, CAUSAL=shape.causal,
-        BLOCK_K=block_k, STAGES=scan.REDUCE_STAGES, num_warps=8,
+        scan.matrix(d_scores, 256, 128), scan.matrix(d_heads[row], 256, 128), scan.matrix(d_heads[row + 1], 256, 128),
+        inputs.index.factor_G, shape.G, shape.shift, E, tasks, CAUSAL=shape.causal, BLOCK_K=block_k,
+        STAGES=scan.REDUCE_STAGES, num_warps=8,
     )  # fmt: skip
     return d_bias_u, d_bias_v
 
@@ -408,7 +408,7 @@ def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d
     backward.heads_gradient_kernel(
         (blocks,),
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens,
-        inputs.index[6], d_z, d_z.stride(0), sums, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows,
+        inputs.index.opens_G, d_z, d_z.stride(0), sums, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows,
         H=shape.H, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
         BLOCK_M=block, num_warps=4,
     )  # fmt: skip
@@ -424,8 +424,8 @@ def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
     squares = d_scores.new_empty((programs, shape.tiles.CP, shape.tiles.CP), dtype=torch.float32)
     backward.bias_kernel(
         (n_tiles, programs),
-        d_scores, squares, shape.GT, cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles, CAUSAL=shape.causal,
-        BLOCK=block, num_warps=2,
+        d_scores, squares, shape.GT, triton.cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles,
+        CAUSAL=shape.causal, BLOCK=block, num_warps=2,
     )  # fmt: skip
     return squares
 
@@ -457,7 +457,7 @@ class Sums:
 
     @property
     def blocks(self) -> list[int]:
-        return [cdiv(width, SUM_BLOCK) for width in (self.u, self.v, self.heads, self.norm, self.bias)]
+        return [triton.cdiv(width, SUM_BLOCK) for width in (self.u, self.v, self.heads, self.norm, self.bias)]
 
     def split(self, out: Tensor) -> list[Tensor]:
         """The five gradients in `out`."""
@@ -494,10 +494,10 @@ def product_blocks(dtype: torch.dtype) -> dict:
 def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *, cast: bool, scale: bool) -> None:
     """Fill `rms` and, with `cast` or `scale`, `out`; see `norm_kernel`."""
     T, D = x.shape
-    block_d = power_of_two(D)
+    block_d = triton.next_power_of_2(D)
     block_t = max(1, 4096 // block_d)
     forward.norm_kernel(
-        (cdiv(T, block_t),),
+        (triton.cdiv(T, block_t),),
         x,
         gain,
         rms,
@@ -516,9 +516,9 @@ def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *
 def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor) -> Tensor:
     """Fill `d_x`, and return partial sums for the output bias and the gain; see `norm_gradient_kernel`."""
     T, D = x.shape
-    block_d = power_of_two(D)
+    block_d = triton.next_power_of_2(D)
     block_t, steps = max(1, 4096 // block_d), 16
-    programs = cdiv(T, block_t * steps)
+    programs = triton.cdiv(T, block_t * steps)
     sums = x.new_empty((programs, 1 if p is None else D + 1), dtype=torch.float32)
     backward.norm_gradient_kernel(
         (programs,),
@@ -536,7 +536,7 @@ def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
     y = torch.empty_like(x)
     blocks = product_blocks(out.dtype)
     residual.residual_kernel(
-        (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),),
+        (triton.cdiv(T, blocks["BLOCK_M"]) * triton.cdiv(D, blocks["BLOCK_N"]),),
         tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
         tiled(w_o.contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
         EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(out.dtype), **blocks,

@@ -25,6 +25,7 @@ from .launches import (
     launch_residual,
     launch_sums,
 )
+from .plan import ChunkIndex
 from .tiles import Inputs, Shape, on_device, tiles_for
 
 
@@ -79,7 +80,7 @@ def attention_shape(
     S = z.shape[1]
     return Shape(
         u.shape[0] // N, N, G, C, shift, u.shape[1], S, gamma.shape[0], causal, quad, lin, previous, False, silu,
-        interleaved, rotary_dim, scale, u.dtype, tiles_for(C, S, u.dtype),
+        interleaved, rotary_dim, scale, u.dtype, tiles_for(C, int(S), u.dtype),
     )  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def attention_forward(
     shape = attention_shape(
         u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
     )
-    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
+    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index))
     with on_device(u):
         return list(launch_forward(shape, inputs, initial, kept, kept_mask, want_final, want_attended))
 
@@ -106,17 +107,17 @@ def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, kept, kept
     shape = attention_shape(
         u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
     )
-    return fake_forward(shape, v, source, index, initial is not None, want_final, want_attended)
+    return fake_forward(shape, v, source, ChunkIndex(*index), initial is not None, want_final, want_attended)
 
 
 def fake_forward(
-    shape: Shape, v: Tensor, source: Tensor | None, index: list[Tensor], initial: bool, want_final: bool,
+    shape: Shape, v: Tensor, source: Tensor | None, index: ChunkIndex, initial: bool, want_final: bool,
     want_attended: bool,
 ):  # fmt: skip
     """Empty tensors of the shapes that `launch_forward` returns."""
     scanned = choice.scans(shape, source, v.device)
     t, E, new = shape.tiles, shape.E, v.new_empty
-    pieces, documents = index[2].shape[0], index[4].shape[0]
+    pieces, documents = index.pieces, index.documents
     state = (t.SP, E)
     prefix, carry, final = (new((0,)) for _ in range(3))
     if shape.lin:
@@ -146,7 +147,7 @@ def attention_backward(
     shape = attention_shape(
         u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
     )
-    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index)
+    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index))
     make = torch.zeros if source is not None else torch.empty  # padding is in no chunk: nobody writes its gradient
     d_u, d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (u, v, z))
     with on_device(u):
@@ -228,7 +229,7 @@ def layer_shape(
 ) -> Shape:  # fmt: skip
     return Shape(
         T // N, N, G, C, shift, E, S, gamma.shape[0], causal, quad, lin, previous, True, True, interleaved,
-        rotary_dim, scale, h_dtype, tiles_for(C, S, h_dtype),
+        rotary_dim, scale, h_dtype, tiles_for(C, int(S), h_dtype),
     )  # fmt: skip
 
 
@@ -257,7 +258,7 @@ def layer_forward(
         w = torch.cat([w_u, w_v, w_z]).to(dtype)
         h = torch.mm(raw_x, w.t())
         u, v, z = split_columns(h, E)
-        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
+        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index), rms, gain, b_u, b_v, b_z)
         out, heads, prefix, carry, _, final = launch_forward(
             shape, inputs, initial, kept, kept_mask, want_final, False
         )
@@ -279,7 +280,9 @@ def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos,
     )  # fmt: skip
     cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
     h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
-    out, heads, prefix, carry, _, final = fake_forward(shape, h, source, index, initial is not None, want_final, False)
+    out, heads, prefix, carry, _, final = fake_forward(
+        shape, h, source, ChunkIndex(*index), initial is not None, want_final, False
+    )
     return [
         torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, h.new_empty((h.shape[1], D)), heads,
         prefix, carry, out, final,
@@ -304,7 +307,7 @@ def layer_backward(
         u, v, z = split_columns(h, E)
         d_w_o = torch.mm(raw_dy.t(), out)
         d_out = torch.mm(raw_dy, w_o.to(h.dtype))
-        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, index, rms, gain, b_u, b_v, b_z)
+        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index), rms, gain, b_u, b_v, b_z)
         saved = heads, prefix, carry
         *parts, squares = launch_backward(shape, inputs, saved, out, d_out, split_columns(d_h, E), True)
         del d_out

@@ -8,8 +8,10 @@ pieces of a document in a second, short pass: so long documents fill the GPU as 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ..attention_flash import Normalization, global_scale
@@ -19,6 +21,26 @@ from ..chunking_flash import ChunkLayout, Movable
 # Programs that one pass over pieces should have at least: about two for each multiprocessor of a large GPU.
 PROGRAMS = 250
 LONGEST_PIECE = 16
+
+
+class ChunkIndex(NamedTuple):
+    """Where chunks, pieces and documents begin and end, for every kernel operator; fields as in `ChunkPlan`."""
+
+    factor_G: Tensor
+    group_G: Tensor
+    piece_begin: Tensor
+    piece_end: Tensor
+    document_begin: Tensor
+    document_end: Tensor
+    opens_G: Tensor
+
+    @property
+    def pieces(self) -> int:
+        return self.piece_begin.shape[0]
+
+    @property
+    def documents(self) -> int:
+        return self.document_begin.shape[0]
 
 
 @dataclass(frozen=True)
@@ -53,12 +75,16 @@ class ChunkPlan(Movable):
     opens_G: Tensor
 
     @property
-    def index(self) -> list[Tensor]:
-        """The tensors that every kernel op takes."""
-        return [
-            self.factor_G, self.group_G, self.piece_begin, self.piece_end, self.document_begin, self.document_end,
-            self.opens_G,
-        ]  # fmt: skip
+    def index(self) -> ChunkIndex:
+        return ChunkIndex(
+            factor_G=self.factor_G,
+            group_G=self.group_G,
+            piece_begin=self.piece_begin,
+            piece_end=self.piece_end,
+            document_begin=self.document_begin,
+            document_end=self.document_end,
+            opens_G=self.opens_G,
+        )
 
 
 def chunk_plan(
@@ -83,12 +109,12 @@ def chunk_plan(
     N = cached + layout.token_BN.shape[1]
     device = layout.position_BGC.device
     chunks = batch * G
-    fits = max(1, chunks * -(-width // 128) // PROGRAMS)
+    fits = max(1, chunks * triton.cdiv(width, 128) // PROGRAMS)
     longest = min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
 
     chunk = torch.arange(chunks, dtype=torch.int32, device=device)
     if layout.first_BG is None:
-        per_row = -(-G // longest)
+        per_row = triton.cdiv(G, longest)
         piece = torch.arange(batch * per_row, dtype=torch.int32, device=device)
         row, part = piece // per_row, piece % per_row
         piece_begin = row * G + part * longest

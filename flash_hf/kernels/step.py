@@ -12,16 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention_flash import DecodingState, Normalization
+from .common import DTYPES, INTERPRET
 
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Programs that keep a large GPU's multiprocessors (108 to 132) busy. More of them only read the keys more often.
 FULL_GPU = 96
 # Blocks of slots under way at once.
 STAGES = 3
-# Under numpy 2.4 the interpreter of triton 3.6 cannot end a loop at a tensor (triton issue 9171): it walks through all
-# slots, of which the masks leave the same.
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -150,6 +147,8 @@ def _gated_step_kernel(
             lin_k_S = tl.load(lin_k_ptr + newest * S + col_S, mask=in_S & valid & (position > 0), other=0.0)
     # Slots are summed last: across threads once, not once a block.
     sum_CE = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
+    # Under numpy 2.4 the interpreter of triton 3.6 cannot end a loop at a tensor (triton issue 9171): it walks through
+    # all slots, of which the masks leave the same.
     for start in tl.range(0, C if INTERPRETED else slots, BLOCK_C, num_stages=STAGES):
         slot_C = start + tl.arange(0, BLOCK_C)
         live_C = (slot_C < slots) & (slot_C >= first)
@@ -257,7 +256,7 @@ def _launch(
             HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias is not None,
             HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous_key, INTERLEAVED=interleaved, SILU=silu,
             BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
-            INTERPRETED=INTERPRETED, num_warps=warps,
+            INTERPRETED=INTERPRET, num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -340,7 +339,7 @@ def gated_step(
         ValueError: for a device, shape, dtype, layout or normalization that the kernel has no code for.
         RuntimeError: if a gradient would have to pass.
     """
-    if not (u.is_cuda or INTERPRETED):
+    if not (u.is_cuda or INTERPRET):
         raise ValueError(
             f"u must be on a CUDA device, got {u.device}. Other devices decode with the torch tier, mixed_chunk_step."
         )

@@ -6,12 +6,11 @@ from __future__ import annotations
 import torch
 import triton
 
-from .common import INTERPRET
+from .common import DTYPES, INTERPRET
 
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHUNK, MAX_KEY_DIM = 512, 256
 LARGE_SHARED = 160 * 1024
 

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import fast_math
 from .dispatch import described
+from .plan import ChunkIndex
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,17 @@ class Tiles:
         return {"num_warps": self.warps, "maxnreg": self.registers}
 
 
+@functools.cache
 def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
     """Tiles that fit a Hopper or Ampere multiprocessor; float32 halves them."""
-    block = max(16, power_of_two(C)) if C <= 64 else 128
+    block = max(16, triton.next_power_of_2(C)) if C <= 64 else 128
     if dtype == torch.float32:
         block = min(block, 64)
-    SP = max(16, power_of_two(S))
+    SP = max(16, triton.next_power_of_2(S))
     step = 32 if dtype == torch.float32 else 64
     large = block == 128
     return Tiles(
-        CP=-(-C // block) * block,
+        CP=triton.cdiv(C, block) * block,
         SP=SP,
         block=block,
         block_e=64 if dtype == torch.float32 else 128,
@@ -99,7 +103,7 @@ class Shape:
     def pairs(self) -> dict:
         """Key dimensions in pairs that RoPE turns, and those it leaves alone, each padded to a power of two."""
         rest = self.S - self.rotary_dim
-        return {"HALF": power_of_two(self.rotary_dim // 2), "REST": power_of_two(rest)}
+        return {"HALF": triton.next_power_of_2(self.rotary_dim // 2), "REST": triton.next_power_of_2(rest)}
 
     def tma(self, inputs: Inputs) -> int:
         """Dimensions of the descriptors of tokens, or 0 where pointers are used. Every tile of a chunk has to be a
@@ -146,21 +150,12 @@ def on_device(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n; 0 for 0."""
-    return 1 << (n - 1).bit_length() if n else 0
-
-
 def tiled(x: Tensor, tma: int, *block: int):
     """`x` as a matrix of its last dimension, described for loads of whole blocks by the tensor memory accelerator."""
     if not tma or x.numel() == 0:
         return x
     x = x.view(-1, x.shape[-1])
     return described(TensorDescriptor, x, list(x.shape), list(x.stride()), list(block))
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def lin_row(shape: Shape) -> int:
@@ -181,7 +176,7 @@ class Inputs:
     cos: Tensor | None
     sin: Tensor | None
     source: Tensor | None
-    index: list[Tensor]
+    index: ChunkIndex
     rms: Tensor | None = None
     gain: Tensor | None = None
     bias_u: Tensor | None = None
@@ -192,13 +187,13 @@ class Inputs:
     def tables(self) -> tuple[Tensor, Tensor, int]:
         """cos, sin and their number of rows; any tensor where there is no RoPE."""
         if self.cos is None:
-            return self.index[0], self.index[0], 1
+            return self.index.factor_G, self.index.factor_G, 1
         return self.cos, self.sin, self.cos.shape[0]
 
     @property
     def tokens(self) -> Tensor:
         """`source`, or any tensor where it is not read."""
-        return self.index[1] if self.source is None else self.source
+        return self.index.group_G if self.source is None else self.source
 
     def norm(self, bias: str) -> tuple:
         """The pointers of the norm and of one bias; any tensor where they are not read."""

@@ -8,13 +8,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor, nn
 
 from ..attention_flash import DecodingState, closed_total, is_bare, score_scale
 from ..chunking_flash import ChunkLayout
 from . import ops
 from .plan import ChunkPlan
-from .tiles import power_of_two, saved_attended
+from .tiles import saved_attended
 
 
 def _flat_rotary(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -167,7 +168,7 @@ def _from_cache(
     initial = None
     if has_lin:
         total = closed_total(state, layout.cached_BC) if amid else state.total
-        SP = max(16, power_of_two(S))
+        SP = max(16, triton.next_power_of_2(S))
         initial = F.pad(total * layout.continues_B[:, None, None], (0, 0, 0, SP - S)).contiguous()
     if not amid and not (has_lin and previous_key):
         return initial, None, None
