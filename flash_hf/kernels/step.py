@@ -394,7 +394,6 @@ def gated_step(
     u, v, z = (x if x.stride(-1) == 1 else x.contiguous() for x in (u, v, z))
     bias_R = None if bias_R is None else bias_R.contiguous()
     return torch.ops.flash_hf.gated_step.default(
-        u, v, z, gamma_HS.contiguous(), beta_HS.contiguous(), cos, sin, position_B1, valid_B1, *state, bias_R,
-        float(divisor), normalization == "mean", interleaved, silu, shift,
-        previous_key,
+        u, v, z, gamma_HS.contiguous(), beta_HS.contiguous(), cos, sin, position_B1, valid_B1, quad_k, lin_k, value,
+        total, seen, bias_R, float(divisor), normalization == "mean", interleaved, silu, shift, previous_key,
     )  # fmt: skip
