@@ -3,8 +3,8 @@
 The same as `flash-hf convert`: convert a checkpoint of another FLASH implementation. All options: --help.
 """
 
-from flash_hf.command_line import run_command
 from flash_hf.commands.convert import main
+from flash_hf.commands.options import run_command
 
 
 if __name__ == "__main__":

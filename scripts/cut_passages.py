@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from flash_hf.command_line import OptionParser, natural, run_command, seed
+from flash_hf.commands.options import OptionParser, natural, run_command, seed
 
 
 def cut_passages(text: str, draw: random.Random, *, shortest: int, longest: int) -> Iterator[str]:
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--max_documents", type=natural, default=None, help="of each file, the first ones only")
     parser.add_argument("--seed", type=seed, default=0, help="of lengths and order")
     args = parser.parse_args()
-    from flash_hf.data import load_documents
+    from flash_hf.training import load_documents
 
     rows = []
     for file in args.files:

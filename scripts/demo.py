@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline, set_seed
 
-from flash_hf.command_line import OptionParser, natural, number, run_command
+from flash_hf.commands.options import OptionParser, natural, number, run_command
 
 
 ROOT = Path(__file__).resolve().parent.parent

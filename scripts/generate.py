@@ -3,8 +3,8 @@
 The same as `flash-hf generate`: continue a text with a causal model. All options: --help.
 """
 
-from flash_hf.command_line import run_command
 from flash_hf.commands.generate import main
+from flash_hf.commands.options import run_command
 
 
 if __name__ == "__main__":

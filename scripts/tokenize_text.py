@@ -8,7 +8,7 @@ Tokenise text once, for many trainings or for a rented machine whose minutes cou
 import argparse
 from pathlib import Path
 
-from flash_hf.command_line import OptionParser, natural, run_command
+from flash_hf.commands.options import OptionParser, natural, run_command
 from flash_hf.hub import vocabulary_size
 
 
@@ -27,7 +27,8 @@ def main() -> None:
     import pyarrow.parquet
     from datasets import Sequence, Value
 
-    from flash_hf.data import load_documents, load_tokenizer, text_size, tokenize_documents
+    from flash_hf.training.documents import load_documents
+    from flash_hf.training.tokenizer import load_tokenizer, text_size, tokenize_documents
 
     tokenizer = load_tokenizer(args.tokenizer, masked=False)
     documents = load_documents(args.files, max_documents=args.max_documents)

@@ -4,7 +4,7 @@ python scripts/train_clm.py --train_file tests/data/wizard_of_oz.txt --config sc
 The same as `flash-hf train-clm`: train a causal FLASH on text. All options: --help; --max_steps 20 makes it short.
 """
 
-from flash_hf.command_line import run_command
+from flash_hf.commands.options import run_command
 from flash_hf.commands.train import train_clm
 
 

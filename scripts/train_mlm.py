@@ -5,7 +5,7 @@ The same as `flash-hf train-mlm`: train a bidirectional FLASH to fill in masked 
 --max_steps 20 makes it short.
 """
 
-from flash_hf.command_line import run_command
+from flash_hf.commands.options import run_command
 from flash_hf.commands.train import train_mlm
 
 

@@ -4,8 +4,8 @@
 import sys
 from importlib import import_module
 
-from ..command_line import run_command
 from ..configuration_flash import nearest
+from .options import run_command
 
 
 # Name: module, function, and one line of help.

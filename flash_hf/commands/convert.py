@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..command_line import OptionParser, natural, program_name
-from ..conversion import CONVERTERS, convert, detect_kind, read_state_dict, save_tokenizer
+from ..convert import CONVERTERS, convert, detect_kind, read_state_dict, save_tokenizer
+from .options import OptionParser, natural, program_name
 
 
 def main() -> None:

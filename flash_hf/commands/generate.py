@@ -8,7 +8,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
-from ..command_line import OptionParser, find_device, load_named, natural, number, read_text, seed
+from .options import OptionParser, find_device, load_named, natural, number, read_text, seed
 
 
 class TimedStreamer(TextStreamer):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from flash_hf.command_line import OptionParser, natural, run_command
+from flash_hf.commands.options import OptionParser, natural, run_command
 
 from . import cases as runs
 from . import report

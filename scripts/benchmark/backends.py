@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from flash_hf import FlashConfig, FlashForCausalLM
-from flash_hf.command_line import OptionParser, natural, run_command, seed
+from flash_hf.commands.options import OptionParser, natural, run_command, seed
 
 
 # Name: backend, type of the matrix products.

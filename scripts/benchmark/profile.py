@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from flash_hf import FlashConfig, FlashModel
-from flash_hf.command_line import OptionParser, natural, run_command
+from flash_hf.commands.options import OptionParser, natural, run_command
 
 
 def main() -> None:

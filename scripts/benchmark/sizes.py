@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flash_hf.configuration_flash import FlashConfig
-from flash_hf.throughput import training_flops
+from flash_hf.training import training_flops
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from flash_hf.command_line import OptionParser, read_json, run_command
+from flash_hf.commands.options import OptionParser, read_json, run_command
 
 from .card import make_card, published
 

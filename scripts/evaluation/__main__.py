@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from flash_hf.command_line import (
+from flash_hf.commands.options import (
     OptionParser,
     find_device,
     load_named,
@@ -81,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     if {"perplexity", "masked", "pseudo"} & set(args.measure) and not args.files:
         parser.error("--files must name held-out text for perplexity, masked and pseudo")
-    from flash_hf import data
+    from flash_hf.training.documents import load_documents
 
     from ..provenance import commit
     from . import cost, harness, language
@@ -98,7 +98,7 @@ def main() -> None:
     wrong = {"masked", "pseudo"} & set(args.measure) if not masked else causal_only
     if wrong:
         parser.error(f"{', '.join(sorted(wrong))} cannot be measured with {(config.architectures or ['no head'])[0]}")
-    documents = data.load_documents(args.files, max_documents=args.max_documents) if args.files else None
+    documents = load_documents(args.files, max_documents=args.max_documents) if args.files else None
     tokenizer = load_named(AutoTokenizer.from_pretrained, args.model, option="--model")
     model = load_named(auto.from_pretrained, args.model, option="--model", dtype=args.dtype).to(device).eval()
 

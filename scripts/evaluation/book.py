@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer, set_seed
 
-from flash_hf.command_line import OptionParser, load_named, natural, number, read_text, run_command, seed
+from flash_hf.commands.options import OptionParser, load_named, natural, number, read_text, run_command, seed
 
 
 def main() -> None:

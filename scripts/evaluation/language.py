@@ -16,9 +16,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_hf import data
 from flash_hf.cache_flash import CACHE_NAME
+from flash_hf.loss_flash import IGNORE
 from flash_hf.training import token_scores
+from flash_hf.training.packing import MaskingCollator, Packing, pack_documents
+from flash_hf.training.tokenizer import document_end, document_start, tokenize_documents
 
 
 # --- causal: perplexity, by position ---------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def score_documents(
         if not text.strip():
             continue
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [data.document_start(tokenizer), *ids, data.document_end(tokenizer)]
+        ids = [document_start(tokenizer), *ids, document_end(tokenizer)]
         ids_N = torch.tensor(ids, device=model.device)
         step = context or len(ids)
         for begin in range(0, len(ids) - 1, step):
@@ -140,7 +142,7 @@ def masked_scores(
     documents: Dataset,
     *,
     block_size: int,
-    packing: data.Packing = "documents",
+    packing: Packing = "documents",
     mlm_probability: float = 0.15,
     batch_size: int = 8,
     seed: int = 0,
@@ -151,9 +153,9 @@ def masked_scores(
         documents: a data set with the column `text`.
         block_size, packing, mlm_probability, seed: as in the training.
     """
-    tokenized = data.tokenize_documents(documents, tokenizer)
-    blocks = data.pack_documents(tokenized, tokenizer, block_size=block_size, causal=False, packing=packing)
-    collator = data.MaskingCollator(tokenizer, mlm_probability=mlm_probability, seed=seed)
+    tokenized = tokenize_documents(documents, tokenizer)
+    blocks = pack_documents(tokenized, tokenizer, block_size=block_size, causal=False, packing=packing)
+    collator = MaskingCollator(tokenizer, mlm_probability=mlm_probability, seed=seed)
     nats, right, tokens = 0.0, 0, 0
     for begin in range(0, len(blocks), batch_size):
         rows = blocks.select(range(begin, min(begin + batch_size, len(blocks))))
@@ -161,7 +163,7 @@ def masked_scores(
         labels = batch.pop("labels")
         with torch.inference_mode():
             scores = token_scores(model(**batch).logits, labels, causal=False)
-        counted = labels != data.IGNORE
+        counted = labels != IGNORE
         nats += scores[0][counted].cpu().sum(dtype=torch.float64).item()  # some devices have no float64
         right += int(scores[1][counted].sum())
         tokens += int(counted.sum())
@@ -192,7 +194,7 @@ def pseudo_perplexity(
     nats, right, tokens, words = 0.0, 0, 0, 0
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
-        ids = [data.document_start(tokenizer), *ids, data.document_end(tokenizer)]
+        ids = [document_start(tokenizer), *ids, document_end(tokenizer)]
         whole_N = torch.tensor(ids, device=model.device)
         places = torch.arange(1, len(ids) - 1, device=model.device)
         for place_B in places.split(batch_size) if len(places) else ():

@@ -5,7 +5,7 @@ Fine-tune FLASH (--model folder or Hub name; without it, a new model) to classif
 in a text. All arguments: --help.
 """  # noqa: E501
 
-from flash_hf.command_line import run_command
+from flash_hf.commands.options import run_command
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from flash_hf.training import FlashTrainingArguments, ModelArguments, TrainingParser, parse_with_config
+from flash_hf.training.arguments import FlashTrainingArguments, ModelArguments, TrainingParser, parse_with_config
 
 
 TaskName = Literal["classification", "tagging", "qa"]

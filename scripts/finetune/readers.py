@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, load_dataset
 
-from flash_hf import data
-from flash_hf.command_line import load_named
+from flash_hf.commands.options import load_named
+from flash_hf.training.documents import check_text_file, open_text, read_rows, refuse_missing, suffix_of
 
 from .arguments import TaskArguments
 
@@ -45,8 +45,8 @@ def load_rows(
             what = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"Data file {path} {what}. Give files, or a data set with --dataset_name.")
         if path.suffix != ".parquet":
-            data.check_text_file(path)
-    types = {data.suffix_of(path) for path in paths}
+            check_text_file(path)
+    types = {suffix_of(path) for path in paths}
     if len(types) > 1:
         raise ValueError(f"Data files must be of one type, got {', '.join(sorted(types))}. Convert them first.")
     suffix, source = types.pop(), ", ".join(files)
@@ -59,11 +59,11 @@ def load_rows(
         if suffix in TABLES:
             quotes = args.quoting == "standard" or args.quoting == "auto" and suffix == ".csv"
             options = {"names": args.column_names, "quotes": quotes}
-        rows = [row for path in paths for row in data.read_rows(path, columns, **options)]
+        rows = [row for path in paths for row in read_rows(path, columns, **options)]
     elif suffix == ".parquet":
         for path in paths:
             found = pq.read_schema(path).names
-            data.refuse_missing(path, {name: columns[name] for name in columns if name not in found}, found)
+            refuse_missing(path, {name: columns[name] for name in columns if name not in found}, found)
         try:
             rows = load_dataset("parquet", data_files=files, split="train", columns=[*columns])
         except Exception as error:  # datasets hides the reason in the cause, behind "an error occurred"
@@ -82,7 +82,7 @@ def load_rows(
 
 def select_columns(rows: Dataset, columns: dict[str, str], source: str) -> tuple[Dataset, list[str]]:
     found = rows.column_names
-    data.refuse_missing(source, {name: columns[name] for name in columns if name not in found}, found)
+    refuse_missing(source, {name: columns[name] for name in columns if name not in found}, found)
     return rows.select_columns([*columns]), [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
 
 
@@ -117,7 +117,7 @@ def read_column_file(path: Path) -> list[dict]:
         ValueError: a line without a second column.
     """
     sentences, tokens, tags = [], [], []
-    with data.open_text(path) as file:
+    with open_text(path) as file:
         lines = file.read().split("\n")
     for number, line in enumerate([*lines, ""], 1):
         if line.strip() and not line.startswith("-DOCSTART-"):
@@ -139,7 +139,7 @@ def read_squad_file(path: Path) -> list[dict]:
         ValueError: another format.
     """
     try:
-        with data.open_text(path) as file:
+        with open_text(path) as file:
             articles = json.load(file)["data"]
         return [
             {

@@ -15,20 +15,13 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
-from flash_hf import data
-from flash_hf.command_line import load_named, program_words
+from flash_hf.commands.options import load_named, program_words
 from flash_hf.hub import vocabulary_size
-from flash_hf.training import (
-    FlashTrainer,
-    LossPlotCallback,
-    ModelArguments,
-    check_arguments,
-    check_output_dir,
-    check_sources,
-    config_fields,
-    find_checkpoint,
-    new_config,
-)
+from flash_hf.training.arguments import ModelArguments, check_arguments, config_fields
+from flash_hf.training.checkpoints import check_output_dir, find_checkpoint
+from flash_hf.training.run import check_sources, new_config
+from flash_hf.training.tokenizer import load_tokenizer, train_tokenizer
+from flash_hf.training.trainer import FlashTrainer, LossPlotCallback
 
 from ..provenance import provenance
 from .arguments import FinetuningArguments, TaskArguments
@@ -115,9 +108,9 @@ def load_or_train_tokenizer(
     """The tokenizer of the checkpoint, else `--tokenizer`, else the model's, else a new one."""
     source = resume or model_args.tokenizer or model_args.model
     if source is None:
-        tokenizer = data.train_tokenizer(task.texts(rows), model_args.tokenizer_vocab_size)
+        tokenizer = train_tokenizer(task.texts(rows), model_args.tokenizer_vocab_size)
     else:
-        tokenizer = data.load_tokenizer(str(source), masked=False)
+        tokenizer = load_tokenizer(str(source), masked=False)
     if not tokenizer.is_fast:
         raise ValueError(f"The tokenizer {source} must be a fast one: words and answers are found by its offsets.")
     if tokenizer.pad_token is None:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from flash_hf import data
+from flash_hf.loss_flash import IGNORE
 
 from .arguments import TaskArguments
 from .metrics import Accuracy, MacroF1, SpanF1, Squad
@@ -237,11 +237,11 @@ class Tagging(Task):
             for begin, end in offsets:
                 word = word_at[end - 1] if end > begin else -1
                 owner.append(word if word > last else -1)  # later pieces of a word have no label
-                row.append(self.labels.index(tags[word]) if word > last else data.IGNORE)
+                row.append(self.labels.index(tags[word]) if word > last else IGNORE)
                 last = max(last, word)
             labels.append(row)
             owners.append(owner)
-        empty = [all(label == data.IGNORE for label in row) for row in labels]
+        empty = [all(label == IGNORE for label in row) for row in labels]
         cut = self.was_cut(encoded, len(labels))
         return {**encoded, "labels": labels, "word": owners, "cut": cut, "empty": empty, "row": indices}
 

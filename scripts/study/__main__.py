@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from flash_hf.command_line import OptionParser, natural, read_json, run_command
+from flash_hf.commands.options import OptionParser, natural, read_json, run_command
 
 from ..provenance import write_json
 from . import grid

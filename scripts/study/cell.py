@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup, set_seed
 
-from flash_hf.graphs import GraphedBackward
+from flash_hf.training import GraphedBackward
 
 from ..benchmark.timing import quartiles
 from ..evaluation.recall import mqar, needle

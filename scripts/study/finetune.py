@@ -28,9 +28,13 @@ import torch
 from datasets import Dataset, load_from_disk
 from transformers import AutoModelForMaskedLM, set_seed
 
-from flash_hf import FlashConfig, data, training
-from flash_hf.command_line import OptionParser, natural, program_words, read_json, run_command
+from flash_hf import FlashConfig, training
+from flash_hf.commands.options import OptionParser, natural, program_words, read_json, run_command
 from flash_hf.hub import vocabulary_size
+from flash_hf.training.documents import load_documents, split_documents
+from flash_hf.training.packing import MaskingCollator, pack_documents
+from flash_hf.training.tokenizer import load_tokenizer, text_size, tokenize_documents, train_tokenizer
+from flash_hf.training.trainer import MaskEpochCallback
 
 from ..baselines import TransformerPPConfig  # registers Transformer++
 from ..finetune.arguments import FinetuningArguments, TaskArguments
@@ -96,21 +100,19 @@ def prepare(options: argparse.Namespace) -> None:
         (work / "data").mkdir(parents=True, exist_ok=True)
         rows = [f"{line[2:]}\t{line[0]}" for line in lines if line.strip()]
         (work / "data" / "sst2_test.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    documents = [data.load_documents([file]) for file in options.text]
+    documents = [load_documents([file]) for file in options.text]
     texts = [row["text"] for part in documents for row in part]
     rows = Dataset.from_dict({"text": texts}).shuffle(seed=0) if len(texts) > 1 else Dataset.from_dict({"text": texts})
-    train, validation = data.split_documents(rows, 0.05 if options.smoke else 0.01)
-    tokenizer = data.train_tokenizer(train, options.vocab_size, max_bytes=20_000_000)
+    train, validation = split_documents(rows, 0.05 if options.smoke else 0.01)
+    tokenizer = train_tokenizer(train, options.vocab_size, max_bytes=20_000_000)
     tokenizer.save_pretrained(work / "tokenizer")
     workers = min(8, os.cpu_count() or 1, len(train))
     size = {}
     for name, part in (("train", train), ("validation", validation)):
-        tokens = data.tokenize_documents(
-            part, tokenizer, num_proc=workers if name == "train" and workers > 1 else None
-        )
-        blocks = data.pack_documents(tokens, tokenizer=tokenizer, block_size=options.block_size, causal=False)
+        tokens = tokenize_documents(part, tokenizer, num_proc=workers if name == "train" and workers > 1 else None)
+        blocks = pack_documents(tokens, tokenizer=tokenizer, block_size=options.block_size, causal=False)
         blocks.save_to_disk(str(work / "blocks" / name))
-        size[name] = {**data.text_size(tokens), "blocks": len(blocks)}
+        size[name] = {**text_size(tokens), "blocks": len(blocks)}
     write_json(work / "text.json", {"files": [Path(file).name for file in options.text], **size})
 
 
@@ -143,7 +145,7 @@ def model_configs(options: argparse.Namespace, tokenizer) -> dict:
 
 def pretrain(options: argparse.Namespace, name: str, rate: float) -> dict:
     work = Path(options.work)
-    tokenizer = data.load_tokenizer(str(work / "tokenizer"), masked=True)
+    tokenizer = load_tokenizer(str(work / "tokenizer"), masked=True)
     blocks = {
         part: load_from_disk(str(work / "blocks" / part)).with_format("numpy") for part in ("train", "validation")
     }
@@ -167,7 +169,7 @@ def pretrain(options: argparse.Namespace, name: str, rate: float) -> dict:
     )
     set_seed(0)
     model = AutoModelForMaskedLM.from_config(model_configs(options, tokenizer)[name])
-    collator = data.MaskingCollator(tokenizer, mlm_probability=0.15, seed=0)
+    collator = MaskingCollator(tokenizer, mlm_probability=0.15, seed=0)
     size = json.loads((work / "text.json").read_text(encoding="utf-8"))["validation"]
     trainer = training.FlashTrainer(
         model=model,
@@ -178,7 +180,7 @@ def pretrain(options: argparse.Namespace, name: str, rate: float) -> dict:
         processing_class=tokenizer,
         compute_metrics=training.make_compute_metrics("masked", size),
         preprocess_logits_for_metrics=partial(training.token_scores, causal=False),
-        callbacks=[training.MaskEpochCallback(collator)],
+        callbacks=[MaskEpochCallback(collator)],
     )
     if options.compile and cuda:
         for layer in model.model.layers:

@@ -23,7 +23,7 @@ MIXED = "mixed"
 PIECE_TOKENS = 26_000_000
 VALIDATED = {MIXED: CORPORA}  # on which corpora; elsewhere on the corpus itself
 IGNORE = -100
-# BERT's recipe, as data.MaskingCollator has it: of the chosen tokens, 80 % are hidden, 10 % exchanged, 10 % kept.
+# BERT's recipe, as MaskingCollator has it: of the chosen tokens, 80 % are hidden, 10 % exchanged, 10 % kept.
 MASKED, HIDDEN, EXCHANGED = 0.15, 0.8, 0.5
 
 
@@ -36,21 +36,22 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
         data: folder with `{corpus}_{train,valid}.jsonl.xz`; or one text file, whose last tenth then is for validation,
             for both corpora: to try the study out.
     """
-    from flash_hf import data as flash_data
     from flash_hf.hub import vocabulary_size
+    from flash_hf.training.documents import load_documents, split_documents
+    from flash_hf.training.tokenizer import train_tokenizer
 
     if data.is_file():
-        parts = flash_data.split_documents(flash_data.load_documents(data, sample_by="paragraph"), 0.1)
+        parts = split_documents(load_documents(data, sample_by="paragraph"), 0.1)
         rows = {f"{corpus}_{part}": parts[part == "valid"] for corpus in CORPORA for part in ("train", "valid")}
     else:
         rows = {
-            f"{corpus}_{part}": flash_data.load_documents(data / f"{corpus}_{part}.jsonl.xz").shuffle(seed=0)
+            f"{corpus}_{part}": load_documents(data / f"{corpus}_{part}.jsonl.xz").shuffle(seed=0)
             for corpus in CORPORA
             for part in ("train", "valid")
         }
     folder.mkdir(parents=True, exist_ok=True)
     sample = [row for corpus in CORPORA for row in _until(rows[f"{corpus}_train"], 10_000_000)]
-    tokenizer = flash_data.train_tokenizer(sample, vocab_size, max_bytes=20_000_000)
+    tokenizer = train_tokenizer(sample, vocab_size, max_bytes=20_000_000)
     tokenizer.save_pretrained(folder / "tokenizer")
     facts = {"vocab_size": vocabulary_size(tokenizer), "end": tokenizer.eos_token_id, "mask": tokenizer.mask_token_id}
     for name, documents in rows.items():
@@ -85,11 +86,11 @@ def prepare_mixed(data: Path, folder: Path, *, piece_tokens: int = PIECE_TOKENS,
     """
     from datasets import concatenate_datasets
 
-    from flash_hf import data as flash_data
+    from flash_hf.training import load_documents, load_tokenizer
 
     files = sorted(path for part in ("train", "more") for path in data.glob(f"*_{part}.jsonl.xz"))
-    documents = concatenate_datasets([flash_data.load_documents(path) for path in files]).shuffle(seed=0)
-    encoder = flash_data.load_tokenizer(str(folder / "tokenizer"), masked=True).backend_tokenizer
+    documents = concatenate_datasets([load_documents(path) for path in files]).shuffle(seed=0)
+    encoder = load_tokenizer(str(folder / "tokenizer"), masked=True).backend_tokenizer
     facts = json.loads((folder / "text.json").read_text(encoding="utf-8"))
     size = {"documents": len(documents), "tokens": 0, "bytes": 0, "words": 0}
     pieces, waiting = [], np.empty(0, np.uint16)

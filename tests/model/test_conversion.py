@@ -18,15 +18,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 import warm
 from flash_hf import FlashConfig
-from flash_hf.conversion import (
-    convert,
-    convert_junnyu_flash,
-    convert_lucidrains_layer,
-    detect_kind,
-    fold_decoder,
-    read_state_dict,
-    save_tokenizer,
-)
+from flash_hf.convert import convert, detect_kind, read_state_dict, save_tokenizer
+from flash_hf.convert.junnyu import convert_junnyu_flash
+from flash_hf.convert.lucidrains import convert_lucidrains_layer
+from flash_hf.convert.parts import fold_decoder
 from helpers import assert_close
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import TorchAoConfig
 
 from flash_hf import FlashConfig, FlashForCausalLM
-from flash_hf.data import train_tokenizer
+from flash_hf.training import train_tokenizer
 
 
 ROOT = Path(__file__).parents[2]

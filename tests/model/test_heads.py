@@ -25,7 +25,7 @@ from flash_hf import (
     FlashModel,
     modeling_flash,
 )
-from flash_hf.data import train_tokenizer
+from flash_hf.training import train_tokenizer
 from helpers import assert_close, make_model, random_ids, tiny_config
 
 

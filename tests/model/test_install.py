@@ -102,7 +102,7 @@ def test_the_wheel_holds_no_research_code():
     assert setup["options.packages.find"]["include"].split() == ["flash_hf*"]
     packages = [path.parent for path in (ROOT / "flash_hf").rglob("__init__.py")]
     assert {path.name for path in packages} <= {"flash_hf", "commands", "kernels", "training", "convert"}
-    research = {"baselines", "benchmark", "cells", "evaluation", "finetuning", "metrics", "passages", "provenance",
+    research = {"baselines", "benchmark", "cells", "evaluation", "finetuning", "passages", "provenance",
                 "recall", "study"}  # fmt: skip
     for path in [path for package in packages for path in package.glob("*.py")]:
         assert not {path.stem, path.stem.partition("_")[0]} & research, path

@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import flash_hf
 import warm
 from flash_hf import FlashConfig, FlashForCausalLM, training
-from flash_hf.data import CHAT_TEMPLATE
 from flash_hf.hub import add_code, registered_classes
+from flash_hf.training.arguments import config_fields
+from flash_hf.training.run import new_config
+from flash_hf.training.tokenizer import CHAT_TEMPLATE
 from helpers import tiny_config
 from scripts.cards.card import PIPELINE_TAGS, check_facts, check_results, make_card, published
 
@@ -228,7 +230,7 @@ def test_a_published_model_is_what_its_recipe_makes(name, tmp_path):
     command = ["--config", str(recipe), "--train_file", "books.jsonl", "--max_minutes", "5", "--use_cpu", "true"]
     model_args, data_args, args = training.parse_arguments([*command, "--output_dir", str(tmp_path)])
     config = FlashConfig.from_pretrained(PUBLISHED[name][0])
-    made = training.new_config("causal" if config.is_decoder else "masked", training.config_fields(model_args))
+    made = new_config("causal" if config.is_decoder else "masked", config_fields(model_args))
     own = {field.name for field in fields(FlashConfig)} - {"vocab_size", "dtype", "architectures", "is_decoder"}
     own -= {"transformers_version"} | {field for field in own if field.endswith("token_id")}
     assert {field: getattr(made, field) for field in own} == {field: getattr(config, field) for field in own}

@@ -14,7 +14,9 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from flash_hf import FlashForCausalLM, FlashForMaskedLM, data
+from flash_hf import FlashForCausalLM, FlashForMaskedLM
+from flash_hf.training.packing import MaskingCollator, pack_documents
+from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
 from helpers import make_model, random_ids, tiny_config
 from scripts.cards.card import check_results
 from scripts.evaluation import cost, harness, language, recall
@@ -28,7 +30,7 @@ DOCUMENTS = [{"text": TEXT[3000:3900]}, {"text": "  "}, {"text": TEXT[9000:9300]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([{"text": TEXT[:50_000]}], 300)
+    return train_tokenizer([{"text": TEXT[:50_000]}], 300)
 
 
 def model_of(cls, **changes):
@@ -137,10 +139,10 @@ def test_masked_scores_count_the_masked_tokens_alone(masked, tokenizer, tmp_path
     documents = Dataset.from_list(DOCUMENTS)
     scores = language.masked_scores(masked, tokenizer, documents, block_size=50, batch_size=3, seed=4)
     nats, right, tokens, total = 0.0, 0, 0, 0
-    blocks = data.pack_documents(
-        data.tokenize_documents(documents, tokenizer), tokenizer, block_size=50, causal=False, packing="documents"
+    blocks = pack_documents(
+        tokenize_documents(documents, tokenizer), tokenizer, block_size=50, causal=False, packing="documents"
     )
-    collator = data.MaskingCollator(tokenizer, seed=4)
+    collator = MaskingCollator(tokenizer, seed=4)
     for begin in range(0, len(blocks), 3):
         batch = collator.torch_call(list(blocks.select(range(begin, min(begin + 3, len(blocks))))))
         labels = batch.pop("labels")

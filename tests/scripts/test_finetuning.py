@@ -21,7 +21,8 @@ from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import warm
-from flash_hf import FlashForCausalLM, data
+from flash_hf import FlashForCausalLM
+from flash_hf.training.tokenizer import load_tokenizer, train_tokenizer
 from helpers import tiny_config
 from scripts.cards.card import check_results
 from scripts.finetune import readers, run, tasks
@@ -48,9 +49,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    data.train_tokenizer([{"text": (DATA / "wizard_of_oz.txt").read_text(encoding="utf-8")}], 600).save_pretrained(
-        folder
-    )
+    train_tokenizer([{"text": (DATA / "wizard_of_oz.txt").read_text(encoding="utf-8")}], 600).save_pretrained(folder)
     return folder
 
 
@@ -264,7 +263,7 @@ def test_tables_keep_what_stands_there(tmp_path):
 
 
 def test_other_columns_may_hold_anything(tmp_path):
-    """As in data.read_rows, whose places the rows keep. A class column in Parquet keeps its names."""
+    """As in read_rows, whose places the rows keep. A class column in Parquet keeps its names."""
     load, names = tasks.Classification.load, ClassLabel(names=["bad", "good"])
     rows = [{"text": "a", "label": 1, "x": 1}, {"label": 0, "x": "s", "late": [1], "text": "b"}]
     files = [str(write(tmp_path / f"{n}.jsonl", rows[n:])) for n in range(2)]
@@ -335,11 +334,11 @@ def test_empty_rows_are_left_out_and_counted(case, start, tokenizer, tmp_path, m
     rows, empty = EMPTY[case]
     task = "classification" if case == "pairs" else case
     if not start:
-        bare = data.load_tokenizer(str(tokenizer), masked=False)
+        bare = load_tokenizer(str(tokenizer), masked=False)
         bare.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
         tokenizer = tmp_path / "tokenizer"
         bare.save_pretrained(tokenizer)
-        assert data.load_tokenizer(str(tokenizer), masked=False)("")["input_ids"] == []
+        assert load_tokenizer(str(tokenizer), masked=False)("")["input_ids"] == []
     said = []
     monkeypatch.setattr(tasks.logger, "warning", said.append)
     files = {f"{name}_file": write(tmp_path / f"{name}.jsonl", rows) for name in ("train", "validation", "test")}
@@ -362,7 +361,7 @@ def test_empty_rows_are_left_out_and_counted(case, start, tokenizer, tmp_path, m
 
 
 def test_rows_that_are_all_empty_are_refused(tokenizer):
-    tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
+    tokenizer = load_tokenizer(str(tokenizer), masked=False)
     task = tasks.Classification(task_arguments("classification"), tokenizer, ["a"])
     rows = Dataset.from_list([{"text": " ", "label": "a", "place": "it, row 1"}])
     with pytest.raises(ValueError, match="example for train must not be empty, but each one has no text"):
@@ -397,7 +396,7 @@ def test_column_files(tmp_path):
 
 
 def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
-    tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
+    tokenizer = load_tokenizer(str(tokenizer), masked=False)
     words, tags = ["Dorothy", "unquestionably", "loves", "Zürich", "."], ["B-PER", "O", "O", "B-LOC", "O"]
     labels = sorted(set(tags))
     task = tasks.Tagging(task_arguments("tagging"), tokenizer, labels)
@@ -424,7 +423,7 @@ def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
 
 def test_long_contexts_are_split_and_answers_found(tokenizer):
     """With windows that overlap, the answer's tokens are marked where it is whole, and decoding finds it again."""
-    tokenizer = data.load_tokenizer(str(tokenizer), masked=False)
+    tokenizer = load_tokenizer(str(tokenizer), masked=False)
     context = (DATA / "wizard_of_oz.txt").read_text(encoding="utf-8")[5000:6500]
     begin = context.index("Toto")
     found, none = {"text": ["Toto"], "answer_start": [begin]}, {"text": [], "answer_start": []}

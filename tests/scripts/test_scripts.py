@@ -21,7 +21,10 @@ import torch
 from transformers import TrainingArguments
 
 import warm
-from flash_hf import command_line, commands, data, training
+from flash_hf import commands, training
+from flash_hf.commands import options as command_line
+from flash_hf.training.documents import load_documents, split_documents
+from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
 from scripts.finetune.arguments import parse_arguments as finetuning_arguments
 
 
@@ -279,7 +282,7 @@ def test_a_program_is_called_as_it_was_started(monkeypatch, tmp_path):
     (tmp_path / "package").mkdir()
     for name in ("__main__", "book"):
         (tmp_path / "package" / f"{name}.py").write_text(
-            "from flash_hf.command_line import OptionParser, program_words\n"
+            "from flash_hf.commands.options import OptionParser, program_words\n"
             "said = OptionParser().prog, program_words()\n",
             encoding="utf-8",
         )
@@ -355,11 +358,11 @@ def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_pa
     command = ["--train_file", str(files["tokens"]), "--config_overrides", TINY, "--output_dir", str(tmp_path / "c")]
     with pytest.raises(ValueError, match="must come with the --tokenizer that they were made with"):
         training.run_training("causal", *training.parse_arguments(command))
-    small = data.train_tokenizer(rows, 300)
+    small = train_tokenizer(rows, 300)
     with pytest.raises(ValueError, match="the tokenizer's ids end at 299. Give the --tokenizer"):
-        data.tokenize_documents(data.load_documents(files["tokens"]), small)
+        tokenize_documents(load_documents(files["tokens"]), small)
     with pytest.raises(ValueError, match="A single tokenised document cannot be split"):
-        data.split_documents(data.load_documents(files["tokens"], max_documents=1), 0.5)
+        split_documents(load_documents(files["tokens"], max_documents=1), 0.5)
 
 
 def generate(capsys, model: Path, *options: str) -> tuple[str, str]:

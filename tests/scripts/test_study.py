@@ -43,7 +43,7 @@ def tokens(tmp_path_factory):
 
 # --- text ------------------------------------------------------------------------------------------------------------
 def test_prepared_text_is_the_book(tokens):
-    from flash_hf.data import load_tokenizer
+    from flash_hf.training import load_tokenizer
 
     facts = json.loads((tokens / "text.json").read_text(encoding="utf-8"))
     train, valid = (np.load(tokens / f"books_{part}.npy") for part in ("train", "valid"))
@@ -100,7 +100,7 @@ def mixed(tokens, tmp_path_factory):
 
 
 def test_the_mixed_corpus_holds_every_training_document_once(mixed):
-    from flash_hf.data import load_tokenizer
+    from flash_hf.training import load_tokenizer
 
     folder, facts, data = mixed
     size = facts["mixed_train"]

@@ -24,7 +24,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import _http
 from transformers import TrainerCallback
 
-from flash_hf import streaming, training
+from flash_hf import training
+from flash_hf.training import run, stream
+from flash_hf.training.checkpoints import missing_from_checkpoint
 
 
 BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
@@ -43,7 +45,7 @@ SERVER.RequestHandlerClass.parse_request = answer_or_not
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0.1
-streaming.BATCH_CHARACTERS = 2000
+stream.BATCH_CHARACTERS = 2000
 
 
 def push() -> None:
@@ -73,18 +75,18 @@ def train(name: str, *more: str, hush: bool = False) -> dict[int, float]:
         f"--output_dir {FOLDER / name}"
     )
     parsed = training.parse_arguments([*command.split(), *more])
-    build = training.build_trainer
+    build = run.build_trainer
 
     def build_with_hush(*args):
         trainer = build(*args)
         trainer.add_callback(Hush)
         return trainer
 
-    training.build_trainer = build_with_hush if hush else build
+    run.build_trainer = build_with_hush if hush else build
     try:
         training.run_training("causal", *parsed)
     finally:
-        training.build_trainer = build
+        run.build_trainer = build
     log = json.loads((FOLDER / name / "log_history.json").read_text(encoding="utf-8"))
     return {line["step"]: line["loss"] for line in log if "loss" in line}
 
@@ -99,7 +101,7 @@ except ConnectionError as error:
 else:
     raise AssertionError("the stream did not notice that the server had fallen silent")
 saved = sorted((FOLDER / "broken").glob("checkpoint-*"))
-assert 2 <= len(saved) < 12 and all(not training.missing_from_checkpoint(path, streaming=True) for path in saved)
+assert 2 <= len(saved) < 12 and all(not missing_from_checkpoint(path, streaming=True) for path in saved)
 silent = False
 assert train("broken", "--resume_from_checkpoint", "last") == whole
 print("as if it had not happened")

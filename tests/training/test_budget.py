@@ -9,14 +9,14 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from flash_hf import training
-from flash_hf.budget import TimeBudget
+from flash_hf.training import TimeBudget
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test moves, in seconds."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr("flash_hf.budget.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("flash_hf.training.budget.time.monotonic", lambda: clock.now)
     return clock
 
 

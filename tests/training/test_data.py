@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading, tokenizers, packing and collators of flash_hf/data.py."""
+"""Loading, tokenizers, packing and collators of flash_hf/training/."""
 
 import csv
 import gzip
@@ -15,8 +15,21 @@ import pytest
 import torch
 from datasets import Dataset
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.hub import vocabulary_size
+from flash_hf.loss_flash import IGNORE
+from flash_hf.training.documents import load_documents, split_documents
+from flash_hf.training.packing import MaskingCollator, Packer, collate, cut_rows, pack_documents
+from flash_hf.training.tokenizer import (
+    LONGEST_WORD,
+    document_end,
+    document_start,
+    load_tokenizer,
+    text_size,
+    tokenize_documents,
+    tokenize_texts,
+    train_tokenizer,
+)
 
 
 BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
@@ -32,7 +45,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
+    return train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +57,7 @@ def with_gaps(tokenizer, tmp_path_factory):
     content["model"]["vocab"] |= {f"[{number}]": number for number in range(1000, 1100)}
     content["added_tokens"].append({**content["added_tokens"][0], "id": 1099, "content": "[1099]"})
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    return data.load_tokenizer(str(folder), masked=True)
+    return load_tokenizer(str(folder), masked=True)
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -66,7 +79,7 @@ def jsonl(*texts: str, column: str = "text") -> str:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.xz", "a.json.gz"])
 def test_json_files_give_the_same_documents(tmp_path, name, streaming):
     path = write(tmp_path / name, jsonl("one", ODD_TEXT, "three"))
-    documents = data.load_documents(path, streaming=streaming)
+    documents = load_documents(path, streaming=streaming)
     assert [dict(row) for row in documents] == [{"text": "one"}, {"text": ODD_TEXT}, {"text": "three"}]
 
 
@@ -74,18 +87,18 @@ def test_json_files_give_the_same_documents(tmp_path, name, streaming):
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.md"])
 def test_a_text_file_is_one_document(tmp_path, name, streaming):
     text = "First line\n\nSecond – paragraph\n"
-    documents = list(data.load_documents(write(tmp_path / name, text), streaming=streaming))
+    documents = list(load_documents(write(tmp_path / name, text), streaming=streaming))
     assert [row["text"] for row in documents] == [text]
 
 
 def test_sample_by_column_and_limit(tmp_path):
     path = write(tmp_path / "a.txt", "one\ntwo\n\nthree\n")
-    assert data.load_documents(path, sample_by="line")["text"] == ["one", "two", "", "three"]
-    assert data.load_documents(path, sample_by="paragraph")["text"] == ["one\ntwo", "three\n"]
+    assert load_documents(path, sample_by="line")["text"] == ["one", "two", "", "three"]
+    assert load_documents(path, sample_by="paragraph")["text"] == ["one\ntwo", "three\n"]
     other = write(tmp_path / "a.jsonl", jsonl("one", "two", "three", column="content"))
-    assert data.load_documents(other, text_column="content", max_documents=2)["text"] == ["one", "two"]
+    assert load_documents(other, text_column="content", max_documents=2)["text"] == ["one", "two"]
     more = write(tmp_path / "b.jsonl", jsonl("four", column="content"))
-    both = data.load_documents([other, more], text_column="content")
+    both = load_documents([other, more], text_column="content")
     assert both["text"] == ["one", "two", "three", "four"]
 
 
@@ -98,7 +111,7 @@ def test_a_data_set_by_name(tmp_path, streaming):
     card = "---\nconfigs:\n- config_name: small\n  data_dir: small\n---\n"
     write(tmp_path / "set" / "README.md", card)
     options = {"dataset_config_name": "small", "text_column": "content", "streaming": streaming}
-    load = partial(data.load_documents, dataset_name=str(tmp_path / "set"), **options)
+    load = partial(load_documents, dataset_name=str(tmp_path / "set"), **options)
     assert [row["text"] for row in load(split="train")] == ["one", "two", "three"]
     assert [row["text"] for row in load(split="validation")] == ["four"]
     if not streaming:
@@ -124,7 +137,7 @@ def test_columns_of_a_data_set_by_name_may_hold_anything(tmp_path, streaming):
         Dataset.from_dict(row).to_parquet(tmp_path / "parquet" / f"train-{number}.parquet")
 
     def texts(name, **options):
-        documents = data.load_documents(dataset_name=str(tmp_path / name), streaming=streaming, **options)
+        documents = load_documents(dataset_name=str(tmp_path / name), streaming=streaming, **options)
         assert documents.column_names in (None, ["text"])
         return [row["text"] for row in documents]
 
@@ -151,22 +164,22 @@ def test_columns_of_a_data_set_by_name_may_hold_anything(tmp_path, streaming):
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, monkeypatch):
     folder, said = tmp_path / "set", []
     folder.mkdir()
-    monkeypatch.setattr(data.logger, "warning", said.append)
+    monkeypatch.setattr("flash_hf.training.documents.logger.warning", said.append)
     write(folder / "a.jsonl", jsonl("one"))
     write(folder / "b.json", jsonl("two"))
     write(folder / "README.md", "A card.")
-    assert data.load_documents(dataset_name=str(folder))["text"] == ["one", "two"] and not said
+    assert load_documents(dataset_name=str(folder))["text"] == ["one", "two"] and not said
     write(folder / "c.csv", "text\nthree\n")
-    assert data.load_documents(dataset_name=str(folder))["text"] == ["one", "two"]
+    assert load_documents(dataset_name=str(folder))["text"] == ["one", "two"]
     assert said == [f"{folder} is read as json; not read: {folder / 'c.csv'}"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz", "a.jsonl.gz"])
 def test_empty_and_blank_files_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"a\.\S+ must hold text, but it is empty \(0 bytes\)"):
-        data.load_documents(write(tmp_path / name, ""))
+        load_documents(write(tmp_path / name, ""))
     with pytest.raises(ValueError, match="must hold text, but it is blank"):
-        data.load_documents(write(tmp_path / name, " \n\n\t\n"))
+        load_documents(write(tmp_path / name, " \n\n\t\n"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz"])
@@ -182,7 +195,7 @@ def test_empty_and_blank_files_are_refused(tmp_path, name):
 def test_a_file_that_is_not_utf8_is_refused_with_the_place(tmp_path, name, good, bad):
     path = write(tmp_path / name, good.encode() + bad)
     with pytest.raises(ValueError, match="must be UTF-8 text") as error:
-        data.load_documents(path)
+        load_documents(path)
     assert f"byte {len(good.encode())} (0x{bad[0]:02x})" in str(error.value)
     assert str(path) in str(error.value) and "iconv" in str(error.value)
 
@@ -191,7 +204,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_place(tmp_path, name, good,
 def test_a_file_in_utf16_is_called_so(tmp_path, encoding):
     path = write(tmp_path / "a.csv", "\ufefftext,id\na,1\n".encode(encoding))
     with pytest.raises(ValueError, match="byte 0 .* iconv -f utf-16 -t utf-8"):
-        data.load_documents(path)
+        load_documents(path)
 
 
 def test_truncated_archives_are_refused(tmp_path):
@@ -199,47 +212,47 @@ def test_truncated_archives_are_refused(tmp_path):
         path = write(tmp_path / name, BOOK.read_bytes()[:50_000])
         path.write_bytes(path.read_bytes()[:-500])
         with pytest.raises(ValueError, match="is not a whole"):
-            data.load_documents(path)
+            load_documents(path)
     path.with_suffix(".gz").write_bytes(b"plain text")
     with pytest.raises(ValueError, match="is not a whole .gz file"):
-        data.load_documents(path.with_suffix(".gz"))
+        load_documents(path.with_suffix(".gz"))
 
 
 def test_wrong_sources_are_refused(tmp_path):
     good = write(tmp_path / "a.jsonl", jsonl("one"))
     with pytest.raises(FileNotFoundError, match=r"none\.txt does not exist"):
-        data.load_documents([good, tmp_path / "none.txt"])
+        load_documents([good, tmp_path / "none.txt"])
     with pytest.raises(FileNotFoundError, match="is a folder"):
-        data.load_documents(tmp_path)
+        load_documents(tmp_path)
     with pytest.raises(ValueError, match=r"must end in one of \.txt"):
-        data.load_documents(write(tmp_path / "a.pdf", "x"))
+        load_documents(write(tmp_path / "a.pdf", "x"))
     with pytest.raises(ValueError, match="of one type, got json, text"):
-        data.load_documents([good, write(tmp_path / "a.txt", "x")])
+        load_documents([good, write(tmp_path / "a.txt", "x")])
     with pytest.raises(ValueError, match="either from files or from dataset_name"):
-        data.load_documents()
+        load_documents()
     with pytest.raises(ValueError, match="either from files or from dataset_name"):
-        data.load_documents(good, dataset_name="x/y")
+        load_documents(good, dataset_name="x/y")
     with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
-        data.load_documents(good, max_documents=0)
+        load_documents(good, max_documents=0)
     with pytest.raises(ValueError, match=r"Cannot read .*b\.txt as text"):
-        data.load_documents(write(tmp_path / "b.txt", "x"), sample_by="word")
+        load_documents(write(tmp_path / "b.txt", "x"), sample_by="word")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_missing_text_column_names_those_there_are(tmp_path, streaming):
     path = write(tmp_path / "a.jsonl", jsonl("one", column="content"))
     with pytest.raises(ValueError, match=r"a\.jsonl must have a column 'text'; it has id, content\. .*--text_column"):
-        data.load_documents(path, streaming=streaming)
+        load_documents(path, streaming=streaming)
     good = write(tmp_path / "b.jsonl", jsonl("one"))
     for name, content in (("c.csv", "a,b\n1,2\n"), ("d.csv", "a,b\n")):
         with pytest.raises(ValueError, match=rf"{name} must have a column 'text'; it has a, b\."):
-            data.load_documents(write(tmp_path / name, content), streaming=streaming)
+            load_documents(write(tmp_path / name, content), streaming=streaming)
     with pytest.raises(ValueError, match=r"a\.jsonl must have a column 'text'"):  # the second of two files
-        data.load_documents([good, path], streaming=streaming)
+        load_documents([good, path], streaming=streaming)
     for name in ("a", "b"):
         Dataset.from_json(str(tmp_path / f"{name}.jsonl")).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet must have a column 'text'; it has id, content\."):
-        data.load_documents([tmp_path / "b.parquet", tmp_path / "a.parquet"], streaming=streaming)
+        load_documents([tmp_path / "b.parquet", tmp_path / "a.parquet"], streaming=streaming)
 
 
 # What stands beside the text: a column that changes its type, begins late, is an object here and a list there.
@@ -272,20 +285,20 @@ def test_other_columns_may_hold_anything(tmp_path, streaming, monkeypatch):
     paths = [write(tmp_path / name, content) for name, (content, _) in files.items()]
     for path, (_, texts) in zip(paths, files.values(), strict=True):
         if texts is not None:
-            assert [row["text"] for row in data.load_documents(path, streaming=streaming)] == texts
-    documents = data.load_documents(paths, streaming=streaming)
+            assert [row["text"] for row in load_documents(path, streaming=streaming)] == texts
+    documents = load_documents(paths, streaming=streaming)
     texts = [row["text"] for row in documents]
     assert texts[:6] == ["one", "two", None, "three", None, "four"] and texts[-2:] == ["same", "other"]
     assert len(texts) == 5 + 1 + 5 + 1 + 2 + 2801
 
     tables = [write(tmp_path / "a.csv", table), write(tmp_path / "b.csv", "text,late\nfour,4\n")]
-    documents = data.load_documents(tables, streaming=streaming)
+    documents = load_documents(tables, streaming=streaming)
     assert [dict(row) for row in documents] == [{"text": text} for text in ("one", "two", "three", "four")]
 
     rows = [{"text": ["one"], "id": [1]}, {"late": ["x"], "text": ["two"], "id": ["y"]}]
     for number, row in enumerate(rows):
         Dataset.from_dict(row).to_parquet(tmp_path / f"{number}.parquet")
-    documents = data.load_documents([tmp_path / "0.parquet", tmp_path / "1.parquet"], streaming=streaming)
+    documents = load_documents([tmp_path / "0.parquet", tmp_path / "1.parquet"], streaming=streaming)
     assert [dict(row) for row in documents] == [{"text": "one"}, {"text": "two"}]
 
 
@@ -296,7 +309,7 @@ def test_csv_files_keep_what_stands_there(tmp_path, name, streaming):
     texts = ['a "b", c\r\nd\n\ne', "NA", "null", "5", "x" * 300_000, "", "日本"]
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("id", "text"), *enumerate(texts)])
-    documents = data.load_documents(write(tmp_path / name, "\ufeff" + table.getvalue()), streaming=streaming)
+    documents = load_documents(write(tmp_path / name, "\ufeff" + table.getvalue()), streaming=streaming)
     assert [row["text"] for row in documents] == texts
 
 
@@ -305,10 +318,10 @@ def test_line_ends_and_byte_order_marks(tmp_path, streaming):
     """A line of JSON ends where a file's does, and not at the other characters that str.splitlines heeds."""
     for end in ("\n", "\r\n", "\r"):
         text = "\ufeff" + end.join(['{"text": "a\u2028b\x85c"}', "", '{"text": "d\\r\\ne"}', ""])
-        documents = data.load_documents(write(tmp_path / "a.jsonl", text), streaming=streaming)
+        documents = load_documents(write(tmp_path / "a.jsonl", text), streaming=streaming)
         assert [row["text"] for row in documents] == ["a\u2028b\x85c", "d\r\ne"]
     path = write(tmp_path / "long.jsonl", jsonl("x" * 12_000_000, "y"))
-    assert [len(row["text"]) for row in data.load_documents(path, streaming=streaming)] == [12_000_000, 1]
+    assert [len(row["text"]) for row in load_documents(path, streaming=streaming)] == [12_000_000, 1]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -332,45 +345,45 @@ def test_line_ends_and_byte_order_marks(tmp_path, streaming):
 )  # fmt: skip
 def test_an_error_names_file_and_row(tmp_path, name, content, message, streaming):
     with pytest.raises(ValueError, match=message):
-        list(data.load_documents(write(tmp_path / name, content), streaming=streaming))
+        list(load_documents(write(tmp_path / name, content), streaming=streaming))
 
 
 def test_a_file_that_has_changed_is_read_again(tmp_path):
     """`datasets` keeps what it has read."""
     path = write(tmp_path / "a.jsonl", jsonl("one"))
-    assert data.load_documents(path)["text"] == ["one"]
+    assert load_documents(path)["text"] == ["one"]
     write(path, jsonl("two"))
-    assert data.load_documents(path)["text"] == ["two"]
+    assert load_documents(path)["text"] == ["two"]
 
 
 def test_a_column_of_numbers_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", jsonl("one"))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1, column 'id' must hold a string, got int: '0'"):
-        data.load_documents(path, text_column="id")
+        load_documents(path, text_column="id")
     Dataset.from_json(str(path)).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, column 'id' must hold strings, it holds int64"):
-        data.load_documents(tmp_path / "a.parquet", text_column="id")
+        load_documents(tmp_path / "a.parquet", text_column="id")
     with pytest.raises(ValueError, match="must hold strings, got int"):
-        data.tokenize_texts(["one", 2], tokenizer)
+        tokenize_texts(["one", 2], tokenizer)
 
 
 def test_split_documents():
     documents = Dataset.from_dict({"text": [f"document {i}" for i in range(40)]})
-    train, validation = data.split_documents(documents, 0.1)
+    train, validation = split_documents(documents, 0.1)
     assert (len(train), len(validation)) == (36, 4)
     assert [*train["text"], *validation["text"]] == list(documents["text"])
-    two = data.split_documents(documents.take(2), 0.9)  # both parts keep at least one
+    two = split_documents(documents.take(2), 0.9)  # both parts keep at least one
     assert [len(part) for part in two] == [1, 1]
 
     text = BOOK.read_text(encoding="utf-8")
-    train, validation = data.split_documents(Dataset.from_dict({"text": [text]}), 0.1)
+    train, validation = split_documents(Dataset.from_dict({"text": [text]}), 0.1)
     assert train[0]["text"] + validation[0]["text"] == text
     assert validation[0]["text"][0].isspace()  # not inside a word
     assert len(validation[0]["text"]) == pytest.approx(len(text) / 10, rel=0.01)
     with pytest.raises(ValueError, match="cannot be split"):
-        data.split_documents(Dataset.from_dict({"text": ["oneword"]}), 0.1)
+        split_documents(Dataset.from_dict({"text": ["oneword"]}), 0.1)
     with pytest.raises(ValueError, match="strictly between 0 and 1, got 1.5"):
-        data.split_documents(documents, 1.5)
+        split_documents(documents, 1.5)
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -378,13 +391,13 @@ def test_split_documents():
 
 def test_trained_tokenizer_loses_nothing(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    loaded = data.load_tokenizer(str(tmp_path), masked=True)
+    loaded = load_tokenizer(str(tmp_path), masked=True)
     for either in (tokenizer, loaded):
         assert len(either) == 400
         ids = either(ODD_TEXT, add_special_tokens=False)["input_ids"]
         assert either.decode(ids) == ODD_TEXT
         assert set(either("Oz")) == {"input_ids", "attention_mask"}
-        assert either("Oz")["input_ids"][0] == data.document_start(either) == data.document_end(either)
+        assert either("Oz")["input_ids"][0] == document_start(either) == document_end(either)
         assert len({either.bos_token_id, either.pad_token_id, either.mask_token_id}) == 3
         # The space belongs to the mask, as it belongs to the word that the mask hides.
         mask = either.mask_token
@@ -406,40 +419,40 @@ def test_text_without_words_is_cut(kind, tmp_path):
     }[kind]  # fmt: skip
     text = "".join(rng.choice([*alphabet], 400_000 if kind == "DNA" else 100_000))
     begin = time.process_time()
-    trained = data.train_tokenizer([{"text": text}], 1000 if kind == "DNA" else 300)
+    trained = train_tokenizer([{"text": text}], 1000 if kind == "DNA" else 300)
     ids = trained(text)["input_ids"]
     assert time.process_time() - begin < 20
     assert len(ids) < (0.4 if kind == "DNA" else 3) * len(text)  # it has learnt more than single bytes
     assert trained.decode(ids[1:]) == text
     trained.save_pretrained(tmp_path)
-    loaded = data.load_tokenizer(str(tmp_path), masked=True)
+    loaded = load_tokenizer(str(tmp_path), masked=True)
     assert loaded(text)["input_ids"] == ids
     pieces = loaded.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text[:5000])
-    assert max(end - begin for _, (begin, end) in pieces) == data.LONGEST_WORD
+    assert max(end - begin for _, (begin, end) in pieces) == LONGEST_WORD
     # One run among words: all of it comes back, and the words around it stay what they are.
     mixed = f"the lion{ODD_TEXT} {text[:1000]} ran"
     assert loaded.decode(loaded(mixed, add_special_tokens=False)["input_ids"]) == mixed
 
 
 def test_ordinary_text_is_not_cut(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "LONG_RUN", r"(?!)")  # nothing
+    monkeypatch.setattr("flash_hf.training.tokenizer.LONG_RUN", r"(?!)")  # nothing
     text = BOOK.read_text(encoding="utf-8")[:60_000]
-    uncut = data.train_tokenizer([{"text": text}], 400)
+    uncut = train_tokenizer([{"text": text}], 400)
     assert uncut.get_vocab() == tokenizer.get_vocab() and uncut(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_tokenizer_errors(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="vocab_size must be at least 259"):
-        data.train_tokenizer([{"text": "x"}], 258)
+        train_tokenizer([{"text": "x"}], 258)
     tokenizer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "mask_token": None}), encoding="utf-8")
-    assert data.load_tokenizer(str(tmp_path), masked=False).mask_token is None
+    assert load_tokenizer(str(tmp_path), masked=False).mask_token is None
     with pytest.raises(ValueError, match="has no mask_token"):
-        data.load_tokenizer(str(tmp_path), masked=True)
+        load_tokenizer(str(tmp_path), masked=True)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}), encoding="utf-8")
     with pytest.raises(ValueError, match="neither an eos_token nor a sep_token"):
-        data.load_tokenizer(str(tmp_path), masked=False)
+        load_tokenizer(str(tmp_path), masked=False)
 
 
 def test_tokenizer_training_stops_at_max_bytes():
@@ -450,30 +463,30 @@ def test_tokenizer_training_stops_at_max_bytes():
             read.append(number)
             yield {"text": "ten bytes!"}
 
-    data.train_tokenizer(rows(), 300, max_bytes=95)
+    train_tokenizer(rows(), 300, max_bytes=95)
     assert len(read) <= 11  # ten rows, and the one at which it is noticed
 
 
 def test_text_size_counts_bytes_words_and_skips_blank_rows(tokenizer):
     byte_order_mark = "\ufeff"
     documents = Dataset.from_dict({"text": ["one two", "", None, "  \n", f"{byte_order_mark}日本 x"]})
-    tokenized = data.tokenize_documents(documents, tokenizer)
-    assert data.text_size(tokenized) == {"n_documents": 2, "n_bytes": 7 + 8, "n_words": 4, "n_unknown": 0}
+    tokenized = tokenize_documents(documents, tokenizer)
+    assert text_size(tokenized) == {"n_documents": 2, "n_bytes": 7 + 8, "n_words": 4, "n_unknown": 0}
     assert tokenizer.decode(tokenized[1]["input_ids"]) == "日本 x"
-    nothing = data.tokenize_documents(documents.select([1, 2, 3]), tokenizer)
+    nothing = tokenize_documents(documents.select([1, 2, 3]), tokenizer)
     with pytest.raises(ValueError, match="has no text"):
-        data.pack_documents(nothing, tokenizer, block_size=8, causal=True)
+        pack_documents(nothing, tokenizer, block_size=8, causal=True)
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
 
-X = data.IGNORE
+X = IGNORE
 HAND = [{"input_ids": [11, 12, 13]}, {"input_ids": [21]}, {"input_ids": [31, 32]}]
 
 
 def packed(documents=HAND, *, block_size=4, causal=True, packing="concatenate", start_id=1, end_id=2, pad_id=0):
     ids = {"start_id": start_id, "end_id": end_id, "pad_id": pad_id}
-    packer = data.Packer(block_size=block_size, causal=causal, packing=packing, **ids)
+    packer = Packer(block_size=block_size, causal=causal, packing=packing, **ids)
     rows = [row for document in documents for row in packer.add(document["input_ids"])] + packer.rest()
     return [{key: value.tolist() for key, value in row.items()} for row in rows]
 
@@ -536,13 +549,13 @@ def test_a_packer_goes_on_from_its_state(packing, causal):
     lengths = np.random.default_rng(0).integers(1, 30, size=12)
     documents = [np.arange(10, 10 + n) for n in lengths]
     options = {"block_size": 16, "causal": causal, "packing": packing, "start_id": 1, "end_id": 1, "pad_id": 0}
-    packer, states, blocks = data.Packer(**options), [], []
+    packer, states, blocks = Packer(**options), [], []
     for document in documents:
         states.append((len(blocks), json.dumps(packer.state_dict())))
         blocks += packer.add(document)
     blocks += packer.rest()
     for number, (begin, state) in enumerate(states):
-        other = data.Packer(**options)
+        other = Packer(**options)
         other.load_state_dict(json.loads(state))
         again = [block for document in documents[number:] for block in other.add(document)] + other.rest()
         assert len(again) == len(blocks) - begin
@@ -556,7 +569,7 @@ def test_cut_rows_are_blocks_of_their_own(length):
     documents = [{"input_ids": np.arange(10 * n, 10 * n + n)} for n in (5, 3, 9, 1, 6)]
     rows = packed(documents, block_size=16, packing="documents", causal=False)
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-    cut = data.cut_rows(batch, length)
+    cut = cut_rows(batch, length)
     assert torch.equal(cut["input_ids"].flatten(), batch["input_ids"].flatten())
     assert torch.equal(cut["attention_mask"].flatten(), batch["attention_mask"].flatten())
     old, new = batch["position_ids"].reshape(-1, length), cut["position_ids"]
@@ -567,14 +580,14 @@ def test_cut_rows_are_blocks_of_their_own(length):
 
 
 def test_a_text_shorter_than_a_block_is_kept(tokenizer):
-    tokenized = data.tokenize_documents(Dataset.from_dict({"text": ["Oz"]}), tokenizer)
-    (block,) = data.pack_documents(tokenized, tokenizer, block_size=64, causal=True)
+    tokenized = tokenize_documents(Dataset.from_dict({"text": ["Oz"]}), tokenizer)
+    (block,) = pack_documents(tokenized, tokenizer, block_size=64, causal=True)
     ids = tokenizer("Oz")["input_ids"] + [tokenizer.eos_token_id]
     assert block["input_ids"] == ids + [tokenizer.pad_token_id] * (64 - len(ids))
     assert block["labels"] == [X] + ids[1:] + [X] * (64 - len(ids))
     for wrong in ({"block_size": 1}, {"packing": "x"}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
-            data.pack_documents(tokenized, tokenizer, **{"block_size": 8, "causal": True, **wrong})
+            pack_documents(tokenized, tokenizer, **{"block_size": 8, "causal": True, **wrong})
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -617,24 +630,24 @@ def test_documents_packed_with_borders_have_the_loss_they_have_alone(causal):
 def test_collate_drops_only_a_mask_without_padding():
     full = {"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [X, 6]}
     part = {"input_ids": [5, 0], "attention_mask": [1, 0], "labels": [X, X]}
-    batch = data.collate([full, full])
+    batch = collate([full, full])
     assert set(batch) == {"input_ids", "labels"} and batch["input_ids"].dtype == torch.int64
-    assert data.collate([full, part])["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert collate([full, part])["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
 def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
     rng = np.random.default_rng(0)
     rows = [{"input_ids": rng.integers(3, 400, 500).tolist()} for _ in range(20)]
     rows[0]["input_ids"][-100:] = [tokenizer.pad_token_id] * 100
-    collator = data.MaskingCollator(tokenizer, seed=1)
+    collator = MaskingCollator(tokenizer, seed=1)
     first = collator(rows)
     collator(rows[:3])  # whatever came in between
     torch.rand(7)
-    again, fresh = collator(rows), data.MaskingCollator(tokenizer, seed=1)(rows)
+    again, fresh = collator(rows), MaskingCollator(tokenizer, seed=1)(rows)
     for other in (again, fresh):
         assert torch.equal(first["input_ids"], other["input_ids"]) and torch.equal(first["labels"], other["labels"])
     for attribute, value in (("seed", 2), ("epoch", 1)):
-        changed = data.MaskingCollator(tokenizer, seed=1)
+        changed = MaskingCollator(tokenizer, seed=1)
         setattr(changed, attribute, value)
         assert not torch.equal(first["labels"], changed(rows)["labels"])
     # The other rows of a batch do not matter, so the masks are the same however many devices share the rows.
@@ -654,7 +667,7 @@ def test_random_tokens_are_tokens_of_the_tokenizer(with_gaps):
     """transformers takes numbers below len(tokenizer): where ids are unused, some of them, and not the highest ids."""
     known = set(with_gaps.get_vocab().values())
     rows = [{"input_ids": np.random.default_rng(n).choice([*known], 2000).tolist()} for n in range(10)]
-    collator = data.MaskingCollator(with_gaps, seed=1)
+    collator = MaskingCollator(with_gaps, seed=1)
     batch = collator(rows)
     original = torch.tensor([row["input_ids"] for row in rows])
     exchanged = (batch["input_ids"] != original) & (batch["input_ids"] != with_gaps.mask_token_id)
@@ -668,19 +681,17 @@ def test_a_vocabulary_ends_at_its_highest_id(with_gaps, tokenizer, tmp_path):
     assert len(with_gaps) == 500 and vocabulary_size(with_gaps) == 1100
     assert vocabulary_size(tokenizer) == len(tokenizer) == 400
     documents = Dataset.from_dict({"text": ["one [1099] two"]})
-    tokenized = data.tokenize_documents(documents, with_gaps)
+    tokenized = tokenize_documents(documents, with_gaps)
     assert 1099 in tokenized[0]["input_ids"]
-    assert data.tokenize_documents(tokenized, with_gaps) is tokenized
+    assert tokenize_documents(tokenized, with_gaps) is tokenized
     with pytest.raises(ValueError, match="hold the token 1099, and the tokenizer's ids end at 399"):
-        data.tokenize_documents(tokenized, tokenizer)
+        tokenize_documents(tokenized, tokenizer)
 
 
 def test_mask_once_fixes_the_validation_set(tokenizer):
-    tokenized = data.tokenize_documents(
-        Dataset.from_dict({"text": [BOOK.read_text(encoding="utf-8")[:20_000]]}), tokenizer
-    )
-    blocks = data.pack_documents(tokenized, tokenizer, block_size=64, causal=False)
-    collator = data.MaskingCollator(tokenizer, seed=1)
+    tokenized = tokenize_documents(Dataset.from_dict({"text": [BOOK.read_text(encoding="utf-8")[:20_000]]}), tokenizer)
+    blocks = pack_documents(tokenized, tokenizer, block_size=64, causal=False)
+    collator = MaskingCollator(tokenizer, seed=1)
     masked = collator.mask_once(blocks)
     collator.epoch = 5
     batch = collator(list(masked))

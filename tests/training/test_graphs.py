@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
-from flash_hf.graphs import GraphedBackward
+from flash_hf.training import GraphedBackward
 from helpers import error_ratio, make_model
 
 

@@ -12,7 +12,11 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState
 
-from flash_hf import FlashConfig, FlashForCausalLM, data, throughput, training
+from flash_hf import FlashConfig, FlashForCausalLM, training
+from flash_hf.training.arguments import config_fields, set_batch, warmup_length
+from flash_hf.training.run import load_model, load_text, new_config
+from flash_hf.training.throughput import SpeedBar, SpeedMeter, device_peak, training_flops
+from flash_hf.training.tokenizer import train_tokenizer
 from scripts.benchmark.sizes import BASE, flash_flops
 
 
@@ -72,12 +76,12 @@ def test_recipes_have_the_settings_of_the_paper(recipe, tmp_path):
         )
         assert args.lr_scheduler_type == "linear" and args.optim.startswith("adamw") and args.bf16
         assert data_args.streaming and data_args.shuffle_buffer > 0 and data_args.mlm_probability == 0.15
-        config = training.new_config(kind_of(recipe), training.config_fields(model_args))
+        config = new_config(kind_of(recipe), config_fields(model_args))
         assert (config.num_hidden_layers, config.hidden_size, config.chunk_size) == (24, 768, 256)
         assert config.max_position_embeddings == 8192 and config.hidden_dropout == config.attention_dropout == 0
         for devices in (1, 8):
             there = SimpleNamespace(**{**vars(args), "world_size": devices, "n_gpu": 1})
-            training.set_batch(there, block_size)
+            set_batch(there, block_size)
             rows = there.per_device_train_batch_size * there.gradient_accumulation_steps * devices
             assert rows * block_size == 2**18
 
@@ -113,7 +117,7 @@ def test_what_the_command_line_says_takes_the_place_of_its_alternatives(tmp_path
 
     model_args, data_args, args = parse()
     assert (data_args.dataset_name, data_args.validation_split, args.max_steps) == ("a/b", "validation", 7)
-    assert training.config_fields(model_args) == {"hidden_size": 64} and args.disable_tqdm and args.seed == 42
+    assert config_fields(model_args) == {"hidden_size": 64} and args.disable_tqdm and args.seed == 42
     _, data_args, args = parse("--train-file=x.txt", "--per_device_train_batch_size", "3", "--num_train_epochs", "2")
     assert (data_args.train_file, data_args.dataset_name, data_args.validation_split) == (["x.txt"], None, None)
     assert (args.per_device_batch_tokens, args.batch_tokens, args.max_steps) == (None, 4096, -1)
@@ -121,7 +125,7 @@ def test_what_the_command_line_says_takes_the_place_of_its_alternatives(tmp_path
     model_args, data_args, args = parse(
         "--model", "c/d", "--dataset_name", "e/f", "--gradient_accumulation_steps", "2"
     )
-    assert training.config_fields(model_args) == {} and data_args.dataset_config_name is None
+    assert config_fields(model_args) == {} and data_args.dataset_config_name is None
     assert (args.batch_tokens, args.per_device_batch_tokens) == (None, 1024)
     with pytest.raises(ValueError, match="give exactly one"):
         parse("--train_file", "x.txt", "--dataset_name", "e/f")
@@ -131,7 +135,7 @@ def test_batches_that_cannot_be_made_are_refused():
     def batch(devices=2, rows=8, **tokens):
         args = {"batch_tokens": None, "per_device_batch_tokens": None, "gradient_accumulation_steps": 5, **tokens}
         args = SimpleNamespace(world_size=devices, n_gpu=0, per_device_train_batch_size=rows, **args)
-        training.set_batch(args, 128)
+        set_batch(args, 128)
         return args.per_device_train_batch_size, args.gradient_accumulation_steps
 
     assert batch() == (8, 5)
@@ -151,13 +155,13 @@ def test_batches_that_cannot_be_made_are_refused():
 
 
 def test_rows_grow_as_the_line_allows():
-    lengths = [training.warmup_length(step, steps=100, start=16, block_size=128) for step in range(101)]
+    lengths = [warmup_length(step, steps=100, start=16, block_size=128) for step in range(101)]
     assert lengths[0] == 16 and lengths[99:] == [64, 128] and lengths == sorted(lengths)
     # 16 + 112 step / 100 reaches 32 at step 14.3 and 64 at step 42.9.
     assert [lengths.count(n) for n in (16, 32, 64, 128)] == [15, 28, 57, 1]
     for start in (0, 12, 256):
         with pytest.raises(ValueError, match="must give block_size=128 when doubled"):
-            training.warmup_length(0, steps=100, start=start, block_size=128)
+            warmup_length(0, steps=100, start=start, block_size=128)
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
@@ -171,9 +175,9 @@ def test_the_sequence_warmup_feeds_the_same_tokens_in_shorter_rows(kind, files, 
             f"--sequence_warmup_steps {steps} --sequence_warmup_start 16 --output_dir {tmp_path / str(steps)}"
         )
         model_args, data_args, args = training.parse_arguments(command.split())
-        train, validation = training.load_text(data_args)
-        tokenizer = data.train_tokenizer(train, 400)
-        model = training.load_model(kind, model_args, tokenizer, None)
+        train, validation = load_text(data_args)
+        tokenizer = train_tokenizer(train, 400)
+        model = load_model(kind, model_args, tokenizer, None)
         trainer = training.build_trainer(kind, model, tokenizer, train, validation, data_args, args)
         seen, step = fed.setdefault(steps, []), trainer.training_step
         trainer.training_step = lambda model, inputs, *rest, seen=seen, step=step: (
@@ -199,9 +203,9 @@ def test_training_flops_agree_with_the_benchmark(context, causal, attention_type
     config = FlashConfig(attention_type=attention_type)
     forward = flash_flops(BASE, context, causal, attention_type)
     head = 2 * config.hidden_size * config.vocab_size
-    got = throughput.training_flops(config, context, causal=causal)
+    got = training_flops(config, context, causal=causal)
     assert got == pytest.approx(3 * (forward + head))
-    assert throughput.training_flops(config, context, causal=causal, head=False) == pytest.approx(3 * forward)
+    assert training_flops(config, context, causal=causal, head=False) == pytest.approx(3 * forward)
 
 
 def test_training_flops_by_hand():
@@ -212,23 +216,23 @@ def test_training_flops_by_hand():
     config = FlashConfig(hidden_size=4, query_key_dim=2, chunk_size=3, num_hidden_layers=5, vocab_size=7)
     for kind, layer in (("mixed_chunk", 332), ("local", 268), ("global", 272)):
         config.attention_type = kind
-        assert throughput.training_flops(config, 9, causal=False) == 3 * (5 * layer + 56)
+        assert training_flops(config, 9, causal=False) == 3 * (5 * layer + 56)
 
 
 def test_peaks_of_devices():
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA L4", "NVIDIA L40S"]
-    peaks = [throughput.device_peak(name, half=True) for name in names]
+    peaks = [device_peak(name, half=True) for name in names]
     assert peaks == [989.4e12, 756.4e12, 312e12, 121e12, 362.1e12]
-    assert throughput.device_peak(names[0], half=False) is None  # the table is not for float32
-    assert throughput.device_peak("NVIDIA GeForce 256", half=True) is None
-    assert throughput.device_peak(None, half=True) is None
-    assert throughput.device_peak(None, half=False, peak_tflops=2.5) == 2.5e12
+    assert device_peak(names[0], half=False) is None  # the table is not for float32
+    assert device_peak("NVIDIA GeForce 256", half=True) is None
+    assert device_peak(None, half=True) is None
+    assert device_peak(None, half=False, peak_tflops=2.5) == 2.5e12
 
 
 def test_the_meter_leaves_pauses_out(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
-    meter = throughput.SpeedMeter(peak=1e6)
+    monkeypatch.setattr("flash_hf.training.throughput.time.perf_counter", lambda: now[0])
+    meter = SpeedMeter(peak=1e6)
     meter.pause(5.0)  # before the first step: no clock runs yet
     assert meter.read() == {}
     meter.count(1000, 50.0)
@@ -257,7 +261,7 @@ def test_the_log_and_the_bar_show_speed(files, tmp_path, capsys):
     config = FlashForCausalLM.from_pretrained(tmp_path / "run").config
     for line in lines:
         assert line["tokens_per_second"] > 0 and line["grad_norm"] > 0
-        flops = line["tokens_per_second"] * throughput.training_flops(config, 64, causal=True)
+        flops = line["tokens_per_second"] * training_flops(config, 64, causal=True)
         assert line["mfu"] == pytest.approx(flops / 0.05e12)
     bar = capsys.readouterr().err.replace("\r", "\n")
     shown = re.search(r"loss=([\d.]+), grad=([\d.]+), tok/s=([\d,]+), mfu=([\d.]+)%", bar)
@@ -274,7 +278,7 @@ def test_without_a_known_device_there_is_no_mfu(files, tmp_path):
 
 
 def test_the_bar_writes_what_is_no_loss_on_a_line(capsys):
-    bar, state = throughput.SpeedBar(), TrainerState(max_steps=4)
+    bar, state = SpeedBar(), TrainerState(max_steps=4)
     bar.on_train_begin(None, state, TrainerControl())
     bar.on_log(None, state, TrainerControl(), logs={"eval_loss": 1.25})
     bar.on_train_end(None, state, TrainerControl())

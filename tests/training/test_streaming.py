@@ -16,8 +16,13 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 import warm
-from flash_hf import data, streaming, training
-from flash_hf.streaming import BlockStream
+from flash_hf import training
+from flash_hf.training.checkpoints import find_checkpoint
+from flash_hf.training.documents import load_documents
+from flash_hf.training.packing import pack_documents
+from flash_hf.training.stream import BATCH_DOCUMENTS, STREAM_STATE, BlockStream
+from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
+from flash_hf.training.trainer import write_log
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,13 +38,13 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def small_batches(monkeypatch):
     """A dozen documents are then more than one batch."""
-    monkeypatch.setattr(streaming, "BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(streaming, "BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr("flash_hf.training.stream.BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("flash_hf.training.stream.BATCH_DOCUMENTS", 5)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
+    return train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +73,8 @@ def rows_of(stream, count: int, name: str = "input_ids") -> list[list[int]]:
 def test_an_unshuffled_stream_gives_the_blocks_of_the_map_style_set(files, tokenizer, causal, packing, small_batches):
     options = {"block_size": 50, "causal": causal, "packing": packing}
     paths = [files / f"{n}.jsonl" for n in range(3)]
-    blocks = data.pack_documents(data.tokenize_documents(data.load_documents(paths), tokenizer), tokenizer, **options)
-    stream = BlockStream(data.load_documents(paths, streaming=True), tokenizer, **options)
+    blocks = pack_documents(tokenize_documents(load_documents(paths), tokenizer), tokenizer, **options)
+    stream = BlockStream(load_documents(paths, streaming=True), tokenizer, **options)
     rows = list(itertools.islice(stream, 2 * len(blocks) - 2))
     assert len(blocks) > 100
     for got, want in zip(rows, list(blocks)[:-1], strict=False):
@@ -82,7 +87,7 @@ def test_an_unshuffled_stream_gives_the_blocks_of_the_map_style_set(files, token
 
 def test_blocks_are_shuffled_within_windows(files, tokenizer):
     def read(shuffle_buffer, seed=0):
-        documents = data.load_documents(files / "0.jsonl", streaming=True)
+        documents = load_documents(files / "0.jsonl", streaming=True)
         stream = BlockStream(
             documents, tokenizer, block_size=20, causal=False, shuffle_buffer=shuffle_buffer, seed=seed
         )
@@ -113,7 +118,7 @@ def test_a_stream_reads_one_window_ahead_and_no_further(tokenizer):
     rows = iter(stream)
     next(rows)
     time.sleep(0.5)
-    assert len(read) <= 3 * streaming.BATCH_DOCUMENTS
+    assert len(read) <= 3 * BATCH_DOCUMENTS
     rows.close()
 
 
@@ -135,7 +140,7 @@ def test_a_stream_goes_on_from_any_place(files, tokenizer, ending, take, packing
 
     def make(shuffle_buffer=20):
         paths = [files / f"{n}.{ending}" for n in range(3)]
-        documents = data.load_documents(paths, streaming=True, max_documents=take)
+        documents = load_documents(paths, streaming=True, max_documents=take)
         return BlockStream(
             documents, tokenizer, block_size=40, causal=True, packing=packing, shuffle_buffer=shuffle_buffer, seed=3
         )
@@ -302,7 +307,7 @@ def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
 def test_a_resumed_stream_reads_nothing_twice(files, tmp_path, monkeypatch, small_batches):
     """Resuming at step 10 opens the last window, not the forty rows before it; nor the last step's rows again."""
     run("causal", *command_of(files, tmp_path / "run"))
-    monkeypatch.setattr(streaming.BlockStream, "_one_pass", counted := Counted(streaming.BlockStream._one_pass))
+    monkeypatch.setattr(BlockStream, "_one_pass", counted := Counted(BlockStream._one_pass))
     whole = history(tmp_path / "run")
     run(
         "causal", *command_of(files, tmp_path / "run", "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-10"))
@@ -327,10 +332,10 @@ class Counted:
 
 def test_a_checkpoint_without_its_stream_is_none(files, tmp_path, monkeypatch):
     run("causal", *command_of(files, tmp_path / "run", "--save_steps", "6"))
-    (tmp_path / "run" / "checkpoint-12" / streaming.STREAM_STATE).unlink()
-    find = partial(training.find_checkpoint, "last", tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-12" / STREAM_STATE).unlink()
+    find = partial(find_checkpoint, "last", tmp_path / "run")
     assert find(streaming=True).name == "checkpoint-6" and find().name == "checkpoint-12"
-    (tmp_path / "run" / "checkpoint-6" / streaming.STREAM_STATE).write_text('{"rows": 1', encoding="utf-8")
+    (tmp_path / "run" / "checkpoint-6" / STREAM_STATE).write_text('{"rows": 1', encoding="utf-8")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         find(streaming=True)
 
@@ -341,7 +346,7 @@ def test_resuming_with_other_text_is_refused(files, tmp_path):
         run("causal", *command_of(files, tmp_path / "run", "--resume_from_checkpoint", "last", "--block_size", "30"))
 
 
-@pytest.mark.parametrize("what", ["model", "optimizer.pt", streaming.STREAM_STATE])
+@pytest.mark.parametrize("what", ["model", "optimizer.pt", STREAM_STATE])
 def test_a_full_disk_costs_no_checkpoint(what, files, tmp_path, monkeypatch):
     """Writes that the kernel refuses: no file may grow any more; or a single one meets /dev/full."""
     resource = pytest.importorskip("resource")
@@ -355,7 +360,7 @@ def test_a_full_disk_costs_no_checkpoint(what, files, tmp_path, monkeypatch):
         elif trainer.state.global_step == 8:
             folder = tmp_path / "run" / "checkpoint-8"
             folder.mkdir()
-            name = Path(what).with_suffix(".tmp").name if what == streaming.STREAM_STATE else what
+            name = Path(what).with_suffix(".tmp").name if what == STREAM_STATE else what
             (folder / name).symlink_to("/dev/full")
         save(trainer, model, trial)
 
@@ -367,7 +372,7 @@ def test_a_full_disk_costs_no_checkpoint(what, files, tmp_path, monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
-    assert training.find_checkpoint("last", tmp_path / "run", streaming=True).name == "checkpoint-6"
+    assert find_checkpoint("last", tmp_path / "run", streaming=True).name == "checkpoint-6"
     assert sorted(history(tmp_path / "run")) == list(range(1, 7))  # the log of the last checkpoint is whole, too
     run("causal", *command_of(files, tmp_path / "run", "--resume_from_checkpoint", "last"))
     assert history(tmp_path / "run") == history(tmp_path / "whole")
@@ -375,10 +380,10 @@ def test_a_full_disk_costs_no_checkpoint(what, files, tmp_path, monkeypatch):
 
 def test_a_full_disk_spares_the_log(tmp_path, monkeypatch):
     lines = [{"step": 1, "loss": 2.0}]
-    training.write_log(lines, tmp_path)
+    write_log(lines, tmp_path)
     saved = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(saved) == {"log_history.json", "log_history.csv", "loss.png"}
     (tmp_path / ".log_history.csv.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        training.write_log([*lines * 2000], tmp_path)
+        write_log([*lines * 2000], tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in saved} == saved

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks, metrics, resuming and learning of flash_hf/training.py."""
+"""Checks, metrics, resuming and learning of flash_hf/training/."""
 
 import hashlib
 import json
@@ -16,7 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, GenerationConfig
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, data, training
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
+from flash_hf.loss_flash import IGNORE
+from flash_hf.training.arguments import config_fields
+from flash_hf.training.checkpoints import check_output_dir, find_checkpoint
+from flash_hf.training.documents import load_documents, split_documents
+from flash_hf.training.packing import MaskingCollator, collate, pack_documents
+from flash_hf.training.run import load_model, load_text, new_config
+from flash_hf.training.tokenizer import load_tokenizer, tokenize_documents, train_tokenizer
 
 
 BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
@@ -37,7 +44,7 @@ def files(tmp_path_factory):
     for name, begin, end in (("train", 0, 6000), ("validation", 150_000, 152_500)):
         rows = [{"text": text[i : i + 301]} for i in range(begin, end, 301)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data.train_tokenizer([{"text": text[:60_000]}], 300).save_pretrained(folder / "tokenizer")
+    train_tokenizer([{"text": text[:60_000]}], 300).save_pretrained(folder / "tokenizer")
     return folder
 
 
@@ -118,9 +125,9 @@ def test_masks_of_later_epochs_differ(files, tmp_path):
     model_args, data_args, args = arguments(
         files, tmp_path, max_steps=3, per_device_train_batch_size=100, train_sampling_strategy="sequential"
     )
-    tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
-    train, validation = training.load_text(data_args)
-    model = training.load_model("masked", model_args, tokenizer, None)
+    tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
+    train, validation = load_text(data_args)
+    model = load_model("masked", model_args, tokenizer, None)
     trainer = training.build_trainer("masked", model, tokenizer, train, validation, data_args, args)
     seen, step = [], trainer.training_step
 
@@ -130,7 +137,7 @@ def test_masks_of_later_epochs_differ(files, tmp_path):
 
     trainer.training_step = spy
     trainer.train()
-    originals = [torch.where(labels == data.IGNORE, ids, labels) for ids, labels in seen]
+    originals = [torch.where(labels == IGNORE, ids, labels) for ids, labels in seen]
     assert len(seen) == 3 and all(torch.equal(originals[0], other) for other in originals)
     assert len({tuple(labels.flatten().tolist()) for _, labels in seen}) == 3
 
@@ -261,7 +268,7 @@ def test_trainer_really_learns(tmp_path):
     assert before - after >= 1.8
     # Less surprise than the frequencies of the tokens alone would leave: context is used.
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
-    train, validation = data.split_documents(data.load_documents(BOOK), 0.1)
+    train, validation = split_documents(load_documents(BOOK), 0.1)
     counts = np.bincount(tokenizer(train[0]["text"])["input_ids"], minlength=1024) + 1.0
     unigram = -np.log(counts / counts.sum())[tokenizer(validation[0]["text"])["input_ids"]].mean()
     assert after < unigram
@@ -272,12 +279,12 @@ def test_trainer_really_learns(tmp_path):
 
 def blocks_of(files: Path, kind: str, packing: str = "documents") -> tuple:
     """Blocks with labels that count unevenly: padding, borders, masks."""
-    tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
-    documents = data.load_documents(files / "train.jsonl")
-    tokenized = data.tokenize_documents(documents, tokenizer)
-    blocks = data.pack_documents(tokenized, tokenizer, block_size=60, causal=kind == "causal", packing=packing)
+    tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
+    documents = load_documents(files / "train.jsonl")
+    tokenized = tokenize_documents(documents, tokenizer)
+    blocks = pack_documents(tokenized, tokenizer, block_size=60, causal=kind == "causal", packing=packing)
     if kind == "masked":
-        blocks = data.MaskingCollator(tokenizer, seed=0).mask_once(blocks)
+        blocks = MaskingCollator(tokenizer, seed=0).mask_once(blocks)
     return blocks, tokenizer
 
 
@@ -292,7 +299,7 @@ def test_accumulation_of_four_equals_one_large_batch(files, tmp_path, kind):
     """Same gradients at every step, though the four parts count different numbers of tokens."""
     blocks, _ = blocks_of(files, kind)
     # The first batch is filled up to three quarters with blocks that count little.
-    few = [{**row, "labels": [data.IGNORE] * 50 + row["labels"][50:]} for row in blocks.select(range(6))]
+    few = [{**row, "labels": [IGNORE] * 50 + row["labels"][50:]} for row in blocks.select(range(6))]
     blocks = Dataset.from_list([*few, *blocks.select(range(6, 24))], features=blocks.features)
     gradients = {}
     for size, accumulate in ((8, 1), (2, 4)):
@@ -302,7 +309,7 @@ def test_accumulation_of_four_equals_one_large_batch(files, tmp_path, kind):
             eval_on_start=False, save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
         )  # fmt: skip
         model = tiny_model(kind).double()
-        trainer = training.FlashTrainer(model=model, args=args, train_dataset=blocks, data_collator=data.collate)
+        trainer = training.FlashTrainer(model=model, args=args, train_dataset=blocks, data_collator=collate)
         seen = gradients[size] = []
         callback = training.LossPlotCallback()
         callback.on_pre_optimizer_step = lambda *args, seen=seen, model=model, **kwargs: seen.append(
@@ -325,7 +332,7 @@ def test_graphs_without_a_gpu_are_refused_in_a_word(files, tmp_path, caplog):
             save_strategy="no", disable_tqdm=True, use_cpu=True, cuda_graph=graph,
         )  # fmt: skip
         trainer = training.FlashTrainer(
-            model=tiny_model("causal"), args=args, train_dataset=blocks, data_collator=data.collate
+            model=tiny_model("causal"), args=args, train_dataset=blocks, data_collator=collate
         )
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
@@ -356,8 +363,8 @@ def test_metrics_equal_a_direct_computation(files, tmp_path, kind, packing):
     """Trainer's evaluation against a plain loop over the blocks, one at a time, in float64."""
     parsed = arguments(files, tmp_path, packing=packing)
     _, data_args, args = parsed
-    tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
-    train, validation = training.load_text(data_args)
+    tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
+    train, validation = load_text(data_args)
     model = tiny_model(kind)
     results = []
     for size in (4, 3):
@@ -373,7 +380,7 @@ def test_metrics_equal_a_direct_computation(files, tmp_path, kind, packing):
         with torch.no_grad():
             probabilities = model(**inputs).logits[0].double().log_softmax(-1)
         for place, label in enumerate(row["labels"]):
-            if label != data.IGNORE:
+            if label != IGNORE:
                 guess = probabilities[place - 1 if kind == "causal" else place]
                 nats, right, count = nats - guess[label].item(), right + int(guess.argmax() == label), count + 1
     assert trainer.model.skip_logits  # in training; the metrics above had their logits
@@ -400,14 +407,14 @@ def test_metrics_equal_a_direct_computation(files, tmp_path, kind, packing):
 
 def test_evaluation_keeps_no_logits(files, tmp_path):
     logits, labels = torch.randn(2, 5, 300), torch.randint(0, 300, (2, 5))
-    labels[0, :3] = data.IGNORE
+    labels[0, :3] = IGNORE
     for causal in (True, False):
         nll, right = training.token_scores((logits, logits), labels, causal=causal)
         assert nll.shape == right.shape == labels.shape
-        assert (nll[labels == data.IGNORE] == 0).all()
+        assert (nll[labels == IGNORE] == 0).all()
         shifted = logits.roll(1, 1) if causal else logits
         want = -shifted.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        counted = labels != data.IGNORE
+        counted = labels != IGNORE
         counted[:, 0] &= not causal
         torch.testing.assert_close(nll[counted], want[counted])
 
@@ -415,8 +422,8 @@ def test_evaluation_keeps_no_logits(files, tmp_path):
 def test_a_broken_loss_is_shown(files, tmp_path):
     """Trainer would leave NaN out of its log and out of its mean."""
     model_args, data_args, args = arguments(files, tmp_path, max_steps=1, max_grad_norm=1e-3)
-    tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
-    train, validation = training.load_text(data_args)
+    tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
+    train, validation = load_text(data_args)
     model = tiny_model("causal")
     torch.nn.init.constant_(model.model.layers[0].gau.u_proj.weight, float("nan"))
     trainer = training.build_trainer("causal", model, tokenizer, train, validation, data_args, args)
@@ -434,7 +441,7 @@ def no_work(monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("the data was loaded before the arguments were checked")
 
-    monkeypatch.setattr(training, "load_text", touched)
+    monkeypatch.setattr("flash_hf.training.run.load_text", touched)
 
 
 @pytest.mark.parametrize("place", ["below a file", "read-only"])
@@ -456,8 +463,8 @@ def test_an_earlier_run_is_not_overwritten_silently(files, tmp_path, no_work):
         training.run_training("causal", *arguments(files, tmp_path / "run"))
     assert fingerprint(tmp_path / "run").keys() == {"model.safetensors"}
     assert (tmp_path / "run" / "model.safetensors").read_text(encoding="utf-8") == "precious"
-    training.check_output_dir(tmp_path / "run", overwrite=True)
-    training.check_output_dir(tmp_path / "run", resume=tmp_path / "run" / "checkpoint-5")
+    check_output_dir(tmp_path / "run", overwrite=True)
+    check_output_dir(tmp_path / "run", resume=tmp_path / "run" / "checkpoint-5")
 
 
 def test_overwriting_removes_the_old_checkpoints(files, tmp_path):
@@ -468,13 +475,13 @@ def test_overwriting_removes_the_old_checkpoints(files, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
         "checkpoint-2", "checkpoint-4", "checkpoint-notes",
     ]  # fmt: skip
-    assert training.find_checkpoint("last", tmp_path / "run").name == "checkpoint-4"
+    assert find_checkpoint("last", tmp_path / "run").name == "checkpoint-4"
 
 
 def test_resuming_from_what_is_no_checkpoint(files, tmp_path, monkeypatch):
     run = tmp_path / "run"
     training.run_training("causal", *arguments(files, run))
-    monkeypatch.setattr(training, "load_text", lambda *args: pytest.fail("the data was loaded first"))
+    monkeypatch.setattr("flash_hf.training.run.load_text", lambda *args: pytest.fail("the data was loaded first"))
 
     def refused(folder, *parts):
         saved = fingerprint(tmp_path)
@@ -496,14 +503,14 @@ def test_resuming_from_what_is_no_checkpoint(files, tmp_path, monkeypatch):
         content = (run / "checkpoint-10" / name).read_bytes()
         (run / "checkpoint-10" / name).write_bytes(content[: len(content) // 2])
         refused(run / "checkpoint-10", f"{name} (damaged", whole[0])
-        assert training.find_checkpoint("last", run) == run / "checkpoint-5"
-        assert training.find_checkpoint("True", run) == run / "checkpoint-5"
+        assert find_checkpoint("last", run) == run / "checkpoint-5"
+        assert find_checkpoint("True", run) == run / "checkpoint-5"
         (run / "checkpoint-10" / name).write_bytes(content)
-        assert training.find_checkpoint("last", run) == run / "checkpoint-10"
+        assert find_checkpoint("last", run) == run / "checkpoint-10"
     (run / "checkpoint-5" / "trainer_state.json").unlink()
     (run / "checkpoint-10" / "scheduler.pt").unlink()
     refused("last", f"no whole checkpoint in {run}", "nearby: none")
-    assert training.find_checkpoint(None, run) is None
+    assert find_checkpoint(None, run) is None
 
 
 def test_resuming_with_another_model_is_refused(files, tmp_path):
@@ -621,7 +628,7 @@ def test_wrong_data_is_refused(files, tmp_path):
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_a_tokenizer_with_unused_ids(kind, files, tmp_path):
     """The model has a row for the highest id, which is in the text, and not only as many as there are tokens."""
-    tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
+    tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
     tokenizer.save_pretrained(tmp_path / "gaps")
     content = json.loads((tmp_path / "gaps" / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["vocab"]["Dorothy"] = 1000
@@ -632,10 +639,10 @@ def test_a_tokenizer_with_unused_ids(kind, files, tmp_path):
     parsed = arguments(files, tmp_path / "run", tokenizer=tmp_path / "gaps", max_steps=2, eval_steps=2, **options)
     training.run_training(kind, *parsed)
     model = (AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM).from_pretrained(tmp_path / "run")
-    assert len(data.load_tokenizer(str(tmp_path / "run"), masked=True)) < model.config.vocab_size == 1001
+    assert len(load_tokenizer(str(tmp_path / "run"), masked=True)) < model.config.vocab_size == 1001
     small = training.ModelArguments(config_overrides="vocab_size=500,hidden_size=32,num_hidden_layers=1")
     with pytest.raises(ValueError, match="vocab_size must be at least 1001, the tokenizer's highest id"):
-        training.load_model(kind, small, data.load_tokenizer(str(tmp_path / "gaps"), masked=True), None)
+        load_model(kind, small, load_tokenizer(str(tmp_path / "gaps"), masked=True), None)
 
 
 def test_config_file_and_overrides(files, tmp_path):
@@ -644,18 +651,18 @@ def test_config_file_and_overrides(files, tmp_path):
     (tmp_path / "a.yaml").write_text(f"model_config: {fields}\n", encoding="utf-8")
     overrides = "chunk_size=32,attention_type=local,relative_bias=null,use_rope=false,norm_eps=1e-4"
     args = arguments(files, tmp_path, config=tmp_path / "a.json", config_overrides=overrides)[0]
-    assert training.config_fields(args) == {
+    assert config_fields(args) == {
         "hidden_size": 48, "norm_eps": 1e-4, "chunk_size": 32, "attention_type": "local", "relative_bias": None,
         "use_rope": False,
     }  # fmt: skip
     args = arguments(files, tmp_path, config=tmp_path / "a.yaml", config_overrides=None)[0]
-    assert training.new_config("causal", training.config_fields(args)).rope_parameters["rope_theta"] == 500
-    tokenizer = data.load_tokenizer(str(files / "tokenizer"), masked=True)
+    assert new_config("causal", config_fields(args)).rope_parameters["rope_theta"] == 500
+    tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
     padded = training.ModelArguments(config_overrides="vocab_size=320,hidden_size=32,num_hidden_layers=1")
-    assert training.load_model("causal", padded, tokenizer, None).config.vocab_size == 320
+    assert load_model("causal", padded, tokenizer, None).config.vocab_size == 320
     small = training.ModelArguments(config_overrides="vocab_size=200,hidden_size=32,num_hidden_layers=1")
     with pytest.raises(ValueError, match="vocab_size must be at least 300, the tokenizer's highest id . 1, got 200"):
-        training.load_model("causal", small, tokenizer, None)
+        load_model("causal", small, tokenizer, None)
 
 
 @pytest.mark.parametrize("ending", ["json", "yaml"])

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from flash_hf import FlashConfig, FlashForCausalLM
-from flash_hf.data import train_tokenizer
+from flash_hf.training import train_tokenizer
 from helpers import make_model
 
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from flash_hf.command_line import OptionParser, natural, run_command, seed
+from flash_hf.commands.options import OptionParser, natural, run_command, seed
 
 
 CONTEXT_WORDS = 60  # at least
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the .jsonl files")
     args = parser.parse_args()
-    from flash_hf.data import load_documents
+    from flash_hf.training import load_documents
 
     draw = random.Random(args.seed)
     books = [sentences(row["text"]) for row in load_documents(args.books)]

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import ProgressCallback
 
-from .configuration_flash import FlashConfig
+from ..configuration_flash import FlashConfig
 
 
 # TFLOP/s of dense products in bfloat16 or float16, from NVIDIA's data sheets; the first name that fits is taken.
@@ -117,6 +117,3 @@ class SpeedBar(ProgressCallback):
 def device_name() -> str | None:
     """Name of the current GPU, or None."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-__all__ = ["PEAK_TFLOPS", "SpeedBar", "SpeedMeter", "device_name", "device_peak", "training_flops"]

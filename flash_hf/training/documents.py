@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text in, blocks of tokens out: loading, tokenizers, packing and collators for the two language-model trainings.
-
-Everything that `datasets`, `tokenizers` and `transformers` do is left to them. What is ours: checks that speak before
-work is lost, a packer that drops nothing and lets every token be predicted exactly once, masks that a resumed run
-draws again.
-"""
+"""Documents from text files, data sets on the Hub, and streams: read, checked, held out for validation."""
 
 from __future__ import annotations
 
@@ -16,17 +11,14 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Collection, Iterable, Iterator
-from functools import cached_property, partial
+from collections.abc import Collection, Iterator
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from datasets import (
     Dataset,
     DatasetBuilder,
@@ -41,40 +33,23 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.file_utils import xopen
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    default_data_collator,
-)
 from transformers.utils import logging
 
-from .command_line import load_named
-from .hub import vocabulary_size
-from .loss_flash import IGNORE
+from ..commands.options import load_named
 
 
 logger = logging.get_logger(__name__)
 
-Packing = Literal["concatenate", "documents"]
+FILE_TYPES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
-PACKING_VERSION = 1  # raise it when `pack` changes: `datasets` would find the blocks of the old one in its cache
+DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 READING_VERSION = 1  # the same for `_read_texts`
 
-FILE_TYPES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-
-# What byte-level BPE takes for one word (letters, digits, signs or blanks in a row) is cut after this many characters.
-# The time to train grows with the square of the longest word, and DNA or Chinese is a single one for whole pages.
-LONGEST_WORD = 256
-LONG_RUN = "|".join(rf"{kind}{{{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
-
 TEXT_ADVICE = "Choose one with --text_column."
+
 TEXT = Features({"text": Value("string")})
+
 TOKENIZED = Features(
     {
         "input_ids": Sequence(Value("int32")),
@@ -83,9 +58,6 @@ TOKENIZED = Features(
         "n_unknown": Value("int64"),
     }
 )
-
-
-# --- documents ---------------------------------------------------------------------------------------------------
 
 
 def check_text_file(path: Path) -> None:
@@ -475,424 +447,3 @@ def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Datas
             "part is empty. Give a --validation_file."
         )
     return tuple(Dataset.from_dict({"text": [part]}) for part in parts)
-
-
-# --- tokenizers ----------------------------------------------------------------------------------------------------
-
-
-# A chat as running text: the messages one after another, as they are. A model of this package knows no roles; what it
-# continues is the last message. The marks of the assistant's messages are for losses on these alone.
-CHAT_TEMPLATE = """\
-{%- macro text(content) -%}
-{%- if content is string -%}{{- content -}}
-{%- elif content -%}{%- for part in content -%}{{- part['text'] -}}{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- text(message['content']) -}}{%- endgeneration -%}
-{%- else -%}
-{{- text(message['content']) -}}
-{%- endif -%}
-{%- endfor -%}
-"""
-
-
-def train_tokenizer(
-    documents: Iterable[dict], vocab_size: int, *, max_bytes: int = 100_000_000, causal: bool = False
-) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: no text is unknown to it, and decoding gives every byte back.
-
-    Its special tokens are `<|endoftext|>` (begin and end of a document, as in GPT-2), `<|pad|>` and `<|mask|>`.
-    Encoding puts `<|endoftext|>` in front, because that is what stands before a document in training.
-    A word has at most 256 characters: longer runs of letters, digits, signs or blanks are cut, so that text without
-    blanks (DNA, Chinese) takes no longer than other text.
-
-    Args:
-        documents: rows with the column `text`.
-        vocab_size: number of tokens, special ones included; at least 256 bytes and 3 special tokens.
-        max_bytes: read no more text than this.
-        causal: whether it is for a causal model: then it pads on the left, where generate() needs the padding, and has
-            a chat template, which puts the messages of a chat one after another.
-
-    Raises:
-        ValueError: vocab_size is below 259.
-    """
-    end, pad, mask = "<|endoftext|>", "<|pad|>", "<|mask|>"
-    # The mask takes the space before it, like the words it stands for ("the <|mask|> ran" hides " dog").
-    special = [AddedToken(token, special=True, lstrip=token == mask) for token in (end, pad, mask)]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(special):
-        raise ValueError(
-            f"vocab_size must be at least {len(alphabet) + len(special)} (256 bytes and {len(special)} special "
-            f"tokens), got {vocab_size}."
-        )
-
-    def texts() -> Iterator[str]:
-        left = max_bytes
-        for document in documents:
-            if left <= 0:
-                break
-            left -= len((document["text"] or "").encode())
-            yield document["text"] or ""
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(LONG_RUN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts(),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, tokenizer.token_to_id(end))]
-    )
-    if tokenizer.get_vocab_size() < vocab_size:
-        logger.warning(f"The text gives {tokenizer.get_vocab_size()} tokens only, fewer than vocab_size={vocab_size}.")
-    return PreTrainedTokenizerFast(
-        padding_side="left" if causal else "right",
-        chat_template=CHAT_TEMPLATE if causal else None,
-        tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        pad_token=pad,
-        mask_token=special[2],
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def load_tokenizer(name_or_path: str, *, masked: bool) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by Hub name or folder, and check that it has the special tokens the training needs.
-
-    Raises:
-        ValueError: no token to end documents with, or none to mask with.
-        OSError: there is no such tokenizer.
-    """
-    tokenizer = load_named(AutoTokenizer.from_pretrained, name_or_path, option="--tokenizer")
-    if document_end(tokenizer) is None:
-        raise ValueError(
-            f"The tokenizer {name_or_path} has neither an eos_token nor a sep_token to end documents with."
-        )
-    if masked and tokenizer.mask_token_id is None:
-        raise ValueError(
-            f"The tokenizer {name_or_path} has no mask_token, which masked language modelling needs. Take another, or "
-            "leave --tokenizer out to have one trained on the data."
-        )
-    return tokenizer
-
-
-def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that ends a document: `eos_token`, else `sep_token` (BERT)."""
-    return tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-
-
-def document_start(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that begins a document: `bos_token`, else `cls_token` (BERT), else the one that ends it."""
-    for token_id in (tokenizer.bos_token_id, tokenizer.cls_token_id):
-        if token_id is not None:
-            return token_id
-    return document_end(tokenizer)
-
-
-def tokenize_documents(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
-) -> Dataset:
-    """Turn the column `text` into `input_ids` (no special tokens), `n_bytes`, `n_words` and `n_unknown`.
-
-    Blank rows are left out. Bytes are those of the text in UTF-8; words are what whitespace separates. Documents that
-    are tokenised already stay as they are.
-
-    Raises:
-        ValueError: they have tokens that the tokenizer does not know.
-    """
-    if "input_ids" in documents.column_names:
-        column = documents.select_columns(["input_ids"]).with_format("numpy")
-        largest = max((int(row["input_ids"].max(initial=0)) for row in column), default=0)
-        if largest >= vocabulary_size(tokenizer):
-            raise ValueError(
-                f"The tokenised documents hold the token {largest}, and the tokenizer's ids end at "
-                f"{vocabulary_size(tokenizer) - 1}. Give the --tokenizer that they were made with."
-            )
-        return documents
-    return documents.map(
-        partial(_tokenize, tokenizer=tokenizer),
-        batched=True,
-        batch_size=32,  # documents may be whole books
-        remove_columns=["text"],
-        features=TOKENIZED,
-        num_proc=num_proc,
-        desc="Tokenize",
-        writer_batch_size=32,
-    )
-
-
-def _tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
-    texts, ids = tokenize_texts(batch["text"], tokenizer)
-    return {
-        "input_ids": ids,
-        "n_bytes": [len(text.encode()) for text in texts],
-        "n_words": [len(text.split()) for text in texts],
-        "n_unknown": [row.count(tokenizer.unk_token_id) for row in ids],
-    }
-
-
-def tokenize_texts(
-    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[str], list[list[int]]]:
-    """The texts that are not blank, and their tokens, without special ones.
-
-    Raises:
-        ValueError: a text is no string.
-    """
-    texts = [text for text in texts if text and (not isinstance(text, str) or text.strip())]
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f"The text column must hold strings, got {type(wrong).__name__}: {str(wrong)[:80]!r}.")
-    texts = [text.removeprefix("\ufeff") for text in texts]  # a byte-order mark is not text
-    # verbose=False: documents longer than the tokenizer's model_max_length are cut into blocks later.
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return texts, ids
-
-
-def text_size(tokenized: Dataset) -> dict[str, int]:
-    """Documents, bytes, words and unknown tokens of a tokenised data set."""
-    columns = tokenized.select_columns(["n_bytes", "n_words", "n_unknown"]).with_format("numpy")[:]
-    return {"n_documents": len(tokenized), **{name: int(np.sum(column)) for name, column in columns.items()}}
-
-
-# --- packing ---------------------------------------------------------------------------------------------------------
-
-
-class Packer:
-    """Cut documents into blocks of exactly `block_size` tokens, dropping none.
-
-    A document is written as start token, text, end token. With `"concatenate"`, an end token that equals the start
-    token stands once between two documents. With `"documents"`, `position_ids` restart at 0 at each document, which is
-    where the state and the attention of FLASH stop; a document that runs over the end of a block continues in the next
-    as a document of its own.
-
-    Causal blocks overlap by one token: the last one of a block is the first one, unpredicted, of the next. So every
-    token after the first is predicted exactly once, whatever the block size (with `"documents"`: every token but the
-    start of each document). Masked blocks do not overlap. The last block is padded on the right; padding has
-    `attention_mask` 0, label -100 and no influence.
-
-    A block is a dictionary of `input_ids`, `attention_mask`, for causal `labels` (equal to `input_ids`, not shifted:
-    the model shifts; masked labels come from the collator), for `"documents"` `position_ids`, all int `[block_size]`.
-
-    Between two documents the packer holds at most one block of tokens: that is its state.
-    """
-
-    def __init__(self, *, block_size: int, causal: bool, packing: Packing, start_id: int, end_id: int, pad_id: int):
-        self.block_size, self.causal, self.borders = block_size, causal, packing == "documents"
-        self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
-        self.ids, self.first, self.begun = np.empty(0, np.int32), np.empty(0, bool), False
-
-    def add(self, input_ids: Iterable[int]) -> list[dict[str, np.ndarray]]:
-        """The blocks that are full once this document (its tokens, without start and end) is added."""
-        shared = not self.borders and self.start_id == self.end_id and self.begun
-        piece = np.concatenate([[] if shared else [self.start_id], input_ids, [self.end_id]]).astype(np.int32)
-        self.ids = np.concatenate([self.ids, piece])
-        self.first = np.concatenate([self.first, np.arange(len(piece)) == 0])
-        self.begun = True
-        blocks, begin = [], 0
-        # One token more than a block is awaited, to know whether the next block opens with a document's start: then
-        # nothing has to be repeated.
-        while len(self.ids) - begin > self.block_size:
-            end = begin + self.block_size
-            blocks.append(self._block(begin, end))
-            begin = end - (1 if self.causal and not (self.borders and self.first[end]) else 0)
-        self.ids, self.first = self.ids[begin:], self.first[begin:]
-        return blocks
-
-    def rest(self) -> list[dict[str, np.ndarray]]:
-        """The tokens that are left, as one padded block, or none."""
-        return [self._block(0, len(self.ids))] if len(self.ids) else []
-
-    def state_dict(self) -> dict:
-        """What is left over from the documents so far; for JSON."""
-        return {"ids": self.ids.tolist(), "starts": np.flatnonzero(self.first).tolist(), "begun": self.begun}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on as the packer went on whose [`state_dict`] this is."""
-        self.ids, self.begun = np.array(state["ids"], np.int32), state["begun"]
-        self.first = np.isin(np.arange(len(self.ids)), state["starts"])
-
-    def _block(self, begin: int, end: int) -> dict[str, np.ndarray]:
-        tokens, starts = self.ids[begin:end], self.first[begin:end].copy()
-        starts[0] = True
-        fill = (0, self.block_size - len(tokens))
-        row = {
-            "input_ids": np.pad(tokens, fill, constant_values=self.pad_id),
-            "attention_mask": np.pad(np.ones(len(tokens), np.int8), fill),
-        }
-        if self.causal:
-            unpredicted = starts if self.borders else np.arange(len(tokens)) == 0
-            row["labels"] = np.pad(np.where(unpredicted, IGNORE, tokens), fill, constant_values=IGNORE)
-        if self.borders:
-            index = np.arange(len(tokens), dtype=np.int32)
-            row["position_ids"] = np.pad(index - np.maximum.accumulate(np.where(starts, index, 0)), fill)
-        return row
-
-
-def packing_options(
-    tokenizer: PreTrainedTokenizerBase, *, block_size: int, causal: bool, packing: Packing
-) -> dict[str, int | bool | str]:
-    """The arguments of [`Packer`] for a tokenizer, checked.
-
-    Raises:
-        ValueError: block_size below 2, an unknown packing.
-    """
-    if block_size < 2:
-        raise ValueError(f"block_size must be at least 2 (one token to see, one to predict), got {block_size}.")
-    if packing not in ("concatenate", "documents"):
-        raise ValueError(f"packing must be 'concatenate' or 'documents', got {packing!r}.")
-    end_id, pad_id = document_end(tokenizer), tokenizer.pad_token_id
-    return {
-        "block_size": block_size,
-        "causal": causal,
-        "packing": packing,
-        "start_id": document_start(tokenizer),
-        "end_id": end_id,
-        "pad_id": pad_id if pad_id is not None else end_id,  # any id will do, it is never seen
-    }
-
-
-def pack_documents(
-    tokenized: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    block_size: int,
-    causal: bool,
-    packing: Packing = "concatenate",
-) -> Dataset:
-    """The blocks of [`Packer`] for a whole data set, cached on disk. Streams: [`streaming.BlockStream`].
-
-    Raises:
-        ValueError: block_size below 2, an unknown packing, no text at all.
-    """
-    options = packing_options(tokenizer, block_size=block_size, causal=causal, packing=packing)
-    if not len(tokenized):
-        raise ValueError("The data set has no text: every document is empty or blank.")
-    row = Sequence(Value("int32"), length=block_size)
-    names = ["input_ids"] + ["labels"] * causal + ["position_ids"] * (packing == "documents")
-    features = Features({**dict.fromkeys(names, row), "attention_mask": Sequence(Value("int8"), length=block_size)})
-    pack = _PackBatches(Packer(**options), names=list(features), last=len(tokenized) - 1, version=PACKING_VERSION)
-    tokens = tokenized.select_columns(["input_ids"]).with_format("numpy")
-    blocks = tokens.map(
-        pack,
-        with_indices=True,
-        batched=True,
-        batch_size=32,  # documents may be whole books
-        remove_columns=["input_ids"],
-        features=features,
-        desc="Pack",
-    )
-    return blocks.with_format(None)
-
-
-class _PackBatches:
-    """A [`Packer`] as `datasets` maps it: what a batch leaves over goes into the next one, so the order matters.
-
-    Blocks are handed over as one array a column, which is written at once; one by one, each number becomes an object.
-    """
-
-    def __init__(self, packer: Packer, *, names: list[str], last: int, version: int):
-        self.packer, self.names, self.last, self.version = packer, names, last, version
-
-    def __call__(self, batch: dict, indices: list[int]) -> dict:
-        blocks = [block for ids in batch["input_ids"] for block in self.packer.add(np.asarray(ids, np.int32))]
-        if indices[-1] == self.last:
-            blocks += self.packer.rest()
-        return {name: np.stack([block[name] for block in blocks]) if blocks else [] for name in self.names}
-
-
-def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Cut each row of a batch of blocks into rows of `length` tokens, which know nothing of each other.
-
-    Args:
-        batch: `[B, N]` each; `position_ids` restart at 0 at each document.
-        length: a divisor of N.
-
-    Returns:
-        `[B * N / length, length]` each; `position_ids` restart at the beginning of a row, too.
-    """
-    cut = {name: values.reshape(-1, length) for name, values in batch.items()}
-    if "position_ids" in cut:
-        index = torch.arange(length, device=cut["position_ids"].device).expand_as(cut["position_ids"])
-        starts = torch.where(cut["position_ids"] == 0, index, 0)
-        cut["position_ids"] = index - starts.cummax(-1).values
-    return cut
-
-
-# --- collators -------------------------------------------------------------------------------------------------------
-
-
-def collate(examples: list[dict]) -> dict:
-    """`default_data_collator`, less a mask that masks nothing: FLASH then cuts its chunks by a plain reshape."""
-    # Rows of a stream come as the int32 arrays they were packed in; losses want int64.
-    batch = {name: values.long() for name, values in default_data_collator(examples).items()}
-    if "attention_mask" in batch and bool(batch["attention_mask"].all()):
-        del batch["attention_mask"]
-    return batch
-
-
-class MaskingCollator(DataCollatorForLanguageModeling):
-    """transformers' BERT masking, with random numbers drawn from (seed, epoch, content of the row).
-
-    The generator of the base class runs on from batch to batch, and its state is in no checkpoint; nor would Trainer's
-    own random state do, since batches are fetched ahead. So a resumed run would see other masks. Here the masks of a
-    row depend on nothing but the row: a resumed run draws them again, and so does one with another number of workers,
-    of devices, or of rows on a device.
-
-    Blocks that have labels (see [`mask_once`]) are passed through.
-
-    Attributes:
-        epoch: set by the training's callback, so that a row that comes back in another epoch is masked differently.
-    """
-
-    epoch: int = 0
-
-    def torch_mask_tokens(self, inputs: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The masks of the base class, whose random tokens are numbers below `len(tokenizer)`: where the tokenizer
-        leaves ids unused, the token of that rank stands in for a number."""
-        before = inputs.clone()
-        inputs, labels = super().torch_mask_tokens(inputs, *args, **kwargs)
-        if len(self.sorted_ids) < int(self.sorted_ids[-1]) + 1:
-            exchanged = (inputs != before) & (inputs != self.tokenizer.mask_token_id)
-            inputs[exchanged] = self.sorted_ids[inputs[exchanged]]
-        return inputs, labels
-
-    @cached_property
-    def sorted_ids(self) -> Tensor:
-        return torch.tensor(sorted(set(self.tokenizer.get_vocab().values())))
-
-    def torch_call(self, examples: list[dict]) -> dict:
-        if "labels" in examples[0]:
-            return collate(examples)
-        batch = collate(examples)
-        start, rows = zlib.crc32(f"{self.seed} {self.epoch}".encode()), []
-        for row in batch["input_ids"]:
-            self.generator = self.get_generator(zlib.crc32(row.numpy().astype(np.int32).tobytes(), start))
-            rows.append(self.torch_mask_tokens(row[None]))
-        batch["input_ids"], batch["labels"] = (torch.cat(parts) for parts in zip(*rows, strict=True))
-        return batch
-
-    def mask_once(self, blocks: Dataset) -> Dataset:
-        """Mask an evaluation set for good, so that every evaluation, before and after, asks the same questions."""
-        return blocks.map(self._mask_batch, batched=True, batch_size=64, desc="Mask once")
-
-    def _mask_batch(self, batch: dict) -> dict:
-        masked = self.torch_call([{"input_ids": row} for row in batch["input_ids"]])
-        return {name: masked[name].numpy() for name in ("input_ids", "labels")}
-
-
-__all__ = [
-    "MaskingCollator", "Packer", "check_text_file", "collate", "cut_rows", "document_end", "document_start",
-    "load_documents", "load_tokenizer", "open_text", "pack_documents", "packing_options", "read_rows",
-    "refuse_missing", "split_documents", "text_size", "tokenize_documents", "tokenize_texts", "train_tokenizer",
-]  # fmt: skip

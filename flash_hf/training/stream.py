@@ -23,7 +23,8 @@ from datasets import IterableDataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import data
+from .packing import Packer, Packing, packing_options
+from .tokenizer import tokenize_texts
 
 
 logger = logging.get_logger(__name__)
@@ -39,7 +40,7 @@ NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpcore2", "httpx", "htt
 
 
 class BlockStream(torch.utils.data.IterableDataset):
-    """Documents in, shuffled blocks of [`data.Packer`] out, without end: the stream begins again where it ends.
+    """Documents in, shuffled blocks of [`Packer`] out, without end: the stream begins again where it ends.
 
     Windows of `shuffle_buffer` blocks are shuffled one after the other, with random numbers from (seed, number of the
     window). A thread reads the next window while this one is given out, so it is iterated in the training's own
@@ -63,19 +64,19 @@ class BlockStream(torch.utils.data.IterableDataset):
         *,
         block_size: int,
         causal: bool,
-        packing: data.Packing = "concatenate",
+        packing: Packing = "concatenate",
         shuffle_buffer: int = 0,
         seed: int = 0,
         patience: float = 600.0,
         source: str = "the data set",
     ):
         self.documents, self.tokenizer = documents, tokenizer
-        self.options = data.packing_options(tokenizer, block_size=block_size, causal=causal, packing=packing)
+        self.options = packing_options(tokenizer, block_size=block_size, causal=causal, packing=packing)
         self.shuffle_buffer, self.seed, self.patience, self.source = shuffle_buffer, seed, patience, source
         self.settings = {**self.options, "shuffle_buffer": shuffle_buffer, "seed": seed, "source": source}
         self._begin = {
             "rows": 0, "offset": 0, "window": 0, "pass": 0, "documents": None, "skip": 0,
-            "packer": data.Packer(**self.options).state_dict(),
+            "packer": Packer(**self.options).state_dict(),
         }  # fmt: skip
         self._windows_given: deque[dict] = deque()
         self._closed = threading.Event()
@@ -145,11 +146,11 @@ class BlockStream(torch.utils.data.IterableDataset):
 
     def _blocks(self) -> Iterator[tuple[dict, dict]]:
         """Blocks in their order, each with its place: a batch of documents, what was left before, blocks to skip."""
-        packer, skip = data.Packer(**self.options), self._begin["skip"]
+        packer, skip = Packer(**self.options), self._begin["skip"]
         packer.load_state_dict(self._begin["packer"])
         for place, texts in self._batches():
             place["packer"] = packer.state_dict()
-            _, ids = data.tokenize_texts(texts, self.tokenizer)
+            _, ids = tokenize_texts(texts, self.tokenizer)
             blocks = [block for row in ids for block in packer.add(row)]
             for index in range(skip, len(blocks)):
                 yield {**place, "skip": index}, blocks[index]
@@ -225,6 +226,3 @@ def write_state(state: dict, folder: str | Path) -> None:
     path = Path(folder) / STREAM_STATE
     path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
-
-
-__all__ = ["STREAM_STATE", "BlockStream", "is_network_error", "write_state"]

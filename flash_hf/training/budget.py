@@ -77,6 +77,3 @@ class TimeBudget(TrainerCallback, ExportableState):
             control.should_training_stop = True
             control.should_evaluate = args.eval_strategy == IntervalStrategy.STEPS
             control.should_save = args.save_strategy == SaveStrategy.STEPS
-
-
-__all__ = ["TimeBudget"]

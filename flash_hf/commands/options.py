@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from .configuration_flash import FlashConfig
+from ..configuration_flash import FlashConfig
 
 
 # The extra of setup.cfg that each module comes with.

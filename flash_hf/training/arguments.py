@@ -23,9 +23,9 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
+from ..commands.options import OptionParser, read_text
+from ..configuration_flash import FlashConfig, nearest
 from .budget import MAX_STEPS
-from .command_line import OptionParser, read_text
-from .configuration_flash import FlashConfig, nearest
 
 
 @dataclass
@@ -489,9 +489,3 @@ def warmup_length(step: int, *, steps: int, start: int, block_size: int) -> int:
         )
     line = start + (block_size - start) * step / steps if step < steps else block_size
     return max(length for length in lengths if length <= line)
-
-
-__all__ = [
-    "DataArguments", "FlashTrainingArguments", "ModelArguments", "TrainingParser", "check_arguments", "config_fields",
-    "parse_arguments", "parse_with_config", "set_batch", "warmup_length",
-]  # fmt: skip

@@ -128,6 +128,3 @@ def reason_of(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-__all__ = ["GraphedBackward"]

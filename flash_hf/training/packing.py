@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens in, blocks out: the packer, which drops nothing, and the collators of the two trainings."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from datasets import (
+    Dataset,
+    Features,
+    Sequence,
+    Value,
+)
+from torch import Tensor
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from ..loss_flash import IGNORE
+from .tokenizer import document_end, document_start
+
+
+Packing = Literal["concatenate", "documents"]
+
+PACKING_VERSION = 1  # raise it when `pack` changes: `datasets` would find the blocks of the old one in its cache
+
+
+class Packer:
+    """Cut documents into blocks of exactly `block_size` tokens, dropping none.
+
+    A document is written as start token, text, end token. With `"concatenate"`, an end token that equals the start
+    token stands once between two documents. With `"documents"`, `position_ids` restart at 0 at each document, which is
+    where the state and the attention of FLASH stop; a document that runs over the end of a block continues in the next
+    as a document of its own.
+
+    Causal blocks overlap by one token: the last one of a block is the first one, unpredicted, of the next. So every
+    token after the first is predicted exactly once, whatever the block size (with `"documents"`: every token but the
+    start of each document). Masked blocks do not overlap. The last block is padded on the right; padding has
+    `attention_mask` 0, label -100 and no influence.
+
+    A block is a dictionary of `input_ids`, `attention_mask`, for causal `labels` (equal to `input_ids`, not shifted:
+    the model shifts; masked labels come from the collator), for `"documents"` `position_ids`, all int `[block_size]`.
+
+    Between two documents the packer holds at most one block of tokens: that is its state.
+    """
+
+    def __init__(self, *, block_size: int, causal: bool, packing: Packing, start_id: int, end_id: int, pad_id: int):
+        self.block_size, self.causal, self.borders = block_size, causal, packing == "documents"
+        self.start_id, self.end_id, self.pad_id = start_id, end_id, pad_id
+        self.ids, self.first, self.begun = np.empty(0, np.int32), np.empty(0, bool), False
+
+    def add(self, input_ids: Iterable[int]) -> list[dict[str, np.ndarray]]:
+        """The blocks that are full once this document (its tokens, without start and end) is added."""
+        shared = not self.borders and self.start_id == self.end_id and self.begun
+        piece = np.concatenate([[] if shared else [self.start_id], input_ids, [self.end_id]]).astype(np.int32)
+        self.ids = np.concatenate([self.ids, piece])
+        self.first = np.concatenate([self.first, np.arange(len(piece)) == 0])
+        self.begun = True
+        blocks, begin = [], 0
+        # One token more than a block is awaited, to know whether the next block opens with a document's start: then
+        # nothing has to be repeated.
+        while len(self.ids) - begin > self.block_size:
+            end = begin + self.block_size
+            blocks.append(self._block(begin, end))
+            begin = end - (1 if self.causal and not (self.borders and self.first[end]) else 0)
+        self.ids, self.first = self.ids[begin:], self.first[begin:]
+        return blocks
+
+    def rest(self) -> list[dict[str, np.ndarray]]:
+        """The tokens that are left, as one padded block, or none."""
+        return [self._block(0, len(self.ids))] if len(self.ids) else []
+
+    def state_dict(self) -> dict:
+        """What is left over from the documents so far; for JSON."""
+        return {"ids": self.ids.tolist(), "starts": np.flatnonzero(self.first).tolist(), "begun": self.begun}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the packer went on whose [`state_dict`] this is."""
+        self.ids, self.begun = np.array(state["ids"], np.int32), state["begun"]
+        self.first = np.isin(np.arange(len(self.ids)), state["starts"])
+
+    def _block(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        tokens, starts = self.ids[begin:end], self.first[begin:end].copy()
+        starts[0] = True
+        fill = (0, self.block_size - len(tokens))
+        row = {
+            "input_ids": np.pad(tokens, fill, constant_values=self.pad_id),
+            "attention_mask": np.pad(np.ones(len(tokens), np.int8), fill),
+        }
+        if self.causal:
+            unpredicted = starts if self.borders else np.arange(len(tokens)) == 0
+            row["labels"] = np.pad(np.where(unpredicted, IGNORE, tokens), fill, constant_values=IGNORE)
+        if self.borders:
+            index = np.arange(len(tokens), dtype=np.int32)
+            row["position_ids"] = np.pad(index - np.maximum.accumulate(np.where(starts, index, 0)), fill)
+        return row
+
+
+def packing_options(
+    tokenizer: PreTrainedTokenizerBase, *, block_size: int, causal: bool, packing: Packing
+) -> dict[str, int | bool | str]:
+    """The arguments of [`Packer`] for a tokenizer, checked.
+
+    Raises:
+        ValueError: block_size below 2, an unknown packing.
+    """
+    if block_size < 2:
+        raise ValueError(f"block_size must be at least 2 (one token to see, one to predict), got {block_size}.")
+    if packing not in ("concatenate", "documents"):
+        raise ValueError(f"packing must be 'concatenate' or 'documents', got {packing!r}.")
+    end_id, pad_id = document_end(tokenizer), tokenizer.pad_token_id
+    return {
+        "block_size": block_size,
+        "causal": causal,
+        "packing": packing,
+        "start_id": document_start(tokenizer),
+        "end_id": end_id,
+        "pad_id": pad_id if pad_id is not None else end_id,  # any id will do, it is never seen
+    }
+
+
+def pack_documents(
+    tokenized: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int,
+    causal: bool,
+    packing: Packing = "concatenate",
+) -> Dataset:
+    """The blocks of [`Packer`] for a whole data set, cached on disk. Streams: [`streaming.BlockStream`].
+
+    Raises:
+        ValueError: block_size below 2, an unknown packing, no text at all.
+    """
+    options = packing_options(tokenizer, block_size=block_size, causal=causal, packing=packing)
+    if not len(tokenized):
+        raise ValueError("The data set has no text: every document is empty or blank.")
+    row = Sequence(Value("int32"), length=block_size)
+    names = ["input_ids"] + ["labels"] * causal + ["position_ids"] * (packing == "documents")
+    features = Features({**dict.fromkeys(names, row), "attention_mask": Sequence(Value("int8"), length=block_size)})
+    pack = _PackBatches(Packer(**options), names=list(features), last=len(tokenized) - 1, version=PACKING_VERSION)
+    tokens = tokenized.select_columns(["input_ids"]).with_format("numpy")
+    blocks = tokens.map(
+        pack,
+        with_indices=True,
+        batched=True,
+        batch_size=32,  # documents may be whole books
+        remove_columns=["input_ids"],
+        features=features,
+        desc="Pack",
+    )
+    return blocks.with_format(None)
+
+
+class _PackBatches:
+    """A [`Packer`] as `datasets` maps it: what a batch leaves over goes into the next one, so the order matters.
+
+    Blocks are handed over as one array a column, which is written at once; one by one, each number becomes an object.
+    """
+
+    def __init__(self, packer: Packer, *, names: list[str], last: int, version: int):
+        self.packer, self.names, self.last, self.version = packer, names, last, version
+
+    def __call__(self, batch: dict, indices: list[int]) -> dict:
+        blocks = [block for ids in batch["input_ids"] for block in self.packer.add(np.asarray(ids, np.int32))]
+        if indices[-1] == self.last:
+            blocks += self.packer.rest()
+        return {name: np.stack([block[name] for block in blocks]) if blocks else [] for name in self.names}
+
+
+def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Cut each row of a batch of blocks into rows of `length` tokens, which know nothing of each other.
+
+    Args:
+        batch: `[B, N]` each; `position_ids` restart at 0 at each document.
+        length: a divisor of N.
+
+    Returns:
+        `[B * N / length, length]` each; `position_ids` restart at the beginning of a row, too.
+    """
+    cut = {name: values.reshape(-1, length) for name, values in batch.items()}
+    if "position_ids" in cut:
+        index = torch.arange(length, device=cut["position_ids"].device).expand_as(cut["position_ids"])
+        starts = torch.where(cut["position_ids"] == 0, index, 0)
+        cut["position_ids"] = index - starts.cummax(-1).values
+    return cut
+
+
+def collate(examples: list[dict]) -> dict:
+    """`default_data_collator`, less a mask that masks nothing: FLASH then cuts its chunks by a plain reshape."""
+    # Rows of a stream come as the int32 arrays they were packed in; losses want int64.
+    batch = {name: values.long() for name, values in default_data_collator(examples).items()}
+    if "attention_mask" in batch and bool(batch["attention_mask"].all()):
+        del batch["attention_mask"]
+    return batch
+
+
+class MaskingCollator(DataCollatorForLanguageModeling):
+    """transformers' BERT masking, with random numbers drawn from (seed, epoch, content of the row).
+
+    The generator of the base class runs on from batch to batch, and its state is in no checkpoint; nor would Trainer's
+    own random state do, since batches are fetched ahead. So a resumed run would see other masks. Here the masks of a
+    row depend on nothing but the row: a resumed run draws them again, and so does one with another number of workers,
+    of devices, or of rows on a device.
+
+    Blocks that have labels (see [`mask_once`]) are passed through.
+
+    Attributes:
+        epoch: set by the training's callback, so that a row that comes back in another epoch is masked differently.
+    """
+
+    epoch: int = 0
+
+    def torch_mask_tokens(self, inputs: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """The masks of the base class, whose random tokens are numbers below `len(tokenizer)`: where the tokenizer
+        leaves ids unused, the token of that rank stands in for a number."""
+        before = inputs.clone()
+        inputs, labels = super().torch_mask_tokens(inputs, *args, **kwargs)
+        if len(self.sorted_ids) < int(self.sorted_ids[-1]) + 1:
+            exchanged = (inputs != before) & (inputs != self.tokenizer.mask_token_id)
+            inputs[exchanged] = self.sorted_ids[inputs[exchanged]]
+        return inputs, labels
+
+    @cached_property
+    def sorted_ids(self) -> Tensor:
+        return torch.tensor(sorted(set(self.tokenizer.get_vocab().values())))
+
+    def torch_call(self, examples: list[dict]) -> dict:
+        if "labels" in examples[0]:
+            return collate(examples)
+        batch = collate(examples)
+        start, rows = zlib.crc32(f"{self.seed} {self.epoch}".encode()), []
+        for row in batch["input_ids"]:
+            self.generator = self.get_generator(zlib.crc32(row.numpy().astype(np.int32).tobytes(), start))
+            rows.append(self.torch_mask_tokens(row[None]))
+        batch["input_ids"], batch["labels"] = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        return batch
+
+    def mask_once(self, blocks: Dataset) -> Dataset:
+        """Mask an evaluation set for good, so that every evaluation, before and after, asks the same questions."""
+        return blocks.map(self._mask_batch, batched=True, batch_size=64, desc="Mask once")
+
+    def _mask_batch(self, batch: dict) -> dict:
+        masked = self.torch_call([{"input_ids": row} for row in batch["input_ids"]])
+        return {name: masked[name].numpy() for name in ("input_ids", "labels")}

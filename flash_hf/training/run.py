@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training from text to checkpoint: `run_training("causal")` and `run_training("masked")`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..commands.options import load_named
+from ..configuration_flash import FlashConfig
+from ..hub import pad_on_the_left, vocabulary_size
+from .arguments import (
+    DataArguments,
+    FlashTrainingArguments,
+    ModelArguments,
+    check_arguments,
+    config_fields,
+    set_batch,
+    warmup_length,
+)
+from .checkpoints import check_output_dir, find_checkpoint
+from .documents import load_documents, split_documents
+from .metrics import METRICS, Kind, make_compute_metrics, token_scores
+from .packing import MaskingCollator, collate, pack_documents
+from .stream import BlockStream
+from .tokenizer import document_end, document_start, load_tokenizer, text_size, tokenize_documents, train_tokenizer
+from .trainer import FlashTrainer, LossPlotCallback, MaskEpochCallback
+
+
+logger = logging.get_logger(__name__)
+
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40}  # for generate(), in a new causal model's checkpoint
+
+
+def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset]:
+    """Training and validation documents; the validation set is always read at once, to be the same each time."""
+    load = partial(
+        load_documents,
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        text_column=data_args.text_column,
+        sample_by=data_args.sample_by,
+    )
+    own_validation = data_args.validation_file is not None or data_args.validation_split is not None
+    if data_args.streaming and not own_validation:
+        raise ValueError(
+            "A stream has no end that could be held out for validation: with --streaming give --validation_file, or "
+            "--validation_split with a data set."
+        )
+    train = load(
+        data_args.train_file,
+        split=data_args.train_split,
+        streaming=data_args.streaming,
+        max_documents=data_args.max_train_documents,
+    )
+    if not own_validation:
+        train, validation = split_documents(train, data_args.validation_fraction)
+        if data_args.max_eval_documents is not None:
+            validation = validation.take(data_args.max_eval_documents)
+        return train, validation
+    if data_args.validation_file is not None:
+        load = partial(load, data_args.validation_file, dataset_name=None)
+    # With a stream, only the part that is wanted is downloaded.
+    lazily = data_args.streaming and data_args.max_eval_documents is not None
+    split = data_args.validation_split or "train"
+    validation = load(split=split, max_documents=data_args.max_eval_documents, streaming=lazily)
+    return train, Dataset.from_list(list(validation)) if lazily else validation
+
+
+def check_sources(model_args: ModelArguments) -> None:
+    """See that there are the model and the tokenizer to go on from, before the data are read.
+
+    Raises:
+        OSError: one of them is neither a folder nor to be had from the Hub.
+    """
+    for option, auto in (("model", AutoConfig), ("tokenizer", AutoTokenizer)):
+        if (name := getattr(model_args, option)) is not None:
+            load_named(auto.from_pretrained, name, option=f"--{option}")
+
+
+def load_model(
+    kind: Kind, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, resume: Path | None
+) -> PreTrainedModel:
+    """A new model, the one of `--model`, or one for the weights of a checkpoint that Trainer is going to load.
+
+    Raises:
+        ValueError: a misspelt or wrong field; a vocabulary smaller than the tokenizer's; fields that contradict the
+            checkpoint.
+    """
+    auto = AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM
+    fields = config_fields(model_args)
+    if resume is not None:
+        config = AutoConfig.from_pretrained(resume)
+        for name, value in fields.items():
+            if getattr(config, name, None) != value:
+                raise ValueError(
+                    f"The checkpoint {resume} has {name}={getattr(config, name, None)!r}, the arguments ask for "
+                    f"{value!r}. Resume with the arguments the run began with."
+                )
+        model = auto.from_config(config)
+    elif model_args.model is not None:
+        model = load_named(auto.from_pretrained, model_args.model, option="--model")
+    else:
+        model = auto.from_config(new_config(kind, fields, tokenizer))
+        if kind == "causal":
+            # Greedy text of a small model soon repeats itself.
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.generation_config.update(**SAMPLING)
+    if kind == "causal" and resume is not None and (resume / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(resume)
+    needed = vocabulary_size(tokenizer)
+    if model.config.vocab_size < needed:
+        raise ValueError(
+            f"The model's vocab_size must be at least {needed}, the tokenizer's highest id + 1, got "
+            f"{model.config.vocab_size}. Leave vocab_size out, or take the tokenizer that belongs to the model."
+        )
+    return model
+
+
+def new_config(kind: Kind, fields: dict, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
+    """`FlashConfig` from fields, with the tokenizer's size and special tokens where the fields leave them open."""
+    defaults = {"is_decoder": kind == "causal"}
+    if tokenizer is not None:
+        defaults |= {
+            "vocab_size": vocabulary_size(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": document_start(tokenizer),
+            "eos_token_id": document_end(tokenizer),
+        }
+    return FlashConfig(**{**defaults, **fields})
+
+
+def load_or_train_tokenizer(
+    kind: Kind,
+    model_args: ModelArguments,
+    train: Dataset | IterableDataset,
+    resume: Path | None,
+    *,
+    first: bool = True,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one; a causal model's
+    pads on the left from now on.
+
+    Args:
+        first: whether this is the first of the run's processes; it trains the tokenizer for all of them.
+    """
+    source = resume or model_args.tokenizer or model_args.model
+    if source is not None:
+        tokenizer = load_tokenizer(str(source), masked=kind == "masked")
+        if kind == "causal":
+            pad_on_the_left(tokenizer)
+        return tokenizer
+    if "input_ids" in (train.column_names or ()):
+        raise ValueError("Tokenised documents must come with the --tokenizer that they were made with.")
+    logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
+    tokenizer = [None]
+    if first:
+        tokenizer = [train_tokenizer(train, model_args.tokenizer_vocab_size, causal=kind == "causal")]
+    broadcast_object_list(tokenizer)
+    return tokenizer[0]
+
+
+def build_trainer(
+    kind: Kind,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset | IterableDataset,
+    validation: Dataset,
+    data_args: DataArguments,
+    args: FlashTrainingArguments,
+) -> FlashTrainer:
+    """Tokenise and pack the documents `train` and `validation`, and put everything together."""
+    causal = kind == "causal"
+    with args.main_process_first(desc="tokenising and packing"):
+        tokenize = partial(tokenize_documents, tokenizer=tokenizer, num_proc=data_args.num_proc)
+        options = {
+            "tokenizer": tokenizer,
+            "block_size": data_args.block_size,
+            "causal": causal,
+            "packing": data_args.packing,
+        }
+        if isinstance(train, IterableDataset):
+            train_blocks = BlockStream(
+                train,
+                **options,
+                shuffle_buffer=data_args.shuffle_buffer,
+                seed=args.data_seed,
+                patience=data_args.stream_patience,
+                source=data_args.dataset_name or ", ".join(data_args.train_file),
+            )
+        else:
+            train_blocks = pack_documents(tokenize(train), **options)
+        tokenized = tokenize(validation)
+        eval_blocks = pack_documents(tokenized, **options)
+        size = text_size(tokenized)
+        logger.info(f"Validation text: {size}, in {len(eval_blocks)} blocks of {data_args.block_size} tokens.")
+        if size["n_unknown"]:
+            logger.warning(
+                f"{size['n_unknown']} tokens of the validation text are unknown to the tokenizer; guessing them is "
+                "too easy, so perplexities come out too low."
+            )
+        collator, callbacks = collate, [LossPlotCallback()]
+        if not causal:
+            collator = MaskingCollator(tokenizer, mlm_probability=data_args.mlm_probability, seed=args.data_seed)
+            callbacks.append(MaskEpochCallback(collator))
+            eval_blocks = collator.mask_once(eval_blocks)
+    # A training step needs the loss alone; logits would be its largest tensors.
+    model.skip_logits = True
+    return FlashTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=make_compute_metrics(kind, size),
+        preprocess_logits_for_metrics=partial(token_scores, causal=causal),
+        callbacks=callbacks,
+    )
+
+
+def run_training(
+    kind: Kind, model_args: ModelArguments, data_args: DataArguments, args: FlashTrainingArguments
+) -> dict:
+    """Check, train, validate before and after, save. Everything goes to `args.output_dir`.
+
+    The folder then holds the model and the tokenizer (for `from_pretrained`), `checkpoint-*`, `loss.png`,
+    `log_history.json`, `log_history.csv`, `trainer_state.json` and `eval_results.json`.
+
+    Returns:
+        `before` and `after` (the metrics of the validation text; `before` is None if `eval_on_start` is off),
+        `train_seconds`, `output_dir`, `plot`.
+    """
+    check_arguments(args, METRICS[kind])
+    resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, streaming=data_args.streaming)
+    if args.process_index == 0:  # another process may look when this one has begun to write
+        check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
+    set_batch(args, data_args.block_size)
+    if args.sequence_warmup_steps:
+        warmup_length(0, steps=1, start=args.sequence_warmup_start, block_size=data_args.block_size)
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps must be at least 1 with --streaming, got {args.max_steps}: a stream has no length."
+        )
+    if data_args.streaming and args.dataloader_num_workers:
+        raise ValueError(
+            f"dataloader_num_workers must be 0 with --streaming, got {args.dataloader_num_workers}: a stream is read "
+            "by a thread of its own, which tokenises on all cores."
+        )
+    if data_args.streaming and args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size must be left out with --streaming: a stream does not begin again with smaller "
+            "batches. Give --per_device_train_batch_size."
+        )
+    fields = config_fields(model_args)
+    check_sources(model_args)
+    if model_args.model is None:
+        new_config(kind, fields)  # for its errors: they should not wait for the data
+    import matplotlib  # noqa: F401  the same: it would be missed only at the first validation
+
+    set_seed(args.seed)
+    train, validation = load_text(data_args)
+    tokenizer = load_or_train_tokenizer(kind, model_args, train, resume, first=args.process_index == 0)
+    model = load_model(kind, model_args, tokenizer, resume)
+    trainer = build_trainer(kind, model, tokenizer, train, validation, data_args, args)
+
+    if args.overwrite_output_dir and resume is None and args.should_save:
+        # Nothing of the old run may be taken for one of the new by --resume_from_checkpoint last.
+        for old in Path(args.output_dir).glob("checkpoint-*"):
+            if (old / "trainer_state.json").is_file():
+                logger.warning(f"Deleting {old} of an earlier run.")
+                shutil.rmtree(old)
+    if resume is not None and isinstance(trainer.train_dataset, BlockStream):
+        trainer.go_on_with_stream(resume)
+        args.ignore_data_skip = True
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.perf_counter() - begin
+    trainer.save_model()  # first: the evaluation leaves the model in the type of bf16_full_eval or fp16_full_eval
+    after = trainer.evaluate()
+    trainer.save_state()
+    trainer.save_metrics("eval", after)
+    if args.push_to_hub:
+        trainer.push_to_hub()  # once more, with the last scores and the loss plot
+    before = next((log for log in trainer.state.log_history if "eval_loss" in log and log["step"] == 0), None)
+    return {
+        "before": before,
+        "after": after,
+        "train_seconds": seconds,
+        "output_dir": args.output_dir,
+        "plot": str(Path(args.output_dir) / "loss.png"),
+    }
+
+
+def describe(kind: Kind, result: dict) -> str:
+    """The result of [`run_training`] as a table to print."""
+    own = ("word_perplexity", "bits_per_byte", "accuracy") if kind == "causal" else ("masked_accuracy",)
+    lines = [f"{'validation':<18}{'before':>16}{'after':>16}"]
+    for name in ("loss", "perplexity", *own):
+        values = [result[when] and result[when][f"eval_{name}"] for when in ("before", "after")]
+        shown = ["-" if value is None else f"{value:,.{4 if value < 100 else 0}f}" for value in values]
+        lines.append(f"{name:<18}" + "".join(f"{value:>16}" for value in shown))
+    lines.append(f"trained in {result['train_seconds']:.1f} s")
+    lines.append(f"checkpoint  {result['output_dir']}")
+    lines.append(f"loss plot   {result['plot']}")
+    return "\n".join(lines)
