@@ -36,6 +36,9 @@ GLOBAL_FORMS = ("paper", "previous_token")
 ATTENTION_INITS = ("normal", "recent")
 BACKENDS = ("auto", "torch", "triton")
 
+# FLASH+ beside a `chunk_shift` of half a chunk, see `FlashConfig.plus`.
+PLUS = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
+
 # Cache layers register themselves with transformers under these names (cache_flash.py).
 CHUNK_LAYER_TYPE = "flash_gau"
 QUADRATIC_LAYER_TYPE = "flash_gau_quadratic"
@@ -86,8 +89,7 @@ class FlashConfig(PreTrainedConfig):
     chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting: it changes the function.
     chunk_shift (`int`, defaults to 0): In every second layer a document's first chunk begins this many tokens
         before the document, so that borders of one layer lie inside chunks of the next (as Swin's shifted
-        windows). 0 is the paper's; half of `chunk_size` gave the lowest losses of what was tried (by 0.05 nats a
-        token, one seed: scripts/results/study, section 4), at the same cost.
+        windows). 0 is the paper's form, half of `chunk_size` is FLASH+ ([`~FlashConfig.plus`]).
     attention_type (`str`, defaults to `"mixed_chunk"`): `"mixed_chunk"` (FLASH), `"quadratic"` (FLASH-Quad: one
         attention over the document, quadratic cost, a cache that grows), `"local"` or `"global"` (one branch).
     attention_activation (`str`, defaults to `"relu2"`): `"relu2"`: `relu(q k / divisor + b)^2`; `"laplace"`:
@@ -116,20 +118,18 @@ class FlashConfig(PreTrainedConfig):
     global_normalization (`str`, defaults to `"mean"`): The global sum over tokens is divided by their number
         (`"mean"`) or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
     global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
-        sum under the key of the token before it, and global queries and keys are not rotated. What followed a
-        token can then be asked for by that token, at any distance: small models recall better (scripts/results/study,
-        section 4).
+        sum under the key of the token before it, and global queries and keys are not rotated, so that a token can
+        look up what followed its earlier occurrences at any distance (FLASH+).
     hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
     attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
     max_position_embeddings (`int`, defaults to 8192): Training length. Only `"quadratic"` with a `"toeplitz"` bias
         is bound by it; the chunked forms take any length.
     initializer_range (`float`, defaults to 0.02): Standard deviation of weights, offset scales and biases `b`.
-    attention_init (`str`, defaults to `"normal"`): How attention begins. `"normal"`: scales of queries and keys
-        and relative biases are drawn like all weights, as in the paper; the unit then has next to no output.
-        `"recent"`: the scales are 1, and the biases of the nearest tokens are raised, so that the local attention
-        begins with the token itself and the three around it. Together with `use_scaled_sinusoid=False` causal
-        models ended 0.1 nats a token lower after 30 M tokens, masked ones 0.05 higher; with the sinusoid it did
-        not help (scripts/results/study, section 4).
+    attention_init (`str`, defaults to `"normal"`): How attention starts. `"normal"`: scales of queries and keys
+        and relative biases are sampled like all weights, as in the paper; the unit's output then starts near zero.
+        `"recent"`: the scales are 1 and the biases of the nearest tokens are raised, so that local attention
+        starts at the token itself and the three around it (FLASH+; only with `use_scaled_sinusoid=False` does it
+        lower the loss).
     is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
         head never.
     use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.
@@ -199,6 +199,38 @@ class FlashConfig(PreTrainedConfig):
         # TRL reads it without asking whether it is there. A copy that comes with a checkpoint's code has it filled.
         self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def plus(cls, **overrides) -> "FlashConfig":
+        r"""
+        FLASH+, the form to start new causal models from: every second layer shifts its chunks by half a chunk, the
+        global branch stores each value under the key of the token before it, positions come from RoPE and the relative
+        bias alone, and attention starts at the nearest tokens. Costs 5 % more time per step than the paper's form
+        (`FlashConfig()`), which masked models should keep. Evidence: scripts/results/README.md.
+
+        Args:
+            **overrides: Fields of [`FlashConfig`]; each takes precedence over FLASH+'s value. `chunk_shift` is half of
+                the `chunk_size` given here.
+
+        Returns:
+            `FlashConfig`: a plain configuration; the name FLASH+ is not stored.
+
+        Raises:
+            ValueError, StrictDataclassError: as for [`FlashConfig`].
+
+        ```python
+        >>> from flash_hf import FlashConfig
+
+        >>> FlashConfig.plus(chunk_size=64).chunk_shift
+        32
+
+        ```
+        """
+        config = cls(**{**PLUS, **overrides})  # first, so that chunk_size is known to be a positive number
+        if "chunk_shift" not in overrides:
+            config.chunk_shift = config.chunk_size // 2
+            config.validate()
+        return config
 
     def to_dict(self):
         values = super().to_dict()

@@ -24,7 +24,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
 from ..commands.options import OptionParser, read_text
-from ..configuration_flash import FlashConfig, nearest
+from ..configuration_flash import PLUS, FlashConfig, nearest
 from .budget import MAX_STEPS
 
 
@@ -42,6 +42,13 @@ class ModelArguments:
         metadata={
             "help": "YAML or JSON file with any of these options, for instance a recipe of scripts/recipes. What the "
             "command line says goes over it."
+        },
+    )
+    preset: Literal["flash", "plus"] = field(
+        default="flash",
+        metadata={
+            "help": "Form of a new model: flash, the paper's, or plus, FLASH+ (FlashConfig.plus), for causal models. "
+            "Fields given by --model_config and --config_overrides take precedence."
         },
     )
     model_config: str | None = field(
@@ -239,7 +246,7 @@ ALTERNATIVES = {
     "gradient_accumulation_steps": ("batch_tokens",),
     "num_train_epochs": ("max_steps",),
     "max_minutes": ("max_steps",),
-    "model": ("model_config", "config_overrides"),
+    "model": ("preset", "model_config", "config_overrides"),
 }
 
 
@@ -332,10 +339,11 @@ def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
 
 
 def config_fields(model_args: ModelArguments) -> dict:
-    """The fields of `--model_config` and, over them, of `--config_overrides`; values are JSON, else strings.
+    """The fields of `--preset` and, over them, of `--model_config` and `--config_overrides` (JSON, else strings).
 
     Raises:
-        ValueError: `--model_config` is no mapping in JSON; an override is not `name=value`.
+        ValueError: `--model_config` is no mapping in JSON; an override is not `name=value`; fields are given beside
+            `--model`, or are refused by `FlashConfig.plus`.
     """
     fields = {}
     if model_args.model_config is not None:
@@ -362,6 +370,14 @@ def config_fields(model_args: ModelArguments) -> dict:
             f"--model_config and --config_overrides make a new model, but --model {model_args.model} brings its own "
             f"configuration: leave out {', '.join(fields)}, or --model."
         )
+    if model_args.preset == "plus":
+        if model_args.model is not None:
+            raise ValueError(
+                f"--preset is the form of a new model, but --model {model_args.model} brings its own configuration: "
+                "leave out one of them."
+            )
+        config = FlashConfig.plus(**fields)
+        fields = {name: getattr(config, name) for name in ("chunk_shift", *PLUS)} | fields
     return fields
 
 

@@ -20,6 +20,28 @@ def test_defaults_are_the_papers_base_model():
     assert round(count / 1e6) == 112
 
 
+def test_plus_is_four_fields_that_can_be_overridden(tmp_path):
+    four = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
+    assert FlashConfig.plus().to_dict() == FlashConfig(chunk_shift=128, **four).to_dict()
+    small = FlashConfig.plus(chunk_size=64, hidden_size=32, is_decoder=True)
+    assert (
+        small.to_dict()
+        == FlashConfig(chunk_size=64, chunk_shift=32, hidden_size=32, is_decoder=True, **four).to_dict()
+    )
+    small.save_pretrained(tmp_path)
+    assert {**AutoConfig.from_pretrained(tmp_path).to_dict(), "_name_or_path": ""} == small.to_dict()
+    changed = {"chunk_shift": 3, "global_form": "paper", "use_scaled_sinusoid": True, "attention_init": "normal"}
+    for name, value in changed.items():
+        config, default = FlashConfig.plus(chunk_size=16, **{name: value}), FlashConfig.plus(chunk_size=16)
+        assert config.to_dict() == {**default.to_dict(), name: value} and getattr(default, name) != value
+    with pytest.raises(ValueError, match="unknown field `chunksize`.*Did you mean 'chunk_size'"):
+        FlashConfig.plus(chunksize=64)
+    with pytest.raises(Exception, match="`chunk_size` must be at least 1, got 0"):
+        FlashConfig.plus(chunk_size=0)
+    with pytest.raises(Exception, match="`chunk_shift` must be 0 where there are no chunks"):
+        FlashConfig.plus(attention_type="quadratic", global_form="paper")
+
+
 def test_saves_and_loads_exactly(tmp_path):
     config = tiny_config(relative_bias="rotary", rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5})
     config.save_pretrained(tmp_path)

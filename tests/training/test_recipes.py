@@ -58,7 +58,7 @@ def kind_of(recipe: Path) -> str:
 
 def test_there_is_a_recipe_for_each_data_set_of_the_paper():
     kinds = {recipe.stem: kind_of(recipe) for recipe in RECIPES}
-    assert kinds == {"c4_masked": "masked", "wiki40b_causal": "causal", "pg19_causal": "causal"}
+    assert kinds == {"c4_masked": "masked", "wiki40b_causal": "causal", "pg19_causal": "causal", "pg19_plus": "causal"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -78,6 +78,7 @@ def test_recipes_have_the_settings_of_the_paper(recipe, tmp_path):
         assert data_args.streaming and data_args.shuffle_buffer > 0 and data_args.mlm_probability == 0.15
         config = new_config(kind_of(recipe), config_fields(model_args))
         assert (config.num_hidden_layers, config.hidden_size, config.chunk_size) == (24, 768, 256)
+        assert (config.global_form == "previous_token") == (recipe.stem == "pg19_plus")
         assert config.max_position_embeddings == 8192 and config.hidden_dropout == config.attention_dropout == 0
         for devices in (1, 8):
             there = SimpleNamespace(**{**vars(args), "world_size": devices, "n_gpu": 1})
@@ -102,6 +103,26 @@ def test_recipes_run_on_other_text(recipe, files, tmp_path):
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 4)
     losses = [line["loss"] for line in log_of(tmp_path / "run") if "loss" in line]
     assert len(losses) == 3 and result["after"]["eval_loss"] < result["before"]["eval_loss"]
+
+
+def test_preset_is_the_form_of_a_new_model(tmp_path, capsys):
+    def fields(*command):
+        words = ["--train_file", "x.txt", "--output_dir", str(tmp_path), *command]
+        return config_fields(training.parse_arguments(words)[0])
+
+    plus = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
+    assert fields() == fields("--preset", "flash") == {}
+    assert fields("--preset", "plus") == {"chunk_shift": 128, **plus}
+    assert fields("--preset", "plus", "--config_overrides", "chunk_size=64,attention_init=normal") == {
+        **plus, "chunk_size": 64, "chunk_shift": 32, "attention_init": "normal",
+    }  # fmt: skip
+    recipe = ROOT / "scripts" / "recipes" / "pg19_plus.yaml"
+    assert fields("--config", str(recipe), "--use_cpu", "true", "--model", "some/model") == {}
+    with pytest.raises(ValueError, match="--model some/model brings its own configuration"):
+        fields("--model", "some/model", "--preset", "plus")
+    with pytest.raises(SystemExit):
+        fields("--preset", "pluss")
+    assert re.search(r"invalid choice: 'pluss' \(choose from '?flash'?, '?plus'?\)", capsys.readouterr().err)
 
 
 def test_what_the_command_line_says_takes_the_place_of_its_alternatives(tmp_path):
