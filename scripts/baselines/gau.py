@@ -13,8 +13,19 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from flash_hf.attention_flash import Heads, chunk_products, local_attention, offset_scale, quadratic_attention, wide
-from flash_hf.chunking_flash import ChunkLayout, QuadraticLayout, chunk_layout
+from flash_hf.attention_flash import (
+    Heads,
+    activate,
+    chunk_products,
+    local_attention,
+    offset_scale,
+    previous_keys,
+    quadratic_attention,
+    score_scale,
+    toeplitz,
+    wide,
+)
+from flash_hf.chunking_flash import ChunkLayout, QuadraticLayout, chunk_layout, quadratic_layout
 from flash_hf.configuration_flash import FlashConfig
 from flash_hf.modeling_flash import (
     FlashForCausalLM,
@@ -22,11 +33,14 @@ from flash_hf.modeling_flash import (
     FlashGatedAttentionUnit,
     FlashLayer,
     FlashModel,
+    FlashOffsetScale,
     FlashPreTrainedModel,
+    FlashToeplitzBias,
 )
 
 
 CHUNK_WEIGHTINGS = ("mean", "decay")
+GLOBAL_STATES = ("mean", "gated", "delta")
 
 
 @strict
@@ -56,6 +70,19 @@ class GAUConfig(FlashConfig):
         token_shift (`bool`, defaults to `False`): Take the first half of the channels of the unit's normalised input
             from the token before, within the document (0 at its first); documents without holes.
         wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
+        local_window (`int`, defaults to 1): Chunks of keys that the local part sees: a token's own and those before
+            it. With 2 every token but a document's first ones sees at least a whole chunk. Causal models only.
+        local_heads (`int`, defaults to 1): Heads of the local part, each with scales of its own for the whole basis, a
+            relative bias of its own and its part of the values.
+        local_key_shift (`bool`, defaults to `False`): In every second dimension of the local keys a token has the key
+            of the token before it.
+        global_state (`str`, defaults to `"mean"`): What the global queries read: the mean over earlier chunks; with
+            `"gated"` a mean in which each token's weight is learnt and decays by what the tokens after it decide, see
+            [`gated_global`]; with `"delta"` a state by the gated delta rule, see [`delta_global`]. Both are causal.
+        global_gates (`int`, defaults to 8): With `"gated"`, parts of the values that decay on their own.
+        global_features (`bool`, defaults to `False`): With `"gated"`, exponential features, see [`gated_global`].
+        quadratic_every (`int`, defaults to 0): Every such layer is one quadratic attention over the document, with
+            softmax, T5's bias and RoPE: a hybrid, quadratic in cost and with a cache that grows.
     """
 
     model_type = "flash_hf_gau"
@@ -72,6 +99,13 @@ class GAUConfig(FlashConfig):
     token_shift: bool = False
     wide_every: int = 0
     wide_chunk: int = 0
+    local_window: int = 1
+    local_heads: int = 1
+    local_key_shift: bool = False
+    global_state: str = "mean"
+    global_gates: int = 8
+    global_features: bool = False
+    quadratic_every: int = 0
     use_cache: bool = False
     backend: str = "torch"
 
@@ -96,6 +130,33 @@ class GAUConfig(FlashConfig):
             refuse("conv_size", "0, or with is_decoder=True the tokens of a convolution")
         if bool(self.wide_every) != bool(self.wide_chunk) or self.wide_every < 0 or self.wide_chunk < 0:
             refuse("wide_every", "given together with wide_chunk")
+        if self.global_state not in GLOBAL_STATES:
+            refuse("global_state", f"one of {', '.join(map(repr, GLOBAL_STATES))}")
+        other = self.global_state != "mean"
+        if other and (not self.is_decoder or self.attention_type not in ("mixed_chunk", "global")):
+            refuse("global_state", "'mean' unless is_decoder=True and there is a global part")
+        if other and (self.chunk_weighting != "mean" or self.num_heads != 1):
+            refuse("global_state", "'mean' with a decay of chunks or several heads")
+        if self.global_gates < 1 or self.intermediate_size % self.global_gates:
+            refuse("global_gates", "a divisor of the width of the values")
+        if self.global_features and self.global_state != "gated":
+            refuse("global_features", "False without global_state='gated'")
+        if self.local_window < 1 or (self.local_window > 1 and not self.is_decoder):
+            refuse("local_window", "1, or with is_decoder=True the chunks that the local part sees")
+        if self.local_heads < 1 or self.intermediate_size % self.local_heads:
+            refuse("local_heads", "a divisor of the width of the values")
+        for name, plain in (("local_window", 1), ("local_heads", 1), ("local_key_shift", False)):
+            if getattr(self, name) != plain and (
+                self.attention_type in ("quadratic", "global")
+                or self.num_heads > 1
+                or self.wide_every
+                or self.relative_bias != "toeplitz"
+                or self.attention_dropout
+            ):
+                refuse(name, f"{plain} without a local part, and with num_heads, wide_every, dropout or another bias "
+                       "than 'toeplitz'")  # fmt: skip
+        if self.quadratic_every < 0 or (self.quadratic_every and self.attention_type == "quadratic"):
+            refuse("quadratic_every", "0 or more, and 0 where all layers are quadratic")
         if self.backend != "torch":
             refuse("backend", "'torch': variants have no kernels")
 
@@ -140,6 +201,148 @@ def global_attention(
     return lin_q_BGCS @ states.to(lin_q_BGCS.dtype)
 
 
+def window_of(x_BGCF: Tensor, chunks: int) -> Tensor:
+    """For each chunk, the slots of the `chunks - 1` before it and its own, `[B, G, chunks * C, F]`; 0 where there is
+    none."""
+    padded = F.pad(x_BGCF, (0, 0, 0, 0, chunks - 1, 0))
+    G = x_BGCF.shape[1]
+    return torch.cat([padded[:, index : index + G] for index in range(chunks)], 2)
+
+
+def window_attention(
+    q_BGHCS: Tensor, k_BGHWS: Tensor, value_BGWE: Tensor, layout: ChunkLayout, bias_HR: Tensor, *, causal: bool,
+    activation: str, divisor: float,
+) -> Tensor:  # fmt: skip
+    """Local attention of several heads over windows of chunks, `[B, G, C, E]`; W is a multiple of C, and the last C
+    slots are the chunk's own.
+
+    Args:
+        bias_HR: relative bias of each head for the offsets `-(W-1) ... W-1`.
+    """
+    B, G, H, C, S = q_BGHCS.shape
+    W = k_BGHWS.shape[3]
+    chunks = W // C
+    scores = (q_BGHCS @ (k_BGHWS * score_scale(activation, divisor, S)).transpose(-1, -2)).to(bias_HR.dtype)
+    scores = scores + torch.stack([toeplitz(bias_R, W)[W - C :] for bias_R in bias_HR])
+    seen_BGW = window_of(layout.occupied_BGC[..., None].to(torch.uint8), chunks)[..., 0] > 0
+    if layout.first_BG is not None:
+        # Packed rows: chunks of other documents.
+        age_W = torch.arange(chunks - 1, -1, -1, device=seen_BGW.device).repeat_interleave(C)
+        chunk_G = torch.arange(G, device=seen_BGW.device)
+        seen_BGW = seen_BGW & (chunk_G[:, None] - age_W >= layout.first_BG[..., None])
+    seen = seen_BGW[:, :, None, None]
+    if causal:
+        seen = seen & torch.ones(C, W, dtype=torch.bool, device=seen.device).tril(W - C)
+    # As in local_attention: under a softmax an empty slot, which sees nothing, must stay finite.
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min if activation == "softmax" else -torch.inf)
+    weights = activate(scores, activation).to(value_BGWE.dtype)
+    out = weights @ value_BGWE.unflatten(3, (H, -1)).transpose(2, 3)
+    return out.transpose(2, 3).flatten(3)
+
+
+def carried_on(layout: ChunkLayout, g: int, *states: Tensor) -> tuple[Tensor, ...]:
+    """States `[B, ...]` as chunk g finds them: 0 where it begins a document of a packed row."""
+    if layout.first_BG is None:
+        return states
+    same_B = layout.first_BG[:, g] < g
+    return tuple(torch.where(same_B.view(-1, *[1] * (state.ndim - 1)), state, 0) for state in states)
+
+
+def gated_global(
+    lin_q_BGCS: Tensor, lin_k_BGCS: Tensor, value_BGCE: Tensor, forget_BGCH: Tensor, write_BGCH: Tensor,
+    layout: ChunkLayout, *, features: bool = False,
+) -> Tensor:  # fmt: skip
+    """A mean over earlier chunks in which tokens have weights, and are forgotten, `[B, G, C, E]`; each of H parts of
+    the values has its own.
+
+    With `a = exp(forget)` and the weights `w_tj = write_j a_(j+1) ... a_t`, token t of a chunk whose first token is b
+    reads `q_t (sum_(j<b) w_tj k_j v_j^T) / (sum_(j<b) w_(b-1)j)`. If nothing is forgotten and all writes are equal,
+    this is FLASH's mean. The weights are those of Mamba-2 (arXiv 2405.21060): one scalar per token and head.
+
+    Args:
+        forget_BGCH: logarithms, at most 0; 0 at empty slots.
+        write_BGCH: at least 0; 0 at empty slots.
+        features: `exp(k)` and `softmax(q)` instead of k and q, and a denominator for each dimension: the state is then
+            S means of the values, and a token reads a mean of these.
+    """
+    G, H = value_BGCE.shape[1], forget_BGCH.shape[3]
+    since_BGCH = forget_BGCH.cumsum(2)
+    all_BGH = since_BGCH[:, :, -1]
+    kept_BGCH = write_BGCH * torch.exp(all_BGH[:, :, None] - since_BGCH)
+    weighted = (value_BGCE.unflatten(3, (H, -1)) * kept_BGCH[..., None].to(value_BGCE.dtype)).flatten(3)
+    if features:
+        key = torch.exp(lin_k_BGCS.to(kept_BGCH.dtype).clamp(-15, 15))
+        mass_BGSH = chunk_products(key, kept_BGCH)
+        lin_q_BGCS = torch.softmax(lin_q_BGCS.to(kept_BGCH.dtype), -1).to(value_BGCE.dtype)
+        product_BGSE = chunk_products(key.to(value_BGCE.dtype), weighted)
+    else:
+        mass_BGSH = kept_BGCH.sum(2, keepdim=True)
+        product_BGSE = chunk_products(lin_k_BGCS, weighted)
+    product_BGSHP, factor_BGH = product_BGSE.unflatten(3, (H, -1)), torch.exp(all_BGH)
+    state, mass = torch.zeros_like(product_BGSHP[:, 0]), torch.zeros_like(mass_BGSH[:, 0])
+    means = []
+    for g in range(G):
+        state, mass = carried_on(layout, g, state, mass)
+        means.append(state / mass.clamp(min=1e-6)[..., None])
+        factor = factor_BGH[:, g, None, :]
+        state, mass = state * factor[..., None] + product_BGSHP[:, g], mass * factor + mass_BGSH[:, g]
+    states = torch.stack(means, 1).flatten(3).to(lin_q_BGCS.dtype)
+    read_BGCH1 = torch.exp(since_BGCH).to(lin_q_BGCS.dtype)[..., None]
+    return ((lin_q_BGCS @ states).unflatten(3, (H, -1)) * read_BGCH1).flatten(3)
+
+
+def lower_inverse(strict_XCC: Tensor) -> Tensor:
+    """`(1 + L)^-1` of strictly lower triangular L, from the diagonal outwards: the inverse of `[[A, 0], [B, D]]` has
+    `-D^-1 B A^-1` in B's place. It is stable, which a series of powers of L is not."""
+    width = strict_XCC.shape[-1]
+    size = 1 << (width - 1).bit_length()
+    strict_XCC = F.pad(strict_XCC, (0, size - width, 0, size - width))
+    inverse = torch.ones_like(strict_XCC[:, :, :1])[..., None]  # blocks of the diagonal, [X, count, own, own]
+    while (count := inverse.shape[1] // 2) > 0:
+        own = inverse.shape[-1]
+        blocks = strict_XCC.view(-1, count, 2 * own, count, 2 * own).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+        upper, lower = inverse[:, 0::2], inverse[:, 1::2]
+        corner = -(lower @ blocks[..., own:, :own] @ upper)
+        inverse = torch.cat([F.pad(upper, (0, own)), torch.cat([corner, lower], -1)], -2)
+    return inverse[:, 0, :width, :width]
+
+
+def delta_global(
+    lin_q_BGCS: Tensor, lin_k_BGCS: Tensor, value_BGCE: Tensor, forget_BGC: Tensor, write_BGC: Tensor,
+    layout: ChunkLayout,
+) -> Tensor:  # fmt: skip
+    """The gated delta rule (arXiv 2412.06464) for the state that global queries read, `[B, G, C, E]`:
+    `S_t = a_t (1 - write_t k_t k_t^T) S_(t-1) + write_t k_t v_t^T` with `a = exp(forget)` and keys of length 1. Token
+    t of a chunk that begins after token b reads `q_t S_b a_(b+1) ... a_t`; queries have length 1 as well.
+
+    By chunks (the WY form): with `L_ij = write_i (a_(j+1) ... a_i) k_i k_j` for j < i, the values that enter are
+    `(1 + L)^-1 write (v - a_(b+1) ... a_i S_b k_i)`.
+
+    Args:
+        forget_BGC: logarithms, at most 0; 0 at empty slots.
+        write_BGC: from 0 to 1; 0 at empty slots.
+    """
+    dtype, G = wide(value_BGCE.dtype), value_BGCE.shape[1]
+    with torch.autocast(value_BGCE.device.type, enabled=False):
+        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (lin_q_BGCS, lin_k_BGCS))
+        since_BGC = forget_BGC.cumsum(2)
+        decay_BGCC = torch.exp((since_BGC[..., :, None] - since_BGC[..., None, :]).clamp(max=0))
+        strict = (write_BGC[..., None] * decay_BGCC * (k @ k.transpose(2, 3))).tril(-1)
+        inverse = lower_inverse(strict.flatten(0, 1)).view_as(strict) * write_BGC[:, :, None]
+    written = inverse.to(value_BGCE.dtype) @ value_BGCE
+    read_BGCS = (inverse @ (torch.exp(since_BGC)[..., None] * k)).to(value_BGCE.dtype)
+    kept_BGSC = (torch.exp(since_BGC[:, :, -1:] - since_BGC)[..., None] * k).to(value_BGCE.dtype).transpose(2, 3)
+    state = torch.zeros_like(k[:, 0, 0, :, None] * written[:, 0, 0, None])
+    states = []
+    for g in range(G):
+        (state,) = carried_on(layout, g, state)
+        low = state.to(value_BGCE.dtype)
+        states.append(low)
+        entering = written[:, g] - read_BGCS[:, g] @ low
+        state = state * torch.exp(since_BGC[:, g, -1])[:, None, None] + (kept_BGSC[:, g] @ entering).to(dtype)
+    return (torch.exp(since_BGC)[..., None] * q).to(value_BGCE.dtype) @ torch.stack(states, 1)
+
+
 class RMSGain(nn.Module):
     """`x / rms(x)` times one gain a channel."""
 
@@ -150,6 +353,28 @@ class RMSGain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_wide = x.to(wide(x.dtype))
         return (x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class LocalBias(FlashToeplitzBias):
+    """A relative bias for each of H heads over a window, `[H, 2 * span - 1]`."""
+
+    def __init__(self, config: GAUConfig, span: int):
+        nn.Module.__init__(self)
+        self.span, self.softmax = span, config.attention_activation == "softmax"
+        self.weight = nn.Parameter(torch.empty(config.local_heads, 2 * span - 1))
+
+    def recent(self) -> Tensor:
+        """As FLASH's. A softmax begins with the same ratios, and half of a whole window's weight on these tokens."""
+        if not self.softmax:
+            return super().recent()
+        distance = (torch.arange(2 * self.span - 1, device=self.weight.device) - self.span + 1).abs()
+        share = self.weight.new_tensor(self.RECENT).square()
+        raised = self.weight.new_zeros(max(self.span, len(share)))
+        raised[: len(share)] = (share / share.sum() * self.span).log()
+        return self.weight + raised[distance]
+
+    def forward(self, length: int, rotary=None) -> Tensor:
+        return self.weight[:, self.span - length : self.span + length - 1]
 
 
 def positions_of(layout: ChunkLayout | QuadraticLayout) -> Tensor:
@@ -179,6 +404,26 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         super().__init__(config, layer_idx, causal)
         if not config.gated:
             self.u_proj = None
+        self.quadratic = bool(config.quadratic_every) and layer_idx % config.quadratic_every == (
+            config.quadratic_every - 1
+        )
+        if self.quadratic:
+            self.has_quad, self.has_lin, self.relative_bias = True, False, None
+            self.offset_scale = FlashOffsetScale(2, config)
+        H = config.local_heads
+        self.windowed = not self.quadratic and self.has_quad and (
+            max(config.local_window, H) > 1 or config.local_key_shift or (
+                config.attention_activation == "softmax" and config.attention_type != "quadratic"
+            )
+        )  # fmt: skip
+        if self.windowed:
+            self.relative_bias = LocalBias(config, config.local_window * config.chunk_size)
+            self.offset_scale = FlashOffsetScale(2 * (H + self.has_lin), config)
+        self.gate_proj = self.gate_bias = None
+        if self.has_lin and config.global_state != "mean":
+            gates = config.global_gates if config.global_state == "gated" else 1
+            self.gate_proj = nn.Linear(config.hidden_size, 2 * gates, bias=False)
+            self.gate_bias = nn.Parameter(torch.empty(2, gates))
         self.chunk_size = config.chunk_size
         if config.wide_every and layer_idx % config.wide_every == config.wide_every - 1:
             self.chunk_size = config.wide_chunk
@@ -221,18 +466,24 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             "causal": self.is_causal, "activation": config.attention_activation, "divisor": config.attention_divisor,
             "dropout": config.attention_dropout if self.training else 0.0,
         }  # fmt: skip
+        if self.quadratic:
+            rotary = None if rotary is None else [layout.merge(table) for table in rotary]
+            layout = quadratic_layout(documents, x_BND.shape[0], causal=self.is_causal)
+            settings["activation"] = "softmax"
         if isinstance(layout, QuadraticLayout):
             bias_R = None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary)
             heads = self.heads(z_BNS, rotary)
             out_BNE = multi_head(heads, v_BNE, layout, config.num_heads, bias_R=bias_R, **settings)
         else:
             layout, rotary = self.own_grid(layout, documents, rotary, v_BNE.shape[0])
-            out_BNE = self.mixed(v_BNE, z_BNS, layout, rotary, bias_rotary, settings)
+            out_BNE = self.mixed(x_BND, v_BNE, z_BNS, layout, rotary, bias_rotary, settings)
         if self.attended_norm is not None:
             out_BNE = self.attended_norm(out_BNE)
         return self.o_proj(out_BNE if u_BNE is None else u_BNE * out_BNE)
 
-    def mixed(self, v_BNE, z_BNS, layout: ChunkLayout, rotary, bias_rotary, settings: dict) -> Tensor:
+    def mixed(self, x_BND, v_BNE, z_BNS, layout: ChunkLayout, rotary, bias_rotary, settings: dict) -> Tensor:
+        if self.windowed or self.gate_proj is not None:
+            return layout.merge(self.mixed_variant(x_BND, layout.split(v_BNE), z_BNS, layout, rotary))
         heads, bias_R = self.heads(layout.split(z_BNS), rotary), None
         if self.has_quad and self.relative_bias is not None:
             bias_R = self.relative_bias(layout.position_BGC.shape[2], bias_rotary)
@@ -252,6 +503,50 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             remote = torch.cat(remotes, -1)
             out = out + (remote if self.out_norm is None else self.out_norm(remote))
         return layout.merge(out)
+
+    def mixed_variant(self, x_BND, v_BGCE, z_BNS, layout: ChunkLayout, rotary) -> Tensor:
+        """Both parts, with another local part or another state for the global one, `[B, G, C, E]`."""
+        config, out = self.config, 0
+        made = self.offset_scale(layout.split(z_BNS), rotary)
+        if self.has_quad and self.windowed:
+            H, chunks = config.local_heads, config.local_window
+            key = torch.stack(made[H : 2 * H], 2)
+            if config.local_key_shift:
+                # RoPE's pairs are half of the dimensions apart: both are a token's own, or both those before.
+                before = torch.stack([previous_keys(head, layout, None) for head in made[H : 2 * H]], 2)
+                odd_S = torch.arange(key.shape[-1], device=key.device) % (key.shape[-1] // 2) % 2 == 1
+                key = torch.where(odd_S, before, key)
+            key = torch.stack([window_of(head, chunks) for head in key.unbind(2)], 2)
+            bias_HR = self.relative_bias(chunks * v_BGCE.shape[2]).to(wide(v_BGCE.dtype))
+            out = window_attention(
+                torch.stack(made[:H], 2), key, window_of(v_BGCE, chunks), layout, bias_HR, causal=self.is_causal,
+                activation=config.attention_activation, divisor=config.attention_divisor,
+            )  # fmt: skip
+        elif self.has_quad:
+            bias_R = None if self.relative_bias is None else self.relative_bias(v_BGCE.shape[2])
+            out = local_attention(
+                made[0], made[1], v_BGCE, layout, causal=self.is_causal, activation=config.attention_activation,
+                divisor=config.attention_divisor, bias_R=bias_R,
+            )  # fmt: skip
+        if self.has_lin:
+            lin_q, lin_k = self.lin_heads(Heads(None, None, *made[-2:]), z_BNS, layout, rotary)
+            remote = self.remote(x_BND, lin_q, lin_k, v_BGCE, layout)
+            out = out + (remote if self.out_norm is None else self.out_norm(remote))
+        return out
+
+    def remote(self, x_BND, lin_q, lin_k, v_BGCE, layout: ChunkLayout) -> Tensor:
+        config = self.config
+        occupied = layout.occupied_BGC[..., None].to(wide(v_BGCE.dtype))
+        if self.gate_proj is None:
+            if not self.is_causal:
+                return global_attention(lin_q, lin_k, v_BGCE, layout, None, causal=False)
+            return gated_global(lin_q, lin_k, v_BGCE, torch.zeros_like(occupied), occupied, layout)
+        gate = layout.split(self.gate_proj(x_BND)).to(wide(v_BGCE.dtype)).unflatten(-1, (2, -1)) + self.gate_bias
+        forget, write = gate.unbind(-2)
+        forget, write = F.logsigmoid(forget) * occupied, torch.sigmoid(write) * occupied
+        if config.global_state == "gated":
+            return gated_global(lin_q, lin_k, v_BGCE, forget, write, layout, features=config.global_features)
+        return delta_global(lin_q, lin_k, v_BGCE, forget[..., 0], write[..., 0], layout)
 
     def lin_heads(self, heads: Heads, z_BNS: Tensor, layout: ChunkLayout, rotary) -> tuple[Tensor, Tensor]:
         """Global queries and keys, with the variants' changes."""
@@ -302,6 +597,11 @@ class GAUPreTrainedModel(FlashPreTrainedModel):
             if module.decay_logit is not None:
                 # From the last chunk alone to hundreds of chunks.
                 init.copy_(module.decay_logit, torch.linspace(-3, 6, len(module.decay_logit)))
+            if module.gate_bias is not None:
+                gates = module.gate_bias.shape[1]
+                # A token is remembered for some 256 to 8,192 tokens, and begins with half of its weight.
+                memory = torch.logspace(8, 13, gates, 2.0) if gates > 1 else torch.full((1,), 8192.0)
+                init.copy_(module.gate_bias, torch.stack([memory.log(), torch.zeros(gates)]))
             if module.conv is not None:
                 init.uniform_(module.conv, -self.config.conv_init, self.config.conv_init)
 

@@ -52,8 +52,13 @@ PASSED = {2048: {RIVAL: 1e-3, STARTED: 2e-3, STARTED_LOCAL: 2e-3, "flash-quad": 
                  FLASH: 2e-3},
           8192: {RIVAL: 1e-3, STARTED: 2e-3, FLASH: 2e-3}}  # fmt: skip
 SEVERAL_PASSES = 600
-# Forms that may draw more from the context, at the rate of the better form.
-LASTING_FORMS = ("flash-started-512", "flash-started-heads")
+# Forms that may draw more from the context are searched with a quarter of a pass, at FLASH+'s rate; its own and
+# Transformer++'s cell beside them.
+SEARCHED = 60
+SEARCHED_FORMS = (
+    "window-softmax-gated", "gated", "softmax", "window", "window-softmax", "heads", "hybrid",
+    "window-softmax-heads-gated", "delta", "keys", "gated-features", "gated-norm", "512",
+)  # fmt: skip
 # What the draw of the weights does to a loss is learnt from these.
 SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTER, "flash-shifted-conv",
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
@@ -171,7 +176,9 @@ def passes(results: Results) -> list[Cell]:
     best = [cell for model in (RIVAL, STARTED) if (cell := tuned(results, model, task, **searched)) is not None]
     long = [replace(cell, context=context, tokens=ONE_PASS) for context in PASSED for cell in best]
     cells += long + [replace(cell, seed=1) for cell in long]
-    cells += [cell for model in LASTING_FORMS for cell in train(model, task, 2048, [RATES[0]], tokens=ONE_PASS)]
+    for model in (RIVAL, STARTED, *(f"plus-{form}" for form in SEARCHED_FORMS)):
+        rate = PASSED[2048].get(model, PASSED[2048][STARTED])
+        cells += train(model, task, 2048, [rate], tokens=SEARCHED)
     return cells + [replace(cell, tokens=SEVERAL_PASSES) for cell in long]
 
 

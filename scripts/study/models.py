@@ -183,6 +183,38 @@ _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 # The better form, and the same of variants of the unit.
 _BETTER = {"chunk_shift": 0.5, "global_form": "previous_token"}
 _SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
+# FLASH+ as a variant of the unit, and changes of it that may draw more from the context; all are causal.
+_PLUS = {**_SHIFTED, "use_scaled_sinusoid": False, "attention_init": "recent"}
+_CHANGES = {
+    "512": ("chunks of 512", {"chunk_size": 512}),
+    "window": ("local part over two chunks", {"local_window": 2}),
+    "softmax": ("softmax in the local part", {"attention_activation": "softmax"}),
+    "heads": ("4 local heads", {"local_heads": 4}),
+    "keys": ("half of the local keys from the token before", {"local_key_shift": True}),
+    "gated": ("gated global mean", {"global_state": "gated"}),
+    "features": ("of exponential features", {"global_features": True}),
+    "norm": ("global output normalised", {"global_norm": True}),
+    "delta": ("global state by the delta rule", {"global_state": "delta"}),
+    "hybrid": ("3 of 12 layers quadratic with softmax (a hybrid)", {"quadratic_every": 4}),
+}
+# Each alone, and together.
+PLUS_FORMS = (
+    "512", "window", "softmax", "heads", "keys", "gated", "gated-features", "gated-norm", "delta", "hybrid",
+    "window-softmax", "window-gated", "window-delta", "window-heads", "window-heads-gated", "window-heads-delta",
+    "window-heads-keys-gated", "softmax-gated", "softmax-heads", "softmax-heads-gated", "softmax-heads-delta",
+    "heads-gated", "heads-delta", "window-softmax-gated", "window-softmax-delta", "window-softmax-heads",
+    "window-softmax-heads-gated", "window-softmax-heads-delta", "window-softmax-heads-keys-gated",
+    "window-softmax-heads-gated-features", "window-softmax-heads-gated-norm", "window-softmax-gated-hybrid",
+    "window-softmax-heads-gated-hybrid", "window-softmax-heads-delta-hybrid", "512-softmax-heads-gated",
+    "512-heads-gated", "heads-gated-hybrid",
+)  # fmt: skip
+
+
+def _plus(name: str) -> Model:
+    changes = [_CHANGES[part] for part in name.split("-")]
+    merged = {key: value for _, change in changes for key, value in change.items()}
+    return Model("FLASH+, " + ", ".join(title for title, _ in changes), _gau(**_PLUS, **merged), causal_only=True)
+
 
 MODELS: dict[str, Model] = {
     "flash": Model("FLASH", _flash(), compiled=False),
@@ -257,14 +289,6 @@ MODELS: dict[str, Model] = {
         "FLASH, better form and start",
         _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
-    "flash-started-512": Model(
-        "FLASH, better form and start, chunks of 512",
-        _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent", chunk_size=512), compiled=False,
-    ),
-    "flash-started-heads": Model(
-        "better form and start, 4 heads",
-        _gau(**_SHIFTED, use_scaled_sinusoid=False, attention_init="recent", num_heads=4),
-    ),
     "flash-stagger-local-bare-ones-recent": Model(
         "grid shifted, local only, better start",
         _flash(chunk_shift=0.5, attention_type="local", use_scaled_sinusoid=False, attention_init="recent"),
@@ -297,6 +321,7 @@ MODELS: dict[str, Model] = {
         "better form, no sinusoid, convolution of 4 tokens that begins at random",
         _gau(**_SHIFTED, conv_size=4, conv_init=0.5, use_scaled_sinusoid=False), causal_only=True,
     ),
+    **{f"plus-{name}": _plus(name) for name in PLUS_FORMS},
     "flash-heads": Model("4 heads", _gau(num_heads=4)),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip

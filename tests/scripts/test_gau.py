@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.naive import naive_linear, naive_norm, naive_relative_bias, naive_rotary
 from helpers import assert_close, make_model, naive_config, random_ids, tiny_config
-from scripts.baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel
+from scripts.baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel, lower_inverse
 
 
 VARIANTS = {
@@ -20,7 +20,11 @@ VARIANTS = {
     "shifted grid": {"chunk_shift": 3},
     "wide": {"wide_every": 2, "wide_chunk": 24},
     "all": {
-        "chunk_weighting": "decay", "global_norm": True, "key_shift": True, "global_rope": False, "chunk_shift": 4,
+        "chunk_weighting": "decay",
+        "global_norm": True,
+        "key_shift": True,
+        "global_rope": False,
+        "chunk_shift": 4,
     },
     "local, shifted": {"attention_type": "local", "chunk_shift": 4},
     "wide, shifted": {"wide_every": 2, "wide_chunk": 24, "chunk_shift": 5},
@@ -30,7 +34,33 @@ VARIANTS = {
     "ungated": {"gated": False, "expansion_factor": 3},
     "convolved": {"conv_size": 3, "chunk_shift": 3},
     "convolved, quadratic": {"conv_size": 4, "attention_type": "quadratic"},
-}  # fmt: skip
+    "softmax": {"attention_activation": "softmax", "chunk_shift": 4, "key_shift": True, "global_rope": False},
+    "window": {"local_window": 2},
+    "window, softmax, local": {"local_window": 3, "attention_activation": "softmax", "attention_type": "local"},
+    "window, shifted": {"local_window": 2, "chunk_shift": 3, "attention_activation": "softmax"},
+    "local heads": {"local_heads": 3, "chunk_shift": 3, "local_window": 2},
+    "local heads, softmax": {"local_heads": 2, "attention_activation": "softmax"},
+    "local keys": {"local_key_shift": True, "chunk_shift": 3},
+    "local keys, window": {"local_key_shift": True, "local_window": 2, "local_heads": 2},
+    "gated": {"global_state": "gated", "global_gates": 3, "chunk_shift": 3},
+    "gated, normalised": {"global_state": "gated", "global_gates": 2, "global_norm": True, "key_shift": True},
+    "gated, features": {"global_state": "gated", "global_gates": 2, "global_features": True},
+    "gated, global": {"global_state": "gated", "global_gates": 1, "attention_type": "global", "global_rope": False},
+    "delta": {"global_state": "delta", "chunk_shift": 3},
+    "hybrid": {"quadratic_every": 2, "chunk_shift": 4},
+    "window, gated, hybrid": {
+        "local_window": 2,
+        "attention_activation": "softmax",
+        "global_state": "gated",
+        "global_gates": 2,
+        "quadratic_every": 3,
+        "key_shift": True,
+        "global_rope": False,
+        "local_heads": 2,
+    },
+}
+CAUSAL_ONLY = [name for name, changes in VARIANTS.items()
+               if {"conv_size", "local_window", "global_state"} & set(changes)]  # fmt: skip  # fmt: skip
 LENGTH = 29  # chunks of 8: three whole ones and a part
 
 
@@ -61,6 +91,13 @@ def stated(model, ids, *, causal):
         v, z = naive_linear(n, w, "gau.v_proj", "silu"), naive_linear(n, w, "gau.z_proj", "silu")
         u = naive_linear(n, w, "gau.u_proj", "silu") if config.gated else torch.ones_like(v)
         gamma, beta = w["gau.offset_scale.weight"], w["gau.offset_scale.bias"]
+        if config.quadratic_every and index % config.quadratic_every == config.quadratic_every - 1:
+            q, k = (naive_rotary(z * g + b, position, naive) for g, b in zip(gamma, beta, strict=True))
+            scores = q @ k.T / config.query_key_dim**0.5
+            if causal:
+                scores = scores.masked_fill(position[None] > position[:, None], -torch.inf)
+            x = x + naive_linear(u * (scores.softmax(-1) @ v), w, "gau.o_proj")
+            continue
         if config.attention_type == "quadratic":
             attended = heads_stated(gamma, beta, z, v, w, naive, config, causal)
             x = x + naive_linear(u * attended, w, "gau.o_proj")
@@ -68,6 +105,12 @@ def stated(model, ids, *, causal):
         wide = config.wide_every and index % config.wide_every == config.wide_every - 1
         C = config.wide_chunk if wide else config.chunk_size
         chunk = (position + config.shift_of(index)) // C
+        if new_local(config) or config.global_state != "mean":
+            attended = local_stated(gamma, beta, z, v, chunk, w, naive, config, causal)
+            if config.attention_type != "local":
+                attended = attended + state_stated(gamma[-2:], beta[-2:], n, z, v, chunk, w, naive, config, causal)
+            x = x + naive_linear(u * attended, w, "gau.o_proj")
+            continue
         offset = position[None] - position[:, None]
         same = chunk[:, None] == chunk[None]
         if causal:
@@ -86,6 +129,75 @@ def stated(model, ids, *, causal):
             attended = attended / rms * w["gau.attended_norm.weight"]
         x = x + naive_linear(u * attended, w, "gau.o_proj")
     return naive_norm(x, state, naive)
+
+
+def new_local(config) -> bool:
+    return (
+        config.attention_type != "global" and max(config.local_window, config.local_heads) > 1
+        or config.local_key_shift or config.attention_activation == "softmax"
+    )  # fmt: skip
+
+
+def local_stated(gamma, beta, z, v, chunk, w, naive, config, causal):
+    if config.attention_type == "global":
+        return torch.zeros_like(v)
+    N, H = len(z), config.local_heads
+    position = torch.arange(N)
+    offset = position[None] - position[:, None]
+    age = chunk[:, None] - chunk[None]
+    seen = (age >= 0) & (age < config.local_window) if causal else age == 0
+    if causal:
+        seen = seen & (offset <= 0)
+    span, parts = config.local_window * config.chunk_size, []
+    for h, v_h in enumerate(v.chunk(H, -1)):
+        q, k = (naive_rotary(z * gamma[row] + beta[row], position, naive) for row in (h, H + h))
+        if config.local_key_shift:
+            odd = torch.arange(k.shape[1]) % (k.shape[1] // 2) % 2 == 1
+            k = torch.where(odd, torch.cat([torch.zeros_like(k[:1]), k[:-1]]), k)
+        bias = w["gau.relative_bias.weight"].view(H, -1)[h][torch.where(seen, offset, 0) + span - 1]
+        if config.attention_activation == "softmax":
+            scores = q @ k.T / config.query_key_dim**0.5 + bias
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        else:
+            weights = torch.relu(q @ k.T / config.attention_divisor + bias).square() * seen
+        parts.append(weights @ v_h)
+    return torch.cat(parts, -1)
+
+
+def state_stated(gamma, beta, n, z, v, chunk, w, naive, config, causal):
+    """Token by token: the state goes on with each, and the tokens of a chunk read what it was when the chunk began."""
+    if config.global_state == "mean":
+        return global_stated(gamma, beta, z, v, chunk, w, naive, config, causal)
+    N, S = z.shape
+    before = torch.cat([torch.zeros(1, S, dtype=z.dtype), z[:-1]]) if config.key_shift else z
+    query, key = z * gamma[0] + beta[0], before * gamma[1] + beta[1]
+    if config.global_rope:
+        query, key = (naive_rotary(x, torch.arange(N), naive) for x in (query, key))
+    gate = (n @ w["gau.gate_proj.weight"].T).view(N, 2, -1) + w["gau.gate_bias"]
+    keep, write = torch.sigmoid(gate[:, 0]), torch.sigmoid(gate[:, 1])
+    outs = []
+    for h, v_h in enumerate(v.chunk(keep.shape[1], -1)):
+        state, mass, out = torch.zeros(S, v_h.shape[1], dtype=v.dtype), torch.zeros(S, 1, dtype=v.dtype), []
+        for i in range(N):
+            if i == 0 or chunk[i] != chunk[i - 1]:
+                read, held = 1.0, state if config.global_state == "delta" else state / mass.clamp(min=1e-300)
+            read = read * keep[i, h]
+            k, q = key[i], query[i]
+            if config.global_state == "delta":
+                k, q = k / k.norm(), q / q.norm()
+                state = keep[i, h] * (state - write[i, h] * torch.outer(k, k @ state))
+            else:
+                if config.global_features:
+                    k, q = k.exp(), q.softmax(-1)
+                state, mass = keep[i, h] * state, keep[i, h] * mass
+                mass = mass + write[i, h] * (k[:, None] if config.global_features else 1)
+            state = state + write[i, h] * torch.outer(k, v_h[i])
+            out.append(read * q @ held)
+        outs.append(torch.stack(out))
+    out = torch.cat(outs, -1)
+    if config.global_norm:
+        out = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + config.norm_eps) * w["gau.out_norm.weight"]
+    return out
 
 
 def global_stated(gamma, beta, z, v, chunk, w, naive, config, causal, dims=slice(None)):
@@ -132,8 +244,8 @@ def heads_stated(gamma, beta, z, v, w, naive, config, causal):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_is_its_dense_statement(name, causal):
-    if "conv_size" in VARIANTS[name] and not causal:
-        with pytest.raises(Exception, match="conv_size"):
+    if name in CAUSAL_ONLY and not causal:
+        with pytest.raises(Exception, match="is_decoder"):
             variant(**VARIANTS[name])
         return
     model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=causal))
@@ -152,7 +264,9 @@ def test_each_variant_is_its_dense_statement(name, causal):
             "wide, shifted",
             "convolved, quadratic",
             "heads, mixed",
-        ):
+            "hybrid",
+            "gated, global",
+        ) and not new_local(model.config):
             plain.load_state_dict(common)
             assert not torch.allclose(plain(ids).last_hidden_state[0], got, rtol=1e-3)
 
@@ -171,9 +285,8 @@ def test_without_a_change_it_is_flash(ours, flash):
 
 
 @pytest.mark.parametrize(
-    "name", ["decay", "normalised", "no global RoPE", "heads", "ungated", "shifted grid", "wide, shifted", "convolved",
-             "convolved, quadratic", "heads, mixed", "shifted tokens", "all"],
-)  # fmt: skip
+    "name", [name for name in VARIANTS if name not in ("key shift", "wide", "output normalised", "local, shifted")]
+)
 def test_padding_and_packing_do_not_matter(name):
     model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=True))
     ids = random_ids(model.config, 1, 21)
@@ -185,6 +298,32 @@ def test_padding_and_packing_do_not_matter(name):
         mask = torch.tensor([[0] * 3 + [1] * 13 + [0] * 2])
         padded = torch.nn.functional.pad(first, (3, 2), value=5)
         assert_close(model(padded, attention_mask=mask).last_hidden_state[0, 3:16], alone[0], 1e-9)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_later_tokens_do_not_matter(name):
+    model = make_model(GAUModel, variant(**VARIANTS[name], is_decoder=True))
+    ids = random_ids(model.config, 1, LENGTH)
+    changed = ids.clone()
+    changed[:, 18:] = (ids[:, 18:] + 1) % model.config.vocab_size
+    with torch.no_grad():
+        one, other = (model(x).last_hidden_state[0] for x in (ids, changed))
+    assert_close(one[:18], other[:18], 1e-12)
+    assert not torch.allclose(one[18], other[18])
+
+
+def test_the_inverse_of_a_triangle_is_exact_at_any_width():
+    for width in (1, 2, 13, 16, 40):
+        lower = torch.randn(3, width, width, dtype=torch.float64).tril(-1)
+        inverse = lower_inverse(lower)
+        assert_close(inverse @ (lower + torch.eye(width, dtype=lower.dtype)), torch.eye(width).expand(3, -1, -1), 1e-9)
+
+
+def test_a_softmax_begins_with_half_of_its_weight_on_the_nearest_tokens():
+    bias = GAUModel(variant(local_window=2, attention_activation="softmax", attention_init="recent", is_decoder=True,
+                            initializer_range=0.0)).layers[0].gau.relative_bias  # fmt: skip
+    weights = bias(bias.span)[0, : bias.span].softmax(-1)
+    assert 0.5 < weights[-4:].sum() < 0.7 and bool((weights[-4:].diff() > 0).all())
 
 
 def test_it_is_saved_and_loaded_by_the_auto_classes(tmp_path):
@@ -223,6 +362,17 @@ def test_wrong_settings_are_refused():
         ({"chunk_shift": 8}, "chunk_shift"),
         ({"wide_every": 2}, "wide_every"),
         ({"backend": "auto"}, "backend"),
+        ({"global_state": "sum"}, "global_state"),
+        ({"global_state": "gated"}, "global_state"),
+        ({"global_state": "gated", "attention_type": "local", "is_decoder": True}, "global_state"),
+        ({"global_state": "delta", "num_heads": 2, "is_decoder": True}, "global_state"),
+        ({"global_gates": 7}, "global_gates"),
+        ({"global_features": True}, "global_features"),
+        ({"local_window": 2}, "local_window"),
+        ({"local_heads": 7}, "local_heads"),
+        ({"local_heads": 2, "relative_bias": "t5"}, "local_heads"),
+        ({"local_key_shift": True, "attention_type": "global"}, "local_key_shift"),
+        ({"quadratic_every": 2, "attention_type": "quadratic"}, "quadratic_every"),
     ):
         with pytest.raises(Exception, match=match):
             variant(**changes)

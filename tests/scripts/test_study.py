@@ -165,7 +165,9 @@ def test_all_models_of_a_size_have_as_many_parameters(size):
                   if not model.gpu_only}  # fmt: skip
     assert len(counts) > 20
     for name, count in counts.items():
-        assert abs(count / counts["flash"] - 1) < 0.01, f"{name}: {count}, FLASH {counts['flash']}"
+        # A bias for each head weighs more in small models.
+        limit = 0.02 if name.startswith("plus-") and SIZES[size].width <= 128 else 0.01
+        assert abs(count / counts["flash"] - 1) < limit, f"{name}: {count}, FLASH {counts['flash']}"
 
 
 def test_models_are_refused_where_they_cannot_be():
@@ -188,8 +190,8 @@ def test_names_of_cells_can_be_read_back():
 def test_long_trainings_begin_with_the_rates_of_short_ones_and_go_on_with_what_was_found():
     cells = grid.passes({})
     assert len({cell.name for cell in cells}) == len(cells) and {cell.context for cell in cells} == {2048, 8192}
-    assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.ONE_PASS / 10}
-    searched = finished([cell for cell in cells if cell.tokens < grid.ONE_PASS], {0.001: 4.1, 0.002: 4.0})
+    assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.ONE_PASS / 10, grid.SEARCHED}
+    searched = finished([cell for cell in cells if cell.tokens < grid.SEARCHED], {0.001: 4.1, 0.002: 4.0})
     searched |= finished(grid.passes(searched), {0.001: 4.1, 0.002: 4.0})
     last = grid.passes(searched)
     for context in grid.PASSED:
@@ -201,9 +203,9 @@ def test_long_trainings_begin_with_the_rates_of_short_ones_and_go_on_with_what_w
 
 
 def test_shifts_are_of_the_chunks_that_a_form_has():
-    config = build("flash-started-512", "tiny", 64, 32, causal=True).config
+    config = build("plus-512", "tiny", 64, 32, causal=True).config
     assert (config.chunk_size, config.chunk_shift) == (512, 256)
-    assert build("flash-started-heads", "tiny", 64, 32, causal=True).config.chunk_shift == SIZES["tiny"].chunk // 2
+    assert build("plus-heads", "tiny", 64, 32, causal=True).config.chunk_shift == SIZES["tiny"].chunk // 2
 
 
 def finished(cells, losses):
