@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which implementation a checkpoint comes from, and its conversion."""
+"""Which implementation a checkpoint comes from, and the conversion that fits it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from ..configuration_flash import nearest
-from .junnyu import convert_gau_alpha, convert_junnyu_flash, convert_junnyu_flash_quad
-from .lucidrains import convert_lucidrains_gau, convert_lucidrains_layer, convert_lucidrains_transformer
-from .parts import (
-    Converted,
-)
+from .junnyu import convert_junnyu_flash, convert_junnyu_flash_quad
+from .lucidrains import convert_lucidrains_layer, convert_lucidrains_transformer
+from .parts import Converted
 
 
 CONVERTERS: dict[str, Callable[..., Converted]] = {
     "junnyu_flash": convert_junnyu_flash,
     "junnyu_flash_quad": convert_junnyu_flash_quad,
-    "gau_alpha": convert_gau_alpha,
     "lucidrains_transformer": convert_lucidrains_transformer,
     "lucidrains_layer": convert_lucidrains_layer,
-    "lucidrains_gau": convert_lucidrains_gau,
+}
+REFUSED = {
+    "gau_alpha": "it normalizes after each residual sum (post-norm), which no pre-norm layer can imitate, and its "
+    "softmax_plus scales scores by log(keys) / log(512), where FlashConfig's softmax has a constant. Use its own "
+    "code, github.com/ZhuiyiTechnology/GAU-alpha, or train a FlashForMaskedLM with attention_type='quadratic', "
+    "attention_activation='softmax', relative_bias=None",
+    "lucidrains_gau": "it (the standalone GAU of FLASH-pytorch) divides its scores, bias included, by the length of "
+    "the input, which makes it another function at every length, while `attention_divisor` is a constant. Convert "
+    "FLASH or FLASHTransformer modules instead",
 }
 
 
 def detect_kind(state: Mapping[str, Tensor]) -> str:
-    """The key of `CONVERTERS` whose checkpoints have names like these.
+    """The kind of checkpoint, a key of `CONVERTERS` or `REFUSED`, from its parameter names.
 
     Raises:
-        ValueError: none has.
+        ValueError: the names fit none of them.
     """
     names = {name.removeprefix("net.") for name in state}
-    for kind, prefix in (
-        ("junnyu_flash_quad", "flash_quad."),
-        ("gau_alpha", "gau_alpha."),
-        ("junnyu_flash", "flash.encoder."),
-    ):
+    prefixes = {"flash_quad.": "junnyu_flash_quad", "gau_alpha.": "gau_alpha", "flash.encoder.": "junnyu_flash"}
+    for prefix, kind in prefixes.items():
         if any(name.startswith(prefix) for name in names):
             return kind
     if "token_emb.weight" in names and "abs_pos_emb.scale" in names:
@@ -46,29 +48,30 @@ def detect_kind(state: Mapping[str, Tensor]) -> str:
     if "offsetscale.gamma" in names:
         return "lucidrains_gau"
     raise ValueError(
-        f"state: its names must be those of one of {', '.join(CONVERTERS)}, got {sorted(names)[:6]}... If they only "
-        "have a prefix more, remove it; pass kind=... to have the first difference named."
+        f"state: its names must be those of one of {', '.join(CONVERTERS)}, got {sorted(names)[:6]}... Remove a "
+        "prefix that all of them share, or pass kind=... to see the first difference."
     )
 
 
 def convert(state: Mapping[str, Tensor], *, kind: str | None = None, **options) -> Converted:
-    """The conversion that fits `state`.
+    """Convert a checkpoint to a configuration and weights that compute the same function.
 
     Args:
-        state: names to tensors, as saved by the original.
-        kind: key of `CONVERTERS`; detected from the names by default.
-        options: of that function.
+        state: state dict of the original model.
+        kind: key of `CONVERTERS`; detected from the parameter names by default.
+        options: what the state dict does not store (direction, chunk size, ...): keyword arguments of the converter.
 
     Raises:
-        ValueError: the checkpoint is unknown, cannot be expressed exactly, or an option does not belong to its kind.
+        ValueError: the checkpoint is unknown, FlashConfig cannot express it exactly, or an option does not belong to
+            its kind.
     """
     kind = detect_kind(state) if kind is None else kind
+    if kind in REFUSED:
+        raise ValueError(f"A checkpoint of kind {kind!r} cannot be converted exactly: {REFUSED[kind]}.")
     if kind not in CONVERTERS:
         raise ValueError(f"`kind` must be one of {', '.join(CONVERTERS)}, got {kind!r}.{nearest(kind, [*CONVERTERS])}")
-    converter = CONVERTERS[kind]
-    # Those that refuse whatever they get have no options.
-    accepted = set(converter.__kwdefaults__ or options)
-    unknown = sorted(set(options) - accepted)
+    accepted = CONVERTERS[kind].__kwdefaults__
+    unknown = sorted(options.keys() - accepted)
     if unknown:
         raise ValueError(f"options of {kind!r} must be among {', '.join(sorted(accepted))}, got {', '.join(unknown)}.")
-    return converter(state, **options)
+    return CONVERTERS[kind](state, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints read from files, and the tokenizer beside them."""
+"""Reading original checkpoints from files, and copying their tokenizers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoConfig, BertTokenizerFast, PreTrainedTokenizerFast
 
 from ..commands.options import read_json
 from ..hub import pad_on_the_left, vocabulary_size
@@ -22,17 +23,17 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and `config.json` of a checkpoint; no code of the file is run.
+    """Read the tensors and the `config.json` of a checkpoint, without running code that a file may contain.
 
     Args:
         path: a `.safetensors`, `.bin`, `.pt`, `.pth` or `.ckpt` file, or a folder with one of those (or shards and
             their index).
 
     Returns:
-        Names to tensors, and the settings in the `config.json` beside them ({} without one).
+        The state dict, and the contents of the `config.json` beside it ({} without one).
 
     Raises:
-        ValueError: nothing is there, or the file holds something else than tensors.
+        ValueError: there is no such file, or it holds anything but tensors.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -61,18 +62,16 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Names to tensors of one file; a `state_dict` or `model` entry of a training checkpoint is opened.
+    """The state dict in one file, or in the `state_dict` or `model` entry of a training checkpoint.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the file holds something else.
     """
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        # Never the whole pickle: that could run code.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file raises
-        # Torch's message is left to the chain: it advises to trust the file.
+    except Exception as error:  # anything, for a damaged or hostile file; torch's own message advises to trust it
         raise ValueError(
             f"`path` must hold tensors that torch.load(weights_only=True) reads, and {path} does not. Save "
             "model.state_dict() with the original code, not the module."
@@ -86,17 +85,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Copy a BERT tokenizer (`vocab.txt`) or a `tokenizer.json` beside a converted model; whether there was one.
+    """Save the original's tokenizer (BERT's `vocab.txt`, or `tokenizer.json`) with a converted model.
 
     Args:
-        source: the original's folder, or a file in it.
-        folder: the converted model's.
+        source: folder of the original, or a file in it.
+        folder: folder of the converted model.
+
+    Returns:
+        Whether the original has a tokenizer.
 
     Raises:
         ValueError: the tokenizer has ids beyond the model's embeddings.
     """
-    from transformers import AutoConfig, BertTokenizerFast, PreTrainedTokenizerFast
-
     source = Path(source) if Path(source).is_dir() else Path(source).parent
     if (source / "vocab.txt").is_file():
         tokenizer_class = BertTokenizerFast
@@ -104,9 +104,8 @@ def save_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> bool
         tokenizer_class = PreTrainedTokenizerFast
     else:
         return False
-    # FLASH has no token types; type 0 is in the word embeddings.
-    names = ["input_ids", "attention_mask"]
-    tokenizer = tokenizer_class.from_pretrained(str(source), model_input_names=names)
+    # No token_type_ids: the embedding of type 0 has been folded into the word embeddings.
+    tokenizer = tokenizer_class.from_pretrained(str(source), model_input_names=["input_ids", "attention_mask"])
     config = AutoConfig.from_pretrained(folder)
     if config.is_decoder:
         pad_on_the_left(tokenizer)

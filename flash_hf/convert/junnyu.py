@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JunnYu's ports of FLASH, and GAU-alpha."""
+"""JunnYu's ports, FLASH and FLASHQuad."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from .parts import (
     LAYER_NORM_EPS,
     Converted,
     Source,
-    build_config,
     final_layer_norm,
     fold_decoder,
     identity_norm,
@@ -31,38 +30,35 @@ def convert_junnyu_flash(
     padded_length: int | None = 512,
     encoder_only: bool = False,
 ) -> Converted:
-    """JunnYu's FLASH (`flash.*`): flash_small_wwm_cluecorpussmall, flash_base_wwm_cluecorpussmall.
+    """Convert JunnYu's FLASH (`flash.*`), such as flash_small_wwm_cluecorpussmall and flash_base_wwm_cluecorpussmall.
 
     Args:
-        state: `model.state_dict()` of FLASHForMaskedLM, or of FLASHModel under `flash.` with `encoder_only`.
-        settings: the checkpoint's `config.json`; `group_size` 256 and `layer_norm_eps` 1e-5 without it.
-        padded_length: the original divides its global sum by the padded length. The checkpoints were trained on inputs
-            padded to 512 and are to be used so: our result for a text of any length is then what the original gives
-            for it padded to 512 tokens. None divides by the number of real tokens: the original's result for a text
-            without padding.
+        state: `model.state_dict()` of FLASHForMaskedLM; with `encoder_only` also of FLASHModel, under `flash.`.
+        settings: contents of the checkpoint's `config.json`; without it `group_size` is 256, `layer_norm_eps` 1e-5.
+        padded_length: length in tokens that inputs of the original are padded to. The original divides its global sum
+            by this length, and the public checkpoints were trained with 512: a text of any length then gets what the
+            original returns for it padded to 512. None divides by the number of real tokens instead, as the original
+            does without padding.
         encoder_only: convert embeddings and layers to a FlashModel, without the masked-LM head.
 
     Returns:
         A FlashForMaskedLM with the original's logits, or a FlashModel.
 
     Raises:
-        ValueError: FlashConfig cannot express the checkpoint, or an argument is wrong.
+        ValueError: a tensor is missing or unexpected, or `padded_length` is below 1.
     """
-    kind = "junnyu_flash"
     settings = settings or {}
     if padded_length is not None and padded_length < 1:
         raise ValueError(f"`padded_length` must be at least 1, or None, got {padded_length!r}.")
-    source = Source(state, kind)
+    source = Source(state, "junnyu_flash")
     base = "" if encoder_only else "model."
     tensors, told = lucidrains_layers(source, "flash.encoder.layers.", base, ("weight", "bias"))
     D = told["hidden_size"]
     chunk_size = settings.get("group_size", GROUP_SIZE)
     if padded_length is not None:
         for name in tensors:
-            if name.endswith("offset_scale.weight") or name.endswith("offset_scale.bias"):
-                factor = torch.ones(4, 1, dtype=tensors[name].dtype)
-                factor[2] = chunk_size / padded_length  # lin_q
-                tensors[name] = tensors[name] * factor
+            if name.endswith(("offset_scale.weight", "offset_scale.bias")):
+                tensors[name][2] *= chunk_size / padded_length  # lin_q
     embedding_VD = source.take("flash.embeddings.word_embeddings.weight", None, D)
     tensors[f"{base}embed_tokens.weight"] = embedding_VD
     tensors[f"{base}embed_positions.scale"] = source.take("flash.embeddings.scale", 1).reshape(())
@@ -78,7 +74,7 @@ def convert_junnyu_flash(
     }
     notes = (CLAMP_NOTE,) if told["norm_type"] == "scale_norm" else ()
     if padded_length is not None:
-        notes += (f"The global sum is divided by {padded_length}: the original's for inputs padded to that length.",)
+        notes += (f"The global sum is divided by {padded_length}, as for inputs padded to that length.",)
     if encoder_only:
         source.drop(*[name for name in source.left if name.startswith("cls.")])
         source.finish()
@@ -91,37 +87,31 @@ def convert_junnyu_flash(
         source.take(f"{head}LayerNorm.weight", D), source.take(f"{head}LayerNorm.bias", D),
     )  # fmt: skip
     source.finish()
-    eps = settings.get("layer_norm_eps", LAYER_NORM_EPS)
-    same = told["norm_type"] == "layer_norm" and eps == told["norm_eps"]
-    config = build_config(
-        kind, {**known, "tie_word_embeddings": False}, {} if same else final_layer_norm(eps),
-        "Pass encoder_only=True (--encoder_only) for embeddings and layers without the masked-LM head, to fine-tune "
-        "with another head.",
-    )  # fmt: skip
+    final_norm = final_layer_norm(told, settings.get("layer_norm_eps", LAYER_NORM_EPS))
+    config = FlashConfig(**known, **final_norm, tie_word_embeddings=False)
     return Converted(config, tensors, "FlashForMaskedLM", notes)
 
 
 def convert_junnyu_flash_quad(state: Mapping[str, Tensor], *, settings: Mapping | None = None) -> Converted:
-    """JunnYu's FLASHQuad (`flash_quad.*`): flashquad_small_wwm_cluecorpussmall.
+    """Convert JunnYu's FLASHQuad (`flash_quad.*`), such as flashquad_small_wwm_cluecorpussmall.
 
     Args:
         state: `model.state_dict()` of FLASHQuadForMaskedLM.
-        settings: the checkpoint's `config.json`; `layer_norm_eps` 1e-5 and `hidden_act` silu without it.
+        settings: contents of the checkpoint's `config.json`; without it `layer_norm_eps` is 1e-5, `hidden_act` silu.
 
     Returns:
         A FlashForMaskedLM with the original's logits for token type 0.
 
     Raises:
-        ValueError: FlashConfig cannot express the checkpoint.
+        ValueError: a tensor is missing or unexpected.
     """
-    kind = "junnyu_flash_quad"
     settings = settings or {}
-    source = Source(state, kind)
+    source = Source(state, "junnyu_flash_quad")
     count = source.layers("flash_quad.encoder.layer.")
     embeddings = "flash_quad.embeddings."
     words_VD = source.take(f"{embeddings}word_embeddings.weight", None, None)
     V, D = words_VD.shape
-    # Token types other than 0 are lost; the decoder keeps the words as they were.
+    # Token type 0 is added to every embedding here; the decoder's weight stays as it is.
     types_TD = source.take(f"{embeddings}token_type_embeddings.weight", None, D)
     tensors = {
         "model.embed_tokens.weight": words_VD + types_TD[0],
@@ -147,7 +137,7 @@ def convert_junnyu_flash_quad(state: Mapping[str, Tensor], *, settings: Mapping 
         E = (len(weight) - S) // 2
         w_R = source.take(f"{theirs}w", None)
         if span not in (None, (len(w_R) + 1) // 2):
-            raise ValueError(f"state: `{theirs}w` must be as long as that of layer 0, got {len(w_R)}.")
+            raise ValueError(f"state: `{theirs}w` must be as long as in layer 0 ({2 * span - 1}), got {len(w_R)}.")
         span = (len(w_R) + 1) // 2
         rotary_2S = torch.cat([source.take(f"{theirs}a", 1, S), source.take(f"{theirs}b", 1, S)])
         for name, tensor in (("weight", weight), ("bias", bias)):
@@ -157,63 +147,42 @@ def convert_junnyu_flash_quad(state: Mapping[str, Tensor], *, settings: Mapping 
         tensors[f"{ours}gau.o_proj.bias"] = source.take(f"{theirs}o.bias", D)
         tensors[f"{ours}gau.offset_scale.weight"] = scale_2S
         tensors[f"{ours}gau.offset_scale.bias"] = source.take(f"{theirs}bias", 2, S)
-        # The original's listing: one weight an offset up to 512 tokens, two rotated vectors beyond.
+        # As the original does: one weight per offset up to 512 tokens, beyond that two rotated vectors.
         tensors[f"{ours}gau.relative_bias.weight"] = w_R if span <= 512 else rotary_2S
         take_norm(f"{theirs}LayerNorm", f"{ours}norm")
     head = "cls.predictions."
     tensors["lm_head.weight"] = source.take(f"{head}decoder.weight", V, D)
-    # One parameter under two names; some versions of transformers save only the first.
+    # One parameter under two names; some versions of transformers save the first only.
     biases = [source.take(name, V) for name in (f"{head}bias", f"{head}decoder.bias") if name in source]
     if not biases or not torch.equal(biases[0], biases[-1]):
         raise ValueError(
-            f"state: `{head}bias` and `{head}decoder.bias` must be the same (one of them may be missing). Keep the "
-            "one that the original code loads last."
+            f"state: `{head}bias` and `{head}decoder.bias` must be the same (or one of them missing). Keep the one "
+            "that the original code loads last."
         )
     tensors["lm_head.bias"] = biases[0]
     tensors["transform.dense.weight"] = source.take(f"{head}transform.dense.weight", D, D)
     tensors["transform.dense.bias"] = source.take(f"{head}transform.dense.bias", D)
     take_norm(f"{head}transform.LayerNorm", "transform.norm")
     source.finish()
-    known = {
-        "vocab_size": V,
-        "hidden_size": D,
-        "num_hidden_layers": count,
-        "expansion_factor": E / D,
-        "query_key_dim": S,
-        "attention_type": "quadratic",
-        "relative_bias": "toeplitz" if span <= 512 else "rotary",
-        "max_position_embeddings": span,
-        # The length of training, whatever the length of the input.
-        "attention_divisor": span,
-        "norm_type": "layer_norm" if layer_norm else "scale_norm",
-        "norm_eps": settings.get("layer_norm_eps", 1e-5),
-        "hidden_act": settings.get("hidden_act", "silu"),
-        "pad_token_id": settings.get("pad_token_id", 0),
-        "tie_word_embeddings": False,
-    }
-    needed = {
-        "embedding_norm": (True, "it normalises the sum of its embeddings before the first layer"),
-        "final_norm_type": ("none", "its encoder ends without a norm"),
-        "mlm_transform": (True, "its masked-LM head has a dense layer, an activation and a norm before the decoder"),
-        "lm_head_bias": (True, "its decoder has a bias, which only a LayerNorm before it could take up"),
-    }
-    config = build_config(
-        kind, known, needed, "Nothing in this version makes up for it: use a version whose FlashConfig has the "
-        "fields, or the original code.",
-    )  # fmt: skip
-    notes = ("Inputs of token type 0 only; the other types are dropped.",)
-    return Converted(config, tensors, "FlashForMaskedLM", notes)
-
-
-def convert_gau_alpha(state: Mapping[str, Tensor], **options) -> Converted:
-    """Refuses GAU-alpha (`gau_alpha.*`).
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "kind: 'gau_alpha' cannot be converted exactly: it normalises after each residual sum (post-norm), which no "
-        "pre-norm layer can imitate, and its softmax_plus scales scores by log(keys) / log(512), where FlashConfig's "
-        "softmax has a constant. Use its own code, github.com/ZhuiyiTechnology/GAU-alpha, or train a FlashForMaskedLM "
-        "with attention_type='quadratic', attention_activation='softmax', relative_bias=None."
+    config = FlashConfig(
+        vocab_size=V,
+        hidden_size=D,
+        num_hidden_layers=count,
+        expansion_factor=E / D,
+        query_key_dim=S,
+        attention_type="quadratic",
+        relative_bias="toeplitz" if span <= 512 else "rotary",
+        max_position_embeddings=span,
+        attention_divisor=span,  # the length in training, for inputs of any length
+        norm_type="layer_norm" if layer_norm else "scale_norm",
+        norm_eps=settings.get("layer_norm_eps", LAYER_NORM_EPS),
+        hidden_act=settings.get("hidden_act", "silu"),
+        pad_token_id=settings.get("pad_token_id", 0),
+        tie_word_embeddings=False,
+        embedding_norm=True,
+        final_norm_type="none",
+        mlm_transform=True,
+        lm_head_bias=True,
     )
+    note = "Inputs of token type 0 only; the other types are dropped."
+    return Converted(config, tensors, "FlashForMaskedLM", (note,))

@@ -16,51 +16,58 @@ from .parts import (
     LAYER_NORM_EPS,
     Converted,
     Source,
-    build_config,
     final_layer_norm,
     fold_decoder,
     identity_norm,
     lucidrains_layer,
     lucidrains_layers,
-    tell,
 )
 
 
 MASK_NOTE = (
-    "Under a padding mask FLASH-pytorch divides the global sum by the padded length; here it is the number of real "
-    "tokens, as it is for the original without padding."
+    "Under a padding mask FLASH-pytorch divides the global sum by the padded length, FLASH by the number of real "
+    "tokens. Without padding the two agree."
 )
 
 
-def refuse_lucidrains_options(kind: str, causal, shift_tokens, reduce_group_non_causal_attn) -> None:
-    """Raise ValueError for options of the original that cannot be expressed, or that were not told."""
-    tell("causal", causal, kind, "whether it was built with causal=True. Pass True (--causal) or False (--no-causal)")
-    tell(
-        "shift_tokens", shift_tokens, kind,
-        "whether it was built with shift_tokens (FLASHTransformer's default is True, FLASH's is False). Pass what its "
-        "constructor got (--shift or --no-shift)",
-    )  # fmt: skip
+def constructor_fields(
+    kind: str,
+    causal: bool | None,
+    shift_tokens: bool | None,
+    group_size: int,
+    laplace_attn_fn: bool,
+    reduce_group_non_causal_attn: bool,
+) -> dict:
+    """Configuration fields for arguments of the original constructor, which a state dict does not store.
+
+    Raises:
+        ValueError: an argument is missing, or no FlashConfig can express it.
+    """
+    if causal is None:
+        raise ValueError(
+            f"`causal` must be given for {kind!r}, got None. Pass True (--causal) or False (--no-causal)."
+        )
+    if shift_tokens is None:
+        raise ValueError(
+            f"`shift_tokens` must be given for {kind!r}: pass what the original was built with (--shift or "
+            "--no-shift), by default True for FLASHTransformer and False for FLASH."
+        )
     if shift_tokens:
         raise ValueError(
             f"`shift_tokens` must be False for {kind!r}, got {shift_tokens!r}: FlashConfig has no token shift (half "
-            "of the normalised channels come from the token before), and no weights make up for it. Train the "
-            "original with shift_tokens=False."
+            "of the normalized channels come from the previous token). Train the original with shift_tokens=False."
         )
     if not causal and not reduce_group_non_causal_attn:
         raise ValueError(
             f"`reduce_group_non_causal_attn` must be True for a bidirectional {kind!r}, got "
-            f"{reduce_group_non_causal_attn!r}: its linear part then sees its own group only, divided by the whole "
-            "length, which no FlashConfig does. Train the original with reduce_group_non_causal_attn=True."
+            f"{reduce_group_non_causal_attn!r}: the linear part of a group then sees its own group only, divided by "
+            "the full length, which no FlashConfig does. Train the original with reduce_group_non_causal_attn=True."
         )
-
-
-def lucidrains_fields(causal: bool, group_size: int, laplace_attn_fn: bool) -> dict:
-    """Configuration fields that the caller tells."""
     return {
         "chunk_size": group_size,
         "attention_divisor": group_size,
         "attention_activation": "laplace" if laplace_attn_fn else "relu2",
-        # Causal, the original's sum over earlier groups is divided by the group's size alone.
+        # If causal, the original divides the sum over earlier groups by the group size alone.
         "global_normalization": "chunk" if causal else "mean",
         "is_decoder": causal,
     }
@@ -76,49 +83,41 @@ def convert_lucidrains_transformer(
     reduce_group_non_causal_attn: bool = True,
     encoder_only: bool = False,
 ) -> Converted:
-    """`FLASHTransformer` of FLASH-pytorch, bare or in its `AutoregressiveWrapper`.
+    """Convert `FLASHTransformer`, bare or in its `AutoregressiveWrapper`.
 
     Args:
         state: `model.state_dict()`.
-        causal, shift_tokens, group_size, laplace_attn_fn, reduce_group_non_causal_attn: as the original was built.
+        causal, shift_tokens, group_size, laplace_attn_fn, reduce_group_non_causal_attn: what the original was built
+            with.
         encoder_only: convert embeddings and layers to a FlashModel, without the final norm and the logits.
 
     Returns:
         A FlashForCausalLM or FlashForMaskedLM with the original's logits, or a FlashModel.
 
     Raises:
-        ValueError: the original was built with an option that cannot be expressed, or an argument is missing.
+        ValueError: an argument is missing, or FlashConfig cannot express the model.
     """
     kind = "lucidrains_transformer"
-    refuse_lucidrains_options(kind, causal, shift_tokens, reduce_group_non_causal_attn)
+    fields = constructor_fields(kind, causal, shift_tokens, group_size, laplace_attn_fn, reduce_group_non_causal_attn)
     source = Source({name.removeprefix("net."): tensor for name, tensor in state.items()}, kind)
     base = "" if encoder_only else "model."
     tensors, told = lucidrains_layers(source, "layers.", base, ("gamma", "beta"))
     D = told["hidden_size"]
     embedding_VD = source.take("token_emb.weight", None, D)
+    V = len(embedding_VD)
     tensors[f"{base}embed_tokens.weight"] = embedding_VD
     tensors[f"{base}embed_positions.scale"] = source.take("abs_pos_emb.scale", 1).reshape(())
     check_sinusoid(source.take("abs_pos_emb.inv_freq", D // 2))
     gain, shift = source.take("to_logits.0.weight", D), source.take("to_logits.0.bias", D)
-    decoder = source.take("to_logits.1.weight", len(embedding_VD), D)
-    bias = source.take("to_logits.1.bias", len(embedding_VD))
+    decoder, bias = source.take("to_logits.1.weight", V, D), source.take("to_logits.1.bias", V)
     source.finish()
-    known = {
-        **told, **lucidrains_fields(causal, group_size, laplace_attn_fn),
-        "vocab_size": len(embedding_VD), "tie_word_embeddings": False,
-    }  # fmt: skip
-    notes = () if causal else (MASK_NOTE,)
-    if told["norm_type"] == "scale_norm":
-        notes += (CLAMP_NOTE,)
+    fields = {**told, **fields, "vocab_size": V, "tie_word_embeddings": False}
+    notes = (() if causal else (MASK_NOTE,)) + ((CLAMP_NOTE,) if told["norm_type"] == "scale_norm" else ())
     if encoder_only:
         tensors |= identity_norm(told, base, embedding_VD.dtype)
-        return Converted(FlashConfig(**known), tensors, "FlashModel", (*notes, ENCODER_NOTE))
+        return Converted(FlashConfig(**fields), tensors, "FlashModel", (*notes, ENCODER_NOTE))
     tensors |= fold_decoder(decoder, bias, gain, shift)
-    needed = final_layer_norm(LAYER_NORM_EPS) if told["norm_type"] == "scale_norm" else {}
-    config = build_config(
-        kind, known, needed, "Pass encoder_only=True (--encoder_only) for embeddings and layers without the logits, "
-        "or train the original with norm_type='layernorm'.",
-    )  # fmt: skip
+    config = FlashConfig(**fields, **final_layer_norm(told, LAYER_NORM_EPS))
     return Converted(config, tensors, "FlashForCausalLM" if causal else "FlashForMaskedLM", notes)
 
 
@@ -131,49 +130,25 @@ def convert_lucidrains_layer(
     laplace_attn_fn: bool = False,
     reduce_group_non_causal_attn: bool = True,
 ) -> Converted:
-    """One `FLASH` module of FLASH-pytorch as a FlashModel of one layer, to be fed `inputs_embeds`.
-
-    Args:
-        state: `layer.state_dict()`.
-        causal, shift_tokens, group_size, laplace_attn_fn, reduce_group_non_causal_attn: as the original was built.
-
-    Returns:
-        A FlashModel without positions at the input, of a vocabulary of 1; its layer computes what the original does.
-
-    Raises:
-        ValueError: as for `convert_lucidrains_transformer`.
-    """
+    """Convert one `FLASH` module to a FlashModel of one layer, without positions at the input and with a vocabulary
+    of 1, to be called with `inputs_embeds`. For the arguments see [`convert_lucidrains_transformer`]."""
     kind = "lucidrains_layer"
-    refuse_lucidrains_options(kind, causal, shift_tokens, reduce_group_non_causal_attn)
+    fields = constructor_fields(kind, causal, shift_tokens, group_size, laplace_attn_fn, reduce_group_non_causal_attn)
     source = Source(state, kind)
     tensors, told = lucidrains_layer(source, "", "layers.0.", ("gamma", "beta"))
     source.finish()
     dtype = tensors["layers.0.gau.o_proj.bias"].dtype
     tensors |= identity_norm(told, "", dtype)
     tensors["embed_tokens.weight"] = torch.zeros(1, told["hidden_size"], dtype=dtype)
-    config = FlashConfig(
-        **told, **lucidrains_fields(causal, group_size, laplace_attn_fn),
-        num_hidden_layers=1, vocab_size=1, use_scaled_sinusoid=False,
-    )  # fmt: skip
+    config = FlashConfig(**told, **fields, num_hidden_layers=1, vocab_size=1, use_scaled_sinusoid=False)
     notes = () if causal else (MASK_NOTE,)
     return Converted(config, tensors, "FlashModel", (*notes, ENCODER_NOTE))
 
 
-def convert_lucidrains_gau(state: Mapping[str, Tensor], **options) -> Converted:
-    """Refuses `GAU` of FLASH-pytorch.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        "kind: 'lucidrains_gau' (the standalone GAU of FLASH-pytorch) cannot be converted exactly: it divides its "
-        "scores, bias included, by the length of the input, so that it is another function at every length, while "
-        "`attention_divisor` is a constant. Convert FLASH or FLASHTransformer modules instead."
-    )
-
-
 def check_sinusoid(inv_freq: Tensor) -> None:
-    """Raise ValueError unless the stored frequencies `[D / 2]` are those of the sinusoid."""
+    """Raise ValueError unless the stored frequencies `[D / 2]` are those of the scaled sinusoid."""
     half = len(inv_freq)
     if not torch.allclose(inv_freq.double(), 10000.0 ** (-torch.arange(half).double() / half), rtol=1e-3, atol=0):
-        raise ValueError("state: `abs_pos_emb.inv_freq` must be 10000^(-2i/D), got others: FlashConfig has no field.")
+        raise ValueError(
+            "state: `abs_pos_emb.inv_freq` must be 10000^(-2i/D), got others, for which FlashConfig has no field."
+        )

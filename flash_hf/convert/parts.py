@@ -1,20 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of other FLASH implementations as flash_hf configurations and weights, exactly or not at all.
-
-Each function takes a state dict of the original and gives the class, configuration and state dict that compute the
-same function; where none does, a ValueError says why and what can be done. What a state dict does not tell (direction,
-chunk size, ...) is an argument. No original code is needed.
-
-Algebra that is used: an embedding that is added to every token is folded into the word embeddings; a LayerNorm's
-output before its gain sums to zero, so that a decoder's bias has a place along the ones vector (`fold_decoder`); and a
-fixed divisor of the global sum is folded into the linear queries, whose own divisor is then `chunk_size`.
-"""
+"""Parts of a conversion that several originals share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
@@ -24,22 +14,22 @@ from .. import modeling_flash
 from ..configuration_flash import FlashConfig, nearest
 
 
-# The originals with a ScaleNorm clamp the root mean square at 1e-5; ours adds eps inside the root. With this eps both
-# are the same to 1e-10 for every row that the clamp leaves alone.
+# The originals' ScaleNorm clamps the root mean square at 1e-5; FlashScaleNorm adds eps inside the root. With this eps
+# the two agree to 1e-10 on every token that is not clamped.
 CLAMPED_EPS = 1e-20
 
-# FLASH-pytorch and the port of it have these in their code.
+# Constants in the code of FLASH-pytorch and of JunnYu's port.
 T5_BUCKETS, T5_MAX_DISTANCE, LAYER_NORM_EPS, GROUP_SIZE = 32, 128, 1e-5, 256
 
 
 class Converted(NamedTuple):
-    """What a conversion gives.
+    """The result of a conversion.
 
     Attributes:
-        config: of the model.
-        state_dict: its weights, under the names of `architecture`.
-        architecture: name of the class in flash_hf.
-        notes: what a user should know of the limits of equality.
+        config: configuration of the model.
+        state_dict: weights, under the parameter names of `architecture`.
+        architecture: class name in flash_hf.
+        notes: where the converted model differs from the original.
     """
 
     config: FlashConfig
@@ -48,19 +38,19 @@ class Converted(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def build(self) -> modeling_flash.FlashPreTrainedModel:
-        """The model in eval mode, every parameter taken from `state_dict`."""
+        """The model in eval mode, with every parameter taken from `state_dict`."""
         model = getattr(modeling_flash, self.architecture)(self.config)
-        model.to(self.state_dict[next(iter(self.state_dict))].dtype)
+        model.to(next(iter(self.state_dict.values())).dtype)
         model.load_state_dict(self.state_dict)
         return model.eval()
 
 
 class Source:
-    """The original's tensors, each to be taken once, so that none is forgotten.
+    """Tensors of an original state dict. Each is taken once, so [`finish`] can tell whether any was overlooked.
 
     Args:
-        state: names to tensors.
-        kind: named in messages.
+        state: the original's state dict.
+        kind: kind of checkpoint, for error messages.
     """
 
     def __init__(self, state: Mapping[str, Tensor], kind: str):
@@ -70,37 +60,38 @@ class Source:
         return name in self.left
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """The tensor `name`, at least float32; `shape` has None where any length will do.
+        """Remove and return the tensor `name`, in float32 or wider.
+
+        Args:
+            shape: expected shape; None accepts any length.
 
         Raises:
-            ValueError: it is missing, not of this shape, or not finite.
+            ValueError: the tensor is missing, has another shape, or is not finite.
         """
         if name not in self.left:
             raise ValueError(
-                f"state: `{name}` must be there in a checkpoint of kind {self.kind!r}, and is not."
-                f"{nearest(name, list(self.left))} If it is of another kind, pass kind=..."
+                f"state: `{name}` must be there in a checkpoint of kind {self.kind!r}, but is missing."
+                f"{nearest(name, list(self.left))} For another kind of checkpoint pass kind=..."
             )
         tensor = self.left.pop(name).detach()
-        fits = tensor.ndim == len(shape) and all(
-            want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(f"state: `{name}` must have shape {shape} (None: any), got {tuple(tensor.shape)}.")
+        got = tuple(tensor.shape)
+        if len(shape) != len(got) or any(want not in (None, n) for want, n in zip(shape, got, strict=True)):
+            raise ValueError(f"state: `{name}` must have shape {shape} (None: any), got {got}.")
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         if not tensor.isfinite().all():
-            raise ValueError(f"state: `{name}` must be finite, but it has NaN or infinity: the file is damaged.")
+            raise ValueError(f"state: `{name}` must be finite, but has NaN or infinity: the file is damaged.")
         return tensor
 
     def drop(self, *names: str) -> None:
-        """Forget tensors that the function does not depend on."""
+        """Discard tensors that do not affect the outputs."""
         for name in names:
             self.left.pop(name, None)
 
     def layers(self, prefix: str) -> int:
-        """The number of layers under `prefix`, counted from 0 without a gap.
+        """The number of layers under `prefix`.
 
         Raises:
-            ValueError: there is none, or one is missing.
+            ValueError: there are none, or their numbers are not 0, 1, 2, ...
         """
         found = {int(name[len(prefix) :].split(".")[0]) for name in self.left if name.startswith(prefix)}
         if not found or found != set(range(len(found))):
@@ -108,28 +99,28 @@ class Source:
         return len(found)
 
     def finish(self) -> None:
-        """Every tensor has been used.
+        """Check that every tensor has been used.
 
         Raises:
-            ValueError: some are left, so that the checkpoint is not what it was taken for.
+            ValueError: some are left, so this is another kind of checkpoint.
         """
         if self.left:
+            names = ", ".join(map(repr, sorted(self.left)[:8])) + " and more" * (len(self.left) > 8)
             raise ValueError(
-                f"state: a checkpoint of kind {self.kind!r} has no {', '.join(map(repr, sorted(self.left)[:8]))}"
-                f"{' and more' if len(self.left) > 8 else ''}; how its function depends on them is not known here. "
-                "Remove tensors that are not part of the model, or pass another kind=..."
+                f"state: a checkpoint of kind {self.kind!r} must not have {names}: how they affect the outputs is "
+                "not known. Remove tensors that are not part of the model, or pass another kind=..."
             )
 
 
 def fold_decoder(weight_VD: Tensor, bias_V: Tensor, gain_D: Tensor, shift_D: Tensor) -> dict[str, Tensor]:
-    """`Linear(LayerNorm(x))` with a bias as one without: gain, shift and bias move into the decoder, exactly.
+    """Fold a LayerNorm's gain and shift, and the bias of the linear decoder after it, into the decoder's weight.
 
-    The normalised rows `n` sum to zero, so a multiple of the ones vector may be added to any row of the decoder; with
-    a shift of 1 everywhere, `(W + c 1^T / D) (n + 1) = W n + c` when the rows of W sum to zero.
+    A normalised token `n` sums to zero, so any multiple of the ones vector may be added to a row of the decoder. With
+    a shift of 1 everywhere, `(W + c 1^T / D) (n + 1) = W n + c` if the rows of W sum to zero.
 
     Args:
-        weight_VD, bias_V: the decoder's.
-        gain_D, shift_D: the LayerNorm's.
+        weight_VD, bias_V: of the decoder.
+        gain_D, shift_D: of the LayerNorm.
 
     Returns:
         `model.norm.weight [D]`, `model.norm.bias [D]` and `lm_head.weight [V, D]`.
@@ -144,10 +135,10 @@ def fold_decoder(weight_VD: Tensor, bias_V: Tensor, gain_D: Tensor, shift_D: Ten
 
 
 def rotary_settings(freqs: Tensor, key_dim: int) -> dict:
-    """RoPE settings for frequencies stored by rotary-embedding-torch, `[r / 2]`.
+    """RoPE fields for the frequencies `[r / 2]` that rotary-embedding-torch stores.
 
     Raises:
-        ValueError: they are not those of base 10000 (learned, rescaled, or for pixels).
+        ValueError: they are not those of base 10000 (but learned, rescaled, or for pixels).
     """
     r = 2 * len(freqs)
     expected = 10000.0 ** (-torch.arange(0, r, 2).double() / r)
@@ -158,8 +149,7 @@ def rotary_settings(freqs: Tensor, key_dim: int) -> dict:
             "field in FlashConfig."
         )
     factor = r / key_dim
-    # The configuration truncates the product.
-    while int(key_dim * factor) < r:
+    while int(key_dim * factor) < r:  # FlashConfig truncates the product
         factor = math.nextafter(factor, 2)
     return {
         "rope_interleaved": True,
@@ -167,48 +157,19 @@ def rotary_settings(freqs: Tensor, key_dim: int) -> dict:
     }
 
 
-def build_config(kind: str, known: dict, needed: dict[str, tuple[object, str]], cure: str) -> FlashConfig:
-    """`FlashConfig(**known, **needed)`.
-
-    Args:
-        kind: named in messages.
-        known: fields that every FlashConfig has.
-        needed: fields that FlashConfig may not have, each with its value and with what in the checkpoint asks for it.
-        cure: what to do where one is missing.
-
-    Raises:
-        ValueError: FlashConfig has not got a needed field, so that the function cannot be expressed.
-    """
-    available = {field.name for field in fields(FlashConfig)}
-    missing = {name: reason for name, (_, reason) in needed.items() if name not in available}
-    if missing:
-        reasons = "; ".join(f"{reason} (no field `{name}`)" for name, reason in missing.items())
-        raise ValueError(
-            f"kind: {kind!r} cannot be converted exactly to this version's FlashConfig, and an approximation is not "
-            f"made: {reasons}. {cure}"
-        )
-    return FlashConfig(**known, **{name: value for name, (value, _) in needed.items()})
-
-
-def tell(name: str, value: object, kind: str, why: str) -> None:
-    """Raise ValueError if the caller has not said what the state dict does not tell."""
-    if value is None:
-        raise ValueError(f"`{name}` must be given for {kind!r}, got None: its state dict does not tell {why}.")
-
-
-# Ours to theirs: where the rows quad_q, quad_k, lin_q, lin_k stand.
+# Our row i of the offset scale (quad_q, quad_k, lin_q, lin_k) is their row ROWS[i].
 ROWS = [0, 2, 1, 3]
 
 
 def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple[str, str]) -> tuple[dict, dict]:
-    """One layer of FLASH-pytorch, or of a port of it.
+    """Convert one layer of FLASH-pytorch, or of JunnYu's port.
 
     Args:
-        theirs, ours: prefixes of names, with their dot.
+        theirs, ours: prefixes of the parameter names, with their dots.
         offset_scale: names of scale and offset under `qk_offset_scale.`.
 
     Returns:
-        Tensors under our names, and the configuration fields that this layer tells.
+        Tensors under our names, and the configuration fields that follow from their shapes and names.
 
     Raises:
         ValueError: a tensor is missing or has a wrong shape.
@@ -234,7 +195,7 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
         "use_rope": False,
     }
     tensors = {
-        # Values come first in the original, the gate second.
+        # The original has the values first, then the gate.
         "gau.u_proj.weight": hidden[E:], "gau.u_proj.bias": hidden_bias[E:],
         "gau.v_proj.weight": hidden[:E], "gau.v_proj.bias": hidden_bias[:E],
         "gau.z_proj.weight": basis, "gau.z_proj.bias": source.take(f"{theirs}to_qk.0.bias", S),
@@ -257,23 +218,23 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
 
 
 def lucidrains_layers(source: Source, prefix: str, ours: str, offset_scale: tuple[str, str]) -> tuple[dict, dict]:
-    """All layers under `prefix`, which must agree in what they tell; returns as `lucidrains_layer`.
+    """Convert all layers under `prefix` as [`lucidrains_layer`] does one.
 
     Raises:
-        ValueError: they do not agree.
+        ValueError: they need different configurations.
     """
     count = source.layers(prefix)
     tensors, told = {}, None
     for i in range(count):
         layer, tells = lucidrains_layer(source, f"{prefix}{i}.", f"{ours}layers.{i}.", offset_scale)
         if told not in (None, tells):
-            raise ValueError(f"state: all layers must be alike, but layer {i} is {tells} and those before {told}.")
+            raise ValueError(f"state: all layers must be alike, but layer {i} has {tells}, those before {told}.")
         tensors, told = tensors | layer, tells
     return tensors, {**told, "num_hidden_layers": count}
 
 
 def identity_norm(told: dict, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gain 1 (and shift 0) for the final norm that FlashModel has and an original's encoder has not."""
+    """Gain 1 (and shift 0) for FlashModel's final norm, which the originals' encoders lack."""
     D = told["hidden_size"]
     if told["norm_type"] == "layer_norm":
         return {f"{prefix}norm.weight": torch.ones(D, dtype=dtype), f"{prefix}norm.bias": torch.zeros(D, dtype=dtype)}
@@ -281,17 +242,14 @@ def identity_norm(told: dict, prefix: str, dtype: torch.dtype) -> dict[str, Tens
 
 
 ENCODER_NOTE = (
-    "The original's encoder ends with its last layer; FlashModel normalises that once more (gain 1). The original's "
-    "own output is what the last layer gives: model.config.tie_last_hidden_states=False makes it hidden_states[-1]."
+    "The original's encoder ends with its last layer; FlashModel normalizes its output once more (gain 1). For the "
+    "original's output set model.config.tie_last_hidden_states=False and take hidden_states[-1]."
 )
+CLAMP_NOTE = "Tokens whose root mean square is below 1e-5, which the original clamps, give other results."
 
-CLAMP_NOTE = "Rows of the stream with a root mean square below 1e-5, where the original clamps, are not the same."
 
-
-def final_layer_norm(needed_eps: float) -> dict[str, tuple[object, str]]:
-    """Fields for a LayerNorm after layers that have another norm."""
-    reason = "its layers have ScaleNorm and its head LayerNorm, while FlashConfig has one `norm_type` for both"
-    return {
-        "final_norm_type": ("layer_norm", reason),
-        "final_norm_eps": (needed_eps, f"the head's LayerNorm has an eps of its own, {needed_eps}"),
-    }
+def final_layer_norm(told: dict, eps: float) -> dict:
+    """Fields for a LayerNorm with `eps` after layers of `told`."""
+    if told["norm_type"] == "layer_norm" and eps == told["norm_eps"]:
+        return {}
+    return {"final_norm_type": "layer_norm", "final_norm_eps": eps}

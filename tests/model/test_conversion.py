@@ -8,7 +8,6 @@ import math
 import runpy
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import warm
-from flash_hf import FlashConfig
 from flash_hf.convert import convert, detect_kind, read_state_dict, save_tokenizer
 from flash_hf.convert.junnyu import convert_junnyu_flash
 from flash_hf.convert.lucidrains import convert_lucidrains_layer
@@ -35,8 +33,6 @@ STORED = {
 }
 V, D, E, S = 31, 16, 32, 40
 LUCIDRAINS = {"causal": True, "shift_tokens": False, "group_size": 24}
-FIELDS = {field.name for field in fields(FlashConfig)}
-HAS_FINAL_NORM, HAS_TRANSFORM = "final_norm_type" in FIELDS, "mlm_transform" in FIELDS
 
 
 def exact(model):
@@ -256,19 +252,6 @@ def test_junnyu_defaults_are_those_of_the_public_checkpoints():
     assert not config.is_decoder and config.global_normalization == "chunk"
 
 
-@pytest.mark.skipif(HAS_FINAL_NORM, reason="FlashConfig can express the head")
-def test_junnyu_head_is_refused():
-    with pytest.raises(ValueError, match="ScaleNorm and its head LayerNorm.*`final_norm_type`.*encoder_only=True"):
-        convert(junnyu_flash_state("scalenorm"))
-
-
-@pytest.mark.skipif(HAS_TRANSFORM, reason="FlashConfig can express the model")
-def test_junnyu_quad_is_refused():
-    with pytest.raises(ValueError, match="normalises the sum of its embeddings.*`embedding_norm`.*the original code"):
-        convert(junnyu_flash_quad_state())
-
-
-@pytest.mark.skipif(not HAS_FINAL_NORM, reason="FlashConfig cannot express the head")
 @pytest.mark.parametrize("length", [1, 24, 50])
 def test_junnyu_logits(length):
     state = junnyu_flash_state("scalenorm")
@@ -279,7 +262,6 @@ def test_junnyu_logits(length):
     assert (single(ids).logits - junnyu_flash(state, ids, 24)[1]).abs().max() < 1e-4
 
 
-@pytest.mark.skipif(not HAS_TRANSFORM, reason="FlashConfig cannot express the model")
 @pytest.mark.parametrize("length", [1, 17, 64])
 @pytest.mark.parametrize("span", [64, 520])
 def test_junnyu_quad_logits(span, length):
@@ -319,12 +301,8 @@ def test_stored_stream_of_flash_pytorch_with_scale_norm(length):
     ids = stored[f"scalenorm.{length}.ids"]
     stream = model(ids, output_hidden_states=True).hidden_states[-1]
     assert_close(stream, stored[f"scalenorm.{length}.stream"], 1e-5)
-    if HAS_FINAL_NORM:
-        logits = convert(state, **options).build()(ids).logits
-        assert (logits - stored[f"scalenorm.{length}.logits"]).abs().max() < 1e-4
-    else:
-        with pytest.raises(ValueError, match="ScaleNorm and its head LayerNorm.*encoder_only"):
-            convert(state, **options)
+    logits = convert(state, **options).build()(ids).logits
+    assert (logits - stored[f"scalenorm.{length}.logits"]).abs().max() < 1e-4
 
 
 def randomised(module):
