@@ -180,7 +180,7 @@ def few_configurations() -> None:
 # FLASH-Quad's divisor is the training length, from max_position_embeddings; its bias, for such spans, the rotary one.
 _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 
-# The better form, and the same of variants of the unit.
+# Shifted chunks and keys (half of FLASH+, see FlashConfig.plus), and the same on variants of the unit.
 _BETTER = {"chunk_shift": 0.5, "global_form": "previous_token"}
 _SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
 # FLASH+ as a variant of the unit, and changes of it that may draw more from the context; all are causal.
@@ -237,88 +237,91 @@ MODELS: dict[str, Model] = {
     "mhsa-single-head": Model("MHSA, one head", _baseline("mhsa-single-head"), long=False),
     "mhsa-gated": Model("MHSA, gated", _baseline("mhsa-gated"), long=False),
     # Forms of the global branch.
-    "flash-norope": Model("global heads without RoPE", _gau(global_rope=False)),
+    "flash-norope": Model("global branch without RoPE", _gau(global_rope=False)),
     "flash-norm": Model("global output normalised", _gau(global_norm=True)),
     "flash-decay": Model("decayed mean", _gau(chunk_weighting="decay")),
     "flash-decay-norm": Model("decayed mean, normalised", _gau(chunk_weighting="decay", global_norm=True)),
-    "flash-keyshift": Model("keys of the token before", _gau(key_shift=True)),
-    "flash-keyshift-norope": Model("keys of the token before, no RoPE", _gau(key_shift=True, global_rope=False)),
+    "flash-keyshift": Model("shifted keys", _gau(key_shift=True)),
+    "flash-keyshift-norope": Model("shifted keys, no RoPE", _gau(key_shift=True, global_rope=False)),
     "flash-keyshift-norope-norm": Model(
-        "keys of the token before, no RoPE, normalised", _gau(key_shift=True, global_rope=False, global_norm=True)
+        "shifted keys, no RoPE, normalised", _gau(key_shift=True, global_rope=False, global_norm=True)
     ),
     "flash-previous": Model(
         'global_form="previous_token"', _flash(global_form="previous_token"), compiled=False
     ),
     "flash-shifted": Model(
-        "FLASH, better form", _flash(**_BETTER),
+        "FLASH, shifted chunks and keys", _flash(**_BETTER),
         compiled=False,
     ),
-    "flash-stagger": Model("grid shifted in every second layer", _flash(chunk_shift=0.5), compiled=False),
+    "flash-stagger": Model("shifted chunks", _flash(chunk_shift=0.5), compiled=False),
     "flash-stagger-local": Model(
-        "grid shifted, local only", _flash(chunk_shift=0.5, attention_type="local"), compiled=False
+        "shifted chunks, local only", _flash(chunk_shift=0.5, attention_type="local"), compiled=False
     ),
-    "flash-stagger-decay": Model("grid shifted, decayed mean", _gau(chunk_shift=0.5, chunk_weighting="decay")),
-    "flash-stagger-norope": Model("grid shifted, no RoPE", _gau(chunk_shift=0.5, global_rope=False)),
+    "flash-stagger-decay": Model("shifted chunks, decayed mean", _gau(chunk_shift=0.5, chunk_weighting="decay")),
+    "flash-stagger-norope": Model("shifted chunks, no RoPE", _gau(chunk_shift=0.5, global_rope=False)),
     "flash-stagger-keyshift": Model(
-        "grid shifted, keys of the token before, no RoPE", _gau(**_SHIFTED)
+        "shifted chunks, shifted keys, no RoPE", _gau(**_SHIFTED)
     ),
     "flash-conv": Model("convolution of 4 tokens", _gau(conv_size=4), causal_only=True),
     "flash-shifted-conv": Model(
-        "grid shifted, keys of the token before, no RoPE, convolution of 4 tokens",
+        "shifted chunks, shifted keys, no RoPE, convolution of 4 tokens",
         _gau(**_SHIFTED, conv_size=4), causal_only=True,
     ),
     "flash-shifted-tokens": Model(
-        "grid shifted, keys of the token before, no RoPE, half of the channels from the token before",
+        "shifted chunks, shifted keys, no RoPE, half of the channels shifted",
         _gau(**_SHIFTED, token_shift=True),
     ),
     "flash-shifted-heads": Model(
-        "grid shifted, keys of the token before, no RoPE, 4 heads", _gau(**_SHIFTED, num_heads=4)
+        "shifted chunks, shifted keys, no RoPE, 4 heads", _gau(**_SHIFTED, num_heads=4)
     ),
     "flash-shifted-heads-tokens": Model(
-        "grid shifted, keys of the token before, no RoPE, 4 heads, half of the channels from the token before",
+        "shifted chunks, shifted keys, no RoPE, 4 heads, half of the channels shifted",
         _gau(**_SHIFTED, num_heads=4, token_shift=True),
     ),
     # How training starts: heads, biases, positions, norms, the deviation of the weights.
-    "flash-ones": Model("heads start at 1", _flash(heads="ones"), compiled=False),
+    "flash-ones": Model("query and key scales of 1", _flash(heads="ones"), compiled=False),
     "flash-bare": Model("no sinusoid", _flash(use_scaled_sinusoid=False), compiled=False),
     "flash-bare-ones-recent": Model(
-        "no sinusoid, attention begins at recent tokens",
+        "no sinusoid, attention starts at recent tokens",
         _flash(use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
     "flash-shifted-bare-ones-recent": Model(
-        "FLASH, better form and start",
+        "FLASH+",
         _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
     "flash-stagger-local-bare-ones-recent": Model(
-        "grid shifted, local only, better start",
+        "FLASH+, local only",
         _flash(chunk_shift=0.5, attention_type="local", use_scaled_sinusoid=False, attention_init="recent"),
         compiled=False,
     ),
     **{
-        f"flash-shifted-{name}": Model(f"better form, {title}", _flash(**_BETTER, **changes), compiled=False)
+        f"flash-shifted-{name}": Model(title, _flash(**_BETTER, **changes), compiled=False)
         for name, title, changes in (
-            ("ones", "heads start at 1", {"heads": "ones"}),
-            ("recent", "biases raised at recent tokens", {"recent": True}),
-            ("ones-recent", "attention begins at recent tokens", {"attention_init": "recent"}),
-            ("local-recent", "local heads start at 1, global queries at 0, biases raised at recent tokens",
+            ("ones", "shifted chunks and keys, query and key scales of 1", {"heads": "ones"}),
+            ("recent", "shifted chunks and keys, biases raised at recent tokens", {"recent": True}),
+            ("ones-recent", "shifted chunks and keys, attention starts at recent tokens",
+             {"attention_init": "recent"}),
+            ("local-recent", "shifted chunks and keys, local query and key scales of 1, global query scales of 0, "
+                             "biases raised at recent tokens",
              {"heads": "local", "recent": True}),
-            ("bare", "no sinusoid", {"use_scaled_sinusoid": False}),
-            ("bare-ones", "no sinusoid, heads start at 1", {"use_scaled_sinusoid": False, "heads": "ones"}),
-            ("rms", "RMS norm", {"norm_type": "rms_norm"}),
-            ("bare-rms-ones-recent", "no sinusoid, RMS norm, attention begins at recent tokens",
+            ("bare", "shifted chunks and keys, no sinusoid", {"use_scaled_sinusoid": False}),
+            ("bare-ones", "shifted chunks and keys, no sinusoid, query and key scales of 1",
+             {"use_scaled_sinusoid": False, "heads": "ones"}),
+            ("rms", "shifted chunks and keys, RMS norm", {"norm_type": "rms_norm"}),
+            ("bare-rms-ones-recent", "FLASH+, RMS norm",
              {"use_scaled_sinusoid": False, "norm_type": "rms_norm", "attention_init": "recent"}),
-            ("std", "weights of 0.04", {"initializer_range": 0.04}),
-            ("bare-std-ones-recent", "no sinusoid, weights of 0.04, attention begins at recent tokens",
+            ("std", "shifted chunks and keys, weights with std 0.04", {"initializer_range": 0.04}),
+            ("bare-std-ones-recent", "FLASH+, weights with std 0.04",
              {"use_scaled_sinusoid": False, "initializer_range": 0.04, "attention_init": "recent"}),
         )
     },
-    "flash-shifted-normed": Model("better form, output normalised", _gau(**_SHIFTED, attended_norm=True)),
+    "flash-shifted-normed": Model("shifted chunks and keys, output normalised", _gau(**_SHIFTED, attended_norm=True)),
     "flash-shifted-bare-normed": Model(
-        "better form, no sinusoid, output normalised",
+        "shifted chunks and keys, no sinusoid, output normalised",
         _gau(**_SHIFTED, attended_norm=True, use_scaled_sinusoid=False),
     ),
     "flash-shifted-bare-conv": Model(
-        "better form, no sinusoid, convolution of 4 tokens that begins at random",
+        "shifted chunks and keys, no sinusoid, convolution of 4 tokens, randomly initialised",
         _gau(**_SHIFTED, conv_size=4, conv_init=0.5, use_scaled_sinusoid=False), causal_only=True,
     ),
     **{f"plus-{name}": _plus(name) for name in PLUS_FORMS},

@@ -98,7 +98,7 @@ def steps_to(curve: list[list[float]], target: float) -> float | None:
 
 
 def bits_per_byte(result: dict, corpus: str | None = None) -> float:
-    """From nats a token, by the tokens and bytes of the whole validation text; of one of several corpora if named."""
+    """Nats per token, by the tokens and bytes of the whole validation text; of one of several corpora if named."""
     size = result["text"][f"{corpus or result['task'].split('-')[0]}_valid"]
     final = result["corpora"][corpus]["final"] if corpus else result["final"]
     return final["loss"] / math.log(2) * size["tokens"] / size["bytes"]
@@ -125,7 +125,7 @@ def goals(results: Results) -> str:
             row[5] = "-" if asked is None else f"at least {asked} x"
             rows.append(row)
     head = ["task", "context", "loss, FLASH less Transformer++ (goal: at most 0)", "rates tried", "seeds",
-            "goal: fewer seconds to its loss", "measured"]  # fmt: skip
+            "speed-up to its loss, goal", "speed-up, measured"]  # fmt: skip
     return table(head, rows)
 
 
@@ -162,7 +162,7 @@ def headline(results: Results) -> str:
                 "-" if steps is None else f"{steps:,.0f} of {result['steps']:,}",
                 "-" if seconds is None else f"{seconds:.1f}", faster(results, cell, rival),
             ])  # fmt: skip
-    head = ["task", "context", "model", "parameters", "loss", "bits a byte", "loss by learning rate", "ms a step",
+    head = ["task", "context", "model", "parameters", "loss", "bits per byte", "loss by learning rate", "ms per step",
             f"steps to {MODELS[RIVAL].title}'s end", "seconds", "faster by"]  # fmt: skip
     return table(head, rows) if rows else "No cells yet."
 
@@ -199,7 +199,7 @@ def times(results: Results) -> str:
             f"{step['median']:.1f} ({step['q25']:.1f} to {step['q75']:.1f})", issued.get(key, "-"),
             "yes" if result["graphed"] else "no",
         ])  # fmt: skip
-    head = ["model", "size", "direction", "context", "machine", "ms a step (quartiles)", "issued by Python, ms",
+    head = ["model", "size", "direction", "context", "machine", "ms per step (quartiles)", "issued by Python, ms",
             "CUDA graph"]  # fmt: skip
     return table(head, rows) if rows else "No cells yet."
 
@@ -245,7 +245,7 @@ def recall(results: Results) -> str:
                 f"{cell.rate:g}", f"{cell.seed}", f"{100 * result['final']['accuracy']:.1f}",
                 *(f"{100 * found['accuracy']:.1f}" for found in result["lengths"].values()),
             ])  # fmt: skip
-    head = ["task", "context", "size", "model", "tokens", "learning rate", "seed", "right, %", "at 2 x", "at 4 x"]
+    head = ["task", "context", "size", "model", "tokens", "learning rate", "seed", "correct, %", "at 2 x", "at 4 x"]
     return table(head, [row + ["-"] * (len(head) - len(row)) for row in rows]) if rows else "No cells yet."
 
 
@@ -331,7 +331,7 @@ def ablations(results: Results) -> str:
                 rows.append([MODELS[name].title, size, f"{results[cell]['parameters'] / 1e6:.2f} M",
                              loss_text(results, cell), rates_tried(results, cell),
                              "-" if ms is None else f"{ms:.1f}"])  # fmt: skip
-    head = ["model", "size", "parameters", "loss", "loss by learning rate", "ms a step"]
+    head = ["model", "size", "parameters", "loss", "loss by learning rate", "ms per step"]
     return table(head, rows) if rows else "No cells yet."
 
 
@@ -361,7 +361,7 @@ def between(name: str, text: str) -> str:
 
 
 def fill(document: str, results: Results) -> str:
-    """`document` with every section between its marks made anew.
+    """`document` with every section between its marks rendered again.
 
     Raises:
         ValueError: a mark names no section.
@@ -408,7 +408,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             axis.set(title=f"{task.replace('-', ', ')}, context {context:,}", xlabel="seconds, alone on the GPU")
             axis.legend(fontsize=7)
             axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel("validation loss, nats a token")
+        axes[0][0].set_ylabel("validation loss, nats per token")
         save(figure, task)
 
     cells = [cell for cell in passed(results) if cell.tokens == grid.ONE_PASS]
@@ -425,7 +425,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             axis.set(title=f"all text, one pass, context {context:,}", xlabel="million tokens")
             axis.legend(fontsize=7)
             axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel("validation loss, nats a token")
+        axes[0][0].set_ylabel("validation loss, nats per token")
         save(figure, "one-pass")
 
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
@@ -437,8 +437,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         if points:
             axis.plot(*zip(*points, strict=True), "o-", label=MODELS[model].title)
     if axis.lines:
-        axis.set(title="Wikipedia, masked, context 512, three sizes", xlabel="ms a training step",
-                 ylabel="validation loss, nats a token")  # fmt: skip
+        axis.set(title="Wikipedia, masked, context 512, three sizes", xlabel="ms per training step",
+                 ylabel="validation loss, nats per token")  # fmt: skip
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
         save(figure, "sizes")
