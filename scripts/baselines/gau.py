@@ -248,6 +248,14 @@ def carried_on(layout: ChunkLayout, g: int, *states: Tensor) -> tuple[Tensor, ..
     return tuple(torch.where(same_B.view(-1, *[1] * (state.ndim - 1)), state, 0) for state in states)
 
 
+def summed(forget_BGCX: Tensor) -> Tensor:
+    """Running sums over the slots of each chunk. By a product: inductor of torch 2.11 cannot compile this cumsum."""
+    C = forget_BGCX.shape[2]
+    lower = torch.ones(C, C, dtype=forget_BGCX.dtype, device=forget_BGCX.device).tril()
+    with torch.autocast(forget_BGCX.device.type, enabled=False):
+        return lower @ forget_BGCX
+
+
 def gated_global(
     lin_q_BGCS: Tensor, lin_k_BGCS: Tensor, value_BGCE: Tensor, forget_BGCH: Tensor, write_BGCH: Tensor,
     layout: ChunkLayout, *, features: bool = False,
@@ -266,7 +274,7 @@ def gated_global(
             S means of the values, and a token reads a mean of these.
     """
     G, H = value_BGCE.shape[1], forget_BGCH.shape[3]
-    since_BGCH = forget_BGCH.cumsum(2)
+    since_BGCH = summed(forget_BGCH)
     all_BGH = since_BGCH[:, :, -1]
     kept_BGCH = write_BGCH * torch.exp(all_BGH[:, :, None] - since_BGCH)
     weighted = (value_BGCE.unflatten(3, (H, -1)) * kept_BGCH[..., None].to(value_BGCE.dtype)).flatten(3)
@@ -325,7 +333,7 @@ def delta_global(
     dtype, G = wide(value_BGCE.dtype), value_BGCE.shape[1]
     with torch.autocast(value_BGCE.device.type, enabled=False):
         q, k = (F.normalize(x.to(dtype), dim=-1) for x in (lin_q_BGCS, lin_k_BGCS))
-        since_BGC = forget_BGC.cumsum(2)
+        since_BGC = summed(forget_BGC[..., None])[..., 0]
         decay_BGCC = torch.exp((since_BGC[..., :, None] - since_BGC[..., None, :]).clamp(max=0))
         strict = (write_BGC[..., None] * decay_BGCC * (k @ k.transpose(2, 3))).tril(-1)
         inverse = lower_inverse(strict.flatten(0, 1)).view_as(strict) * write_BGC[:, :, None]
