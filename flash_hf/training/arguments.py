@@ -100,9 +100,6 @@ class DataArguments:
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Blocks of a stream that are shuffled at a time; 0 keeps its order."}
     )
-    stream_patience: float = field(
-        default=600.0, metadata={"help": "Seconds to try again for, when the network is lost in a stream."}
-    )
     max_train_documents: int | None = field(default=None, metadata={"help": "Train on the first ones only."})
     max_eval_documents: int | None = field(default=None, metadata={"help": "Validate on the first ones only."})
     block_size: int = field(default=512, metadata={"help": "Tokens in a training example."})
@@ -133,8 +130,6 @@ class DataArguments:
             raise ValueError(f"validation_fraction must lie strictly between 0 and 1, got {self.validation_fraction}.")
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"mlm_probability must be above 0 and at most 1, got {self.mlm_probability}.")
-        if self.stream_patience < 0:
-            raise ValueError(f"stream_patience must be 0 or more seconds, got {self.stream_patience}.")
 
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")  # ends of the names of metrics

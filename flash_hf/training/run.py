@@ -202,7 +202,6 @@ def build_trainer(
                 **options,
                 shuffle_buffer=data_args.shuffle_buffer,
                 seed=args.data_seed,
-                patience=data_args.stream_patience,
                 source=data_args.dataset_name or ", ".join(data_args.train_file),
             )
         else:

@@ -219,7 +219,7 @@ class FlashTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if isinstance(self.train_dataset, BlockStream) and self.args.process_index == 0:
             used = self._batches_used * self.args.train_batch_size * self.args.world_size
-            write_state(self.train_dataset.state_dict(self.train_dataset.first_row + used), output_dir)
+            write_state(self.train_dataset.state_at(self.train_dataset.first_row + used), output_dir)
 
     # --- rules -------------------------------------------------------------------------------------------------------
 

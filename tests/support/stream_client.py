@@ -30,19 +30,21 @@ from flash_hf.training.checkpoints import missing_from_checkpoint
 
 
 BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
-silent = False  # whether the server answers nobody
+silent_until, refused = 0.0, 0  # a reading of time.monotonic(), and the requests that were not answered
 
 
 def answer_or_not(handler, parse=SERVER.RequestHandlerClass.parse_request):
-    if silent:
+    global refused
+    if time.monotonic() < silent_until:
+        refused += 1
         handler.close_connection = True
         return False
     return parse(handler)
 
 
 SERVER.RequestHandlerClass.parse_request = answer_or_not
-# What libraries wait for by themselves would make this test minutes long; and documents are to be read in small parts.
-datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+# The waits of the libraries would make this test minutes long; and documents are to be read in small parts.
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 40
 _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0.1
 stream.BATCH_CHARACTERS = 2000
@@ -61,17 +63,23 @@ def push() -> None:
 
 
 class Hush(TrainerCallback):
+    """Let the server fall silent for `seconds` after step 5."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
     def on_step_end(self, args, state, control, **kwargs):
-        global silent
-        silent = silent or state.global_step == 5
+        global silent_until
+        if state.global_step == 5:
+            silent_until = time.monotonic() + self.seconds
 
 
-def train(name: str, *more: str, hush: bool = False) -> dict[int, float]:
+def train(name: str, *more: str, hush: float = 0.0) -> dict[int, float]:
     command = (
         "--dataset_name alice/books --validation_split validation --streaming --tokenizer_vocab_size 400 "
         "--config_overrides hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16 "
         "--block_size 60 --shuffle_buffer 16 --per_device_train_batch_size 8 --max_steps 24 --save_steps 2 "
-        "--logging_steps 1 --eval_strategy no --stream_patience 2 --disable_tqdm true "
+        "--logging_steps 1 --eval_strategy no --disable_tqdm true "
         f"--output_dir {FOLDER / name}"
     )
     parsed = training.parse_arguments([*command.split(), *more])
@@ -79,7 +87,7 @@ def train(name: str, *more: str, hush: bool = False) -> dict[int, float]:
 
     def build_with_hush(*args):
         trainer = build(*args)
-        trainer.add_callback(Hush)
+        trainer.add_callback(Hush(hush))
         return trainer
 
     run.build_trainer = build_with_hush if hush else build
@@ -94,14 +102,15 @@ def train(name: str, *more: str, hush: bool = False) -> dict[int, float]:
 push()
 whole = train("whole")
 assert sorted(whole) == list(range(1, 25))
+assert train("paused", hush=1.0) == whole and refused
 try:
-    train("broken", hush=True)
+    train("broken", hush=float("inf"))
 except ConnectionError as error:
-    assert "alice/books could not be read for" in str(error) and "--resume_from_checkpoint last" in str(error), error
+    assert "alice/books could not be read: " in str(error) and "--resume_from_checkpoint last" in str(error), error
 else:
     raise AssertionError("the stream did not notice that the server had fallen silent")
 saved = sorted((FOLDER / "broken").glob("checkpoint-*"))
 assert 2 <= len(saved) < 12 and all(not missing_from_checkpoint(path, streaming=True) for path in saved)
-silent = False
+silent_until = 0.0
 assert train("broken", "--resume_from_checkpoint", "last") == whole
 print("as if it had not happened")

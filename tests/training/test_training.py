@@ -554,8 +554,6 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         run("--streaming", dataloader_num_workers=2)
     with pytest.raises(ValueError, match="sequence_warmup_start must give block_size=60 when doubled.*got 7"):
         run(sequence_warmup_steps=5, sequence_warmup_start=7)
-    with pytest.raises(ValueError, match="stream_patience must be 0 or more seconds, got -1"):
-        run(stream_patience=-1)
     with pytest.raises(ValueError, match="max_steps must be at least 1 with --streaming, got -1"):
         run("--streaming", max_steps=None)
     for changes in ({"train_file": None}, {"dataset_name": "x/y"}):
