@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards from what is known: the checkpoint, a file of facts, a file of measured results. Nothing is filled in.
+"""Model cards, made of a checkpoint, a file of facts and a file of measured results; nothing else is filled in.
 
-Facts are a JSON object. Results are a JSON list of objects, one for each number, for example
+Facts are a JSON object, described in [`make_card`]. Results are a JSON list with one object per number, for example
 
     {"task": "text-generation", "dataset": "wikitext", "split": "test", "metric": "perplexity", "value": 21.5,
      "command": "python scripts/...", "machine": "1 x H200", "commit": "0123abc"}
@@ -24,11 +24,12 @@ from flash_hf.hub import registered_classes
 REQUIRED_FACTS = (
     "repo_id", "summary", "license", "language", "datasets", "training_data", "training", "intended_use", "limits",
 )  # fmt: skip
-OPTIONAL_FACTS = ("base_model", "example", "license_link", "license_name", "picture", "tags")
-SECTIONS = ("example", "picture", "tags")  # optional, and no metadata of the Hub by these names
+OPTIONAL_FACTS = ("base_model", "example", "license_link", "license_name", "numbers", "picture", "tags")
+SECTIONS = ("example", "numbers", "picture", "tags")  # optional, and not metadata of the Hub
+MAX_NUMBERS = 6
 RESULT_FIELDS = ("task", "dataset", "split", "metric", "value", "command", "machine", "commit")
 
-# Names that the Hub gives to tasks.
+# The Hub's names of tasks.
 PIPELINE_TAGS = {
     "AutoModel": "feature-extraction",
     "AutoModelForCausalLM": "text-generation",
@@ -43,11 +44,11 @@ PLACEHOLDER = re.compile(r"\b(TODO|TBD|FIXME)\b|(?i:more information needed|lore
 
 def check_text(name: str, value: object) -> None:
     if not isinstance(value, str) or PLACEHOLDER.search(value):
-        raise ValueError(f"`{name}` must be a text that says it, without a placeholder, got {value!r}.")
+        raise ValueError(f"`{name}` must be a text without placeholders, got {value!r}.")
 
 
 def check_facts(facts: dict) -> None:
-    """Refuse facts that are missing, unknown, or not yet written.
+    """Refuse facts that are missing, unknown or not yet written.
 
     Raises:
         ValueError: naming the fact.
@@ -59,8 +60,10 @@ def check_facts(facts: dict) -> None:
         if name not in REQUIRED_FACTS + OPTIONAL_FACTS:
             valid = REQUIRED_FACTS + OPTIONAL_FACTS
             raise ValueError(f"`facts` must not have `{name}`; known are {', '.join(valid)}.{nearest(name, valid)}")
+        if name == "numbers":
+            continue  # see `shown_results`
         if name in ("datasets", "tags", "language") and isinstance(value, list):
-            # No data set of the Hub may have been used: then `training_data` alone says what was.
+            # Empty where no data set of the Hub was used; `training_data` then describes the text.
             if not value and name == "language":
                 raise ValueError("`language` must name a language, got an empty list.")
             for entry in value:
@@ -80,7 +83,7 @@ def check_facts(facts: dict) -> None:
 
 
 def check_results(results: list[dict]) -> None:
-    """Refuse a number that does not say what it is and how to get it again.
+    """Refuse a number without its metric, data, command, machine and commit.
 
     Raises:
         ValueError: naming the entry and the field.
@@ -101,8 +104,33 @@ def check_results(results: list[dict]) -> None:
             raise ValueError(f"`results[{i}].value` must be a finite number, got {value!r}.")
 
 
+def shown_results(facts: dict, results: list[dict]) -> list[dict]:
+    """The results that the card shows, each with a `label`: those of `numbers`, or the first `MAX_NUMBERS`.
+
+    Raises:
+        ValueError: `numbers` is not a list of 1 to `MAX_NUMBERS` objects of `dataset`, `split`, `metric` and `label`,
+            each the name of exactly one result.
+    """
+    if "numbers" not in facts:
+        label = "{metric}, {dataset} ({split})"
+        return [{**result, "label": label.format(**result)} for result in results[:MAX_NUMBERS]]
+    numbers, keys = facts["numbers"], ("dataset", "split", "metric")
+    if not isinstance(numbers, list) or not 1 <= len(numbers) <= MAX_NUMBERS:
+        raise ValueError(f"`numbers` must be a list of 1 to {MAX_NUMBERS} objects, got {numbers!r}.")
+    shown = []
+    for i, number in enumerate(numbers):
+        if not isinstance(number, dict) or sorted(number) != sorted((*keys, "label")):
+            raise ValueError(f"`numbers[{i}]` must have exactly dataset, split, metric and label, got {number!r}.")
+        check_text(f"numbers[{i}].label", number["label"])
+        found = [result for result in results if all(result[key] == number[key] for key in keys)]
+        if len(found) != 1:
+            raise ValueError(f"`numbers[{i}]` must name one result, but {number!r} names {len(found)}.")
+        shown.append({**found[0], "label": number["label"]})
+    return shown
+
+
 def count_parameters(folder: Path) -> int:
-    """Numbers in the weight files, by their headers."""
+    """Parameters in the weight files, read from their headers."""
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"`folder` must hold the weights, but there is no model*.safetensors in {folder}.")
@@ -132,24 +160,26 @@ def make_card(
     """The card of a saved model.
 
     Args:
-        folder: Where `save_pretrained` or `flash_hf.hub.save_with_code` saved it. Class, task, sizes, and whether the
-            code is there are read from it.
-        facts: What only people know: `repo_id`, `summary`, `license`, `language` (a code or a list), `datasets` (a
-            list of names on the Hub), and the sections `training_data`, `training`, `intended_use` and `limits` in
-            Markdown. If it applies: `base_model`, `license_name`, `license_link`, `tags`, `example` (Markdown: what
-            the model makes of an input) and `picture` (a file of the folder: the curve of the training).
+        folder: Where `save_pretrained` or `flash_hf.hub.save_with_code` saved it. Class, task and sizes are read from
+            it, and whether it holds the code.
+        facts: `repo_id`, `summary`, `license`, `language` (a code or a list), `datasets` (a list of names on the Hub),
+            and the sections `training_data`, `training`, `intended_use` and `limits` in Markdown. Optional:
+            `base_model`, `license_name`, `license_link`, `tags`, `numbers` (up to six objects of `dataset`, `split`,
+            `metric` and `label`: the results that the card shows; the first six if left out), `example` (Markdown: an
+            input and the model's output) and `picture` (a file of the folder: the training curve).
         results: Measured numbers, each with `task` (the Hub's name of the task), `dataset`, `split`, `metric`,
-            `value`, `command`, `machine` and `commit`. An empty list makes a card that says so.
+            `value`, `command`, `machine` and `commit`. With an empty list the card states that nothing was measured.
         template: model_cards/TEMPLATE.md of the repository, or another Jinja template.
         has_code: Whether the repository holds the code for `trust_remote_code`. By default as the folder does; True
-            for a folder that is going to be pushed with its code.
+            for a folder that will be pushed with its code.
 
     Raises:
-        ValueError: something that the card must say is missing.
-        jinja2.UndefinedError: the template asks for something that is not known.
+        ValueError: a fact or a result is missing or wrong, or the folder lacks the weights or the picture.
+        jinja2.UndefinedError: the template uses an unknown name.
     """
     check_facts(facts)
     check_results(results)
+    shown = shown_results(facts, results)
     folder = Path(folder)
     config = FlashConfig.from_pretrained(folder)
     architecture = (config.architectures or ["nothing"])[0]
@@ -181,12 +211,12 @@ def make_card(
                 metric_type=result["metric"],
                 metric_value=result["value"],
             )
-            for result in results
+            for result in shown
         ]
         or None,
         **optional,
     )
-    # Not ModelCard.from_template: it prints nothing for a name that the template has and nobody knows.
+    # Not ModelCard.from_template, which renders an unknown name of the template as nothing.
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(Path(template).read_text(encoding="utf-8")).render(
         **{key: facts[key] for key in REQUIRED_FACTS},
@@ -194,14 +224,15 @@ def make_card(
         model_name=name,
         architecture=architecture,
         auto_class=auto_class,
-        parameters=count_parameters(folder),
+        parameters=f"{count_parameters(folder):,}",
         config=config,
         has_code=has_code,
-        results=results,
+        pipeline_tag=PIPELINE_TAGS[auto_class],
+        shown=shown,
         example=facts.get("example"),
         picture=picture,
     )
     return ModelCard(text)
 
 
-__all__ = ["check_facts", "check_results", "make_card", "published"]
+__all__ = ["check_facts", "check_results", "make_card", "published", "shown_results"]

@@ -21,19 +21,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import flash_hf
 import warm
-from flash_hf import FlashConfig, FlashForCausalLM, training
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForSequenceClassification, training
 from flash_hf.hub import add_code, registered_classes
 from flash_hf.training.arguments import config_fields
 from flash_hf.training.run import new_config
 from flash_hf.training.tokenizer import CHAT_TEMPLATE
 from helpers import tiny_config
-from scripts.cards.card import PIPELINE_TAGS, check_facts, check_results, make_card, published
+from scripts.cards.card import PIPELINE_TAGS, check_facts, check_results, make_card, published, shown_results
 
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
 FACTS = json.loads((ROOT / "tests" / "data" / "card_facts.json").read_text(encoding="utf-8"))
 RESULTS = json.loads((ROOT / "tests" / "data" / "card_results.json").read_text(encoding="utf-8"))
+NUMBERS = [{"dataset": "wizard-of-oz", "split": "validation", "metric": "accuracy", "label": "share of right tokens"}]
 PUBLISHED = {folder.name: (folder, facts, results) for folder, facts, results in published(ROOT / "model_cards")}
 
 
@@ -57,11 +58,10 @@ def test_the_script_writes_a_card_with_everything(folder):
     card = ModelCard.load(folder / "README.md")
     for text in FACTS.values():
         assert str(text) in card.content or text == []
-    rows = [line for line in card.text.splitlines() if line.startswith("| text-")]
-    for row, result in zip(rows, RESULTS, strict=True):
-        assert [cell.strip(" `") for cell in row.split("|")[1:-1]] == [str(value) for value in result.values()]
+    rows = [line.strip("| ").split(" | ") for line in card.text.splitlines() if line.startswith("| ")][2:]
+    assert rows == [[f"{r['metric']}, {r['dataset']} ({r['split']})", f"{r['value']:.4g}"] for r in RESULTS]
     parameters = sum(weight.numel() for weight in FlashForCausalLM(tiny_config()).parameters())
-    assert f"| Parameters | {parameters} |" in card.text
+    assert f"{parameters:,} parameters" in card.text and "(results.json)" in card.text
     assert "2202.10447" in card.text and "Hua, Weizhe" in card.text
     assert not re.search(r"{{|{%|}}|None|Undefined|\[\]|TODO|More Information", card.content)
 
@@ -87,11 +87,11 @@ def test_the_metadata_reads_back(folder):
 
 def test_code_is_promised_only_where_it_is(folder):
     plain = make_card(folder, FACTS, [], TEMPLATE)
-    assert "trust_remote_code=True)" not in plain.text and "holds no code" in plain.text
-    assert plain.data.eval_results is None
+    assert "it runs this repository's code" not in plain.text and "holds no code" in plain.text
+    assert plain.data.eval_results is None and "Nothing has been measured." in plain.text
     add_code(folder)
     coded = make_card(folder, FACTS, [], TEMPLATE)
-    assert 'AutoModelForCausalLM.from_pretrained("someone/flash-example", trust_remote_code=True)' in coded.text
+    assert "`trust_remote_code=True`: it runs this repository's code" in coded.text and "`revision`" in coded.text
 
 
 @pytest.mark.parametrize("name", PIPELINE_TAGS)
@@ -100,16 +100,54 @@ def test_every_head_has_a_task(name, tmp_path):
     assert set(PIPELINE_TAGS) == set(classes) - {"AutoConfig"}
     classes[name](tiny_config()).save_pretrained(tmp_path)
     card = make_card(tmp_path, FACTS, RESULTS, TEMPLATE)
-    assert card.data.pipeline_tag == PIPELINE_TAGS[name] and f"import AutoTokenizer, {name}\n" in card.text
+    assert card.data.pipeline_tag == PIPELINE_TAGS[name]
+    pipelines = {"AutoModelForCausalLM": '"text-generation"', "AutoModelForMaskedLM": '"fill-mask"'}
+    assert pipelines.get(name, f"import AutoTokenizer, {name}\n") in card.text
 
 
-def test_the_code_of_a_card_runs(folder):
-    """With the folder for the name on the Hub: this model has no tokenizer, so without its lines."""
-    text = make_card(folder, FACTS, [], TEMPLATE).text
-    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("someone/flash-example", str(folder))
+@pytest.mark.parametrize("name", ["causal", "masked", "classifier"])
+def test_the_code_of_a_card_runs(name, tmp_path, capsys):
+    """With a folder in place of the name on the Hub."""
+    if name == "classifier":
+        FlashForSequenceClassification(tiny_config()).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(PUBLISHED["flash-7m-masked"][0]).save_pretrained(tmp_path)
+        folder, facts = tmp_path, FACTS
+    else:
+        folder = PUBLISHED[f"flash-7m-{name}"][0]
+        facts = json.loads(PUBLISHED[folder.name][1].read_text(encoding="utf-8"))
+    text = make_card(folder, {**facts, "numbers": NUMBERS} if "numbers" in facts else facts, RESULTS, TEMPLATE).text
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1].replace(facts["repo_id"], str(folder))
     names = {}
-    exec("\n".join(line for line in code.splitlines() if not line.startswith("tokenizer")), names)
-    assert type(names["model"]) is FlashForCausalLM
+    exec(code, names)
+    printed = capsys.readouterr().out
+    if name == "classifier":
+        assert type(names["model"]) is FlashForSequenceClassification
+    else:
+        assert printed.startswith("It was a cold evening" if name == "causal" else "She opened the door")
+
+
+def test_a_card_shows_the_chosen_numbers_alone(folder):
+    card = make_card(folder, {**FACTS, "numbers": NUMBERS}, RESULTS, TEMPLATE)
+    assert "| share of right tokens | 0.01562 |" in card.text and "123" not in card.content
+    assert [result.metric_value for result in ModelCard(str(card)).data.eval_results] == [0.015625]
+    many = [{**RESULTS[0], "metric": f"metric {i}"} for i in range(9)]
+    assert len(shown_results(FACTS, many)) == 6
+
+
+@pytest.mark.parametrize(
+    "numbers, words",
+    [
+        ([], "must be a list of 1 to 6"),
+        ("accuracy", "must be a list of 1 to 6"),
+        ([NUMBERS[0]] * 7, "must be a list of 1 to 6"),
+        ([{**NUMBERS[0], "unit": "%"}], r"`numbers\[0\]` must have exactly dataset, split, metric and label"),
+        ([{**NUMBERS[0], "label": "TODO"}], r"`numbers\[0\].label` must be a text"),
+        ([{**NUMBERS[0], "metric": "accurracy"}], "must name one result, but .* names 0"),
+    ],
+)
+def test_wrong_numbers_are_refused(numbers, words, folder):
+    with pytest.raises(ValueError, match=words):
+        make_card(folder, {**FACTS, "numbers": numbers}, RESULTS, TEMPLATE)
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -187,6 +225,7 @@ def test_a_published_folder_is_up_to_date(name):
         *(json.loads(path.read_text(encoding="utf-8")) for path in PUBLISHED[name][1:]),
     )
     card = make_card(folder, facts, results, TEMPLATE, has_code=True)
+    assert len(card.text.splitlines()) <= 90 and 5 <= len(shown_results(facts, results)) <= 6
     assert card.content == (folder / "README.md").read_text(encoding="utf-8"), "make cards"
     assert not list(folder.glob("*.py")) and "auto_map" not in json.loads(
         (folder / "config.json").read_text(encoding="utf-8")
@@ -221,7 +260,7 @@ def test_the_readme_shows_the_results():
     )
     document = (ROOT / "scripts" / "README.md").read_text(encoding="utf-8")
     said = " ".join(document.split("### A book in constant memory")[1].split("\n## ")[0].split())
-    assert f"cost this small model {whole:.3f} bits a byte, and {cut:.3f} if it forgets" in said
+    assert f"cost this small model {whole:.3f} bits per byte, and {cut:.3f} if it forgets" in said
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
