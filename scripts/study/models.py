@@ -206,7 +206,8 @@ PLUS_FORMS = (
     "window-softmax-heads-gated", "window-softmax-heads-delta", "window-softmax-heads-keys-gated",
     "window-softmax-heads-gated-features", "window-softmax-heads-gated-norm", "window-softmax-gated-hybrid",
     "window-softmax-heads-gated-hybrid", "window-softmax-heads-delta-hybrid", "512-softmax-heads-gated",
-    "512-heads-gated", "heads-gated-hybrid",
+    "512-heads-gated", "heads-gated-hybrid", "window-keys", "keys-gated", "keys-delta", "window-keys-delta",
+    "window-keys-gated", "keys-softmax", "window-keys-softmax",
 )  # fmt: skip
 
 
