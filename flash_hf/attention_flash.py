@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, is_tracing
 
@@ -25,7 +25,7 @@ Normalization = Literal["mean", "chunk"]
 LAPLACE_MEAN, LAPLACE_STD = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
 
 
-class Heads(NamedTuple):
+class QueryKeys(NamedTuple):
     """Queries and keys made from one basis `z`; a branch that the layer lacks is None. Each `[..., S]`."""
 
     quad_q: Tensor | None
@@ -67,14 +67,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether nobody listens to a module's calls or has replaced its forward: it may be left out."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-    return not hooked and "forward" not in module.__dict__
-
-
 # ------------------------------------------------------------------------------------------------------------------
-# Positions and heads
+# Positions, queries and keys
 # ------------------------------------------------------------------------------------------------------------------
 def scaled_sinusoid(position_BN: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Sinusoidal positions, sine half then cosine half, `[B, N, width]`, before the learnt scalar (eq. 0)."""
@@ -105,12 +99,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
 
 
 def offset_scale(z: Tensor, gamma_HS: Tensor, beta_HS: Tensor, rotary, *, interleaved: bool = False) -> Tensor:
-    """Heads `RoPE(gamma * z + beta)` (eq. 3), `[..., H, S]` from `[..., S]`; `rotary` is (cos, sin) `[..., r/2]` or "
-    "None."""
-    heads = z[..., None, :] * gamma_HS + beta_HS
-    if rotary is not None:
-        heads = rotate(heads, rotary[0][..., None, :], rotary[1][..., None, :], interleaved=interleaved)
-    return heads
+    """Queries and keys `RoPE(gamma_h * z + beta_h)` (eq. 3), `[..., H, S]` from z `[..., S]`; `rotary` is cos and sin,
+    `[..., r / 2]`, or None."""
+    scaled = z[..., None, :] * gamma_HS + beta_HS
+    if rotary is None:
+        return scaled
+    return rotate(scaled, rotary[0][..., None, :], rotary[1][..., None, :], interleaved=interleaved)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -136,8 +130,7 @@ def toeplitz(bias_R: Tensor, length: int) -> Tensor:
 
 
 def score_bias(bias_R: Tensor | None, length: int, causal: bool, like: Tensor) -> Tensor | None:
-    """Additive `[length, length]`: the relative bias, and -inf above the diagonal if causal. None if neither "
-    "applies."""
+    """Additive `[length, length]`: the relative bias, and -inf above the diagonal if causal. None without either."""
     bias_CC = None if bias_R is None else toeplitz(bias_R, length).to(like.dtype)
     if not causal:
         return bias_CC
@@ -197,8 +190,7 @@ def chunk_products(lin_k_BGCS: Tensor, value_BGCE: Tensor) -> Tensor:
 
 
 def running_states(product_BGSE: Tensor, initial_BSE: Tensor | None) -> Tensor:
-    """Running sums over a row's chunks: entry g is the sum before chunk g, the last one that of all, `[B, G + 1, S, "
-    "E]`."""
+    """Running sums over a row's chunks, `[B, G + 1, S, E]`: entry g is the sum before chunk g, the last one of all."""
     if initial_BSE is None:
         initial_BSE = torch.zeros_like(product_BGSE[:, 0])
     return torch.cat([initial_BSE[:, None], product_BGSE], 1).cumsum(1)
@@ -230,7 +222,7 @@ def previous_keys(own_BGCS: Tensor, layout: ChunkLayout, before_BS: Tensor | Non
 
 
 def mixed_chunk_attention(
-    heads: Heads,
+    qk: QueryKeys,
     value_BGCE: Tensor,
     layout: ChunkLayout,
     *,
@@ -248,7 +240,7 @@ def mixed_chunk_attention(
     """Mixed chunk attention (arXiv 2202.10447, section 3.2): eq. 4 inside chunks plus eq. 5 across them.
 
     Args:
-        heads: on the grid of `layout`, each `[B, G, C, S]`; None for a branch that is switched off.
+        qk: on the grid of `layout`, each `[B, G, C, S]`; None for a branch that the layer lacks.
         value_BGCE: values, 0 at empty slots.
         chunk_size: the configured C (the grid's chunks may be shorter when the input is).
         bias_R: relative bias `[2 * C - 1]` for the grid's C, or None.
@@ -259,7 +251,7 @@ def mixed_chunk_attention(
     Returns:
         `[B, G, C, E]` and the new state (None unless asked for).
     """
-    quad_q, quad_k, lin_q, lin_k = heads
+    quad_q, quad_k, lin_q, lin_k = qk
     initial = before = None
     if state is not None:
         quad_k, value_BGCE = (
@@ -352,7 +344,7 @@ def closed_total(state: DecodingState, open_BC: Tensor) -> Tensor:
 
 
 def mixed_chunk_step(
-    heads: Heads,
+    qk: QueryKeys,
     value_B1E: Tensor,
     layout: StepLayout,
     state: DecodingState,
@@ -370,7 +362,7 @@ def mixed_chunk_step(
     `out = sum_j (A_j - c lin_q lin_k_j) v_j + c lin_q total`, since `total` also counts the open chunk.
 
     Args:
-        heads: each `[B, 1, S]`, or None.
+        qk: each `[B, 1, S]`, or None.
         value_B1E: `[B, 1, E]`.
         bias_R: relative bias `[2 * C - 1]`, or None.
 
@@ -399,31 +391,29 @@ def mixed_chunk_step(
                 new_B1F = torch.where(valid_B1[..., None], new_B1F, cache_BCF.gather(1, index))
             cache_BCF.scatter_(1, index, new_B1F)
 
-    key_B1S = heads.lin_k
+    key_B1S = qk.lin_k
     if key_B1S is not None and previous_key:
         newest_B = torch.where(phase_B == 0, C, phase_B)
         key_B1S = state.lin_k.gather(1, index_of(newest_B, state.lin_k))
         key_B1S = key_B1S.masked_fill((seen_B == 0)[:, None, None], 0)
-        write(state.lin_k, heads.lin_k, phase_B + 1)
-    write(state.quad_k, heads.quad_k)
+        write(state.lin_k, qk.lin_k, phase_B + 1)
+    write(state.quad_k, qk.quad_k)
     write(state.lin_k, key_B1S)
     write(state.value, value_B1E)
 
     dtype = value_B1E.dtype
     weights_B1C = None
-    if heads.quad_q is not None:
-        scale = score_scale(activation, divisor, heads.quad_q.shape[-1])
-        bias_B1C = torch.zeros_like(visible_BC, dtype=heads.quad_q.dtype)[:, None]
+    if qk.quad_q is not None:
+        scale = score_scale(activation, divisor, qk.quad_q.shape[-1])
+        bias_B1C = torch.zeros_like(visible_BC, dtype=qk.quad_q.dtype)[:, None]
         if bias_R is not None:
-            bias_B1C = bias_R.to(heads.quad_q.dtype)[(slot_C - phase_B[:, None]) + C - 1][:, None]
+            bias_B1C = bias_R.to(qk.quad_q.dtype)[(slot_C - phase_B[:, None]) + C - 1][:, None]
         bias_B1C = bias_B1C.masked_fill(~visible_BC[:, None], -math.inf)
-        weights_B1C = activate(
-            scores_of(heads.quad_q, state.quad_k.to(heads.quad_q.dtype), scale, bias_B1C), activation
-        )
+        weights_B1C = activate(scores_of(qk.quad_q, state.quad_k.to(qk.quad_q.dtype), scale, bias_B1C), activation)
     remote_B1E = None
-    if heads.lin_q is not None:
+    if qk.lin_q is not None:
         scale_B = global_scale(closed_B, normalization, C, state.total.dtype)
-        query = heads.lin_q.to(state.total.dtype) * scale_B[:, None, None]
+        query = qk.lin_q.to(state.total.dtype) * scale_B[:, None, None]
         with torch.autocast(seen_B.device.type, enabled=False):
             remote_B1E = torch.bmm(query, state.total).to(dtype)
             inside_B1C = torch.bmm(query, state.lin_k[:, :C].to(query.dtype).transpose(1, 2))
@@ -492,6 +482,6 @@ def quadratic_attention(
 
 
 __all__ = [
-    "DecodingState", "Heads", "activate", "closed_total", "local_attention", "mixed_chunk_attention",
-    "mixed_chunk_step", "offset_scale", "quadratic_attention", "rotate", "scaled_sinusoid", "toeplitz",
+    "DecodingState", "activate", "closed_total", "local_attention", "mixed_chunk_attention",
+    "mixed_chunk_step", "QueryKeys", "offset_scale", "quadratic_attention", "rotate", "scaled_sinusoid", "toeplitz",
 ]  # fmt: skip

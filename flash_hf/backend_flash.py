@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the work is done: in the kernels of an installed flash_hf, or in the functions of attention_flash.py."""
+"""Where the work is done: in the Triton kernels of an installed flash_hf, or in the functions of attention_flash.py.
+
+Every choice between the two is made here: once per forward by `plan_for`, and by each layer for the modules it has
+(`fuses_layer`, `fuses_attention`, `normalise`), which may be hooked, quantised or replaced.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunking_flash import is_tracing
+from .chunking_flash import Places, QuadraticLayout, StepLayout, is_tracing
 
 
 logger = logging.get_logger(__name__)
 
 # Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
-KERNEL_INTERFACE = 3
+KERNEL_INTERFACE = 4
+
+# Names of the activation that the kernels compute themselves.
+SILU = ("silu", "swish")
 
 _loaded: list[tuple[ModuleType | None, str]] = []
 
@@ -41,7 +51,7 @@ def _import_kernels() -> tuple[ModuleType | None, str]:
 
 
 def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bool) -> ModuleType | None:
-    """The kernels if `config.backend` wants them and they can run, else None: the torch tier computes.
+    """The kernels, if `config.backend` allows them and they can run; else None, and torch computes.
 
     Args:
         dtype: what products are computed in.
@@ -73,4 +83,149 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
     return None
 
 
-__all__ = ["KERNEL_INTERFACE", "kernels_for", "load_kernels"]
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type that products with x are computed in: autocast's, or x's own."""
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether a module's call is its class's forward and nothing else, so that its parameters may be used directly."""
+    # accelerate replaces `forward`: offloaded parameters are there only while their own module is called.
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a projection is a stock linear layer with a bias: not replaced (LoRA), hooked, quantised or sharded."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and type(module.bias) in (nn.Parameter, Tensor)
+        and is_bare(module)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Once per forward
+# ------------------------------------------------------------------------------------------------------------------
+def with_plan(places: Places, kernels: ModuleType, config, batch: int, *, causal: bool, cache) -> Places:
+    """`places` with what the kernels need, if they can compute this call.
+
+    Args:
+        batch: sequences of this call.
+        cache: the first layer's cache, or None.
+    """
+    layout = places.layout
+    # Rolling back needs keys by token.
+    if isinstance(layout, QuadraticLayout) or (cache is not None and cache.record_past):
+        return places
+    if isinstance(layout, StepLayout):
+        state = cache.state
+        # A state that was made elsewhere, or changed by hand.
+        fits = state is None or all(x is None or x.is_contiguous() for x in state)
+        return replace(places, fused=fits and (state is None or state.value.dtype in kernels.DTYPES))
+    # A packed continuation would need the cached slots in the grid of its first document.
+    if cache is not None and places.documents.start_BN is not None:
+        return places
+    amid = layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any()))
+    if amid and (is_tracing() or torch.is_grad_enabled()):
+        return places
+    plan = kernels.chunk_plan(
+        layout,
+        batch,
+        causal=causal,
+        width=config.intermediate_size,
+        normalization=config.global_normalization,
+        chunk_size=config.chunk_size,
+        amid=amid,
+    )
+    return replace(places, fused=True, plan=plan)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# In every layer
+# ------------------------------------------------------------------------------------------------------------------
+def normalise(norm: nn.Module, x: Tensor, places: Places) -> Tensor:
+    """`norm(x)`, by a kernel where kernels compute this call and have this norm."""
+    if places.fused and has_kernel(norm):
+        return load_kernels()[0].scale_norm(x, norm.weight, norm.eps)
+    return norm(x)
+
+
+def has_kernel(norm: nn.Module) -> bool:
+    # The class's own mark: a subclass may compute something else.
+    return "has_kernel" in type(norm).__dict__ and is_bare(norm)
+
+
+def fuses_attention(unit: nn.Module, places: Places) -> bool:
+    """Whether one kernel computes everything between the projections of a unit."""
+    return places.fused and is_bare(unit.offset_scale)
+
+
+def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
+    """`u * attention(z, v)`, `[B, N, E]`: the projections as modules, whatever they are, then one kernel."""
+    kernels, config = load_kernels()[0], unit.config
+    u_BNE, v_BNE, z_BNS = unit.u_proj(x_BND), unit.v_proj(x_BND), unit.z_proj(x_BND)
+    silu = config.hidden_act in SILU
+    if not silu:
+        u_BNE, v_BNE, z_BNS = unit.act_fn(u_BNE), unit.act_fn(v_BNE), unit.act_fn(z_BNS)
+    options = {"bias_R": unit.bias(places), "silu": silu}
+    if isinstance(places.layout, StepLayout):
+        return kernels.attention_step(
+            unit, u_BNE, v_BNE, z_BNS, places, state=cache.begin_step(v_BNE, places), **options
+        )
+    options |= continuation(places, cache)
+    out_BNE, state = kernels.gated_attention(unit, u_BNE, v_BNE, z_BNS, places, **options)
+    if cache is not None:
+        cache.update(state, places)
+    return out_BNE
+
+
+def continuation(places: Places, cache) -> dict[str, Any]:
+    """What attention over chunks takes of a cache: the state before the call, and whether to return the one after."""
+    return {
+        "state": None if places.layout.phase_B is None else cache.state,
+        "return_state": cache is not None,
+    }
+
+
+def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
+    """Whether one kernel call computes a whole layer: its modules are the stock classes, with no hooks attached."""
+    unit = layer.gau
+    return (
+        places.plan is not None
+        and not places.plan.cached  # cached slots come between the projections
+        and has_kernel(layer.norm)
+        and unit.config.hidden_act in SILU
+        and not (layer.hidden_dropout and layer.training)
+        and compute_dtype(x_BND) in (torch.bfloat16, torch.float32)
+        and is_bare(unit)
+        and is_bare(unit.offset_scale)
+        and all(is_plain_linear(module) for module in (unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj))
+    )
+
+
+def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
+    """`x + GAU(norm(x))` by one kernel call, `[B, N, D]`."""
+    dtype, bias_R = compute_dtype(x_BND), layer.gau.bias(places)
+    out_BND, state = load_kernels()[0].layer(
+        layer, x_BND, places, bias_R=bias_R, dtype=dtype, **continuation(places, cache)
+    )
+    if cache is not None:
+        cache.update(state, places)
+    return out_BND
+
+
+__all__ = [
+    "KERNEL_INTERFACE",
+    "continuation",
+    "fused_attention",
+    "fused_layer",
+    "fuses_attention",
+    "fuses_layer",
+    "kernels_for",
+    "load_kernels",
+    "normalise",
+    "with_plan",
+]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_flash import DecodingState, Heads, mixed_chunk_attention, wide
-from .chunking_flash import Documents, chunk_layout, count_positions, is_tracing
+from .attention_flash import DecodingState, QueryKeys, mixed_chunk_attention, wide
+from .chunking_flash import Documents, Places, QuadraticLayout, chunk_layout, count_positions, is_tracing
 from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
 
 
@@ -71,6 +72,29 @@ def _each(change, tensors: tuple) -> list:
     return [None if x is None else change(x) for x in tensors]
 
 
+@dataclass  # not frozen: transformers' exporters assign to the fields
+class StateForm:
+    """What the state of one layer depends on, beside the width of its values."""
+
+    chunk_size: int
+    key_dim: int
+    has_quad: bool
+    has_lin: bool
+    previous_key: bool
+    shift: int
+
+    @classmethod
+    def of(cls, config: FlashConfig, layer_idx: int) -> StateForm:
+        return cls(
+            chunk_size=config.chunk_size,
+            key_dim=config.query_key_dim,
+            has_quad=config.has_quad,
+            has_lin=config.has_lin,
+            previous_key=config.previous_key,
+            shift=config.shift_of(layer_idx),
+        )
+
+
 class FlashChunkCacheLayer(CacheLayerMixin):
     """The constant-size state of one layer with chunked attention. See `DecodingState` for what it holds.
 
@@ -88,8 +112,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         self.state: DecodingState | None = None
         self.cumulative_length = 0
         self.record_past = False
-        self.previous_key = False
-        self.shift = 0
+        self.form: StateForm | None = None
         self._snapshot: DecodingState | None = None
         self._recorded: list[tuple] = []
 
@@ -117,48 +140,52 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         """Real tokens of each row's open document, int64 `[B]`; None if empty."""
         return None if self.is_empty else self.state.seen
 
-    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor, layer_idx: int) -> None:
-        """Allocate a state that has seen nothing, for values of this width (a shard of E under tensor parallelism)."""
-        batch, dtype, device = value_BNE.shape[0], value_BNE.dtype, value_BNE.device
-        C, S, E = config.chunk_size, config.query_key_dim, value_BNE.shape[2]
-        quad, lin = config.attention_type != "global", config.attention_type != "local"
-        self.previous_key, self.shift = config.global_form == "previous_token", config.shift_of(layer_idx)
+    def lazy_initialization(self, value_states: Tensor) -> None:
+        """Allocate a state that has seen nothing, for values like these, `[B, ..., E]` (a shard under tensor
+        parallelism). `check_cache` has set the form."""
+        (batch, *_, E), dtype, device = value_states.shape, value_states.dtype, value_states.device
+        form, C, S = self.form, self.form.chunk_size, self.form.key_dim
 
         def zeros(*shape, dtype=dtype):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         self.state = DecodingState(
-            quad_k=zeros(C, S) if quad else None,
-            lin_k=zeros(C + self.previous_key, S) if lin else None,
+            quad_k=zeros(C, S) if form.has_quad else None,
+            lin_k=zeros(C + form.previous_key, S) if form.has_lin else None,
             value=zeros(C, E),
-            total=zeros(S, E, dtype=wide(dtype)) if lin else None,
+            total=zeros(S, E, dtype=wide(dtype)) if form.has_lin else None,
             seen=zeros(dtype=torch.long),
         )
         self.device, self.dtype = device, dtype
         self.is_initialized = True
 
-    def update(self, state: DecodingState, heads: Heads, value_BNE: Tensor, documents: Documents) -> None:
-        """Store the state after a call of several tokens, and remember those tokens if rollback was asked for.
+    def update(
+        self, state: DecodingState, places: Places, qk: QueryKeys | None = None, value_BNE: Tensor | None = None
+    ) -> None:
+        """Store the state after a call of several tokens, and record these for rollback if it was asked for.
 
         Args:
             state: from `mixed_chunk_attention(..., return_state=True)`.
-            heads, value_BNE: the call's keys and values in token order, `[B, N, ...]` (read only when recording).
-            documents: the call's documents (read only when recording).
+            qk: the call's keys on the grid of `places.layout`; needed for recording alone.
+            value_BNE: the call's values, `[B, N, E]`; likewise.
         """
-        self._record(heads, value_BNE, documents)
-        self.store(state, value_BNE.shape[1])
-
-    def store(self, state: DecodingState, length: int) -> None:
-        """Store the state after a call of `length` tokens that need not be taken back."""
+        if not self.is_initialized:
+            self.lazy_initialization(state.value)
+        if self.record_past:
+            keys = _each(places.layout.merge, (qk.quad_k, qk.lin_k))
+            self._record(*keys, value_BNE, places.documents)
         self._set(state)
-        self.cumulative_length += length
+        self.cumulative_length += places.documents.position_BN.shape[1]
 
-    def begin_step(self, heads: Heads, value_B1E: Tensor, documents: Documents) -> DecodingState:
-        """The state for `mixed_chunk_step` to advance in place by one token."""
-        self._record(heads, value_B1E, documents)
-        if self._snapshot is not None and self._snapshot is self.state:
-            # The step overwrites the state; the snapshot must survive it.
-            self.state = DecodingState(*_each(torch.clone, self.state))
+    def begin_step(self, value_B1E: Tensor, places: Places, qk: QueryKeys | None = None) -> DecodingState:
+        """The state for one token, to be advanced in place; arguments as of `update`, keys `[B, 1, S]`."""
+        if not self.is_initialized:
+            self.lazy_initialization(value_B1E)
+        if self.record_past:
+            self._record(qk.quad_k, qk.lin_k, value_B1E, places.documents)
+            if self._snapshot is self.state:
+                # The step overwrites the state; the snapshot must survive it.
+                self.state = DecodingState(*_each(torch.clone, self.state))
         self.cumulative_length += 1
         return self.state
 
@@ -169,11 +196,10 @@ class FlashChunkCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def _record(self, heads: Heads, value_BNE: Tensor, documents: Documents) -> None:
-        if self.record_past:
-            self._snapshot = self.state if self._snapshot is None else self._snapshot
-            entry = (heads.quad_k, heads.lin_k, value_BNE, documents.valid_BN, documents.start_BN)
-            self._recorded.append(tuple(_each(torch.detach, entry)))
+    def _record(self, quad_k: Tensor | None, lin_k: Tensor | None, value_BNE: Tensor, documents: Documents) -> None:
+        self._snapshot = self.state if self._snapshot is None else self._snapshot
+        entry = (quad_k, lin_k, value_BNE, documents.valid_BN, documents.start_BN)
+        self._recorded.append(tuple(_each(torch.detach, entry)))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` columns of input; 0 confirms all that was recorded.
@@ -219,15 +245,19 @@ class FlashChunkCacheLayer(CacheLayerMixin):
 
         quad_k, lin_k, value = joined(0), joined(1), joined(2)
         documents = count_positions(B, keep, device, joined(3, True), joined(4, False), self._snapshot.seen)
-        layout = chunk_layout(documents, B, C, causal=True, shift=self.shift)
+        layout = chunk_layout(documents, B, C, causal=True, shift=self.form.shift)
         quad_k, lin_k, value = _each(layout.split, (quad_k, lin_k, value))
-        # Keys stand in for the queries, whose answers nobody reads.
-        heads = Heads(None, quad_k, lin_k, lin_k)
-        state = mixed_chunk_attention(
-            heads, value, layout, causal=True, chunk_size=C, divisor=1.0, previous_key=self.previous_key,
-            state=self._snapshot, return_state=True,
-        )[1]  # fmt: skip
-        return state
+        return mixed_chunk_attention(
+            QueryKeys(None, quad_k, lin_k, lin_k),  # any queries do: the output is dropped
+            value,
+            layout,
+            causal=True,
+            chunk_size=C,
+            divisor=1.0,
+            previous_key=self.form.previous_key,
+            state=self._snapshot,
+            return_state=True,
+        )[1]
 
     # -- what Cache asks of every layer
     def get_seq_length(self) -> int | Tensor:
@@ -317,8 +347,8 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.tensor(0, dtype=torch.long, device="cpu")  # moved later; not torch's default
 
-    def lazy_initialization(self, config: FlashConfig, value_BNE: Tensor, layer_idx: int) -> None:
-        super().lazy_initialization(config, value_BNE, layer_idx)
+    def lazy_initialization(self, value_states: Tensor) -> None:
+        super().lazy_initialization(value_states)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self._pin()
 
@@ -332,10 +362,6 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
         for mine, new in zip(self.state, state, strict=True):
             if mine is not None:
                 mine.copy_(new)
-
-    def begin_step(self, heads: Heads, value_B1E: Tensor, documents: Documents) -> DecodingState:
-        self.cumulative_length.add_(1)
-        return self.state
 
     def reset(self) -> None:
         if self.is_initialized:
@@ -368,6 +394,12 @@ class CountsDocuments:
         open_BM = self.document == self.document.amax(1, keepdim=True).clamp(min=0)
         return torch.where(open_BM, self.position + 1, 0).amax(1)
 
+    def extend(self, key_BNS: Tensor, value_BNE: Tensor, layout: QuadraticLayout) -> tuple[Tensor, Tensor]:
+        """Append a call's keys and values; returns all, `[B, M, S]` and `[B, M, E]`."""
+        books = {"position_BN": layout.key_position_BN, "document_BN": layout.key_document_BN}
+        keys, values = self.update(key_BNS[:, None], value_BNE[:, None], **books)
+        return keys[:, 0], values[:, 0]
+
 
 class FlashQuadraticCacheLayer(CountsDocuments, DynamicLayer):
     """Keys and values of FLASH-Quad, which grow with the context, and the document and position of each.
@@ -382,6 +414,12 @@ class FlashQuadraticCacheLayer(CountsDocuments, DynamicLayer):
     @property
     def batch_size(self) -> int:
         return self.position.shape[0] if self.position is not None else -1
+
+    def past(self, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+        """What `quadratic_layout` takes of the cached keys, before `length` tokens go in."""
+        if not self.is_initialized:
+            return {}
+        return {"past_position_BM": self.position.to(device), "past_document_BM": self.document.to(device)}
 
     def update(self, key_states, value_states, position_BN=None, document_BN=None, **kwargs):
         """Append `[B, 1, N, S]` and `[B, 1, N, E]` with their `[B, N]` positions and documents; returns all keys, "
@@ -440,19 +478,27 @@ class FlashStaticQuadraticCacheLayer(Irreversible, CountsDocuments, StaticLayer)
             torch._dynamo.mark_static_address(self.position)
             torch._dynamo.mark_static_address(self.document)
 
-    def places(self, length: int) -> Tensor:
+    def _next(self, length: int) -> Tensor:
         """Where the next `length` tokens go, int64 `[length]`."""
         return torch.arange(length, device=self.cumulative_length.device) + self.cumulative_length
+
+    def past(self, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+        if self.is_initialized:
+            position, document, write_N = self.position.to(device), self.document.to(device), self._next(length)
+        else:
+            position = torch.zeros(batch, self.max_cache_len, dtype=torch.long, device=device)
+            document, write_N = position - 1, torch.arange(length, device=device)
+        return {"past_position_BM": position, "past_document_BM": document, "write_N": write_N}
 
     def update(self, key_states, value_states, position_BN=None, document_BN=None, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        places = self.places(key_states.shape[2])
-        self.position.index_copy_(1, places, position_BN)
-        self.document.index_copy_(1, places, document_BN)
+        write_N = self._next(key_states.shape[2])
+        self.position.index_copy_(1, write_N, position_BN)
+        self.document.index_copy_(1, write_N, document_BN)
         keys, values = super().update(key_states.detach(), value_states.detach())
         if torch.is_grad_enabled() and value_states.requires_grad:
-            keys, values = keys.index_copy(2, places, key_states), values.index_copy(2, places, value_states)
+            keys, values = keys.index_copy(2, write_N, key_states), values.index_copy(2, write_N, value_states)
         return keys, values
 
     def reset(self) -> None:
@@ -478,7 +524,6 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     Raises:
         ValueError: a cache of another kind of model, of another shape, or filled with another number of rows.
     """
-    chunked = config.attention_type != "quadratic"
     wanted = LAYER_KINDS[config.layer_types[0]]
     if not isinstance(cache, Cache):
         raise ValueError(
@@ -488,15 +533,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(wanted[0]() for _ in range(config.num_hidden_layers))
         cache.layer_class_to_replicate = None
-    for index, layer in enumerate(cache.layers):
-        # Two copies of this code in one process (the package, and a checkpoint's remote code): transformers builds a
-        # cache from the layers registered last, which may be the other copy's. Empty, they are as good as ours.
-        foreign = getattr(layer, "_layer_type", None) == config.layer_types[0] and not isinstance(layer, wanted)
-        if foreign and not layer.is_initialized:
-            dynamic, static = LAYER_KINDS[layer._layer_type]
-            is_static = isinstance(layer, StaticLayer)
-            cache.layers[index] = static(max_cache_len=layer.max_cache_len) if is_static else dynamic()
-            cache.layers[index].record_past = getattr(layer, "record_past", False)
+    if cache.layers and not cache.layers[0].is_initialized:
+        _adopt(cache, config, wanted)
     if len(cache.layers) != config.num_hidden_layers or not all(isinstance(layer, wanted) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
@@ -515,25 +553,33 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
             f"The cache holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, or "
             "change the cache with batch_select_indices / batch_repeat_interleave."
         )
-    S, E = config.query_key_dim, layer.state.value.shape[2] if chunked else layer.values.shape[3]
-    if config.intermediate_size % E:
-        E = config.intermediate_size  # neither the width nor a tensor-parallel shard of it
-    if chunked:
-        state = layer.state
-        key = state.quad_k if state.quad_k is not None else state.lin_k
-        found = (state.value.shape[1], key.shape[2], state.value.shape[2], state.quad_k is None, state.lin_k is None)
-        expected = (config.chunk_size, S, E, config.attention_type == "global", config.attention_type == "local")
-        odd = 1 % len(cache.layers)
-        found += (cache.layers[odd].shift, layer.previous_key)
-        expected += (config.shift_of(odd), config.global_form == "previous_token")
+    if isinstance(layer, FlashChunkCacheLayer):
+        pair = range(min(2, len(cache.layers)))  # further layers are like one of the first two
+        found = [cache.layers[index].form for index in pair]
+        expected = [StateForm.of(config, index) for index in pair]
+        width = layer.state.value.shape[2]
     else:
-        found, expected = (layer.keys.shape[3], layer.values.shape[3]), (S, E)
-    if found != expected:
+        found, expected, width = layer.keys.shape[3], config.query_key_dim, layer.values.shape[3]
+    # A tensor-parallel shard of the values is narrower.
+    if found != expected or config.intermediate_size % width:
         raise ValueError(
-            "The cache was filled by a model of another shape (chunk_size, query_key_dim, value width ...: "
-            f"{found}); "
-            f"this model needs {expected}. Start with an empty cache."
+            f"The cache was filled by a model of another shape ({found}, values of width {width}); this model needs "
+            f"{expected}, {config.intermediate_size}. Start with an empty cache."
         )
+
+
+def _adopt(cache: Cache, config: FlashConfig, wanted: tuple[type, type]) -> None:
+    """Tell the empty layers of a cache what they will hold."""
+    for index, layer in enumerate(cache.layers):
+        # Two copies of this code in one process (the package, and a checkpoint's remote code): transformers builds a
+        # cache from the layers registered last, which may be the other copy's. Empty, they are as good as ours.
+        if getattr(layer, "_layer_type", None) == config.layer_types[0] and not isinstance(layer, wanted):
+            dynamic, static = wanted
+            own = static(max_cache_len=layer.max_cache_len) if isinstance(layer, StaticLayer) else dynamic()
+            own.record_past = getattr(layer, "record_past", False)
+            cache.layers[index] = layer = own
+        if isinstance(layer, FlashChunkCacheLayer):
+            layer.form = StateForm.of(config, index)
 
 
 __all__ = [

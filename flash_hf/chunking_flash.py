@@ -11,7 +11,6 @@ Alphabet: B rows, N tokens of this call, G chunks, C slots of a chunk, M keys (q
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +26,12 @@ class Movable:
     """A bundle of tensors that accelerate can move between devices as one (it calls `.to`)."""
 
     def to(self, device, non_blocking: bool = False, **kwargs):
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, (Tensor, Movable)):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, **moved)
+        def move(value):
+            if isinstance(value, tuple):
+                return tuple(move(part) for part in value)
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, (Tensor, Movable)) else value
+
+        return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,7 @@ def resolve_documents(
     position_ids: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
     seq_idx: Tensor | None = None,
-    seen_B: Tensor | None = None,
-    past_length: int | Tensor = 0,
+    cache=None,
 ) -> Documents:
     """Find documents and positions from the mask and the marks of packing.
 
@@ -189,12 +187,15 @@ def resolve_documents(
             padding are ignored.
         cu_seq_lens: cumulative lengths of packed documents, int `[documents + 1]`, for one row (`B == 1`).
         seq_idx: document number of every token, int `[B or 1, N]`.
-        seen_B: tokens of the open document in the cache, int64 `[B]`.
-        past_length: width (padding included) of what went into the cache before; a tensor in a static cache.
+        cache: the first layer's, which knows how many columns, and how many tokens of each open document, went in.
 
     Raises:
         ValueError: for shapes that do not fit, a mask that contradicts the cache, or positions that contradict both.
     """
+    seen_B, past_length = None, 0
+    if cache is not None and cache.seen_B is not None:
+        # The length of a static cache is a tensor.
+        seen_B, past_length = cache.seen_B.to(device), cache.get_seq_length()
     valid_BN = None
     if attention_mask is not None:
         if isinstance(attention_mask, Tensor):
@@ -323,7 +324,6 @@ class ChunkLayout(Movable):
         continues_B: whether the row's first document continues the cached one, bool `[B]`; None without cached tokens.
         final_B: the chunk that is open after this call, int64 `[B]`; None if it is the last for every row.
         seen_after_B: tokens of the open document after this call, int64 `[B or 1]`.
-        plan: how kernels walk through the chunks (`flash_hf.kernels.ChunkPlan`); None if torch computes.
         shift: empty slots before a document's first token.
         skipped: such slots that a grid of one short chunk leaves out.
     """
@@ -340,14 +340,8 @@ class ChunkLayout(Movable):
     phase_B: Tensor | None = None
     continues_B: Tensor | None = None
     final_B: Tensor | None = None
-    plan: Movable | None = None
     shift: int = 0
     skipped: int = 0
-
-    @property
-    def fused(self) -> bool:
-        """Whether kernels compute."""
-        return self.plan is not None
 
     @property
     def before_BG(self) -> Tensor:
@@ -515,13 +509,11 @@ class StepLayout(Movable):
     Attributes:
         position_BN: position of the token in its document, int64 `[B, 1]`: also the number of cached tokens before it.
         valid_BN: False where the row's token is padding and must leave no trace, bool `[B, 1]`, or None.
-        fused: whether a kernel computes the step.
         shift: empty slots before a document's first token.
     """
 
     position_BN: Tensor
     valid_BN: Tensor | None = None
-    fused: bool = False
     shift: int = 0
 
 
@@ -542,7 +534,6 @@ class QuadraticLayout(Movable):
     offset_BNM: Tensor | None = None
     key_position_BN: Tensor | None = None
     key_document_BN: Tensor | None = None
-    fused: ClassVar[bool] = False
 
 
 def quadratic_layout(
@@ -589,7 +580,40 @@ def quadratic_layout(
     return QuadraticLayout(position_BN, visible_BNM, offset_BNM, query_position_BN, document_BN)
 
 
+@dataclass(frozen=True)
+class Places(Movable):
+    """Where the tokens of one forward are, made once and passed to all layers of one kind (two kinds with
+    `chunk_shift`).
+
+    Attributes:
+        layout: the grid of chunks, the single new token, or the keys that each query sees.
+        documents: the tokens' documents and positions.
+        rotary: cos and sin of the layout's positions, `[..., r / 2]`; None without RoPE.
+        bias_rotary: cos and sin of the offsets `-(bias_length - 1) ... bias_length - 1`, for the rotary bias alone.
+        bias_length: distances that the relative bias covers.
+        fused: whether kernels compute this call.
+        plan: how they walk through a grid of chunks (`flash_hf.kernels.ChunkPlan`).
+    """
+
+    layout: ChunkLayout | StepLayout | QuadraticLayout
+    documents: Documents
+    rotary: tuple[Tensor, Tensor] | None
+    bias_rotary: tuple[Tensor, Tensor] | None
+    bias_length: int
+    fused: bool = False
+    plan: Movable | None = None
+
+
 __all__ = [
-    "ChunkLayout", "Documents", "QuadraticLayout", "StepLayout", "chunk_layout", "compare_with_cache", "is_whole",
-    "misplaced", "quadratic_layout", "resolve_documents",
-]  # fmt: skip
+    "ChunkLayout",
+    "Documents",
+    "Places",
+    "QuadraticLayout",
+    "StepLayout",
+    "chunk_layout",
+    "compare_with_cache",
+    "is_whole",
+    "misplaced",
+    "quadratic_layout",
+    "resolve_documents",
+]

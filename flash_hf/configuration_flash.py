@@ -310,6 +310,21 @@ class FlashConfig(PreTrainedConfig):
         """Tokens that one quadratic attention covers: a chunk, or the training length for `"quadratic"`."""
         return self.max_position_embeddings if self.attention_type == "quadratic" else self.chunk_size
 
+    @property
+    def has_quad(self) -> bool:
+        """Whether the unit attends to single tokens: in chunks, or for `"quadratic"` in the document."""
+        return self.attention_type != "global"
+
+    @property
+    def has_lin(self) -> bool:
+        """Whether the unit attends to sums over tokens, across chunks."""
+        return self.attention_type in ("mixed_chunk", "global")
+
+    @property
+    def previous_key(self) -> bool:
+        """Whether values enter those sums under the key of the token before them."""
+        return self.global_form == "previous_token"
+
     def shift_of(self, layer_idx: int) -> int:
         """Empty slots before a document's first token in the chunks of this layer."""
         return self.chunk_shift if layer_idx % 2 else 0

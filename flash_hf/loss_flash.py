@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
-from .attention_flash import is_bare
+from .backend_flash import is_bare
 
 
 logger = logging.get_logger(__name__)

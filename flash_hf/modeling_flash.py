@@ -21,7 +21,6 @@ import contextlib
 import copy
 import math
 import os
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -51,8 +50,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_flash import (
-    Heads,
-    is_bare,
+    QueryKeys,
     mixed_chunk_attention,
     mixed_chunk_step,
     offset_scale,
@@ -60,19 +58,24 @@ from .attention_flash import (
     rotate,
     scaled_sinusoid,
     wide,
-)  # fmt: skip
-from .backend_flash import kernels_for, load_kernels
-from .cache_flash import (
-    CACHE_NAME,
-    OTHER_CACHE_NAME,
-    FlashStaticQuadraticCacheLayer,
-    check_cache,
-    resolve_cache,
-    takes_both_cache_names,
 )
+from .backend_flash import (
+    compute_dtype,
+    continuation,
+    fused_attention,
+    fused_layer,
+    fuses_attention,
+    fuses_layer,
+    kernels_for,
+    load_kernels,
+    normalise,
+    with_plan,
+)
+from .cache_flash import CACHE_NAME, OTHER_CACHE_NAME, check_cache, resolve_cache, takes_both_cache_names
 from .chunking_flash import (
     ChunkLayout,
     Documents,
+    Places,
     QuadraticLayout,
     StepLayout,
     chunk_layout,
@@ -82,7 +85,7 @@ from .chunking_flash import (
     misplaced,
     quadratic_layout,
     resolve_documents,
-)  # fmt: skip
+)
 from .configuration_flash import FlashConfig
 from .loss_flash import IGNORE, can_split, loss_without_logits, may_wait, zero_without_labels
 
@@ -96,15 +99,14 @@ logger = logging.get_logger(__name__)
 class FlashScaleNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * g` with one learnt scalar (arXiv 1910.05895); statistics in float32."""
 
+    has_kernel = True
+
     def __init__(self, config: FlashConfig, eps: float | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
         self.eps = config.norm_eps if eps is None else eps
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        """The norm; `fused`: by a kernel, if it has this one."""
-        if fused and type(self) is FlashScaleNorm:
-            return load_kernels()[0].scale_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
         x_wide = x.to(wide(x.dtype))
         normed = x_wide * torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed * self.weight).to(x.dtype)
@@ -124,20 +126,6 @@ class FlashLayerNorm(nn.LayerNorm):
     def __init__(self, config: FlashConfig, eps: float | None = None):
         super().__init__(config.hidden_size, eps=config.norm_eps if eps is None else eps)
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
-        return super().forward(x)
-
-
-# Activations that the kernels compute themselves.
-SILU = ("silu", "swish")
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that products with x are computed in: autocast's, or x's own."""
-    kind = x.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
-
 
 class FlashNoNorm(nn.Module):
     """The input as it is, for checkpoints whose encoder ends without a norm."""
@@ -145,13 +133,16 @@ class FlashNoNorm(nn.Module):
     def __init__(self, config: FlashConfig, eps: float | None = None):
         super().__init__()
 
-    def forward(self, x: Tensor, fused: bool = False) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 NORMS = {
-    "scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm, "none": FlashNoNorm,
-}  # fmt: skip
+    "scale_norm": FlashScaleNorm,
+    "rms_norm": FlashRMSNorm,
+    "layer_norm": FlashLayerNorm,
+    "none": FlashNoNorm,
+}
 
 
 class FlashScaledSinusoid(nn.Module):
@@ -286,7 +277,7 @@ class FlashOffsetScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, config.query_key_dim))
         self.interleaved = config.rope_interleaved
         # CODEPATH: the paper's global heads are rotated, those of global_form="previous_token" are not.
-        self.turned = heads - 2 if config.global_form == "previous_token" else heads
+        self.turned = heads - 2 if config.previous_key else heads
 
     def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
         """The rotated heads, each `[..., S]`."""
@@ -311,140 +302,64 @@ class FlashGatedAttentionUnit(nn.Module):
         self.v_proj = nn.Linear(D, E)
         self.z_proj = nn.Linear(D, S)
         self.o_proj = nn.Linear(E, D)
-        self.has_quad, self.has_lin = (
-            config.attention_type != "global",
-            config.attention_type in ("mixed_chunk", "global"),
-        )
+        self.has_quad, self.has_lin = config.has_quad, config.has_lin
         self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), config)
         self.act_fn = ACT2FN[config.hidden_act]
         bias = BIASES[config.relative_bias] if self.has_quad else None
         self.relative_bias = None if bias is None else bias(config, causal)
 
-    def heads(self, z: Tensor, rotary) -> Heads:
-        heads = self.offset_scale(z, rotary)
-        return Heads(*(heads[:2] if self.has_quad else (None, None)), *(heads[-2:] if self.has_lin else (None, None)))
+    def query_keys(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> QueryKeys:
+        """Queries and keys of each branch, `[..., S]`, from the basis z (eq. 3)."""
+        made, absent = self.offset_scale(z, rotary), (None, None)
+        return QueryKeys(*(made[:2] if self.has_quad else absent), *(made[-2:] if self.has_lin else absent))
 
-    def forward(
-        self,
-        x_BND: Tensor,
-        layout: ChunkLayout | StepLayout | QuadraticLayout,
-        documents: Documents,
-        rotary: tuple[Tensor, Tensor] | None,
-        bias_rotary: tuple[Tensor, Tensor] | None,
-        bias_length: int,
-        past_key_values: Cache | None = None,
-    ) -> Tensor:
-        """The unit on normalised input, `[B, N, D]`.
+    def bias(self, places: Places) -> Tensor | None:
+        """The relative bias of offsets `-(bias_length - 1) ... bias_length - 1`, or None."""
+        return None if self.relative_bias is None else self.relative_bias(places.bias_length, places.bias_rotary)
+
+    def forward(self, x_BND: Tensor, places: Places, cache: CacheLayerMixin | None = None) -> Tensor:
+        """`W_o (u * attention(z, v))` (eq. 1 to 6) of normalised input, `[B, N, D]`.
 
         Args:
-            layout, documents: where the tokens are, shared by all layers of the same `chunk_shift`.
-            rotary: cos and sin for the layout's positions, or None without RoPE.
-            bias_rotary: cos and sin of the offsets, for the rotary bias.
-            bias_length: distances that the relative bias has to cover.
-            past_key_values: cache that holds this layer's state, updated in place.
+            places: where the tokens are, shared by all layers of the same `chunk_shift`.
+            cache: this layer's decoding state, updated in place.
         """
-        config = self.config
-        # Offloaded parameters are there only while their own module is called.
-        if layout.fused and is_bare(self.offset_scale):
-            return self.fused_attention(x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values)
+        if fuses_attention(self, places):
+            return self.o_proj(fused_attention(self, x_BND, places, cache))
         u_BNE = self.act_fn(self.u_proj(x_BND))
         v_BNE = self.act_fn(self.v_proj(x_BND))
         z_BNS = self.act_fn(self.z_proj(x_BND))
-        bias_R = None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary)
-        settings = {"activation": config.attention_activation, "divisor": config.attention_divisor, "bias_R": bias_R}
+        attended_BNE = self.attend(z_BNS, v_BNE, places, cache)
+        return self.o_proj(u_BNE * attended_BNE)
+
+    def attend(self, z_BNS: Tensor, v_BNE: Tensor, places: Places, cache: CacheLayerMixin | None) -> Tensor:
+        """Attention of queries and keys made from z to values v, `[B, N, E]`: over chunks, for one new token, or over
+        whole documents."""
+        config, layout = self.config, places.layout
+        options = {
+            "activation": config.attention_activation,
+            "divisor": config.attention_divisor,
+            "bias_R": self.bias(places),
+        }
         dropout = config.attention_dropout if self.training else 0.0
         if isinstance(layout, QuadraticLayout):
-            heads = self.heads(z_BNS, rotary)
-            key, value = heads.quad_k, v_BNE
-            if past_key_values is not None:
-                places = {"position_BN": layout.key_position_BN, "document_BN": layout.key_document_BN}
-                key, value = past_key_values.layers[self.layer_idx].update(key[:, None], value[:, None], **places)
-                key, value = key[:, 0], value[:, 0]
-            out_BNE = quadratic_attention(
-                heads.quad_q, key, value, layout, causal=self.is_causal, dropout=dropout, **settings
-            )
-            return self.o_proj(u_BNE * out_BNE)
+            q_BNS, key, *_ = self.query_keys(z_BNS, places.rotary)
+            value = v_BNE
+            if cache is not None:
+                key, value = cache.extend(key, value, layout)
+            return quadratic_attention(q_BNS, key, value, layout, causal=self.is_causal, dropout=dropout, **options)
 
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        settings["normalization"] = config.global_normalization
-        settings["previous_key"] = config.global_form == "previous_token"
+        options |= {"normalization": config.global_normalization, "previous_key": config.previous_key}
         if isinstance(layout, StepLayout):
-            heads = self.heads(z_BNS, rotary)
-            if not cache.is_initialized:
-                cache.lazy_initialization(config, v_BNE, self.layer_idx)
-            state = cache.begin_step(heads, v_BNE, documents)
-            return self.o_proj(u_BNE * mixed_chunk_step(heads, v_BNE, layout, state, **settings))
+            qk = self.query_keys(z_BNS, places.rotary)
+            return mixed_chunk_step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
 
-        v_BGCE = layout.split(v_BNE)
-        heads = self.heads(layout.split(z_BNS), rotary)
-        state = None if layout.phase_B is None else cache.state
-        out_BGCE, state = mixed_chunk_attention(
-            heads, v_BGCE, layout, causal=self.is_causal, chunk_size=config.chunk_size, dropout=dropout, state=state,
-            return_state=cache is not None, **settings,
-        )  # fmt: skip
+        qk, v_BGCE = self.query_keys(layout.split(z_BNS), places.rotary), layout.split(v_BNE)
+        options |= {"causal": self.is_causal, "chunk_size": config.chunk_size, "dropout": dropout}
+        out_BGCE, state = mixed_chunk_attention(qk, v_BGCE, layout, **continuation(places, cache), **options)
         if cache is not None:
-            if not cache.is_initialized:
-                cache.lazy_initialization(config, v_BNE, self.layer_idx)
-            if cache.record_past:
-                heads = Heads(*(None if head is None else layout.merge(head) for head in heads))
-            cache.update(state, heads, v_BNE, documents)
-        return self.o_proj(u_BNE * layout.merge(out_BGCE))
-
-    def kernel_options(self, layout: ChunkLayout, bias_rotary, bias_length, past_key_values: Cache | None) -> dict:
-        """What every kernel of this unit takes besides tensors of the input."""
-        config = self.config
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-        return {
-            "causal": self.is_causal,
-            "chunk_size": config.chunk_size,
-            "divisor": config.attention_divisor,
-            "bias_R": None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
-            "has_quad": self.has_quad,
-            "has_lin": self.has_lin,
-            "previous_key": config.global_form == "previous_token",
-            "interleaved": config.rope_interleaved,
-            "state": None if layout.phase_B is None else cache.state,
-            "return_state": cache is not None,
-        }
-
-    def fused_attention(
-        self, x_BND, layout: ChunkLayout | StepLayout, documents, rotary, bias_rotary, bias_length, past_key_values
-    ) -> Tensor:
-        """The unit with one kernel call between its projections, whatever modules these are."""
-        kernels = load_kernels()[0]
-        config = self.config
-        u_BNE, v_BNE, z_BNS = self.u_proj(x_BND), self.v_proj(x_BND), self.z_proj(x_BND)
-        silu = config.hidden_act in SILU
-        if not silu:
-            u_BNE, v_BNE, z_BNS = self.act_fn(u_BNE), self.act_fn(v_BNE), self.act_fn(z_BNS)
-        heads = self.offset_scale.weight, self.offset_scale.bias
-        if isinstance(layout, StepLayout):
-            cache = past_key_values.layers[self.layer_idx]
-            if not cache.is_initialized:
-                cache.lazy_initialization(config, v_BNE, self.layer_idx)
-            out_BNE = kernels.gated_step(
-                u_BNE, v_BNE, z_BNS, *heads, rotary, layout.position_BN, layout.valid_BN,
-                cache.begin_step(None, v_BNE, documents), divisor=config.attention_divisor,
-                bias_R=None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary),
-                normalization=config.global_normalization, has_quad=self.has_quad, has_lin=self.has_lin,
-                interleaved=config.rope_interleaved, silu=silu, shift=layout.shift,
-                previous_key=config.global_form == "previous_token",
-            )  # fmt: skip
-            return self.o_proj(out_BNE)
-        out_BNE, state = kernels.gated_attention(
-            u_BNE, v_BNE, z_BNS, *heads, rotary, layout, silu=silu,
-            **self.kernel_options(layout, bias_rotary, bias_length, past_key_values),
-        )  # fmt: skip
-        self.store(state, past_key_values, out_BNE.shape[1])
-        return self.o_proj(out_BNE)
-
-    def store(self, state, past_key_values: Cache | None, length: int) -> None:
-        """Put the state after `length` tokens into the cache, if there is one."""
-        if past_key_values is not None:
-            cache = past_key_values.layers[self.layer_idx]
-            if not cache.is_initialized:
-                cache.lazy_initialization(self.config, state.value, self.layer_idx)
-            cache.store(state, length)
+            cache.update(state, places, qk, v_BNE)
+        return layout.merge(out_BGCE)
 
 
 class FlashLayer(GradientCheckpointingLayer):
@@ -456,41 +371,18 @@ class FlashLayer(GradientCheckpointingLayer):
         self.gau = FlashGatedAttentionUnit(config, layer_idx, causal)
         self.hidden_dropout = config.hidden_dropout
 
-    def is_fusible(self, hidden_states: Tensor) -> bool:
-        """Whether one kernel call can stand for the layer's modules: they are what they seem, and nobody listens."""
-        gau, norm = self.gau, self.norm
-        kernels = load_kernels()[0]
-        return (
-            type(norm) is FlashScaleNorm
-            and gau.config.hidden_act in SILU
-            and not (self.hidden_dropout and self.training)
-            and compute_dtype(hidden_states) in (torch.bfloat16, torch.float32)
-            and all(is_bare(module) for module in (gau, norm, gau.offset_scale))
-            and all(kernels.fusible(module) for module in (gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj))
-        )
-
     def forward(
         self,
         hidden_states: Tensor,
+        places: Places,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
-        **layout: Any,
     ) -> Tensor:
         cache = resolve_cache(cache, past_key_values)
-        grid = layout["layout"]
-        fused = grid.fused
-        # Cached slots come between the projections.
-        if fused and isinstance(grid, ChunkLayout) and not grid.plan.cached and self.is_fusible(hidden_states):
-            gau = self.gau
-            out, state = load_kernels()[0].layer(
-                hidden_states, self.norm.weight, self.norm.eps, gau.u_proj, gau.v_proj, gau.z_proj, gau.o_proj,
-                gau.offset_scale.weight, gau.offset_scale.bias, layout["rotary"], grid,
-                dtype=compute_dtype(hidden_states),
-                **gau.kernel_options(grid, layout["bias_rotary"], layout["bias_length"], cache),
-            )  # fmt: skip
-            gau.store(state, cache, out.shape[1])
-            return out
-        out = self.gau(self.norm(hidden_states, fused=fused), past_key_values=cache, **layout)
+        own = None if cache is None else cache.layers[self.gau.layer_idx]
+        if fuses_layer(self, hidden_states, places):
+            return fused_layer(self, hidden_states, places, own)
+        out = self.gau(normalise(self.norm, hidden_states, places), places, cache=own)
         return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
 
 
@@ -659,136 +551,101 @@ class FlashModel(FlashPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         B, N = inputs_embeds.shape[:2]
-        if cache is not None:
-            if not self.is_causal:
-                raise ValueError(
-                    "A cache was given to a bidirectional model, where every token depends on later ones. Use "
-                    "FlashForCausalLM, or FlashModel with config.is_decoder=True; with PEFT, not prefix tuning."
-                )
-            check_cache(cache, self.config, B)
-        elif use_cache and self.is_causal and not (self.training and torch.is_grad_enabled()):
+        if cache is not None and not self.is_causal:
+            raise ValueError(
+                "A cache was given to a bidirectional model, where every token depends on later ones. Use "
+                "FlashForCausalLM, or FlashModel with config.is_decoder=True; with PEFT, not prefix tuning."
+            )
+        if cache is None and use_cache and self.is_causal and not (self.training and torch.is_grad_enabled()):
             cache = DynamicCache(config=self.config)
-
-        documents, layouts, bias_length = self.lay_out(
-            B, N, inputs_embeds.device, attention_mask, position_ids, kwargs.get("cu_seq_lens_q"),
-            kwargs.get("seq_idx"), cache,
-        )  # fmt: skip
+        if cache is not None:
+            check_cache(cache, self.config, B)
+        first = None if cache is None else cache.layers[0]
+        documents = resolve_documents(
+            B,
+            N,
+            inputs_embeds.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            seq_idx=kwargs.get("seq_idx"),
+            cache=first,
+        )
         check_single(documents, kwargs.get("single_document", False))
         if torch.compiler.is_exporting() and position_ids is not None:
             # Eager calls raise an error here.
             inputs_embeds = inputs_embeds.masked_fill(misplaced(position_ids, documents)[..., None], math.nan)
-        layouts = [self.plan(layout, documents, inputs_embeds, cache) for layout in layouts]
-        fused = layouts[0].fused
+        places = self.places(inputs_embeds, documents, first)
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
         if self.embed_norm is not None:
-            hidden_states = self.embed_norm(hidden_states, fused=fused)
+            hidden_states = normalise(self.embed_norm, hidden_states, places[0])
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
-        grids = self.grids(layouts, bias_length, hidden_states)
         # Gradient checkpointing drops the cache, by the host's name for it: before 5.24 also where there are no
         # gradients and nothing is recomputed, as in generate() in training mode.
         name = CACHE_NAME if torch.is_grad_enabled() else OTHER_CACHE_NAME
         # generate(assistant_early_exit=...) lowers num_hidden_layers while it drafts.
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            options = {name: cache, **grids[index % len(grids)]}
-            hidden_states = layer(hidden_states, documents=documents, **options)
-        hidden_states = self.norm(hidden_states, fused=fused)
+            hidden_states = layer(hidden_states, places[index % len(places)], **{name: cache})
+        hidden_states = normalise(self.norm, hidden_states, places[0])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
-    def lay_out(
-        self,
-        batch: int,
-        length: int,
-        device: torch.device,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cu_seq_lens: Tensor | None,
-        seq_idx: Tensor | None,
-        cache: Cache | None,
-    ) -> tuple[Documents, list[ChunkLayout | StepLayout | QuadraticLayout], int | None]:
-        """Where every token is: documents; the layouts that layers have in turn, two with `chunk_shift` and else one;
-        and the distances a relative bias covers (None: as many as the layout's chunks)."""
-        first = cache.layers[0] if cache is not None else None
-        marks = {"position_ids": position_ids, "cu_seq_lens": cu_seq_lens, "seq_idx": seq_idx}
-        marks["attention_mask"] = attention_mask
+    def layouts(
+        self, batch: int, documents: Documents, cache: CacheLayerMixin | None
+    ) -> list[ChunkLayout | StepLayout | QuadraticLayout]:
+        """The layouts that layers have in turn: two with `chunk_shift`, else one.
+
+        Args:
+            cache: the first layer's.
+        """
+        config, causal = self.config, self.is_causal
         # CODEPATH: FLASHQuad checkpoints; FLASH checkpoints have chunks.
-        if self.config.attention_type == "quadratic":
-            past = {}
-            seen_B, past_length = None, 0
-            if first is not None and first.is_initialized:
-                past = {"past_position_BM": first.position.to(device), "past_document_BM": first.document.to(device)}
-                seen_B = first.seen_B.to(device)
-                past_length = first.get_seq_length()
-                if isinstance(first, FlashStaticQuadraticCacheLayer):
-                    past["write_N"] = first.places(length)
-            documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
-            if isinstance(first, FlashStaticQuadraticCacheLayer) and not past:
-                # The first call fills the front of the preallocated places; the rest is nobody's.
-                unused = torch.zeros(batch, first.max_cache_len, dtype=torch.long, device=device)
-                past = {"past_position_BM": unused, "past_document_BM": unused - 1}
-                past["write_N"] = torch.arange(length, device=device)
-            layout = quadratic_layout(documents, batch, causal=self.is_causal, cached=first is not None, **past)
-            keys = length if layout.visible_BNM is None else layout.visible_BNM.shape[2]
-            return documents, [layout], self.quadratic_span(keys)
-
-        seen_B, past_length = None, 0
-        if first is not None and not first.is_empty:
-            seen_B, past_length = first.seen_B.to(device), first.get_seq_length()
-        documents = resolve_documents(batch, length, device, seen_B=seen_B, past_length=past_length, **marks)
+        if config.attention_type == "quadratic":
+            N, device = documents.position_BN.shape[1], documents.position_BN.device
+            past = {} if cache is None else cache.past(batch, N, device)
+            return [quadratic_layout(documents, batch, causal=causal, cached=cache is not None, **past)]
         # CODEPATH: the paper's chunks are those of every layer; the shifted ones are ours.
-        shifts = (0, self.config.chunk_shift) if self.config.chunk_shift else (0,)
+        shifts = (0, config.chunk_shift) if config.chunk_shift else (0,)
         # A step writes the token into the state and reads it back from there, where no gradient passes.
-        if first is not None and length == 1 and documents.start_BN is None and not torch.is_grad_enabled():
-            layouts = [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
-            return documents, layouts, self.config.chunk_size
-        chunk_size, causal = self.config.chunk_size, self.is_causal
-        return documents, [chunk_layout(documents, batch, chunk_size, causal=causal, shift=s) for s in shifts], None
+        single = cache is not None and documents.position_BN.shape[1] == 1 and documents.start_BN is None
+        if single and not torch.is_grad_enabled():
+            return [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
+        return [chunk_layout(documents, batch, config.chunk_size, causal=causal, shift=shift) for shift in shifts]
 
-    def grids(self, layouts: list, bias_length: int | None, x_BND: Tensor) -> list[dict[str, Any]]:
-        """What layers take in turn besides their input: a layout, and the angles of its positions and of a rotary
-        bias."""
-        grids: list[dict[str, Any]] = []
-        for layout in layouts:
-            chunked = isinstance(layout, ChunkLayout)
-            if grids and not chunked:  # one token is where it is, whatever chunk that is in
-                grids.append({**grids[0], "layout": layout})
-                continue
-            position = layout.position_BGC if chunked else layout.position_BN
-            length = position.shape[2] if chunked else bias_length
-            # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
-            rotary = self.rotary_emb(x_BND, position) if self.config.use_rope else None
-            bias_rotary = None
-            # CODEPATH: the paper's bias for spans over 512; the FLASH ports have T5's, FLASHQuad the Toeplitz one.
-            if self.config.relative_bias == "rotary":
-                bias_rotary = self.rotary_emb(x_BND, torch.arange(1 - length, length, device=position.device))
-            grids.append({"layout": layout, "rotary": rotary, "bias_rotary": bias_rotary, "bias_length": length})
-        return grids
-
-    def plan(self, layout, documents: Documents, x_BND: Tensor, cache: Cache | None):
-        """`layout` with what the kernels need, if they are to compute this call."""
+    def places(self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None) -> list[Places]:
+        """What layers need to know in turn of where the tokens are; arguments as of `layouts`."""
         config = self.config
         dropout = bool(config.attention_dropout) and self.training
         kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
-        first = None if cache is None else cache.layers[0]
-        # Rolling back needs keys by token; a packed continuation, the cached slots in the grid of its first document.
-        if kernels is None or isinstance(layout, QuadraticLayout) or (first is not None and first.record_past):
-            return layout
-        if isinstance(layout, StepLayout):
-            return replace(layout, fused=True)
-        if first is not None and documents.start_BN is not None:
-            return layout
-        amid = layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any()))
-        if amid and (is_tracing() or torch.is_grad_enabled()):
-            return layout
-        plan = kernels.chunk_plan(
-            layout, x_BND.shape[0], causal=self.is_causal, width=config.intermediate_size,
-            normalization=config.global_normalization, chunk_size=config.chunk_size, amid=amid,
-        )  # fmt: skip
-        return replace(layout, plan=plan)
+        all_places: list[Places] = []
+        for layout in self.layouts(x_BND.shape[0], documents, cache):
+            if isinstance(layout, ChunkLayout):
+                position, bias_length = layout.position_BGC, layout.position_BGC.shape[2]
+            elif isinstance(layout, StepLayout):
+                position, bias_length = layout.position_BN, config.chunk_size
+            else:
+                position, bias_length = layout.position_BN, self.quadratic_span(layout)
+            rotary = bias_rotary = None
+            if isinstance(layout, StepLayout) and all_places:  # a token's position is that in every grid
+                rotary, bias_rotary = all_places[0].rotary, all_places[0].bias_rotary
+            else:
+                # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
+                if config.use_rope:
+                    rotary = self.rotary_emb(x_BND, position)
+                # CODEPATH: the paper's bias for spans over 512; the FLASH ports have T5's, FLASHQuad the Toeplitz one.
+                if config.relative_bias == "rotary":
+                    offsets = torch.arange(1 - bias_length, bias_length, device=position.device)
+                    bias_rotary = self.rotary_emb(x_BND, offsets)
+            places = Places(layout, documents, rotary, bias_rotary, bias_length)
+            if kernels is not None:
+                places = with_plan(places, kernels, config, x_BND.shape[0], causal=self.is_causal, cache=cache)
+            all_places.append(places)
+        return all_places
 
-    def quadratic_span(self, keys: int) -> int:
-        """Distances that the bias of FLASH-Quad covers for this many keys."""
+    def quadratic_span(self, layout: QuadraticLayout) -> int:
+        """Distances that the bias of FLASH-Quad covers."""
+        keys = layout.position_BN.shape[1] if layout.visible_BNM is None else layout.visible_BNM.shape[2]
         # CODEPATH: as above.
         if self.config.relative_bias != "toeplitz":
             return keys

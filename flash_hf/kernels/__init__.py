@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from .plan import ChunkPlan, chunk_plan
 from .step import gated_step
-from .support import unavailable, unsupported
-from .unit import fusible, gated_attention, layer, scale_norm
+from .support import DTYPES, unavailable, unsupported
+from .unit import attention_step, gated_attention, layer, scale_norm
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
-INTERFACE = 3
+INTERFACE = 4
 
 __all__ = [
-    "ChunkPlan", "chunk_plan", "fusible", "gated_attention", "gated_step", "layer", "scale_norm",
+    "ChunkPlan", "DTYPES", "attention_step", "chunk_plan", "gated_attention", "gated_step", "layer", "scale_norm",
     "unavailable", "unsupported",
 ]  # fmt: skip

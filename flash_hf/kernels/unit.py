@@ -11,8 +11,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from ..attention_flash import DecodingState, closed_total, is_bare, score_scale
-from ..chunking_flash import ChunkLayout
+from ..attention_flash import DecodingState, closed_total, score_scale
+from ..chunking_flash import ChunkLayout, Places
 from . import ops
 from .plan import ChunkPlan
 from .tiles import saved_attended
@@ -37,7 +37,7 @@ def _decoding_state(
     final: Tensor,
     value_of: Callable[[Tensor], Tensor],
     key_of: Callable[[Tensor], Tensor] | None,
-    layout: ChunkLayout,
+    places: Places,
     chunk_size: int,
     S: int,
     has_quad: bool,
@@ -48,7 +48,8 @@ def _decoding_state(
     Args:
         value_of, key_of: values, and linear keys, of flat tokens. Without `key_of` values go under their own keys.
     """
-    plan: ChunkPlan = layout.plan
+    layout: ChunkLayout = places.layout
+    plan: ChunkPlan = places.plan
     G, C, N = plan.chunks, plan.chunk_size, plan.tokens
     B = heads.shape[1] // G
     device = heads.device
@@ -84,41 +85,34 @@ def _decoding_state(
 
 
 def gated_attention(
+    unit: nn.Module,
     u_BNE: Tensor,
     v_BNE: Tensor,
     z_BNS: Tensor,
-    gamma_HS: Tensor,
-    beta_HS: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    layout: ChunkLayout,
+    places: Places,
     *,
-    causal: bool,
-    chunk_size: int,
-    divisor: float,
     bias_R: Tensor | None,
-    has_quad: bool,
-    has_lin: bool,
-    previous_key: bool,
-    interleaved: bool,
     silu: bool,
-    state: DecodingState | None = None,
-    return_state: bool = False,
+    state: DecodingState | None,
+    return_state: bool,
 ) -> tuple[Tensor, DecodingState | None]:
-    """`silu(u) * mixed_chunk_attention(heads(silu(z)), silu(v))` between the projections, `[B, N, E]`, and the state.
+    """`u * mixed_chunk_attention(queries and keys of z, v)` between the projections, `[B, N, E]`, and the state.
 
     Args:
-        u_BNE, v_BNE, z_BNS: what the projections gave, bfloat16, float16 or float32; with `silu=False`, activated.
-        gamma_HS, beta_HS: offset-scale, rows quad_q, quad_k, lin_q, lin_k (those that the layer has).
-        previous_key: values go under the key of the token before them, and linear heads are not turned.
-        rotary: cos and sin of the layout's positions, `[1 or B, G, C, r / 2]`.
-        layout: with its plan.
-        state: what the cache holds, at the border of a chunk in every row unless the plan has `cached` rows.
-
-    Otherwise as `attention_flash.mixed_chunk_attention`.
+        unit: a `FlashGatedAttentionUnit`; its configuration and offset-scale are read.
+        u_BNE, v_BNE, z_BNS: what the projections gave, bfloat16, float16 or float32.
+        places: with its plan.
+        bias_R: relative bias, `[2 * C - 1]` for the grid's C, or None.
+        silu: whether u, v and z are still to be activated.
+        state: what the cache holds, at the border of a chunk in every row unless the plan has `cached` rows; or None.
+        return_state: also return the state after these tokens.
     """
-    plan: ChunkPlan = layout.plan
+    layout: ChunkLayout = places.layout
+    plan: ChunkPlan = places.plan
+    config, has_quad, has_lin = unit.config, unit.has_quad, unit.has_lin
+    gamma_HS, beta_HS = unit.offset_scale.weight, unit.offset_scale.bias
     if plan.cached:
-        # The cached slots in front, as tokens whose keys the state has, and whose outputs nobody wants.
+        # The cached slots in front, as tokens whose keys the state has, and whose outputs are dropped.
         if silu:
             u_BNE, v_BNE, z_BNS, silu = F.silu(u_BNE), F.silu(v_BNE), F.silu(z_BNS), False
         value_BCE = torch.where(layout.cached_BC[..., None], state.value, 0)
@@ -126,14 +120,15 @@ def gated_attention(
         u_BNE, z_BNS = (F.pad(x, (0, 0, plan.cached, 0)) for x in (u_BNE, z_BNS))
     B, N, E = v_BNE.shape
     S = z_BNS.shape[2]
-    cos, sin, rotary_dim = _flat_rotary(rotary)
-    initial, *kept = _from_cache(state, layout, S, has_quad, has_lin, previous_key)
-    quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
+    cos, sin, rotary_dim = _flat_rotary(places.rotary)
+    initial, *kept = _from_cache(state, places, S, has_quad, has_lin, config.previous_key)
+    quad, lin = _branches(layout, has_quad, has_lin, unit.is_causal, initial, return_state)
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
     out, heads, *_, final = ops.gated_attention(
         u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, *kept, N, plan.chunks,
-        plan.chunk_size, plan.shift, causal, quad, lin, previous_key, silu, interleaved, rotary_dim,
-        score_scale("relu2", divisor, S), return_state and has_lin, saved_attended(v.dtype, silu),
+        plan.chunk_size, plan.shift, unit.is_causal, quad, lin, config.previous_key, silu, config.rope_interleaved,
+        rotary_dim, score_scale("relu2", config.attention_divisor, S), return_state and has_lin,
+        saved_attended(v.dtype, silu),
     )  # fmt: skip
     new_state = None
     if return_state:
@@ -146,8 +141,8 @@ def gated_attention(
             return activated(z, token).float() * gamma_HS[-1].detach() + beta_HS[-1].detach()
 
         new_state = _decoding_state(
-            heads.detach(), final.detach(), partial(activated, v), key_of if previous_key else None, layout,
-            chunk_size, S, has_quad, has_lin,
+            heads.detach(), final.detach(), partial(activated, v), key_of if config.previous_key else None, places,
+            config.chunk_size, S, has_quad, has_lin,
         )  # fmt: skip
     return out.view(B, N, E)[:, plan.cached :], new_state
 
@@ -158,13 +153,14 @@ def _rows(x_BNF: Tensor) -> Tensor:
 
 
 def _from_cache(
-    state: DecodingState | None, layout: ChunkLayout, S: int, has_quad: bool, has_lin: bool, previous_key: bool
+    state: DecodingState | None, places: Places, S: int, has_quad: bool, has_lin: bool, previous_key: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What a row's first document brings from the cache: the sum of its closed chunks, on the kernels' padded key
     dimension, the keys of its open chunk `[keys, B, C, S]`, and where these are `[keys, B, C]`; None for nothing."""
     if state is None:
         return None, None, None
-    amid = layout.plan.cached > 0
+    layout: ChunkLayout = places.layout
+    amid = places.plan.cached > 0
     initial = None
     if has_lin:
         total = closed_total(state, layout.cached_BC) if amid else state.total
@@ -190,61 +186,41 @@ def _from_cache(
     return initial, torch.stack(keys), torch.stack(masks)
 
 
-def fusible(linear: nn.Module) -> bool:
-    """Whether a projection is what it seems: a plain linear layer that nobody has replaced, hooked or quantised."""
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is not None
-        and type(linear.weight) in (nn.Parameter, Tensor)
-        and type(linear.bias) in (nn.Parameter, Tensor)
-        and is_bare(linear)
-    )
-
-
 def layer(
+    block: nn.Module,
     x_BND: Tensor,
-    gain: Tensor,
-    eps: float,
-    u_proj: nn.Linear,
-    v_proj: nn.Linear,
-    z_proj: nn.Linear,
-    o_proj: nn.Linear,
-    gamma_HS: Tensor,
-    beta_HS: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    layout: ChunkLayout,
+    places: Places,
     *,
-    causal: bool,
-    chunk_size: int,
-    divisor: float,
     bias_R: Tensor | None,
-    has_quad: bool,
-    has_lin: bool,
-    previous_key: bool,
-    interleaved: bool,
     dtype: torch.dtype,
-    state: DecodingState | None = None,
-    return_state: bool = False,
+    state: DecodingState | None,
+    return_state: bool,
 ) -> tuple[Tensor, DecodingState | None]:
     """A whole layer with ScaleNorm and SiLU, `x + o_proj(gated attention of norm(x))`, `[B, N, D]`, and the state.
 
     Args:
-        gain, eps: of the norm.
+        block: a `FlashLayer` whose modules are the stock ones, without hooks.
         dtype: what products are computed in, bfloat16 or float32; x and the parameters may be wider (autocast).
 
     Otherwise as `gated_attention`.
     """
     B, N, D = x_BND.shape
-    plan: ChunkPlan = layout.plan
+    layout: ChunkLayout = places.layout
+    plan: ChunkPlan = places.plan
+    unit, gain = block.gau, block.norm.weight
+    config, has_quad, has_lin = unit.config, unit.has_quad, unit.has_lin
+    u_proj, v_proj, z_proj, o_proj = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
+    gamma_HS, beta_HS = unit.offset_scale.weight, unit.offset_scale.bias
     S, E = z_proj.weight.shape[0], v_proj.weight.shape[0]
-    cos, sin, rotary_dim = _flat_rotary(rotary)
-    initial, *kept = _from_cache(state, layout, S, has_quad, has_lin, previous_key)
-    quad, lin = _branches(layout, has_quad, has_lin, causal, initial, return_state)
+    cos, sin, rotary_dim = _flat_rotary(places.rotary)
+    initial, *kept = _from_cache(state, places, S, has_quad, has_lin, config.previous_key)
+    quad, lin = _branches(layout, has_quad, has_lin, unit.is_causal, initial, return_state)
     y, rms, _, h, _, heads, *_, final = ops.layer(
         x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
         z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
-        plan.index, initial, *kept, eps, N, plan.chunks, plan.chunk_size, plan.shift, causal, quad, lin, previous_key,
-        interleaved, rotary_dim, score_scale("relu2", divisor, S), return_state and has_lin, dtype,
+        plan.index, initial, *kept, block.norm.eps, N, plan.chunks, plan.chunk_size, plan.shift, unit.is_causal, quad,
+        lin, config.previous_key, config.rope_interleaved, rotary_dim,
+        score_scale("relu2", config.attention_divisor, S), return_state and has_lin, dtype,
     )  # fmt: skip
     new_state = None
     if return_state:
@@ -261,8 +237,8 @@ def layer(
                 return activated(h[:, 2 * E :], z_proj.bias, token) * gamma_HS[-1].float() + beta_HS[-1].float()
 
             new_state = _decoding_state(
-                heads.detach(), final.detach(), value_of, key_of if previous_key else None, layout, chunk_size, S,
-                has_quad, has_lin,
+                heads.detach(), final.detach(), value_of, key_of if config.previous_key else None, places,
+                config.chunk_size, S, has_quad, has_lin,
             )  # fmt: skip
     return y.view(B, N, D), new_state
 
@@ -271,3 +247,28 @@ def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
     """ScaleNorm, `x / sqrt(mean(x^2) + eps) * gain`, in the type of x."""
     x = x_BND.reshape(-1, x_BND.shape[-1])
     return torch.ops.flash_hf.scale_norm(x.contiguous(), gain, eps)[0].view(x_BND.shape)
+
+
+def attention_step(
+    unit: nn.Module,
+    u_B1E: Tensor,
+    v_B1E: Tensor,
+    z_B1S: Tensor,
+    places: Places,
+    *,
+    bias_R: Tensor | None,
+    silu: bool,
+    state: DecodingState,
+) -> Tensor:
+    """`u * mixed_chunk_step(queries and keys of z, v)` between the projections, `[B, 1, E]`; advances `state`.
+
+    Arguments as of `gated_attention`. Not `gated_step`, whose checks hold for all layers of a model at once.
+    """
+    config, layout = unit.config, places.layout
+    u_B1E, v_B1E, z_B1S = (x if x.stride(-1) == 1 else x.contiguous() for x in (u_B1E, v_B1E, z_B1S))
+    cos, sin = (None, None) if places.rotary is None else places.rotary
+    return torch.ops.flash_hf.gated_step.default(
+        u_B1E, v_B1E, z_B1S, unit.offset_scale.weight, unit.offset_scale.bias, cos, sin, layout.position_BN,
+        layout.valid_BN, *state, bias_R, config.attention_divisor, config.global_normalization == "mean",
+        config.rope_interleaved, silu, layout.shift, config.previous_key,
+    )  # fmt: skip

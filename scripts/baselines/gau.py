@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from flash_hf.attention_flash import (
-    Heads,
+    QueryKeys,
     activate,
     chunk_products,
     local_attention,
@@ -25,7 +25,7 @@ from flash_hf.attention_flash import (
     toeplitz,
     wide,
 )
-from flash_hf.chunking_flash import ChunkLayout, QuadraticLayout, chunk_layout, quadratic_layout
+from flash_hf.chunking_flash import ChunkLayout, Places, QuadraticLayout, chunk_layout, quadratic_layout
 from flash_hf.configuration_flash import FlashConfig
 from flash_hf.modeling_flash import (
     FlashForCausalLM,
@@ -458,11 +458,11 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         )
         return own, None if rotary is None else [own.split(layout.merge(table)) for table in rotary]
 
-    def forward(self, x_BND, layout, documents, rotary, bias_rotary, bias_length, past_key_values=None) -> Tensor:
+    def forward(self, x_BND: Tensor, places: Places, cache=None) -> Tensor:
         """As [`FlashGatedAttentionUnit`]; without a cache."""
-        if past_key_values is not None:
-            raise ValueError("past_key_values must be None: variants of the unit have no decoding cache.")
-        config = self.config
+        if cache is not None:
+            raise ValueError("cache must be None: variants of the unit have no decoding cache.")
+        config, layout, rotary = self.config, places.layout, places.rotary
         if self.conv is not None:
             x_BND = x_BND + convolved(x_BND, self.conv, positions_of(layout))
         if config.token_shift:
@@ -476,15 +476,14 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         }  # fmt: skip
         if self.quadratic:
             rotary = None if rotary is None else [layout.merge(table) for table in rotary]
-            layout = quadratic_layout(documents, x_BND.shape[0], causal=self.is_causal)
+            layout = quadratic_layout(places.documents, x_BND.shape[0], causal=self.is_causal)
             settings["activation"] = "softmax"
         if isinstance(layout, QuadraticLayout):
-            bias_R = None if self.relative_bias is None else self.relative_bias(bias_length, bias_rotary)
-            heads = self.heads(z_BNS, rotary)
-            out_BNE = multi_head(heads, v_BNE, layout, config.num_heads, bias_R=bias_R, **settings)
+            heads = self.query_keys(z_BNS, rotary)
+            out_BNE = multi_head(heads, v_BNE, layout, config.num_heads, bias_R=self.bias(places), **settings)
         else:
-            layout, rotary = self.own_grid(layout, documents, rotary, v_BNE.shape[0])
-            out_BNE = self.mixed(x_BND, v_BNE, z_BNS, layout, rotary, bias_rotary, settings)
+            layout, rotary = self.own_grid(layout, places.documents, rotary, v_BNE.shape[0])
+            out_BNE = self.mixed(x_BND, v_BNE, z_BNS, layout, rotary, places.bias_rotary, settings)
         if self.attended_norm is not None:
             out_BNE = self.attended_norm(out_BNE)
         return self.o_proj(out_BNE if u_BNE is None else u_BNE * out_BNE)
@@ -492,7 +491,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
     def mixed(self, x_BND, v_BNE, z_BNS, layout: ChunkLayout, rotary, bias_rotary, settings: dict) -> Tensor:
         if self.windowed or self.gate_proj is not None:
             return layout.merge(self.mixed_variant(x_BND, layout.split(v_BNE), z_BNS, layout, rotary))
-        heads, bias_R = self.heads(layout.split(z_BNS), rotary), None
+        heads, bias_R = self.query_keys(layout.split(z_BNS), rotary), None
         if self.has_quad and self.relative_bias is not None:
             bias_R = self.relative_bias(layout.position_BGC.shape[2], bias_rotary)
         if self.has_lin:
@@ -537,7 +536,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
                 divisor=config.attention_divisor, bias_R=bias_R,
             )  # fmt: skip
         if self.has_lin:
-            lin_q, lin_k = self.lin_heads(Heads(None, None, *made[-2:]), z_BNS, layout, rotary)
+            lin_q, lin_k = self.lin_heads(QueryKeys(None, None, *made[-2:]), z_BNS, layout, rotary)
             remote = self.remote(x_BND, lin_q, lin_k, v_BGCE, layout)
             out = out + (remote if self.out_norm is None else self.out_norm(remote))
         return out
@@ -556,7 +555,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             return gated_global(lin_q, lin_k, v_BGCE, forget, write, layout, features=config.global_features)
         return delta_global(lin_q, lin_k, v_BGCE, forget[..., 0], write[..., 0], layout)
 
-    def lin_heads(self, heads: Heads, z_BNS: Tensor, layout: ChunkLayout, rotary) -> tuple[Tensor, Tensor]:
+    def lin_heads(self, heads: QueryKeys, z_BNS: Tensor, layout: ChunkLayout, rotary) -> tuple[Tensor, Tensor]:
         """Global queries and keys, with the variants' changes."""
         config = self.config
         if config.global_rope and not config.key_shift:
@@ -571,14 +570,14 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         return tuple(made)
 
 
-def cut(heads: Heads, value: Tensor, count: int) -> Iterator[tuple[Heads, Tensor]]:
+def cut(heads: QueryKeys, value: Tensor, count: int) -> Iterator[tuple[QueryKeys, Tensor]]:
     """`count` parts of queries, keys and values, each as one head. Of the basis a head takes every `count`-th
     dimension: the two of a pair that RoPE turns are half of the dimensions apart."""
     for index, part in enumerate(value.chunk(count, -1)):
-        yield Heads(*(None if x is None else x[..., index::count] for x in heads)), part
+        yield QueryKeys(*(None if x is None else x[..., index::count] for x in heads)), part
 
 
-def multi_head(heads: Heads, v_BNE: Tensor, layout: QuadraticLayout, count: int, **settings) -> Tensor:
+def multi_head(heads: QueryKeys, v_BNE: Tensor, layout: QuadraticLayout, count: int, **settings) -> Tensor:
     """[`quadratic_attention`] for `count` parts of queries, keys and values by themselves, `[B, N, E]`."""
     return torch.cat([quadratic_attention(part.quad_q, part.quad_k, value, layout, **settings)
                       for part, value in cut(heads, v_BNE, count)], -1)  # fmt: skip

@@ -16,7 +16,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
 
-from flash_hf.attention_flash import DecodingState, Heads, mixed_chunk_step, offset_scale, wide  # noqa: E402
+from flash_hf.attention_flash import DecodingState, QueryKeys, mixed_chunk_step, offset_scale, wide  # noqa: E402
 from flash_hf.chunking_flash import StepLayout  # noqa: E402
 from flash_hf.kernels import step as kernel  # noqa: E402
 from helpers import assert_close, error_ratio  # noqa: E402
@@ -65,7 +65,7 @@ def torch_step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor,
     heads = offset_scale(z, gamma, beta, rotary, interleaved=interleaved).unbind(-2)
     if previous_key:
         heads = (*heads[:-2], *offset_scale(z, gamma[-2:], beta[-2:], None).unbind(-2))
-    heads = Heads(*(heads[:2] if has_quad else (None, None)), *(heads[-2:] if has_lin else (None, None)))
+    heads = QueryKeys(*(heads[:2] if has_quad else (None, None)), *(heads[-2:] if has_lin else (None, None)))
     layout = StepLayout(position, valid, shift=shift)
     return u * mixed_chunk_step(
         heads, v, layout, state, divisor=divisor, bias_R=bias_R, normalization=normalization,

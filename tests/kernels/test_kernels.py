@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
 from flash_hf.backend_flash import kernels_for
+from flash_hf.chunking_flash import chunk_layout, resolve_documents
 from helpers import assert_close, error_ratio, make_model, random_ids
 
 
@@ -257,8 +258,7 @@ def test_compiles_to_one_graph(causal, form):
 def test_operators_pass_opcheck(causal):
     torch.manual_seed(0)
     D, E, S, C, N = 32, 64, 16, 16, 35
-    model = FlashModel(config_of(is_decoder=causal))
-    layout = model.lay_out(2, N, torch.device(DEVICE), None, None, None, None, None)[1][0]
+    layout = chunk_layout(resolve_documents(2, N, torch.device(DEVICE)), 2, C, causal=causal)
     plan = kernels.chunk_plan(layout, 2, causal=causal, width=E, normalization="mean", chunk_size=C)
 
     def new(*shape):

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashModel
-from flash_hf.attention_flash import Heads, mixed_chunk_attention, quadratic_attention
+from flash_hf.attention_flash import QueryKeys, mixed_chunk_attention, quadratic_attention
 from flash_hf.chunking_flash import chunk_layout, quadratic_layout, resolve_documents
 from flash_hf.naive import naive_model
 from helpers import assert_close, make_model, naive_config, random_ids, tiny_config
@@ -149,7 +149,7 @@ def test_gradcheck_with_padding_and_packing(causal, activation, normalization, s
     layout = chunk_layout(documents, 2, chunk, causal=causal, shift=shift)
 
     def run(quad_q, quad_k, lin_q, lin_k, value, bias):
-        heads = Heads(*(layout.split(x) for x in (quad_q, quad_k, lin_q, lin_k)))
+        heads = QueryKeys(*(layout.split(x) for x in (quad_q, quad_k, lin_q, lin_k)))
         out = mixed_chunk_attention(
             heads, layout.split(value), layout, causal=causal, chunk_size=chunk, activation=activation, divisor=1.3,
             bias_R=bias, normalization=normalization, previous_key=previous,

@@ -186,7 +186,7 @@ def test_gradient_checkpointing_drops_the_cache_of_a_layer():
     for layer in model.model.layers:
         assert isinstance(layer, FlashLayer)
         layer.gau.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.append(kwargs["past_key_values"]), with_kwargs=True
+            lambda module, args, kwargs: seen.append(kwargs["cache"]), with_kwargs=True
         )
     model(ids, labels=ids, **{OTHER_NAME: cache}).loss.backward()
     assert len(seen) == 2 * len(model.model.layers) and set(seen) == {None}
