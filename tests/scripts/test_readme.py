@@ -16,7 +16,10 @@ import warm
 from flash_hf import FlashConfig
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("flash_hf", "model_cards", "notebooks", "scripts", "tests")
+DOCUMENTS = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
+DOCUMENTS = [path for path in DOCUMENTS if path.name != "TEMPLATE.md"]  # of model cards, whose folder differs
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -29,15 +32,32 @@ def test_first_lines_say_that_flash_is_not_flashattention():
     assert len(README.splitlines()) <= 260
 
 
-def test_links_lead_to_files():
-    """Of every document."""
-    folders = ("flash_hf", "model_cards", "notebooks", "scripts", "tests")
-    documents = [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
-    assert len(documents) >= 10
-    for document in documents:
-        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
-            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target}"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_names_lead_to_files(document):
+    """Relative links, paths from the root, commands `-m scripts.NAME`, and names of our source files."""
+    text = document.read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", prose) + re.findall(r"^\[[^]]+\]: ([^:\s]+)$", prose, re.M)
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    paths = re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w", text)
+    missing += [path for path in paths if not any(ROOT.glob(path))]
+    modules = re.findall(r"(?:-m |`)(scripts(?:\.[a-z_]\w*)+)", text)
+    missing += [name for name in modules if not [*ROOT.glob(f"{name.replace('.', '/')}*")]]
+    names = re.findall(r"`([\w-]+\.(?:py|ya?ml|md))`", text)
+    missing += [name for name in names if not any(name in found for found in SOURCES)]
+    assert not missing
+
+
+SOURCES = [{path.name for path in (ROOT / folder).rglob("*.*")} for folder in FOLDERS]
+
+
+def test_links_of_the_readme_stand_in_one_list():
+    """PyPI shows it without the repository: the owner puts the repository's URL in front of that list alone."""
+    assert not re.search(r"\]\((?!#)", README)
+    body, links = README.split("[paper]: ")
+    used = set(re.findall(r"\]\[([\w-]+)\]|\[(flash-7m-\w+)\](?!\[)", body))
+    defined = set(re.findall(r"^\[([\w-]+)\]: ", "[paper]: " + links, re.M))
+    assert {first or second for first, second in used} == defined
 
 
 @pytest.mark.slow
@@ -50,7 +70,7 @@ def test_python_examples_run_in_order(tmp_path):
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # "in a clone of this repository"
     done = subprocess.run([warm.python(), "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "runs" / "my-flash" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "my-classifier" / "model.safetensors").exists()
 
 
 def test_table_names_fields_and_the_docstring_all():
@@ -64,7 +84,7 @@ def test_table_names_fields_and_the_docstring_all():
 
 @pytest.mark.slow
 def test_script_commands_run(tmp_path):
-    """The commands of "Train on text" that need no network, in their order, from the repo's root."""
+    """The commands of "Train your own" that need no network, in order, from the root of the repository."""
     commands = blocks("bash")[1].strip().splitlines()
     assert len(commands) == 3
     for command in commands:
