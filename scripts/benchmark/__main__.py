@@ -1,9 +1,9 @@
 """\
 python -m scripts.benchmark --smoke --output runs/benchmark/smoke.csv
 
-Speed and memory of FLASH and its peers at equal size (85 M backbone, bf16): training step, forward, prefill, decoding,
-one layer, and on the CPU. First a gate: if the fast path is not right, nothing is timed and the exit code is 1. Every
-(model, group) is measured in a process of its own, and every row is appended to the CSV as it is measured.
+Speed and memory of FLASH and its peers at equal size (85 M parameters, bfloat16): training step, forward, prefill,
+decoding, one layer, and training on the CPU. A correctness gate runs first: if it fails, nothing is timed and the exit
+code is 1. Each (model, group) is measured in its own process, and each row is appended to the CSV at once.
 Start it from the root of the clone.
 
     python -m scripts.benchmark --models flash,transformer++ --groups train --output runs/benchmark/h100.csv
@@ -33,22 +33,23 @@ FIRST = ("flash", "transformer++")
 
 def parse() -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", help=f"comma-separated, of {', '.join(MODELS)}; default: what the device can run")
-    parser.add_argument("--groups", help=f"comma-separated, of {', '.join(runs.GROUPS)}; default: all of the device")
+    parser.add_argument(
+        "--models", help=f"comma-separated, of {', '.join(MODELS)}; default: those that run on the device"
+    )
+    parser.add_argument("--groups", help=f"comma-separated, of {', '.join(runs.GROUPS)}; default: all for the device")
     parser.add_argument("--contexts", help="comma-separated; only these contexts")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/results.csv"), help="CSV to append to")
-    parser.add_argument(
-        "--rounds", type=natural, help="times that a process goes through its cases; default 2, smoke: 1"
-    )
-    parser.add_argument("--reps", type=natural, help="samples of a case in each round; default 8, smoke: 2")
-    parser.add_argument("--limit_s", type=float, default=300, help="most seconds for one (model, group)")
-    parser.add_argument("--total_s", type=float, default=0, help="begin no process after so many seconds; 0: no limit")
-    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU, in this process")
-    parser.add_argument("--gate_only", action="store_true", help="compare, print the errors, time nothing")
-    parser.add_argument("--gate_passed", action="store_true", help=argparse.SUPPRESS)  # workers: the parent compared
-    parser.add_argument("--table", nargs="+", type=Path, metavar="CSV", help="print markdown tables, measure nothing")
-    parser.add_argument("--plot", nargs="+", type=Path, metavar="CSV", help="write PNGs, measure nothing")
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"), help="where --plot writes")
+    parser.add_argument("--rounds", type=natural, help="passes over the cases of a process; default 2, with --smoke 1")
+    parser.add_argument("--reps", type=natural, help="samples per case and round; default 8, with --smoke 2")
+    parser.add_argument("--limit_s", type=float, default=300, help="seconds after which a (model, group) is stopped")
+    parser.add_argument("--total_s", type=float, default=0, help="start no process after so many seconds; 0: no limit")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU, in one process")
+    parser.add_argument("--gate_only", action="store_true", help="run the correctness gate alone")
+    # For workers, whose parent ran the gate.
+    parser.add_argument("--gate_passed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--table", nargs="+", type=Path, metavar="CSV", help="print Markdown tables and exit")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="CSV", help="write PNGs and exit")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark"), help="output folder of --plot")
     args = parser.parse_args()
     args.device = "cpu" if args.smoke or not torch.cuda.is_available() else "cuda"
     args.rounds = args.rounds or (1 if args.smoke else 2)
@@ -61,13 +62,13 @@ def parse() -> argparse.Namespace:
                 parser.error(f"--{name}: unknown {sorted(unknown)}; choose from {', '.join(known)}")
     if args.contexts is not None:
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.contexts):
-            parser.error(f"--contexts must be whole numbers with commas between them, got {args.contexts!r}")
+            parser.error(f"--contexts must be whole numbers separated by commas, got {args.contexts!r}")
         args.contexts = tuple(map(int, args.contexts.split(",")))
     return args
 
 
 def print_gate(args: argparse.Namespace) -> bool:
-    """Compare the fast path with the truth; print the comparison closest to its limit, and all that failed."""
+    """Run the gate; print the failed comparisons, or else the one closest to its limit."""
     checks = gate(args.device)
     failed = [check for check in checks if not check.passed]
     worst = max(checks, key=lambda check: check.error / check.limit)
@@ -78,7 +79,7 @@ def print_gate(args: argparse.Namespace) -> bool:
 
 
 def order(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """`(model, group)` in order of importance: FLASH and Transformer++ through all groups, then the peers."""
+    """`(model, group)` in order of importance: all groups of FLASH and Transformer++, then the peers."""
     groups = args.groups or runs.default_groups(args)
     models = args.models or runs.default_models(args)
     pairs = [("device", "matmul")] if "matmul" in groups else []
@@ -90,7 +91,7 @@ def order(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def in_process(args: argparse.Namespace, model: str, group: str) -> None:
-    """Run one (model, group) in a process of its own, and leave a row behind if it does not end well."""
+    """Run one (model, group) in its own process; if it fails or times out, add a row with a note."""
     command = [
         sys.executable, "-m", "scripts.benchmark", "--gate_passed", "--groups", group, "--output", str(args.output),
         "--rounds", str(args.rounds), "--reps", str(args.reps),
@@ -120,11 +121,11 @@ def main() -> int:
     if args.gate_only or (not args.gate_passed and args.device == "cpu"):
         passed = print_gate(args)
     else:
-        # A process of its own: its memory must not be taken from the models'.
+        # In its own process, so that the gate does not hold memory while the models are measured.
         gate_only = [sys.executable, "-m", "scripts.benchmark", "--gate_only"]
         passed = args.gate_passed or subprocess.run(gate_only).returncode == 0
     if not passed:
-        print("The correctness gate is red: nothing was timed.", file=sys.stderr)
+        print("The correctness gate failed: nothing was timed.", file=sys.stderr)
         return 1
     if args.gate_only:
         return 0

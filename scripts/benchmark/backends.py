@@ -2,12 +2,11 @@
 """\
 python -m scripts.benchmark.backends --text tests/data/wizard_of_oz.txt --steps 5 --runs torch torch-float32 --tiny
 
-Train one model from the same weights on the same batches with the kernels and with plain torch, and see whether the
-loss curves part. Rounding makes any two runs part a little: how much is shown by torch in float32 beside torch in
-bfloat16.
+Train one model from the same weights on the same batches with the kernels and with PyTorch, and compare the loss
+curves. Rounding alone makes two runs diverge a little; PyTorch in float32 beside PyTorch in bfloat16 shows how much.
 
-Tokens are the text's bytes. Writes FOLDER/backends.csv (loss of each step and run) and FOLDER/backends.png, and prints
-the mean loss of the last tenth of the steps.
+Tokens are the bytes of the text. Writes FOLDER/backends.csv (loss of each step and run) and FOLDER/backends.png, and
+prints the mean loss of the last tenth of the steps.
 """
 
 import argparse
@@ -24,7 +23,7 @@ from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.commands.options import OptionParser, natural, run_command, seed
 
 
-# Name: backend, type of the matrix products.
+# Name: backend, dtype of the matrix products.
 RUNS = {
     "triton": ("triton", torch.bfloat16),
     "torch": ("torch", torch.bfloat16),
@@ -33,8 +32,8 @@ RUNS = {
 
 
 def train(options: argparse.Namespace, run: str) -> tuple[list[float], float]:
-    """Losses of `options.steps` steps of AdamW with warm-up, in nats a byte, and how many seconds they took."""
-    # A copy: bytes are read-only, and torch wants memory it may write to.
+    """Losses of `options.steps` steps of AdamW with warm-up, in nats per byte, and the seconds they took."""
+    # A copy, since torch needs writable memory and bytes are read-only.
     text = torch.frombuffer(bytearray(Path(options.text).read_bytes()), dtype=torch.uint8)
     begin = time.perf_counter()
     backend, dtype = RUNS[run]
@@ -65,18 +64,20 @@ def train(options: argparse.Namespace, run: str) -> tuple[list[float], float]:
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="text file to train on")
-    parser.add_argument("--folder", default="runs/backends", help="where the results go")
+    parser.add_argument("--folder", default="runs/backends", help="output folder")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--workers", type=natural, default=1, help="runs at once, each in a process of its own")
+    parser.add_argument("--workers", type=natural, default=1, help="parallel runs, each in its own process")
     parser.add_argument("--steps", type=natural, default=1000)
-    parser.add_argument("--batch", type=natural, default=16, help="rows a step")
-    parser.add_argument("--length", type=natural, default=1000, help="bytes a row: no multiple of a chunk, on purpose")
+    parser.add_argument("--batch", type=natural, default=16, help="sequences per step")
+    parser.add_argument(
+        "--length", type=natural, default=1000, help="bytes per sequence; by default not a multiple of a chunk"
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--tiny", action="store_true", help="a model for a laptop")
     options = parser.parse_args()
     if not Path(options.text).is_file():
-        parser.error(f"--text must be a text file, and {options.text} is none")
+        parser.error(f"--text must be a text file, got {options.text}")
     if Path(options.text).stat().st_size <= options.length:
         parser.error(f"--text must hold more than --length={options.length} bytes, and {options.text} does not")
 
@@ -88,7 +89,7 @@ def main() -> None:
         for run, (losses, seconds) in zip(options.runs, results, strict=True):
             curves[run] = losses
             mean = sum(losses[-last:]) / last
-            print(f"{run}: {mean:.4f} nats a byte over the last {last} steps, {seconds:.0f} s", flush=True)
+            print(f"{run}: {mean:.4f} nats per byte over the last {last} steps, {seconds:.0f} s", flush=True)
     with (folder / "backends.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *curves])
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def plot(curves: dict[str, list[float]], path: Path) -> None:
-    """The curves above each other, and their differences from torch's."""
+    """The curves, and below them their differences from torch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,7 +111,7 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
         if "torch" in curves and name != "torch":
             difference = [a - b for a, b in zip(losses, curves["torch"], strict=True)]
             below.plot(difference, label=f"{name} - torch", linewidth=0.8)
-    above.set(ylabel="loss, nats a byte")
+    above.set(ylabel="loss, nats per byte")
     below.set(xlabel="step", ylabel="difference")
     for axes in (above, below):
         axes.legend()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts.benchmark runs: the cases of each group, and the CSV that every row goes to as it is measured."""
+"""The cases of each group of scripts.benchmark, and the CSV that each row is appended to once it is measured."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ COLUMNS = (
     "note",
 )  # fmt: skip
 TOKENS = 65_536
-# The contexts of the tables come first: a run that is cut off keeps them.
+# The contexts of the tables come first, in case a run is cut off.
 CONTEXTS = (8192, 512, 2048, 65_536, 32_768, 131_072)
-# Models of flash-linear-attention tune each shape for minutes.
+# Models of flash-linear-attention are tuned for minutes at each shape.
 FLA_CONTEXTS = (8192, 2048, 32_768)
-STEPS = 32  # decoding steps in one sample
+STEPS = 32  # decoding steps per sample
 
 
 def default_groups(args: argparse.Namespace) -> tuple[str, ...]:
-    """All groups that mean something on the device; a smoke run has them all."""
+    """The groups for the device; all of them in a smoke run."""
     if args.smoke:
         return GROUPS
     return ("cpu",) if args.device == "cpu" else tuple(group for group in GROUPS if group != "cpu")
 
 
 def default_models(args: argparse.Namespace) -> tuple[str, ...]:
-    """What runs without further packages in a smoke run; otherwise all but the variants kept for comparison."""
+    """In a smoke run the models that need no other packages; otherwise all except variants kept for comparison."""
     if args.smoke:
         return ("flash", "transformer++", "llama", "flash-quad")
     if args.device == "cpu":
@@ -68,7 +68,7 @@ def default_models(args: argparse.Namespace) -> tuple[str, ...]:
 # Rows
 # ------------------------------------------------------------------------------------------------------------------
 class Recorder:
-    """Appends rows to a CSV, one at a time, each on the disk before the next is measured."""
+    """Appends rows to a CSV, each written before the next is measured."""
 
     def __init__(self, path: Path, device: str):
         self.path = path
@@ -77,7 +77,9 @@ class Recorder:
             with path.open(newline="", encoding="utf-8") as file:
                 header = tuple(next(csv.reader(file)))
             if header != COLUMNS:
-                raise ValueError(f"--output {path} is not a table of this benchmark (columns {header}): name another.")
+                raise ValueError(
+                    f"--output {path} is not a table of this benchmark (columns {header}): name another file."
+                )
         gpu = torch.cuda.get_device_name() if device == "cuda" else processor()
         self.common = {
             "machine": platform.node(), "gpu": gpu, "commit": commit(), "torch": torch.__version__,
@@ -110,7 +112,7 @@ class Recorder:
 # ------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Case:
-    """One row: what is measured, in which direction, on `batch` rows of `context` tokens."""
+    """One measurement, in one direction, on `batch` sequences of `context` tokens."""
 
     measurement: str
     context: int
@@ -124,12 +126,12 @@ class Case:
 
 
 def cases(group: str, model: str, smoke: bool, contexts: tuple[int, ...] | None = None) -> list[Case]:
-    """The cases of a group, the most important first; `contexts` keeps only those."""
+    """The cases of a group, the most important first; only those of `contexts` if given."""
     tokens, middle, longest = (128, 64, 128) if smoke else (TOKENS, 8192, 65_536)
     ladder = FLA_CONTEXTS if model in ("gla", "gated-deltanet") else CONTEXTS
     ladder = (64, 32) if smoke else ladder
     if group in ("train", "forward"):
-        # 128K of context do not fit in 65,536 tokens: that case alone takes one row of 131,072.
+        # 131,072 tokens of context exceed the batch of 65,536: that case takes one sequence of its own length.
         found = [Case(group, context, max(1, tokens // context)) for context in ladder]
         found.insert(1, Case(group, middle, tokens // middle, causal=False))
         if group == "train":
@@ -151,7 +153,7 @@ def cases(group: str, model: str, smoke: bool, contexts: tuple[int, ...] | None 
 
 
 def prepare(candidate: Candidate, case: Case, size: Size, device: str, dtype: torch.dtype):
-    """What to time for a case, and options of `measure`."""
+    """The call to time for a case, and options of `measure`."""
     shape = (case.batch, case.context, size.width)
 
     def normal(*shape):
@@ -171,7 +173,7 @@ def prepare(candidate: Candidate, case: Case, size: Size, device: str, dtype: to
         return lambda: candidate.hidden(x), {}
     module, hidden = candidate.module, candidate.hidden
     if case.measurement.startswith("layer"):
-        # Two gated attention units stand for one block of attention and feed-forward.
+        # Two gated attention units replace one block of attention and feed-forward.
         module, hidden = first_layers(candidate, len(candidate.module.layers) // size.blocks, x)
         if candidate.compile_layers:
             for layer in module:
@@ -184,7 +186,7 @@ def prepare(candidate: Candidate, case: Case, size: Size, device: str, dtype: to
 
 
 def note_of(error: BaseException) -> str:
-    """Why a case has no numbers, in one line."""
+    """The reason why a case has no numbers, in one line."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
     if isinstance(error, Unsupported):
@@ -198,14 +200,14 @@ def is_training(case: Case) -> bool:
 
 
 def run_case(case: Case, name: str, candidate: Candidate, size: Size, args, dtype, peak, recorder: Recorder) -> None:
-    """Measure a case and record it; what fails is recorded, too."""
+    """Measure a case and record it; failures are recorded too."""
     row = {
         "model": name, "direction": case.direction, "measurement": case.measurement, "context": case.context,
         "batch": case.batch, "tokens": case.batch * (1 if case.measurement == "decode" else case.context),
         "parameters": parameter_count(candidate.module), "note": candidate.note,
     }  # fmt: skip
     clean(args.device)
-    # What stays for the next case: the model, not this case's gradients, cache or inputs.
+    # Only the model is kept for the next case; gradients, cache and inputs are freed.
     try:
         with torch.set_grad_enabled(is_training(case)):
             call, options = prepare(candidate, case, size, args.device, dtype)
@@ -213,7 +215,7 @@ def run_case(case: Case, name: str, candidate: Candidate, size: Size, args, dtyp
         flops = model_flops(name, size, case.context, case.causal)
         if flops is not None and case.measurement.startswith("layer"):
             flops /= size.blocks
-        # A step of decoding reads, it does not compute: no share of the arithmetic rate.
+        # Decoding is bound by memory: its share of the arithmetic rate means nothing.
         if flops is not None and case.measurement != "decode":
             row["mfu"] = utilisation(flops * (3 if is_training(case) else 1), row["tokens"], timing.median, peak)
         recorder.add(timing, **row, peak_gib=peak_gib(args.device))
@@ -230,20 +232,20 @@ def run_case(case: Case, name: str, candidate: Candidate, size: Size, args, dtyp
 
 
 def run(args: argparse.Namespace, model: str, group: str) -> None:
-    """All cases of one group for one model, `args.rounds` times."""
+    """All cases of one group for one model, in `args.rounds` rounds."""
     recorder = Recorder(args.output, args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     size = SMOKE if args.smoke else BASE
     if args.smoke:
-        torch.set_num_threads(1)  # models this small only wait for each other on several
-    # As in training; the gate has run in full float32.
+        torch.set_num_threads(1)  # with more, threads of models this small only wait for each other
+    # As in training; the gate ran in full float32.
     torch.set_float32_matmul_precision("high")
-    # A compiled layer meets every shape of its cases, each with a graph of its own.
+    # Compiled layers see every shape of their cases, and each shape has its own graph.
     torch._dynamo.config.recompile_limit = 64
     if group == "cpu":
         run_cpu(args, recorder)
         return
-    # Of this very process: clocks differ between cards and minutes.
+    # Measured in this process, since clocks differ between cards and minutes.
     timing, peak = matmul_rate(args.device, dtype, 8192 if args.device == "cuda" else 256)
     if group == "matmul":
         recorder.add(timing, model="device", measurement="matmul", note=f"{peak / 1e12:.4g} TFLOP/s {dtype}")
@@ -256,7 +258,7 @@ def run(args: argparse.Namespace, model: str, group: str) -> None:
         if not mine:
             continue
         try:
-            # A layer is compiled once its arguments were watched (first_layers); decoding is one CUDA graph for all.
+            # Single layers are compiled once their arguments are recorded (first_layers); decoding is one CUDA graph.
             whole = group not in ("layer", "decode")
             candidate = build(model, size, causal, args.device, dtype, compile=whole)
             candidate.compile_layers = MODELS[model].compiled and group == "layer" and args.device == "cuda"
@@ -273,7 +275,7 @@ def run(args: argparse.Namespace, model: str, group: str) -> None:
 
 
 def run_cpu(args: argparse.Namespace, recorder: Recorder) -> None:
-    """Training steps on two threads, the models in turn within each context: other programs disturb all alike."""
+    """Training steps on two threads; models alternate within a context, so that other programs disturb all alike."""
     size, tokens, contexts = (SMOKE, 128, (64,)) if args.smoke else (SMALL, 8192, (2048, 8192))
     torch.set_num_threads(1 if args.smoke else 2)
     candidates = {}
@@ -295,7 +297,7 @@ def run_cpu(args: argparse.Namespace, recorder: Recorder) -> None:
                     samples[name].append(duration)
                     busy[name].append((time.process_time() - begin) * 1e3)
         for name, found in samples.items():
-            # Where other programs run, too, the fastest step and the processor time say more than the median.
+            # Beside other programs the fastest step and the processor time tell more than the median.
             note = (
                 f"{torch.get_num_threads()} threads, float32, D={size.width}, {size.layers} layers; fastest "
                 f"{min(found):.0f} ms; processor time {quartiles(busy[name]).median:.0f} ms"

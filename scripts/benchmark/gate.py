@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate: no number before the fast path is right."""
+"""The correctness gate: nothing is timed before the fast paths agree with the references."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Check(NamedTuple):
 
 @torch.no_grad()
 def enlarge(model: nn.Module, seed: int = 1) -> None:
-    """Draw all parameters so large that every part of a layer shows in the result, biases and gains included."""
+    """Sample all parameters, biases and gains included, so large that every part of a layer shows in the result."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -47,7 +47,7 @@ def enlarge(model: nn.Module, seed: int = 1) -> None:
 
 
 def results(model: nn.Module, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-    """Output and every gradient of a model on embeddings, in float64 on the CPU."""
+    """Output and every gradient of a model on embeddings, converted to float64 on the CPU."""
     x = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
     model.zero_grad(set_to_none=True)
     out = model(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -62,12 +62,12 @@ def results(model: nn.Module, x: Tensor, gradient: Tensor) -> dict[str, Tensor]:
 def check_kernels(size: Size, device: str, length: int, batch: int = 2) -> list[Check]:
     """The `"triton"` backend against the torch tier in float64: output, every gradient, and decoding.
 
-    float32: an error ratio of at most 1e-3. bfloat16: at most twice the torch tier's own in bfloat16, plus 1e-3.
+    Limits: in float32 an error ratio of 1e-3, in bfloat16 twice that of the torch tier in bfloat16 plus 1e-3.
     """
     checks = []
     for causal in (True, False):
         direction = "causal" if causal else "bidirectional"
-        # A divisor below the paper's: scores of the size of the bias, so that a wrong query or key shows.
+        # A smaller divisor than the paper's makes scores as large as the bias, so that a wrong query or key shows.
         config = {
             backend: flash_config(size, causal, backend, attention_divisor=16) for backend in ("triton", "torch")
         }
@@ -82,7 +82,7 @@ def check_kernels(size: Size, device: str, length: int, batch: int = 2) -> list[
             return results(model, x, gradient)
 
         for dtype in (torch.float32, torch.bfloat16):
-            # Both see the weights and inputs that this type can hold.
+            # Both get weights and inputs rounded to this dtype.
             rounded = {name: value.to(dtype).double() for name, value in exact.state_dict().items()}
             exact.load_state_dict(rounded)
             expected = results(exact, x.to(dtype).double(), gradient.to(dtype).double())
@@ -98,7 +98,7 @@ def check_kernels(size: Size, device: str, length: int, batch: int = 2) -> list[
 
 @torch.no_grad()
 def check_decoding(config: FlashConfig, exact: nn.Module, x: Tensor) -> Check:
-    """Prefill, then steps over a chunk's end with a static cache, against the whole in float64."""
+    """Prefill, then steps across a chunk border with a static cache, against the full forward in float64."""
     model = FlashModel(config).to(x.device, torch.float32).eval()
     model.load_state_dict(exact.state_dict())
     expected = exact.eval()(inputs_embeds=x.double(), use_cache=False).last_hidden_state
@@ -113,7 +113,7 @@ def check_decoding(config: FlashConfig, exact: nn.Module, x: Tensor) -> Check:
 
 
 def check_torch_tier() -> list[Check]:
-    """The torch tier against naive.py, in float64 and float32: output and every gradient (there are no kernels)."""
+    """The torch tier against naive.py in float64 and float32: output and every gradient."""
     checks = []
     for causal in (True, False):
         config = tiny_config(is_decoder=causal)
@@ -135,14 +135,14 @@ def check_torch_tier() -> list[Check]:
 
 
 def gate(device: str, size: Size = BASE) -> list[Check]:
-    """All comparisons that must hold before anything is timed: kernels against torch on a GPU, torch against naive."""
+    """All comparisons: the torch tier against naive.py and, on a GPU, the kernels against the torch tier."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         checks = check_torch_tier()
         if device == "cuda":
             two_layers = dataclasses.replace(size, layers=2)
-            # Neither a multiple of the chunk nor of a power of two.
+            # A length that is neither a multiple of the chunk nor a power of two.
             checks += check_kernels(two_layers, device, 3 * size.chunk_size + 37)
         return checks
     finally:

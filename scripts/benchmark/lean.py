@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strongest plain opponent: a Transformer++ written for speed."""
+"""The strongest baseline for speed: a Transformer++ with fused projections."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LeanBlock(nn.Module):
-    """The block of scripts.baselines' Transformer++ written for speed: fused q, k, v and gate, up; no mask anywhere.
+    """The block of Transformer++ (scripts.baselines) for speed: fused q, k, v and gate, up projections, and no masks.
 
-    The baseline keeps projections apart, for checkpoints and LoRA; this one is what a fast Transformer++ looks like.
+    The baseline keeps the projections separate, for checkpoints and LoRA.
     """
 
     def __init__(self, size: Size, causal: bool):
@@ -31,7 +31,7 @@ class LeanBlock(nn.Module):
         self.gate_up_proj, self.down_proj = nn.Linear(D, 2 * hidden, bias=False), nn.Linear(hidden, D, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: bool = False, cache=None):
-        """`x`, or `(x, key, value)` to keep for decoding; `cache = (keys, values, place)` takes one token in."""
+        """`x`, or `(x, key, value)` with `keep`; `cache = (keys, values, place)` adds one token to the cache."""
         B, N, D = x.shape
         qkv = self.qkv_proj(self.attention_norm(x)).view(B, N, 3, self.heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -81,7 +81,7 @@ class LeanTransformer(nn.Module):
         return self.norm(x), cache
 
     def step(self, x: Tensor, caches: list[tuple[Tensor, Tensor]], place: Tensor) -> Tensor:
-        """One token a row at column `place` (int64 `[1]`) of the caches, which every token before it fills."""
+        """One token per sequence at column `place` (int64 `[1]`) of the caches, whose earlier columns are filled."""
         angles = self.angles(place, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, *angles, cache=(*cache, place))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models under measurement behind one interface. Backbones only: embeddings in, hidden states out."""
+"""The measured models behind one interface; backbones only, from embeddings to hidden states."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .sizes import Size, flash_config
 
 
 class Unsupported(Exception):
-    """A model that cannot do what was asked for; the reason becomes the note of a row without numbers."""
+    """The model does not support a case; the reason becomes the note of a row without numbers."""
 
 
 class Candidate:
-    """A model under measurement: `module`, `hidden(x)`, and, where it decodes, `prefill(x)` and `decoder(...)`."""
+    """A measured model: `module`, `hidden(x)`, and `prefill(x)` and `decoder(...)` if it decodes."""
 
     note = ""
-    compile_layers = False  # whether first_layers still have to be compiled
+    compile_layers = False  # whether `first_layers` must still be compiled
     module: nn.Module
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.module(x)
 
     def layers(self) -> list[nn.Module]:
-        """What torch.compile is applied to, one by one."""
+        """The modules to compile one by one."""
         return []
 
     def recompute(self, on: bool) -> None:
@@ -43,7 +43,7 @@ class Candidate:
         raise Unsupported("no prefill with a cache")
 
     def decoder(self, batch: int, context: int, steps: int, like: Tensor) -> tuple[Callable, Callable]:
-        """`(step, rewind)`: one token a row after `context - 1` others, and back to there, every `steps` steps."""
+        """`(step, rewind)`: decode one token per sequence after `context - 1` others; go back to there."""
         raise Unsupported("no decoding with a static cache")
 
 
@@ -58,7 +58,7 @@ class HostCandidate(Candidate):
 
     def recompute(self, on: bool) -> None:
         if on:
-            # The first is the name since transformers 5.23; both recompute without reentrance.
+            # The first name is that of transformers 5.23 and later; both use non-reentrant checkpointing.
             getattr(self.module, "activation_checkpointing_enable", self.module.gradient_checkpointing_enable)()
         else:
             getattr(self.module, "activation_checkpointing_disable", self.module.gradient_checkpointing_disable)()
@@ -87,11 +87,11 @@ class FlashCandidate(HostCandidate):
             raise Unsupported("not measured: its cache grows like a Transformer's")
         cache = StaticCache(config=self.module.config, max_cache_len=context + steps)
         row = torch.randn(1, context - 1, like.shape[-1], dtype=like.dtype, device=like.device)
-        # One row is enough: what a step costs does not depend on what the state holds.
+        # One sequence is enough: the cost of a step does not depend on the contents of the state.
         self.module(inputs_embeds=row, use_cache=True, cache=cache)
         if batch > 1:
             cache.batch_repeat_interleave(batch)
-        # A state has no longest context, and every step costs the same: nothing to rewind.
+        # The state has no maximum length and every step costs the same, so there is nothing to rewind.
         return self.step_on(cache, like), lambda: None
 
 
@@ -129,7 +129,7 @@ class LeanCandidate(Candidate):
     def decoder(self, batch, context, steps, like):
         size = self.module.size
         shape = (batch, size.heads, context, size.width // size.heads)
-        # Exactly as many columns as there are tokens, so that no mask is needed: a real cache is slower than this.
+        # Exactly as many columns as tokens, so that no mask is needed; a real cache is slower.
         caches = [
             tuple(torch.empty(shape, dtype=like.dtype, device=like.device).normal_() for _ in "kv")
             for _ in self.module.layers
@@ -151,7 +151,7 @@ def build_flash_pytorch(size: Size, causal: bool) -> Candidate:
 
 
 def build_flash_pytorch_full(size: Size, causal: bool) -> Candidate:
-    """Its layers as its own model has them: with rotary positions, ScaleNorm and token shift."""
+    """The layers as in its own model: with rotary positions, ScaleNorm and token shift."""
     from flash_pytorch import FLASHTransformer
 
     model = FLASHTransformer(
@@ -166,8 +166,8 @@ def build_fla(name: str, size: Size, causal: bool) -> Candidate:
 
     if not causal:
         raise Unsupported("causal only")
-    # Head widths that are powers of two, which their kernels are tuned for. A Gated DeltaNet layer is wider than a
-    # Transformer block, hence 11 of them for 12: equal parameters.
+    # Head widths are powers of two, as their kernels expect. A Gated DeltaNet layer has more parameters than a
+    # Transformer block, hence 11 of them for 12 blocks.
     cls, options = {
         "gla": ("GLA", {"num_heads": max(1, size.width // 256), "num_hidden_layers": size.blocks}),
         "gated-deltanet": (
@@ -205,7 +205,7 @@ def build_baseline(size: Size, causal: bool) -> Candidate:
 
 
 class Model(NamedTuple):
-    """How a model is made, and whether its layers are compiled one by one on a GPU."""
+    """A model's constructor, and whether its layers are compiled one by one on a GPU."""
 
     build: Callable[[Size, bool, str], Candidate]
     compiled: bool = False
@@ -213,7 +213,7 @@ class Model(NamedTuple):
 
 def _flash(backend: str, **changes) -> Callable[[Size, bool, str], Candidate]:
     def build(size: Size, causal: bool, device: str) -> Candidate:
-        # On a GPU nothing may fall back in silence; elsewhere there are no kernels.
+        # On a GPU a silent fallback must not be measured; elsewhere there are no kernels.
         chosen = backend if device == "cuda" else "torch"
         return FlashCandidate(flash_config(size, causal, chosen, **changes))
 
@@ -224,7 +224,7 @@ MODELS = {
     "flash": Model(_flash("triton")),
     "flash-compiled": Model(_flash("triton"), compiled=True),
     "flash-torch": Model(_flash("torch"), compiled=True),
-    # A bias by rotation: the Toeplitz one would be bound to max_position_embeddings.
+    # The rotary bias, since the Toeplitz bias is limited to max_position_embeddings.
     "flash-quad": Model(_flash("torch", attention_type="quadratic", relative_bias="rotary"), compiled=True),
     "transformer++": Model(lambda size, causal, device: LeanCandidate(size, causal), compiled=True),
     "transformer++-baseline": Model(lambda size, causal, device: build_baseline(size, causal), compiled=True),
@@ -237,10 +237,10 @@ MODELS = {
 
 
 def build(name: str, size: Size, causal: bool, device: str, dtype: torch.dtype, *, compile: bool = True) -> Candidate:
-    """A model on its device, its layers compiled one by one (on a GPU) if it is one of those.
+    """A model on its device, its layers compiled one by one if it is one of those and the device is a GPU.
 
     Raises:
-        Unsupported: its package is missing, or it has no such direction.
+        Unsupported: its package is missing, or it does not have this direction.
     """
     torch.manual_seed(0)
     model = MODELS[name]
@@ -257,12 +257,12 @@ def build(name: str, size: Size, causal: bool, device: str, dtype: torch.dtype, 
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Parameters without the embedding, which no measurement uses."""
+    """Parameters, without the embedding, which no measurement uses."""
     return sum(p.numel() for name, p in module.named_parameters() if "embed" not in name)
 
 
 def first_layers(candidate: Candidate, layers: int, x: Tensor) -> tuple[nn.ModuleList, Callable[[Tensor], Tensor]]:
-    """A candidate's first layers alone, and their forward with the arguments that its model gives them for `x`."""
+    """A model's first layers alone, and their forward with the arguments that the model passes them for `x`."""
     chosen, seen = nn.ModuleList(candidate.module.layers[:layers]), []
     hook = chosen[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[1:], kwargs)), with_kwargs=True

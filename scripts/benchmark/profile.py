@@ -2,8 +2,8 @@
 """\
 python -m scripts.benchmark.profile --layers 2 --hidden_size 64 --context 256 --tokens 512
 
-Where the time of a training step goes: how long steps take, how long Python needs to issue one, which kernels run for
-how long, and how long the device waits between them. Forward and backward of `FlashModel`, from input embeddings.
+Where the time of a training step goes: the time of a step, the time Python needs to issue it, the time of each kernel
+and the idle time of the device. Forward and backward of `FlashModel`, from input embeddings.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from flash_hf.commands.options import OptionParser, natural, run_command
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=natural, default=8192)
-    parser.add_argument("--tokens", type=natural, default=65_536, help="of a step")
+    parser.add_argument("--tokens", type=natural, default=65_536, help="tokens per step")
     parser.add_argument("--layers", type=natural, default=24)
     parser.add_argument("--hidden_size", type=natural, default=768)
     parser.add_argument("--backend", choices=("auto", "torch", "triton"), default="auto")
@@ -62,8 +62,8 @@ def main() -> None:
         wait()
         done.append(1e3 * (time.perf_counter() - begin))
     name = torch.cuda.get_device_name() if cuda else "CPU"
-    print(f"{name}, torch {torch.__version__}, {options.tokens:,} tokens in rows of {options.context:,}, {dtype}")
-    print(f"a step: median {statistics.median(done):.1f} ms, {min(done):.1f} to {max(done):.1f}")
+    print(f"{name}, torch {torch.__version__}, {options.tokens:,} tokens in sequences of {options.context:,}, {dtype}")
+    print(f"step: median {statistics.median(done):.1f} ms, {min(done):.1f} to {max(done):.1f}")
     print(f"issued in {statistics.median(issued):.1f} ms")
     if cuda:
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
@@ -76,7 +76,7 @@ def main() -> None:
     spent = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = sorted(profiler.key_averages(), key=lambda event: getattr(event, spent), reverse=True)
     total = sum(getattr(event, spent) for event in events) / runs / 1e3
-    print(f"{'kernels' if cuda else 'operators'}: {total:.1f} ms a step")
+    print(f"{'kernels' if cuda else 'operators'}: {total:.1f} ms per step")
     for event in events[: options.rows]:
         print(f"{getattr(event, spent) / runs / 1e3:9.3f} ms  x {event.count // runs:4d}  {event.key[:90]}")
     if cuda:
@@ -86,7 +86,7 @@ def main() -> None:
         for start, stop in spans[1:]:
             waited += max(0.0, start - end)
             end = max(end, stop)
-        print(f"the device waited {waited / runs / 1e3:.1f} ms a step")
+        print(f"device idle: {waited / runs / 1e3:.1f} ms per step")
 
 
 if __name__ == "__main__":

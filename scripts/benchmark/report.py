@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of scripts.benchmark from its CSV alone; rows that lose or have no numbers are shown, too."""
+"""Tables and plots of scripts.benchmark from its CSV files; losses and cases without numbers are shown too."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from .cases import COLUMNS
 
 
 PAPER = ("flash", "transformer++")
+TITLES = {
+    "flash": "FLASH", "flash-torch": "FLASH, PyTorch", "flash-quad": "FLASH-Quad", "transformer++": "Transformer++",
+    "llama": "Llama (transformers)", "flash-pytorch": "FLASH-pytorch", "gla": "GLA",
+    "gated-deltanet": "Gated DeltaNet",
+}  # fmt: skip
 
 
 @dataclass
 class Result:
-    """All rows of one (model, direction, measurement, context, batch): the median over them is what counts."""
+    """All rows of one (model, direction, measurement, context, batch); its value is their median."""
 
     rows: list[dict] = field(default_factory=list)
 
@@ -31,7 +36,7 @@ class Result:
 
     @property
     def spread(self) -> str:
-        """First and third quartile, the widest of the rows."""
+        """Lowest first and highest third quartile of the rows."""
         lows, highs = ([float(row[name]) for row in self.rows if row[name]] for name in ("ms_q25", "ms_q75"))
         return f"{number(min(lows))} - {number(max(highs))}" if lows else ""
 
@@ -56,17 +61,17 @@ Results = dict[tuple[str, str, str, int, int], Result]
 
 
 def read(paths: Iterable[Path]) -> Results:
-    """The results of CSV files.
+    """The results in CSV files.
 
     Raises:
-        ValueError: a file has not the columns of this benchmark.
+        ValueError: a file does not have the columns of this benchmark.
     """
     found: Results = {}
     for path in paths:
         with Path(path).open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"{path} is no table of scripts.benchmark: its columns are {reader.fieldnames}.")
+                raise ValueError(f"{path} is not a table of scripts.benchmark: its columns are {reader.fieldnames}.")
             for row in reader:
                 key = (row["model"], row["direction"], row["measurement"], int(row["context"] or 0),
                        int(row["batch"] or 0))  # fmt: skip
@@ -75,7 +80,7 @@ def read(paths: Iterable[Path]) -> Results:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Three digits and no exponent; a dash for what was not measured."""
+    """Three digits without an exponent; a dash for None."""
     if value is None:
         return "-"
     magnitude = len(str(int(abs(value))))
@@ -88,7 +93,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def pick(results: Results, model: str, measurement: str, context: int, direction="causal", batch=None):
-    """The one result of these, or None; `batch` matters for decoding alone."""
+    """The result with these keys, or None; only decoding needs `batch`."""
     for (name, way, what, length, rows), result in results.items():
         if (name, way, what, length) == (model, direction, measurement, context) and batch in (None, rows):
             return result
@@ -96,17 +101,17 @@ def pick(results: Results, model: str, measurement: str, context: int, direction
 
 
 def ratio(slow: Result | None, fast: Result | None, column: str = "ms") -> float | None:
-    """How many times as much the first takes."""
+    """The first over the second; None where either is missing."""
     if slow is None or fast is None or not getattr(slow, column) or not getattr(fast, column):
         return None
     return getattr(slow, column) / getattr(fast, column)
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The project's targets (issue 4): what, the measured value, the bound, and whether more or less of it is better
+# Targets
 # ------------------------------------------------------------------------------------------------------------------
 def targets(results: Results) -> list[tuple[str, float | None, str, float, str]]:
-    """`(what, value, relation, bound, remark)`; the value is None where a measurement is missing."""
+    """The targets as `(what, value, relation, bound, remark)`; the value is None where a measurement is missing."""
 
     def at(model, measurement, context, direction="causal", batch=None):
         return pick(results, model, measurement, context, direction, batch)
@@ -125,7 +130,7 @@ def targets(results: Results) -> list[tuple[str, float | None, str, float, str]]
     }
     spread = max(per_token.values()) / min(per_token.values()) - 1 if len(per_token) > 1 else None
     remark = f"{min(per_token)} to {max(per_token)} tokens" if per_token else ""
-    rows.append(("flatness: slowest over fastest time a token, less 1", spread, "<=", 0.06, remark))
+    rows.append(("flatness: slowest over fastest time per token, minus 1", spread, "<=", 0.06, remark))
 
     train = at("flash", "train", 8192)
     rows.append(("share of the measured matmul rate, causal, 8192", train and train.mfu, ">=", 0.6, ""))
@@ -149,7 +154,7 @@ def targets(results: Results) -> list[tuple[str, float | None, str, float, str]]
         rows.append((f"training step: {title} / FLASH", value, ">=", 1.0, remark))
     for context in (1024, 65_536):
         step = at("flash", "decode", context, batch=1)
-        rows.append((f"decoding, batch 1, {context} tokens of context, ms a token", step and step.ms, "<=", 1.2, ""))
+        rows.append((f"decoding, batch 1, {context} tokens of context, ms per token", step and step.ms, "<=", 1.2, ""))
     mine, other = at("flash", "decode", 32_768, batch=64), at("transformer++", "decode", 32_768, batch=64)
     remark = f"Transformer++: {other.note}" if other and other.ms is None else ""
     rows.append(("decoding, batch 64, 32768: tokens/s over Transformer++", ratio(other, mine), ">=", 10, remark))
@@ -174,7 +179,7 @@ def target_table(results: Results) -> str:
 # Tables
 # ------------------------------------------------------------------------------------------------------------------
 def grid(results: Results, measurement: str, direction: str, cell, by_batch: bool = False) -> str | None:
-    """Models against contexts; a case without numbers says why."""
+    """Models by contexts; a case without numbers shows its note."""
     chosen = {key: result for key, result in results.items() if key[1:3] == (direction, measurement)}
     if not chosen:
         return None
@@ -192,7 +197,7 @@ def grid(results: Results, measurement: str, direction: str, cell, by_batch: boo
 
 
 def tables(results: Results) -> str:
-    """Everything as markdown: where it was measured, the targets, and each measurement with every row."""
+    """Everything as Markdown: machines and versions, the targets, and every measurement."""
     rows = [row for result in results.values() for row in result.rows]
     if not rows:
         return "No rows."
@@ -212,7 +217,7 @@ def tables(results: Results) -> str:
     measurements = dict.fromkeys((key[2], key[1]) for key in results if key[1])
     for measurement, direction in measurements:
         decode = measurement == "decode"
-        unit = "ms a token (quartiles)" if decode else "ms (quartiles)"
+        unit = "ms per token (quartiles)" if decode else "ms (quartiles)"
         cells = {unit: lambda result: f"{number(result.ms)} ({result.spread})"}
         if not decode:
             cells["thousand tokens/s"] = lambda result: number(result.tokens / result.ms if result.tokens else None)
@@ -224,7 +229,7 @@ def tables(results: Results) -> str:
             )
         for title, cell in cells.items():
             parts += [f"### {measurement}, {direction}: {title}", grid(results, measurement, direction, cell, decode)]
-    # Processes that did not end well have rows without a direction.
+    # Processes that failed or timed out left rows without a direction.
     stopped = [f"- {key[0]}, {key[2]}: {result.note}" for key, result in results.items() if not (key[1] or result.ms)]
     if stopped:
         parts += ["### Not finished", "\n".join(stopped)]
@@ -235,7 +240,7 @@ def tables(results: Results) -> str:
 # Plots
 # ------------------------------------------------------------------------------------------------------------------
 def curves(results: Results, measurement: str, value, direction="causal", batch=None) -> dict[str, list[tuple]]:
-    """`{model: [(context, value)]}`, contexts ascending; cases without numbers are left out."""
+    """`{model: [(context, value)]}` in ascending contexts, without the cases that have no numbers."""
     found: dict[str, list[tuple]] = {}
     for (model, way, what, context, rows), result in results.items():
         if (way, what) == (direction, measurement) and batch in (None, rows) and result.ms is not None:
@@ -245,7 +250,7 @@ def curves(results: Results, measurement: str, value, direction="causal", batch=
 
 
 def plots(results: Results, folder: Path) -> list[Path]:
-    """PNGs: time a token against context (the paper's figures 5a and 6a), memory, decoding. Returns those written."""
+    """Write PNGs of time per token (the paper's figures 5a and 6a), memory and decoding; return their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -262,7 +267,7 @@ def plots(results: Results, folder: Path) -> list[Path]:
         ),
         "forward_causal": ("Forward, causal", "ms per 1,000 tokens", curves(results, "forward", per_thousand)),
         "memory": ("Peak memory of a training step, causal", "GiB", curves(results, "train", lambda r: r.memory)),
-        "decode": ("Decoding, batch 1", "ms a token", curves(results, "decode", lambda r: r.ms, batch=1)),
+        "decode": ("Decoding, batch 1", "ms per token", curves(results, "decode", lambda r: r.ms, batch=1)),
     }  # fmt: skip
     where = ", ".join(sorted({row["gpu"] for result in results.values() for row in result.rows if row["gpu"]}))
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +278,8 @@ def plots(results: Results, folder: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
         for model, points in lines.items():
             contexts, heights = zip(*points, strict=True)
-            axes.plot(contexts, heights, marker="o", linewidth=2.4 if model in PAPER else 1.2, label=model)
+            width = 2.4 if model in PAPER else 1.2
+            axes.plot(contexts, heights, marker="o", linewidth=width, label=TITLES.get(model, model))
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
         ticks = sorted({context for points in lines.values() for context, _ in points})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of equal size, and their arithmetic."""
+"""Sizes of the models, and their floating-point operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flash_hf.training import training_flops
 
 @dataclass(frozen=True)
 class Size:
-    """One size for all models: two FLASH layers stand for one Transformer block, about 85 M parameters by default."""
+    """One size for all models: two FLASH layers replace one Transformer block; about 85 M parameters by default."""
 
     width: int = 768
     layers: int = 24
@@ -30,31 +30,34 @@ class Size:
 
 
 BASE = Size()
-# What two cores train in a second.
+# A step takes about a second on two cores.
 SMALL = Size(width=256, layers=4, heads=4, feed_forward=688)
 SMOKE = Size(width=32, layers=2, query_key_dim=16, chunk_size=16, heads=2, feed_forward=88)
 
 
 def mean_keys(length: int, causal: bool) -> float:
-    """Keys that a query sees on average in a span of `length`: the causal half is counted as the half it is."""
+    """Average number of keys visible to a query in a span of `length` (about half of them if causal)."""
     return (length + 1) / 2 if causal else float(length)
 
 
 def flash_flops(size: Size, context: int, causal: bool, attention_type: str = "mixed_chunk") -> float:
-    """Floating-point operations of FLASH a token, forward, without a head: see `throughput.training_flops`."""
+    """Floating-point operations per token of a FLASH forward without a head, see `training_flops`."""
     config = flash_config(size, causal, None, attention_type=attention_type)
     return training_flops(config, context, causal=causal, head=False) / 3
 
 
 def transformer_flops(size: Size, context: int, causal: bool) -> float:
-    """The same of Transformer++ and Llama: a block has `8 D^2 + 6 D F` in projections and `4 D keys` in attention."""
+    """The same for Transformer++ and Llama: per block `8 D^2 + 6 D F` in projections and `4 D keys` in attention."""
     D = size.width
     return size.blocks * (8 * D * D + 6 * D * size.feed_forward + 4 * D * mean_keys(context, causal))
 
 
 def model_flops(name: str, size: Size, context: int, causal: bool) -> float | None:
-    """Operations a token, forward; None for models whose own arithmetic is not written down here. A training step
-    counts three times as many: a product's backward is two of its size. Recomputation counts nothing."""
+    """Operations per token of a forward pass; None for models without a formula here.
+
+    A training step counts as three forward passes, since the backward of a product is two products of its size;
+    recomputation is not counted.
+    """
     if name == "flash-quad":
         return flash_flops(size, context, causal, "quadratic")
     if name.startswith("flash"):
@@ -65,14 +68,14 @@ def model_flops(name: str, size: Size, context: int, causal: bool) -> float | No
 
 
 def utilisation(flops_per_token: float | None, tokens: int, ms: float, peak_flops: float | None) -> float | None:
-    """MFU: the model's own arithmetic over what the measured matrix-product rate (operations a second) could do."""
+    """MFU: the model's operations per second over the measured rate of matrix products."""
     if flops_per_token is None or not peak_flops:
         return None
     return flops_per_token * tokens / (ms * 1e-3) / peak_flops
 
 
 def flash_config(size: Size, causal: bool, backend: str | None, **changes) -> FlashConfig:
-    """FLASH of a size, with FlashConfig's own backend for None."""
+    """A FLASH configuration of a size; `backend=None` keeps the default of FlashConfig."""
     if backend is not None:
         changes["backend"] = backend
     return FlashConfig(

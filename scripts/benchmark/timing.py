@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timer, the device's ceilings, and what is timed."""
+"""Timers, the device's peak rates, and the calls that are timed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quartiles(samples: list[float]) -> Timing:
 
 
 def once(call: Callable, device: str, calls: int = 1) -> float:
-    """Milliseconds of one call, by events on a GPU, the mean of `calls` in a row."""
+    """Milliseconds per call, the mean of `calls` in a row, by CUDA events on a GPU."""
     if device == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
@@ -49,11 +49,11 @@ def measure(
     call: Callable, device: str, *, reps: int, warmup: int = 2, calls: int = 1, before: Callable = lambda: None,
     limit_s: float = 20.0,
 ) -> Timing:  # fmt: skip
-    """Time `call` after warming it up: `reps` samples, fewer (at least 2) once they have taken `limit_s` seconds.
+    """Time `call` after a warm-up: `reps` samples, or fewer (at least 2) once `limit_s` seconds have passed.
 
     Args:
-        calls: calls in a row that make one sample, for what is too short to time alone.
-        before: run before every sample, outside of the time.
+        calls: Calls per sample, for calls too short to time one by one.
+        before: Called before every sample, not timed.
     """
     for _ in range(warmup):
         before()
@@ -69,7 +69,7 @@ def measure(
 
 
 def clean(device: str) -> None:
-    """Free what earlier measurements left behind, and count memory anew."""
+    """Free the memory of earlier measurements and reset the peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -81,14 +81,14 @@ def peak_gib(device: str) -> float | None:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, side: int, reps: int = 20) -> tuple[Timing, float]:
-    """Time of a `side`^3 matrix product of random numbers, and operations a second: what MFU is a share of."""
+    """Time of a `side`^3 matrix product of random numbers, and its operations per second, the denominator of MFU."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     timing = measure(lambda: a @ b, device, reps=reps, warmup=3)
     return timing, 2 * side**3 / (timing.median * 1e-3)
 
 
 def copy_rate(device: str, size: int, reps: int = 20) -> tuple[Timing, float]:
-    """Time of copying `size` bytes on the device, and bytes read and written a second."""
+    """Time of copying `size` bytes on the device, and bytes read and written per second."""
     source = torch.randint(0, 256, (size,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     timing = measure(lambda: target.copy_(source), device, reps=reps, warmup=3)
@@ -96,7 +96,7 @@ def copy_rate(device: str, size: int, reps: int = 20) -> tuple[Timing, float]:
 
 
 def training_step(module: nn.Module, hidden: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable:
-    """Forward and backward of the backbone, the input's gradient too (below is an embedding)."""
+    """Forward and backward of the backbone, including the gradient of the input embeddings."""
 
     def step():
         x.grad = None
@@ -108,7 +108,7 @@ def training_step(module: nn.Module, hidden: Callable[[Tensor], Tensor], x: Tens
 
 
 def capture(step: Callable, rewind: Callable) -> Callable:
-    """`step` as one CUDA graph, to be replayed: no launch costs, and the same buffers every time."""
+    """`step` captured as one CUDA graph: replays have no launch costs and reuse the same buffers."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

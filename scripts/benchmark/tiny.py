@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the gate and the tests share: small seeded models whose weights are large enough to show a bug."""
+"""Shared by the gate and the tests: small seeded models with weights large enough to show a bug."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def tiny_config(**changes) -> FlashConfig:
 
 
 def make_model(cls, config: FlashConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 0.3):
-    """`cls(config)` in eval mode with every parameter drawn anew around its place, biases and gains included.
+    """`cls(config)` in eval mode with every parameter sampled again, biases around 0 and gains around 1.
 
-    At the usual std of 0.02 the scores are so small that a wrong attention hardly shows in the output. The rotary
-    frequencies are recomputed in float64, so that a float64 model can be compared to 1e-9.
+    At the usual standard deviation of 0.02 scores are so small that wrong attention hardly shows in the output. The
+    rotary frequencies are recomputed in float64, so that a float64 model can be compared to 1e-9.
     """
     generator = torch.Generator().manual_seed(seed)
     model = cls(config).to(dtype).eval()
@@ -48,13 +48,13 @@ def random_ids(config: FlashConfig, *shape: int, seed: int = 0) -> Tensor:
 
 
 def naive_config(config: FlashConfig) -> SimpleNamespace:
-    """`config` as naive.py reads it: there, no `rope_parameters` means no RoPE on the heads."""
+    """`config` as naive.py reads it, where missing `rope_parameters` mean no RoPE on queries and keys."""
     values = {**config.to_dict(), "attention_divisor": config.attention_divisor}
     return SimpleNamespace(**{**values, "rope_parameters": config.rope_parameters if config.use_rope else None})
 
 
 def error_ratio(actual: Tensor, expected: Tensor) -> float:
-    """`|actual - expected| / |expected|` over all elements; infinite if anything is not finite."""
+    """`|actual - expected| / |expected|` over all elements; infinite if any element is not finite."""
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     if not (actual.isfinite().all() and expected.isfinite().all()):
         return float("inf")

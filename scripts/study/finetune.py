@@ -8,7 +8,7 @@ measured with them, over several seeds.
 
 The study is made of cells, each a process that writes work/cells/NAME.json; finished cells are not run again, so that
 a study that was cut off goes on where it stopped. summary.json (also read back) and summary.md tell all of it;
---render summary.json prints the README's section of it.
+--render summary.json prints the section of scripts/results/README.md.
 On one GPU: --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, sentence_cls, movie_reviews, wnut17), --text FILES.
 """
 
@@ -380,7 +380,7 @@ TITLES = {
 
 
 def as_readme(summary: dict) -> str:
-    """The README's section: every rate of both models, what was not run, and what is needed to judge the rest."""
+    """The section of scripts/results/README.md: all rates of both models, what was not run, and the conditions."""
     settings, cells, failed = (summary[key] for key in ("settings", "cells", "failed"))
     bold = {pretrain_name(row["model"], row["learning_rate"]) for row in summary["pretraining"]}
     bold |= {cell_name(row["model"], row["data"], row["learning_rate"], 0) for row in summary["table"]}
@@ -426,11 +426,11 @@ def as_readme(summary: dict) -> str:
     seeds = " or ".join(sorted({str(row["seeds"]) for row in summary["table"]})) or "1"
     paragraphs = [
         f"{depth['flash']} layers of FLASH, {depth['transformer_pp']} blocks of Transformer++, both of width "
-        f"{settings['hidden_size']}; all else but the learning rates is alike. For each rate, one masked pretraining "
+        f"{settings['hidden_size']}; all else but the learning rates is equal. For each rate, one masked pretraining "
         f"on {tokens:.1f} M tokens of {', '.join(summary['text']['files'])}, {cell['steps']:,} steps in blocks of "
         f"{settings['block_size']:,}; then the best model of each kind is fine-tuned with each rate of a second grid. "
         "Accuracy and F1 are those of the test split, in percent, "
-        + ("of one seed: nothing is known of the spread." if seeds == "1" else
+        + ("of one seed: the spread is not known." if seeds == "1" else
            f"of one seed; for the chosen rates, mean +- standard deviation over {seeds} seeds.")
         + " Bold: chosen on the validation split, which needs all rates of a model."
     ]  # fmt: skip
@@ -439,7 +439,7 @@ def as_readme(summary: dict) -> str:
     edges = at_the_edge(summary)
     if edges:
         paragraphs.append(
-            f"Chosen at the end of their grid, so that a rate outside of it may be better: {'; '.join(edges)}."
+            f"Chosen at the end of their grid, so that a rate beyond it may be better: {'; '.join(edges)}."
         )
     versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
     paragraphs.append(f"{cell['machine']}, {versions}, commit {(cell['commit'] or 'unknown')[:9]}:")
@@ -508,7 +508,11 @@ def card_results(summary: dict) -> list[dict]:
 def make_parser() -> argparse.ArgumentParser:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of the labelled sets; without it, the small ones of tests/data")
-    parser.add_argument("--render", metavar="SUMMARY", help="print the README's section of a summary.json, and end")
+    parser.add_argument(
+        "--render",
+        metavar="SUMMARY",
+        help="print the section of scripts/results/README.md from a summary.json and exit",
+    )
     parser.add_argument("--text", nargs="+", help="pretraining text: .txt, .jsonl (also .xz, .gz)")
     parser.add_argument("--work", help="folder for models, logs and cells (about 1 GB)")
     parser.add_argument("--out", help="folder for summary.json and summary.md; --work if left out")

@@ -362,7 +362,7 @@ def test_targets_are_computed_from_the_rows(results):
     assert found["training step, causal, 2048 tokens: Transformer++ / FLASH"][0] is None
     assert found["training step, 8192: FLASH-pytorch / FLASH"][0] == pytest.approx(0.8)
     assert found["memory, 8192: FLASH / FLASH-pytorch"][0] == pytest.approx(0.5)
-    assert found["flatness: slowest over fastest time a token, less 1"][0] == pytest.approx(0)
+    assert found["flatness: slowest over fastest time per token, minus 1"][0] == pytest.approx(0)
     value, remark = found["decoding, batch 64, 32768: tokens/s over Transformer++"]
     assert value is None and "out of memory" in remark
 
@@ -396,7 +396,7 @@ def test_the_script_prints_tables_and_plots(monkeypatch, tmp_path, capfd):
 
 def test_another_csv_is_refused(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="no table of scripts.benchmark"):
+    with pytest.raises(ValueError, match="not a table of scripts.benchmark"):
         report.read([tmp_path / "other.csv"])
 
 
