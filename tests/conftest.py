@@ -99,6 +99,13 @@ def lane(request, tmp_path_factory):
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Keep `datasets` from answering with the results of an earlier test or run, here and in new processes."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def exact_float32():
     """float32 products in full precision, whatever a test before has set."""
     before = torch.get_float32_matmul_precision()

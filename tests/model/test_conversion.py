@@ -5,9 +5,6 @@ results of FLASH-pytorch, and that package itself where it is installed. What ca
 import functools
 import json
 import math
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,16 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-import warm
 from flash_hf.convert import convert, detect_kind, read_state_dict, save_tokenizer
 from flash_hf.convert.junnyu import convert_junnyu_flash
 from flash_hf.convert.lucidrains import convert_lucidrains_layer
 from flash_hf.convert.parts import fold_decoder
-from helpers import assert_close
+from helpers import DATA, ROOT, assert_close, first_line, run_here
 
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "tests" / "data"
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
 STORED = {
     "causal": {"causal": True},
@@ -476,13 +470,12 @@ def test_files_that_are_read(tmp_path):
 
 
 # -- the script
-def script(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+def script(capsys, *arguments):
+    run_here("scripts/convert_checkpoint.py", *arguments)
     return json.loads(capsys.readouterr().out)
 
 
-def test_script_makes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
+def test_script_makes_a_folder_that_loads(tmp_path, capsys):
     state = {name: tensor.float() for name, tensor in junnyu_flash_state("layernorm").items()}
     source, output = tmp_path / "original", tmp_path / "converted"
     source.mkdir()
@@ -490,7 +483,7 @@ def test_script_makes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     (source / "config.json").write_text(json.dumps({"model_type": "flash", **SETTINGS}), encoding="utf-8")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
     (source / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    report = script(monkeypatch, capsys, source, output, "--padded_length", "0")
+    report = script(capsys, source, output, "--padded_length", "0")
     assert report["kind"] == "junnyu_flash" and report["tokenizer"] and report["class"] == "FlashForMaskedLM"
     model = AutoModelForMaskedLM.from_pretrained(output)
     tokenizer = AutoTokenizer.from_pretrained(output)
@@ -508,32 +501,31 @@ def test_script_makes_a_folder_that_loads(tmp_path, monkeypatch, capsys):
     with open(source / "vocab.txt", "a", encoding="utf-8") as file:
         file.write("".join(f"word{number}\n" for number in range(100)))
     with pytest.raises(SystemExit):
-        script(monkeypatch, capsys, source, tmp_path / "again", "--padded_length", "0")
+        script(capsys, source, tmp_path / "again", "--padded_length", "0")
     assert "must belong to the model: it has ids up to 130, the model's vocab_size" in capsys.readouterr().err
 
 
-def test_script_converts_an_encoder_to_bfloat16(tmp_path, monkeypatch, capsys):
+def test_script_converts_an_encoder_to_bfloat16(tmp_path, capsys):
     state = {name: tensor.float().clone() for name, tensor in junnyu_flash_state("scalenorm").items()}
     save_file(state, tmp_path / "model.safetensors")
-    report = script(monkeypatch, capsys, tmp_path, tmp_path / "out", "--encoder_only", "--dtype", "bfloat16")
+    report = script(capsys, tmp_path, tmp_path / "out", "--encoder_only", "--dtype", "bfloat16")
     assert report["class"] == "FlashModel" and not report["tokenizer"] and len(report["notes"]) == 3
     model = AutoModel.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16 and model.config.norm_eps == 1e-20
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out")(ids_of(1, 30)).logits.isfinite().all()
 
 
-def test_script_says_why_it_refuses(tmp_path, monkeypatch, capsys):
+def test_script_says_why_it_refuses(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        script(monkeypatch, capsys, DATA / "flash_causal.safetensors", tmp_path / "out", "--causal", "--shift")
+        script(capsys, DATA / "flash_causal.safetensors", tmp_path / "out", "--causal", "--shift")
     assert stop.value.code == 1
     assert "no token shift" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_first_line_command_runs(tmp_path):
-    command = SCRIPT.read_text(encoding="utf-8").split('"""')[1].splitlines()[0].split()
-    assert command[:2] == ["python", "scripts/convert_checkpoint.py"]
+def test_first_line_command_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    command = first_line("convert_checkpoint.py")
     command[command.index("runs/hf")] = str(tmp_path / "out")
-    done = subprocess.run([warm.python(), *command[1:]], cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+    run_here(*command)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.chunk_size == 24

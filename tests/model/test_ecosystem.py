@@ -4,7 +4,6 @@
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +11,15 @@ from transformers import TorchAoConfig
 
 from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.training import train_tokenizer
-
-
-ROOT = Path(__file__).parents[2]
-BOOK = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
+from helpers import ROOT, TEXT
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A causal model that has learnt something, saved; its tokenizer; and tokens it has not seen."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer([{"text": BOOK}], 600)
-    ids = torch.tensor(tokenizer(BOOK, add_special_tokens=False)["input_ids"])
+    tokenizer = train_tokenizer([{"text": TEXT}], 600)
+    ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
     config = FlashConfig(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=4, query_key_dim=32, chunk_size=32,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,

@@ -7,14 +7,13 @@ import json
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 from flash_hf.commands.options import run_command
+from helpers import ROOT
 
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPRESSORS = ("bz2", "gzip", "lzma")
 
 
@@ -102,7 +101,7 @@ def test_a_file_opened_otherwise_is_an_error_in_make_test(request, tmp_path):
     if not sys.flags.warn_default_encoding:
         pytest.skip("Python warns only under PYTHONWARNDEFAULTENCODING=1, which make sets")
     (tmp_path / "file").write_bytes(b"")
-    for module in ("flash_hf", "flash_hf.training.documents", "test_data", "conftest", "warm"):
+    for module in ("flash_hf", "flash_hf.training.documents", "test_data", "conftest", "helpers"):
         with pytest.raises(EncodingWarning):
             exec("path.read_text()", {"__name__": module, "path": tmp_path / "file"})
     with warnings.catch_warnings(record=True) as caught:

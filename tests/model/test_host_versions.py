@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,13 +22,11 @@ from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashForSequenceClassif
 from flash_hf.cache_flash import CACHE_NAME, resolve_cache
 from flash_hf.cache_flash import OTHER_CACHE_NAME as OTHER_NAME
 from flash_hf.modeling_flash import FlashLayer
-from helpers import assert_close, make_model, random_ids, tiny_config
+from helpers import ROOT, assert_close, make_model, random_ids, tiny_config
 
 
 NAMES = ("cache", "past_key_values")
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scenarios of hub_client.py in both transports, each in a process of its own."""
 
-import importlib.util
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
-import warm
-
-
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
-PACKAGE = Path(importlib.util.find_spec("flash_hf").origin).parent
+from helpers import run_python
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["lfs", "xet"])
 def test_hub(transport, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
+    environment = {name: None for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))}
     environment |= {
         "HUB_TRANSPORT": transport,
         "HUB_ROOT": str(tmp_path / "hub"),
@@ -36,12 +29,9 @@ def test_hub(transport, tmp_path):
         "HF_DEBUG": "1",
         "TRANSFORMERS_VERBOSITY": "debug",
         "NO_PROXY": "*",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), str(SUPPORT)]),
     }
-    command = [warm.python(), "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "--durations=0", "hub_client.py"]
-    done = subprocess.run(command, cwd=SUPPORT, env=environment, capture_output=True, encoding="utf-8", timeout=600)
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    command = "-m pytest -q -s -p no:cacheprovider --durations=0 tests/support/hub_client.py".split()
+    done = run_python(*command, **environment)
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 14
     log = done.stdout + done.stderr
     assert "authorization" in log.lower(), "the requests were not logged"

@@ -9,8 +9,8 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
 import sys
@@ -70,7 +70,7 @@ def library_imports(root: Path) -> dict[str, set[str]]:
 
 
 def test_the_library_imports_neither_scripts_nor_tests():
-    foreign = {"scripts", "tests", "conftest", "helpers", "hub_server", "warm"}
+    foreign = {"scripts", "tests", "conftest", "helpers", "hub_server"}
     for module, names in library_imports(ROOT).items():
         assert not {name.partition(".")[0] for name in names} & foreign, module
 

@@ -18,10 +18,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from flash_hf import FlashForCausalLM, FlashModel
 from flash_hf.training import FlashTrainingArguments
-from helpers import tiny_config
+from helpers import ROOT, tiny_config
 
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("flash_hf/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 
 # Reading a pickle runs what it says; so do these.

@@ -4,7 +4,6 @@
 import math
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
-from helpers import assert_close, make_model, random_ids
+from helpers import BOOK, ROOT, assert_close, make_model, random_ids
 from scripts.baselines import (
     AUTO_CLASSES,
     BASELINES,
@@ -208,7 +207,6 @@ def test_bad_input_is_refused():
 # ------------------------------------------------------------------------------------------------------------------
 # The other baselines
 # ------------------------------------------------------------------------------------------------------------------
-BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
 NAMES = pytest.mark.parametrize("name", BASELINES)
 # One of each mixer, and of each other part that can be exchanged.
 KINDS = {
@@ -586,7 +584,7 @@ def test_bad_settings_of_baselines_are_refused():
 
 def test_the_table_of_baselines_is_true():
     """Every configuration that the README of the baselines shows can be built."""
-    text = (Path(__file__).parents[2] / "scripts" / "baselines" / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "scripts" / "baselines" / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"`((?:baseline_config|FlashConfig|GAUConfig)\(.*?\))`", text)
     assert len(lines) >= len(BASELINES)
     for line in lines:

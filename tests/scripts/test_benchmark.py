@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flash_hf import attention_flash
-from helpers import assert_close
+from helpers import ROOT, assert_close
 from scripts.baselines import TransformerPPConfig, TransformerPPModel
 from scripts.benchmark import cases, models, report, sizes
 from scripts.benchmark import gate as gates
@@ -23,7 +23,6 @@ from scripts.benchmark.sizes import BASE, SMOKE, Size, model_flops
 from scripts.benchmark.timing import Timing
 
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "scripts.benchmark"
 
 
@@ -433,9 +432,8 @@ CONTEXTS = (512, 2048, 8192, 32_768, 65_536, 131_072)
 
 def test_the_document_shows_what_the_kept_results_give():
     kept = "scripts/results/benchmark"
-    root = Path(__file__).parents[2]
-    readme = (root / "scripts" / "results" / "README.md").read_text(encoding="utf-8")
-    results = report.read(sorted((root / kept).glob("*.csv")))
+    readme = (ROOT / "scripts" / "results" / "README.md").read_text(encoding="utf-8")
+    results = report.read(sorted((ROOT / kept).glob("*.csv")))
     assert report.target_table(results) in readme and kept in readme
     for model, title in (("flash", "FLASH"), ("transformer++", "Transformer++")):
         times = [report.pick(results, model, "train", context).ms for context in CONTEXTS]

@@ -3,11 +3,9 @@
 
 import copy
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -20,20 +18,18 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import flash_hf
-import warm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForSequenceClassification, training
 from flash_hf.hub import add_code, registered_classes
 from flash_hf.training.arguments import config_fields
 from flash_hf.training.run import new_config
 from flash_hf.training.tokenizer import CHAT_TEMPLATE
-from helpers import tiny_config
+from helpers import DATA, ROOT, run_here, run_python, tiny_config
 from scripts.cards.card import PIPELINE_TAGS, check_facts, check_results, make_card, published, shown_results
 
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_cards" / "TEMPLATE.md"
-FACTS = json.loads((ROOT / "tests" / "data" / "card_facts.json").read_text(encoding="utf-8"))
-RESULTS = json.loads((ROOT / "tests" / "data" / "card_results.json").read_text(encoding="utf-8"))
+FACTS = json.loads((DATA / "card_facts.json").read_text(encoding="utf-8"))
+RESULTS = json.loads((DATA / "card_results.json").read_text(encoding="utf-8"))
 NUMBERS = [{"dataset": "wizard-of-oz", "split": "validation", "metric": "accuracy", "label": "share of right tokens"}]
 PUBLISHED = {folder.name: (folder, facts, results) for folder, facts, results in published(ROOT / "model_cards")}
 
@@ -45,16 +41,8 @@ def folder(tmp_path):
 
 
 def test_the_script_writes_a_card_with_everything(folder):
-    facts, results = ROOT / "tests" / "data" / "card_facts.json", ROOT / "tests" / "data" / "card_results.json"
-    command = [warm.python(), "-m", "scripts.cards"]
-    done = subprocess.run(
-        [*command, "--folder", folder, "--facts", facts, "--results", results],
-        env={**os.environ, "PYTHONPATH": str(Path(flash_hf.__file__).parents[1])},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    facts, results = DATA / "card_facts.json", DATA / "card_results.json"
+    run_here("-m", "scripts.cards", "--folder", folder, "--facts", facts, "--results", results)
     card = ModelCard.load(folder / "README.md")
     for text in FACTS.values():
         assert str(text) in card.content or text == []
@@ -335,6 +323,5 @@ for name, auto in (("causal", AutoModelForCausalLM), ("masked", AutoModelForMask
     assert not report["missing_keys"] and not report["unexpected_keys"], report
     print(type(model).__name__)
 """
-    done = subprocess.run([warm.python(), "-c", program], capture_output=True, encoding="utf-8", timeout=240)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", program)
     assert done.stdout.split() == ["FlashForCausalLM", "FlashForMaskedLM"]

@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.training.packing import MaskingCollator, pack_documents
 from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
-from helpers import make_model, random_ids, tiny_config
+from helpers import BOOK, ROOT, TEXT, make_model, random_ids, run_here, tiny_config
 from scripts.cards.card import check_results
 from scripts.evaluation import cost, harness, language, recall
 
 
-ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
+pytestmark = pytest.mark.usefixtures("own_cache")
 TASKS = ROOT / "scripts" / "evaluation" / "lm_eval_tasks"
 DOCUMENTS = [{"text": TEXT[3000:3900]}, {"text": "  "}, {"text": TEXT[9000:9300]}]
 
@@ -134,8 +133,7 @@ def test_answers_are_counted_where_they_are_asked(causal):
 # --- masked ----------------------------------------------------------------------------------------------------------
 
 
-def test_masked_scores_count_the_masked_tokens_alone(masked, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_masked_scores_count_the_masked_tokens_alone(masked, tokenizer):
     documents = Dataset.from_list(DOCUMENTS)
     scores = language.masked_scores(masked, tokenizer, documents, block_size=50, batch_size=3, seed=4)
     nats, right, tokens, total = 0.0, 0, 0, 0
@@ -228,11 +226,10 @@ def test_the_questions_are_sound():
     assert all(30 <= answers.count(answer) <= 70 for answer in range(4))
 
 
-def test_the_questions_are_made_by_rule(tmp_path, monkeypatch, capsys):
+def test_the_questions_are_made_by_rule(tmp_path, capsys):
     for folder in ("first", "second"):
-        arguments = ["--books", str(ROOT / "tests/data/wizard_of_oz.txt"), "--questions", "9"]
-        monkeypatch.setattr(sys, "argv", ["make_tasks.py", *arguments, "--output", str(tmp_path / folder)])
-        runpy.run_path(str(TASKS / "make_tasks.py"), run_name="__main__")
+        arguments = ["--books", BOOK, "--questions", 9, "--output", tmp_path / folder]
+        run_here("-m", "scripts.evaluation.lm_eval_tasks.make_tasks", *arguments)
     assert "9 of" in capsys.readouterr().out
     flat = " ".join(TEXT.split())
     for name in ("book_cloze.jsonl", "book_next.jsonl"):
@@ -246,7 +243,6 @@ def test_the_questions_are_made_by_rule(tmp_path, monkeypatch, capsys):
 
 def test_tasks_find_their_questions_from_anywhere(tmp_path, monkeypatch):
     """As the harness loads them: by the function that the task names, whatever folder it runs in."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     for path in TASKS.glob("*.yaml"):
         task = path.read_text(encoding="utf-8")
@@ -280,17 +276,15 @@ def test_a_missing_harness_is_named(causal, tokenizer, monkeypatch):
 # --- the script ------------------------------------------------------------------------------------------------------
 
 
-def evaluate(monkeypatch, model: Path, *options: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["-m", "--model", str(model), "--device", "cpu", *options])
-    runpy.run_module("scripts.evaluation", run_name="__main__", alter_sys=True)
+def evaluate(model: Path, *options: str) -> None:
+    run_here("-m", "scripts.evaluation", "--model", model, "--device", "cpu", *options)
 
 
-def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def test_the_script_writes_results_for_cards(folders, tmp_path, capsys):
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS), encoding="utf-8")
     files = ["--files", str(tmp_path / "held_out.jsonl")]
     output = tmp_path / "new" / "results.json"
-    evaluate(monkeypatch, folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
+    evaluate(folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
     first = json.loads(output.read_text(encoding="utf-8"))
     check_results(first)
     assert {row["command"].partition(" --")[0] for row in first} == {"python -m scripts.evaluation"}
@@ -304,8 +298,8 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
 
     # Measured again, with more: old values are replaced, others stay.
     more = ["--context", "40", "--dataset", "other", "--measure", "perplexity", "speed", "--lengths", "32"]
-    evaluate(monkeypatch, folders["causal"], *files, *more, "--output", str(output))
-    evaluate(monkeypatch, folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
+    evaluate(folders["causal"], *files, *more, "--output", str(output))
+    evaluate(folders["causal"], *files, "--measure", "perplexity", "--output", str(output))
     rows = json.loads(output.read_text(encoding="utf-8"))
     keys = [(row["dataset"], row["metric"]) for row in rows]
     assert len(keys) == len(set(keys)) and {("held_out", "loss"), ("other", "loss, context 40")} <= set(keys)
@@ -313,23 +307,23 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, monkeypatch, cap
         "forward tokens/s, length 32", "decoded tokens/s, batch 1",
     }  # fmt: skip
 
-    evaluate(monkeypatch, folders["masked"], *files, "--measure", "masked", "pseudo", "--block_size", "64")
+    evaluate(folders["masked"], *files, "--measure", "masked", "pseudo", "--block_size", "64")
     assert "masked_accuracy" in capsys.readouterr().out
 
 
-def test_the_script_asks_for_recall(folders, monkeypatch, capsys):
-    evaluate(monkeypatch, folders["causal"], "--measure", "recall", "--lengths", "64")
+def test_the_script_asks_for_recall(folders, capsys):
+    evaluate(folders["causal"], "--measure", "recall", "--lengths", "64")
     out = capsys.readouterr().out
     for task in ("mqar, 8 pairs", "needle"):
         assert 0 <= float(re.search(rf"{task}, accuracy, length 64 +([\d.]+)$", out, re.M)[1]) < 0.5
 
 
-def test_the_script_refuses_what_cannot_be_measured(folders, monkeypatch, capsys):
+def test_the_script_refuses_what_cannot_be_measured(folders, capsys):
     for kind, options, words in (
         ("causal", ["--measure", "perplexity"], "--files must name held-out text"),
         ("causal", ["--measure", "masked", "--files", "a"], "masked cannot be measured with FlashForCausalLM"),
         ("masked", ["--measure", "lm_eval"], "lm_eval cannot be measured with FlashForMaskedLM"),
     ):
         with pytest.raises(SystemExit):
-            evaluate(monkeypatch, folders[kind], *options)
+            evaluate(folders[kind], *options)
         assert words in capsys.readouterr().err

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """scripts/finetune: hand-worked scores, reading, aligning, learning, resuming, refusals."""
 
-import ast
 import gzip
 import json
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +17,9 @@ from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-import warm
 from flash_hf import FlashForCausalLM
 from flash_hf.training.tokenizer import load_tokenizer, train_tokenizer
-from helpers import tiny_config
+from helpers import BOOK, DATA, ROOT, TEXT, first_line, run_python, tiny_config
 from scripts.cards.card import check_results
 from scripts.finetune import readers, run, tasks
 from scripts.finetune.arguments import TaskArguments, parse_arguments
@@ -31,7 +27,7 @@ from scripts.finetune.metrics import Accuracy, MacroF1, SpanF1, Squad, spans
 from scripts.study import finetune as finetune_study
 
 
-DATA = Path(__file__).parents[1] / "data"
+pytestmark = pytest.mark.usefixtures("own_cache")
 FILES = {
     "classification": ("characters_train.jsonl", "characters_validation.jsonl"),
     "tagging": ("names_train.conll", "names_validation.conll"),
@@ -41,15 +37,10 @@ QUESTION = {"id": "1", "question": "q", "context": "c", "answers": {"text": ["x"
 ANSWERED = {**QUESTION, "answers": {"text": ["c"], "answer_start": [0]}}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([{"text": (DATA / "wizard_of_oz.txt").read_text(encoding="utf-8")}], 600).save_pretrained(folder)
+    train_tokenizer([{"text": TEXT}], 600).save_pretrained(folder)
     return folder
 
 
@@ -424,7 +415,7 @@ def test_tags_go_to_the_first_piece_of_each_word(tokenizer):
 def test_long_contexts_are_split_and_answers_found(tokenizer):
     """With windows that overlap, the answer's tokens are marked where it is whole, and decoding finds it again."""
     tokenizer = load_tokenizer(str(tokenizer), masked=False)
-    context = (DATA / "wizard_of_oz.txt").read_text(encoding="utf-8")[5000:6500]
+    context = TEXT[5000:6500]
     begin = context.index("Toto")
     found, none = {"text": ["Toto"], "answer_start": [begin]}, {"text": [], "answer_start": []}
     rows = [
@@ -564,28 +555,12 @@ def test_earlier_results_are_not_overwritten(tmp_path):
 
 # --- scripts ---------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def first_line(script: str) -> list[str]:
-    source = ROOT / script.replace(".", "/")
-    source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
-    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
-    python, *command = shlex.split(docstring.splitlines()[0])
-    assert python == "python" and command[:2] == ["-m", script]
-    return command
-
 
 @pytest.mark.slow
 def test_first_line_command_learns(tmp_path):
     command = first_line("scripts.finetune")
     command[command.index("--output_dir") + 1] = str(tmp_path / "run")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-                   "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    done = subprocess.run(
-        [warm.python(), *command], cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(*command)
     result = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert result["metrics"]["validation"]["accuracy"] > 0.4
     cards = json.loads((tmp_path / "run" / "card_results.json").read_text(encoding="utf-8"))
@@ -612,7 +587,7 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     name = "scripts.study.finetune"
     command = [name, *first_line(name)[2:], "--out", str(tmp_path / "out"), "--tasks", "names"]
     command[command.index("--work") + 1] = str(tmp_path / "work")
-    command[command.index("--text") + 1] = str(DATA / "wizard_of_oz.txt")
+    command[command.index("--text") + 1] = str(BOOK)
     monkeypatch.setattr(sys, "argv", command)
     assert study.main() == 0
     pretraining = [f"pretrain-{name}-{rate}" for rate in ("0.001", "0.002") for name in ("flash", "transformer_pp")]

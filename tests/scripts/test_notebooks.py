@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import sys
 from pathlib import Path
 
 import matplotlib.font_manager
@@ -13,10 +14,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-import warm
+from helpers import DATA, ROOT
 
 
-ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Where the machine that ran them kept its files is nobody's business, and would be another path on each run.
 PRIVATE_PATHS = re.compile(r"(?:/tmp|/home|/root|/Users|/var/folders|/work|/private)/|[A-Z]:\\\\|site-packages")
@@ -88,7 +88,7 @@ def test_committed_outputs(path):
     assert "FLASH is not FlashAttention" in notebook.cells[0].source or path.stem != "01_quickstart"
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks", ROOT / "tests" / "data"], ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks", DATA], ids=lambda path: path.name)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_find_the_book_from_any_folder(path, folder, monkeypatch):
     monkeypatch.chdir(folder)
@@ -119,7 +119,7 @@ def test_runs(path, monkeypatch, tmp_path):
     (startup / "00.py").write_text(STARTUP, encoding="utf-8")
     kernel = tmp_path / "kernels" / "python3" / "kernel.json"
     kernel.parent.mkdir(parents=True)
-    command = [warm.python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     kernel.write_text(
         json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
     )

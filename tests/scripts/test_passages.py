@@ -3,21 +3,15 @@
 
 import json
 import random
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
+from helpers import BOOK, TEXT, run_here
 from scripts.cut_passages import cut_passages, passages
 
 
-ROOT = Path(__file__).resolve().parents[2]
-BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
-
-
 def test_nothing_is_lost_and_no_paragraph_is_cut():
-    text = BOOK.read_text(encoding="utf-8")
+    text = TEXT
     found = list(cut_passages(text, random.Random(0), shortest=8, longest=2048))
     assert "\n\n".join(found) == text.rstrip("\n") or "\n\n".join(found).strip() == text.strip()
     lengths = sorted(len(passage.split()) for passage in found[:-1])
@@ -34,7 +28,7 @@ def test_a_draw_of_one_length_cuts_as_soon_as_it_is_reached():
 
 
 def test_rows_are_drawn_by_seed():
-    rows = [{"text": BOOK.read_text(encoding="utf-8")}, {"text": None}]
+    rows = [{"text": TEXT}, {"text": None}]
     first, second, third = (list(passages(rows, seed=seed)) for seed in (0, 0, 1))
     assert first == second != third
 
@@ -45,12 +39,10 @@ def test_bounds_that_are_none_are_refused(shortest, longest):
         list(cut_passages("a", random.Random(0), shortest=shortest, longest=longest))
 
 
-def test_the_script_shuffles_what_it_writes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def test_the_script_shuffles_what_it_writes(own_cache, tmp_path, capsys):
     output = tmp_path / "new" / "passages.jsonl"
-    monkeypatch.setattr(sys, "argv", ["cut_passages.py", "--files", str(BOOK), "--output", str(output)])
-    runpy.run_path(str(ROOT / "scripts" / "cut_passages.py"), run_name="__main__")
+    run_here("scripts/cut_passages.py", "--files", BOOK, "--output", output)
     rows = [json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()]
-    ordered = [row["text"] for row in passages([{"text": BOOK.read_text(encoding="utf-8")}])]
+    ordered = [row["text"] for row in passages([{"text": TEXT}])]
     assert rows != ordered and sorted(rows) == sorted(ordered)
     assert f"{len(rows)} passages" in capsys.readouterr().out

@@ -3,20 +3,15 @@
 
 import json
 import re
-import runpy
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 from transformers import PreTrainedConfig
 
-import warm
 from flash_hf import FlashConfig
+from helpers import ROOT, run_here, run_python
 
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("flash_hf", "model_cards", "notebooks", "scripts", "tests")
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
 DOCUMENTS = [path for path in DOCUMENTS if path.name != "TEMPLATE.md"]  # of model cards, whose folder differs
@@ -68,8 +63,7 @@ def test_python_examples_run_in_order(tmp_path):
         assert len(example.strip().splitlines()) <= 12
     program = "\n".join(examples)
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")  # "in a clone of this repository"
-    done = subprocess.run([warm.python(), "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+    run_python("-c", program, cwd=tmp_path)
     assert (tmp_path / "runs" / "my-classifier" / "model.safetensors").exists()
 
 
@@ -83,15 +77,16 @@ def test_table_names_fields_and_the_docstring_all():
 
 
 @pytest.mark.slow
-def test_script_commands_run(tmp_path):
+@pytest.mark.usefixtures("own_cache")
+def test_script_commands_run(monkeypatch, tmp_path):
     """The commands of "Train your own" that need no network, in order, from the root of the repository."""
+    monkeypatch.chdir(ROOT)
     commands = blocks("bash")[1].strip().splitlines()
     assert len(commands) == 3
     for command in commands:
         words = command.replace("runs/", f"{tmp_path}/").replace('"Dorothy looked"', "Dorothy").split()
         assert words[0] == "python"
-        done = subprocess.run([warm.python(), *words[1:]], cwd=ROOT, capture_output=True, encoding="utf-8")
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        run_here(*words[1:])
     assert (tmp_path / "clm" / "model.safetensors").exists()
 
 
@@ -112,12 +107,11 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_study_is_what_the_kept_results_render_to(capsys, monkeypatch):
+def test_study_is_what_the_kept_results_render_to(capsys):
     """And the kept table is what the kept cells give: no figure of the document is written by hand."""
     kept = "scripts/results/finetune_study.json"
-    monkeypatch.setattr(sys, "argv", ["-m", "--render", str(ROOT / kept)])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module("scripts.study.finetune", run_name="__main__", alter_sys=True)
+        run_here("-m", "scripts.study.finetune", "--render", ROOT / kept)
     rendered = capsys.readouterr().out
     assert not ended.value.code
     document = (ROOT / "scripts" / "results" / "README.md").read_text(encoding="utf-8")

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts as a user runs them: the first-line commands, all options of generate.py, the demo in small."""
 
-import ast
 import importlib.metadata
 import io
 import json
 import os
 import re
 import runpy
-import shlex
-import subprocess
 import sys
 from configparser import ConfigParser
 from dataclasses import fields
@@ -20,58 +17,16 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-import warm
 from flash_hf import commands, training
 from flash_hf.commands import options as command_line
 from flash_hf.training.documents import load_documents, split_documents
 from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
+from helpers import BOOK, DATA, OVERRIDES, ROOT, TEXT, first_line, run_here, run_python
 from scripts.finetune.arguments import parse_arguments as finetuning_arguments
 
 
-ROOT = Path(__file__).resolve().parents[2]
-BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
+pytestmark = pytest.mark.usefixtures("own_cache")
 CARD = ROOT / "model_cards" / "flash-7m-causal"
-TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"
-
-
-def first_line(script: str) -> list[str]:
-    """The command in the first line of a script's docstring, without the word python."""
-    module = script.startswith("scripts.")
-    source = ROOT / script.replace(".", "/") if module else ROOT / "scripts" / script
-    source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
-    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
-    python, *command = shlex.split(docstring.splitlines()[0])
-    assert python == "python" and command[: 1 + module] == (["-m", script] if module else [f"scripts/{script}"])
-    return command
-
-
-def run_here(script: str) -> None:
-    """Run in this process a file of scripts/, or `scripts.NAME` as `python -m` does."""
-    if script.startswith("scripts."):
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-
-
-def run(command: list[str], cache: Path, **options) -> subprocess.CompletedProcess:
-    """Run a script in a process of its own, from the root of the repository, without the network."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HF_DATASETS_CACHE": str(cache),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return subprocess.run(
-        [warm.python(), *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +36,8 @@ def model(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         parsed = training.parse_arguments(
-            f"--train_file {BOOK} --config_overrides {TINY} --tokenizer_vocab_size 400 --block_size 64 --max_steps 20 "
-            f"--learning_rate 5e-3 --eval_strategy no --eval_on_start false --disable_tqdm true "
+            f"--train_file {BOOK} --config_overrides {OVERRIDES} --tokenizer_vocab_size 400 --block_size 64 "
+            f"--max_steps 20 --learning_rate 5e-3 --eval_strategy no --eval_on_start false --disable_tqdm true "
             f"--output_dir {folder / 'run'}".split()
         )
         training.run_training("causal", *parsed)
@@ -92,33 +47,33 @@ def model(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_clm.py", "train_mlm.py"])
 def test_first_line_commands_train(script, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
     command = first_line(script)
     place = command.index("--output_dir") + 1
     command[place] = str(tmp_path / "run")
-    done = run([*command, "--max_steps", "4"], tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    before, after = re.search(r"^perplexity +([\d.,]+) +([\d.,]+)$", done.stdout, re.M).groups()
+    if script == "train_clm.py":
+        out = run_python(*command, "--max_steps", 4).stdout
+    else:
+        run_here(*command, "--max_steps", 4)
+        out = capsys.readouterr().out
+    before, after = re.search(r"^perplexity +([\d.,]+) +([\d.,]+)$", out, re.M).groups()
     assert float(after.replace(",", "")) < float(before.replace(",", ""))
     assert {"model.safetensors", "config.json", "tokenizer.json", "loss.png"} <= set(os.listdir(tmp_path / "run"))
 
-    monkeypatch.setattr(sys, "argv", [*command, "--max_steps", "4"])
-    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as refused:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        run_here(*command, "--max_steps", 4)
     assert refused.value.code == 1 and "--overwrite_output_dir" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture
 def fail(capsys, monkeypatch, tmp_path):
     """Run a script in this process, from an empty folder; return its exit code and the one line that it ends with."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
     def run(script: str, *options) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
         with pytest.raises(SystemExit) as ended:
-            run_here(script)
+            run_here(*(["-m", script] if script.startswith("scripts.") else [f"scripts/{script}"]), *options)
         out, err = capsys.readouterr()
         name = f"python -m {script}" if script.startswith("scripts.") else Path(script).name
         assert out == "" and err.count("\n") == 1 and err.startswith(f"{name}: "), (out, err)
@@ -220,7 +175,7 @@ def test_the_packages_command(capsys, monkeypatch, tmp_path):
     code, _, err = flash_hf("train-mlm", "--train_file", "none.txt", "--output_dir", "run")
     assert code == 1 and err.startswith("flash-hf train-mlm: ") and "none.txt does not exist" in err
 
-    original = ROOT / "tests" / "data" / "flash_causal.safetensors"
+    original = DATA / "flash_causal.safetensors"
     code, out, err = flash_hf("convert", original, "hf", "--causal", "--no-shift", "--chunk_size", 24)
     assert code == 0 and json.loads(out)["output"] == "hf" and (tmp_path / "hf" / "config.json").is_file()
     assert command_line.program_words() == ["flash-hf", "convert"]
@@ -319,33 +274,29 @@ def test_help_shows_the_own_options_first(capsys):
 
 @pytest.mark.parametrize("bar", ["true", "false"])
 def test_results_go_to_stdout_and_progress_to_stderr(bar, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "text.txt").write_text(BOOK.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    (tmp_path / "text.txt").write_text(TEXT[:8000], encoding="utf-8")
     command = (
-        f"train_clm.py --train_file text.txt --config_overrides {TINY} --tokenizer_vocab_size 300 --block_size 64 "
-        f"--max_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm {bar} --output_dir run"
+        f"scripts/train_clm.py --train_file text.txt --config_overrides {OVERRIDES} --tokenizer_vocab_size 300 "
+        f"--block_size 64 --max_steps 2 --logging_steps 1 --save_strategy no --disable_tqdm {bar} --output_dir run"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", command.split())
-    runpy.run_path(str(ROOT / "scripts" / "train_clm.py"), run_name="__main__")
+    run_here(*command.split())
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[:2]] == ["validation", "loss"] and len(out.splitlines()) == 9
     assert "'eval_perplexity'" in err and "{" not in out
 
 
-def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"text": BOOK.read_text(encoding="utf-8")[begin : begin + 4000]} for begin in range(0, 20_000, 4000)]
+def test_text_tokenised_before_trains_the_same_model(capsys, tmp_path):
+    rows = [{"text": TEXT[begin : begin + 4000]} for begin in range(0, 20_000, 4000)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokenizer, files = ROOT / "model_cards" / "flash-7m-causal", {"text": tmp_path / "text.jsonl"}
     files["tokens"] = tmp_path / "new" / "tokens.parquet"
-    options = ["--files", str(files["text"]), "--tokenizer", str(tokenizer), "--output", str(files["tokens"])]
-    monkeypatch.setattr(sys, "argv", ["tokenize_text.py", *options])
-    runpy.run_path(str(ROOT / "scripts" / "tokenize_text.py"), run_name="__main__")
+    options = ["--files", files["text"], "--tokenizer", tokenizer, "--output", files["tokens"]]
+    run_here("scripts/tokenize_text.py", *options)
     assert "'n_bytes': 20000" in capsys.readouterr().out
 
     common = (
-        f"--config_overrides {TINY} --block_size 64 --max_steps 3 --disable_tqdm true --max_train_documents 4 "
+        f"--config_overrides {OVERRIDES} --block_size 64 --max_steps 3 --disable_tqdm true --max_train_documents 4 "
         "--validation_fraction 0.3 --save_strategy no --eval_strategy no --eval_on_start false"
     ).split()
     results = {}
@@ -355,7 +306,14 @@ def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_pa
         results[name] = training.run_training("causal", *parsed)["after"]
     for metric in ("eval_loss", "eval_word_perplexity", "eval_bits_per_byte"):
         assert results["text"][metric] == results["tokens"][metric]
-    command = ["--train_file", str(files["tokens"]), "--config_overrides", TINY, "--output_dir", str(tmp_path / "c")]
+    command = [
+        "--train_file",
+        str(files["tokens"]),
+        "--config_overrides",
+        OVERRIDES,
+        "--output_dir",
+        str(tmp_path / "c"),
+    ]
     with pytest.raises(ValueError, match="must come with the --tokenizer that they were made with"):
         training.run_training("causal", *training.parse_arguments(command))
     small = train_tokenizer(rows, 300)
@@ -367,9 +325,7 @@ def test_text_tokenised_before_trains_the_same_model(capsys, monkeypatch, tmp_pa
 
 def generate(capsys, model: Path, *options: str) -> tuple[str, str]:
     """Run generate.py in this process; returns stdout and stderr."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["generate.py", "--model", str(model), "--device", "cpu", *options])
-        runpy.run_path(str(ROOT / "scripts" / "generate.py"), run_name="__main__")
+    run_here("scripts/generate.py", "--model", model, "--device", "cpu", *options)
     return capsys.readouterr()
 
 
@@ -402,7 +358,7 @@ def test_generate_samples_by_seed(capsys, model):
     assert nearly_greedy == sample("--greedy") == sample("--top_k", "1")
 
 
-def test_generate_refuses_bad_options(capsys, model, monkeypatch):
+def test_generate_refuses_bad_options(capsys, model):
     for options in ([], ["--prompt", "a", "--prompt_file", "b"], ["--prompt", "a", "--cache", "none"]):
         with pytest.raises(SystemExit):
             generate(capsys, model, *options)
@@ -413,11 +369,9 @@ def test_generate_refuses_bad_options(capsys, model, monkeypatch):
 
 def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
     """The checkpoint of this repository on the whole of Oz's first 3,000 tokens, and on a longer reading of it."""
-    script = "scripts.evaluation.book"
-    options = [*first_line(script)[2:], "--tokens", "3000", "--segment", "512", "--max_new_tokens", "30"]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [script, *options])
-    run_here(script)
+    options = ["--tokens", 3000, "--segment", 512, "--max_new_tokens", 30]
+    run_here(*first_line("scripts.evaluation.book"), *options)
     out = capsys.readouterr().out
     rows = re.findall(r"^ +([\d,]+) +[\d.]+ +\d+ +([\d.]+) MiB +(\d+) MiB$", out, re.M)
     assert [row[0] for row in rows] == ["1,000", "2,999"]
@@ -430,9 +384,8 @@ def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_demo_in_small(tmp_path):
-    command = ["scripts/demo.py", "--output_dir", str(tmp_path / "demo"), "--config_overrides", TINY]
-    done = run([*command, "--causal_steps", "6", "--masked_steps", "6"], tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    command = ["scripts/demo.py", "--output_dir", str(tmp_path / "demo"), "--config_overrides", OVERRIDES]
+    done = run_python(*command, "--causal_steps", 6, "--masked_steps", 6)
     for kind in ("causal", "masked"):
         folder = tmp_path / "demo" / kind
         before, after, shown, plot = re.search(
@@ -453,9 +406,7 @@ def test_demo_in_small(tmp_path):
 
 @pytest.mark.slow
 def test_compare_backends_in_small(tmp_path):
-    command = [*first_line("scripts.benchmark.backends"), "--folder", str(tmp_path), "--batch", "2", "--length", "100"]
-    done = run(command, tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    run_python(*first_line("scripts.benchmark.backends"), "--folder", tmp_path, "--batch", 2, "--length", 100)
     lines = (tmp_path / "backends.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "step,torch,torch-float32" and len(lines) == 6
     first = [float(value) for value in lines[1].split(",")[1:]]
@@ -464,11 +415,12 @@ def test_compare_backends_in_small(tmp_path):
 
 
 @pytest.mark.slow
-def test_profile_step_in_small(tmp_path):
-    done = run([*first_line("scripts.benchmark.profile"), "--steps", "2"], tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    total = float(re.search(r"^operators: ([\d.]+) ms a step$", done.stdout, re.M).group(1))
-    rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", done.stdout, re.M)]
+def test_profile_step_in_small(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run_here(*first_line("scripts.benchmark.profile"), "--steps", 2)
+    out = capsys.readouterr().out
+    total = float(re.search(r"^operators: ([\d.]+) ms a step$", out, re.M).group(1))
+    rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", out, re.M)]
     assert 0 < sum(rows) <= total * 1.01 and rows == sorted(rows, reverse=True)
 
 

@@ -6,17 +6,16 @@ import dataclasses
 import json
 import lzma
 import math
-import runpy
 import shutil
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from helpers import BOOK, ROOT, TEXT, run_here
 from scripts.provenance import write_json
 from scripts.study import cell as training
 from scripts.study import grid, report
@@ -25,8 +24,6 @@ from scripts.study.runner import CellRunner, Gate
 from scripts.study.text import IGNORE, PieceStream, Stream, load_stream, prepare, prepare_mixed
 
 
-ROOT = Path(__file__).parents[2]
-BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
 KEPT = ROOT / "scripts" / "results" / "study"
 CAUSAL = grid.Cell("train", "flash", "tiny", "books-causal", 32, 0.004, 0.004)
 
@@ -49,7 +46,7 @@ def test_prepared_text_is_the_book(tokens):
     train, valid = (np.load(tokens / f"books_{part}.npy") for part in ("train", "valid"))
     assert train.dtype == np.uint16 and len(train) <= 20_000 and facts["books_valid"]["tokens"] == len(valid) <= 4_000
     assert int(train.max()) < facts["vocab_size"] <= 300
-    tokenizer, book = load_tokenizer(str(tokens / "tokenizer"), masked=True), BOOK.read_text(encoding="utf-8")
+    tokenizer, book = load_tokenizer(str(tokens / "tokenizer"), masked=True), TEXT
     paragraphs = tokenizer.decode(train).split("<|endoftext|>")
     assert paragraphs[0] == "" and len(paragraphs) - 1 == facts["books_train"]["documents"]
     assert all(" ".join(paragraph.split()) in " ".join(book.split()) for paragraph in paragraphs[1:30])
@@ -88,7 +85,7 @@ def mixed(tokens, tmp_path_factory):
     """The same tokenizer and validation, and all training text of a folder in pieces."""
     data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("mixed")
     shutil.copytree(tokens, folder, dirs_exist_ok=True)
-    paragraphs = BOOK.read_text(encoding="utf-8").split("\n\n")
+    paragraphs = TEXT.split("\n\n")
     for index, name in enumerate(("books_train", "books_more", "books_valid", "wiki_train")):
         with lzma.open(data / f"{name}.jsonl.xz", "wt", encoding="utf-8") as file:
             for text in paragraphs[100 * index : 100 * (index + 1)]:
@@ -364,7 +361,7 @@ def test_the_gate_keeps_others_out(tmp_path):
     assert order == [0] * 6 and max(together) > 1
 
 
-def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path, capsys):
+def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path):
     program = ("import sys, json, pathlib; name = sys.argv[1]; assert name != 'bad', 'this one fails'; "
                f"path = pathlib.Path({str(tmp_path)!r}, 'cells', name + '.json'); "
                "path.write_text(json.dumps({'runs': 1}))")  # fmt: skip
@@ -435,15 +432,13 @@ def test_what_is_run_next_may_depend_on_what_was_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_runs_a_cell_once_and_reports_it(tmp_path, monkeypatch, capsys):
+def test_the_script_runs_a_cell_once_and_reports_it(own_cache, tmp_path, capsys):
     cell = grid.tiny_grid()[0].name
     bundle, work = tmp_path / "bundle.json", tmp_path / "work"
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
     def study(*words):
-        monkeypatch.setattr(sys, "argv", ["study.py", "--tiny", "--work", str(work), *words])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_module("scripts.study", run_name="__main__", alter_sys=True)
+            run_here("-m", "scripts.study", "--tiny", "--work", work, *words)
         assert not ended.value.code
         return capsys.readouterr().out
 

@@ -73,8 +73,7 @@ def test_a_resumed_run_goes_on_from_its_rate(clock):
     assert started(second).rate(0) == 0
 
 
-def test_a_run_ends_in_time_and_saves(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+def test_a_run_ends_in_time_and_saves(own_cache, tmp_path):
     (tmp_path / "text.txt").write_text("Down the road of yellow brick. " * 400, encoding="utf-8")
     parsed = training.parse_arguments(
         f"--train_file {tmp_path / 'text.txt'} --config_overrides hidden_size=16,num_hidden_layers=1,query_key_dim=8,"

@@ -30,22 +30,12 @@ from flash_hf.training.tokenizer import (
     tokenize_texts,
     train_tokenizer,
 )
+from helpers import BOOK, TEXT
 
 
-BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
+pytestmark = pytest.mark.usefixtures("own_cache")
 # One, two, three and four bytes a character, a combining mark, Windows line ends, a tab.
 ODD_TEXT = "naïve – 日本語 🦁 e\u0301\r\n\t“Dorothy” didn’t\n\n  ok "
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep `datasets` from answering with the results of an earlier run."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +256,7 @@ UNLIKE = [
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_other_columns_may_hold_anything(tmp_path, streaming, monkeypatch):
+def test_other_columns_may_hold_anything(tmp_path, streaming):
     """Their type changes in a file, late in a file, and from file to file."""
     lines = "".join(json.dumps(row) + "\n" for row in UNLIKE)
     table = "id,text\n1,one\nx,two\n,three\n"
@@ -375,7 +365,7 @@ def test_split_documents():
     two = split_documents(documents.take(2), 0.9)  # both parts keep at least one
     assert [len(part) for part in two] == [1, 1]
 
-    text = BOOK.read_text(encoding="utf-8")
+    text = TEXT
     train, validation = split_documents(Dataset.from_dict({"text": [text]}), 0.1)
     assert train[0]["text"] + validation[0]["text"] == text
     assert validation[0]["text"][0].isspace()  # not inside a word
@@ -436,7 +426,7 @@ def test_text_without_words_is_cut(kind, tmp_path):
 
 def test_ordinary_text_is_not_cut(tokenizer, monkeypatch):
     monkeypatch.setattr("flash_hf.training.tokenizer.LONG_RUN", r"(?!)")  # nothing
-    text = BOOK.read_text(encoding="utf-8")[:60_000]
+    text = TEXT[:60_000]
     uncut = train_tokenizer([{"text": text}], 400)
     assert uncut.get_vocab() == tokenizer.get_vocab() and uncut(text)["input_ids"] == tokenizer(text)["input_ids"]
 
@@ -677,7 +667,7 @@ def test_random_tokens_are_tokens_of_the_tokenizer(with_gaps):
     assert torch.equal(collator(rows)["input_ids"], batch["input_ids"])
 
 
-def test_a_vocabulary_ends_at_its_highest_id(with_gaps, tokenizer, tmp_path):
+def test_a_vocabulary_ends_at_its_highest_id(with_gaps, tokenizer):
     assert len(with_gaps) == 500 and vocabulary_size(with_gaps) == 1100
     assert vocabulary_size(tokenizer) == len(tokenizer) == 400
     documents = Dataset.from_dict({"text": ["one [1099] two"]})
@@ -689,7 +679,7 @@ def test_a_vocabulary_ends_at_its_highest_id(with_gaps, tokenizer, tmp_path):
 
 
 def test_mask_once_fixes_the_validation_set(tokenizer):
-    tokenized = tokenize_documents(Dataset.from_dict({"text": [BOOK.read_text(encoding="utf-8")[:20_000]]}), tokenizer)
+    tokenized = tokenize_documents(Dataset.from_dict({"text": [TEXT[:20_000]]}), tokenizer)
     blocks = pack_documents(tokenized, tokenizer, block_size=64, causal=False)
     collator = MaskingCollator(tokenizer, seed=1)
     masked = collator.mask_once(blocks)

@@ -3,7 +3,6 @@
 
 import json
 import os
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,32 +14,18 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-import warm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
-from helpers import assert_close, make_model, random_ids, tiny_config
+from helpers import ROOT, assert_close, make_model, random_ids, run_python, tiny_config, write_documents
 
 
-ROOT = Path(__file__).parents[2]
 TRAIN = (
     "scripts/train_clm.py --train_file tests/data/wizard_of_oz.txt --config scripts/tiny.json --block_size 64 "
     "--max_steps 5 --logging_steps 1 --eval_strategy no --eval_on_start false --use_cpu true --save_strategy no "
     "--report_to none --tokenizer_vocab_size 400 --validation_fraction 0.01"
 ).split()
-# A process each, one thread each; the package from this tree even if it is not installed.
-PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1"}
 
 
-def run(*command):
-    done = subprocess.run(
-        [warm.python(), *map(str, command)], cwd=ROOT, capture_output=True, encoding="utf-8",
-        env={**ENVIRONMENT, "PYTHON_EXEC": warm.python()},  # what the launcher starts
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
-def run_here(kind, *command):
+def train_here(kind, *command):
     """A training script's work in this process, with a cache of its own beside the output."""
     command = [str(word) for word in command]
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +42,7 @@ def losses(folder):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
-    run_here("causal", *TRAIN, "--per_device_train_batch_size", 8, "--output_dir", folder / "out")
+    train_here("causal", *TRAIN, "--per_device_train_batch_size", 8, "--output_dir", folder / "out")
     return folder / "out"
 
 
@@ -77,22 +62,20 @@ def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
 
     A checkpoint of the two is gone on from by the one, at the stream's place.
     """
-    text = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
-    for name, begin, end in (("train", 0, 60_000), ("validation", 60_000, 61_000)):
-        rows = [json.dumps({"text": text[i : i + 700]}) + "\n" for i in range(begin, end, 700)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    write_documents(tmp_path / "train.jsonl", 0, 60_000, 700)
+    write_documents(tmp_path / "validation.jsonl", 60_000, 61_000, 700)
     command = (
         f"scripts/train_{kind}.py --train_file {tmp_path / 'train.jsonl'} --config scripts/tiny.json --block_size 64 "
         f"--validation_file {tmp_path / 'validation.jsonl'} --batch_tokens 1024 --max_steps 5 --logging_steps 1 "
         f"--shuffle_buffer 30 --eval_strategy no --eval_on_start false --use_cpu true --save_steps 3 "
         f"--tokenizer_vocab_size 400 --streaming {str(streaming).lower()} --ddp_find_unused_parameters false"
     ).split()
-    here = partial(run_here, "causal" if kind == "clm" else "masked", *command, "--per_device_train_batch_size", 8)
+    here = partial(train_here, "causal" if kind == "clm" else "masked", *command, "--per_device_train_batch_size", 8)
     here("--output_dir", tmp_path / "one")
     launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus("ddp.yaml", tmp_path)]
     port = 32500 + os.getpid() % 1000 + 3 * (kind == "mlm") + streaming
-    run(*launch, "--main_process_port", port, *command, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo",
-        "--output_dir", tmp_path / "two")  # fmt: skip
+    command += ["--per_device_train_batch_size", 4, "--ddp_backend", "gloo", "--output_dir", tmp_path / "two"]
+    run_python(*launch, "--main_process_port", port, *command)
     assert len(losses(tmp_path / "one")) == 5
     assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), 1e-5)
     checkpoint = tmp_path / "two" / "checkpoint-3"
@@ -110,7 +93,7 @@ def test_two_processes_give_the_losses_of_one(name, machines, single, tmp_path):
               machines, "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]  # fmt: skip
     train = [*TRAIN, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo", "--output_dir", tmp_path / "out"]
     with ThreadPoolExecutor() as pool:
-        for launched in [pool.submit(run, *launch, rank, *train) for rank in range(machines)]:
+        for launched in [pool.submit(run_python, *launch, rank, *train) for rank in range(machines)]:
             launched.result()
     assert len(losses(single)) == 5
     assert_close(losses(tmp_path / "out"), losses(single), 1e-5)
@@ -187,7 +170,9 @@ def test_tensor_parallel_over_two_processes(tmp_path):
     torch.save({"ids": ids, "mask": mask}, tmp_path / "inputs.pt")
     (tmp_path / "program.py").write_text(TENSOR_PARALLEL, encoding="utf-8")
     port = 31500 + os.getpid() % 1000
-    run("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, tmp_path / "program.py", tmp_path)
+    run_python(
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port, tmp_path / "program.py", tmp_path
+    )
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
         assert_close(out["logits"][mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()], 1e-4)

@@ -17,27 +17,20 @@ from flash_hf.training.arguments import config_fields, set_batch, warmup_length
 from flash_hf.training.run import load_model, load_text, new_config
 from flash_hf.training.throughput import SpeedBar, SpeedMeter, device_peak, training_flops
 from flash_hf.training.tokenizer import train_tokenizer
+from helpers import OVERRIDES, ROOT, write_documents
 from scripts.benchmark.sizes import BASE, flash_flops
 
 
-ROOT = Path(__file__).resolve().parents[2]
-BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
+pytestmark = pytest.mark.usefixtures("own_cache")
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
-TINY = "hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A training and a validation file of short documents."""
-    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text(encoding="utf-8")
-    for name, begin, end in (("train", 0, 40_000), ("validation", 150_000, 153_000)):
-        rows = [{"text": text[i : i + 999]} for i in range(begin, end, 999)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("files")
+    write_documents(folder / "train.jsonl", 0, 40_000, 999)
+    write_documents(folder / "validation.jsonl", 150_000, 153_000, 999)
     return folder
 
 
@@ -92,7 +85,7 @@ def test_recipes_run_on_other_text(recipe, files, tmp_path):
     """A few steps of each in small: only what a test machine lacks is overridden."""
     command = {
         "config": recipe, "train_file": files / "train.jsonl", "validation_file": files / "validation.jsonl",
-        "config_overrides": TINY, "tokenizer_vocab_size": 400, "block_size": 64, "batch_tokens": 1024,
+        "config_overrides": OVERRIDES, "tokenizer_vocab_size": 400, "block_size": 64, "batch_tokens": 1024,
         "per_device_batch_tokens": 256, "bf16": "false", "max_steps": 3, "warmup_steps": 1, "logging_steps": 1,
         "shuffle_buffer": 30, "eval_steps": 3, "disable_tqdm": "true", "output_dir": tmp_path / "run",
     }  # fmt: skip
@@ -190,7 +183,7 @@ def test_the_sequence_warmup_feeds_the_same_tokens_in_shorter_rows(kind, files, 
     fed = {}
     for steps in (0, 4):
         command = (
-            f"--train_file {files / 'train.jsonl'} --config_overrides {TINY} --tokenizer_vocab_size 400 "
+            f"--train_file {files / 'train.jsonl'} --config_overrides {OVERRIDES} --tokenizer_vocab_size 400 "
             f"--packing documents --block_size 64 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 "
             f"--max_steps 6 --eval_strategy no --eval_on_start false --save_strategy no --disable_tqdm true "
             f"--sequence_warmup_steps {steps} --sequence_warmup_start 16 --output_dir {tmp_path / str(steps)}"
@@ -268,9 +261,10 @@ def test_the_meter_leaves_pauses_out(monkeypatch):
 
 def train(files: Path, folder: Path, *more: str):
     command = (
-        f"--train_file {files / 'train.jsonl'} --config_overrides {TINY} --tokenizer_vocab_size 400 --block_size 64 "
-        f"--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --max_steps 4 --logging_steps 2 "
-        f"--eval_strategy no --eval_on_start false --save_strategy no --output_dir {folder}"
+        f"--train_file {files / 'train.jsonl'} --config_overrides {OVERRIDES} --tokenizer_vocab_size 400 "
+        f"--block_size 64 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 "
+        f"--max_steps 4 --logging_steps 2 --eval_strategy no --eval_on_start false --save_strategy no "
+        f"--output_dir {folder}"
     )
     return training.run_training("causal", *training.parse_arguments([*command.split(), *more]))
 

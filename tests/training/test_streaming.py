@@ -15,24 +15,17 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, IterableDataset
 
-import warm
 from flash_hf import training
 from flash_hf.training.checkpoints import find_checkpoint
 from flash_hf.training.documents import load_documents
 from flash_hf.training.packing import pack_documents
 from flash_hf.training.stream import BATCH_DOCUMENTS, STREAM_STATE, BlockStream
-from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
+from flash_hf.training.tokenizer import tokenize_documents
 from flash_hf.training.trainer import write_log
+from helpers import ROOT, TEXT, run_python
 
 
-ROOT = Path(__file__).resolve().parents[2]
-BOOK = ROOT / "tests" / "data" / "wizard_of_oz.txt"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -43,20 +36,15 @@ def small_batches(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([{"text": BOOK.read_text(encoding="utf-8")[:60_000]}], 400)
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory, tokenizer):
     """Three files of short documents, the first with a blank one, as JSON and as Parquet; validation; a tokenizer."""
-    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text(encoding="utf-8")
+    folder = tmp_path_factory.mktemp("files")
     for number in range(3):
-        rows = [text[i : i + 301] for i in range(number * 7000, (number + 1) * 7000, 301)]
+        rows = [TEXT[i : i + 301] for i in range(number * 7000, (number + 1) * 7000, 301)]
         rows = [" \n", *rows] if number == 0 else rows
         Dataset.from_dict({"text": rows}).to_json(folder / f"{number}.jsonl")
         Dataset.from_dict({"text": rows}).to_parquet(folder / f"{number}.parquet")
-    Dataset.from_dict({"text": [text[150_000:151_500]]}).to_json(folder / "validation.jsonl")
+    Dataset.from_dict({"text": [TEXT[150_000:151_500]]}).to_json(folder / "validation.jsonl")
     tokenizer.save_pretrained(folder / "tokenizer")
     return folder
 
@@ -199,11 +187,8 @@ def test_errors_of_the_reader_end_the_iteration(error, message, tokenizer, small
 @pytest.mark.slow
 def test_a_stream_from_the_hub_that_breaks_off(tmp_path):
     """tests/support/stream_client.py: a server falls silent in the middle of a run, for a second and then for good."""
-    environment = {**ENVIRONMENT, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    environment.pop("HF_HUB_OFFLINE")
-    command = [warm.python(), "tests/support/stream_client.py", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": None}
+    done = run_python("tests/support/stream_client.py", tmp_path, **environment)
     assert done.stdout.splitlines()[-1] == "as if it had not happened"
 
 
@@ -238,13 +223,14 @@ def run(kind: str, *command: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_clm.py", "train_mlm.py"])
 def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
-    """SIGKILL at a random moment after the first checkpoint; resumed in a process of its own, bit for bit."""
+    """SIGKILL at a random moment after the first checkpoint; resumed here, bit for bit."""
     kind = "causal" if script == "train_clm.py" else "masked"
     run(kind, *command_of(files, tmp_path / "whole"))
-    command = [sys.executable, f"scripts/{script}", *command_of(files, tmp_path / "killed")]
+    command = command_of(files, tmp_path / "killed")
     process = subprocess.Popen(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        [sys.executable, f"scripts/{script}", *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():
         assert process.poll() is None and time.monotonic() < deadline
@@ -253,9 +239,7 @@ def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was done before it was killed: train for longer"
 
-    command = [warm.python(), *command[1:], "--resume_from_checkpoint", "last"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+    run(kind, *command, "--resume_from_checkpoint", "last")
     for key in ("loss", "grad_norm", "learning_rate", "epoch"):
         assert history(tmp_path / "killed", key) == history(tmp_path / "whole", key), key
     assert sorted(history(tmp_path / "killed")) == list(range(1, 13))
@@ -287,7 +271,7 @@ class Counted:
         return call
 
 
-def test_a_checkpoint_without_its_stream_is_none(files, tmp_path, monkeypatch):
+def test_a_checkpoint_without_its_stream_is_none(files, tmp_path):
     run("causal", *command_of(files, tmp_path / "run", "--save_steps", "6"))
     (tmp_path / "run" / "checkpoint-12" / STREAM_STATE).unlink()
     find = partial(find_checkpoint, "last", tmp_path / "run")
@@ -335,7 +319,7 @@ def test_a_full_disk_costs_no_checkpoint(what, files, tmp_path, monkeypatch):
     assert history(tmp_path / "run") == history(tmp_path / "whole")
 
 
-def test_a_full_disk_spares_the_log(tmp_path, monkeypatch):
+def test_a_full_disk_spares_the_log(tmp_path):
     lines = [{"step": 1, "loss": 2.0}]
     write_log(lines, tmp_path)
     saved = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -24,27 +24,20 @@ from flash_hf.training.documents import load_documents, split_documents
 from flash_hf.training.packing import MaskingCollator, collate, pack_documents
 from flash_hf.training.run import load_model, load_text, new_config
 from flash_hf.training.tokenizer import load_tokenizer, tokenize_documents, train_tokenizer
+from helpers import BOOK, OVERRIDES, TEXT, TINY, write_documents
 
 
-BOOK = Path(__file__).parents[1] / "data" / "wizard_of_oz.txt"
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "query_key_dim": 16, "chunk_size": 16}
+pytestmark = pytest.mark.usefixtures("own_cache")
 KINDS = ("causal", "masked")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep `datasets` from answering with the results of an earlier run."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Short documents of uneven length, so that the last block and the last batch are partly filled."""
-    folder, text = tmp_path_factory.mktemp("files"), BOOK.read_text(encoding="utf-8")
-    for name, begin, end in (("train", 0, 6000), ("validation", 150_000, 152_500)):
-        rows = [{"text": text[i : i + 301]} for i in range(begin, end, 301)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    train_tokenizer([{"text": text[:60_000]}], 300).save_pretrained(folder / "tokenizer")
+    folder = tmp_path_factory.mktemp("files")
+    write_documents(folder / "train.jsonl", 0, 6000, 301)
+    write_documents(folder / "validation.jsonl", 150_000, 152_500, 301)
+    train_tokenizer([{"text": TEXT[:60_000]}], 300).save_pretrained(folder / "tokenizer")
     return folder
 
 
@@ -54,7 +47,7 @@ def arguments(files: Path, output_dir: Path, *more: str, **changes):
         "train_file": files / "train.jsonl",
         "validation_file": files / "validation.jsonl",
         "tokenizer": files / "tokenizer",
-        "config_overrides": ",".join(f"{name}={value}" for name, value in TINY.items()),
+        "config_overrides": OVERRIDES,
         "block_size": 60,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 4,
@@ -91,7 +84,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path, kind, streaming):
     """Bit for bit: with dropout, across the border of an epoch, with accumulation, for data read either way."""
-    config = ",".join(f"{name}={value}" for name, value in {**TINY, "hidden_dropout": 0.1}.items())
+    config = f"{OVERRIDES},hidden_dropout=0.1"
     changes = {"config_overrides": config, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     # The stream is through with its 8 documents, 27 blocks, long before the break after 40.
     more = ["--streaming", "--shuffle_buffer", "20", "--max_train_documents", "8"] if streaming else []
@@ -405,7 +398,7 @@ def test_metrics_equal_a_direct_computation(files, tmp_path, kind, packing):
         assert results[1][name] == pytest.approx(got[name], rel=1e-6)
 
 
-def test_evaluation_keeps_no_logits(files, tmp_path):
+def test_evaluation_keeps_no_logits(files):
     logits, labels = torch.randn(2, 5, 300), torch.randint(0, 300, (2, 5))
     labels[0, :3] = IGNORE
     for causal in (True, False):
