@@ -4,27 +4,16 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import backward, choice, forward, residual
 from .choice import scan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
-from .tiles import (
-    Inputs,
-    Shape,
-    has_tma,
-    ints,
-    key_rows,
-    lin_row,
-    saved_attended,
-    switches,
-    tiled,
-)
+from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, cdiv, has_tma, power_of_2, switches, tiled
 
 
 def has_carry(shape: Shape, index: ChunkIndex, initial: bool) -> bool:
@@ -53,7 +42,7 @@ def launch_carry(shape: Shape, index: ChunkIndex, total: Tensor, initial, carrie
     last = total.new_empty((documents, *total.shape[1:]) if final else (0,), dtype=dtype)
     if carried or final:
         forward.carry_kernel(
-            (documents, triton.cdiv(size, 512)),
+            (documents, cdiv(size, 512)),
             total, total if initial is None else initial, index.document_begin, index.document_end, carry, last, size,
             1.0 / shape.C, 1.0 / shape.C if final == "state" else 1.0, INITIAL=initial is not None, CARRY=carried,
             FINAL=bool(final), REVERSE=reverse, BLOCK=512, num_warps=4,
@@ -88,19 +77,34 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
     return weights
 
 
+def launch_states(
+    shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, total: Tensor, prefix: Tensor | None = None,
+    value: Tensor | None = None, *, back: bool = False,
+) -> None:  # fmt: skip
+    """Sums of `keys^T values` over pieces; see `states_kernel`.
+
+    Args:
+        x: what values are made from, or with `back` summed as it is.
+        total: float32 sums to be filled, unless it is empty.
+        prefix, value: states before each chunk and values to be filled, or None.
+    """
+    options = piece_launch(shape, inputs)
+    tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
+    options |= {"PREFIX": prefix is not None, "SCALED": shape.scaled and not back, "SILU": shape.silu and not back}
+    forward.states_kernel(
+        (inputs.index.pieces, cdiv(shape.E, block_e)),
+        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(x, tma, block_k, block_e), x.stride(0),
+        *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end,
+        x if value is None else value, x if prefix is None else prefix, total, *shape.grid, shape.E, **options,
+        TOTAL=total.numel() > 0, VALUES=value is not None, STAGES=2 if shape.dtype == torch.float32 else 3,
+    )  # fmt: skip
+
+
 def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False) -> Tensor:
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
     `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`."""
-    options = piece_launch(shape, inputs)
-    tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
-    options |= {"PREFIX": False, "SCALED": shape.scaled and not back, "SILU": shape.silu and not back}
-    _, total = state_buffers(shape, inputs.index, x.new_empty, True)
-    forward.states_kernel(
-        (inputs.index.pieces, triton.cdiv(shape.E, block_e)),
-        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(x, tma, block_k, block_e), x.stride(0),
-        *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end, x, x, total,
-        *ints(shape), shape.E, **options, TOTAL=True, VALUES=False, STAGES=3,
-    )  # fmt: skip
+    total = x.new_empty((inputs.index.pieces, shape.tiles.SP, shape.E), dtype=torch.float32)
+    launch_states(shape, inputs, keys, x, total, back=back)
     final = "" if shape.causal else "state"
     before, whole = launch_carry(shape, inputs.index, total, None, shape.causal, final, back)
     return before if shape.causal else whole
@@ -128,7 +132,7 @@ def launch_scan(
         carry: what comes before each piece, or in the backward behind it; None walks along whole rows. Of
             bidirectional models, the rows' states.
     """
-    (B, N), row, back = (shape.B, shape.N), lin_row(shape), value is not None
+    (B, N), row, back = (shape.B, shape.N), shape.lin_row, value is not None
     reader, writer = (row + 1, row) if back else (row, row + 1)
     walks = B if carry is None else inputs.index.pieces
     tasks = walks * shape.E // 128
@@ -155,102 +159,112 @@ def launch_scan(
     )  # fmt: skip
 
 
-def launch_forward(
-    shape: Shape, inputs: Inputs, initial: Tensor | None, kept: Tensor | None, kept_mask: Tensor | None,
-    want_final: bool, want_attended: bool,
-):  # fmt: skip
-    """`(out, heads, prefix, carry, attended, final)`; see the operators for what each is.
-
-    Args:
-        initial: the sum of the closed chunks that a row's first document brings from a cache, `[B, SP, E]`, or None.
-        kept, kept_mask: keys that a cache brings for slots of each row's first chunk, `[key_rows, B, C, S]`, and which
-            of them to take instead of those made from z, bool `[key_rows, B, C]`.
-    """
-    t, (N, G, C, shift), E, S, T = shape.tiles, ints(shape), shape.E, shape.S, shape.B * shape.N
-    new = inputs.v.new_empty
-    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
-    factor, group = inputs.index.factor_G, inputs.index.group_G
-    row = lin_row(shape)
-
+def launch_heads(shape: Shape, inputs: Inputs, cached: Cached) -> Tensor:
+    """Queries and keys on the chunk grid, `[H, GT, CP, SP]`."""
+    t, S, v = shape.tiles, shape.S, inputs.v
     cos, sin, table_rows = inputs.tables
     size = (shape.H, shape.GT, t.CP, t.SP)
-    heads = new(size) if t.SP == S else inputs.v.new_zeros(size)
+    heads = v.new_empty(size) if t.SP == S else v.new_zeros(size)
     block = min(t.block, 32)
     forward.heads_kernel(
         (shape.GT * t.CP // block,),
-        inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin, factor,
-        inputs.tokens, inputs.index.opens_G, heads, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows,
-        H=shape.H, LIN_Q=row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved,
-        **flags, BLOCK_M=block, num_warps=4,
+        inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin,
+        inputs.index.factor_G, inputs.tokens, inputs.index.opens_G, heads, *shape.grid, shape.GT, S, shape.rotary_dim,
+        table_rows, H=shape.H, LIN_Q=shape.lin_row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs,
+        INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block, num_warps=4,
     )  # fmt: skip
-    if kept is not None:
-        for row_of_key, keys, mask in zip(key_rows(shape), kept, kept_mask, strict=True):
-            first = heads[row_of_key].view(shape.B, G, t.CP, t.SP)[:, 0, :C, :S]
+    if cached.kept is not None:
+        for row, keys, mask in zip(shape.key_rows, cached.kept, cached.kept_mask, strict=True):
+            first = heads[row].view(shape.B, shape.G, t.CP, t.SP)[:, 0, : shape.C, :S]
             first.copy_(torch.where(mask[..., None], keys.to(first.dtype), first))
+    return heads
+
+
+def launch_values(shape: Shape, inputs: Inputs) -> Tensor:
+    """Values, where no sum over them is needed."""
+    if not shape.silu:
+        return inputs.v
+    T, E = shape.T, shape.E
+    value = inputs.v.new_empty((T, E))
+    forward.values_kernel(
+        (cdiv(T, 32), cdiv(E, 128)),
+        inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), value, T, E, SCALED=shape.scaled, SILU=True,
+        FAST=fast_math(shape.dtype), BLOCK_M=32, BLOCK_E=128, num_warps=4,
+    )  # fmt: skip
+    return value
+
+
+def launch_output(
+    shape: Shape, inputs: Inputs, weights: Tensor, query: Tensor, prefix: Tensor, carry: Tensor, value: Tensor,
+    skip: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`(out, attended)`, see `AttentionResults`.
+
+    Args:
+        query: the linear one. skip: whether nothing precedes the first chunk of a row or document.
+    """
+    t, E, tma = shape.tiles, shape.E, shape.tma(inputs)
+    ragged = inputs.source is not None
+    out = value.new_zeros((shape.T, E)) if ragged else value.new_empty((shape.T, E))
+    attended = torch.zeros_like(out) if shape.keeps_attended else value.new_empty((0,))
+    e_blocks = cdiv(E, t.block_e)
+    forward.output_kernel(
+        (shape.GT * e_blocks * shape.row_tiles,),
+        tiled(weights, tma, t.block, t.block_k), tiled(query, tma, t.block, t.block_s),
+        tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
+        inputs.u.stride(0), shape.tokens(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
+        inputs.tokens, inputs.index.group_G, inputs.index.opens_G, out, attended, *shape.grid, shape.GT, E, e_blocks,
+        CP=t.CP, SP=t.SP, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0,
+        CAUSAL=shape.causal, **switches(shape, inputs), EVEN_E=E % t.block_e == 0, TMA=tma, SKIP=skip,
+        ATTENDED=shape.keeps_attended, BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s,
+        PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
+    )  # fmt: skip
+    return out, attended
+
+
+def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: bool) -> AttentionResults:
+    """The attention and its gate."""
+    new, index, row = inputs.v.new_empty, inputs.index, shape.lin_row
+    nothing = new((0,))
+    heads = launch_heads(shape, inputs, cached)
     weights = launch_scores(shape, inputs, heads)
-    if initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
-        out, prefix = new((T, E)), new((shape.GT, t.SP, E) if shape.causal else (0,))
-        split = not shape.causal or choice.splits(shape) and has_carry(shape, inputs.index, False)
+    if cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
+        out, prefix = new((shape.T, shape.E)), new((shape.GT, shape.tiles.SP, shape.E)) if shape.causal else nothing
+        split = not shape.causal or choice.splits(shape) and has_carry(shape, index, False)
         before = launch_totals(shape, inputs, heads[row + 1], inputs.v) if split else None
         biases = inputs.bias_v, inputs.bias_u
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
-        return out, heads, prefix, new((0,)) if shape.causal else before, new((0,)), new((0,))
-    value = new((T, E)) if shape.silu else None
-    prefix, carry, final = (new((0,)) for _ in range(3))
+        return AttentionResults(out, heads, prefix, nothing if shape.causal else before, nothing, nothing)
+    prefix = carry = final = nothing
     if shape.lin:
-        carried = has_carry(shape, inputs.index, initial is not None)
+        carried = has_carry(shape, index, cached.initial is not None)
         asked = "total" if want_final else "" if shape.causal else "state"
-        needed = carried or bool(asked)
-        prefix, total = state_buffers(shape, inputs.index, new, needed)
-        options = piece_launch(shape, inputs)
-        tma, block_e = options["TMA"], options["BLOCK_E"]
-        forward.states_kernel(
-            (inputs.index.pieces, triton.cdiv(E, block_e)),
-            tiled(heads[row + 1], tma, t.block_k, t.SP), shape.tokens(inputs.v, tma, t.block_k, block_e),
-            inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin,
-            inputs.index.piece_end, inputs.v if value is None else value, prefix, total, N, G, C, shift, E, **options,
-            TOTAL=needed, VALUES=True, STAGES=2 if shape.dtype == torch.float32 else 3,
-        )  # fmt: skip
-        carry, final = launch_carry(shape, inputs.index, total, initial, carried, asked, False)
+        prefix, total = state_buffers(shape, index, new, carried or bool(asked))
+        value = new((shape.T, shape.E)) if shape.silu else inputs.v
+        launch_states(shape, inputs, heads[row + 1], inputs.v, total, prefix if shape.causal else None, value)
+        carry, final = launch_carry(shape, index, total, cached.initial, carried, asked, False)
         if not shape.causal:
-            carry, final = final, new((0,))
-    elif shape.silu:
-        forward.values_kernel(
-            (triton.cdiv(T, 32), triton.cdiv(E, 128)),
-            inputs.v, inputs.v.stride(0), *inputs.norm("bias_v"), value, T, E, SCALED=shape.scaled, SILU=True,
-            FAST=fast_math(shape.dtype), BLOCK_M=32, BLOCK_E=128, num_warps=4,
-        )  # fmt: skip
-    value = inputs.v if value is None else value
-    out = inputs.v.new_zeros((T, E)) if inputs.source is not None else new((T, E))
-    attended = torch.zeros_like(out) if want_attended else new((0,))
-    e_blocks, tma = triton.cdiv(E, t.block_e), shape.tma(inputs)
-    forward.output_kernel(
-        (shape.GT * e_blocks * shape.row_tiles,),
-        tiled(weights, tma, t.block, t.block_k), tiled(heads[row], tma, t.block, t.block_s),
-        tiled(prefix, tma, t.block_s, t.block_e), tiled(carry, tma, t.block_s, t.block_e), inputs.u,
-        inputs.u.stride(0), shape.tokens(value, tma, t.block_k, t.block_e), value.stride(0), *inputs.norm("bias_u"),
-        inputs.tokens, group, inputs.index.opens_G, out, attended, N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP,
-        SP=t.SP, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carry.numel() > 0, CAUSAL=shape.causal,
-        **flags, EVEN_E=E % t.block_e == 0, TMA=tma, SKIP=shape.causal and initial is None, ATTENDED=want_attended,
-        BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages,
-        **t.launch,
-    )  # fmt: skip
-    return out, heads, prefix, carry, attended, final
+            carry, final = final, nothing
+    else:
+        value = launch_values(shape, inputs)
+    skip = shape.causal and cached.initial is None
+    out, attended = launch_output(shape, inputs, weights, heads[row], prefix, carry, value, skip)
+    return AttentionResults(out, heads, prefix, carry, attended, final)
 
 
 def launch_gate(
     shape: Shape, inputs: Inputs, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor, value: Tensor | None
 ) -> Tensor:
     """Fill `d_attended`, `d_u` and `value` (unless that is None or not to be computed); partial sums for u's bias."""
-    E, T = shape.E, shape.B * shape.N
+    E, T = shape.E, shape.T
     block_m, block_e = 64, 128
-    d_bias_u = gated.new_empty((triton.cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
+    d_bias_u = gated.new_empty((cdiv(T, block_m) if shape.scaled else 0, E), dtype=torch.float32)
     backward.gate_kernel(
-        (triton.cdiv(T, block_m), triton.cdiv(E, block_e)),
+        (cdiv(T, block_m), cdiv(E, block_e)),
         d_out, d_out.stride(0), inputs.u, inputs.u.stride(0), gated, inputs.v, inputs.v.stride(0),
         *inputs.norm("bias_u"), inputs.norm("bias_v")[2], d_attended, d_u, d_u.stride(0),
         inputs.v if value is None else value, d_bias_u, T, E, SCALED=shape.scaled, SILU=shape.silu,
-        FAST=fast_math(shape.dtype), ATTENDED=saved_attended(shape.dtype, shape.silu), EVEN=E % block_e == 0,
+        FAST=fast_math(shape.dtype), ATTENDED=shape.keeps_attended, EVEN=E % block_e == 0,
         VALUES=shape.silu and value is not None, BLOCK_M=block_m, BLOCK_E=block_e, num_warps=8,
     )  # fmt: skip
     return d_bias_u
@@ -270,32 +284,33 @@ def launch_gate_states(
     options |= {"BLOCK_K": block[0], "STAGES": t.gate_stages}
     d_bias_u = gated.new_empty((pieces if shape.scaled else 0, E), dtype=torch.float32)
     backward.gate_states_kernel(
-        (pieces, triton.cdiv(E, block_e)),
+        (pieces, cdiv(E, block_e)),
         tiled(queries, tma, block[0], t.SP), shape.tokens(d_out, tma, *block), d_out.stride(0),
         shape.tokens(inputs.u, tma, *block), inputs.u.stride(0), shape.tokens(gated, tma, *block),
         shape.tokens(inputs.v, tma, *block), inputs.v.stride(0), *inputs.norm("bias_u"), inputs.norm("bias_v")[2],
         inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end, d_attended, d_u, d_u.stride(0),
-        value, d_bias_u, d_prefix, total, *ints(shape), E, **options,
-        ATTENDED=saved_attended(shape.dtype, shape.silu), TOTAL=total.numel() > 0,
+        value, d_bias_u, d_prefix, total, *shape.grid, E, **options,
+        ATTENDED=shape.keeps_attended, TOTAL=total.numel() > 0,
     )  # fmt: skip
     return d_bias_u
 
 
 def launch_attention_gradients(
-    shape: Shape, inputs: Inputs, saved: tuple, weights: Tensor, gated: Tensor, d_out: Tensor, d_u: Tensor,
-    d_v: Tensor, d_scores: Tensor, d_heads: Tensor, reuse: bool,
+    shape: Shape, inputs: Inputs, saved, weights: Tensor, d_out: Tensor, d_h: Projections, d_scores: Tensor,
+    d_heads: Tensor, reuse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill `d_u`, `d_v`, `d_scores` and the linear heads of `d_heads`; otherwise as `launch_backward`.
+    """Fill u and v of `d_h`, `d_scores` and the linear heads of `d_heads`; otherwise as `launch_backward`.
 
     Returns:
         `(d_bias_u, d_bias_v)` as partial sums.
     """
-    heads, prefix, carry = saved
-    t, (N, G, C, shift), E, T = shape.tiles, ints(shape), shape.E, shape.B * shape.N
+    heads, prefix, carry = saved.heads, saved.prefix, saved.carry
+    gated = saved.attended if shape.keeps_attended else saved.out
+    t, (N, G, C, shift), E, T = shape.tiles, shape.grid, shape.E, shape.T
     new = gated.new_empty
     flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
     factor, group = inputs.index.factor_G, inputs.index.group_G
-    row = lin_row(shape)
+    row = shape.lin_row
     d_attended = d_out if reuse else new((T, E))
     value = new((T, E)) if shape.silu else inputs.v
     carried = carry.numel() > 0 and shape.causal
@@ -303,13 +318,15 @@ def launch_attention_gradients(
     if shape.lin:
         needed = carried or not shape.causal
         d_prefix, total = state_buffers(shape, inputs.index, new, needed)
-        d_bias_u = launch_gate_states(shape, inputs, heads[row], gated, d_out, d_attended, d_u, value, d_prefix, total)
+        d_bias_u = launch_gate_states(
+            shape, inputs, heads[row], gated, d_out, d_attended, d_h.u, value, d_prefix, total
+        )
         d_carry, final = launch_carry(shape, inputs.index, total, None, carried, "" if shape.causal else "state", True)
         d_carry = d_carry if shape.causal else final
     else:
-        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, value)
+        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, value)
 
-    e_blocks, tma = triton.cdiv(E, t.block_e), shape.tma(inputs)
+    e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
     programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
     d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
     score_block, head_block = (t.block, t.block), (t.block, t.SP)
@@ -325,7 +342,7 @@ def launch_attention_gradients(
         tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.index.opens_G,
         shape.tokens(inputs.v, tma, *value_block), inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens,
         tiled(d_scores, tma, *score_block), tiled(d_heads[row], tma, *head_block),
-        tiled(d_heads[row + 1], tma, *head_block), tiled(d_v, tma == 2, *value_block), d_v.stride(0), d_bias_v,
+        tiled(d_heads[row + 1], tma, *head_block), tiled(d_h.v, tma == 2, *value_block), d_h.v.stride(0), d_bias_v,
         N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
         SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried,
         CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma,
@@ -337,21 +354,22 @@ def launch_attention_gradients(
 
 
 def launch_scan_gradients(
-    shape: Shape, inputs: Inputs, saved: tuple, weights: Tensor, gated: Tensor, d_out: Tensor, d_u: Tensor,
-    d_v: Tensor, d_scores: Tensor, d_heads: Tensor, reuse: bool,
+    shape: Shape, inputs: Inputs, saved, weights: Tensor, d_out: Tensor, d_h: Projections, d_scores: Tensor,
+    d_heads: Tensor, reuse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`launch_attention_gradients` by the kernels of scan.py."""
-    heads, prefix, carry = saved
-    E, T, B, N, row = shape.E, shape.B * shape.N, shape.B, shape.N, lin_row(shape)
+    heads, prefix, carry = saved.heads, saved.prefix, saved.carry
+    gated = saved.attended if shape.keeps_attended else saved.out
+    E, T, B, N, row = shape.E, shape.T, shape.B, shape.N, shape.lin_row
     new = gated.new_empty
     d_attended = d_out if reuse else new((T, E))
     split = not shape.causal or choice.splits(shape) and has_carry(shape, inputs.index, False)
-    d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_u, None)
+    d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
     behind = launch_totals(shape, inputs, heads[row], d_attended, back=True) if split else None
     value, d_prefix = new((T, E)), torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v
-    launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_v, d_prefix, behind, value, d_bias_v)
+    launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, value, d_bias_v)
     tasks, block_k = 4 * shape.GT, scan.REDUCE_K
     scan.reduce_kernel(
         scan_grid(tasks, d_out.device),
@@ -365,54 +383,71 @@ def launch_scan_gradients(
     return d_bias_u, d_bias_v
 
 
-def launch_backward(shape: Shape, inputs: Inputs, saved: tuple, gated: Tensor, d_out: Tensor, d_h: tuple, reuse: bool):
-    """Gradients of the projections' outputs, written to `d_h`, those of u, v and z.
+class PartialSums(NamedTuple):
+    """Gradients that are sums over tokens, summed over some tokens or chunks each, `[programs, ...]` in float32.
+
+    Attributes:
+        u, v: of the biases of u and v.
+        heads: of gammas, betas and z's bias, `2 H + 1` rows of S.
+        norm: of the output bias and the norm's gain, `D + 1`; None outside of a whole layer.
+        squares: of the scores, `CP x CP`, for the relative bias; None where there is none.
+    """
+
+    u: Tensor
+    v: Tensor
+    heads: Tensor
+    norm: Tensor | None
+    squares: Tensor | None
+
+
+def launch_backward(
+    shape: Shape, inputs: Inputs, saved, d_out: Tensor, d_h: Projections, reuse: bool
+) -> PartialSums:  # fmt: skip
+    """Gradients of the projections' outputs, written to `d_h`, and of parameters.
 
     Args:
-        saved: heads, prefix, carry of the forward. The weights are computed again: cheaper than their memory.
-        gated: the forward's output, or the attended value itself where it was kept.
-        d_out: gradient of the output, `[B * N, E]`; overwritten with `reuse`.
-
-    Returns:
-        What `launch_sums` takes of each program: `(d_bias_u, d_bias_v, heads, squares)`; the relative bias' `squares`
-        is None where there is none.
+        saved: with heads, prefix, carry, out and, where it is kept, attended of the forward. The weights are computed
+            again: cheaper than their memory.
+        d_out: gradient of the output, `[T, E]`; overwritten with `reuse`.
     """
-    heads, _, carry = saved
-    d_u, d_v, d_z = d_h
-    t, (N, G, C, shift), S = shape.tiles, ints(shape), shape.S
-    new = gated.new_empty
-    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
-
+    heads, t = saved.heads, shape.tiles
     weights = launch_scores(shape, inputs, heads)
     # Branches that a first chunk alone does not need have no gradient.
     used = 2 * (shape.quad + shape.lin) == shape.H
     d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
     d_scores = torch.empty_like(weights)
     # What a cache brought is in `carry`, and not in the states of the chunks.
-    scanned = not (shape.causal and carry.numel()) and choice.scans(shape, inputs.source, gated.device)
+    scanned = not (shape.causal and saved.carry.numel()) and choice.scans(shape, inputs.source, d_out.device)
     launch = launch_scan_gradients if scanned else launch_attention_gradients
-    d_bias_u, d_bias_v = launch(shape, inputs, saved, weights, gated, d_out, d_u, d_v, d_scores, d_heads, reuse)
+    d_bias_u, d_bias_v = launch(shape, inputs, saved, weights, d_out, d_h, d_scores, d_heads, reuse)
     squares = None
     if shape.quad:
         backward.quadratic_heads_kernel(
             (shape.GT, shape.row_tiles, 2),
             d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
-            BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=precision, STAGES=t.stages, **t.launch,
+            BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
         )  # fmt: skip
         if inputs.bias_R is not None:
             squares = launch_bias(shape, d_scores)
+    d_gamma_beta = launch_heads_gradient(shape, inputs, d_heads, d_h.z)
+    return PartialSums(u=d_bias_u, v=d_bias_v, heads=d_gamma_beta, norm=None, squares=squares)
+
+
+def launch_heads_gradient(shape: Shape, inputs: Inputs, d_heads: Tensor, d_z: Tensor) -> Tensor:
+    """Fill `d_z`; partial sums for gammas, betas and z's bias."""
+    t, S = shape.tiles, shape.S
     block = min(t.block, 32)
     blocks = shape.GT * t.CP // block
     cos, sin, table_rows = inputs.tables
-    sums = new((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
+    sums = d_heads.new_empty((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
     backward.heads_gradient_kernel(
         (blocks,),
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens,
-        inputs.index.opens_G, d_z, d_z.stride(0), sums, N, G, C, shift, shape.GT, S, shape.rotary_dim, table_rows,
-        H=shape.H, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **flags,
-        BLOCK_M=block, num_warps=4,
+        inputs.index.opens_G, d_z, d_z.stride(0), sums, *shape.grid, shape.GT, S, shape.rotary_dim, table_rows,
+        H=shape.H, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved,
+        **switches(shape, inputs), BLOCK_M=block, num_warps=4,
     )  # fmt: skip
-    return d_bias_u, d_bias_v, sums, squares
+    return sums
 
 
 def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
@@ -424,7 +459,7 @@ def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
     squares = d_scores.new_empty((programs, shape.tiles.CP, shape.tiles.CP), dtype=torch.float32)
     backward.bias_kernel(
         (n_tiles, programs),
-        d_scores, squares, shape.GT, triton.cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles,
+        d_scores, squares, shape.GT, cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles,
         CAUSAL=shape.causal, BLOCK=block, num_warps=2,
     )  # fmt: skip
     return squares
@@ -433,13 +468,11 @@ def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
 SUM_BLOCK = 32
 
 
-@dataclass(frozen=True)
-class Sums:
+class Sums(NamedTuple):
     """Where the gradients that are sums over tokens lie in one vector, each from a whole block of `SUM_BLOCK` on.
 
     Attributes:
-        u, v: widths of the biases of u and v, 0 for none; heads: of gammas, betas and z's bias, `2 H + 1` rows of S;
-        norm: of the output bias and the norm's gain, `D + 1` or 0; bias: of the relative bias, `2 C - 1` or 0.
+        u, v, heads, norm: widths of the parts, as in `PartialSums`, 0 for none. bias: of the relative bias.
     """
 
     u: int
@@ -449,32 +482,34 @@ class Sums:
     bias: int
 
     @staticmethod
-    def of(shape: Shape, D: int, biased: bool) -> Sums:
-        E, C = shape.E, shape.C
-        heads = (2 * shape.H + 1) * shape.S
-        bias = 2 * C - 1 if shape.quad and biased else 0
-        return Sums(E, E, heads, D + 1, bias) if shape.scaled else Sums(0, 0, heads, 0, bias)
+    def of(shape: Shape, biased: bool) -> Sums:
+        heads, bias = (2 * shape.H + 1) * shape.S, 2 * shape.C - 1 if shape.quad and biased else 0
+        return Sums(shape.E, shape.E, heads, shape.D + 1, bias) if shape.scaled else Sums(0, 0, heads, 0, bias)
 
     @property
     def blocks(self) -> list[int]:
-        return [triton.cdiv(width, SUM_BLOCK) for width in (self.u, self.v, self.heads, self.norm, self.bias)]
+        return [cdiv(width, SUM_BLOCK) for width in self]
 
-    def split(self, out: Tensor) -> list[Tensor]:
-        """The five gradients in `out`."""
-        sizes = [blocks * SUM_BLOCK for blocks in self.blocks]
-        widths = self.u, self.v, self.heads, self.norm, self.bias
-        return [part[:width] for part, width in zip(out.split(sizes), widths, strict=True)]
+    @property
+    def size(self) -> int:
+        return sum(self.blocks) * SUM_BLOCK
+
+    def split(self, out: Tensor, shape: Shape) -> dict[str, Tensor]:
+        """The gradients in `out`, by the names of an operation's tensors."""
+        parts = out.split([blocks * SUM_BLOCK for blocks in self.blocks])
+        u, v, heads, norm, bias = (part[:width] for part, width in zip(parts, self, strict=True))
+        H, rows = shape.H, heads.view(-1, shape.S)
+        found = {"gamma": rows[:H], "beta": rows[H : 2 * H]}
+        if self.norm:
+            found |= {"b_u": u, "b_v": v, "b_z": rows[2 * H], "b_o": norm[:-1], "gain": norm[-1]}
+        return found | {"bias_R": bias} if self.bias else found
 
 
-def launch_sums(
-    shape: Shape, sums: Sums, u: Tensor, v: Tensor, heads: Tensor, norm: Tensor | None, squares: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The gradients that are sums over tokens, as `Sums` says, from partial sums `[programs, width]` of each, and of
-    the relative bias `[programs, CP, CP]`."""
+def launch_sums(shape: Shape, sums: Sums, parts: PartialSums, dtype: torch.dtype) -> Tensor:
+    """The gradients that are sums over tokens, as `Sums` says."""
     blocks = sums.blocks
+    u, v, heads, norm, squares = (parts.heads if x is None else x for x in parts)
     out = heads.new_empty((sum(blocks) * SUM_BLOCK,), dtype=dtype)
-    norm, squares = (heads if x is None else x for x in (norm, squares))
     backward.sums_kernel(
         (sum(blocks),),
         u, u.shape[0], v, v.shape[0], heads, heads.shape[0], norm, norm.shape[0], squares, squares.shape[0], out,
@@ -494,10 +529,10 @@ def product_blocks(dtype: torch.dtype) -> dict:
 def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *, cast: bool, scale: bool) -> None:
     """Fill `rms` and, with `cast` or `scale`, `out`; see `norm_kernel`."""
     T, D = x.shape
-    block_d = triton.next_power_of_2(D)
+    block_d = power_of_2(D)
     block_t = max(1, 4096 // block_d)
     forward.norm_kernel(
-        (triton.cdiv(T, block_t),),
+        (cdiv(T, block_t),),
         x,
         gain,
         rms,
@@ -516,9 +551,9 @@ def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *
 def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor) -> Tensor:
     """Fill `d_x`, and return partial sums for the output bias and the gain; see `norm_gradient_kernel`."""
     T, D = x.shape
-    block_d = triton.next_power_of_2(D)
+    block_d = power_of_2(D)
     block_t, steps = max(1, 4096 // block_d), 16
-    programs = triton.cdiv(T, block_t * steps)
+    programs = cdiv(T, block_t * steps)
     sums = x.new_empty((programs, 1 if p is None else D + 1), dtype=torch.float32)
     backward.norm_gradient_kernel(
         (programs,),
@@ -536,7 +571,7 @@ def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
     y = torch.empty_like(x)
     blocks = product_blocks(out.dtype)
     residual.residual_kernel(
-        (triton.cdiv(T, blocks["BLOCK_M"]) * triton.cdiv(D, blocks["BLOCK_N"]),),
+        (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),),
         tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
         tiled(w_o.contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
         EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(out.dtype), **blocks,

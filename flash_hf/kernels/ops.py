@@ -6,8 +6,11 @@ matrix products.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import partial
+from dataclasses import fields
+from operator import itemgetter
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,7 +19,6 @@ from torch.nn import Parameter
 
 from . import choice
 from .launches import (
-    SUM_BLOCK,
     Sums,
     launch_backward,
     launch_forward,
@@ -26,11 +28,40 @@ from .launches import (
     launch_sums,
 )
 from .plan import ChunkIndex
-from .tiles import Inputs, Shape, on_device, tiles_for
+from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, on_device
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Operators and gradients in named tensors
+# ------------------------------------------------------------------------------------------------------------------
+# What every operator takes by name, with types.
+SHAPE = {field.name: get_type_hints(Shape)[field.name] for field in fields(Shape)}
+
+
+def group(name: str, tensors: str, optional: str) -> type:
+    """A NamedTuple of tensors, of others that may be None, and of the index."""
+    types = dict.fromkeys(tensors.split(), Tensor) | dict.fromkeys(optional.split(), Tensor | None)
+    return NamedTuple(name, [*types.items(), ("index", list[Tensor])])
+
+
+def schema(tensors: dict[str, type], options: dict[str, type]) -> str:
+    """An operator's schema: tensors by position, since only these may have gradients, options by name."""
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(name, kind, annotation=hint)
+        for kind, hints in zip(kinds, (tensors, options), strict=True)
+        for name, hint in hints.items()
+    ]
+
+    def prototype():
+        pass
+
+    prototype.__signature__ = inspect.Signature(parameters, return_annotation=list[Tensor])
+    return torch.library.infer_schema(prototype, mutates_args=())
 
 
 def is_watched(tensors: tuple) -> bool:
-    """Whether somebody looks at operators and not at results: a compiler, an exporter, a function transform, a
+    """Whether something looks at operators and not at results: a compiler, an exporter, a function transform, a
     dispatch mode (fake tensors, selective checkpointing), a tensor subclass."""
     return (
         torch.compiler.is_compiling()
@@ -40,343 +71,332 @@ def is_watched(tensors: tuple) -> bool:
     )
 
 
-def direct(forward: Callable, backward: Callable, save: Callable, gradients: Callable, operator: Callable) -> Callable:
-    """`operator` for eager callers without the dispatcher, whose Python costs more than a layer's launches do.
+def plain(tensors: NamedTuple) -> list:
+    """As operators take them."""
+    return [*tensors[:-1], list(tensors.index)]
+
+
+def by_name(shape: Shape) -> dict:
+    return {name: getattr(shape, name) for name in SHAPE}
+
+
+def register(operation: type) -> Callable:
+    """Register an operation and its gradient with torch.
 
     Args:
-        forward, backward: what the operator and its gradient's operator do.
-        save, gradients: the context's set-up and the gradient, as `register_autograd` takes them, after `backward`.
+        operation: class of the attributes
+
+            - `name` of the operator; that of its gradient ends in `_backward`;
+            - `Tensors` and `Results`: NamedTuples of what it takes, `index` last, and of what it returns; the first of
+              these has a gradient;
+            - `Saved`: NamedTuple of what the backward reads of both, by the same names, `index` last;
+            - `options`: types of what it takes besides the fields of `Shape`;
+
+            and of the static methods
+
+            - `forward(tensors, shape, **options)`, which returns `Results`;
+            - `to_save(tensors, results)`: the tensors with changes for `Saved`;
+            - `backward(d_out, saved, shape)`, which returns a list of tensors;
+            - `fake_forward` and `fake_backward`: the same in empty tensors;
+            - `gradients(found, saved, shape)`: the gradients in that list by names of `Tensors`.
+
+    Returns:
+        `call(tensors, shape, **options)`, which returns `Results`. Eager calls do without the dispatcher, whose Python
+        costs more than a layer's launches do.
     """
+    Tensors, Results, Saved = operation.Tensors, operation.Results, operation.Saved
+    no_gradients = Tensors(*[None] * len(Tensors._fields))
+    place = {name: i for i, name in enumerate(Tensors._fields + Results._fields)}
+    pick_saved = itemgetter(*(place[name] for name in Saved._fields))
+
+    def shape_of(options: dict) -> Shape:
+        return Shape(**{name: options.pop(name) for name in SHAPE})
+
+    def operator(name: str, run: Callable, fake: Callable, *hints: dict) -> Callable:
+        made = torch.library.custom_op(f"flash_hf::{name}", run, mutates_args=(), schema=schema(*hints))
+        made.register_fake(fake)
+        return made
+
+    def forward_by(run: Callable) -> Callable:
+        def forward(*tensors, **options):
+            shape = shape_of(options)
+            return list(run(Tensors(*tensors[:-1], ChunkIndex(*tensors[-1])), shape, **options))
+
+        return forward
+
+    def backward_by(run: Callable) -> Callable:
+        return lambda d_out, *saved, **shape: run(d_out, Saved(*saved[:-1], ChunkIndex(*saved[-1])), Shape(**shape))
+
+    forward_op = operator(
+        operation.name, forward_by(operation.forward), forward_by(operation.fake_forward), get_type_hints(Tensors),
+        SHAPE | operation.options,
+    )  # fmt: skip
+    backward_op = operator(
+        operation.name + "_backward", backward_by(operation.backward), backward_by(operation.fake_backward),
+        {"d_out": Tensor} | get_type_hints(Saved), SHAPE,
+    )  # fmt: skip
+
+    def save(ctx, tensors, shape: Shape, results):
+        saved = Saved(*pick_saved((*operation.to_save(tensors, results), *results)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved[:-1], *saved.index)
+        ctx.shape = shape
+
+    def gradients(backward: Callable, ctx, d_out: Tensor | None):
+        if d_out is None:
+            return no_gradients
+        tensors, others = ctx.saved_tensors, len(Saved._fields) - 1
+        saved = Saved(*tensors[:others], ChunkIndex(*tensors[others:]))
+        # Descriptors cannot describe an expanded gradient.
+        found = backward(d_out.contiguous(), saved, ctx.shape)
+        # Autograd converts those of another type than their inputs'.
+        return no_gradients._replace(**operation.gradients(found, saved, ctx.shape))
+
+    def operator_context(ctx, inputs, keyword_only_inputs, output):
+        tensors = Tensors(*inputs[:-1], ChunkIndex(*inputs[-1]))
+        save(ctx, tensors, shape_of(dict(keyword_only_inputs)), Results(*output))
+
+    def operator_gradients(ctx, grads: list[Tensor | None]):
+        def backward(d_out, saved, shape):
+            return backward_op(d_out, *plain(saved), **by_name(shape))
+
+        # A list of tensors has a list of gradients.
+        return *gradients(backward, ctx, grads[0])[:-1], [None] * len(ChunkIndex._fields)
+
+    forward_op.register_autograd(operator_gradients, setup_context=operator_context)
 
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
-            outputs = forward(*inputs)
-            save(ctx, inputs, outputs)
-            ctx.mark_non_differentiable(*outputs[1:])
-            return tuple(outputs)
+        def forward(ctx, shape, options, *tensors):
+            tensors = Tensors(*tensors)
+            results = operation.forward(tensors, shape, **options)
+            save(ctx, tensors, shape, results)
+            ctx.mark_non_differentiable(*results[1:])
+            return tuple(results)
 
         @staticmethod
         @once_differentiable
-        def backward(ctx, *grads):
-            # An operator's list of tensors has a list of gradients, a function's has none.
-            return tuple(None if isinstance(grad, list) else grad for grad in gradients(backward, ctx, grads))
+        def backward(ctx, d_out, *_):
+            return None, None, *gradients(operation.backward, ctx, d_out)
 
-    def call(*inputs) -> list[Tensor] | tuple[Tensor, ...]:
-        if is_watched(inputs):
-            return operator(*inputs)
-        return Direct.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
+    def call(tensors, shape: Shape, **options):
+        if is_watched(tensors):
+            return Results(*forward_op(*plain(tensors), **by_name(shape), **options))
+        if torch.is_grad_enabled():
+            return Results(*Direct.apply(shape, options, *tensors))
+        return operation.forward(tensors, shape, **options)
 
+    call.operator = forward_op
     return call
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Gated attention, between the projections
 # ------------------------------------------------------------------------------------------------------------------
-def attention_shape(
-    u: Tensor, z: Tensor, gamma: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool,
-    previous: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
-) -> Shape:  # fmt: skip
-    S = z.shape[1]
-    return Shape(
-        u.shape[0] // N, N, G, C, shift, u.shape[1], S, gamma.shape[0], causal, quad, lin, previous, False, silu,
-        interleaved, rotary_dim, scale, u.dtype, tiles_for(C, int(S), u.dtype),
+# What both operations read besides the projections: offset-scale `[H, S]`, relative bias `[2 C - 1]`, cos and sin of
+# the slots' positions `[slots, r / 2]`, the plan's source, and what a cache brings, see `Cached`.
+HEADS, OPTIONAL, CACHED = "gamma beta", "bias_R cos sin source", "initial kept kept_mask"
+STATES = "heads prefix carry out"
+
+
+def inputs_of(x, u: Tensor, v: Tensor, z: Tensor, **norm) -> Inputs:
+    """What launches read, of an operation's tensors or of what it saved."""
+    return Inputs(
+        u=u, v=v, z=z, gamma=x.gamma, beta=x.beta, bias_R=x.bias_R, cos=x.cos, sin=x.sin, source=x.source,
+        index=x.index, **norm,
     )  # fmt: skip
 
 
-def attention_forward(
-    u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, kept: Tensor | None,
-    kept_mask: Tensor | None, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool,
-    silu: bool, interleaved: bool, rotary_dim: int, scale: float, want_final: bool, want_attended: bool,
-) -> list[Tensor]:  # fmt: skip
-    shape = attention_shape(
-        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
-    )
-    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index))
-    with on_device(u):
-        return list(launch_forward(shape, inputs, initial, kept, kept_mask, want_final, want_attended))
+def fake_attention(tensors, shape: Shape, want_final: bool) -> AttentionResults:
+    """Empty tensors like those that `launch_forward` returns."""
+    scanned = choice.scans(shape, tensors.source, tensors.gamma.device)
+    t, E, pieces, documents = shape.tiles, shape.E, tensors.index.pieces, tensors.index.documents
+    initial = tensors.initial is not None
 
+    def new(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
+        return tensors.gamma.new_empty(size, dtype=dtype)
 
-gated_attention_op = torch.library.custom_op("flash_hf::gated_attention", attention_forward, mutates_args=())
-
-
-@gated_attention_op.register_fake
-def _(u, v, z, gamma, beta, bias_R, cos, sin, source, index, initial, kept, kept_mask, N, G, C, shift, causal, quad,
-      lin, previous, silu, interleaved, rotary_dim, scale, want_final, want_attended):  # fmt: skip
-    shape = attention_shape(
-        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
-    )
-    return fake_forward(shape, v, source, ChunkIndex(*index), initial is not None, want_final, want_attended)
-
-
-def fake_forward(
-    shape: Shape, v: Tensor, source: Tensor | None, index: ChunkIndex, initial: bool, want_final: bool,
-    want_attended: bool,
-):  # fmt: skip
-    """Empty tensors of the shapes that `launch_forward` returns."""
-    scanned = choice.scans(shape, source, v.device)
-    t, E, new = shape.tiles, shape.E, v.new_empty
-    pieces, documents = index.pieces, index.documents
-    state = (t.SP, E)
-    prefix, carry, final = (new((0,)) for _ in range(3))
+    prefix = carry = final = (0,)
     if shape.lin:
-        prefix = new((shape.GT, *state)) if shape.causal else new((0,))
+        if shape.causal:
+            prefix = shape.GT, t.SP, E
         if not shape.causal:
-            carry = new((documents, *state))
+            carry = documents, t.SP, E
         elif (pieces > documents or initial) and (initial or want_final or not scanned):
-            carry = new((pieces, *state))
+            carry = pieces, t.SP, E
         if want_final:
-            final = new((documents, *state), dtype=torch.float32)
-    return [
-        new((shape.B * shape.N, E)),
-        new((shape.H, shape.GT, t.CP, t.SP)),
-        prefix,
-        carry,
-        new((shape.B * shape.N, E)) if want_attended else new((0,)),
-        final,
-    ]
-
-
-def attention_backward(
-    d_out: Tensor, u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None,
-    cos: Tensor | None, sin: Tensor | None, source: Tensor | None, index: list[Tensor], heads: Tensor, prefix: Tensor,
-    carry: Tensor, gated: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool,
-    lin: bool, previous: bool, silu: bool, interleaved: bool, rotary_dim: int, scale: float,
-) -> list[Tensor]:  # fmt: skip
-    shape = attention_shape(
-        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
+            final = documents, t.SP, E
+    return AttentionResults(
+        out=new(shape.T, E),
+        heads=new(shape.H, shape.GT, t.CP, t.SP),
+        prefix=new(*prefix),
+        carry=new(*carry),
+        attended=new(shape.T, E) if shape.keeps_attended else new(0),
+        final=new(*final, dtype=torch.float32 if want_final else shape.dtype),
     )
-    inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index))
-    make = torch.zeros if source is not None else torch.empty  # padding is in no chunk: nobody writes its gradient
-    d_u, d_v, d_z = (make(x.shape, dtype=x.dtype, device=x.device) for x in (u, v, z))
-    with on_device(u):
-        saved = heads, prefix, carry
-        *parts, squares = launch_backward(shape, inputs, saved, gated, d_out, (d_u, d_v, d_z), False)
-        sums = Sums.of(shape, 0, bias_R is not None)
-        small = launch_sums(shape, sums, *parts, None, squares, torch.float32)
-    return [d_u, d_v, d_z, small]
 
 
-gated_attention_backward_op = torch.library.custom_op(
-    "flash_hf::gated_attention_backward", attention_backward, mutates_args=()
-)
+# u, v and z are what the projections gave, `[T, E]`, `[T, E]` and `[T, S]`.
+AttentionTensors = group("AttentionTensors", f"u v z {HEADS}", f"{OPTIONAL} {CACHED}")
+SavedAttention = group("SavedAttention", f"u v z {HEADS} {STATES} attended", OPTIONAL)
 
 
-@gated_attention_backward_op.register_fake
-def _(d_out, u, v, z, gamma, beta, bias_R, cos, sin, source, index, heads, prefix, carry, gated, N, G, C, shift,
-      causal, quad, lin, previous, silu, interleaved, rotary_dim, scale):  # fmt: skip
-    shape = attention_shape(
-        u, z, gamma, N, G, C, shift, causal, quad, lin, previous, silu, interleaved, rotary_dim, scale
-    )
-    blocks = Sums.of(shape, 0, bias_R is not None).blocks
-    return [*(x.new_empty(x.shape) for x in (u, v, z)), u.new_empty((sum(blocks) * SUM_BLOCK,), dtype=torch.float32)]
+class GatedAttention:
+    name = "gated_attention"
+    Tensors, Results, Saved = AttentionTensors, AttentionResults, SavedAttention
+    options = {"want_final": bool}
+
+    @staticmethod
+    def forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool) -> AttentionResults:
+        inputs = inputs_of(tensors, tensors.u, tensors.v, tensors.z)
+        with on_device(tensors.u):
+            return launch_forward(shape, inputs, Cached(tensors.initial, tensors.kept, tensors.kept_mask), want_final)
+
+    @staticmethod
+    def fake_forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool) -> AttentionResults:
+        return fake_attention(tensors, shape, want_final)
+
+    @staticmethod
+    def to_save(tensors: AttentionTensors, results: AttentionResults) -> AttentionTensors:
+        return tensors
+
+    @staticmethod
+    def backward(d_out: Tensor, saved: SavedAttention, shape: Shape) -> list[Tensor]:
+        # Padding is in no chunk, and no kernel writes its gradient.
+        make = torch.empty if saved.source is None else torch.zeros
+        d_h = Projections(*(make(x.shape, dtype=x.dtype, device=x.device) for x in (saved.u, saved.v, saved.z)))
+        inputs = inputs_of(saved, saved.u, saved.v, saved.z)
+        with on_device(saved.u):
+            parts = launch_backward(shape, inputs, saved, d_out, d_h, reuse=False)
+            small = launch_sums(shape, Sums.of(shape, saved.bias_R is not None), parts, torch.float32)
+        return [*d_h, small]
+
+    @staticmethod
+    def fake_backward(d_out: Tensor, saved: SavedAttention, shape: Shape) -> list[Tensor]:
+        size = Sums.of(shape, saved.bias_R is not None).size
+        d_h = (x.new_empty(x.shape) for x in (saved.u, saved.v, saved.z))
+        return [*d_h, d_out.new_empty((size,), dtype=torch.float32)]
+
+    @staticmethod
+    def gradients(results: list[Tensor], saved: SavedAttention, shape: Shape) -> dict[str, Tensor]:
+        d_u, d_v, d_z, small = results
+        sums = Sums.of(shape, saved.bias_R is not None).split(small, shape)
+        return {"u": d_u, "v": d_v, "z": d_z, **sums}
 
 
-def _save_attention(ctx, inputs, output):
-    u, v, z, gamma, beta, bias_R, cos, sin, source, index, _, _, _, *static, want_final, want_attended = inputs
-    out, heads, prefix, carry, attended, final = output
-    ctx.set_materialize_grads(False)
-    gated = attended if want_attended else out
-    ctx.optional = bias_R is not None, cos is not None, source is not None
-    optional = [x for x in (bias_R, cos, sin, source) if x is not None]
-    ctx.save_for_backward(u, v, z, gamma, beta, heads, prefix, carry, gated, *index, *optional)
-    ctx.static = static
-
-
-def _optional(ctx, tensors: list) -> list:
-    """`[bias_R, cos, sin, source]` with None where there was none."""
-    has_bias, has_rope, has_source = ctx.optional
-    tensors = iter(tensors)
-    return [next(tensors) if has else None for has in (has_bias, has_rope, has_rope, has_source)]
-
-
-def _attention_gradients(backward, ctx, grads):
-    if grads[0] is None:
-        return (None,) * 27
-    u, v, z, gamma, beta, heads, prefix, carry, gated, *rest = ctx.saved_tensors
-    index, optional = rest[:7], _optional(ctx, rest[7:])
-    bias_R = optional[0]
-    # Descriptors cannot describe an expanded gradient.
-    d_out = grads[0].contiguous()
-    d_u, d_v, d_z, small = backward(
-        d_out, u, v, z, gamma, beta, *optional, index, heads, prefix, carry, gated, *ctx.static
-    )
-    H, S = gamma.shape
-    shape = attention_shape(u, z, gamma, *ctx.static)
-    _, _, rows, _, d_bias = Sums.of(shape, 0, bias_R is not None).split(small)
-    rows = rows.view(2 * H + 1, S)
-    d_bias = None if d_bias.numel() == 0 else d_bias.to(bias_R.dtype)
-    none = (None, None, None, [None] * 7, None, None, None) + (None,) * 14
-    return d_u, d_v, d_z, rows[:H].to(gamma.dtype), rows[H : 2 * H].to(beta.dtype), d_bias, *none
-
-
-gated_attention_op.register_autograd(
-    partial(_attention_gradients, gated_attention_backward_op), setup_context=_save_attention
-)
-gated_attention = direct(
-    attention_forward, attention_backward, _save_attention, _attention_gradients, gated_attention_op
-)
+gated_attention = register(GatedAttention)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # The whole layer
 # ------------------------------------------------------------------------------------------------------------------
+# x is the layer's input `[T, D]`; gain is of its norm; w and b are weights and biases of projections.
+LayerTensors = group("LayerTensors", f"x gain w_u b_u w_v b_v w_z b_z w_o b_o {HEADS}", f"{OPTIONAL} {CACHED}")
+# y is the layer's output; rms `1 / sqrt(mean(x^2) + eps)` of each token; cast x in the type of products, if that is
+# another; h `x w^T` with the joined weights w of u, v and z; the others are as in `AttentionResults`.
+LayerResults = NamedTuple("LayerResults", [(name, Tensor) for name in f"y rms cast h w {STATES} final".split()])
+# x is saved in the type of products.
+SavedLayer = group("SavedLayer", f"x gain w b_u b_v b_z w_o b_o rms h {HEADS} {STATES}", OPTIONAL)
 
 
-def layer_shape(
-    h_dtype, T, E, S, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
-) -> Shape:  # fmt: skip
-    return Shape(
-        T // N, N, G, C, shift, E, S, gamma.shape[0], causal, quad, lin, previous, True, True, interleaved,
-        rotary_dim, scale, h_dtype, tiles_for(C, int(S), h_dtype),
+def layer_inputs(x, h: Tensor, rms: Tensor, E: int) -> Inputs:
+    return inputs_of(
+        x, *split_columns(h, E), rms=rms, gain=x.gain, bias_u=x.b_u, bias_v=x.b_v, bias_z=x.b_z,
     )  # fmt: skip
 
 
-def split_columns(h: Tensor, E: int) -> tuple[Tensor, Tensor, Tensor]:
-    return h[:, :E], h[:, E : 2 * E], h[:, 2 * E :]
-
-
-def layer_forward(
-    x: Tensor, gain: Tensor, w_u: Tensor, b_u: Tensor, w_v: Tensor, b_v: Tensor, w_z: Tensor, b_z: Tensor,
-    w_o: Tensor, b_o: Tensor, gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, source: Tensor | None, index: list[Tensor], initial: Tensor | None, kept: Tensor | None,
-    kept_mask: Tensor | None, eps: float, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool,
-    previous: bool, interleaved: bool, rotary_dim: int, scale: float, want_final: bool, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    T, D = x.shape
-    shape = layer_shape(
-        dtype, T, len(w_u), len(w_z), gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim,
-        scale,
+def layer_results(attention: AttentionResults, **others: Tensor) -> LayerResults:
+    return LayerResults(
+        heads=attention.heads, prefix=attention.prefix, carry=attention.carry, out=attention.out,
+        final=attention.final, **others,
     )  # fmt: skip
-    E = shape.E
-    rms = x.new_empty(T, dtype=torch.float32)
-    cast = x.new_empty((T, D), dtype=dtype) if x.dtype != dtype else x.new_empty((0,), dtype=dtype)
-    with on_device(x):
-        launch_norm(x, gain, eps, rms, cast, cast=x.dtype != dtype, scale=False)
-        raw_x = cast if x.dtype != dtype else x
-        w = torch.cat([w_u, w_v, w_z]).to(dtype)
-        h = torch.mm(raw_x, w.t())
-        u, v, z = split_columns(h, E)
-        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index), rms, gain, b_u, b_v, b_z)
-        out, heads, prefix, carry, _, final = launch_forward(
-            shape, inputs, initial, kept, kept_mask, want_final, False
+
+
+def split_columns(h: Tensor, E: int) -> Projections:
+    return Projections(h[:, :E], h[:, E : 2 * E], h[:, 2 * E :])
+
+
+def sums_dtype(saved: SavedLayer) -> torch.dtype:
+    """In what type to sum up small parameters' gradients: in theirs, if they have one, else in float32."""
+    small = saved.gain, saved.b_u, saved.b_v, saved.b_z, saved.b_o, saved.gamma, saved.beta, saved.bias_R
+    dtypes = {x.dtype for x in small if x is not None}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+class Layer:
+    name = "layer"
+    Tensors, Results, Saved = LayerTensors, LayerResults, SavedLayer
+    options = {"eps": float, "want_final": bool}
+
+    @staticmethod
+    def forward(tensors: LayerTensors, shape: Shape, *, eps: float, want_final: bool) -> LayerResults:
+        x, dtype = tensors.x, shape.dtype
+        casts = x.dtype != dtype
+        rms = x.new_empty(shape.T, dtype=torch.float32)
+        cast = x.new_empty(x.shape if casts else (0,), dtype=dtype)
+        with on_device(x):
+            launch_norm(x, tensors.gain, eps, rms, cast, cast=casts, scale=False)
+            w = torch.cat([tensors.w_u, tensors.w_v, tensors.w_z]).to(dtype)
+            h = torch.mm(cast if casts else x, w.t())
+            inputs = layer_inputs(tensors, h, rms, shape.E)
+            attention = launch_forward(
+                shape, inputs, Cached(tensors.initial, tensors.kept, tensors.kept_mask), want_final
+            )
+            y = launch_residual(x, attention.out, tensors.w_o.to(dtype), tensors.b_o)
+        return layer_results(attention, y=y, rms=rms, cast=cast, h=h, w=w)
+
+    @staticmethod
+    def fake_forward(tensors: LayerTensors, shape: Shape, *, eps: float, want_final: bool) -> LayerResults:
+        x, columns = tensors.x, 2 * shape.E + shape.S
+        return layer_results(
+            fake_attention(tensors, shape, want_final),
+            y=torch.empty_like(x),
+            rms=x.new_empty(x.shape[0], dtype=torch.float32),
+            cast=x.new_empty(x.shape if x.dtype != shape.dtype else (0,), dtype=shape.dtype),
+            h=x.new_empty((x.shape[0], columns), dtype=shape.dtype),
+            w=x.new_empty((columns, x.shape[1]), dtype=shape.dtype),
         )
-        y = launch_residual(x, out, w_o.to(dtype), b_o)
-    return [y, rms, cast, h, w, heads, prefix, carry, out, final]
+
+    @staticmethod
+    def to_save(tensors: LayerTensors, results: LayerResults) -> LayerTensors:
+        return tensors if tensors.x.dtype == results.h.dtype else tensors._replace(x=results.cast)
+
+    @staticmethod
+    def backward(d_out: Tensor, saved: SavedLayer, shape: Shape) -> list[Tensor]:
+        d_y, x, h = d_out, saved.x, saved.h
+        raw_dy = d_y.to(h.dtype)
+        with on_device(d_y):
+            d_h = h.new_empty(h.shape) if saved.source is None else h.new_zeros(h.shape)
+            d_w_o = torch.mm(raw_dy.t(), saved.out)
+            d_attention = torch.mm(raw_dy, saved.w_o.to(h.dtype))
+            inputs = layer_inputs(saved, h, saved.rms, shape.E)
+            parts = launch_backward(shape, inputs, saved, d_attention, split_columns(d_h, shape.E), reuse=True)
+            del d_attention
+            p = torch.mm(d_h, saved.w)
+            d_w = torch.mm(d_h.t(), x)
+            del d_h
+            d_x = torch.empty_like(d_y)
+            norm = launch_norm_gradient(p, x, d_y, saved.rms, saved.gain, d_x)
+            sums = Sums.of(shape, saved.bias_R is not None)
+            small = launch_sums(shape, sums, parts._replace(norm=norm), sums_dtype(saved))
+        return [d_x, d_w, d_w_o, small]
+
+    @staticmethod
+    def fake_backward(d_out: Tensor, saved: SavedLayer, shape: Shape) -> list[Tensor]:
+        sums = Sums.of(shape, saved.bias_R is not None)
+        small = d_out.new_empty((sums.size,), dtype=sums_dtype(saved))
+        w_o = saved.h.new_empty((d_out.shape[1], shape.E))
+        return [torch.empty_like(d_out), torch.empty_like(saved.w), w_o, small]
+
+    @staticmethod
+    def gradients(results: list[Tensor], saved: SavedLayer, shape: Shape) -> dict[str, Tensor]:
+        d_x, d_w, d_w_o, small = results
+        d_w_u, d_w_v, d_w_z = d_w.split((shape.E, shape.E, shape.S))
+        sums = Sums.of(shape, saved.bias_R is not None).split(small, shape)
+        return {"x": d_x, "w_u": d_w_u, "w_v": d_w_v, "w_z": d_w_z, "w_o": d_w_o, **sums}
 
 
-layer_op = torch.library.custom_op("flash_hf::layer", layer_forward, mutates_args=())
-
-
-@layer_op.register_fake
-def _(x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, initial, kept,
-      kept_mask, eps, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale, want_final,
-      dtype):  # fmt: skip
-    T, D = x.shape
-    shape = layer_shape(
-        dtype, T, len(w_u), len(w_z), gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim,
-        scale,
-    )  # fmt: skip
-    cast = x.new_empty((T, D) if x.dtype != dtype else (0,), dtype=dtype)
-    h = x.new_empty((T, 2 * shape.E + shape.S), dtype=dtype)
-    out, heads, prefix, carry, _, final = fake_forward(
-        shape, h, source, ChunkIndex(*index), initial is not None, want_final, False
-    )
-    return [
-        torch.empty_like(x), x.new_empty(T, dtype=torch.float32), cast, h, h.new_empty((h.shape[1], D)), heads,
-        prefix, carry, out, final,
-    ]  # fmt: skip
-
-
-def layer_backward(
-    d_y: Tensor, x: Tensor, gain: Tensor, w: Tensor, b_u: Tensor, b_v: Tensor, b_z: Tensor, w_o: Tensor,
-    gamma: Tensor, beta: Tensor, bias_R: Tensor | None, cos: Tensor | None, sin: Tensor | None,
-    source: Tensor | None, index: list[Tensor], rms: Tensor, h: Tensor, heads: Tensor, prefix: Tensor, carry: Tensor,
-    out: Tensor, N: int, G: int, C: int, shift: int, causal: bool, quad: bool, lin: bool, previous: bool,
-    interleaved: bool, rotary_dim: int, scale: float, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    T, D = d_y.shape
-    E, S = out.shape[1], gamma.shape[1]
-    shape = layer_shape(
-        h.dtype, T, E, S, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
-    )
-    raw_dy = d_y.to(h.dtype)
-    with on_device(d_y):
-        d_h = h.new_zeros(h.shape) if source is not None else h.new_empty(h.shape)
-        u, v, z = split_columns(h, E)
-        d_w_o = torch.mm(raw_dy.t(), out)
-        d_out = torch.mm(raw_dy, w_o.to(h.dtype))
-        inputs = Inputs(u, v, z, gamma, beta, bias_R, cos, sin, source, ChunkIndex(*index), rms, gain, b_u, b_v, b_z)
-        saved = heads, prefix, carry
-        *parts, squares = launch_backward(shape, inputs, saved, out, d_out, split_columns(d_h, E), True)
-        del d_out
-        p = torch.mm(d_h, w)
-        d_w = torch.mm(d_h.t(), x)
-        del d_h
-        d_x = torch.empty_like(d_y)
-        norm = launch_norm_gradient(p, x, d_y, rms, gain, d_x)
-        small = launch_sums(shape, Sums.of(shape, D, bias_R is not None), *parts, norm, squares, dtype)
-    return [d_x, d_w, d_w_o, small]
-
-
-layer_backward_op = torch.library.custom_op("flash_hf::layer_backward", layer_backward, mutates_args=())
-
-
-@layer_backward_op.register_fake
-def _(d_y, x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, bias_R, cos, sin, source, index, rms, h, heads, prefix, carry,
-      out, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale, dtype):  # fmt: skip
-    (T, D), E, S = d_y.shape, out.shape[1], gamma.shape[1]
-    shape = layer_shape(
-        h.dtype, T, E, S, gamma, N, G, C, shift, causal, quad, lin, previous, interleaved, rotary_dim, scale
-    )
-    blocks = Sums.of(shape, D, bias_R is not None).blocks
-    small = h.new_empty((sum(blocks) * SUM_BLOCK,), dtype=dtype)
-    return [torch.empty_like(d_y), h.new_empty((2 * E + S, D)), h.new_empty((D, E)), small]
-
-
-def _save_layer(ctx, inputs, output):
-    x, gain, w_u, b_u, w_v, b_v, w_z, b_z, w_o, b_o, gamma, beta, bias_R, cos, sin, source, index, *rest = inputs
-    _, _, _, _, *static, want_final, dtype = rest
-    y, rms, cast, h, w, heads, prefix, carry, out, final = output
-    ctx.set_materialize_grads(False)
-    ctx.optional = bias_R is not None, cos is not None, source is not None
-    optional = [t for t in (bias_R, cos, sin, source) if t is not None]
-    raw_x = cast if x.dtype != dtype else x
-    ctx.save_for_backward(
-        raw_x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out, *index, *optional,
-    )  # fmt: skip
-    ctx.static, ctx.bias_dtype, ctx.weight_dtypes = static, b_o.dtype, (w_u.dtype, w_v.dtype, w_z.dtype)
-
-
-def _layer_gradients(backward, ctx, grads):
-    if grads[0] is None:
-        return (None,) * 34
-    (raw_x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, rms, h, heads, prefix, carry, out, *rest) = ctx.saved_tensors
-    index, optional = rest[:7], _optional(ctx, rest[7:])
-    bias_R = optional[0]
-    small = [x.dtype for x in (gain, b_u, b_v, b_z, gamma, beta, bias_R) if x is not None] + [ctx.bias_dtype]
-    dtype = small[0] if len(set(small)) == 1 else torch.float32
-    d_x, d_w, d_w_o, small = backward(
-        grads[0].contiguous(), raw_x, gain, w, b_u, b_v, b_z, w_o, gamma, beta, *optional, index, rms, h, heads,
-        prefix, carry, out, *ctx.static, dtype,
-    )  # fmt: skip
-    (D, E), (H, S) = w_o.shape, gamma.shape
-    shape = layer_shape(h.dtype, raw_x.shape[0], E, S, gamma, *ctx.static)
-    d_b_u, d_b_v, rows, norm, d_bias_R = Sums.of(shape, D, bias_R is not None).split(small)
-    rows = rows.view(2 * H + 1, S)
-    d_bias_R = None if d_bias_R.numel() == 0 else d_bias_R.to(bias_R.dtype)
-    d_w_u, d_w_v, d_w_z = (x.to(t) for x, t in zip(d_w.split((E, E, S)), ctx.weight_dtypes, strict=True))
-    none = (None, None, None, [None] * 7, None, None, None) + (None,) * 14
-    return (
-        d_x, norm[D].to(gain.dtype), d_w_u, d_b_u.to(b_u.dtype), d_w_v, d_b_v.to(b_v.dtype), d_w_z,
-        rows[2 * H].to(b_z.dtype), d_w_o.to(w_o.dtype), norm[:D].to(ctx.bias_dtype), rows[:H].to(gamma.dtype),
-        rows[H : 2 * H].to(beta.dtype), d_bias_R, *none,
-    )  # fmt: skip
-
-
-layer_op.register_autograd(partial(_layer_gradients, layer_backward_op), setup_context=_save_layer)
-layer = direct(layer_forward, layer_backward, _save_layer, _layer_gradients, layer_op)
+layer = register(Layer)
 
 
 # ------------------------------------------------------------------------------------------------------------------

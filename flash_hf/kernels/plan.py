@@ -76,15 +76,7 @@ class ChunkPlan(Movable):
 
     @property
     def index(self) -> ChunkIndex:
-        return ChunkIndex(
-            factor_G=self.factor_G,
-            group_G=self.group_G,
-            piece_begin=self.piece_begin,
-            piece_end=self.piece_end,
-            document_begin=self.document_begin,
-            document_end=self.document_end,
-            opens_G=self.opens_G,
-        )
+        return ChunkIndex(*(getattr(self, name) for name in ChunkIndex._fields))
 
 
 def chunk_plan(

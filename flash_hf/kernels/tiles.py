@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of tiles, the shape of a call, and what the launches read."""
+"""Sizes of tiles, the shape of a call, and the tensors that launches read and return."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,6 +16,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .common import fast_math
 from .dispatch import described
 from .plan import ChunkIndex
+
+
+# Each call of theirs takes 1.5 microseconds, and a layer's step has some thirty.
+cdiv, power_of_2 = functools.lru_cache(4096)(triton.cdiv), functools.cache(triton.next_power_of_2)
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,14 @@ class Tiles:
 @functools.cache
 def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
     """Tiles that fit a Hopper or Ampere multiprocessor; float32 halves them."""
-    block = max(16, triton.next_power_of_2(C)) if C <= 64 else 128
+    block = max(16, power_of_2(C)) if C <= 64 else 128
     if dtype == torch.float32:
         block = min(block, 64)
-    SP = max(16, triton.next_power_of_2(S))
+    SP = max(16, power_of_2(S))
     step = 32 if dtype == torch.float32 else 64
     large = block == 128
     return Tiles(
-        CP=triton.cdiv(C, block) * block,
+        CP=cdiv(C, block) * block,
         SP=SP,
         block=block,
         block_e=64 if dtype == torch.float32 else 128,
@@ -73,13 +78,23 @@ def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes and switches of one call, as the launches need them."""
+    """The sizes and switches of one call: what operators take by name, and what kernels are compiled for.
+
+    Attributes:
+        B, N: rows, and tokens per row. G, C, shift: of the chunks, as in `ChunkPlan`.
+        D, E, S: width of a whole layer (0 between its projections), of values, and of queries and keys. H: heads.
+        quad, lin: the branches. previous: values go under the key of the token before them.
+        silu: u, v and z come before their SiLU.
+        interleaved, rotary_dim: how RoPE pairs dimensions, and how many it turns.
+        scale: factor of the scores. dtype: of products.
+    """
 
     B: int
     N: int
     G: int
     C: int
     shift: int
+    D: int
     E: int
     S: int
     H: int
@@ -87,23 +102,57 @@ class Shape:
     quad: bool
     lin: bool
     previous: bool
-    scaled: bool
     silu: bool
     interleaved: bool
     rotary_dim: int
     scale: float
     dtype: torch.dtype
-    tiles: Tiles
+
+    @functools.cached_property
+    def tiles(self) -> Tiles:
+        return tiles_for(self.C, self.S, self.dtype)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether u, v and z come without the norm's scale and their biases, which `Inputs` then has."""
+        return self.D > 0
+
+    @property
+    def T(self) -> int:
+        """Tokens of all rows."""
+        return self.B * self.N
 
     @property
     def GT(self) -> int:
+        """Chunks of all rows."""
         return self.B * self.G
 
     @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """The numbers by which kernels find a slot's token."""
+        return self.N, self.G, self.C, self.shift
+
+    @property
+    def lin_row(self) -> int:
+        """Row of the linear query among the heads, or -1."""
+        return self.H - 2 if self.lin else -1
+
+    @property
+    def key_rows(self) -> list[int]:
+        """Rows of the quadratic and the linear key among the heads, those that there are."""
+        return [1] * self.quad + [self.H - 1] * self.lin
+
+    @property
+    def keeps_attended(self) -> bool:
+        """Whether the backward needs the attended value itself: float16 cannot hold what it would be recovered from,
+        and activations other than SiLU may be exactly 0."""
+        return self.dtype == torch.float16 or not self.silu
+
+    @functools.cached_property
     def pairs(self) -> dict:
         """Key dimensions in pairs that RoPE turns, and those it leaves alone, each padded to a power of two."""
         rest = self.S - self.rotary_dim
-        return {"HALF": triton.next_power_of_2(self.rotary_dim // 2), "REST": triton.next_power_of_2(rest)}
+        return {"HALF": power_of_2(self.rotary_dim // 2), "REST": power_of_2(rest)}
 
     def tma(self, inputs: Inputs) -> int:
         """Dimensions of the descriptors of tokens, or 0 where pointers are used. Every tile of a chunk has to be a
@@ -158,9 +207,46 @@ def tiled(x: Tensor, tma: int, *block: int):
     return described(TensorDescriptor, x, list(x.shape), list(x.stride()), list(block))
 
 
-def lin_row(shape: Shape) -> int:
-    """Row of the linear query among the heads, or -1."""
-    return shape.H - 2 if shape.lin else -1
+class Projections(NamedTuple):
+    """What the projections gave, or its gradients: `[T, E]`, `[T, E]` and `[T, S]`."""
+
+    u: Tensor
+    v: Tensor
+    z: Tensor
+
+
+class Cached(NamedTuple):
+    """What a cache brings to each row's first document; None for nothing.
+
+    Attributes:
+        initial: the sum over its closed chunks, float32 `[B, SP, E]`.
+        kept: keys for slots of the first chunk, `[keys, B, C, S]`; kept_mask: which of them to take instead of those
+            made from z, bool `[keys, B, C]`.
+    """
+
+    initial: Tensor | None
+    kept: Tensor | None
+    kept_mask: Tensor | None
+
+
+class AttentionResults(NamedTuple):
+    """Results of the forward launches; empty where there is nothing.
+
+    Attributes:
+        out: `silu(u)` times the attended value, `[T, E]`.
+        heads: queries and keys on the chunk grid, `[H, GT, CP, SP]`.
+        prefix: the state before each chunk within its piece, over C, `[GT, SP, E]` (causal).
+        carry: the same before each piece, `[pieces, SP, E]`; of bidirectional models that of each document.
+        attended: the attended value, where `Shape.keeps_attended`.
+        final: the sum over each document, float32 `[documents, SP, E]`, if asked for.
+    """
+
+    out: Tensor
+    heads: Tensor
+    prefix: Tensor
+    carry: Tensor
+    attended: Tensor
+    final: Tensor
 
 
 @dataclass
@@ -202,10 +288,6 @@ class Inputs:
         return self.rms, self.gain, getattr(self, bias)
 
 
-def ints(shape: Shape) -> tuple[int, int, int, int]:
-    return shape.N, shape.G, shape.C, shape.shift
-
-
 def switches(shape: Shape, inputs: Inputs) -> dict:
     """What every kernel that reads tokens is compiled for."""
     return {
@@ -214,14 +296,3 @@ def switches(shape: Shape, inputs: Inputs) -> dict:
         "FAST": fast_math(shape.dtype),
         "RAGGED": inputs.source is not None,
     }
-
-
-def key_rows(shape: Shape) -> list[int]:
-    """Rows of the quadratic and the linear key among the heads, those that there are."""
-    return [1] * shape.quad + [shape.H - 1] * shape.lin
-
-
-def saved_attended(dtype: torch.dtype, silu: bool) -> bool:
-    """Whether the backward needs the attended value itself: float16 cannot hold what it would be recovered from, and
-    activations other than SiLU may be exactly 0."""
-    return dtype == torch.float16 or not silu

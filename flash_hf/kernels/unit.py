@@ -15,7 +15,7 @@ from ..attention_flash import DecodingState, closed_total, score_scale
 from ..chunking_flash import ChunkLayout, Places
 from . import ops
 from .plan import ChunkPlan
-from .tiles import saved_attended
+from .tiles import Cached, Shape
 
 
 def _flat_rotary(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -26,37 +26,44 @@ def _flat_rotary(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, T
     return *(table.float().reshape(-1, half).contiguous() for table in rotary), 2 * half
 
 
-def _branches(layout: ChunkLayout, has_quad: bool, has_lin: bool, causal: bool, initial, return_state: bool):
+def _shape_and_tensors(
+    unit: nn.Module, places: Places, bias_R: Tensor | None, state: DecodingState | None, return_state: bool, **others
+) -> tuple[Shape, dict]:
+    """The shape of a call, with `others` of its fields, and by name the tensors that both operators take."""
+    config, plan, causal = unit.config, places.plan, unit.is_causal
+    gamma_HS, beta_HS = unit.offset_scale.weight, unit.offset_scale.bias
+    H, S = gamma_HS.shape
+    cos, sin, rotary_dim = _flat_rotary(places.rotary)
+    cached = _from_cache(unit, places, state)
     # Within a first chunk the causal global part is zero.
-    needed = not causal or layout.position_BGC.shape[1] > 1 or initial is not None or return_state
-    return has_quad, has_lin and (needed or not has_quad)
+    needs_lin = not causal or plan.chunks > 1 or cached.initial is not None or return_state or not unit.has_quad
+    shape = Shape(
+        N=plan.tokens, G=plan.chunks, C=plan.chunk_size, shift=plan.shift, S=S, H=H, causal=causal,
+        quad=unit.has_quad, lin=unit.has_lin and needs_lin, previous=config.previous_key,
+        interleaved=config.rope_interleaved, rotary_dim=rotary_dim,
+        scale=score_scale("relu2", config.attention_divisor, S), **others,
+    )  # fmt: skip
+    return shape, {
+        "gamma": gamma_HS, "beta": beta_HS, "bias_R": bias_R, "cos": cos, "sin": sin, "source": plan.source_K,
+        "index": plan.index, "initial": cached.initial, "kept": cached.kept, "kept_mask": cached.kept_mask,
+    }  # fmt: skip
 
 
 def _decoding_state(
-    heads: Tensor,
-    final: Tensor,
-    value_of: Callable[[Tensor], Tensor],
-    key_of: Callable[[Tensor], Tensor] | None,
-    places: Places,
-    chunk_size: int,
-    S: int,
-    has_quad: bool,
-    has_lin: bool,
-) -> DecodingState:
-    """The state after these tokens, from what the kernels left.
+    results: ops.AttentionResults | ops.LayerResults, shape: Shape, places: Places, chunk_size: int,
+    value_of: Callable[[Tensor], Tensor], key_of: Callable[[Tensor], Tensor],
+) -> DecodingState:  # fmt: skip
+    """The state after these tokens, from the results of the kernels.
 
     Args:
-        value_of, key_of: values, and linear keys, of flat tokens. Without `key_of` values go under their own keys.
+        value_of: values of flat tokens. key_of: the keys that the values of the tokens after them go under.
     """
+    heads, final = results.heads.detach(), results.final.detach()
     layout: ChunkLayout = places.layout
     plan: ChunkPlan = places.plan
     G, C, N = plan.chunks, plan.chunk_size, plan.tokens
-    B = heads.shape[1] // G
-    device = heads.device
-    if layout.final_B is None:
-        chunk_B = torch.full((B,), G - 1, device=device)
-    else:
-        chunk_B = layout.final_B
+    B, S, device = shape.B, shape.S, heads.device
+    chunk_B = torch.full((B,), G - 1, device=device) if layout.final_B is None else layout.final_B
     flat_B = torch.arange(B, device=device) * G + chunk_B
     if plan.source_K is None:
         column = chunk_B[:, None] * C - plan.shift + torch.arange(C, device=device)
@@ -70,16 +77,16 @@ def _decoding_state(
     def key(row: int) -> Tensor:
         return heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S]
 
-    lin_k = key(heads.shape[0] - 1) if has_lin else None
-    if has_lin and key_of is not None:
+    lin_k = key(heads.shape[0] - 1) if shape.lin else None
+    if shape.lin and shape.previous:
         last_B1 = token_BC[:, -1:]
         newest_BS = torch.where(last_B1 >= 0, key_of(token_BC[:, -1].clamp(min=0)).to(lin_k.dtype), lin_k[:, 0])
         lin_k = torch.cat([lin_k, newest_BS[:, None]], 1)
     return DecodingState(
-        quad_k=F.pad(key(1), around) if has_quad else None,
-        lin_k=F.pad(lin_k, around) if has_lin else None,
+        quad_k=F.pad(key(1), around) if shape.quad else None,
+        lin_k=F.pad(lin_k, around) if shape.lin else None,
         value=F.pad(value, around),
-        total=final[:, :S].clone() if has_lin else None,
+        total=final[:, :S].clone() if shape.lin else None,
         seen=layout.seen_after_B.expand(B).clone(),
     )
 
@@ -109,27 +116,20 @@ def gated_attention(
     """
     layout: ChunkLayout = places.layout
     plan: ChunkPlan = places.plan
-    config, has_quad, has_lin = unit.config, unit.has_quad, unit.has_lin
-    gamma_HS, beta_HS = unit.offset_scale.weight, unit.offset_scale.bias
     if plan.cached:
-        # The cached slots in front, as tokens whose keys the state has, and whose outputs are dropped.
+        # Prepend the open chunk's cached slots as tokens: their keys come from the cache, their outputs are dropped.
         if silu:
             u_BNE, v_BNE, z_BNS, silu = F.silu(u_BNE), F.silu(v_BNE), F.silu(z_BNS), False
         value_BCE = torch.where(layout.cached_BC[..., None], state.value, 0)
         v_BNE = torch.cat([value_BCE.to(v_BNE.dtype), v_BNE], 1)
         u_BNE, z_BNS = (F.pad(x, (0, 0, plan.cached, 0)) for x in (u_BNE, z_BNS))
     B, N, E = v_BNE.shape
-    S = z_BNS.shape[2]
-    cos, sin, rotary_dim = _flat_rotary(places.rotary)
-    initial, *kept = _from_cache(state, places, S, has_quad, has_lin, config.previous_key)
-    quad, lin = _branches(layout, has_quad, has_lin, unit.is_causal, initial, return_state)
+    shape, tensors = _shape_and_tensors(
+        unit, places, bias_R, state, return_state, B=B, D=0, E=E, silu=silu, dtype=v_BNE.dtype
+    )
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
-    out, heads, *_, final = ops.gated_attention(
-        u, v, z, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K, plan.index, initial, *kept, N, plan.chunks,
-        plan.chunk_size, plan.shift, unit.is_causal, quad, lin, config.previous_key, silu, config.rope_interleaved,
-        rotary_dim, score_scale("relu2", config.attention_divisor, S), return_state and has_lin,
-        saved_attended(v.dtype, silu),
-    )  # fmt: skip
+    tensors = ops.AttentionTensors(u=u, v=v, z=z, **tensors)
+    results = ops.gated_attention(tensors, shape, want_final=return_state and shape.lin)
     new_state = None
     if return_state:
 
@@ -138,13 +138,10 @@ def gated_attention(
             return F.silu(x) if silu else x
 
         def key_of(token: Tensor) -> Tensor:
-            return activated(z, token).float() * gamma_HS[-1].detach() + beta_HS[-1].detach()
+            return activated(z, token).float() * tensors.gamma[-1].detach() + tensors.beta[-1].detach()
 
-        new_state = _decoding_state(
-            heads.detach(), final.detach(), partial(activated, v), key_of if config.previous_key else None, places,
-            config.chunk_size, S, has_quad, has_lin,
-        )  # fmt: skip
-    return out.view(B, N, E)[:, plan.cached :], new_state
+        new_state = _decoding_state(results, shape, places, unit.config.chunk_size, partial(activated, v), key_of)
+    return results.out.view(B, N, E)[:, plan.cached :], new_state
 
 
 def _rows(x_BNF: Tensor) -> Tensor:
@@ -152,29 +149,26 @@ def _rows(x_BNF: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _from_cache(
-    state: DecodingState | None, places: Places, S: int, has_quad: bool, has_lin: bool, previous_key: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What a row's first document brings from the cache: the sum of its closed chunks, on the kernels' padded key
-    dimension, the keys of its open chunk `[keys, B, C, S]`, and where these are `[keys, B, C]`; None for nothing."""
+def _from_cache(unit: nn.Module, places: Places, state: DecodingState | None) -> Cached:
     if state is None:
-        return None, None, None
+        return Cached(initial=None, kept=None, kept_mask=None)
     layout: ChunkLayout = places.layout
     amid = places.plan.cached > 0
     initial = None
-    if has_lin:
+    if unit.has_lin:
         total = closed_total(state, layout.cached_BC) if amid else state.total
+        S = unit.offset_scale.weight.shape[1]
         SP = max(16, triton.next_power_of_2(S))
         initial = F.pad(total * layout.continues_B[:, None, None], (0, 0, 0, SP - S)).contiguous()
-    if not amid and not (has_lin and previous_key):
-        return initial, None, None
+    if not amid and not (unit.has_lin and unit.config.previous_key):
+        return Cached(initial=initial, kept=None, kept_mask=None)
     held_BC, keys, masks = layout.cached_BC, [], []
-    if has_quad:
+    if unit.has_quad:
         keys.append(state.quad_k)
         masks.append(held_BC)
-    if has_lin:
+    if unit.has_lin:
         key_BCS = state.lin_k[:, : held_BC.shape[1]]
-        if previous_key:
+        if unit.config.previous_key:
             # The next value, too, goes under a key of a cached token.
             slot_C = torch.arange(held_BC.shape[1], device=held_BC.device)
             next_BC = (slot_C == layout.phase_B[:, None]) & layout.continues_B[:, None]
@@ -183,7 +177,7 @@ def _from_cache(
             key_BCS = torch.where((next_BC & (slot_C == 0))[..., None], state.lin_k[:, -1:], key_BCS)
         keys.append(key_BCS)
         masks.append(held_BC)
-    return initial, torch.stack(keys), torch.stack(masks)
+    return Cached(initial=initial, kept=torch.stack(keys), kept_mask=torch.stack(masks))
 
 
 def layer(
@@ -205,42 +199,34 @@ def layer(
     Otherwise as `gated_attention`.
     """
     B, N, D = x_BND.shape
-    layout: ChunkLayout = places.layout
-    plan: ChunkPlan = places.plan
     unit, gain = block.gau, block.norm.weight
-    config, has_quad, has_lin = unit.config, unit.has_quad, unit.has_lin
     u_proj, v_proj, z_proj, o_proj = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
-    gamma_HS, beta_HS = unit.offset_scale.weight, unit.offset_scale.bias
-    S, E = z_proj.weight.shape[0], v_proj.weight.shape[0]
-    cos, sin, rotary_dim = _flat_rotary(places.rotary)
-    initial, *kept = _from_cache(state, places, S, has_quad, has_lin, config.previous_key)
-    quad, lin = _branches(layout, has_quad, has_lin, unit.is_causal, initial, return_state)
-    y, rms, _, h, _, heads, *_, final = ops.layer(
-        x_BND.reshape(B * N, D).contiguous(), gain, u_proj.weight, u_proj.bias, v_proj.weight, v_proj.bias,
-        z_proj.weight, z_proj.bias, o_proj.weight, o_proj.bias, gamma_HS, beta_HS, bias_R, cos, sin, plan.source_K,
-        plan.index, initial, *kept, block.norm.eps, N, plan.chunks, plan.chunk_size, plan.shift, unit.is_causal, quad,
-        lin, config.previous_key, config.rope_interleaved, rotary_dim,
-        score_scale("relu2", config.attention_divisor, S), return_state and has_lin, dtype,
+    E = v_proj.weight.shape[0]
+    shape, tensors = _shape_and_tensors(
+        unit, places, bias_R, state, return_state, B=B, D=D, E=E, silu=True, dtype=dtype
+    )
+    tensors = ops.LayerTensors(
+        x=x_BND.reshape(B * N, D).contiguous(), gain=gain, w_u=u_proj.weight, b_u=u_proj.bias, w_v=v_proj.weight,
+        b_v=v_proj.bias, w_z=z_proj.weight, b_z=z_proj.bias, w_o=o_proj.weight, b_o=o_proj.bias, **tensors,
     )  # fmt: skip
+    results = ops.layer(tensors, shape, eps=block.norm.eps, want_final=return_state and shape.lin)
     new_state = None
     if return_state:
         with torch.no_grad():
 
             def activated(x: Tensor, bias: Tensor, token: Tensor) -> Tensor:
-                scale = (rms[token] * gain.float())[..., None]
+                scale = (results.rms[token] * gain.float())[..., None]
                 return F.silu(x[token].float() * scale + bias.float())
 
             def value_of(token: Tensor) -> Tensor:
-                return activated(h[:, E : 2 * E], v_proj.bias, token).to(dtype)
+                return activated(results.h[:, E : 2 * E], v_proj.bias, token).to(dtype)
 
             def key_of(token: Tensor) -> Tensor:
-                return activated(h[:, 2 * E :], z_proj.bias, token) * gamma_HS[-1].float() + beta_HS[-1].float()
+                z = activated(results.h[:, 2 * E :], z_proj.bias, token)
+                return z * tensors.gamma[-1].float() + tensors.beta[-1].float()
 
-            new_state = _decoding_state(
-                heads.detach(), final.detach(), value_of, key_of if config.previous_key else None, places,
-                config.chunk_size, S, has_quad, has_lin,
-            )  # fmt: skip
-    return y.view(B, N, D), new_state
+            new_state = _decoding_state(results, shape, places, unit.config.chunk_size, value_of, key_of)
+    return results.y.view(B, N, D), new_state
 
 
 def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -268,17 +268,19 @@ def test_operators_pass_opcheck(causal):
     u, v, z = new(2 * N, E), new(2 * N, E), new(2 * N, S)
     heads = new(4, S), new(4, S), new(2 * C - 1)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
-    tables = angle.cos(), angle.sin(), None, plan.index, None, None, None
-    sizes = N, plan.chunks, C, plan.shift, causal, True, True, False
+    cached = None, None, None
+    tables = *heads, angle.cos(), angle.sin(), None, *cached, list(plan.index)
+    options = dict(
+        B=2, N=N, G=plan.chunks, C=C, shift=plan.shift, E=E, S=S, H=4, causal=causal, quad=True, lin=True,
+        previous=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C, dtype=torch.float32, want_final=False,
+    )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     checks += ("test_aot_dispatch_dynamic",) * causal
-    torch.library.opcheck(
-        ops.gated_attention_op, (u, v, z, *heads, *tables, *sizes, True, False, S, 1 / C, False, False),
-        test_utils=checks,
-    )  # fmt: skip
+    torch.library.opcheck(ops.gated_attention.operator, (u, v, z, *tables), {**options, "D": 0}, test_utils=checks)
     weights = new(E, D), new(E), new(E, D), new(E), new(S, D), new(S), new(D, E), new(D)
-    arguments = x, gain, *weights, *heads, *tables, 1e-5, *sizes, False, S, 1 / C, False, torch.float32
-    torch.library.opcheck(ops.layer_op, arguments, test_utils=checks)
+    torch.library.opcheck(
+        ops.layer.operator, (x, gain, *weights, *tables), {**options, "D": D, "eps": 1e-5}, test_utils=checks
+    )
     torch.library.opcheck(ops.scale_norm_op, (x, gain, 1e-5), test_utils=checks)
 
 
