@@ -51,7 +51,8 @@ def fill_in(folder: Path, sentence: str) -> None:
 
 def train(kind: str, output_dir: Path, args: argparse.Namespace, steps: int, *more: str) -> dict:
     """Train a model of `kind` into `output_dir`, print the table of metrics, return the result."""
-    from flash_hf.training import describe, parse_arguments, run_training
+    from flash_hf.commands.train import parse_arguments
+    from flash_hf.training import describe, run_training
 
     print(f"\n=== Training a {kind} FLASH on {args.book.name}: {steps} steps ===", flush=True)
     arguments = {

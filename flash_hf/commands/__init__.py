@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flash-hf`: the commands of the package. scripts/ has the same ones, and those that need a clone."""
+"""The `flash-hf` command. In a clone, scripts/ has the same commands and more."""
 
 import sys
 from importlib import import_module
@@ -19,7 +19,9 @@ COMMANDS = {
 
 def usage() -> str:
     lines = [f"  {name:<10} {words}" for name, (_, _, words) in COMMANDS.items()]
-    return "\n".join(["usage: flash-hf COMMAND [OPTIONS]", "", *lines, "", "flash-hf COMMAND --help has the options."])
+    return "\n".join(
+        ["usage: flash-hf COMMAND [OPTIONS]", "", *lines, "", "Options of a command: flash-hf COMMAND --help"]
+    )
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
         print(usage(), file=sys.stderr)
         sys.exit(2)
     module, function, _ = COMMANDS[name]
-    sys.argv[:2] = [f"flash-hf {name}"]  # as messages and results call it
+    sys.argv[:2] = [f"flash-hf {name}"]  # the name in messages and results
     run_command(lambda: getattr(import_module(f".{module}", __name__), function)())
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint of another FLASH implementation (JunnYu's FLASH and FLASHQuad, lucidrains' FLASH-pytorch) into
-a folder that from_pretrained loads: exactly, or not at all, with the reason."""
+"""Convert a checkpoint of another FLASH implementation (JunnYu's FLASH and FLASHQuad, lucidrains' FLASH-pytorch) to a
+folder for from_pretrained. The converted model computes the same function; where that is impossible, the reason is
+printed instead."""
 
 import argparse
 import json
@@ -14,22 +15,22 @@ from .options import OptionParser, natural, program_name
 
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", help="the original: .bin, .pt or .safetensors, or a folder with one")
-    parser.add_argument("output", help="folder for config, safetensors and tokenizer")
-    parser.add_argument("--kind", choices=tuple(CONVERTERS), help="what it is; by default told by its names")
+    parser.add_argument("input", help="original weights: .bin, .pt or .safetensors, or a folder with one of them")
+    parser.add_argument("output", help="folder for config, weights and tokenizer")
+    parser.add_argument("--kind", choices=tuple(CONVERTERS), help="kind of checkpoint; by default detected")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the output")
-    parser.add_argument("--encoder_only", action="store_true", help="a FlashModel, without the language-model head")
+    parser.add_argument("--encoder_only", action="store_true", help="make a FlashModel, without language-model head")
     junnyu = parser.add_argument_group("JunnYu's FLASH")
     junnyu.add_argument(
-        "--padded_length", type=int, default=None,
-        help="length that inputs were padded to, 0 for none; by default 512, as the public checkpoints were trained",
+        "--padded_length", type=int,
+        help="tokens that inputs of the original are padded to, 0 for no padding; default: 512, as the public "
+        "checkpoints were trained",
     )  # fmt: skip
-    lucidrains = parser.add_argument_group("FLASH-pytorch: what its constructor got, which the file does not tell")
-    lucidrains.add_argument("--causal", action=argparse.BooleanOptionalAction, help="causal")
-    lucidrains.add_argument(
-        "--shift", action=argparse.BooleanOptionalAction, help="shift_tokens, True by default in FLASHTransformer"
-    )
-    lucidrains.add_argument("--chunk_size", type=natural, help="group_size; 256 by default")
+    lucidrains = parser.add_argument_group("FLASH-pytorch: constructor arguments, which its checkpoints do not store")
+    flag = argparse.BooleanOptionalAction
+    lucidrains.add_argument("--causal", action=flag, help="causal; required")
+    lucidrains.add_argument("--shift", action=flag, help="shift_tokens; required; FLASHTransformer's default is True")
+    lucidrains.add_argument("--chunk_size", type=natural, help="group_size in tokens; default: 256")
     lucidrains.add_argument("--laplace", action="store_true", help="laplace_attn_fn=True")
     lucidrains.add_argument("--separate_groups", action="store_true", help="reduce_group_non_causal_attn=False")
     args = parser.parse_args()
@@ -40,7 +41,6 @@ def main() -> None:
     kind = args.kind or detect_kind(state)
     given = {
         "encoder_only": args.encoder_only or None,
-        "padded_length": args.padded_length,
         "causal": args.causal,
         "shift_tokens": args.shift,
         "group_size": args.chunk_size,
@@ -48,8 +48,8 @@ def main() -> None:
         "reduce_group_non_causal_attn": False if args.separate_groups else None,
     }
     options = {name: value for name, value in given.items() if value is not None}
-    if options.get("padded_length") == 0:
-        options["padded_length"] = None
+    if args.padded_length is not None:
+        options["padded_length"] = args.padded_length or None
     if kind.startswith("junnyu"):
         options["settings"] = settings
     converted = convert(state, kind=kind, **options)

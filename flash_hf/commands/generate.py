@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continue a text with a causal model, printed as it is made; the speed goes to stderr."""
+"""Continue a text with a causal model. Text is printed as it is generated, the speed at the end on stderr."""
 
 import argparse
 import sys
@@ -8,11 +8,12 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
-from .options import OptionParser, find_device, load_named, natural, number, read_text, seed
+from ..sources import load_named, read_text
+from .options import OptionParser, find_device, natural, number, seed
 
 
 class TimedStreamer(TextStreamer):
-    """TextStreamer that notes when each token came."""
+    """TextStreamer that records the time of each token."""
 
     def put(self, value):
         super().put(value)
@@ -21,34 +22,37 @@ class TimedStreamer(TextStreamer):
 
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub name")
+    parser.add_argument("--model", required=True, help="folder or name on the Hub")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
-    source.add_argument("--prompt_file", help="file with the text to continue; - reads it from stdin")
-    parser.add_argument("--max_new_tokens", type=natural, default=200, help="length of the continuation")
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token instead of sampling")
+    source.add_argument("--prompt_file", help="file with the text to continue; - for stdin")
+    parser.add_argument("--max_new_tokens", type=natural, default=200, help="tokens to generate")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
     parser.add_argument(
-        "--temperature", type=number(float, above=0), default=0.8, help="sampling: below 1 keeps to the likely"
+        "--temperature", type=number(float, above=0), default=0.8, help="of sampling; below 1 favors likely tokens"
     )
     parser.add_argument(
-        "--top_k", type=number(int, least=0), default=50, help="sampling: choose among so many tokens; 0 for all"
+        "--top_k", type=number(int, least=0), default=50, help="sample from this many most likely tokens; 0 for all"
     )
     parser.add_argument(
         "--top_p",
         type=number(float, above=0, most=1),
         default=0.95,
-        help="sampling: choose among this share of probability",
+        help="sample from the most likely tokens with this total probability",
     )
     parser.add_argument(
-        "--repetition_penalty", type=number(float, above=0), default=1.0, help="above 1 discourages repeating"
+        "--repetition_penalty",
+        type=number(float, above=0),
+        default=1.0,
+        help="above 1 makes repetitions less likely",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of sampling")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; the accelerator if there is one")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default the accelerator, if any")
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="cache_implementation")
     parser.add_argument(
-        "--prefill_chunk_size", type=natural, default=None, help="read the prompt in pieces of so many tokens"
+        "--prefill_chunk_size", type=natural, default=None, help="process the prompt in pieces of this many tokens"
     )
     args = parser.parse_args()
 
@@ -71,7 +75,7 @@ def main() -> None:
         names = ("temperature", "top_k", "top_p")
         sampling = {"do_sample": True, **{name: getattr(args, name) for name in names}}
     with torch.no_grad():
-        model(inputs["input_ids"][:, :1])  # what the model warns of should not stand in the middle of the text
+        model(inputs["input_ids"][:, :1])  # the model's warnings come now, not in the middle of the text
     set_seed(args.seed)
     streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
     begin = time.perf_counter()
@@ -84,7 +88,7 @@ def main() -> None:
         prefill_chunk_size=args.prefill_chunk_size,
         streamer=streamer,
     )
-    # The streamer is given the prompt first, then one token after the other.
+    # The streamer receives the prompt, then one token at a time.
     first, last, count = streamer.times[1] - begin, streamer.times[-1] - begin, len(streamer.times) - 1
     speed = f", then {(count - 1) / (last - first):.1f} tokens/s" if count > 1 else ""
     print(

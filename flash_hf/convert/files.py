@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, BertTokenizerFast, PreTrainedTokenizerFast
 
-from ..commands.options import read_json
 from ..hub import pad_on_the_left, vocabulary_size
+from ..sources import read_json
 
 
 WEIGHT_FILES = (

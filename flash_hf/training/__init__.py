@@ -9,7 +9,7 @@ from importlib import import_module
 
 
 FILES = {
-    "arguments": ("DataArguments", "FlashTrainingArguments", "ModelArguments", "parse_arguments"),
+    "arguments": ("DataArguments", "FlashTrainingArguments", "ModelArguments"),
     "budget": ("TimeBudget",),
     "documents": ("load_documents", "split_documents"),
     "graphs": ("GraphedBackward",),

@@ -3,27 +3,20 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import inspect
 import json
-import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from huggingface_hub import whoami
-from transformers import HfArgumentParser, Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 from transformers.utils import is_liger_kernel_available
 
-from ..commands.options import OptionParser, read_text
 from ..configuration_flash import PLUS, FlashConfig, nearest
 from .budget import MAX_STEPS
 
@@ -229,108 +222,6 @@ class FlashTrainingArguments(TrainingArguments):
             )
         if self.data_seed is None:
             self.data_seed = self.seed  # the order of the data is then the same whatever drew random numbers before
-
-
-# An option of the command line takes the place of these in the file, too: they say the same in another way.
-ALTERNATIVES = {
-    "train_file": ("dataset_name", "dataset_config_name", "train_split", "validation_split"),
-    "dataset_name": ("train_file", "validation_file", "dataset_config_name", "train_split", "validation_split"),
-    "validation_file": ("validation_split",),
-    "validation_split": ("validation_file",),
-    "per_device_train_batch_size": ("per_device_batch_tokens",),
-    "gradient_accumulation_steps": ("batch_tokens",),
-    "num_train_epochs": ("max_steps",),
-    "max_minutes": ("max_steps",),
-    "model": ("preset", "model_config", "config_overrides"),
-}
-
-
-def parse_arguments(
-    arguments: list[str] | None = None, description: str | None = None
-) -> tuple[ModelArguments, DataArguments, FlashTrainingArguments]:
-    """Read the command line, and under it the options of a `--config` file (see [`parse_with_config`])."""
-    return parse_with_config(
-        TrainingParser((ModelArguments, DataArguments, FlashTrainingArguments), description=description), arguments
-    )
-
-
-class TrainingParser(HfArgumentParser, OptionParser):
-    """`HfArgumentParser` whose help shows the options of this package first and the rest of TrainingArguments last."""
-
-    def __init__(self, dataclass_types: tuple[type, ...], **kwargs):
-        super().__init__(dataclass_types, usage="%(prog)s [CONFIG.yaml] [--OPTION VALUE ...]", **kwargs)
-        training = next(cls for cls in dataclass_types if issubclass(cls, TrainingArguments))
-        own = {
-            name
-            for cls in training.__mro__[: training.__mro__.index(TrainingArguments)]
-            for name in inspect.get_annotations(cls)
-        }
-        rest = self.add_argument_group("other TrainingArguments of transformers")
-        for group in self._action_groups:
-            if group.title == training._argument_group_name:
-                rest._group_actions += [action for action in group._group_actions if action.dest not in own]
-                group._group_actions = [action for action in group._group_actions if action.dest in own]
-
-
-def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = None) -> tuple:
-    """Parse a command line; the options in the file that `--config` names stand before those of the command line.
-
-    The file is YAML or JSON: a mapping of options, without their dashes, to values. `model_config` is a mapping of
-    fields of `FlashConfig`. A first argument that ends in .yaml, .yml or .json is taken for `--config`.
-
-    Raises:
-        ValueError, FileNotFoundError: the file is missing or holds no mapping, or a key is no option.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
-        arguments.insert(0, "--config")
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(arguments)[0].config
-    words = []
-    if path is not None:
-        given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-        replaced = given | {other for name in given for other in ALTERNATIVES.get(name, ())}
-        for name, value in read_config(path, parser).items():
-            if name not in replaced and value is not None:
-                words += _as_words(name, value)
-    return parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False)
-
-
-def _as_words(name: str, value: object) -> list[str]:
-    """An option of a file as it would stand on the command line."""
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    if isinstance(value, (dict, bool)):
-        value = json.dumps(value)  # true and false, in small letters
-    return [f"--{name}={value}"]
-
-
-def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
-    """The options in a YAML or JSON file, all of them known to `parser`.
-
-    Raises:
-        ValueError, FileNotFoundError: see [`parse_with_config`].
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--config must be a YAML or JSON file of options; {path} is no file.")
-    # Not YAML for both: it reads 1e-5 as a string.
-    try:
-        options = (json.loads if path.suffix == ".json" else yaml.safe_load)(read_text(path))
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--config {path} must hold a mapping of options, got {type(options).__name__}.")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            cure = f"Did you mean {near[0]!r}?" if near else "--help lists the options."
-            if name in FlashConfig.__dataclass_fields__:
-                cure = "It is a field of FlashConfig: put it under model_config."
-            raise ValueError(f"--config {path} has {name!r}, which is no option. {cure}")
-    return options
 
 
 def config_fields(model_args: ModelArguments) -> dict:

@@ -35,7 +35,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.utils.file_utils import xopen
 from transformers.utils import logging
 
-from ..commands.options import load_named
+from ..sources import load_named
 
 
 logger = logging.get_logger(__name__)

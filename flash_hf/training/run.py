@@ -23,9 +23,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..commands.options import load_named
 from ..configuration_flash import FlashConfig
 from ..hub import pad_on_the_left, vocabulary_size
+from ..sources import load_named
 from .arguments import (
     DataArguments,
     FlashTrainingArguments,

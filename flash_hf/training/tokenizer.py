@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..commands.options import load_named
 from ..hub import vocabulary_size
+from ..sources import load_named
 from .documents import TOKENIZED
 
 

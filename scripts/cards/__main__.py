@@ -8,7 +8,8 @@ no code, since pushing adds it (flash_hf.push_with_code), but their cards are th
 import argparse
 from pathlib import Path
 
-from flash_hf.commands.options import OptionParser, read_json, run_command
+from flash_hf.commands.options import OptionParser, run_command
+from flash_hf.sources import read_json
 
 from .card import make_card, published, shown_results
 

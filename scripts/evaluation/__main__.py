@@ -22,16 +22,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from flash_hf.commands.options import (
-    OptionParser,
-    find_device,
-    load_named,
-    natural,
-    number,
-    program_words,
-    read_json,
-    run_command,
-)
+from flash_hf.commands.options import OptionParser, find_device, natural, number, program_words, run_command
+from flash_hf.sources import load_named, read_json
 
 
 MEASURES = ("perplexity", "masked", "pseudo", "speed", "recall", "lm_eval")

@@ -11,7 +11,8 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer, set_seed
 
-from flash_hf.commands.options import OptionParser, load_named, natural, number, read_text, run_command, seed
+from flash_hf.commands.options import OptionParser, natural, number, run_command, seed
+from flash_hf.sources import load_named, read_text
 
 
 def main() -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from flash_hf.training.arguments import FlashTrainingArguments, ModelArguments, TrainingParser, parse_with_config
+from flash_hf.commands.train import TrainingParser, parse_with_config
+from flash_hf.training.arguments import FlashTrainingArguments, ModelArguments
 
 
 TaskName = Literal["classification", "tagging", "qa"]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, load_dataset
 
-from flash_hf.commands.options import load_named
+from flash_hf.sources import load_named
 from flash_hf.training.documents import check_text_file, open_text, read_rows, refuse_missing, suffix_of
 
 from .arguments import TaskArguments

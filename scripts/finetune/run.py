@@ -15,8 +15,9 @@ from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
-from flash_hf.commands.options import load_named, program_words
+from flash_hf.commands.options import program_words
 from flash_hf.hub import vocabulary_size
+from flash_hf.sources import load_named
 from flash_hf.training.arguments import ModelArguments, check_arguments, config_fields
 from flash_hf.training.checkpoints import check_output_dir, find_checkpoint
 from flash_hf.training.run import check_sources, new_config

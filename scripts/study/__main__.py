@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from flash_hf.commands.options import OptionParser, natural, read_json, run_command
+from flash_hf.commands.options import OptionParser, natural, run_command
+from flash_hf.sources import read_json
 
 from ..provenance import write_json
 from . import grid

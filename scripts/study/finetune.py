@@ -29,8 +29,9 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoModelForMaskedLM, set_seed
 
 from flash_hf import FlashConfig, training
-from flash_hf.commands.options import OptionParser, natural, program_words, read_json, run_command
+from flash_hf.commands.options import OptionParser, natural, program_words, run_command
 from flash_hf.hub import vocabulary_size
+from flash_hf.sources import read_json
 from flash_hf.training.documents import load_documents, split_documents
 from flash_hf.training.packing import MaskingCollator, pack_documents
 from flash_hf.training.tokenizer import load_tokenizer, text_size, tokenize_documents, train_tokenizer

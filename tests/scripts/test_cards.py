@@ -18,7 +18,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import flash_hf
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForSequenceClassification, training
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForSequenceClassification
+from flash_hf.commands.train import parse_arguments
 from flash_hf.hub import add_code, registered_classes
 from flash_hf.training.arguments import config_fields
 from flash_hf.training.run import new_config
@@ -255,7 +256,7 @@ def test_the_readme_shows_the_results():
 def test_a_published_model_is_what_its_recipe_makes(name, tmp_path):
     recipe = ROOT / "scripts" / "recipes" / "checkpoints" / f"{name}.yaml"
     command = ["--config", str(recipe), "--train_file", "books.jsonl", "--max_minutes", "5", "--use_cpu", "true"]
-    model_args, data_args, args = training.parse_arguments([*command, "--output_dir", str(tmp_path)])
+    model_args, data_args, args = parse_arguments([*command, "--output_dir", str(tmp_path)])
     config = FlashConfig.from_pretrained(PUBLISHED[name][0])
     made = new_config("causal" if config.is_decoder else "masked", config_fields(model_args))
     own = {field.name for field in fields(FlashConfig)} - {"vocab_size", "dtype", "architectures", "is_decoder"}

@@ -92,7 +92,7 @@ def test_script_commands_run(monkeypatch, tmp_path):
 
 def test_network_command_is_accepted_by_the_parser():
     """Its options exist and fit together; loading the data needs the network."""
-    from flash_hf.training import parse_arguments
+    from flash_hf.commands.train import parse_arguments
 
     words = blocks("bash")[2].replace("\\\n", " ").split()
     # bf16 is refused without a GPU, unless the CPU is asked for.

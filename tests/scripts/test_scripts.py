@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from flash_hf import commands, training
 from flash_hf.commands import options as command_line
+from flash_hf.commands.train import parse_arguments
 from flash_hf.training.documents import load_documents, split_documents
 from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
 from helpers import BOOK, DATA, OVERRIDES, ROOT, TEXT, first_line, run_here, run_python
@@ -35,7 +36,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-        parsed = training.parse_arguments(
+        parsed = parse_arguments(
             f"--train_file {BOOK} --config_overrides {OVERRIDES} --tokenizer_vocab_size 400 --block_size 64 "
             f"--max_steps 20 --learning_rate 5e-3 --eval_strategy no --eval_on_start false --disable_tqdm true "
             f"--output_dir {folder / 'run'}".split()
@@ -170,7 +171,7 @@ def test_the_packages_command(capsys, monkeypatch, tmp_path):
     code, _, err = flash_hf("trian-clm")
     assert code == 2 and err.startswith("flash-hf: there is no command 'trian-clm'. Did you mean 'train-clm'?\n")
     assert flash_hf("generate", "--modle", "a", "--prompt", "b")[2].startswith(
-        "flash-hf generate: --modle is no option"
+        "flash-hf generate: There is no option --modle."
     )
     code, _, err = flash_hf("train-mlm", "--train_file", "none.txt", "--output_dir", "run")
     assert code == 1 and err.startswith("flash-hf train-mlm: ") and "none.txt does not exist" in err
@@ -253,7 +254,7 @@ def test_a_program_is_called_as_it_was_started(monkeypatch, tmp_path):
 
 
 def test_help_shows_the_own_options_first(capsys):
-    for parse, first in ((training.parse_arguments, "--block_size"), (finetuning_arguments, "--task")):
+    for parse, first in ((parse_arguments, "--block_size"), (finetuning_arguments, "--task")):
         with pytest.raises(SystemExit):
             parse(["--help"], "what it does")
         text = capsys.readouterr().out
@@ -302,7 +303,7 @@ def test_text_tokenised_before_trains_the_same_model(capsys, tmp_path):
     results = {}
     for name, file in files.items():
         command = [*common, "--train_file", str(file), "--output_dir", str(tmp_path / name)]
-        parsed = training.parse_arguments([*command, "--tokenizer", str(tokenizer)])
+        parsed = parse_arguments([*command, "--tokenizer", str(tokenizer)])
         results[name] = training.run_training("causal", *parsed)["after"]
     for metric in ("eval_loss", "eval_word_perplexity", "eval_bits_per_byte"):
         assert results["text"][metric] == results["tokens"][metric]
@@ -315,7 +316,7 @@ def test_text_tokenised_before_trains_the_same_model(capsys, tmp_path):
         str(tmp_path / "c"),
     ]
     with pytest.raises(ValueError, match="must come with the --tokenizer that they were made with"):
-        training.run_training("causal", *training.parse_arguments(command))
+        training.run_training("causal", *parse_arguments(command))
     small = train_tokenizer(rows, 300)
     with pytest.raises(ValueError, match="the tokenizer's ids end at 299. Give the --tokenizer"):
         tokenize_documents(load_documents(files["tokens"]), small)

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from flash_hf import FlashForCausalLM, push_with_code, training
+from flash_hf.commands.train import parse_arguments
 from helpers import make_model, random_ids, tiny_config
 
 
@@ -354,7 +355,7 @@ def test_a_training_run_pushes_its_end(tmp_path):
         "--config_overrides hidden_size=32,num_hidden_layers=1,query_key_dim=16,chunk_size=16 --save_strategy no "
         f"--disable_tqdm true --push_to_hub --hub_model_id alice/run --output_dir {tmp_path / 'run'}"
     )
-    result = training.run_training("causal", *training.parse_arguments(command.split()))
+    result = training.run_training("causal", *parse_arguments(command.split()))
     files = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "loss.png", "eval_results.json"}
     assert files <= set(API.list_repo_files("alice/run"))
     pushed = hf_hub_download("alice/run", "eval_results.json", cache_dir=tmp_path / "cache")

@@ -25,6 +25,7 @@ from huggingface_hub.utils import _http
 from transformers import TrainerCallback
 
 from flash_hf import training
+from flash_hf.commands.train import parse_arguments
 from flash_hf.training import run, stream
 from flash_hf.training.checkpoints import missing_from_checkpoint
 
@@ -82,7 +83,7 @@ def train(name: str, *more: str, hush: float = 0.0) -> dict[int, float]:
         "--logging_steps 1 --eval_strategy no --disable_tqdm true "
         f"--output_dir {FOLDER / name}"
     )
-    parsed = training.parse_arguments([*command.split(), *more])
+    parsed = parse_arguments([*command.split(), *more])
     build = run.build_trainer
 
     def build_with_hush(*args):

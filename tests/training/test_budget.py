@@ -9,6 +9,7 @@ import pytest
 from transformers import TrainerControl, TrainerState
 
 from flash_hf import training
+from flash_hf.commands.train import parse_arguments
 from flash_hf.training import TimeBudget
 
 
@@ -75,7 +76,7 @@ def test_a_resumed_run_goes_on_from_its_rate(clock):
 
 def test_a_run_ends_in_time_and_saves(own_cache, tmp_path):
     (tmp_path / "text.txt").write_text("Down the road of yellow brick. " * 400, encoding="utf-8")
-    parsed = training.parse_arguments(
+    parsed = parse_arguments(
         f"--train_file {tmp_path / 'text.txt'} --config_overrides hidden_size=16,num_hidden_layers=1,query_key_dim=8,"
         "chunk_size=16,vocab_size=300 --tokenizer_vocab_size 280 --block_size 64 --max_minutes 0.05 --logging_steps 1 "
         f"--disable_tqdm true --output_dir {tmp_path / 'run'}".split()

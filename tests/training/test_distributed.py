@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
+from flash_hf.commands.train import parse_arguments
 from helpers import ROOT, assert_close, make_model, random_ids, run_python, tiny_config, write_documents
 
 
@@ -31,7 +32,7 @@ def train_here(kind, *command):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr("datasets.config.HF_DATASETS_CACHE", Path(command[command.index("--output_dir") + 1]) / "cache")
-        training.run_training(kind, *training.parse_arguments(command[1:]))
+        training.run_training(kind, *parse_arguments(command[1:]))
 
 
 def losses(folder):

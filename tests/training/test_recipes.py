@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerControl, TrainerState
 
 from flash_hf import FlashConfig, FlashForCausalLM, training
+from flash_hf.commands.train import parse_arguments
 from flash_hf.training.arguments import config_fields, set_batch, warmup_length
 from flash_hf.training.run import load_model, load_text, new_config
 from flash_hf.training.throughput import SpeedBar, SpeedMeter, device_peak, training_flops
@@ -59,7 +60,7 @@ def test_recipes_have_the_settings_of_the_paper(recipe, tmp_path):
     """At every context, on one device and on eight (bf16 needs a GPU, or to be asked of the CPU)."""
     for block_size in (512, 1024, 2048, 4096, 8192):
         command = ["--config", recipe, "--block_size", block_size, "--use_cpu", "true", "--output_dir", tmp_path]
-        model_args, data_args, args = training.parse_arguments(list(map(str, command)))
+        model_args, data_args, args = parse_arguments(list(map(str, command)))
         assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-6)
         assert (args.learning_rate, args.weight_decay, args.warmup_steps, args.max_steps) == (
             7e-4,
@@ -90,7 +91,7 @@ def test_recipes_run_on_other_text(recipe, files, tmp_path):
         "shuffle_buffer": 30, "eval_steps": 3, "disable_tqdm": "true", "output_dir": tmp_path / "run",
     }  # fmt: skip
     words = [str(word) for name, value in command.items() for word in (f"--{name}", value)]
-    model_args, data_args, args = training.parse_arguments(words)
+    model_args, data_args, args = parse_arguments(words)
     assert data_args.dataset_name is data_args.dataset_config_name is data_args.validation_split is None
     result = training.run_training(kind_of(recipe), model_args, data_args, args)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 4)
@@ -101,7 +102,7 @@ def test_recipes_run_on_other_text(recipe, files, tmp_path):
 def test_preset_is_the_form_of_a_new_model(tmp_path, capsys):
     def fields(*command):
         words = ["--train_file", "x.txt", "--output_dir", str(tmp_path), *command]
-        return config_fields(training.parse_arguments(words)[0])
+        return config_fields(parse_arguments(words)[0])
 
     plus = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
     assert fields() == fields("--preset", "flash") == {}
@@ -127,7 +128,7 @@ def test_what_the_command_line_says_takes_the_place_of_its_alternatives(tmp_path
     (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
 
     def parse(*command):
-        return training.parse_arguments(["--config", str(tmp_path / "recipe.json"), *command])
+        return parse_arguments(["--config", str(tmp_path / "recipe.json"), *command])
 
     model_args, data_args, args = parse()
     assert (data_args.dataset_name, data_args.validation_split, args.max_steps) == ("a/b", "validation", 7)
@@ -188,7 +189,7 @@ def test_the_sequence_warmup_feeds_the_same_tokens_in_shorter_rows(kind, files, 
             f"--max_steps 6 --eval_strategy no --eval_on_start false --save_strategy no --disable_tqdm true "
             f"--sequence_warmup_steps {steps} --sequence_warmup_start 16 --output_dir {tmp_path / str(steps)}"
         )
-        model_args, data_args, args = training.parse_arguments(command.split())
+        model_args, data_args, args = parse_arguments(command.split())
         train, validation = load_text(data_args)
         tokenizer = train_tokenizer(train, 400)
         model = load_model(kind, model_args, tokenizer, None)
@@ -266,7 +267,7 @@ def train(files: Path, folder: Path, *more: str):
         f"--max_steps 4 --logging_steps 2 --eval_strategy no --eval_on_start false --save_strategy no "
         f"--output_dir {folder}"
     )
-    return training.run_training("causal", *training.parse_arguments([*command.split(), *more]))
+    return training.run_training("causal", *parse_arguments([*command.split(), *more]))
 
 
 def test_the_log_and_the_bar_show_speed(files, tmp_path, capsys):

@@ -16,6 +16,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from flash_hf import training
+from flash_hf.commands.train import parse_arguments
 from flash_hf.training.checkpoints import find_checkpoint
 from flash_hf.training.documents import load_documents
 from flash_hf.training.packing import pack_documents
@@ -217,7 +218,7 @@ def history(folder: Path, key: str = "loss") -> dict[int, float]:
 
 
 def run(kind: str, *command: str) -> dict:
-    return training.run_training(kind, *training.parse_arguments(list(command)))
+    return training.run_training(kind, *parse_arguments(list(command)))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, GenerationConfig
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
+from flash_hf.commands.train import parse_arguments
 from flash_hf.loss_flash import IGNORE
 from flash_hf.training.arguments import config_fields
 from flash_hf.training.checkpoints import check_output_dir, find_checkpoint
@@ -61,7 +62,7 @@ def arguments(files: Path, output_dir: Path, *more: str, **changes):
         **changes,
     }
     command = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
-    return training.parse_arguments([*command, *more])
+    return parse_arguments([*command, *more])
 
 
 def history(folder: Path, key: str = "loss") -> dict[int, float]:
@@ -250,7 +251,7 @@ def test_a_causal_checkpoints_tokenizer_pads_on_the_left(kind, trained, files, t
 @pytest.mark.slow
 def test_trainer_really_learns(tmp_path):
     """On the repo's book, 60 steps take at least 1.8 nats a token off the validation loss (measured: 2.27)."""
-    parsed = training.parse_arguments(
+    parsed = parse_arguments(
         f"--train_file {BOOK} --validation_fraction 0.1 --tokenizer_vocab_size 1024 --block_size 128 --max_steps 60 "
         "--config_overrides hidden_size=128,num_hidden_layers=2,query_key_dim=64,chunk_size=64 --learning_rate 8e-3 "
         f"--warmup_steps 6 --save_strategy no --disable_tqdm true --output_dir {tmp_path / 'run'}".split()
@@ -527,13 +528,13 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         run(config_overrides="query_key_dim=15")
     with pytest.raises(ValueError, match="must read name=value,name=value, got 'chunk_size'"):
         run(config_overrides="chunk_size")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="there is no file"):
         run(config=tmp_path / "none.json")
     (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold a mapping of options, got list"):
         run(config=tmp_path / "list.yaml")
     (tmp_path / "misspelt.yaml").write_text("learning_rat: 1.0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="'learning_rat', which is no option. Did you mean 'learning_rate'"):
+    with pytest.raises(ValueError, match="'learning_rat', which is not an option. Did you mean 'learning_rate'"):
         run(config=tmp_path / "misspelt.yaml")
     (tmp_path / "flat.json").write_text('{"query_key_dim": 16}', encoding="utf-8")
     with pytest.raises(ValueError, match="It is a field of FlashConfig: put it under model_config"):
@@ -586,7 +587,7 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         ("--max_eval_documents 0", "max_eval_documents must be at least 1, got 0"),
         ("--validation_fraction 1", "validation_fraction must lie strictly between 0 and 1, got 1"),
         ("--tokenizer /no/where", "--tokenizer must be a folder or a name on the Hub; there is no folder /no/where"),
-        ("--tokenizer nowhere", "--tokenizer nowhere is no folder here, and not to be had from the Hub"),
+        ("--tokenizer nowhere", "--tokenizer nowhere is not a folder, and cannot be loaded from the Hub"),
     ],
 )
 def test_options_that_would_end_a_run_in_its_middle_are_refused(
@@ -661,9 +662,9 @@ def test_arguments_from_a_file(tmp_path, ending):
     """As the first argument, or named by --config; the command line goes over the file."""
     options = {"train_file": ["a.txt"], "output_dir": str(tmp_path), "block_size": 128, "learning_rate": 0.002}
     (tmp_path / f"run.{ending}").write_text(json.dumps(options), encoding="utf-8")  # JSON is YAML, too
-    _, data_args, args = training.parse_arguments([str(tmp_path / f"run.{ending}")])
+    _, data_args, args = parse_arguments([str(tmp_path / f"run.{ending}")])
     assert (data_args.block_size, data_args.train_file, args.learning_rate) == (128, ["a.txt"], 0.002)
     assert (args.adam_epsilon, args.weight_decay, args.data_seed) == (1e-6, 0.01, args.seed)
     command = ["--block_size", "64", "--config", str(tmp_path / f"run.{ending}"), "--train_file", "b.txt", "c.txt"]
-    _, data_args, args = training.parse_arguments(command)
+    _, data_args, args = parse_arguments(command)
     assert (data_args.block_size, data_args.train_file, args.learning_rate) == (64, ["b.txt", "c.txt"], 0.002)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models, tokenizers, data sets and files that a user names, with errors that name the option or file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def load_named(load: Callable, source: str | Path, /, *, option: str, **options) -> Any:
+    """`load(source, **options)`, with errors that name the option.
+
+    Args:
+        load: `from_pretrained` of a class, or `load_dataset`.
+        source: a folder, or a name on the Hub.
+        option: where `source` comes from, for instance `--model`.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no name on the Hub looks like this.
+        OSError: neither the Hub nor its cache has it.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return load(str(path), **options)
+    if path.is_file():
+        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; {source} is a file.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
+        raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; there is no folder {source}.")
+    try:
+        return load(str(source), **options)
+    except OSError as error:
+        reason = str(error).split("\n")[0]
+        raise OSError(f"{option} {source} is not a folder, and cannot be loaded from the Hub: {reason}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """The text in a UTF-8 file.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+        OSError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} (0x{error.object[error.start]:02x})"
+        raise ValueError(f"{path} must be UTF-8 text; {byte} is not: {error.reason}. Convert it first.") from error
+
+
+def read_json(path: str | Path, kind: type) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        kind: its type, dict or list.
+
+    Raises:
+        ValueError: the file is not JSON, or holds another type.
+        OSError: the file cannot be read.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must be JSON, but: {error}.") from error
+    if not isinstance(value, kind):
+        expected = {dict: "object", list: "list"}[kind]
+        raise ValueError(f"{path} must hold a JSON {expected}, got {type(value).__name__}.")
+    return value
