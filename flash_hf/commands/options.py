@@ -58,9 +58,8 @@ class OptionParser(argparse.ArgumentParser):
         if "config_overrides" in known and field in FlashConfig.__dataclass_fields__:
             return f"--{name} is a field of FlashConfig, not an option: use --config_overrides {field}=VALUE."
         near = difflib.get_close_matches(field, known, n=1)
-        return f"There is no option --{name}. " + (
-            f"Did you mean --{near[0]}?" if near else "--help lists the options."
-        )
+        cure = f"Did you mean --{near[0]}?" if near else "--help lists the options."
+        return f"There is no option --{name}. {cure}"
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")

@@ -98,5 +98,5 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     for minutes, warmup, words in ((0, 0.1, "max_minutes must be greater than 0"), (1, -1, "warmup_steps must")):
         with pytest.raises(ValueError, match=words):
             TimeBudget(minutes, warmup)
-    with pytest.raises(ValueError, match="max_minutes must be left out.*COSINE.*Give max_steps"):
+    with pytest.raises(ValueError, match="max_minutes needs one process.*COSINE.*Use max_steps"):
         training.FlashTrainingArguments(output_dir=tmp_path, max_minutes=1, lr_scheduler_type="cosine")

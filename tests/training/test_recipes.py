@@ -112,7 +112,7 @@ def test_preset_is_the_form_of_a_new_model(tmp_path, capsys):
     }  # fmt: skip
     recipe = ROOT / "scripts" / "recipes" / "pg19_plus.yaml"
     assert fields("--config", str(recipe), "--use_cpu", "true", "--model", "some/model") == {}
-    with pytest.raises(ValueError, match="--model some/model brings its own configuration"):
+    with pytest.raises(ValueError, match="--model some/model has its own configuration"):
         fields("--model", "some/model", "--preset", "plus")
     with pytest.raises(SystemExit):
         fields("--preset", "pluss")
@@ -157,9 +157,9 @@ def test_batches_that_cannot_be_made_are_refused():
     assert batch(per_device_batch_tokens=512) == (4, 5)
     assert batch(batch_tokens=8192) == (8, 4)
     assert batch(devices=4, batch_tokens=8192, per_device_batch_tokens=1024) == (8, 2)
-    with pytest.raises(ValueError, match="multiple of block_size=128, got 1000. Take 896"):
+    with pytest.raises(ValueError, match="multiple of block_size=128, got 1000. Try 896"):
         batch(per_device_batch_tokens=1000)
-    with pytest.raises(ValueError, match="multiple of block_size=128, got 64. Take 128"):
+    with pytest.raises(ValueError, match="multiple of block_size=128, got 64. Try 128"):
         batch(per_device_batch_tokens=64)
     for tokens in (1024, 5000):
         with pytest.raises(ValueError, match=rf"multiple of 2048 \(2 devices x 8 rows x 128 tokens\), got {tokens}"):

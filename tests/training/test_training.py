@@ -542,7 +542,7 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
     for wrong, message in (("{", "must be JSON"), ("[1]", "must be a mapping of fields, got list")):
         with pytest.raises(ValueError, match=f"--model_config {message}"):
             run(model_config=wrong)
-    with pytest.raises(ValueError, match="brings its own configuration"):
+    with pytest.raises(ValueError, match="has its own configuration"):
         run(model="somewhere")
     with pytest.raises(ValueError, match="dataloader_num_workers must be 0 with --streaming, got 2"):
         run("--streaming", dataloader_num_workers=2)
@@ -585,7 +585,7 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         ("--block_size 1", "block_size must be at least 2"),
         ("--num_proc 0", "num_proc must be at least 1, got 0"),
         ("--max_eval_documents 0", "max_eval_documents must be at least 1, got 0"),
-        ("--validation_fraction 1", "validation_fraction must lie strictly between 0 and 1, got 1"),
+        ("--validation_fraction 1", "validation_fraction must be above 0 and below 1, got 1"),
         ("--tokenizer /no/where", "--tokenizer must be a folder or a name on the Hub; there is no folder /no/where"),
         ("--tokenizer nowhere", "--tokenizer nowhere is not a folder, and cannot be loaded from the Hub"),
     ],
