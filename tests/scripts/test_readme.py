@@ -55,6 +55,17 @@ def test_links_of_the_readme_stand_in_one_list():
     assert {first or second for first, second in used} == defined
 
 
+def test_the_command_for_a_release_makes_links_absolute(tmp_path):
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    command = re.search(r"^sed -i (.*) README.md$", contributing, re.M)[1]
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    subprocess.run(f"URL=https://example.org/x; sed -i {command} README.md", shell=True, cwd=tmp_path, check=True)
+    links = (tmp_path / "README.md").read_text(encoding="utf-8").split("[paper]: ")[1].splitlines()
+    assert len(links) >= 9 and all(" https://" in f" {link.split(']: ')[-1]}" for link in links)
+    assert "[picture]: https://example.org/x/raw/main/scripts/results/benchmark/train_causal.png" in links
+    assert "[scripts]: https://example.org/x/blob/main/scripts/README.md" in links
+
+
 @pytest.mark.slow
 def test_python_examples_run_in_order(tmp_path):
     examples = blocks("python")
