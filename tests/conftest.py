@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds, threads, and memory that shows when it is read before it is written."""
 
-import dataclasses
-import functools
 import os
 
 import pytest
@@ -25,61 +23,6 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Under this mode torch.empty returns NaN, so that a result with an unwritten element cannot pass.
 torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def hasten_interpreter():
-    """What most of the time of triton's interpreter goes into is needed once, or not at all for sizes as in tests: it
-    puts its own functions into triton's language anew for every call of one jitted function by another, checks every
-    sum of integers for an overflow, looks for a shape that two equal ones broadcast to, makes a table of types
-    whenever it needs one of them, and wraps the shape of every value."""
-    try:
-        import triton.language as tl
-        from triton.language.semantic import TritonSemantic
-        from triton.runtime import interpreter
-    except ImportError:
-        return
-    builder = interpreter.interpreter_builder
-    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    call, broadcast = interpreter.InterpretedFunction.__call__, TritonSemantic.broadcast_impl_value
-    block_type, tensor = tl.block_type.__init__, tl.tensor.__init__
-    numpy_type, types, shapes = functools.cache(interpreter._get_np_dtype), {}, {}
-
-    def call_patched(self, *args, **kwargs):
-        names = self.fn.__globals__
-        if any(tl.core.is_builtin(language.arange) for language in (names.get("tl"), names.get("core")) if language):
-            return call(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    def broadcast_patched(self, lhs, rhs):
-        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
-
-    def numpy_type_patched(dtype):
-        dtype = dtype.scalar
-        return numpy_type(tl.uint64 if dtype.is_ptr() else dtype)
-
-    def block_type_patched(self, element_ty, shape):
-        key = (element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in shape))
-        if key not in types:
-            block_type(self, element_ty, shape)
-            types[key] = self.shape, self.numel, self.name
-        self.element_ty, (self.shape, self.numel, self.name) = element_ty, types[key]
-
-    def tensor_patched(self, handle, type):
-        key = tuple(type.shape.values) if type.is_block() else ()
-        if key not in shapes:
-            tensor(self, handle, type)
-            shapes[key] = self.shape, self.numel
-        self.handle, self.type, self.dtype, (self.shape, self.numel) = handle, type, type.scalar, shapes[key]
-
-    interpreter.InterpretedFunction.__call__ = call_patched
-    interpreter._get_np_dtype = numpy_type_patched
-    TritonSemantic.broadcast_impl_value = broadcast_patched
-    tl.block_type.__init__ = block_type_patched
-    tl.tensor.__init__ = tensor_patched
-
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    hasten_interpreter()
 
 
 @pytest.fixture(autouse=True)
