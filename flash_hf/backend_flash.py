@@ -109,13 +109,21 @@ def is_plain_linear(module: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------------------------------
 # Once per forward
 # ------------------------------------------------------------------------------------------------------------------
-def with_plan(places: Places, kernels: ModuleType, config, batch: int, *, causal: bool, cache) -> Places:
-    """`places` with what the kernels need, if they can compute this call.
+def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dropout: bool, cache) -> list[Places]:
+    """`places` with what the kernels need, where they can compute this call.
 
     Args:
-        batch: sequences of this call.
+        x_BND: the embedded tokens.
+        dropout: whether attention dropout is active.
         cache: the first layer's cache, or None.
     """
+    kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
+    if kernels is None:
+        return places
+    return [_with_plan(each, kernels, config, len(x_BND), causal, cache) for each in places]
+
+
+def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
     layout = places.layout
     # Rolling back needs keys by token.
     if isinstance(layout, QuadraticLayout) or (cache is not None and cache.record_past):
@@ -165,9 +173,9 @@ def fuses_attention(unit: nn.Module, places: Places) -> bool:
 
 def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
     """`u * attention(z, v)`, `[B, N, E]`: the projections as modules, whatever they are, then one kernel."""
-    kernels, config = load_kernels()[0], unit.config
+    kernels = load_kernels()[0]
     u_BNE, v_BNE, z_BNS = unit.u_proj(x_BND), unit.v_proj(x_BND), unit.z_proj(x_BND)
-    silu = config.hidden_act in SILU
+    silu = unit.kernel_activation
     if not silu:
         u_BNE, v_BNE, z_BNS = unit.act_fn(u_BNE), unit.act_fn(v_BNE), unit.act_fn(z_BNS)
     options = {"bias_R": unit.bias(places), "silu": silu}
@@ -197,7 +205,7 @@ def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
         places.plan is not None
         and not places.plan.cached  # cached slots come between the projections
         and has_kernel(layer.norm)
-        and unit.config.hidden_act in SILU
+        and unit.kernel_activation
         and not (layer.hidden_dropout and layer.training)
         and compute_dtype(x_BND) in (torch.bfloat16, torch.float32)
         and is_bare(unit)
@@ -227,5 +235,5 @@ __all__ = [
     "kernels_for",
     "load_kernels",
     "normalise",
-    "with_plan",
+    "with_plans",
 ]

@@ -14,13 +14,17 @@
 # limitations under the License.
 """FLASH for transformers: the gated attention unit, the model, and its language-model heads.
 
-Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
+Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing. Equations are
+numbered as in the project's README ("The layer").
+
+`CODEPATH:` comments name the checkpoints that need a branch on the configuration; transformers' linter asks for them.
 """
 
 import contextlib
 import copy
 import math
 import os
+from itertools import islice
 from typing import Any
 
 import torch
@@ -60,16 +64,15 @@ from .attention_flash import (
     wide,
 )
 from .backend_flash import (
-    compute_dtype,
+    SILU,
     continuation,
     fused_attention,
     fused_layer,
     fuses_attention,
     fuses_layer,
-    kernels_for,
     load_kernels,
     normalise,
-    with_plan,
+    with_plans,
 )
 from .cache_flash import CACHE_NAME, OTHER_CACHE_NAME, check_cache, resolve_cache, takes_both_cache_names
 from .chunking_flash import (
@@ -113,7 +116,7 @@ class FlashScaleNorm(nn.Module):
 
 
 class FlashRMSNorm(FlashScaleNorm):
-    """The same with one gain a channel."""
+    """The same with one gain per channel."""
 
     def __init__(self, config: FlashConfig, eps: float | None = None):
         super().__init__(config, eps)
@@ -121,7 +124,7 @@ class FlashRMSNorm(FlashScaleNorm):
 
 
 class FlashLayerNorm(nn.LayerNorm):
-    """torch's, for checkpoints and ablations with it."""
+    """torch's LayerNorm, for checkpoints and ablations that use it."""
 
     def __init__(self, config: FlashConfig, eps: float | None = None):
         super().__init__(config.hidden_size, eps=config.norm_eps if eps is None else eps)
@@ -146,7 +149,7 @@ NORMS = {
 
 
 class FlashScaledSinusoid(nn.Module):
-    """Sinusoidal positions times one learnt scalar; any length, since nothing is tabulated."""
+    """Sinusoidal positions times one learnt scalar (eq. 0), for any length."""
 
     def __init__(self, config: FlashConfig):
         super().__init__()
@@ -173,7 +176,7 @@ class FlashRotaryEmbedding(nn.Module):
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Moves as every module does, but stays in float32: angles of long contexts need more than 8 bits."""
+        """Moves like any module, but stays in float32: angles of long contexts need more than 8 bits."""
         kept = [buffer.float() for buffer in (self.inv_freq, self.original_inv_freq)]
         super()._apply(fn, recurse)
         for name, exact in zip(("inv_freq", "original_inv_freq"), kept, strict=True):
@@ -184,7 +187,7 @@ class FlashRotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: FlashConfig, device=None, **kwargs) -> tuple[Tensor, float]:
-        # In Python's numbers: exact, and some devices have no float64.
+        # In Python's floats: exact, and some devices have no float64.
         theta, width = config.rope_parameters["rope_theta"], config.rotary_dim
         inv_freq = [1.0 / theta ** (index / width) for index in range(0, width, 2)]
         return torch.tensor(inv_freq, device=device, dtype=torch.float32), 1.0
@@ -199,12 +202,12 @@ class FlashRotaryEmbedding(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Relative biases: each gives the vector of offsets -(length-1) ... length-1
+# Relative biases: each returns a vector over the offsets -(length - 1) ... length - 1
 # ------------------------------------------------------------------------------------------------------------------
 class FlashToeplitzBias(nn.Module):
-    """One weight for each offset of a span: `b[i, j] = w[j - i + span - 1]`."""
+    """One weight per offset of a span: `b[i, j] = w[j - i + span - 1]`."""
 
-    # What attention_init="recent" adds at the distances 0, 1, 2, 3: relu2 makes of them weights of 1, 1/2, 1/4, 1/8.
+    # Added by attention_init="recent" at the distances 0, 1, 2, 3. relu2 turns them into weights of 1, 1/2, 1/4, 1/8.
     RECENT = (1.0, 0.7, 0.5, 0.35)
 
     def __init__(self, config: FlashConfig, causal: bool):
@@ -220,11 +223,13 @@ class FlashToeplitzBias(nn.Module):
         return self.weight + raised[distance]
 
     def forward(self, length: int, rotary=None) -> Tensor:
+        if length == self.span:  # no view, which every decoding step would make again
+            return self.weight
         return self.weight[self.span - length : self.span + length - 1]
 
 
 class FlashRotaryBias(nn.Module):
-    """`b[i, j] = <RoPE_i(a), RoPE_j(b)>`, for any span; rows of `weight` are a and b."""
+    """`b[i, j] = <RoPE_i(a), RoPE_j(b)>`, for any span; the rows of `weight` are a and b."""
 
     def __init__(self, config: FlashConfig, causal: bool):
         super().__init__()
@@ -233,7 +238,7 @@ class FlashRotaryBias(nn.Module):
 
     def forward(self, length: int, rotary) -> Tensor:
         a, b = self.weight.unbind(0)
-        # A rotation by the offset alone: RoPE_i(a) . RoPE_j(b) = a . RoPE_{j-i}(b).
+        # Only the offset matters: RoPE_i(a) . RoPE_j(b) = a . RoPE_{j-i}(b).
         turned = rotate(b.expand(rotary[0].shape[0], -1), *rotary, interleaved=self.interleaved)
         return (turned * a).sum(-1)
 
@@ -269,26 +274,26 @@ BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT
 # The layer
 # ------------------------------------------------------------------------------------------------------------------
 class FlashOffsetScale(nn.Module):
-    """`gamma_h * z + beta_h` for each head; rows in the order quad_q, quad_k, lin_q, lin_k (those the layer has)."""
+    """Queries and keys `RoPE(gamma_h * z + beta_h)` (eq. 3); rows h are quad_q, quad_k, lin_q, lin_k, without those of
+    an absent branch."""
 
-    def __init__(self, heads: int, config: FlashConfig):
+    def __init__(self, config: FlashConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, config.query_key_dim))
-        self.bias = nn.Parameter(torch.zeros(heads, config.query_key_dim))
+        rows = 2 * (config.has_quad + config.has_lin)
+        self.weight = nn.Parameter(torch.empty(rows, config.query_key_dim))
+        self.bias = nn.Parameter(torch.zeros(rows, config.query_key_dim))
         self.interleaved = config.rope_interleaved
-        # CODEPATH: the paper's global heads are rotated, those of global_form="previous_token" are not.
-        self.turned = heads - 2 if config.previous_key else heads
+        # CODEPATH: the paper's global queries and keys are rotated, those of global_form="previous_token" are not.
+        self.rotated = rows - 2 if config.previous_key else rows
 
-    def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, ...]:
-        """The rotated heads, each `[..., S]`."""
-        kept = self.turned
-        heads = ()
-        if kept:
-            gamma, beta = self.weight[:kept], self.bias[:kept]
-            heads = offset_scale(z, gamma, beta, rotary, interleaved=self.interleaved).unbind(-2)
-        if kept < len(self.weight):
-            heads = (*heads, *offset_scale(z, self.weight[kept:], self.bias[kept:], None).unbind(-2))
-        return heads
+    def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """One tensor per row, each `[..., S]` like z."""
+        made: list[Tensor] = []
+        for begin, end, angles in ((0, self.rotated, rotary), (self.rotated, len(self.weight), None)):
+            if begin < end:
+                gamma, beta = self.weight[begin:end], self.bias[begin:end]
+                made += offset_scale(z, gamma, beta, angles, interleaved=self.interleaved).unbind(-2)
+        return made
 
 
 class FlashGatedAttentionUnit(nn.Module):
@@ -302,9 +307,13 @@ class FlashGatedAttentionUnit(nn.Module):
         self.v_proj = nn.Linear(D, E)
         self.z_proj = nn.Linear(D, S)
         self.o_proj = nn.Linear(E, D)
-        self.has_quad, self.has_lin = config.has_quad, config.has_lin
-        self.offset_scale = FlashOffsetScale(2 * (self.has_quad + self.has_lin), config)
+        self.offset_scale = FlashOffsetScale(config)
         self.act_fn = ACT2FN[config.hidden_act]
+        # Attributes of a configuration are slow to look up, and each decoding step reads these in each layer.
+        self.has_quad, self.has_lin, self.previous_key = config.has_quad, config.has_lin, config.previous_key
+        self.activation, self.divisor = config.attention_activation, config.attention_divisor
+        self.normalization, self.interleaved = config.global_normalization, config.rope_interleaved
+        self.kernel_activation = config.hidden_act in SILU
         bias = BIASES[config.relative_bias] if self.has_quad else None
         self.relative_bias = None if bias is None else bias(config, causal)
 
@@ -333,15 +342,11 @@ class FlashGatedAttentionUnit(nn.Module):
         return self.o_proj(u_BNE * attended_BNE)
 
     def attend(self, z_BNS: Tensor, v_BNE: Tensor, places: Places, cache: CacheLayerMixin | None) -> Tensor:
-        """Attention of queries and keys made from z to values v, `[B, N, E]`: over chunks, for one new token, or over
-        whole documents."""
-        config, layout = self.config, places.layout
-        options = {
-            "activation": config.attention_activation,
-            "divisor": config.attention_divisor,
-            "bias_R": self.bias(places),
-        }
-        dropout = config.attention_dropout if self.training else 0.0
+        """Attention over values v with queries and keys made from z, `[B, N, E]`: within whole documents, for one new
+        token, or within and across chunks."""
+        layout = places.layout
+        options = {"activation": self.activation, "divisor": self.divisor, "bias_R": self.bias(places)}
+        dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(layout, QuadraticLayout):
             q_BNS, key, *_ = self.query_keys(z_BNS, places.rotary)
             value = v_BNE
@@ -349,13 +354,13 @@ class FlashGatedAttentionUnit(nn.Module):
                 key, value = cache.extend(key, value, layout)
             return quadratic_attention(q_BNS, key, value, layout, causal=self.is_causal, dropout=dropout, **options)
 
-        options |= {"normalization": config.global_normalization, "previous_key": config.previous_key}
+        options |= {"normalization": self.normalization, "previous_key": self.previous_key}
         if isinstance(layout, StepLayout):
             qk = self.query_keys(z_BNS, places.rotary)
             return mixed_chunk_step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
 
         qk, v_BGCE = self.query_keys(layout.split(z_BNS), places.rotary), layout.split(v_BNE)
-        options |= {"causal": self.is_causal, "chunk_size": config.chunk_size, "dropout": dropout}
+        options |= {"causal": self.is_causal, "chunk_size": self.config.chunk_size, "dropout": dropout}
         out_BGCE, state = mixed_chunk_attention(qk, v_BGCE, layout, **continuation(places, cache), **options)
         if cache is not None:
             cache.update(state, places, qk, v_BNE)
@@ -383,23 +388,9 @@ class FlashLayer(GradientCheckpointingLayer):
         if fuses_layer(self, hidden_states, places):
             return fused_layer(self, hidden_states, places, own)
         out = self.gau(normalise(self.norm, hidden_states, places), places, cache=own)
-        return hidden_states + F.dropout(out, self.hidden_dropout, self.training)
-
-
-@contextlib.contextmanager
-def without_conversion():
-    """Where only safetensors will do and a repository has none, transformers sends its name, and the token, to a
-    service on the web that converts pickles. Nobody asked for that; the variable is the library's only switch."""
-    name = "DISABLE_SAFETENSORS_CONVERSION"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        if self.training:
+            out = F.dropout(out, self.hidden_dropout)
+        return hidden_states + out
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -415,6 +406,22 @@ NAMES_BY_TASK = {
     "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "ForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 }
+
+
+@contextlib.contextmanager
+def no_conversion_service():
+    """Where a repository has no safetensors, transformers sends its name and the user's token to a web service that
+    converts pickles. This variable is the only way to switch that off."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @auto_docstring
@@ -464,7 +471,7 @@ class FlashPreTrainedModel(PreTrainedModel):
                     "trust can be read with torch.load(..., weights_only=True) and passed as state_dict."
                 )
         kwargs["use_safetensors"] = True
-        with without_conversion():
+        with no_conversion_service():
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.turned:
@@ -586,7 +593,7 @@ class FlashModel(FlashPreTrainedModel):
         # gradients and nothing is recomputed, as in generate() in training mode.
         name = CACHE_NAME if torch.is_grad_enabled() else OTHER_CACHE_NAME
         # generate(assistant_early_exit=...) lowers num_hidden_layers while it drafts.
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        for index, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             hidden_states = layer(hidden_states, places[index % len(places)], **{name: cache})
         hidden_states = normalise(self.norm, hidden_states, places[0])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
@@ -614,11 +621,9 @@ class FlashModel(FlashPreTrainedModel):
         return [chunk_layout(documents, batch, config.chunk_size, causal=causal, shift=shift) for shift in shifts]
 
     def places(self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None) -> list[Places]:
-        """What layers need to know in turn of where the tokens are; arguments as of `layouts`."""
+        """The places that layers take in turn; arguments as of `layouts`."""
         config = self.config
-        dropout = bool(config.attention_dropout) and self.training
-        kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
-        all_places: list[Places] = []
+        places: list[Places] = []
         for layout in self.layouts(x_BND.shape[0], documents, cache):
             if isinstance(layout, ChunkLayout):
                 position, bias_length = layout.position_BGC, layout.position_BGC.shape[2]
@@ -627,8 +632,8 @@ class FlashModel(FlashPreTrainedModel):
             else:
                 position, bias_length = layout.position_BN, self.quadratic_span(layout)
             rotary = bias_rotary = None
-            if isinstance(layout, StepLayout) and all_places:  # a token's position is that in every grid
-                rotary, bias_rotary = all_places[0].rotary, all_places[0].bias_rotary
+            if isinstance(layout, StepLayout) and places:  # one token has the same position in every grid
+                rotary, bias_rotary = places[0].rotary, places[0].bias_rotary
             else:
                 # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
                 if config.use_rope:
@@ -637,11 +642,9 @@ class FlashModel(FlashPreTrainedModel):
                 if config.relative_bias == "rotary":
                     offsets = torch.arange(1 - bias_length, bias_length, device=position.device)
                     bias_rotary = self.rotary_emb(x_BND, offsets)
-            places = Places(layout, documents, rotary, bias_rotary, bias_length)
-            if kernels is not None:
-                places = with_plan(places, kernels, config, x_BND.shape[0], causal=self.is_causal, cache=cache)
-            all_places.append(places)
-        return all_places
+            places.append(Places(layout, documents, rotary, bias_rotary, bias_length))
+        dropout = bool(config.attention_dropout) and self.training
+        return with_plans(places, config, x_BND, causal=self.is_causal, dropout=dropout, cache=cache)
 
     def quadratic_span(self, layout: QuadraticLayout) -> int:
         """Distances that the bias of FLASH-Quad covers."""

@@ -250,11 +250,12 @@ def attention_step(
 
     Arguments as of `gated_attention`. Not `gated_step`, whose checks hold for all layers of a model at once.
     """
-    config, layout = unit.config, places.layout
-    u_B1E, v_B1E, z_B1S = (x if x.stride(-1) == 1 else x.contiguous() for x in (u_B1E, v_B1E, z_B1S))
+    # Every layer of every token passes here: no lookup that costs.
+    layout, scale = places.layout, unit.offset_scale
+    if not u_B1E.stride(-1) == v_B1E.stride(-1) == z_B1S.stride(-1) == 1:
+        u_B1E, v_B1E, z_B1S = u_B1E.contiguous(), v_B1E.contiguous(), z_B1S.contiguous()
     cos, sin = (None, None) if places.rotary is None else places.rotary
     return torch.ops.flash_hf.gated_step.default(
-        u_B1E, v_B1E, z_B1S, unit.offset_scale.weight, unit.offset_scale.bias, cos, sin, layout.position_BN,
-        layout.valid_BN, *state, bias_R, config.attention_divisor, config.global_normalization == "mean",
-        config.rope_interleaved, silu, layout.shift, config.previous_key,
+        u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, *state, bias_R,
+        unit.divisor, unit.normalization == "mean", unit.interleaved, silu, layout.shift, unit.previous_key,
     )  # fmt: skip

@@ -387,6 +387,26 @@ def test_a_call_goes_on_inside_of_a_chunk(attention_type, form, monkeypatch):
             assert_close(ours.total, theirs.total, 1e-5)
 
 
+def test_a_state_that_kernels_cannot_take_is_left_to_torch():
+    """A layer does not check what check_cache and the plan have checked once: neither strides nor types."""
+    model = make_model(FlashForCausalLM, config_of(), dtype=torch.float32).to(DEVICE)
+    ids = random_ids(model.config, 2, 20).to(DEVICE)
+
+    def double(x):
+        return x.double() if x.is_floating_point() else x
+
+    def strided(x):
+        return x.unsqueeze(-1).repeat_interleave(2, -1)[..., 0]
+
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1:]
+        for change in (double, strided):
+            cache = model(ids[:, :-1], use_cache=True).past_key_values
+            for layer in cache.layers:
+                layer._map(change)
+            assert_close(model(ids[:, -1:], past_key_values=cache).logits, expected, 1e-5, change.__name__)
+
+
 def test_gradients_through_a_call_inside_of_a_chunk_are_the_torch_tiers():
     model = make_model(FlashModel, config_of(is_decoder=True), dtype=torch.float32).to(DEVICE)
     x = torch.randn(2, 45, 32, device=DEVICE)

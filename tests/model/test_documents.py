@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The document rule: a document's result is the same alone, padded on any side, packed, or in a ragged batch."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from flash_hf import FlashForCausalLM, FlashForMaskedLM
+from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashModel
 from flash_hf.chunking_flash import chunk_layout, resolve_documents
 from helpers import assert_close, make_model, random_ids, tiny_config
 
@@ -203,6 +205,28 @@ def test_shifted_layout_of_a_packed_padded_row_by_hand():
     assert layout.last_BG.tolist() == [[1, 1, 3, 3, 4]]
     assert layout.count_BG.tolist() == [[3, 3, 2, 2, 1]]
     assert layout.before_BG.tolist() == [[0, 1, 0, 1, 0]]
+
+
+def tensors_of(value):
+    """Every tensor within dataclasses, tuples and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [x for part in value for x in tensors_of(part)] if isinstance(value, (list, tuple)) else []
+
+
+@pytest.mark.parametrize("changes", [{"relative_bias": "rotary"}, {"attention_type": "quadratic"}, {"chunk_shift": 3}])
+def test_places_move_to_another_device_as_one(changes):
+    """accelerate moves what a layer is called with by `.to`: whatever stayed behind would be on the wrong device."""
+    model = make_model(FlashModel, tiny_config(**changes))
+    documents = resolve_documents(2, 9, torch.device("cpu"), attention_mask=torch.tensor([[0] * 3 + [1] * 6, [1] * 9]))
+    places = model.places(torch.zeros(2, 9, model.config.hidden_size), documents, None)
+    for before in places:
+        after = before.to("meta", non_blocking=True)
+        assert type(after) is type(before) and after.bias_length == before.bias_length
+        moved = tensors_of(after)
+        assert len(moved) == len(tensors_of(before)) > 5 and {x.device.type for x in moved} == {"meta"}
 
 
 def test_positions_alone_do_not_make_a_packed_layout():
