@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents from text files, data sets on the Hub, and streams: read, checked, held out for validation."""
+"""Loading documents from files, from data sets on the Hub and as streams, and holding some out for validation."""
 
 from __future__ import annotations
 
@@ -44,29 +44,19 @@ FILE_TYPES = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", 
 
 DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
-READING_VERSION = 1  # the same for `_read_texts`
-
+READING_VERSION = 1  # raise it when `_read_texts` changes: `datasets` would reuse documents from its cache
 TEXT_ADVICE = "Choose one with --text_column."
-
 TEXT = Features({"text": Value("string")})
-
 TOKENIZED = Features(
-    {
-        "input_ids": Sequence(Value("int32")),
-        "n_bytes": Value("int64"),
-        "n_words": Value("int64"),
-        "n_unknown": Value("int64"),
-    }
+    {"input_ids": Sequence(Value("int32")), **dict.fromkeys(("n_bytes", "n_words", "n_unknown"), Value("int64"))}
 )
 
 
 def check_text_file(path: Path) -> None:
-    """Read a text file (or a compressed one) through once, so that bad bytes are reported now and not in epoch two.
-
-    `datasets` itself lets some of them pass: its JSON reader replaces bytes that are not UTF-8 without a word.
+    """Check a text file, compressed or not, by reading it once. `datasets` silently replaces bad bytes in JSON.
 
     Raises:
-        ValueError: the file is empty, blank, not UTF-8 (with the offset of the first wrong byte), or cut off.
+        ValueError: the file is empty, blank, not UTF-8 (with the offset of the first wrong byte), or truncated.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     done, blank, encoding = 0, True, "latin1"
@@ -75,7 +65,7 @@ def check_text_file(path: Path) -> None:
             while True:
                 chunk = file.read(1 << 20)
                 pending = len(decoder.getstate()[0])  # bytes of a character that the last chunk cut in two
-                # What Windows calls "Unicode" begins with this mark.
+                # Windows' "Unicode" files begin with this mark.
                 if not done and chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                     encoding = "utf-16"
                 blank = not decoder.decode(chunk, final=not chunk).strip() and blank
@@ -89,19 +79,19 @@ def check_text_file(path: Path) -> None:
             f"Convert it first, for instance: iconv -f {encoding} -t utf-8 {path.name} > utf8_{path.name}"
         ) from None
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is not a whole {path.suffix} file ({error}). Copy or download it again.") from None
+        raise ValueError(f"{path} is not a complete {path.suffix} file ({error}). Download it again.") from None
     if blank:
-        raise ValueError(f"{path} must hold text, but it is {'blank' if done else 'empty (0 bytes)'}.")
+        raise ValueError(f"{path} must hold text, but is {'blank' if done else 'empty (0 bytes)'}.")
 
 
 def suffix_of(path: Path | str) -> str:
-    """The suffix of a file, or of what is compressed in it: `.jsonl` of "a.jsonl.gz"."""
+    """The suffix of a file without compression: `.jsonl` for "a.jsonl.gz"."""
     path = PurePosixPath(path)
     return path.with_suffix("").suffix if path.suffix in DECOMPRESSORS else path.suffix
 
 
 def open_text(path: Path | str, newline: str | None = None) -> IO[str]:
-    """Open a UTF-8 file or URL, compressed or not, without its byte-order mark."""
+    """Open a UTF-8 file or URL, compressed or not, and skip a byte-order mark."""
     options = {"encoding": "utf-8-sig", "newline": newline}
     file = xopen(path, "rb") if "://" in str(path) else open(path, "rb")
     suffix = PurePosixPath(path).suffix
@@ -111,22 +101,22 @@ def open_text(path: Path | str, newline: str | None = None) -> IO[str]:
 def read_rows(
     path: Path | str, columns: dict[str, str], *, names: list[str] | None = None, quotes: bool = True
 ) -> Iterator[tuple[str, dict]]:
-    """Read these columns of a .json, .jsonl, .csv or .tsv file, compressed or not.
+    """Read some columns of a .json, .jsonl, .csv or .tsv file, compressed or not.
 
-    The other columns may hold anything: change their type, begin late, or be different in another file. `datasets`
-    infers one schema for all columns from the first rows, and fails at a later row that is different.
+    Other columns may change their type, begin late, or differ between files. `datasets` infers one schema for all
+    columns from the first rows, and fails at a later row that differs.
 
     Args:
-        columns: their names, and what a message about a missing one advises ("Name it with --text_column.").
-        names: the columns of a table without a header.
+        columns: names, each with advice for the error if it is missing ("Choose one with --text_column.").
+        names: columns of a table without a header.
         quotes: whether quotation marks enclose the fields of a table.
 
     Yields:
-        The place of a row, for messages ("a.jsonl, line 3"), and its values. Those of a table are strings; a row of
-        JSON that lacks a column has None there.
+        The location of a row, for messages ("a.jsonl, line 3"), and its values: strings from a table; from JSON, None
+        for a missing column.
 
     Raises:
-        ValueError: the file or a row is malformed, or no row has one of the columns.
+        ValueError: the file or a row is malformed, or a column is missing everywhere.
     """
     suffix = suffix_of(path)
     missing, found = dict(columns), {}
@@ -139,20 +129,20 @@ def read_rows(
                 found |= dict.fromkeys(row)
                 missing = {name: advice for name, advice in missing.items() if name not in row}
             yield place, {name: row.get(name) for name in columns}
-    except UnicodeDecodeError as error:  # not of local files, which `check_text_file` has read
+    except UnicodeDecodeError as error:  # of a URL; local files have passed `check_text_file`
         raise ValueError(f"{path} must be UTF-8 text: {error}. Convert it first.") from None
     if found:
         refuse_missing(path, missing, found)
 
 
 def refuse_missing(path: Path | str, missing: dict[str, str], found: Collection[str]) -> None:
-    """Raise a ValueError that names the first missing column, those there are, and an advice."""
+    """Raise a ValueError for the first missing column, with its advice."""
     for name, advice in missing.items():
         raise ValueError(f"{path} must have a column {name!r}; it has {', '.join(found) or 'none'}. {advice}".rstrip())
 
 
 def _read_json(path: Path | str) -> Iterator[tuple[str, dict]]:
-    """Rows of JSON Lines, of an array of objects or strings, or of a single object over several lines."""
+    """Rows of JSON Lines, of an array of objects or strings, or of one object over several lines."""
     with open_text(path) as file:
         begin = [""]
         while begin[-1].strip() == "" and (line := file.readline()):
@@ -170,7 +160,7 @@ def _read_json(path: Path | str) -> Iterator[tuple[str, dict]]:
 
 
 def _parse(text: str, place: str | None = None):
-    """The value that a JSON text holds; if it holds none, a ValueError, or None where no place is given."""
+    """The value of a JSON text; for malformed text None, or a ValueError if `place` is given."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -205,11 +195,11 @@ def _read_table(
                 if not fields:
                     continue
                 row = dict(zip(names, fields, strict=False))
-                # With a field too many, or too few, a column may hold a part of another one.
+                # With too many or too few fields, a column may hold a part of another one.
                 if len(fields) > len(names) or not columns.keys() <= row.keys():
                     raise ValueError(
-                        f"{place} must have {len(names)} fields ({', '.join(names)}), it has {len(fields)}. Text that "
-                        f"holds {delimiter!r} must stand in quotation marks."
+                        f"{place} must have {len(names)} fields ({', '.join(names)}), it has {len(fields)}. Quote "
+                        f"text that contains {delimiter!r}."
                     )
                 yield place, {name: row[name] for name in columns}
         except csv.Error as error:
@@ -217,7 +207,7 @@ def _read_table(
 
 
 def _read_texts(files: list[tuple], text_column: str, version: int) -> Iterator[dict]:
-    """Documents of files that are each given with the time and size that tell `datasets` whether it has changed."""
+    """Documents of `files`: tuples of a path, and its time and size, by which `datasets` detects changes."""
     for file, *_ in files:
         for place, row in read_rows(file, {text_column: TEXT_ADVICE}):
             text = row[text_column]
@@ -226,7 +216,7 @@ def _read_texts(files: list[tuple], text_column: str, version: int) -> Iterator[
 
 
 def check_text(text, place: str) -> None:
-    """Raise a ValueError unless `text` is None or a string that UTF-8 can hold."""
+    """Raise a ValueError unless `text` is None or a string that UTF-8 can encode."""
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{place} must hold a string, got {type(text).__name__}: {str(text)[:80]!r}.")
     try:
@@ -234,7 +224,7 @@ def check_text(text, place: str) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"{place} must hold text; character {error.start} (U+{ord(text[error.start]):04X}) is half of a surrogate "
-            "pair. Write the whole character, or leave it out."
+            "pair. Write the whole character, or remove it."
         ) from None
 
 
@@ -249,27 +239,26 @@ def load_documents(
     streaming: bool = False,
     max_documents: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Load documents, one a row, in the single column `text`; or, as `scripts/tokenize_text.py` wrote them, tokenised.
+    """Load documents, one per row, in the single column `text`, or tokenized ones from `scripts/tokenize_text.py`.
 
-    Of JSON, CSV and Parquet the text column alone is read; see [`read_rows`].
+    Of JSON, CSV and Parquet files only the text column is read; see [`read_rows`].
 
     Args:
-        files: local files, all of one type: .txt, .md, .json, .jsonl, .csv or .parquet; all but the last also as
-            .gz, .xz or .bz2.
-        dataset_name: instead of files: a data set on the Hub, or a folder that `datasets.load_dataset` understands.
-        dataset_config_name: its configuration.
-        split: its split, for instance `"train"` or `"train[:5%]"`.
-        text_column: the column that holds the text.
+        files: local files of one type: .txt, .md, .json, .jsonl, .csv (also as .gz, .xz, .bz2) or .parquet.
+        dataset_name: instead of files, a data set on the Hub or a folder for `datasets.load_dataset`.
+        dataset_config_name: configuration of the data set.
+        split: split of the data set, for instance `"train"` or `"train[:5%]"`.
+        text_column: column that holds the text.
         sample_by: what a document is in .txt and .md files: the whole file, a paragraph (up to a blank line), a line.
-        streaming: read while training instead of first; the result is an `IterableDataset`.
-        max_documents: keep only the first ones.
+        streaming: return an `IterableDataset` that is read during training.
+        max_documents: keep the first ones only.
 
     Raises:
-        ValueError, FileNotFoundError: neither or both sources, a missing, empty or undecodable file, no such column,
-            a text that is no string (in a stream: when it is read).
+        ValueError, FileNotFoundError: neither or both sources, a missing, empty or undecodable file, a missing column,
+            a text that is not a string (in a stream: once it is read).
     """
     if (files is None) == (dataset_name is None):
-        raise ValueError(f"Documents come either from files or from dataset_name, got {files=} and {dataset_name=}.")
+        raise ValueError(f"Documents must come from either files or dataset_name, got {files=} and {dataset_name=}.")
     if dataset_name is not None:
         documents, text_column = load_named(
             _load_named, dataset_name, option="--dataset_name", config=dataset_config_name, split=split,
@@ -288,7 +277,7 @@ def load_documents(
         refuse_missing(source, {text_column: TEXT_ADVICE}, columns)
     feature = (documents.features or {}).get(text_column)
     if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"text_column={text_column!r} of {source} must hold strings, it holds {feature}.")
+        raise ValueError(f"text_column={text_column!r} of {source} must hold strings, got {feature}.")
     documents = documents.select_columns([text_column])
     if text_column != "text":
         documents = documents.rename_column(text_column, "text")
@@ -304,12 +293,12 @@ def _first(documents: Dataset | IterableDataset, max_documents: int | None) -> D
 def _load_files(
     paths: list[Path], sample_by: str, streaming: bool, text_column: str
 ) -> tuple[Dataset | IterableDataset, str]:
-    """Documents, and the name of the column that holds them."""
+    """Documents, and the name of their text column."""
     types = set()
     for path in paths:
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
-            raise FileNotFoundError(f"Data file {path} {what}. Give files, or a data set with --dataset_name.")
+            raise FileNotFoundError(f"Data file {path} {what}. Pass files, or a data set with --dataset_name.")
         suffix = suffix_of(path)
         if suffix not in FILE_TYPES:
             raise ValueError(
@@ -328,41 +317,41 @@ def _load_files(
     names = [str(path) for path in paths]
     try:
         return load_dataset(builder, data_files=names, split="train", streaming=streaming, **columns), text_column
-    except Exception as error:  # datasets hides the reason in the cause, behind "an error occurred"
+    except Exception as error:  # `datasets` leaves the reason in the cause
         raise ValueError(f"Cannot read {', '.join(names)} as {builder}: {error.__cause__ or error}") from error
 
 
 def _load_named(
     name: str, config: str | None, split: str, streaming: bool, text_column: str
 ) -> tuple[Dataset | IterableDataset, str]:
-    """Documents of a data set on the Hub or in a folder, and the name of the column that holds them."""
+    """Documents of a data set on the Hub or in a folder, and the name of their text column."""
     if not streaming and not Path(name).is_dir():
-        try:
-            # What `datasets` can read, it finds again in its cache without the network.
+        try:  # so that `datasets` finds it again in its cache without the network
             return load_dataset(name, config, split=split), text_column
         except DatasetGenerationError as error:
-            logger.info(f"Reading the text column of {name} alone, since: {error.__cause__ or error}")
+            logger.info(f"Reading only the text column of {name}, since: {error.__cause__ or error}")
     builder = load_dataset_builder(name, config)
     files = {
         str(key): [*map(str, value)] for key, value in (getattr(builder.config, "data_files", None) or {}).items()
     }
     kind, options = builder.name, {}
     if config is None and Path(name).is_dir():
-        # `datasets` takes the files of the most frequent type, and says nothing of the others.
+        # `datasets` reads the most frequent type and skips the other files silently.
         unread = sorted(
             str(path)
             for path in Path(name).rglob("*")
             if path.suffix != ".md" and FILE_TYPES.get(suffix_of(path), kind) != kind
         )
         if unread:
-            logger.warning(f"{name} is read as {kind}; not read: {', '.join(unread[:5])}{' ...' * (len(unread) > 5)}")
+            more = " ..." * (len(unread) > 5)
+            logger.warning(f"{name} is read as {kind}; not read: {', '.join(unread[:5])}{more}")
     if kind == "parquet" and files:
         options = {"columns": _parquet_columns(next(iter(files.values()))[:1], text_column)}
     parts = {part.split("[")[0].strip() for part in split.split("+")}
     if not _is_plain(builder, files) or "all" in parts or streaming and split not in parts:
         return load_dataset(name, config, split=split, streaming=streaming, **options), text_column
     if not parts <= files.keys():
-        raise ValueError(f"split={split!r} must be of splits that {name} has: {', '.join(files)}.")
+        raise ValueError(f"split={split!r} must be made of the splits of {name}: {', '.join(files)}.")
     for path in (path for part in parts for path in files[part] if "://" not in path):
         check_text_file(Path(path))
     read = {part: _read_files(files[part], text_column, streaming) for part in sorted(parts)}
@@ -374,8 +363,8 @@ def _load_named(
 
 
 def _is_plain(builder: DatasetBuilder, files: dict[str, list[str]]) -> bool:
-    """Whether these are JSON or CSV files as [`read_rows`] takes them: without another separator, or one field of an
-    object to read, or another compression, which `datasets` knows."""
+    """Whether these are JSON or CSV files for [`read_rows`], without the separators, fields of objects and
+    compressions that only `datasets` supports."""
     if builder.name not in ("json", "csv"):
         return False
     given = ("name", "version", "data_dir", "data_files", "description")
@@ -390,27 +379,27 @@ def _is_plain(builder: DatasetBuilder, files: dict[str, list[str]]) -> bool:
 def _read_files(files: list[str], text_column: str, streaming: bool) -> Dataset | IterableDataset:
     """The text column of .json, .jsonl and .csv files, or URLs, under the name `text`."""
     for file in files:
-        # For errors that a stream would meet late: read up to the first text.
+        # Read up to the first text, for errors that a stream would raise late.
         texts = (row[text_column] for _, row in read_rows(file, {text_column: TEXT_ADVICE}))
         if not any(text is not None for text in texts):
-            raise ValueError(f"{file} must hold text, but it has none in the column {text_column!r}.")
+            raise ValueError(f"{file} must hold text, but has none in the column {text_column!r}.")
         if "://" in file:
-            break  # of a thousand files on the Hub, one
-    # A URL of the Hub names the commit.
+            break  # one file is enough: there may be a thousand on the Hub
+    # URLs of the Hub contain the commit, so they need no time and size.
     states = [None if "://" in file else Path(file).stat() for file in files]
     stamps = [(file, state and (state.st_mtime_ns, state.st_size)) for file, state in zip(files, states, strict=True)]
     options = {"files": stamps, "text_column": text_column, "version": READING_VERSION}
     if streaming:
         return IterableDataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options)
     try:
-        # Few at once, since documents may be whole books.
+        # writer_batch_size is small because documents may be whole books.
         return Dataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options, writer_batch_size=32)
     except DatasetGenerationError as error:
         raise error.__cause__ or error from None
 
 
 def _parquet_columns(paths: list[Path | str], text_column: str) -> list[str]:
-    """The columns to read: the text alone, or those of tokenised documents."""
+    """The columns to read: the text, or those of tokenized documents."""
     for path in paths:
         with xopen(str(path), "rb") as file:
             schema = pq.read_schema(file)
@@ -419,31 +408,31 @@ def _parquet_columns(paths: list[Path | str], text_column: str) -> list[str]:
         refuse_missing(path, {} if text_column in schema.names else {text_column: TEXT_ADVICE}, schema.names)
         kind = schema.field(text_column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise ValueError(f"{path}, column {text_column!r} must hold strings, it holds {kind}.")
+            raise ValueError(f"{path}, column {text_column!r} must hold strings, got {kind}.")
     return [text_column]
 
 
 def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Hold out the end for validation: the last `fraction` of the documents, or of the text if there is only one.
+    """Hold out the last `fraction` of the documents for validation, or of the text if there is only one document.
 
-    By position and not at random, since neighbouring passages of a book give each other away.
+    The split is by position, not random: neighboring passages of a book have too much in common.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"The validation share must lie strictly between 0 and 1, got {fraction}.")
+        raise ValueError(f"The validation fraction must be above 0 and below 1, got {fraction}.")
     count = len(documents)
     if count == 1 and "text" not in documents.column_names:
-        raise ValueError("A single tokenised document cannot be split for validation. Give a --validation_file.")
+        raise ValueError("A single tokenized document cannot be split for validation. Pass a --validation_file.")
     if count > 1:
         border = count - min(count - 1, max(1, round(count * fraction)))
         return documents.select(range(border)), documents.select(range(border, count))
     text = documents[0]["text"]
     border = int(len(text) * (1 - fraction))
-    while border < len(text) and not text[border].isspace():  # not inside a word
+    while border < len(text) and not text[border].isspace():  # do not split a word
         border += 1
     parts = text[:border], text[border:]
     if not all(part.strip() for part in parts):
         raise ValueError(
             f"A single document of {len(text)} characters cannot be split with {fraction:.0%} for validation: one "
-            "part is empty. Give a --validation_file."
+            "part would be empty. Pass a --validation_file."
         )
     return tuple(Dataset.from_dict({"text": [part]}) for part in parts)

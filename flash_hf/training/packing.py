@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens in, blocks out: the packer, which drops nothing, and the collators of the two trainings."""
+"""Packing tokenized documents into blocks, and collating blocks into batches."""
 
 from __future__ import annotations
 
@@ -29,26 +29,24 @@ from .tokenizer import document_end, document_start
 
 Packing = Literal["concatenate", "documents"]
 
-PACKING_VERSION = 1  # raise it when `pack` changes: `datasets` would find the blocks of the old one in its cache
+PACKING_VERSION = 1  # raise it when `Packer` changes: `datasets` would reuse blocks from its cache
 
 
 class Packer:
-    """Cut documents into blocks of exactly `block_size` tokens, dropping none.
+    """Cut documents into blocks of exactly `block_size` tokens, without dropping any.
 
-    A document is written as start token, text, end token. With `"concatenate"`, an end token that equals the start
-    token stands once between two documents. With `"documents"`, `position_ids` restart at 0 at each document, which is
-    where the state and the attention of FLASH stop; a document that runs over the end of a block continues in the next
-    as a document of its own.
+    A document becomes start token, text, end token. With `"concatenate"`, an end token that equals the start token
+    appears once between two documents. With `"documents"`, `position_ids` restart at 0 at each document, so that
+    attention and state stay within it; a document that exceeds its block continues as a new one in the next block.
 
-    Causal blocks overlap by one token: the last one of a block is the first one, unpredicted, of the next. So every
-    token after the first is predicted exactly once, whatever the block size (with `"documents"`: every token but the
-    start of each document). Masked blocks do not overlap. The last block is padded on the right; padding has
-    `attention_mask` 0, label -100 and no influence.
+    Causal blocks overlap by one token: the last one of a block is the first one, not predicted, of the next. So every
+    token after the first is predicted exactly once (with `"documents"`, every token but the first of each document).
+    Masked blocks do not overlap. The last block is padded on the right, with `attention_mask` 0 and label -100.
 
-    A block is a dictionary of `input_ids`, `attention_mask`, for causal `labels` (equal to `input_ids`, not shifted:
-    the model shifts; masked labels come from the collator), for `"documents"` `position_ids`, all int `[block_size]`.
+    A block has `input_ids`, `attention_mask`, `labels` if causal (equal to `input_ids`, since the model shifts them;
+    the collator makes those of masked models) and `position_ids` for `"documents"`, all int `[block_size]`.
 
-    Between two documents the packer holds at most one block of tokens: that is its state.
+    Between two documents the packer holds at most one block of tokens, which is its state.
     """
 
     def __init__(self, *, block_size: int, causal: bool, packing: Packing, start_id: int, end_id: int, pad_id: int):
@@ -57,15 +55,14 @@ class Packer:
         self.ids, self.first, self.begun = np.empty(0, np.int32), np.empty(0, bool), False
 
     def add(self, input_ids: Iterable[int]) -> list[dict[str, np.ndarray]]:
-        """The blocks that are full once this document (its tokens, without start and end) is added."""
+        """Add a document (tokens without start and end) and return the blocks that it completes."""
         shared = not self.borders and self.start_id == self.end_id and self.begun
         piece = np.concatenate([[] if shared else [self.start_id], input_ids, [self.end_id]]).astype(np.int32)
         self.ids = np.concatenate([self.ids, piece])
         self.first = np.concatenate([self.first, np.arange(len(piece)) == 0])
         self.begun = True
         blocks, begin = [], 0
-        # One token more than a block is awaited, to know whether the next block opens with a document's start: then
-        # nothing has to be repeated.
+        # Wait for one token more than a block: if it starts a document, no token has to be repeated.
         while len(self.ids) - begin > self.block_size:
             end = begin + self.block_size
             blocks.append(self._block(begin, end))
@@ -74,15 +71,15 @@ class Packer:
         return blocks
 
     def rest(self) -> list[dict[str, np.ndarray]]:
-        """The tokens that are left, as one padded block, or none."""
+        """The remaining tokens as one padded block, or no block."""
         return [self._block(0, len(self.ids))] if len(self.ids) else []
 
     def state_dict(self) -> dict:
-        """What is left over from the documents so far; for JSON."""
+        """The remaining tokens, as JSON types."""
         return {"ids": self.ids.tolist(), "starts": np.flatnonzero(self.first).tolist(), "begun": self.begun}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on as the packer went on whose [`state_dict`] this is."""
+        """Restore a [`state_dict`]."""
         self.ids, self.begun = np.array(state["ids"], np.int32), state["begun"]
         self.first = np.isin(np.arange(len(self.ids)), state["starts"])
 
@@ -106,7 +103,7 @@ class Packer:
 def packing_options(
     tokenizer: PreTrainedTokenizerBase, *, block_size: int, causal: bool, packing: Packing
 ) -> dict[str, int | bool | str]:
-    """The arguments of [`Packer`] for a tokenizer, checked.
+    """Checked arguments of [`Packer`] for a tokenizer.
 
     Raises:
         ValueError: block_size below 2, an unknown packing.
@@ -122,7 +119,7 @@ def packing_options(
         "packing": packing,
         "start_id": document_start(tokenizer),
         "end_id": end_id,
-        "pad_id": pad_id if pad_id is not None else end_id,  # any id will do, it is never seen
+        "pad_id": pad_id if pad_id is not None else end_id,  # any id: padding is masked
     }
 
 
@@ -134,7 +131,7 @@ def pack_documents(
     causal: bool,
     packing: Packing = "concatenate",
 ) -> Dataset:
-    """The blocks of [`Packer`] for a whole data set, cached on disk. Streams: [`streaming.BlockStream`].
+    """The blocks of [`Packer`] for a whole data set, cached on disk. For streams see [`BlockStream`].
 
     Raises:
         ValueError: block_size below 2, an unknown packing, no text at all.
@@ -160,9 +157,9 @@ def pack_documents(
 
 
 class _PackBatches:
-    """A [`Packer`] as `datasets` maps it: what a batch leaves over goes into the next one, so the order matters.
+    """A [`Packer`] as a function for `Dataset.map`. Tokens left from a batch go into the next one, so order matters.
 
-    Blocks are handed over as one array a column, which is written at once; one by one, each number becomes an object.
+    It returns one array per column, since `datasets` would turn every number of single blocks into an object.
     """
 
     def __init__(self, packer: Packer, *, names: list[str], last: int, version: int):
@@ -176,14 +173,14 @@ class _PackBatches:
 
 
 def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Cut each row of a batch of blocks into rows of `length` tokens, which know nothing of each other.
+    """Cut each row of a batch of blocks into independent rows of `length` tokens.
 
     Args:
         batch: `[B, N]` each; `position_ids` restart at 0 at each document.
         length: a divisor of N.
 
     Returns:
-        `[B * N / length, length]` each; `position_ids` restart at the beginning of a row, too.
+        `[B * N / length, length]` each; `position_ids` also restart at the beginning of each row.
     """
     cut = {name: values.reshape(-1, length) for name, values in batch.items()}
     if "position_ids" in cut:
@@ -194,8 +191,8 @@ def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
 
 
 def collate(examples: list[dict]) -> dict:
-    """`default_data_collator`, less a mask that masks nothing: FLASH then cuts its chunks by a plain reshape."""
-    # Rows of a stream come as the int32 arrays they were packed in; losses want int64.
+    """`default_data_collator`, but without an attention mask of ones: FLASH then forms chunks by a plain reshape."""
+    # Blocks of a stream are int32; losses need int64.
     batch = {name: values.long() for name, values in default_data_collator(examples).items()}
     if "attention_mask" in batch and bool(batch["attention_mask"].all()):
         del batch["attention_mask"]
@@ -203,24 +200,21 @@ def collate(examples: list[dict]) -> dict:
 
 
 class MaskingCollator(DataCollatorForLanguageModeling):
-    """transformers' BERT masking, with random numbers drawn from (seed, epoch, content of the row).
+    """BERT's masking from transformers, with random numbers that depend on (seed, epoch, content of the row) alone.
 
-    The generator of the base class runs on from batch to batch, and its state is in no checkpoint; nor would Trainer's
-    own random state do, since batches are fetched ahead. So a resumed run would see other masks. Here the masks of a
-    row depend on nothing but the row: a resumed run draws them again, and so does one with another number of workers,
-    of devices, or of rows on a device.
-
-    Blocks that have labels (see [`mask_once`]) are passed through.
+    The base class has one generator for all batches, whose state is not saved in checkpoints, and batches are fetched
+    ahead; a resumed run would see other masks. Here it sees the same ones, as does a run with another number of
+    workers, of devices, or of rows per device. Blocks with labels (see [`mask_once`]) are not masked again.
 
     Attributes:
-        epoch: set by the training's callback, so that a row that comes back in another epoch is masked differently.
+        epoch: set by a callback of the trainer, so that each epoch masks a row differently.
     """
 
     epoch: int = 0
 
     def torch_mask_tokens(self, inputs: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The masks of the base class, whose random tokens are numbers below `len(tokenizer)`: where the tokenizer
-        leaves ids unused, the token of that rank stands in for a number."""
+        """As in the base class, but with random tokens from the tokenizer's ids, which may have gaps, instead of from
+        all numbers below `len(tokenizer)`."""
         before = inputs.clone()
         inputs, labels = super().torch_mask_tokens(inputs, *args, **kwargs)
         if len(self.sorted_ids) < int(self.sorted_ids[-1]) + 1:
@@ -244,7 +238,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         return batch
 
     def mask_once(self, blocks: Dataset) -> Dataset:
-        """Mask an evaluation set for good, so that every evaluation, before and after, asks the same questions."""
+        """Mask an evaluation set once and for all, so that all evaluations use the same masks."""
         return blocks.map(self._mask_batch, batched=True, batch_size=64, desc="Mask once")
 
     def _mask_batch(self, batch: dict) -> dict:
