@@ -420,7 +420,7 @@ def test_profile_step_in_small(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     run_here(*first_line("scripts.benchmark.profile"), "--steps", 2)
     out = capsys.readouterr().out
-    total = float(re.search(r"^operators: ([\d.]+) ms a step$", out, re.M).group(1))
+    total = float(re.search(r"^operators: ([\d.]+) ms per step$", out, re.M).group(1))
     rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", out, re.M)]
     assert 0 < sum(rows) <= total * 1.01 and rows == sorted(rows, reverse=True)
 
