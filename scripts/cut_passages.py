@@ -1,10 +1,10 @@
 """python scripts/cut_passages.py --files tests/data/wizard_of_oz.txt --output runs/passages.jsonl
 
-Cut documents at their paragraphs into passages of all lengths, one JSON object a line, in random order: training text
-for a masked model that is to read single sentences as well as whole chapters.
+Cut documents at paragraphs into passages of all lengths, one JSON object per line, in random order: training text for
+a masked model of single sentences as well as whole chapters.
 
-A model trained on full blocks alone has never seen a short input, and FLASH's sums over a chunk and over a document
-come out differently there. A causal model has no such gap: each of its blocks begins with short contexts.
+A masked model trained on full blocks alone never sees a short input, where FLASH's sums over chunk and document have
+other magnitudes. A causal model has no such gap, since each of its blocks starts with short contexts.
 """
 
 import argparse
@@ -17,24 +17,24 @@ from pathlib import Path
 from flash_hf.commands.options import OptionParser, natural, run_command, seed
 
 
-def cut_passages(text: str, draw: random.Random, *, shortest: int, longest: int) -> Iterator[str]:
-    """Cut a text at its blank lines into passages of at least so many words as each time drawn, log-uniformly.
+def cut_passages(text: str, generator: random.Random, *, shortest: int, longest: int) -> Iterator[str]:
+    """Cut a text at blank lines into passages whose minimum number of words is sampled log-uniformly.
 
-    Nothing is left out and no paragraph is cut, so a passage may be longer than drawn, and the last one shorter.
+    Nothing is left out and no paragraph is cut, so a passage may be longer than sampled, and the last one shorter.
 
     Args:
-        draw: where the lengths come from.
-        shortest, longest: words; the bounds of what is drawn.
+        generator: Source of the lengths.
+        shortest, longest: Bounds of the sampled lengths, in words.
 
     Raises:
-        ValueError: bounds that are none.
+        ValueError: bounds below 1, or in the wrong order.
     """
     if not 1 <= shortest <= longest:
         raise ValueError(f"shortest and longest must satisfy 1 <= shortest <= longest, got {shortest} and {longest}.")
     paragraphs, words, wanted = [], 0, 0.0
     for paragraph in text.split("\n\n"):
         if not paragraphs:
-            wanted = math.exp(draw.uniform(math.log(shortest), math.log(longest)))
+            wanted = math.exp(generator.uniform(math.log(shortest), math.log(longest)))
         paragraphs.append(paragraph)
         words += len(paragraph.split())
         if words >= wanted:
@@ -47,21 +47,23 @@ def cut_passages(text: str, draw: random.Random, *, shortest: int, longest: int)
 def passages(
     documents: Iterable[dict], *, shortest: int = 8, longest: int = 2048, seed: int = 0
 ) -> Iterator[dict[str, str]]:
-    """[`cut_passages`] of rows with the column `text`, as rows again, in their order."""
-    draw = random.Random(seed)
+    """[`cut_passages`] of rows with the column `text`, as rows in the same order."""
+    generator = random.Random(seed)
     for document in documents:
-        for passage in cut_passages(document["text"] or "", draw, shortest=shortest, longest=longest):
+        for passage in cut_passages(document["text"] or "", generator, shortest=shortest, longest=longest):
             yield {"text": passage}
 
 
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--files", nargs="+", required=True, help="texts, as train_mlm.py takes them")
+    parser.add_argument("--files", nargs="+", required=True, help="texts, in the formats of train_mlm.py")
     parser.add_argument("--output", required=True, type=Path, help=".jsonl file to write")
-    parser.add_argument("--shortest", type=natural, default=8, help="words that are drawn at least")
-    parser.add_argument("--longest", type=natural, default=2048, help="words that are drawn at most")
-    parser.add_argument("--max_documents", type=natural, default=None, help="of each file, the first ones only")
-    parser.add_argument("--seed", type=seed, default=0, help="of lengths and order")
+    parser.add_argument("--shortest", type=natural, default=8, help="smallest sampled length, in words")
+    parser.add_argument("--longest", type=natural, default=2048, help="largest sampled length, in words")
+    parser.add_argument(
+        "--max_documents", type=natural, default=None, help="use the first documents of each file only"
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="seed of lengths and order")
     args = parser.parse_args()
     from flash_hf.training import load_documents
 

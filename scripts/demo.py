@@ -1,8 +1,8 @@
 """python scripts/demo.py
 
-The whole way on a CPU, in about two minutes: see what the checkpoints of this repository write and fill in, then train
-a tiny causal and a tiny masked FLASH on a book, report perplexity before and after, save, load again through the Auto
-classes, continue a text and fill in a mask.
+Everything once on a CPU, in about two minutes: generate and fill masks with the checkpoints of this repository, then
+train a tiny causal and a tiny masked FLASH on a book, report perplexity before and after, save, reload through the
+Auto classes, continue a text and fill in a mask.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SENTENCE = "I have never {mask} such a thing in all my life."
 
 
 def continue_text(folder: Path, prompt: str) -> str:
-    """Sample a continuation, printed as it is made; returns prompt and continuation."""
+    """Sample a continuation, printed as it is generated; returns prompt and continuation."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     set_seed(0)
@@ -41,7 +41,7 @@ def continue_text(folder: Path, prompt: str) -> str:
 
 
 def fill_in(folder: Path, sentence: str) -> None:
-    """Print the likeliest words for `{mask}` in the sentence."""
+    """Print the most likely words for `{mask}` in the sentence."""
     fill_mask = pipeline("fill-mask", model=str(folder), dtype=torch.float32)
     question = sentence.format(mask=fill_mask.tokenizer.mask_token)
     print(question)
@@ -78,8 +78,8 @@ def train(kind: str, output_dir: Path, args: argparse.Namespace, steps: int, *mo
 
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--book", type=Path, default=BOOK, help="text to learn")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="where everything goes")
+    parser.add_argument("--book", type=Path, default=BOOK, help="text to train on")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of all outputs")
     parser.add_argument("--causal_steps", type=natural, default=600, help="training steps of the causal model")
     parser.add_argument("--masked_steps", type=natural, default=1200, help="training steps of the masked model")
     parser.add_argument("--learning_rate", type=number(float, above=0), default=3e-3, help="peak learning rate")
@@ -91,8 +91,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     if not args.book.is_file():
-        parser.error(f"--book must be a text file, and {args.book} is none")
-    # So small a model gains little from a second core, and loses much where another program wants it, too.
+        parser.error(f"--book must be a text file, got {args.book}")
+    # Models this small gain little from a second core, and lose much when another program uses it.
     torch.set_num_threads(1)
     begin = time.perf_counter()
     causal_dir, masked_dir = args.output_dir / "causal", args.output_dir / "masked"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes beside a number: commit, versions and machine; and the writing of results, whole or not at all."""
+"""The commit, versions and machine of a measurement, and the atomic writing of results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 
 def commit() -> str:
-    """The commit that is measured, with `-dirty` for changes on top; `FLASH_COMMIT` where there is no git."""
+    """The current commit, with `-dirty` if there are changes; `FLASH_COMMIT` takes precedence over git."""
     if given := os.environ.get("FLASH_COMMIT"):
         return given
 
@@ -32,7 +32,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The CPU's name; on Linux from /proc, which knows more than `platform`."""
+    """The name of the CPU; on Linux from /proc, which is more precise than `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -49,7 +49,7 @@ def triton_version() -> str:
 
 
 def provenance() -> dict:
-    """Versions, commit and machine, to go beside a number. `FLASH_COMMIT` tells the commit where there is no git."""
+    """Versions, commit and machine of a measurement; `FLASH_COMMIT` takes precedence over git."""
     names = ("torch", "transformers", "datasets", "evaluate", "accelerate", "tokenizers", "numpy")
     versions = {"python": sys.version.split()[0]}
     for name in names:
@@ -69,7 +69,7 @@ def provenance() -> dict:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write whole or not at all: a cell that was cut off must not look finished."""
+    """Write a file atomically, so that an interrupted result does not look complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of any causal or masked model: `python -m scripts.evaluation`, `python -m scripts.evaluation.book`."""
+"""Evaluation of causal and masked language models: `python -m scripts.evaluation`, and `.book`."""

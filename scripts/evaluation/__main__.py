@@ -1,16 +1,15 @@
 """python -m scripts.evaluation --model runs/demo/causal --files tests/data/wizard_of_oz.txt --measure perplexity
 
-Measure a model on held-out text and write the numbers down as JSON, from which python -m scripts.cards makes its card:
+Measure a model on held-out text and write the results as JSON, from which python -m scripts.cards makes a model card:
 
-perplexity  causal: of whole documents (or --context tokens of them), by token, by word, by position, bits per byte
-masked      masked: loss and accuracy on tokens masked at random, as in the training
-pseudo      masked: pseudo-perplexity of passages, every token masked by itself
-speed       tokens a second, forward and, for a causal model, one after the other
-recall      causal: associative recall and a needle in random tokens (recall.py), --lengths tokens long
-lm_eval     causal: the tasks of lm_eval_tasks/ by lm-eval-harness (pip install "flash-hf[eval]"), no network
+perplexity  causal: of whole documents (or --context tokens of them), per token, per word, by position, bits per byte
+masked      masked: loss and accuracy on randomly masked tokens, as in training
+pseudo      masked: pseudo-perplexity of passages, one token masked at a time
+speed       tokens per second, forward and, for a causal model, in generation
+recall      causal: associative recall and a needle in random tokens (recall.py), for sequences of --lengths tokens
+lm_eval     causal: the tasks of lm_eval_tasks/ by lm-eval-harness (pip install "flash-hf[eval]"), without network
 
---output is a list of results in a file; several runs may write into one, a result measured again takes the old one's
-place.
+--output is a file with a list of results. Several runs may share it; new results replace old ones of the same name.
 """
 
 import argparse
@@ -32,7 +31,7 @@ TASKS = {AutoModelForCausalLM: "text-generation", AutoModelForMaskedLM: "fill-ma
 
 
 def machine_name(device: torch.device) -> str:
-    """The device and the threads, and the version of torch."""
+    """Device, threads, and the version of torch."""
     from ..provenance import processor
 
     if device.type == "cpu":
@@ -45,31 +44,35 @@ def machine_name(device: torch.device) -> str:
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name")
-    parser.add_argument("--files", nargs="+", help="held-out texts, as the training scripts take them")
-    parser.add_argument("--dataset", default=None, help="what the results call these; else the first file's name")
-    parser.add_argument("--measure", nargs="+", choices=MEASURES, required=True)
-    parser.add_argument("--max_documents", type=natural, default=None, help="of the files, the first ones only")
+    parser.add_argument("--files", nargs="+", help="held-out texts, in the formats of the training commands")
     parser.add_argument(
-        "--context", type=natural, default=None, help="perplexity: tokens to remember; all if left out"
+        "--dataset", default=None, help="name of the data in the results; by default that of the first file"
+    )
+    parser.add_argument("--measure", nargs="+", choices=MEASURES, required=True)
+    parser.add_argument("--max_documents", type=natural, default=None, help="use the first documents only")
+    parser.add_argument(
+        "--context", type=natural, default=None, help="perplexity: tokens of context; by default the whole document"
     )
     parser.add_argument("--segment", type=natural, default=4096, help="perplexity: tokens read at once")
-    parser.add_argument("--block_size", type=number(int, least=2), default=512, help="masked: tokens in a block")
+    parser.add_argument("--block_size", type=number(int, least=2), default=512, help="masked: tokens per block")
     parser.add_argument(
         "--mlm_probability",
         type=number(float, above=0, most=1),
         default=0.15,
         help="masked: share of the tokens masked",
     )
-    parser.add_argument("--passages", type=natural, default=100, help="pseudo: the first documents, so many")
-    parser.add_argument("--batch_size", type=natural, default=8, help="of masked and pseudo")
+    parser.add_argument("--passages", type=natural, default=100, help="pseudo: number of documents, from the first")
+    parser.add_argument("--batch_size", type=natural, default=8, help="masked, pseudo, recall: sequences per batch")
     parser.add_argument(
-        "--lengths", type=natural, nargs="+", default=[512, 8192], help="speed, recall: tokens of a row"
+        "--lengths", type=natural, nargs="+", default=[512, 8192], help="speed, recall: tokens per sequence"
     )
-    parser.add_argument("--limit", type=natural, default=None, help="lm_eval: the first questions of each task only")
+    parser.add_argument(
+        "--limit", type=natural, default=None, help="lm_eval: use the first questions of each task only"
+    )
     dtypes = ("float32", "bfloat16", "float16", "auto")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights; auto: as saved")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; the accelerator if there is one")
-    parser.add_argument("--output", type=Path, default=None, help="JSON list of results to write, or to add to")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="dtype of the weights; auto: as saved")
+    parser.add_argument("--device", default=None, help="cpu, cuda, ...; by default the accelerator if there is one")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file of results to create or extend")
     args = parser.parse_args()
     if {"perplexity", "masked", "pseudo"} & set(args.measure) and not args.files:
         parser.error("--files must name held-out text for perplexity, masked and pseudo")
@@ -78,7 +81,7 @@ def main() -> None:
     from ..provenance import commit
     from . import cost, harness, language
 
-    if args.output is not None:  # what is wrong with it should not wait for hours of measuring
+    if args.output is not None:  # refuse a bad file before the measurements, which may take hours
         args.output.parent.mkdir(parents=True, exist_ok=True)
         if args.output.exists():
             read_json(args.output, list)

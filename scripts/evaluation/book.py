@@ -1,8 +1,8 @@
 """\
 python -m scripts.evaluation.book --model model_cards/flash-7m-causal --book tests/data/wizard_of_oz.txt
 
-Read a whole book into a state of constant size, then write on, token by token. What the reading took, and the memory
-of the process and of the state, are printed as it goes. On a laptop's CPU; the longer the book, the better the show.
+Read a whole book into a state of constant size and continue it, printing time and the memory of state and process
+while reading. Runs on a laptop CPU.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub name of a causal model")
     parser.add_argument("--book", required=True, help="text file to continue")
     parser.add_argument(
-        "--tokens", type=number(int, least=2), default=100_000, help="read so many; a shorter book is read again"
+        "--tokens", type=number(int, least=2), default=100_000, help="tokens to read; a shorter book is repeated"
     )
     parser.add_argument("--segment", type=natural, default=2048, help="tokens read at once")
     parser.add_argument("--max_new_tokens", type=natural, default=200)
@@ -36,13 +36,13 @@ def main() -> None:
     ids = tokenizer(book, verbose=False)["input_ids"]
     if len(ids) < 2:
         parser.error(f"{args.book} has no text to continue")
-    # The end of the text is what is continued, so what is repeated goes in front.
+    # Repeat in front, since the end of the book is what is continued.
     ids_N = torch.tensor(ids).repeat(-(-args.tokens // len(ids)))[-args.tokens :]
 
     cache = DynamicCache(config=model.config)
     print(f"{'tokens read':>12}{'seconds':>10}{'tokens/s':>10}{'state':>12}{'process':>12}")
     marks = [1000 * 10**power for power in range(6)]
-    # All but the last token, which generate() reads itself.
+    # All but the last token, which generate() reads.
     for at in read_long(model, ids_N[:-1], cache, segment=args.segment, marks=marks):
         sizes = f"{at.cache / 2**20:8.2f} MiB{at.memory / 2**20:8.0f} MiB"
         print(f"{at.tokens:12,}{at.seconds:10.1f}{at.tokens / at.seconds:10.0f}{sizes}", flush=True)
@@ -62,8 +62,8 @@ def main() -> None:
     )
     new, seconds = tokens.shape[1] - len(ids_N), time.perf_counter() - begin
     print(
-        f"\n{new} tokens written, {new / seconds:.0f} a second; state {cache_bytes(cache) / 2**20:.2f} MiB, process "
-        f"{memory_bytes() / 2**20:.0f} MiB"
+        f"\n{new} tokens generated at {new / seconds:.0f} per second; state {cache_bytes(cache) / 2**20:.2f} MiB, "
+        f"process {memory_bytes() / 2**20:.0f} MiB"
     )
 
 

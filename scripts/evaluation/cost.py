@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a language model costs: speed, memory, the size of its state."""
+"""Cost of language models: speed, memory, and the size of the decoding state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flash_hf.cache_flash import CACHE_NAME
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the tensors that a cache keeps, state or keys and values."""
+    """Bytes of the tensors in a cache: states, or keys and values."""
     total = 0
     for layer in cache.layers:
         state = getattr(layer, "state", None)
@@ -27,13 +27,13 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 
 def memory_bytes() -> int:
-    """Memory of this process that is in use now (resident set)."""
+    """Resident memory of this process."""
     return psutil.Process().memory_info().rss
 
 
 @dataclass
 class Progress:
-    """Where the reading of a long text stands."""
+    """Progress in reading a long text: seconds since the start, bytes of the process and of the cache."""
 
     tokens: int
     seconds: float
@@ -44,19 +44,19 @@ class Progress:
 def read_long(
     model: PreTrainedModel, ids_N: Tensor, cache: DynamicCache, *, segment: int = 2048, marks: Iterable[int] = ()
 ) -> Iterator[Progress]:
-    """Read a text of any length into a cache, `segment` tokens at a time, telling what it took at each mark.
+    """Read a text of any length into a cache, `segment` tokens at a time, and report at each mark.
 
     Args:
         ids_N: int64 `[N]`, on the model's device.
-        cache: what is read goes in here; for FLASH its size stays what it was after the first token.
-        marks: numbers of tokens to report at; the last token is always reported.
+        cache: The cache to fill. For FLASH its size does not change after the first token.
+        marks: Numbers of tokens to report at; the end is always reported.
     """
     begin, done = time.perf_counter(), 0
     for mark in sorted({*(mark for mark in marks if 0 < mark < len(ids_N)), len(ids_N)}):
         while done < mark:
-            # Up to the next multiple, so that a mark inside leaves the later segments whole.
+            # Up to the next multiple of a segment, so that a mark in between leaves later segments whole.
             end = min(mark, (done // segment + 1) * segment)
-            # Not inference_mode: decoding writes into the state, and may do so outside of it.
+            # Not inference_mode, whose tensors could not be changed by decoding outside of it.
             with torch.no_grad():
                 model(ids_N[None, done:end], use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
             done = end
@@ -64,7 +64,7 @@ def read_long(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait for the device to finish."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -72,11 +72,11 @@ def synchronize(device: torch.device) -> None:
 def tokens_per_second(
     model: PreTrainedModel, *, batch_size: int, length: int, new_tokens: int = 0, repeats: int = 5
 ) -> float:
-    """Speed on random tokens, the median of several runs after one that is not counted.
+    """Speed on random tokens, the median of several runs after a warm-up.
 
     Args:
-        new_tokens: 0: tokens of the forward pass a second. Otherwise tokens generated a second, one after the other,
-            after `length` tokens that are read without being timed.
+        new_tokens: With 0, tokens per second of a forward pass. Otherwise tokens per second in generation, after a
+            prompt of `length` tokens whose time does not count.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, length)

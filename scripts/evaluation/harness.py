@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""lm-evaluation-harness on the tasks of a folder, without the network."""
+"""lm-evaluation-harness on the tasks of a folder, without network."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def run_lm_eval(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, float]]:
-    """Run the tasks of a folder by lm-evaluation-harness, through its Python interface.
+    """Run the tasks of a folder with lm-evaluation-harness.
 
     Args:
-        folder: tasks (`.yaml`), as the harness takes them by `--include_path`.
-        limit: the first questions of each task only.
+        folder: Tasks (`.yaml`), as for `--include_path` of the harness.
+        limit: Use the first questions of each task only.
 
     Returns:
-        The metrics of each task, by their names in the harness, each with its standard error.
+        The metrics of each task and their standard errors, by their names in the harness.
 
     Raises:
         ImportError: the harness is not installed.

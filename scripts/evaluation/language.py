@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a language model is worth: scores of whole books and of masked words.
+"""Quality of language models: scores of whole documents and of masked tokens.
 
-Every function takes a model as it is and returns plain numbers; `python -m scripts.evaluation` writes them down as the
-results that model cards are made from. Any causal or masked model of transformers will do.
+Every function takes a causal or masked model of transformers and returns plain numbers; `python -m scripts.evaluation`
+writes them as the results that model cards are made from.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from flash_hf.training.tokenizer import document_end, document_start, tokenize_d
 
 
 def score_document(model: PreTrainedModel, ids_N: Tensor, *, segment: int = 4096) -> tuple[Tensor, Tensor]:
-    """Score every token of a document but the first, each with all that comes before it, in constant memory.
+    """Score every token of a document except the first, each given everything before it, in constant memory.
 
     Args:
-        ids_N: the document, int64 `[N]`, on the model's device.
-        segment: tokens read at once; the state goes from one to the next. A multiple of the chunk is fastest.
+        ids_N: The document, int64 `[N]`, on the model's device.
+        segment: Tokens read at once; the state is carried over. A multiple of the chunk size is fastest.
 
     Returns:
-        Negative log-likelihoods in nats, float32, and whether the likeliest token was right, bool: both `[N - 1]`, on
-        the CPU.
+        Negative log-likelihoods in nats, float32, and whether the most likely token was right, bool: both `[N - 1]`,
+        on the CPU.
     """
     cache, scores = DynamicCache(config=model.config), []
     with torch.inference_mode():
         for begin in range(0, len(ids_N) - 1, segment):
             part = ids_N[begin : begin + segment + 1]
             logits = model(part[None, :segment], use_cache=True, **{CACHE_NAME: cache}).logits
-            # token_scores shifts by itself: the last logits have no target here, except at a border.
+            # token_scores shifts the labels, so the logits of the last token of `part` are not needed.
             logits = logits[:, : len(part) - 1]
             padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))
             scores.append([score[0, 1:].cpu() for score in token_scores(padded, part[None], causal=True)])
@@ -50,7 +50,7 @@ def score_document(model: PreTrainedModel, ids_N: Tensor, *, segment: int = 4096
 
 
 def position_edges(longest: int, first: int = 256) -> list[int]:
-    """0, 256, 512, 1024, ... up to the first that is not below `longest`."""
+    """0, 256, 512, 1024, ... up to the first edge of at least `longest`."""
     edges = [0, first]
     while edges[-1] < longest:
         edges.append(2 * edges[-1])
@@ -59,7 +59,7 @@ def position_edges(longest: int, first: int = 256) -> list[int]:
 
 @dataclass
 class DocumentScores:
-    """Sums over all predicted tokens, and over those whose context has a length within each pair of edges."""
+    """Sums over all predicted tokens, and losses by the length of their context (see `position_edges`)."""
 
     nats: float
     right: int
@@ -69,7 +69,7 @@ class DocumentScores:
     by_position: list[dict[str, float]]
 
     def metrics(self) -> dict[str, float]:
-        """Under the names of training.py; word perplexity and bits per byte count the ends of documents, as there."""
+        """Metrics by the names of `training.metrics`; as there, ends of documents count for words and bytes too."""
         loss = self.nats / self.tokens
         return {
             "loss": loss,
@@ -89,13 +89,13 @@ def score_documents(
     context: int | None = None,
     segment: int = 4096,
 ) -> DocumentScores:
-    """Perplexity of whole documents, each with its start and end token, as one context or cut into several.
+    """Perplexity of documents with their start and end tokens, each as one context or cut into several.
 
     Args:
-        documents: rows with the column `text`.
-        context: forget what came before after so many tokens: each stretch of `context + 1` tokens (they overlap by
-            one, so that no token is left out) is scored by itself. None: a document is one context.
-        segment: as for [`score_document`].
+        documents: Rows with the column `text`.
+        context: Score stretches of `context + 1` tokens separately (they overlap by one, so that every token but the
+            first is predicted). None: a document is one context.
+        segment: As for [`score_document`].
 
     Raises:
         ValueError: no text, or a context below 1.
@@ -115,11 +115,11 @@ def score_documents(
             scores = score_document(model, ids_N[begin : begin + step + 1], segment=segment)
             nats.append(scores[0])
             right.append(scores[1])
-            # The number of tokens that each was predicted from.
+            # The number of tokens that each one is predicted from.
             places.append(torch.arange(1, len(scores[0]) + 1, device=scores[0].device))
         n_bytes, n_words = n_bytes + len(text.encode()), n_words + len(text.split())
     if not nats:
-        raise ValueError("The documents hold no text: every one is empty or blank.")
+        raise ValueError("The documents hold no text: all of them are empty or blank.")
     nats_T, right_T, places_T = torch.cat(nats).double(), torch.cat(right), torch.cat(places)
     by_position = []
     edges = position_edges(int(places_T.max()))
@@ -147,11 +147,11 @@ def masked_scores(
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Loss, perplexity and accuracy on tokens masked at random, BERT's way, all at once, as in the training.
+    """Loss, perplexity and accuracy on randomly masked tokens (as in BERT), with the settings of training.
 
     Args:
-        documents: a data set with the column `text`.
-        block_size, packing, mlm_probability, seed: as in the training.
+        documents: A data set with the column `text`.
+        block_size, packing, mlm_probability, seed: As in training.
     """
     tokenized = tokenize_documents(documents, tokenizer)
     blocks = pack_documents(tokenized, tokenizer, block_size=block_size, causal=False, packing=packing)
@@ -179,14 +179,14 @@ def pseudo_perplexity(
     max_tokens: int = 256,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Every token masked by itself and guessed from all others (Salazar et al., arXiv 1910.14659).
+    """Pseudo-perplexity: each token is masked in turn and predicted from all others (arXiv 1910.14659).
 
     Args:
-        texts: short ones: a text of n tokens costs n passes over n tokens.
-        max_tokens: longer texts are cut there.
+        texts: Short texts, since a text of n tokens costs n passes over n tokens.
+        max_tokens: Longer texts are cut to this length.
 
     Returns:
-        `pseudo_perplexity` (by token), `word_pseudo_perplexity`, `pseudo_accuracy`, `pseudo_tokens`.
+        `pseudo_perplexity` (per token), `word_pseudo_perplexity`, `pseudo_accuracy`, `pseudo_tokens`.
 
     Raises:
         ValueError: no text.
@@ -207,7 +207,7 @@ def pseudo_perplexity(
             nats += torch.nn.functional.cross_entropy(logits_BV, truth_B, reduction="sum").item()
             right += int((logits_BV.argmax(-1) == truth_B).sum())
         tokens += len(places)
-        # Words that the (maybe cut) text has.
+        # Words of the text, which may have been cut.
         words += len(tokenizer.decode(ids[1:-1]).split())
     if not tokens:
         raise ValueError("The texts hold no token to mask.")

@@ -1,8 +1,8 @@
 """\
 python -m scripts.finetune --task classification --train_file tests/data/characters_train.jsonl --config scripts/tiny.json --tokenizer_vocab_size 600 --learning_rate 1e-2 --num_train_epochs 6 --output_dir runs/finetune
 
-Fine-tune FLASH (--model folder or Hub name; without it, a new model) to classify texts, to tag words or to find answers
-in a text. All arguments: --help.
+Fine-tune FLASH (--model: folder or Hub name; a new model without it) to classify texts, tag words or find answers in a
+text. All options: --help.
 """  # noqa: E501
 
 from flash_hf.commands.options import run_command

@@ -15,50 +15,55 @@ TaskName = Literal["classification", "tagging", "qa"]
 
 @dataclass
 class TaskArguments:
-    """Which task, on which labelled data."""
+    """The task and its labelled data."""
 
     _argument_group_name = "task and data"
 
     task: TaskName = field(
         metadata={
-            "help": "classification of texts (or pairs), tagging of words, or qa: answers that are part of a text."
+            "help": "classification of texts (or pairs), tagging of words, or qa: answers that are spans of a text."
         }
     )
     train_file: list[str] | None = field(
         default=None,
         metadata={
             "help": "Labelled files: .csv, .tsv, .json, .jsonl (also as .gz, .xz or .bz2), .parquet; for tagging also "
-            "column files (a word and its tag on each line, blank lines between sentences); for qa also .json as SQuAD"
-            " has it."
+            "column files (a word and its tag per line, blank lines between sentences); for qa also SQuAD's .json."
         },
     )
     validation_file: list[str] | None = field(
-        default=None, metadata={"help": "The same for validation. Without it, a part of the training set."}
+        default=None, metadata={"help": "The same for validation. By default part of the training set is held out."}
     )
-    test_file: list[str] | None = field(default=None, metadata={"help": "The same for a test after the training."})
+    test_file: list[str] | None = field(default=None, metadata={"help": "The same for a test after training."})
     dataset_name: str | None = field(default=None, metadata={"help": "Instead of files: a data set on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     train_split: str = field(default="train", metadata={"help": "Its split to train on."})
     validation_split: str | None = field(default=None, metadata={"help": "Its split to validate on."})
     test_split: str | None = field(default=None, metadata={"help": "Its split to test on."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share held out if there is no validation set."})
+    validation_fraction: float = field(default=0.1, metadata={"help": "Share held out without a validation set."})
     column_names: list[str] | None = field(
-        default=None, metadata={"help": "Names of the columns of .csv and .tsv files that have no header."}
+        default=None, metadata={"help": "Column names of .csv and .tsv files without a header."}
     )
     quoting: Literal["auto", "standard", "none"] = field(
         default="auto",
-        metadata={"help": "Whether quotes enclose fields. auto: in .csv they do, in .tsv (GLUE) they are text."},
+        metadata={"help": "Whether quotes enclose fields. auto: yes in .csv, no in .tsv (as in GLUE)."},
     )
-    text_column: str = field(default="text", metadata={"help": "Classification: the column that holds the text."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Classification of pairs: the second text."})
-    label_column: str = field(default="label", metadata={"help": "Classification: the column that holds the class."})
-    tokens_column: str = field(default="tokens", metadata={"help": "Tagging: the column that holds the words."})
-    tags_column: str = field(default="tags", metadata={"help": "Tagging: the column that holds the tags."})
-    max_length: int = field(default=8192, metadata={"help": "Tokens of an example; longer ones are cut (qa: split)."})
-    stride: int = field(default=128, metadata={"help": "Qa: tokens that parts of a split text share."})
-    max_answer_length: int = field(default=30, metadata={"help": "Qa: tokens of an answer at most."})
-    max_train_examples: int | None = field(default=None, metadata={"help": "Train on the first ones only."})
-    max_eval_examples: int | None = field(default=None, metadata={"help": "Validate and test on the first ones only."})
+    text_column: str = field(default="text", metadata={"help": "Classification: column of the text."})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "Classification of pairs: column of the second text."}
+    )
+    label_column: str = field(default="label", metadata={"help": "Classification: column of the class."})
+    tokens_column: str = field(default="tokens", metadata={"help": "Tagging: column of the words."})
+    tags_column: str = field(default="tags", metadata={"help": "Tagging: column of the tags."})
+    max_length: int = field(
+        default=8192, metadata={"help": "Maximum tokens per example; longer ones are cut (qa: split)."}
+    )
+    stride: int = field(default=128, metadata={"help": "Qa: overlap of the parts of a split text, in tokens."})
+    max_answer_length: int = field(default=30, metadata={"help": "Qa: maximum tokens per answer."})
+    max_train_examples: int | None = field(default=None, metadata={"help": "Train on the first examples only."})
+    max_eval_examples: int | None = field(
+        default=None, metadata={"help": "Validate and test on the first examples only."}
+    )
 
     def __post_init__(self):
         tasks = get_args(TaskName)
@@ -72,7 +77,7 @@ class TaskArguments:
                 "and --test_split."
             )
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie strictly between 0 and 1, got {self.validation_fraction}.")
+            raise ValueError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}.")
         for name in ("max_length", "max_answer_length", "max_train_examples", "max_eval_examples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,10 +91,10 @@ class TaskArguments:
 
 @dataclass
 class FinetuningArguments(FlashTrainingArguments):
-    """The training arguments with defaults for labelled data: a lower rate, validation once an epoch."""
+    """The training arguments with defaults for labelled data: a lower learning rate, validation after each epoch."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples in a batch on each device."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Examples per device and batch."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to validate: no, steps or epoch."})
     eval_on_start: bool = field(default=False, metadata={"help": "Validate before the first step."})
 
@@ -97,7 +102,7 @@ class FinetuningArguments(FlashTrainingArguments):
 def parse_arguments(
     arguments: list[str] | None = None, description: str | None = None
 ) -> tuple[ModelArguments, TaskArguments, FinetuningArguments]:
-    """Read the command line, and under it the options of a `--config` file (see [`training.parse_with_config`])."""
+    """Options of the command line and, where it leaves them open, of a `--config` file (see `parse_with_config`)."""
     return parse_with_config(
         TrainingParser((ModelArguments, TaskArguments, FinetuningArguments), description=description), arguments
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of fine-tuning as metrics of the `evaluate` library, whose `evaluate.load("accuracy")` downloads."""
+"""Metrics of fine-tuning for the `evaluate` library; `evaluate.load("accuracy")` would need the network."""
 
 import re
 import string
@@ -23,7 +23,7 @@ class ClassMetric(evaluate.Metric):
 
 
 class Accuracy(ClassMetric):
-    """Share of classes that are right.
+    """Share of correct classes.
 
     `{"accuracy": right / all}`.
     """
@@ -34,7 +34,7 @@ class Accuracy(ClassMetric):
 
 
 class MacroF1(ClassMetric):
-    """F1 of each class, averaged with equal weight (as scikit-learn's f1_score with average="macro").
+    """F1 of each class, averaged with equal weights (like scikit-learn's f1_score with average="macro").
 
     `{"macro_f1": mean of 2 tp / (2 tp + fp + fn)}` over the classes that occur as prediction or reference.
     """
@@ -43,12 +43,12 @@ class MacroF1(ClassMetric):
         guessed, true = Counter(predictions), Counter(references)
         right = Counter(guess for guess, truth in zip(predictions, references, strict=True) if guess == truth)
         classes = guessed.keys() | true.keys()
-        # 2 tp + fp + fn is how often the class was guessed plus how often it was true.
+        # 2 tp + fp + fn is the number of predictions of the class plus that of its references.
         return {"macro_f1": sum(2 * right[c] / (guessed[c] + true[c]) for c in classes) / len(classes)}
 
 
 def spans(tags: list[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, one past the last word) of every span; an I- without a B- before it begins one, too."""
+    """(type, first word, one past the last word) of every span; an I- without a B- before it also starts a span."""
     found, begin, kind, last = set(), None, "", "O"
     for place, tag in enumerate([*tags, "O"]):
         prefix, _, name = tag.partition("-")
@@ -63,7 +63,7 @@ def spans(tags: list[str]) -> set[tuple[str, int, int]]:
 
 
 class SpanF1(evaluate.Metric):
-    """Precision, recall and F1 of whole spans in B-, I- tags, as CoNLL's conlleval and the package seqeval count them.
+    """Precision, recall and F1 of whole spans in B-, I- tags, counted like conlleval and the package seqeval.
 
     `precision`, `recall` and `f1` over all spans of all types (a span is right if borders and type are), and
     `accuracy` of the tags.
@@ -98,7 +98,7 @@ class SpanF1(evaluate.Metric):
 
 
 def words(text: str) -> list[str]:
-    """What counts of an answer: lower case, without punctuation and articles."""
+    """The words of an answer that count: in lower case, without punctuation and articles."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
@@ -111,9 +111,9 @@ def overlap(guess: list[str], truth: list[str]) -> float:
 
 
 class Squad(evaluate.Metric):
-    """Exact match and F1 of words of extractive answers, as SQuAD's official script counts them (2.0 included).
+    """Exact match and word F1 of extractive answers, counted like SQuAD's official script (also for version 2.0).
 
-    `exact_match` and `f1` in percent; of several right answers the nearest counts, and without one, silence.
+    `exact_match` and `f1` in percent, each against the closest reference; without a reference, no answer is correct.
     """
 
     def _info(self):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled rows from files or the Hub: tables, JSON, Parquet, CoNLL columns and SQuAD."""
+"""Labelled rows from files or the Hub: tables, JSON, Parquet, CoNLL column files and SQuAD."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ COLUMN_FILES = (".conll", ".iob", ".bio", ".txt", ".tsv", ".annotated")
 def load_rows(
     args: TaskArguments, files: list[str] | None, split: str, columns: dict[str, str]
 ) -> tuple[Dataset, list[str]]:
-    """These columns of the files, or of a split of the data set, and the place of each row, for messages.
+    """The columns of the files, or of a split of a data set, and the place of each row, for messages.
 
     Args:
-        columns: their names in the files, and what a message about a missing one advises.
+        columns: Their names in the files, each with the advice of the message if it is missing.
 
     Raises:
         ValueError, FileNotFoundError: a missing, empty, undecodable or malformed file, one of an unknown type, or one
@@ -66,7 +66,7 @@ def load_rows(
             refuse_missing(path, {name: columns[name] for name in columns if name not in found}, found)
         try:
             rows = load_dataset("parquet", data_files=files, split="train", columns=[*columns])
-        except Exception as error:  # datasets hides the reason in the cause, behind "an error occurred"
+        except Exception as error:  # datasets hides the reason in __cause__
             raise ValueError(f"Cannot read {source} as parquet: {error.__cause__ or error}") from error
         return select_columns(rows, columns, source)
     else:
@@ -87,10 +87,10 @@ def select_columns(rows: Dataset, columns: dict[str, str], source: str) -> tuple
 
 
 def as_dataset(rows: list[tuple[str, dict]]) -> Dataset:
-    """Rows, each with its place, as a data set.
+    """A data set from rows with their places.
 
     Raises:
-        ValueError: a column holds values of unlike types, or a string that UTF-8 cannot hold.
+        ValueError: a column holds values of different types, or a string that UTF-8 cannot encode.
     """
     errors = (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError)
     try:
@@ -105,13 +105,13 @@ def as_dataset(rows: list[tuple[str, dict]]) -> Dataset:
                     pa.array([first, value])
                 except errors as reason:
                     raise ValueError(
-                        f"{place}, column {name!r} must hold values of the type that the rows before have: {reason}"
+                        f"{place}, column {name!r} must hold values of the same type as the rows before: {reason}"
                     ) from None
-        raise ValueError(f"The rows up to {rows[-1][0]} cannot be made into one table: {error}") from error
+        raise ValueError(f"The rows up to {rows[-1][0]} cannot be combined into one table: {error}") from error
 
 
 def read_column_file(path: Path) -> list[dict]:
-    """Sentences of a CoNLL file: the word in the first column, the tag in the last; tabs, or else blanks, separate.
+    """Sentences of a CoNLL file: the word in the first column, the tag in the last, separated by tabs or spaces.
 
     Raises:
         ValueError: a line without a second column.
@@ -133,7 +133,7 @@ def read_column_file(path: Path) -> list[dict]:
 
 
 def read_squad_file(path: Path) -> list[dict]:
-    """Questions of a file in SQuAD's format, also of version 2.0.
+    """Questions of a file in SQuAD's format, version 1.1 or 2.0.
 
     Raises:
         ValueError: another format.
@@ -162,7 +162,7 @@ def read_squad_file(path: Path) -> list[dict]:
 
 
 def label_names(values: set[str], known: dict[int, str] | None = None) -> list[str]:
-    """Classes in order: that of a model that knows just these, or by number, or by name."""
+    """Ordered class names: as in a model with the same names (`known`), else by number, else by name."""
     if known and set(known.values()) == values:
         return [known[index] for index in sorted(known)]
     if all(value.lstrip("-").isdecimal() for value in values):
@@ -174,13 +174,13 @@ def as_names(values: Iterable, feature, places: Iterable[str]) -> list[str]:
     """Class labels, numbers or names, as names.
 
     Raises:
-        ValueError: a missing label, or a fraction (regression is no task here).
+        ValueError: a missing label, or a fraction (regression is not supported).
     """
     names = []
     for value, place in zip(values, places, strict=True):
         if value is None or value == "" or isinstance(feature, ClassLabel) and value < 0:
             raise ValueError(f"{place} must hold a label, got {value!r}.")
-        if isinstance(value, str) and re.fullmatch(r"-?\d+\.\d+", value):  # of a table
+        if isinstance(value, str) and re.fullmatch(r"-?\d+\.\d+", value):  # from a table
             value = float(value)
         if not isinstance(value, (str, int, float)) or isinstance(value, float) and not value.is_integer():
             raise ValueError(f"{place} must hold a class (a name or a whole number) as its label, got {value!r}.")

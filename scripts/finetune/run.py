@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tuning on the Trainer of transformers: checks, the run, and what it leaves behind; as training.py does it."""
+"""Fine-tuning with Trainer: checks, training, evaluation and the files it writes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ logger = logging.get_logger(__name__)
 
 
 def load_splits(args: TaskArguments) -> dict[str, Dataset]:
-    """Training, validation and, if there is one, test rows.
+    """Rows for training, validation and, if given, test.
 
     Raises:
-        ValueError: validation or test rows have a label that the training rows lack; or there is one label only.
+        ValueError: validation or test rows have a label that the training rows lack, or there is only one label.
     """
     load = TASKS[args.task].load
     splits = {"train": load(args, args.train_file, args.train_split, args.max_train_examples)}
@@ -48,7 +48,7 @@ def load_splits(args: TaskArguments) -> dict[str, Dataset]:
     if "validation" not in splits:
         if len(splits["train"]) < 2:
             raise ValueError("A single training row leaves nothing for validation: give --validation_file.")
-        # Questions about one text stand together and would give each other away; other rows may be sorted by class.
+        # Questions about one text stand together and must not be split; other rows may be sorted by class.
         parts = splits["train"].train_test_split(args.validation_fraction, shuffle=args.task != "qa", seed=0)
         splits |= {"train": parts["train"], "validation": parts["test"]}
     counts = {name: TASKS[args.task].label_set(rows) for name, rows in splits.items()}
@@ -72,7 +72,7 @@ def load_model(
     labels: list[str],
     resume: Path | None,
 ) -> PreTrainedModel:
-    """The head on a new model, on that of `--model`, or for a checkpoint whose weights Trainer is going to load."""
+    """The head on a new model, on that of `--model`, or for a checkpoint whose weights Trainer will load."""
     names = {}
     if labels:
         names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
@@ -81,11 +81,11 @@ def load_model(
         if labels and config.id2label != names["id2label"]:
             raise ValueError(
                 f"The checkpoint {resume} knows the labels {', '.join(config.id2label.values())}, the data have "
-                f"{', '.join(labels)}. Resume with the data the run began with."
+                f"{', '.join(labels)}. Resume with the data the run started with."
             )
         model = task.auto.from_config(config)
     elif model_args.model is not None:
-        # A head for other classes is made anew, and transformers says so.
+        # A head for other classes is initialised again, with a warning of transformers.
         model = load_named(
             task.auto.from_pretrained, model_args.model, option="--model", ignore_mismatched_sizes=True, **names
         )
@@ -120,7 +120,7 @@ def load_or_train_tokenizer(
 
 
 def card_results(result: dict, command: str) -> list[dict]:
-    """The scores of [`run_finetuning`] in the form that scripts/cards puts into a model card."""
+    """The scores of [`run_finetuning`] as results for `python -m scripts.cards`."""
     names = {"classification": "text-classification", "tagging": "token-classification", "qa": "question-answering"}
     source = result["data"] if isinstance(result["data"], str) else ", ".join(Path(f).name for f in result["data"])
     return [
@@ -143,12 +143,12 @@ def card_results(result: dict, command: str) -> list[dict]:
 def build_trainer(
     task: Task, model: PreTrainedModel, args: FinetuningArguments, rows: dict[str, Dataset]
 ) -> tuple[FlashTrainer, dict[str, Dataset], dict[str, Dataset]]:
-    """Tokenise the splits and put everything together; validation is the trainer's evaluation.
+    """Tokenize the splits and build the trainer, which evaluates on the validation split.
 
     Returns:
-        The trainer, the features of each split, and the rows they come from: those that are not empty.
+        The trainer, and the features of each split with the rows they come from, both without empty examples.
     """
-    with args.main_process_first(desc="tokenising"):
+    with args.main_process_first(desc="tokenizing"):
         both = {name: task.features(part, name) for name, part in rows.items()}
     features, rows = ({name: part[index] for name, part in both.items()} for index in (0, 1))
     trainer = FlashTrainer(
@@ -167,32 +167,32 @@ def build_trainer(
 def run_finetuning(
     model_args: ModelArguments, task_args: TaskArguments, args: FinetuningArguments, *, plot: bool = True
 ) -> dict:
-    """Check, train, validate, test, save. Everything goes to `args.output_dir`.
+    """Check, train, validate, test, and save everything to `args.output_dir`.
 
-    The folder then holds the model (with the names of its classes) and the tokenizer, `checkpoint-*`, the log and its
-    plot, `results.json` and, for a model card, `card_results.json`.
+    The folder then holds the model (with its class names) and tokenizer, `checkpoint-*`, the log and its plot,
+    `results.json` and, for a model card, `card_results.json`.
 
     Args:
-        plot: keep log and plot up to date, which needs matplotlib.
+        plot: Update the plot of the losses during training; needs matplotlib.
 
     Returns:
-        What `results.json` holds: the `metrics` of validation and test, and what is needed to have them again.
+        The contents of `results.json`: the `metrics` of validation and test, and the settings to reproduce them.
     """
     check_arguments(args, TASKS[task_args.task].metrics)
     for name in ("batch_tokens", "per_device_batch_tokens", "sequence_warmup_steps"):
         if getattr(args, name):
             raise ValueError(
-                f"{name} must be left out, got {getattr(args, name)}: it is for rows of one length, and fine-tuning "
-                "has examples of all lengths. Give --per_device_train_batch_size."
+                f"{name} must be left out, got {getattr(args, name)}: it needs examples of one length, and "
+                "fine-tuning has all lengths. Give --per_device_train_batch_size."
             )
     resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
     fields = config_fields(model_args)
     check_sources(model_args)
     if model_args.model is None:
-        new_config("masked", fields)  # for its errors: they should not wait for the data
+        new_config("masked", fields)  # raises its errors before the data are loaded
     if plot:
-        import matplotlib  # noqa: F401  the same: it would be missed only at the first validation
+        import matplotlib  # noqa: F401  else it would be missed only at the first validation
 
     set_seed(args.seed)
     kind = TASKS[task_args.task]
@@ -215,13 +215,13 @@ def run_finetuning(
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
-    trainer.save_model()  # first: the evaluation leaves the model in the type of bf16_full_eval or fp16_full_eval
+    trainer.save_model()  # before evaluation, which leaves the model in the dtype of bf16_full_eval or fp16_full_eval
     metrics = {}
     for name in ("validation", "test"):
         if name in rows:
             trainer.compute_metrics = partial(trainer.compute_metrics.func, rows=rows[name], features=features[name])
             scores = trainer.evaluate(features[name], metric_key_prefix=name)
-            # Seconds and rates are in the log; results are what could be repeated.
+            # Times and rates are in the log; results hold only what is reproducible.
             rates = ("_runtime", "_per_second", "epoch")
             metrics[name] = {
                 key.removeprefix(f"{name}_"): value for key, value in scores.items() if not key.endswith(rates)
@@ -258,7 +258,7 @@ def run_finetuning(
 
 
 def describe(result: dict, output_dir: str) -> str:
-    """The result of [`run_finetuning`] as a table to print."""
+    """The result of [`run_finetuning`] as text to print."""
     lines = []
     for name, scores in result["metrics"].items():
         shown = "  ".join(f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"

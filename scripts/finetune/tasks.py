@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tasks: classification, tagging and extractive question answering; how each aligns and scores its rows."""
+"""The tasks: classification, tagging and extractive question answering, with their features and scores."""
 
 from __future__ import annotations
 
@@ -32,28 +32,27 @@ logger = logging.get_logger(__name__)
 
 
 class Task:
-    """What distinguishes a task from the others: its columns, features, and scores.
+    """A task: its columns, features and scores.
 
     Args:
-        labels: names of the classes, in the order of the model's; empty for question answering.
+        labels: Class names in the order of the model; empty for question answering.
     """
 
     name: str
     auto: type
     main_metric: str
-    nothing: str  # what an empty row has
+    nothing: str  # description of an empty row
     metrics: tuple[str, ...]
 
     def __init__(self, args: TaskArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str]):
         self.args, self.own_tokenizer, self.labels = args, tokenizer, labels
-        # Answers are marked by column. The checkpoint's own tokenizer, which is saved, keeps its side: a causal one's
-        # is the left.
+        # Labels refer to columns, hence padding on the right. The tokenizer that is saved keeps its own side.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.padding_side = "right"
 
     @classmethod
     def columns(cls, args: TaskArguments) -> dict[str, str]:
-        """The task's name of each column that the rows must have, and theirs."""
+        """The required columns: the name of the task and the name in the data."""
         raise NotImplementedError
 
     @classmethod
@@ -79,7 +78,7 @@ class Task:
 
     @classmethod
     def check(cls, rows: Dataset) -> Dataset:
-        """Rows with labels as names. The column `place` says where each row stands, for messages.
+        """Rows with labels as names. The column `place` locates each row in messages.
 
         Raises:
             ValueError: a value of a wrong type.
@@ -88,19 +87,19 @@ class Task:
 
     @classmethod
     def label_set(cls, rows: Dataset) -> Counter:
-        """How often each label occurs."""
+        """The number of occurrences of each label."""
         return Counter()
 
     @classmethod
     def texts(cls, rows: Dataset) -> list[dict]:
-        """The text, to train a tokenizer on."""
+        """Text to train a tokenizer on."""
         raise NotImplementedError
 
     def encode(self, batch: dict, indices: list[int]) -> dict:
-        """Features of a batch of rows; columns that the model does not take are for `score`.
+        """Features of a batch of rows; columns that the model does not accept are for `score`.
 
-        Of each feature, `row` is the index of its row, `cut` whether that is too long, and `empty` whether it has
-        nothing to learn from or to predict.
+        For each feature, `row` is the index of its row, `cut` whether that is too long, and `empty` whether there is
+        nothing to predict or to predict from.
         """
         raise NotImplementedError
 
@@ -109,19 +108,19 @@ class Task:
 
     @staticmethod
     def reduce(logits: Tensor | tuple[Tensor, ...], labels) -> Tensor | tuple[Tensor, ...]:
-        """What of the logits `score` needs."""
+        """The part of the logits that `score` needs."""
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
     def score(self, prediction: EvalPrediction, rows: Dataset, features: Dataset) -> dict[str, float]:
         raise NotImplementedError
 
     def features(self, rows: Dataset, what: str) -> tuple[Dataset, Dataset]:
-        """Tokenised rows, and the rows themselves, both without empty ones; says how many those are, or too long.
+        """Tokenized rows and the rows themselves, both without empty ones; logs the numbers of empty and long rows.
 
         Raises:
             ValueError: every row is empty.
         """
-        options = {"remove_columns": rows.column_names, "desc": f"Tokenise {what}"}
+        options = {"remove_columns": rows.column_names, "desc": f"Tokenize {what}"}
         out = rows.map(self.encode, with_indices=True, batched=True, batch_size=64, **options)
         cut, empty = sum(out["cut"]), np.array(out["empty"], bool)
         if cut:
@@ -139,7 +138,7 @@ class Task:
             rows = rows.select(np.setdiff1d(np.arange(len(rows)), left_out))
             out = out.select(np.flatnonzero(~empty))
         if not len(rows):
-            raise ValueError(f"An example for {what} must not be empty, but each one has {self.nothing}.")
+            raise ValueError(f"At least one example for {what} must not be empty, but all have {self.nothing}.")
         return out.remove_columns(["cut", "empty", "row"]), rows
 
     def was_cut(self, encoded, count: int) -> list[bool]:
@@ -177,7 +176,7 @@ class Classification(Task):
         texts, pairs = batch["text"], batch.get("text_pair")
         encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.args.max_length)
         labels = [self.labels.index(name) for name in batch["label"]]
-        # A special token alone says nothing of a class, and without one there is nothing at all.
+        # Special tokens alone carry no information about the class.
         empty = [
             not ids or not (text.strip() or pair.strip())
             for ids, text, pair in zip(encoded["input_ids"], texts, pairs or texts, strict=True)
@@ -226,17 +225,17 @@ class Tagging(Task):
         return [{"text": " ".join(words)} for words in rows["tokens"]]
 
     def encode(self, batch, indices):
-        # As running text and not word by word: byte-level tokenizers spell a word with the blank before it.
+        # As running text and not word by word: byte-level tokenizers join a word with the space before it.
         texts = [" ".join(words) for words in batch["tokens"]]
         encoded = self.tokenizer(texts, truncation=True, max_length=self.args.max_length, return_offsets_mapping=True)
         labels, owners = [], []
         for words, tags, offsets in zip(batch["tokens"], batch["tags"], encoded.pop("offset_mapping"), strict=True):
-            # The word that each character belongs to; blanks belong to none.
+            # The word of each character, -1 for spaces.
             word_at = [owner for number, word in enumerate(words) for owner in [number] * len(word) + [-1]]
             row, owner, last = [], [], -1
             for begin, end in offsets:
                 word = word_at[end - 1] if end > begin else -1
-                owner.append(word if word > last else -1)  # later pieces of a word have no label
+                owner.append(word if word > last else -1)  # later tokens of a word have no label
                 row.append(self.labels.index(tags[word]) if word > last else IGNORE)
                 last = max(last, word)
             labels.append(row)
@@ -250,7 +249,7 @@ class Tagging(Task):
 
     def score(self, prediction, rows, features):
         guesses = []
-        # A word behind the cut, or without any token, has no prediction; it is wrong unless nothing was to be found.
+        # Words after the cut, or without a token, have no prediction and count as "O".
         outside = "O" if "O" in self.labels else self.labels[0]
         for row, tags, words in zip(prediction.predictions, rows["tags"], features["word"], strict=True):
             guess = [outside] * len(tags)
@@ -269,12 +268,12 @@ class Tagging(Task):
 
 
 class QuestionAnswering(Task):
-    """The part of a text that answers a question, or, as in SQuAD 2.0, that there is none."""
+    """The span of a text that answers a question, or none, as in SQuAD 2.0."""
 
     name, auto, main_metric = "qa", AutoModelForQuestionAnswering, "f1"
     nothing = "no question or no context"
     metrics = ("loss", "f1", "exact_match")
-    best = 20  # starts and ends that are combined
+    best = 20  # number of starts and ends to combine
 
     @classmethod
     def columns(cls, args):
@@ -288,12 +287,12 @@ class QuestionAnswering(Task):
         for row in rows:
             earlier = seen.setdefault(row["id"], row["place"])
             if earlier != row["place"]:
-                raise ValueError(f"{row['place']} must have an id of its own, {row['id']!r} is that of {earlier}.")
+                raise ValueError(f"{row['place']} must have a unique id, {row['id']!r} is also the id of {earlier}.")
             answers = row["answers"] if isinstance(row["answers"], dict) else {}
             texts, starts = answers.get("text"), answers.get("answer_start")
             if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
                 raise ValueError(
-                    f"{row['place']}: answers must be two lists of one length, text and answer_start (empty where "
+                    f"{row['place']}: answers must be two lists of equal length, text and answer_start (empty if "
                     f"there is no answer), got {row['answers']!r}."
                 )
             for text, start in zip(texts, starts, strict=True):
@@ -330,7 +329,7 @@ class QuestionAnswering(Task):
             empty.append(not (batch["question"][row].strip() and batch["context"][row].strip() and of_context.any()))
             offsets[~of_context] = -1
             offset_rows.append(offsets.tolist())
-            place = (0, 0)  # the first token stands for "no answer here"
+            place = (0, 0)  # the first token means "no answer here"
             for text, begin in [*zip(*(batch["answers"][row][n] for n in ("text", "answer_start")), strict=True)][:1]:
                 end = begin + len(text)
                 touched = np.flatnonzero(of_context & (offsets[:, 1] > begin) & (offsets[:, 0] < end))
@@ -357,7 +356,7 @@ class QuestionAnswering(Task):
         return logits[:2]
 
     def answer(self, context: str, windows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], allow_none: bool) -> str:
-        """The best span of all windows of a context; each is (start logits, end logits, offsets)."""
+        """The best span over the windows of a context, each (start logits, end logits, offsets)."""
         found, best, none = "", -np.inf, -np.inf
         for start, end, offsets in windows:
             none = max(none, start[0] + end[0])

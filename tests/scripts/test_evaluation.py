@@ -121,7 +121,7 @@ def test_no_text_is_refused(causal, masked, tokenizer):
 def test_answers_are_counted_where_they_are_asked(causal):
     inputs = random_ids(causal.config, 5, 30)
     labels = torch.full_like(inputs, -100)
-    with pytest.raises(ValueError, match="labels_BN must ask for something"):
+    with pytest.raises(ValueError, match="labels_BN must hold a label"):
         recall.answer_accuracy(causal, inputs, labels)
     with torch.no_grad():
         likeliest = causal(inputs).logits.argmax(-1)

@@ -355,7 +355,7 @@ def test_rows_that_are_all_empty_are_refused(tokenizer):
     tokenizer = load_tokenizer(str(tokenizer), masked=False)
     task = tasks.Classification(task_arguments("classification"), tokenizer, ["a"])
     rows = Dataset.from_list([{"text": " ", "label": "a", "place": "it, row 1"}])
-    with pytest.raises(ValueError, match="example for train must not be empty, but each one has no text"):
+    with pytest.raises(ValueError, match="example for train must not be empty, but all have no text"):
         task.features(rows, "train")
 
 
@@ -475,7 +475,7 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
         ({"eval_do_concat_batches": "false"}, "eval_do_concat_batches must be True, got False"),
         ({"label_names": "foo"}, "label_names must be left out"),
         ({"metric_for_best_model": "exact_match"}, "must be one of loss, accuracy, macro_f1, got 'exact_match'"),
-        ({"batch_tokens": 1000}, "batch_tokens must be left out, got 1000: it is for rows of one length"),
+        ({"batch_tokens": 1000}, "batch_tokens must be left out, got 1000: it needs examples of one length"),
         ({"sequence_warmup_steps": 2}, "sequence_warmup_steps must be left out, got 2"),
         ({"tokenizer": "/no/where"}, "there is no folder /no/where"),
     ],
@@ -502,11 +502,11 @@ def test_options_that_would_end_a_run_in_its_middle_are_refused(changes, message
         ("tagging", {"validation": [{"tokens": ["a"], "tags": ["B-Q"]}]}, {}, "B-Q .1 times. does not"),
         ("tagging", {"train": [{"tokens": ["a"], "tags": [None]}]}, {}, "line 1 must hold a label, got None"),
         ("qa", {"train": [QUESTION]}, {}, "line 1: answer_start = 0 must be where 'x' begins"),
-        ("qa", {"train": [{**QUESTION, "answers": {"text": ["c"]}}]}, {}, "answers must be two lists of one length"),
-        ("qa", {"train": [{**QUESTION, "answers": None}]}, {}, "answers must be two lists of one length.*got None"),
-        ("qa", {"train": [ANSWERED, ANSWERED]}, {}, "line 2 must have an id of its own, '1' is that of .*, line 1"),
+        ("qa", {"train": [{**QUESTION, "answers": {"text": ["c"]}}]}, {}, "answers must be two lists of equal length"),
+        ("qa", {"train": [{**QUESTION, "answers": None}]}, {}, "answers must be two lists of equal length.*got None"),
+        ("qa", {"train": [ANSWERED, ANSWERED]}, {}, "line 2 must have a unique id, '1' is also the id of .*, line 1"),
         ("classification", {"train": [{"text": "x", "label": "a"}, {"text": "x", "label": 1}]}, {},
-         r"line 2, column 'label' must hold values of the type"),
+         r"line 2, column 'label' must hold values of the same type"),
         ("classification", {"train": [{"text": "x", "label": "a"}, {"text": "\ud800", "label": "b"}]}, {},
          r"line 2, column 'text' must hold .*surrogates"),
         ("tagging", {"train": [{"tokens": ["a", 1], "tags": ["O", "O"]}]}, {}, r"line 1, column 'tokens' must hold"),

@@ -1,4 +1,4 @@
-"""The questions beside this file: `data_files` of a task would be looked for in the folder of the command."""
+"""Loads the questions beside this file; `data_files` of a task would be relative to the working directory."""
 
 from pathlib import Path
 
