@@ -52,13 +52,15 @@ PASSED = {2048: {RIVAL: 1e-3, STARTED: 2e-3, STARTED_LOCAL: 2e-3, "flash-quad": 
                  FLASH: 2e-3},
           8192: {RIVAL: 1e-3, STARTED: 2e-3, FLASH: 2e-3}}  # fmt: skip
 SEVERAL_PASSES = 600
-# Forms that may draw more from the context are searched with a quarter of a pass, at FLASH+'s rate; its own and
-# Transformer++'s cell beside them.
+# Forms that may draw more from the context are compared after a quarter of a pass, at FLASH+'s rate, beside FLASH+ and
+# Transformer++.
 SEARCHED = 60
 SEARCHED_FORMS = (
-    "window-softmax-gated", "gated", "softmax", "window", "window-softmax", "heads", "hybrid",
-    "window-softmax-heads-gated", "delta", "keys", "gated-features", "gated-norm", "512",
+    "window-keys-delta", "keys", "delta", "window", "gated", "window-keys", "keys-delta", "keys-gated",
+    "window-keys-gated", "heads", "hybrid", "softmax", "window-keys-heads-delta", "512", "gated-features",
 )  # fmt: skip
+# The best of them after a whole pass.
+LASTING_FORMS = ("window-keys-delta", "keys", "window-keys", "keys-delta")
 # What the draw of the weights does to a loss is learnt from these.
 SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTER, "flash-shifted-conv",
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
@@ -170,6 +172,9 @@ def passes(results: Results) -> list[Cell]:
     task = "mixed-causal"
     cells = [cell for context, rates in PASSED.items() for model, rate in rates.items()
              for cell in train(model, task, context, [rate], tokens=ONE_PASS)]  # fmt: skip
+    for form in LASTING_FORMS:
+        for context, rates in PASSED.items():
+            cells += train(f"plus-{form}", task, context, [rates[STARTED]], tokens=ONE_PASS)
     searched = {"context": 2048, "tokens": ONE_PASS / 10}
     for model in (RIVAL, STARTED):
         cells += tuning(results, model, task, **searched)

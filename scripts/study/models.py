@@ -193,21 +193,14 @@ _CHANGES = {
     "keys": ("half of the local keys from the token before", {"local_key_shift": True}),
     "gated": ("gated global mean", {"global_state": "gated"}),
     "features": ("of exponential features", {"global_features": True}),
-    "norm": ("global output normalised", {"global_norm": True}),
     "delta": ("global state by the delta rule", {"global_state": "delta"}),
     "hybrid": ("3 of 12 layers quadratic with softmax (a hybrid)", {"quadratic_every": 4}),
 }
 # Each alone, and together.
 PLUS_FORMS = (
-    "512", "window", "softmax", "heads", "keys", "gated", "gated-features", "gated-norm", "delta", "hybrid",
-    "window-softmax", "window-gated", "window-delta", "window-heads", "window-heads-gated", "window-heads-delta",
-    "window-heads-keys-gated", "softmax-gated", "softmax-heads", "softmax-heads-gated", "softmax-heads-delta",
-    "heads-gated", "heads-delta", "window-softmax-gated", "window-softmax-delta", "window-softmax-heads",
-    "window-softmax-heads-gated", "window-softmax-heads-delta", "window-softmax-heads-keys-gated",
-    "window-softmax-heads-gated-features", "window-softmax-heads-gated-norm", "window-softmax-gated-hybrid",
-    "window-softmax-heads-gated-hybrid", "window-softmax-heads-delta-hybrid", "512-softmax-heads-gated",
-    "512-heads-gated", "heads-gated-hybrid", "window-keys", "keys-gated", "keys-delta", "window-keys-delta",
-    "window-keys-gated", "keys-softmax", "window-keys-softmax",
+    "512", "window", "softmax", "heads", "keys", "gated", "gated-features", "delta", "hybrid", "window-softmax-gated",
+    "window-softmax-heads-gated", "window-keys", "keys-gated", "keys-delta", "window-keys-gated", "window-keys-delta",
+    "window-keys-heads-delta",
 )  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from . import grid
@@ -16,6 +18,7 @@ from .text import CORPORA, MIXED
 
 
 Row = list[str]
+UNFINISHED = Path(__file__).resolve().parents[1] / "results" / "study" / "unfinished"
 SIZES_SHOWN = ("s", "m", "l")
 # Seconds are compared between steps that were timed on this GPU alone.
 TIMED_ON = "NVIDIA H100 80GB HBM3"
@@ -319,6 +322,50 @@ def crossings(results: Results) -> str:
     return table(head, rows) if rows else "No cells yet."
 
 
+def searched(results: Results) -> str:
+    """Forms of FLASH+ after a quarter of a pass, and what each draws from the context."""
+    cells = [cell for cell in results if cell.task.startswith(MIXED) and cell.tokens == grid.SEARCHED]
+    base, rows = mean_or_none(results, cells, grid.STARTED), []
+    for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
+        result = results[cell]
+        row = [MODELS[cell.model].title, f"{cell.rate:g}", f"{final_loss(result):.3f}",
+               "-" if base is None else f"{final_loss(result) - base:+.3f}"]  # fmt: skip
+        for found in result["corpora"].values():
+            parts = eighths(found["final"])
+            row += [f"{found['final']['loss']:.3f}", f"{round(parts[0] - parts[-1], 3) + 0.0:.3f}"]
+        rows.append([*row, f"{result['step']['median']:.1f}" if "step" in result else "-", result["machine"]])
+    head = ["form", "learning rate", "loss", "against FLASH+"]
+    for corpus in CORPORA:
+        head += [corpus, f"{corpus}: first less last eighth"]
+    return table([*head, "ms per step", "machine"], rows) if rows else "No cells yet."
+
+
+def mean_or_none(results: Results, cells: list[Cell], model: str) -> float | None:
+    """The loss of this model's cell, if it is among `cells`."""
+    return next((final_loss(results[cell]) for cell in cells if cell.model == model), None)
+
+
+def unfinished(results: Results) -> str:
+    """Trainings that were cut off and left no cell: the last validation that was seen of each, beside that of finished
+    trainings with the same schedule after the same steps."""
+    rows = []
+    for path in sorted(UNFINISHED.glob("*.json")):
+        cell, result = Cell.parse(path.stem), json.loads(path.read_text(encoding="utf-8"))
+        if cell in results:
+            continue
+        step, loss = result["valid_curve"][-1]
+        row = [f"{cell.tokens:g} M", f"{step:,} of {result['steps']:,}", MODELS[cell.model].title, f"{loss:.3f}"]
+        for model in (grid.STARTED, RIVAL, "gau-softmax"):
+            rate = grid.PASSED[cell.context][model]
+            other = results.get(replace(cell, model=model, rate=rate))
+            seen = {} if other is None else dict(other["valid_curve"])
+            row.append(f"{loss - seen[step]:+.3f}" if step in seen and cell.model != model else "-")
+        rows.append((-cell.tokens, loss, [*row, result["why"]]))
+    head = ["tokens of the schedule", "steps", "model", "validation loss"]
+    head += [f"less {MODELS[model].title}'s" for model in (grid.STARTED, RIVAL, "gau-softmax")]
+    return table([*head, "ended because"], [row for *_, row in sorted(rows)]) if rows else "None."
+
+
 def ablations(results: Results) -> str:
     """Tables 1 and 2, and figure 3, of the paper."""
     rows = []
@@ -347,7 +394,8 @@ def where(results: Results) -> str:
 
 SECTIONS = {
     "goals": goals, "headline": headline, "budgets": budgets, "times": times, "forms": forms, "recall": recall,
-    "positions": positions, "lasting": lasting, "crossings": crossings, "ablations": ablations, "where": where,
+    "positions": positions, "lasting": lasting, "crossings": crossings, "searched": searched, "unfinished": unfinished,
+    "ablations": ablations, "where": where,
 }  # fmt: skip
 
 

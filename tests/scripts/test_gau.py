@@ -9,6 +9,7 @@ from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.naive import naive_linear, naive_norm, naive_relative_bias, naive_rotary
 from helpers import assert_close, make_model, naive_config, random_ids, tiny_config
 from scripts.baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel, lower_inverse
+from scripts.study.models import build
 
 
 VARIANTS = {
@@ -47,6 +48,10 @@ VARIANTS = {
     "gated, features": {"global_state": "gated", "global_gates": 2, "global_features": True},
     "gated, global": {"global_state": "gated", "global_gates": 1, "attention_type": "global", "global_rope": False},
     "delta": {"global_state": "delta", "chunk_shift": 3},
+    "window, local keys, delta": {
+        "local_window": 2, "local_key_shift": True, "global_state": "delta", "chunk_shift": 4, "key_shift": True,
+        "global_rope": False,
+    },
     "hybrid": {"quadratic_every": 2, "chunk_shift": 4},
     "window, gated, hybrid": {
         "local_window": 2,
@@ -310,6 +315,37 @@ def test_later_tokens_do_not_matter(name):
         one, other = (model(x).last_hidden_state[0] for x in (ids, changed))
     assert_close(one[:18], other[:18], 1e-12)
     assert not torch.allclose(one[18], other[18])
+
+
+@pytest.mark.parametrize("name", ["plus-keys", "plus-window-keys", "plus-window-keys-delta", "plus-gated"])
+def test_the_studys_forms_do_not_look_ahead_at_any_border(name):
+    """As they are trained, with chunks of 64: before, at and after the borders of both grids."""
+    model = build(name, "xs", 97, 300, causal=True).double().eval()
+    ids = torch.randint(97, (1, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(p.numel())))
+        whole = model.model(ids).last_hidden_state[0]
+        for at in (1, 31, 32, 33, 63, 64, 65, 95, 96, 97, 128, 159, 160, 200, 299):
+            changed = ids.clone()
+            changed[:, at:] = (ids[:, at:] + 1) % 97
+            other = model.model(changed).last_hidden_state[0]
+            assert_close(other[:at], whole[:at], 1e-9)
+            assert not torch.allclose(other[at], whole[at])
+
+
+def test_flash_plus_as_a_variant_is_flash_plus():
+    """So differences to FLASH+'s cells are those of the change."""
+    ours = variant(key_shift=True, global_rope=False, chunk_shift=4, use_scaled_sinusoid=False)
+    plain = tiny_config(global_form="previous_token", chunk_shift=4, use_scaled_sinusoid=False)
+    model, flash = make_model(GAUForCausalLM, ours), make_model(FlashForCausalLM, plain)
+    with torch.no_grad():
+        for layer in flash.model.layers:
+            # A document's first key is an offset here and 0 there.
+            layer.gau.offset_scale.bias[-1].zero_()
+        model.load_state_dict(flash.state_dict())
+        ids = random_ids(plain, 2, LENGTH)
+        assert_close(model(ids).logits, flash(ids).logits, 1e-12)
 
 
 def test_the_inverse_of_a_triangle_is_exact_at_any_width():

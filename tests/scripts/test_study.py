@@ -541,6 +541,36 @@ def test_long_trainings_are_told_by_corpus_and_position():
     assert len(table.splitlines()) == len(rows) + 2
 
 
+def test_forms_are_compared_with_flash_plus_after_a_quarter_of_a_pass():
+    results = {}
+    for model, books, wiki in ((grid.STARTED, 3.8, 3.6), ("plus-window", 3.7, 3.5)):
+        cell = grid.Cell("train", model, "m", "mixed-causal", 2048, grid.SEARCHED, 0.002)
+        found = {name: {"final": {"loss": loss, "by_position": [loss + 0.3] * 4 + [loss] * 28}}
+                 for name, loss in (("books", books), ("wiki", wiki))}  # fmt: skip
+        results[cell] = {"final": {"loss": (books + wiki) / 2}, "corpora": found, "machine": "a GPU"}
+    rows = [line.strip("| ").split(" | ") for line in report.searched(results).splitlines()]
+    assert len({len(row) for row in rows}) == 1 and [row[0] for row in rows[2:]] == [
+        "FLASH+, local part over two chunks", "FLASH+"
+    ]  # fmt: skip
+    assert rows[2][1:] == ["0.002", "3.600", "-0.100", "3.700", "0.300", "3.500", "0.300", "-", "a GPU"]
+    del results[next(iter(results))]
+    assert report.searched(results).splitlines()[2].split(" | ")[3] == "-"
+
+
+def test_trainings_cut_off_are_compared_after_the_same_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "UNFINISHED", tmp_path)
+    cell = grid.Cell("train", "plus-keys", "m", "mixed-causal", 2048, 235, 0.002)
+    facts = {"steps": 100, "valid_curve": [[10, 5.0], [50, 4.0]], "why": "the machine was given back"}
+    (tmp_path / f"{cell.name}.json").write_text(json.dumps(facts), encoding="utf-8")
+    results = {
+        dataclasses.replace(cell, model=grid.STARTED): {"valid_curve": [[50, 4.25], [100, 3.0]]},
+        dataclasses.replace(cell, model=grid.RIVAL, rate=0.001): {"valid_curve": [[40, 4.1], [100, 3.5]]},
+    }
+    (row,) = report.unfinished(results).splitlines()[2:]
+    assert "| 235 M | 50 of 100 |" in row and row.endswith("| 4.000 | -0.250 | - | - | the machine was given back |")
+    assert report.unfinished({cell: {}}) == "None."  # it has been run since
+
+
 def test_long_trainings_are_drawn_against_tokens(tmp_path):
     results = {}
     for context in grid.PASSED:
