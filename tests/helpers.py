@@ -48,6 +48,22 @@ def first_line(script: str) -> list[str]:
     return command
 
 
+def history(folder: Path, key: str = "loss") -> dict[int, float]:
+    """`key` by step, from the log of a training run."""
+    log = json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
+    return {entry["step"]: entry[key] for entry in log if key in entry}
+
+
+class Trap:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def run_here(*words: object) -> None:
     """What `python WORDS` does, in this process and folder: `-m scripts.NAME ...` or `scripts/NAME.py ...`."""
     with pytest.MonkeyPatch.context() as patch:
@@ -77,6 +93,6 @@ def run_python(*words: object, cwd: Path = ROOT, **environment: str | None) -> s
 
 
 __all__ = [
-    "BOOK", "DATA", "OVERRIDES", "ROOT", "TEXT", "TINY", "assert_close", "error_ratio", "first_line", "make_model",
-    "naive_config", "random_ids", "run_here", "run_python", "tiny_config", "write_documents",
+    "BOOK", "DATA", "OVERRIDES", "ROOT", "TEXT", "TINY", "Trap", "assert_close", "error_ratio", "first_line",
+    "history", "make_model", "naive_config", "random_ids", "run_here", "run_python", "tiny_config", "write_documents",
 ]  # fmt: skip

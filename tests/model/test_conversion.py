@@ -5,7 +5,6 @@ results of FLASH-pytorch, and that package itself where it is installed. What ca
 import functools
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from flash_hf.convert import convert, detect_kind, read_state_dict, save_tokeniz
 from flash_hf.convert.junnyu import convert_junnyu_flash
 from flash_hf.convert.lucidrains import convert_lucidrains_layer
 from flash_hf.convert.parts import fold_decoder
-from helpers import DATA, ROOT, assert_close, first_line, run_here
+from helpers import DATA, ROOT, Trap, assert_close, first_line, run_here
 
 
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
@@ -425,22 +424,12 @@ def test_padded_length_is_checked():
         convert_junnyu_flash(junnyu_flash_state("scalenorm"), padded_length=0)
 
 
-class Mark:
-    """Unpickled, it creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def test_files_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_state_dict(tmp_path / "absent.bin")
     with pytest.raises(ValueError, match="got none"):
         read_state_dict(tmp_path)
-    torch.save({"model": Mark(tmp_path / "mark")}, tmp_path / "a.pt")
+    torch.save({"model": Trap(tmp_path / "mark")}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="weights_only=True.*not the module"):
         read_state_dict(tmp_path)
     assert not (tmp_path / "mark").exists()

@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from flash_hf import FlashForCausalLM, FlashModel
 from flash_hf.training import FlashTrainingArguments
-from helpers import ROOT, tiny_config
+from helpers import ROOT, Trap, tiny_config
 
 
 SOURCES = sorted([*ROOT.glob("flash_hf/**/*.py"), *ROOT.glob("scripts/**/*.py")])
@@ -73,16 +72,6 @@ def test_no_pickle_in_the_package_and_the_scripts():
     assert not {str(path): uses for path in SOURCES if (uses := unsafe_uses(path.read_text(encoding="utf-8")))}
 
 
-class Mark:
-    """Unpickled, it creates a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, 2))])
 @pytest.mark.parametrize("options", [{}, {"weights_only": False}, {"use_safetensors": False, "weights_only": False}])
 def test_a_pickle_is_never_read(write, options, tmp_path):
@@ -90,7 +79,7 @@ def test_a_pickle_is_never_read(write, options, tmp_path):
     tiny_config().save_pretrained(folder)
     index = {"metadata": {}, "weight_map": {"embed_tokens.weight": "pytorch_model.bin"}}
     for name in ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"):
-        write({"embed_tokens.weight": Mark(mark)}, folder / "pytorch_model.bin")
+        write({"embed_tokens.weight": Trap(mark)}, folder / "pytorch_model.bin")
         if name == "model.safetensors":
             (folder / "pytorch_model.bin").rename(folder / name)
         elif name == "model.safetensors.index.json":
@@ -104,7 +93,7 @@ def test_a_pickle_is_never_read(write, options, tmp_path):
         for path in folder.glob("*model*"):
             path.unlink()
     # The mark does work.
-    pickle.loads(pickle.dumps(Mark(mark)))
+    pickle.loads(pickle.dumps(Trap(mark)))
     assert mark.exists()
 
 

@@ -3,6 +3,7 @@
 
 import json
 import re
+import subprocess
 from dataclasses import fields
 
 import pytest

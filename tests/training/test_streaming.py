@@ -23,7 +23,7 @@ from flash_hf.training.packing import pack_documents
 from flash_hf.training.stream import BATCH_DOCUMENTS, STREAM_STATE, BlockStream
 from flash_hf.training.tokenizer import tokenize_documents
 from flash_hf.training.trainer import write_log
-from helpers import ROOT, TEXT, run_python
+from helpers import ROOT, TEXT, history, run_python
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -207,14 +207,6 @@ def command_of(files: Path, folder: Path, *more: str) -> list[str]:
         f"--logging_steps 1 --disable_tqdm true --output_dir {folder}".split(),
         *more,
     ]  # fmt: skip
-
-
-def history(folder: Path, key: str = "loss") -> dict[int, float]:
-    return {
-        entry["step"]: entry[key]
-        for entry in json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
-        if key in entry
-    }
 
 
 def run(kind: str, *command: str) -> dict:

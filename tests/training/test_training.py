@@ -25,7 +25,7 @@ from flash_hf.training.documents import load_documents, split_documents
 from flash_hf.training.packing import MaskingCollator, collate, pack_documents
 from flash_hf.training.run import load_model, load_text, new_config
 from flash_hf.training.tokenizer import load_tokenizer, tokenize_documents, train_tokenizer
-from helpers import BOOK, OVERRIDES, TEXT, TINY, write_documents
+from helpers import BOOK, OVERRIDES, TEXT, TINY, history, write_documents
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -63,14 +63,6 @@ def arguments(files: Path, output_dir: Path, *more: str, **changes):
     }
     command = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
     return parse_arguments([*command, *more])
-
-
-def history(folder: Path, key: str = "loss") -> dict[int, float]:
-    return {
-        entry["step"]: entry[key]
-        for entry in json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
-        if key in entry
-    }
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
