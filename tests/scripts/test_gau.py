@@ -49,7 +49,11 @@ VARIANTS = {
     "gated, global": {"global_state": "gated", "global_gates": 1, "attention_type": "global", "global_rope": False},
     "delta": {"global_state": "delta", "chunk_shift": 3},
     "window, local keys, delta": {
-        "local_window": 2, "local_key_shift": True, "global_state": "delta", "chunk_shift": 4, "key_shift": True,
+        "local_window": 2,
+        "local_key_shift": True,
+        "global_state": "delta",
+        "chunk_shift": 4,
+        "key_shift": True,
         "global_rope": False,
     },
     "hybrid": {"quadratic_every": 2, "chunk_shift": 4},
