@@ -8,7 +8,6 @@ package needs triton.
 from __future__ import annotations
 
 from .plan import ChunkPlan, chunk_plan
-from .step import gated_step
 from .support import DTYPES, unavailable, unsupported
 from .unit import attention_step, gated_attention, layer, scale_norm
 
@@ -17,6 +16,6 @@ from .unit import attention_step, gated_attention, layer, scale_norm
 INTERFACE = 4
 
 __all__ = [
-    "ChunkPlan", "DTYPES", "attention_step", "chunk_plan", "gated_attention", "gated_step", "layer", "scale_norm",
+    "ChunkPlan", "DTYPES", "attention_step", "chunk_plan", "gated_attention", "layer", "scale_norm",
     "unavailable", "unsupported",
 ]  # fmt: skip

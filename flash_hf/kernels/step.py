@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention_flash import DecodingState, Normalization
-from .common import DTYPES, INTERPRET
+from .common import INTERPRET
 
 
 # Programs that keep a large GPU's multiprocessors (108 to 132) busy. More of them only read the keys more often.
@@ -214,29 +213,34 @@ def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[i
     return block_c, 16, 4
 
 
-def _launch(
-    u: Tensor,
-    v: Tensor,
-    z: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    position: Tensor,
-    valid: Tensor | None,
-    quad_k: Tensor | None,
-    lin_k: Tensor | None,
-    value: Tensor,
-    total: Tensor | None,
-    seen: Tensor,
-    bias: Tensor | None,
-    divisor: float,
-    mean: bool,
-    interleaved: bool,
-    silu: bool,
-    shift: int,
-    previous_key: bool,
-) -> Tensor:
+def gated_step(
+    u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor | None, sin: Tensor | None,
+    position: Tensor, valid: Tensor | None, quad_k: Tensor | None, lin_k: Tensor | None, value: Tensor,
+    total: Tensor | None, seen: Tensor, bias_R: Tensor | None, divisor: float, mean: bool, interleaved: bool,
+    silu: bool, shift: int, previous: bool,
+) -> Tensor:  # fmt: skip
+    """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel, without gradients.
+
+    Args:
+        u, v, z: projections of one new token per row, `[B, 1, E]`, `[B, 1, E]`, `[B, 1, S]`, dense in their last
+            dimension, float32, float16 or bfloat16.
+        gamma, beta: offset-scale, `[H, S]`: rows quad_q, quad_k, lin_q, lin_k, without those of absent branches.
+        cos, sin: of the tokens' positions, `[B or 1, 1, r / 2]`, contiguous.
+        position: tokens of the row's document before this one, int64 `[B or 1, 1]`. No view of `seen`, which the
+            kernel advances while it reads this.
+        valid: False where the token is padding, bool `[B, 1]`.
+        quad_k, lin_k, value, total, seen: the `DecodingState`, contiguous; updated in place, except for padding.
+        bias_R: relative bias `[2 * C - 1]`.
+        divisor: constant under the scores.
+        mean: whether the global part is normalised by "mean", otherwise by "chunk".
+        interleaved: RoPE turns the pairs (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
+        silu: whether u, v and z come before their activation.
+        shift: slots of a document's first chunk before its first token.
+        previous: values go under the key of the token before them, and linear heads are not turned.
+
+    Returns:
+        `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
+    """
     B, _, E = u.shape
     C, S = value.shape[1], z.shape[2]
     out = u.new_empty(B, 1, E)
@@ -247,153 +251,31 @@ def _launch(
             u, v, z, gamma, beta, z if cos is None else cos, z if sin is None else sin,
             position, position if valid is None else valid,
             value if quad_k is None else quad_k, value if lin_k is None else lin_k, value,
-            value if total is None else total, seen, z if bias is None else bias, out,
+            value if total is None else total, seen, z if bias_R is None else bias_R, out,
             u.stride(0), v.stride(0), z.stride(0),
             0 if cos is None or cos.shape[0] == 1 else cos.shape[2],
             0 if position.shape[0] == 1 else position.stride(0), 0 if valid is None else valid.stride(0),
             1.0 / divisor, shift,
             C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],
-            HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias is not None,
-            HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous_key, INTERLEAVED=interleaved, SILU=silu,
+            HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias_R is not None,
+            HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous, INTERLEAVED=interleaved, SILU=silu,
             BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
             INTERPRETED=INTERPRET, num_warps=warps,
         )  # fmt: skip
     return out
 
 
-# Not torch.library.custom_op: around an op that writes to its arguments its wrappers took 0.23 ms a call of the host,
-# against 0.01 ms this way (2 shared cores, torch 2.13). What they are for, gradients, is refused below.
+# Not torch.library.custom_op: around an operator that writes to its arguments, its wrappers took 0.23 ms of the host
+# per call, against 0.01 ms this way (2 shared cores, torch 2.13). They are for gradients, which a step does not have.
 _LIBRARY = torch.library.Library("flash_hf", "FRAGMENT")
 _LIBRARY.define(
-    "gated_step" + torch.library.infer_schema(_launch, mutates_args=("quad_k", "lin_k", "value", "total", "seen")),
+    "gated_step" + torch.library.infer_schema(gated_step, mutates_args=("quad_k", "lin_k", "value", "total", "seen")),
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 for _key in ("CUDA", "CPU"):
-    _LIBRARY.impl("gated_step", _launch, _key)
+    _LIBRARY.impl("gated_step", gated_step, _key)
 
 
 @torch.library.register_fake("flash_hf::gated_step", lib=_LIBRARY)
 def _(u, *others):
     return u.new_empty(u.shape)
-
-
-def _require(name: str, tensor: Tensor, shape: tuple, dtypes: tuple | None = None, *, dense: bool = False) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}.")
-    if dtypes is not None and tensor.dtype not in dtypes:
-        raise ValueError(
-            f"{name} must be of {' or '.join(map(str, dtypes))}, got {tensor.dtype}. Other types are for the torch "
-            "tier, mixed_chunk_step."
-        )
-    if dense and not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be contiguous, since it is updated in place, got strides {tensor.stride()}. Store "
-            f"{name}.contiguous() in the cache."
-        )
-
-
-def gated_step(
-    u: Tensor,
-    v: Tensor,
-    z: Tensor,
-    gamma_HS: Tensor,
-    beta_HS: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
-    position_B1: Tensor,
-    valid_B1: Tensor | None,
-    state: DecodingState,
-    *,
-    divisor: float,
-    bias_R: Tensor | None,
-    normalization: Normalization,
-    has_quad: bool = True,
-    has_lin: bool = True,
-    interleaved: bool = False,
-    silu: bool = True,
-    shift: int = 0,
-    previous_key: bool = False,
-) -> Tensor:
-    """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel; advances `state`.
-
-    Args:
-        u, v, z: projections of one new token a row, `[B, 1, E]`, `[B, 1, E]`, `[B, 1, S]`, float32, float16 or
-            bfloat16. They may be slices of one buffer.
-        gamma_HS, beta_HS: offset-scale, `[H, S]`: rows quad_q, quad_k, lin_q, lin_k, without those of absent branches.
-        rotary: cos and sin of the tokens' positions, `[B or 1, 1, r / 2]`, or None.
-        position_B1: tokens of the row's document before this one, int64 `[B or 1, 1]`. No view of `state.seen`, which
-            the kernel advances while it reads this.
-        valid_B1: False where the token is padding, bool `[B, 1]`, or None.
-        state: updated in place, padding rows excepted. Contiguous.
-        divisor: constant under the scores.
-        bias_R: relative bias `[2 * C - 1]`, or None.
-        has_quad, has_lin: branches of the layer.
-        interleaved: RoPE turns the pairs (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
-        silu: u, v and z come before their activation.
-        shift: slots of a document's first chunk before its first token.
-        previous_key: values go under the key of the token before them, and linear heads are not turned.
-
-    Returns:
-        `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
-
-    Raises:
-        ValueError: for a device, shape, dtype, layout or normalization that the kernel has no code for.
-        RuntimeError: if a gradient would have to pass.
-    """
-    if not (u.is_cuda or INTERPRET):
-        raise ValueError(
-            f"u must be on a CUDA device, got {u.device}. Other devices decode with the torch tier, mixed_chunk_step."
-        )
-    quad_k, lin_k, value, total, seen = state
-    B, E, S, C = u.shape[0], u.shape[-1], z.shape[-1], value.shape[1]
-    if normalization not in ("mean", "chunk"):
-        raise ValueError(f"normalization must be 'mean' or 'chunk', got {normalization!r}.")
-    if not (has_quad or has_lin):
-        raise ValueError("has_quad, has_lin must not both be False: such a layer has no heads and no output.")
-    if has_quad != (quad_k is not None) or has_lin != (lin_k is not None) or has_lin != (total is not None):
-        raise ValueError(
-            f"state must hold the branches of the layer, has_quad={has_quad} and has_lin={has_lin}; of quad_k, lin_k, "
-            f"total it holds {[x is not None for x in (quad_k, lin_k, total)]}. Start with an empty cache."
-        )
-    if S > 256:
-        raise ValueError(f"z must have at most 256 columns, got {S}. Wider keys decode with mixed_chunk_step.")
-    for name, tensor, width in (("u", u, E), ("v", v, E), ("z", z, S)):
-        _require(name, tensor, (B, 1, width), DTYPES)
-    heads = 2 * (has_quad + has_lin)
-    _require("gamma_HS", gamma_HS, (heads, S))
-    _require("beta_HS", beta_HS, (heads, S))
-    _require("state.value", value, (B, C, E), DTYPES, dense=True)
-    _require("state.seen", seen, (B,), (torch.int64,), dense=True)
-    if has_quad:
-        _require("state.quad_k", quad_k, (B, C, S), (value.dtype,), dense=True)
-        if bias_R is not None:
-            _require("bias_R", bias_R, (2 * C - 1,))
-    else:
-        bias_R = None
-    if has_lin:
-        _require("state.lin_k", lin_k, (B, C + previous_key, S), (value.dtype,), dense=True)
-        _require("state.total", total, (B, S, E), (torch.float32,), dense=True)
-    _require("position_B1", position_B1, (1 if position_B1.shape[0] == 1 else B, 1), (torch.int64,))
-    if valid_B1 is not None:
-        _require("valid_B1", valid_B1, (B, 1), (torch.bool,))
-    cos = sin = None
-    if rotary is not None:
-        cos, sin = rotary
-        half = cos.shape[-1]
-        if 2 * half > S:
-            raise ValueError(f"rotary must turn at most the {S} columns of z, got {2 * half}.")
-        for name, tensor in (("cos", cos), ("sin", sin)):
-            _require(f"rotary's {name}", tensor, (1 if cos.shape[0] == 1 else B, 1, half))
-        cos, sin = (cos.contiguous(), sin.contiguous()) if half else (None, None)
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, v, z, gamma_HS, beta_HS, bias_R, cos, sin)
-    ):
-        raise RuntimeError(
-            "gated_step has no backward, since it overwrites the state it reads, and an input requires grad. Decode "
-            "under torch.no_grad(), or use mixed_chunk_attention with a state."
-        )
-    u, v, z = (x if x.stride(-1) == 1 else x.contiguous() for x in (u, v, z))
-    bias_R = None if bias_R is None else bias_R.contiguous()
-    return torch.ops.flash_hf.gated_step.default(
-        u, v, z, gamma_HS.contiguous(), beta_HS.contiguous(), cos, sin, position_B1, valid_B1, quad_k, lin_k, value,
-        total, seen, bias_R, float(divisor), normalization == "mean", interleaved, silu, shift, previous_key,
-    )  # fmt: skip

@@ -5,7 +5,7 @@ Without a CUDA device the kernel runs in triton's interpreter, which has to be a
 """
 
 import os
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
 
+from flash_hf import kernels  # noqa: E402
 from flash_hf.attention_flash import DecodingState, QueryKeys, mixed_chunk_step, offset_scale, wide  # noqa: E402
 from flash_hf.chunking_flash import StepLayout  # noqa: E402
 from flash_hf.kernels import step as kernel  # noqa: E402
@@ -73,6 +74,18 @@ def torch_step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor,
     )  # fmt: skip
 
 
+def step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor, bias_R, normalization, has_quad=True,
+         has_lin=True, interleaved=False, silu=True, shift=0, previous_key=False):  # fmt: skip
+    """The same by the kernel, which reads from the state what branches there are."""
+    assert (has_quad, has_lin) == (state.quad_k is not None, state.lin_k is not None)
+    cos, sin = (None, None) if rotary is None else rotary
+    return torch.ops.flash_hf.gated_step.default(
+        u=u, v=v, z=z, gamma=gamma, beta=beta, cos=cos, sin=sin, position=position, valid=valid, quad_k=state.quad_k,
+        lin_k=state.lin_k, value=state.value, total=state.total, seen=state.seen, bias_R=bias_R, divisor=divisor,
+        mean=normalization == "mean", interleaved=interleaved, silu=silu, shift=shift, previous=previous_key,
+    )  # fmt: skip
+
+
 class Case:
     """Weights, and tokens as slices of one buffer of projections, as a fused projection would give them."""
 
@@ -123,7 +136,7 @@ def assert_same(case, steps, ratio=1e-5, valids=None):
         token = case.token()
         real = torch.ones(case.B, dtype=torch.bool, device=DEVICE) if valid is None else valid[:, 0]
         before = copied(mine)
-        out = kernel.gated_step(*case.arguments(mine, valid, token), **case.settings)
+        out = step(*case.arguments(mine, valid, token), **case.settings)
         expected = torch_step(*case.arguments(theirs, valid, token), **case.settings)
         assert out.shape == (case.B, 1, case.E) and out.dtype == case.dtype and out.isfinite().all()
         assert_close(out[real], expected[real], ratio, f"output of step {index}")
@@ -208,7 +221,7 @@ def test_padding_at_a_position_that_is_not_seen():
     before = copied(case.state)
     u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state)
     valid = torch.zeros(2, 1, dtype=torch.bool, device=DEVICE)
-    out = kernel.gated_step(u, v, z, gamma, beta, rotary, position + 2, valid, state, **case.settings)
+    out = step(u, v, z, gamma, beta, rotary, position + 2, valid, state, **case.settings)
     assert (out == 0).all()
     for old, new in zip(before, case.state, strict=True):
         assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))
@@ -228,7 +241,7 @@ def test_low_precision_error_is_at_most_twice_torchs(dtype, shift, previous):
         doubles = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments[:5]]
         settings = {**case.settings, "bias_R": case.settings["bias_R"].double()}
         expected = torch_step(*doubles, *arguments[5:], **settings)
-        ours = kernel.gated_step(*case.arguments(mine, token=token), **case.settings)
+        ours = step(*case.arguments(mine, token=token), **case.settings)
         plain = torch_step(*case.arguments(theirs, token=token), **case.settings)
         errors.append((error_ratio(ours, expected), error_ratio(plain, expected)))
         assert_close(mine.total, exact.total, 2 * error_ratio(theirs.total, exact.total) + 1e-6, "total")
@@ -241,10 +254,10 @@ def test_an_open_chunk_cancels_from_the_total(dtype):
     """The total less the slots is the closed chunks' sum: a slot that differs from what was summed would stay in."""
     case = Case(dtype=dtype, B=1, C=4, lin=True, quad=False, normalization="chunk")
     for _ in range(4):
-        kernel.gated_step(*case.arguments(case.state), **case.settings)
+        step(*case.arguments(case.state), **case.settings)
     closed = case.state.total.clone()
     for _ in range(3):
-        kernel.gated_step(*case.arguments(case.state), **case.settings)
+        step(*case.arguments(case.state), **case.settings)
     key, value = (x[:, :3].float() for x in (case.state.lin_k, case.state.value))
     assert_close(case.state.total - key.transpose(1, 2) @ value, closed, 2e-6)
 
@@ -257,21 +270,27 @@ def test_parameters_of_another_type_and_one_position_for_all_rows():
     position = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     theirs = DecodingState(*(x.nan_to_num(0) for x in copied(case.state)))
     rest = (case.gamma, case.beta, angles(position, 4), position, None)
-    out = kernel.gated_step(u, v, z, *rest, case.state, **case.settings)
+    out = step(u, v, z, *rest, case.state, **case.settings)
     settings = {**case.settings, "bias_R": case.settings["bias_R"].float()}
     expected = torch_step(u.float(), v.float(), z.float(), *rest, converted(theirs, torch.float32), **settings)
     assert_close(out, expected, 2e-3)
 
 
-def test_strided_and_transposed_projections():
+def test_a_unit_hands_its_step_to_the_kernel():
+    """Also with projections that are not dense in their last dimension."""
     case = Case()
-    u, v, z = case.token()
-    other = copied(case.state)
-    wide_u = torch.stack([u, u], -1)[..., 0]
-    assert wide_u.stride(-1) == 2
-    out = kernel.gated_step(*case.arguments(case.state, token=(wide_u, v, z)), **case.settings)
-    dense = tuple(x.contiguous() for x in (u, v, z))
-    assert torch.equal(out, kernel.gated_step(*case.arguments(other, token=dense), **case.settings))
+    theirs, (u, v, z) = copied(case.state), case.token()
+    *_, rotary, position, valid, state = case.arguments(case.state)
+    unit = SimpleNamespace(
+        offset_scale=SimpleNamespace(weight=case.gamma, bias=case.beta), divisor=2.0, normalization="mean",
+        interleaved=False, previous_key=False,
+    )  # fmt: skip
+    places = SimpleNamespace(layout=StepLayout(position, valid), rotary=rotary)
+    sparse = torch.stack([u, u], -1)[..., 0]
+    assert sparse.stride(-1) == 2
+    bias_R = case.settings["bias_R"]
+    out = kernels.attention_step(unit, sparse, v, z, places, bias_R=bias_R, silu=True, state=state)
+    assert torch.equal(out, step(*case.arguments(theirs, token=(u, v, z)), **case.settings))
 
 
 def op_arguments(case, valid=None):
@@ -298,13 +317,13 @@ def test_opcheck(settings):
 def test_compiles_in_one_graph(shift, previous):
     case = Case(shift=shift, previous=previous)
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = torch.compile(kernel.gated_step, fullgraph=True, backend=backend)
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     mine, theirs = copied(case.state), case.state
     addresses = [x.data_ptr() for x in mine]
     for _ in range(6):
         token = case.token()
         out = compiled(*case.arguments(mine, token=token), **case.settings)
-        assert torch.equal(out, kernel.gated_step(*case.arguments(theirs, token=token), **case.settings))
+        assert torch.equal(out, step(*case.arguments(theirs, token=token), **case.settings))
         for (name, x), (_, y) in zip(stored(mine, shift), stored(theirs, shift), strict=True):
             assert torch.equal(x, y), name
     assert addresses == [x.data_ptr() for x in mine]
@@ -321,11 +340,11 @@ def test_full_size_in_a_cuda_graph(dtype, B, shift, previous):
     state = case.state
     arguments = case.arguments(state)
     # Compiled outside of the capture, on another state.
-    kernel.gated_step(*arguments[:-1], copied(state), **case.settings)
+    step(*arguments[:-1], copied(state), **case.settings)
     theirs = converted(DecodingState(*(x.nan_to_num(0) for x in copied(state))), torch.float32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kernel.gated_step(*arguments, **case.settings)
+        out = step(*arguments, **case.settings)
     plain = {**case.settings, "bias_R": case.settings["bias_R"].float()}
     for index in range(600):
         new, position = case.token(), state.seen[:, None].clone()
@@ -349,42 +368,7 @@ def test_two_runs_are_bit_equal(shift, previous):
     for case in (first, second):
         case.gamma *= 0.1
     for _ in range(130):
-        outs = [kernel.gated_step(*case.arguments(case.state), **case.settings) for case in (first, second)]
+        outs = [step(*case.arguments(case.state), **case.settings) for case in (first, second)]
         assert torch.equal(*outs)
     for one, other in zip(first.state, second.state, strict=True):
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
-
-
-def test_gradients_are_refused():
-    case = Case()
-    case.gamma.requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward"):
-        kernel.gated_step(*case.arguments(case.state), **case.settings)
-    with torch.no_grad():
-        kernel.gated_step(*case.arguments(case.state), **case.settings)
-
-
-def test_errors_name_argument_and_value():
-    case = Case()
-    good = case.arguments(case.state)
-
-    def refused(match, index=None, value=None, **settings):
-        arguments = list(good)
-        if index is not None:
-            arguments[index] = value
-        with pytest.raises(ValueError, match=match):
-            kernel.gated_step(*arguments, **{**case.settings, **settings})
-
-    state = case.state
-    refused("normalization.*'sum'", normalization="sum")
-    refused("branches", has_lin=False)
-    refused("u must be of.*float64", 0, good[0].double())
-    refused(r"v must have the shape \(3, 1, 24\)", 1, good[1][..., :7])
-    refused(r"gamma_HS must have the shape \(4, 8\)", 3, good[3][:2])
-    refused(r"bias_R must have the shape \(7,\)", bias_R=case.settings["bias_R"][:6])
-    refused("rotary must turn at most", 5, angles(good[6], 5))
-    refused("position_B1 must be of", 6, good[6].int())
-    refused("valid_B1 must be of", 7, good[6])
-    sparse = state.value.repeat(1, 1, 2)[..., ::2]
-    refused("state.value must be contiguous", 8, replace(state, value=sparse))
-    refused("state.total must be of", 8, replace(state, total=state.total.double()))
