@@ -385,6 +385,16 @@ class LocalBias(FlashToeplitzBias):
         return self.weight[:, self.span - length : self.span + length - 1]
 
 
+class ScaleRows(FlashOffsetScale):
+    """As many rotated queries and keys as a variant needs."""
+
+    def __init__(self, config: GAUConfig, rows: int):
+        super().__init__(config)
+        self.weight = nn.Parameter(torch.empty(rows, config.query_key_dim))
+        self.bias = nn.Parameter(torch.zeros(rows, config.query_key_dim))
+        self.rotated = rows
+
+
 def positions_of(layout: ChunkLayout | QuadraticLayout) -> Tensor:
     """Position of every token in its document, `[B or 1, N]`."""
     if isinstance(layout, QuadraticLayout):
@@ -417,7 +427,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         )
         if self.quadratic:
             self.has_quad, self.has_lin, self.relative_bias = True, False, None
-            self.offset_scale = FlashOffsetScale(2, config)
+            self.offset_scale = ScaleRows(config, 2)
         H = config.local_heads
         self.windowed = not self.quadratic and self.has_quad and (
             max(config.local_window, H) > 1 or config.local_key_shift or (
@@ -426,7 +436,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         )  # fmt: skip
         if self.windowed:
             self.relative_bias = LocalBias(config, config.local_window * config.chunk_size)
-            self.offset_scale = FlashOffsetScale(2 * (H + self.has_lin), config)
+            self.offset_scale = ScaleRows(config, 2 * (H + self.has_lin))
         self.gate_proj = self.gate_bias = None
         if self.has_lin and config.global_state != "mean":
             gates = config.global_gates if config.global_state == "gated" else 1
