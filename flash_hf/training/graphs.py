@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps as CUDA graphs: a small model on a fast GPU computes faster than Python issues its kernels."""
+"""Training steps as CUDA graphs, for small models, whose kernels a fast GPU finishes before Python launches more."""
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterable
@@ -13,10 +13,10 @@ logger = logging.get_logger(__name__)
 
 
 class GraphedBackward:
-    """Loss and gradients of batches of one shape, recorded once as a CUDA graph and then replayed.
+    """Compute loss and gradients of batches of one shape by a CUDA graph, captured once and then replayed.
 
-    Batches of another shape are computed as usual; when several have come in a row, a graph of theirs takes the place
-    of the old one. The numbers are those of `compute`. The graph keeps the memory of its activations between steps.
+    Batches of another shape are computed without it; after several of them in a row, a new graph replaces the old one.
+    Results equal those of `compute`. The graph keeps the memory of its activations between steps.
 
     ```python
     def compute(batch):
@@ -30,13 +30,13 @@ class GraphedBackward:
     ```
 
     Args:
-        compute: from a batch to its loss, detached; adds to the gradients, as `loss.backward()` does. It may launch
-            kernels but not read from the device, and what it takes from anywhere but the batch is recorded as it was.
-        parameters: those that get gradients.
-        warmup: batches of a shape that are computed as usual first; in these, kernels are compiled.
+        compute: takes a batch, adds to the gradients as `loss.backward()` does, and returns the detached loss. It may
+            launch kernels but not read from the device; values from outside the batch are captured as they are.
+        parameters: the parameters that get gradients.
+        warmup: batches of a shape to compute without a graph first, in which kernels are compiled.
 
     Attributes:
-        refusals: why there is no graph, by the shape that it could not be recorded for.
+        refusals: for each shape that could not be captured, the reason.
     """
 
     def __init__(
@@ -49,29 +49,29 @@ class GraphedBackward:
         self._coming, self._came = None, 0
 
     def __call__(self, batch: dict[str, Tensor], key: Hashable = None) -> Tensor:
-        """The loss of a batch, and gradients added to those of the parameters.
+        """Add the gradients of a batch to those of the parameters, and return its loss.
 
         Args:
             batch: tensors on the CUDA device.
-            key: whatever else `compute` depends on: a graph is not replayed for another key.
+            key: anything else that `compute` depends on; a graph is only replayed for its own key.
         """
         shape = key, tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
         if self.graph is None or shape != self.shape:
             self._came = self._came + 1 if shape == self._coming else 1
             self._coming = shape
-            if self._came <= self.warmup or shape in self.refusals or not self._record(batch, shape):
+            if self._came <= self.warmup or shape in self.refusals or not self._capture(batch, shape):
                 return self.compute(batch)
         self._coming = None
         for name, x in self.inputs.items():
             x.copy_(batch[name], non_blocking=True)
-        # A replay writes its gradients anew: what earlier batches of this step left there has to be added.
+        # A replay overwrites its gradients, so add those of earlier batches in this step.
         held = [None if p.grad is None else p.grad.clone() if p.grad is own else p.grad for p, own in self.gradients]
         self.graph.replay()
         for (parameter, own), before in zip(self.gradients, held, strict=True):
             parameter.grad = own if before is None else before.add_(own)
         return self.loss.clone()
 
-    def _record(self, batch: dict[str, Tensor], shape: Hashable) -> bool:
+    def _capture(self, batch: dict[str, Tensor], shape: Hashable) -> bool:
         self.graph = self.shape = None
         self.inputs = {name: x.clone() for name, x in batch.items()}
         held = [p.grad for p in self.parameters]
@@ -80,22 +80,19 @@ class GraphedBackward:
         stream.wait_stream(before)
         graph = torch.cuda.CUDAGraph()
         try:
-            # First without a graph, and whatever waits for the device raises: within a recording it would break more
-            # than itself.
-            with torch.cuda.stream(stream), waiting_is_an_error():
-                self._compute_anew()
-            torch.cuda.set_rng_state(random)  # as if that had not been
+            # Try without a graph first, with an error wherever the host waits for the device: during a capture it
+            # would leave CUDA in a bad state.
+            with torch.cuda.stream(stream), error_on_sync():
+                self._compute_fresh()
+            torch.cuda.set_rng_state(random)
             with torch.cuda.graph(graph, stream=stream):
-                self.loss = self._compute_anew()
+                self.loss = self._compute_fresh()
             self.gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
             self.graph, self.shape = graph, shape
-        except Exception as error:  # whatever the model does that a graph cannot hold
+        except Exception as error:  # anything in the model that cannot be captured
             self.refusals[shape] = reason_of(error)
-            logger.warning(
-                f"No CUDA graph of training steps: {self.refusals[shape]} They are issued one by one, which gives the "
-                "same numbers."
-            )
-            # A recording that was broken off leaves its stream, and a generator that believes to be recorded still.
+            logger.warning(f"Training steps run without a CUDA graph, with the same results: {self.refusals[shape]}")
+            # An aborted capture leaves the current stream switched and the RNG in capture mode; restore both.
             torch.cuda.set_stream(before)
             generator = torch.Generator("cuda")
             generator.set_state(random)
@@ -107,14 +104,14 @@ class GraphedBackward:
             parameter.grad = grad
         return self.graph is not None
 
-    def _compute_anew(self) -> Tensor:
+    def _compute_fresh(self) -> Tensor:
         for parameter in self.parameters:
             parameter.grad = None
         return self.compute(self.inputs)
 
 
 @contextlib.contextmanager
-def waiting_is_an_error():
+def error_on_sync():
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -124,7 +121,7 @@ def waiting_is_an_error():
 
 
 def reason_of(error: BaseException) -> str:
-    """The first error of a chain in one line: those after it come from cleaning up."""
+    """The first error of a chain, in one line; later ones come from cleaning up."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of language models, from scores that evaluation reduces logits to."""
+"""Validation metrics of language models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Literal
 
 import numpy as np
 from torch import Tensor, nn
-from transformers import (
-    EvalPrediction,
-)
+from transformers import EvalPrediction
 
 from ..loss_flash import IGNORE
 
@@ -24,39 +22,35 @@ METRICS = {
 
 
 def token_scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Reduce logits to what the metrics need, so that evaluation never holds a vocabulary-wide tensor for all tokens.
+    """Reduce logits to what the metrics need, so that evaluation never keeps logits for all tokens.
 
     Args:
-        logits: `[B, N, V]`, maybe first of a tuple.
+        logits: `[B, N, V]`, or a tuple that begins with them.
         labels: `[B, N]`, -100 where not counted.
 
     Returns:
-        Negative log-likelihood in nats, float32, and whether the likeliest token is right, bool: both `[B, N]`, at the
-        place of the label, and 0 where nothing is counted.
+        Negative log-likelihood in nats, float32, and whether the most likely token is correct, bool; both `[B, N]`, at
+        the position of the label, and 0 where not counted.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
-    if causal:  # the logits of a token predict the next one; the first label has none
-        logits, targets = logits[:, :-1], labels[:, 1:]
-    else:
-        targets = labels
-    scores = logits.float().transpose(1, 2)
-    nll = nn.functional.cross_entropy(scores, targets, reduction="none", ignore_index=IGNORE)
-    right = logits.argmax(-1) == targets
+    if causal:  # the logits of a token predict the next one
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORE)
+    right = logits.argmax(-1) == labels
     if causal:
         nll, right = (nn.functional.pad(score, (1, 0)) for score in (nll, right))
     return nll, right
 
 
 def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Metrics from the scores of [`token_scores`].
+    """Exact metrics over the whole set from the scores of [`token_scores`].
 
-    All are exact for the whole set. Trainer's own loss is the mean of the batches' means, which is something else
-    when batches count different numbers of tokens; `loss` here takes its place. Perplexity per word and bits per byte
-    spread the nats of all predicted tokens (ends of documents included) over the words and bytes of the text, so that
-    they can be compared between tokenizers.
+    `loss` replaces Trainer's own, a mean of the batches' means, which differs if batches count different numbers of
+    tokens. Word perplexity and bits per byte divide the nats of all predicted tokens (ends of documents included) by
+    the words and bytes of the text, for comparison between tokenizers.
 
     Args:
-        size: from [`text_size`], of the text that is evaluated.
+        size: of the validation text, from [`text_size`].
     """
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -65,7 +59,7 @@ def make_compute_metrics(kind: Kind, size: dict[str, int]) -> Callable[[EvalPred
         if kind == "causal":
             counted[:, 0] = False
         count, nats = counted.sum(), nll[counted].sum(dtype=np.float64)
-        with np.errstate(all="ignore"):  # too large a loss, or nothing to count, gives inf or nan: that is the answer
+        with np.errstate(all="ignore"):  # inf or nan is the right answer for a huge loss, or without tokens to count
             metrics = {"loss": nats / count, "perplexity": np.exp(nats / count), "tokens": int(count)}
             if kind == "causal":
                 metrics["word_perplexity"] = np.exp(nats / size["n_words"])

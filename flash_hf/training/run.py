@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training from text to checkpoint: `run_training("causal")` and `run_training("masked")`."""
+"""From text to checkpoint: `run_training("causal", ...)` and `run_training("masked", ...)`."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ from .trainer import FlashTrainer, LossPlotCallback, MaskEpochCallback
 
 logger = logging.get_logger(__name__)
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40}  # for generate(), in a new causal model's checkpoint
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40}  # saved for generate() with new causal models
 
 
 def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset]:
-    """Training and validation documents; the validation set is always read at once, to be the same each time."""
+    """Training and validation documents. Validation documents are never streamed, so they stay the same."""
     load = partial(
         load_documents,
         dataset_name=data_args.dataset_name,
@@ -61,8 +61,8 @@ def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Data
     own_validation = data_args.validation_file is not None or data_args.validation_split is not None
     if data_args.streaming and not own_validation:
         raise ValueError(
-            "A stream has no end that could be held out for validation: with --streaming give --validation_file, or "
-            "--validation_split with a data set."
+            "The end of a stream cannot be held out for validation: with --streaming give --validation_file, or "
+            "--validation_split of a data set."
         )
     train = load(
         data_args.train_file,
@@ -77,7 +77,7 @@ def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Data
         return train, validation
     if data_args.validation_file is not None:
         load = partial(load, data_args.validation_file, dataset_name=None)
-    # With a stream, only the part that is wanted is downloaded.
+    # With --streaming, download only the first documents.
     lazily = data_args.streaming and data_args.max_eval_documents is not None
     split = data_args.validation_split or "train"
     validation = load(split=split, max_documents=data_args.max_eval_documents, streaming=lazily)
@@ -85,10 +85,10 @@ def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Data
 
 
 def check_sources(model_args: ModelArguments) -> None:
-    """See that there are the model and the tokenizer to go on from, before the data are read.
+    """Check that `--model` and `--tokenizer` exist, before the data are read.
 
     Raises:
-        OSError: one of them is neither a folder nor to be had from the Hub.
+        OSError: one of them is neither a folder nor on the Hub.
     """
     for option, auto in (("model", AutoConfig), ("tokenizer", AutoTokenizer)):
         if (name := getattr(model_args, option)) is not None:
@@ -98,10 +98,10 @@ def check_sources(model_args: ModelArguments) -> None:
 def load_model(
     kind: Kind, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, resume: Path | None
 ) -> PreTrainedModel:
-    """A new model, the one of `--model`, or one for the weights of a checkpoint that Trainer is going to load.
+    """A new model, the model `--model`, or a model for the weights that Trainer will load from `resume`.
 
     Raises:
-        ValueError: a misspelt or wrong field; a vocabulary smaller than the tokenizer's; fields that contradict the
+        ValueError: a misspelt or invalid field, a vocabulary smaller than the tokenizer's, fields that contradict the
             checkpoint.
     """
     auto = AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM
@@ -111,8 +111,8 @@ def load_model(
         for name, value in fields.items():
             if getattr(config, name, None) != value:
                 raise ValueError(
-                    f"The checkpoint {resume} has {name}={getattr(config, name, None)!r}, the arguments ask for "
-                    f"{value!r}. Resume with the arguments the run began with."
+                    f"The checkpoint {resume} has {name}={getattr(config, name, None)!r}, the arguments {value!r}. "
+                    "Resume with the arguments the run began with."
                 )
         model = auto.from_config(config)
     elif model_args.model is not None:
@@ -120,7 +120,7 @@ def load_model(
     else:
         model = auto.from_config(new_config(kind, fields, tokenizer))
         if kind == "causal":
-            # Greedy text of a small model soon repeats itself.
+            # Greedy decoding of small models soon repeats itself.
             model.generation_config = GenerationConfig.from_model_config(model.config)
             model.generation_config.update(**SAMPLING)
     if kind == "causal" and resume is not None and (resume / "generation_config.json").is_file():
@@ -129,13 +129,13 @@ def load_model(
     if model.config.vocab_size < needed:
         raise ValueError(
             f"The model's vocab_size must be at least {needed}, the tokenizer's highest id + 1, got "
-            f"{model.config.vocab_size}. Leave vocab_size out, or take the tokenizer that belongs to the model."
+            f"{model.config.vocab_size}. Leave out vocab_size, or use the model's own tokenizer."
         )
     return model
 
 
 def new_config(kind: Kind, fields: dict, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
-    """`FlashConfig` from fields, with the tokenizer's size and special tokens where the fields leave them open."""
+    """A `FlashConfig` with `fields`, and by default with the tokenizer's size and special tokens."""
     defaults = {"is_decoder": kind == "causal"}
     if tokenizer is not None:
         defaults |= {
@@ -155,11 +155,11 @@ def load_or_train_tokenizer(
     *,
     first: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, else `--tokenizer`, else the one of `--model`, else a new one; a causal model's
-    pads on the left from now on.
+    """The tokenizer of the checkpoint, else `--tokenizer`, else that of `--model`, else a new one. For causal models
+    it pads on the left.
 
     Args:
-        first: whether this is the first of the run's processes; it trains the tokenizer for all of them.
+        first: whether this is the first process, which trains a new tokenizer for all of them.
     """
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
@@ -168,7 +168,7 @@ def load_or_train_tokenizer(
             pad_on_the_left(tokenizer)
         return tokenizer
     if "input_ids" in (train.column_names or ()):
-        raise ValueError("Tokenised documents must come with the --tokenizer that they were made with.")
+        raise ValueError("Tokenized documents must come with the --tokenizer that they were made with.")
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
     tokenizer = [None]
     if first:
@@ -186,9 +186,9 @@ def build_trainer(
     data_args: DataArguments,
     args: FlashTrainingArguments,
 ) -> FlashTrainer:
-    """Tokenise and pack the documents `train` and `validation`, and put everything together."""
+    """Tokenize and pack the documents, and make a trainer with metrics, collator and callbacks."""
     causal = kind == "causal"
-    with args.main_process_first(desc="tokenising and packing"):
+    with args.main_process_first(desc="tokenizing and packing"):
         tokenize = partial(tokenize_documents, tokenizer=tokenizer, num_proc=data_args.num_proc)
         options = {
             "tokenizer": tokenizer,
@@ -212,15 +212,15 @@ def build_trainer(
         logger.info(f"Validation text: {size}, in {len(eval_blocks)} blocks of {data_args.block_size} tokens.")
         if size["n_unknown"]:
             logger.warning(
-                f"{size['n_unknown']} tokens of the validation text are unknown to the tokenizer; guessing them is "
-                "too easy, so perplexities come out too low."
+                f"{size['n_unknown']} tokens of the validation text are unknown to the tokenizer. They are easy to "
+                "predict, so perplexities will be too low."
             )
         collator, callbacks = collate, [LossPlotCallback()]
         if not causal:
             collator = MaskingCollator(tokenizer, mlm_probability=data_args.mlm_probability, seed=args.data_seed)
             callbacks.append(MaskEpochCallback(collator))
             eval_blocks = collator.mask_once(eval_blocks)
-    # A training step needs the loss alone; logits would be its largest tensors.
+    # Training needs the loss only, and logits would be the largest tensors of a step.
     model.skip_logits = True
     return FlashTrainer(
         model=model,
@@ -235,23 +235,18 @@ def build_trainer(
     )
 
 
-def run_training(
+def check_run(
     kind: Kind, model_args: ModelArguments, data_args: DataArguments, args: FlashTrainingArguments
-) -> dict:
-    """Check, train, validate before and after, save. Everything goes to `args.output_dir`.
+) -> Path | None:
+    """Refuse what would fail later, before the data are read; return the checkpoint to resume from.
 
-    The folder then holds the model and the tokenizer (for `from_pretrained`), `checkpoint-*`, `loss.png`,
-    `log_history.json`, `log_history.csv`, `trainer_state.json` and `eval_results.json`.
-
-    Returns:
-        `before` and `after` (the metrics of the validation text; `before` is None if `eval_on_start` is off),
-        `train_seconds`, `output_dir`, `plot`.
+    Raises:
+        ValueError, OSError, ImportError: an argument is invalid, or a model, tokenizer, folder or package is missing.
     """
     check_arguments(args, METRICS[kind])
     resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, streaming=data_args.streaming)
-    if args.process_index == 0:  # another process may look when this one has begun to write
+    if args.process_index == 0:  # the others may come when this process has begun to write
         check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
-    set_batch(args, data_args.block_size)
     if args.sequence_warmup_steps:
         warmup_length(0, steps=1, start=args.sequence_warmup_start, block_size=data_args.block_size)
     if data_args.streaming and args.max_steps <= 0:
@@ -260,44 +255,58 @@ def run_training(
         )
     if data_args.streaming and args.dataloader_num_workers:
         raise ValueError(
-            f"dataloader_num_workers must be 0 with --streaming, got {args.dataloader_num_workers}: a stream is read "
-            "by a thread of its own, which tokenises on all cores."
+            f"dataloader_num_workers must be 0 with --streaming, got {args.dataloader_num_workers}: a stream has its "
+            "own reader thread, which tokenizes on all cores."
         )
     if data_args.streaming and args.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size must be left out with --streaming: a stream does not begin again with smaller "
-            "batches. Give --per_device_train_batch_size."
+            "auto_find_batch_size must be left out with --streaming: a stream cannot restart with smaller batches. "
+            "Set --per_device_train_batch_size."
         )
     fields = config_fields(model_args)
     check_sources(model_args)
     if model_args.model is None:
-        new_config(kind, fields)  # for its errors: they should not wait for the data
-    import matplotlib  # noqa: F401  the same: it would be missed only at the first validation
+        new_config(kind, fields)
+    import matplotlib  # noqa: F401  or its absence would end the run at the first validation
 
+    return resume
+
+
+def run_training(
+    kind: Kind, model_args: ModelArguments, data_args: DataArguments, args: FlashTrainingArguments
+) -> dict:
+    """Load text, tokenizer and model, train, validate and save.
+
+    `args.output_dir` then holds the model and the tokenizer (for `from_pretrained`), `checkpoint-*`, `loss.png`,
+    `log_history.json`, `log_history.csv`, `trainer_state.json` and `eval_results.json`.
+
+    Returns:
+        `before` and `after` (validation metrics; `before` is None without `eval_on_start`), `train_seconds`,
+        `output_dir` and `plot`.
+
+    Raises:
+        ValueError, OSError, ImportError: an argument is invalid, or text, model or tokenizer cannot be loaded.
+    """
+    resume = check_run(kind, model_args, data_args, args)
+    set_batch(args, data_args.block_size)
     set_seed(args.seed)
     train, validation = load_text(data_args)
     tokenizer = load_or_train_tokenizer(kind, model_args, train, resume, first=args.process_index == 0)
     model = load_model(kind, model_args, tokenizer, resume)
     trainer = build_trainer(kind, model, tokenizer, train, validation, data_args, args)
-
     if args.overwrite_output_dir and resume is None and args.should_save:
-        # Nothing of the old run may be taken for one of the new by --resume_from_checkpoint last.
-        for old in Path(args.output_dir).glob("checkpoint-*"):
-            if (old / "trainer_state.json").is_file():
-                logger.warning(f"Deleting {old} of an earlier run.")
-                shutil.rmtree(old)
+        delete_checkpoints(args.output_dir)
     if resume is not None and isinstance(trainer.train_dataset, BlockStream):
-        trainer.go_on_with_stream(resume)
-        args.ignore_data_skip = True
+        trainer.resume_stream(resume)
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
-    trainer.save_model()  # first: the evaluation leaves the model in the type of bf16_full_eval or fp16_full_eval
+    trainer.save_model()  # before evaluating, which casts the model with bf16_full_eval or fp16_full_eval
     after = trainer.evaluate()
     trainer.save_state()
     trainer.save_metrics("eval", after)
     if args.push_to_hub:
-        trainer.push_to_hub()  # once more, with the last scores and the loss plot
+        trainer.push_to_hub()  # again, with the last metrics and the loss plot
     before = next((log for log in trainer.state.log_history if "eval_loss" in log and log["step"] == 0), None)
     return {
         "before": before,
@@ -308,8 +317,16 @@ def run_training(
     }
 
 
+def delete_checkpoints(output_dir: str | Path) -> None:
+    """Delete the checkpoints of an earlier run, which `--resume_from_checkpoint last` might resume."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if (folder / "trainer_state.json").is_file():
+            logger.warning(f"Deleting {folder} of an earlier run.")
+            shutil.rmtree(folder)
+
+
 def describe(kind: Kind, result: dict) -> str:
-    """The result of [`run_training`] as a table to print."""
+    """The result of [`run_training`] as a printable table."""
     own = ("word_perplexity", "bits_per_byte", "accuracy") if kind == "causal" else ("masked_accuracy",)
     lines = [f"{'validation':<18}{'before':>16}{'after':>16}"]
     for name in ("loss", "perplexity", *own):

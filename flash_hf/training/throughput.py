@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens a second and model FLOP utilisation (MFU) of a training, and the progress bar that shows them."""
+"""Tokens per second and model FLOP utilization (MFU), and the progress bar that shows them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import ProgressCallback
 from ..configuration_flash import FlashConfig
 
 
-# TFLOP/s of dense products in bfloat16 or float16, from NVIDIA's data sheets; the first name that fits is taken.
+# Dense TFLOP/s in bfloat16 and float16, from NVIDIA's data sheets; the first name that matches counts.
 PEAK_TFLOPS = {
     "B200": 2250.0, "H200": 989.4, "H100 PCIe": 756.4, "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0,
     "L40S": 362.1, "L40": 181.1, "L4": 121.0,
@@ -21,16 +21,16 @@ PEAK_TFLOPS = {
 
 
 def training_flops(config: FlashConfig, context: int, *, causal: bool, head: bool = True) -> float:
-    """Floating-point operations that a token costs in training, from products of matrices alone.
+    """Floating-point operations of matrix products per training token.
 
-    Forward, with `D`, `E`, `S`, `C` the widths of model, values and keys and the chunk: a layer's projections
-    `2 D (2E + S) + 2 E D`; its local part `2 keys (S + E)`, where a causal query sees half of its chunk, `(C + 1) / 2`
-    keys; its global part `4 S E`, less one chunk's if causal, whose last state is not read; the head `2 D V`. The
-    backward costs twice as much. Recomputation is not counted: MFU is about the model's own arithmetic.
+    Forward, with the widths `D` of the model, `E` of values and `S` of keys, and chunks of `C` tokens: the projections
+    of a layer take `2 D (2E + S) + 2 E D`; its local attention `2 keys (S + E)`, where causal queries see
+    `(C + 1) / 2` keys on average; its global attention `4 S E`, for all chunks but one if causal, since the last state
+    is not read; the head `2 D V`. The backward takes twice as much. Recomputation is not part of MFU and not counted.
 
     Args:
-        context: tokens in a row.
-        head: whether there is one that predicts tokens.
+        context: tokens per row.
+        head: whether the model predicts tokens.
     """
     D, E, S = config.hidden_size, config.intermediate_size, config.query_key_dim
     chunk = context if config.attention_type == "quadratic" else min(config.chunk_size, context)
@@ -44,12 +44,12 @@ def training_flops(config: FlashConfig, context: int, *, causal: bool, head: boo
 
 
 def device_peak(device_name: str | None, *, half: bool, peak_tflops: float | None = None) -> float | None:
-    """Operations a second that one device could do: `peak_tflops`, else what is known of it, else None.
+    """Peak FLOP/s of one device: `peak_tflops`, else from `PEAK_TFLOPS`, else None.
 
     Args:
-        device_name: as `torch.cuda.get_device_name` gives it; None without a GPU.
+        device_name: from `torch.cuda.get_device_name`; None without a GPU.
         half: whether the training computes in bfloat16 or float16, which the table is for.
-        peak_tflops: what the user says, in TFLOP/s.
+        peak_tflops: given by the user, in TFLOP/s.
     """
     if peak_tflops is not None:
         return peak_tflops * 1e12
@@ -59,10 +59,10 @@ def device_peak(device_name: str | None, *, half: bool, peak_tflops: float | Non
 
 
 class SpeedMeter:
-    """Tokens a second, and MFU, between two readings; the time of validating and saving is left out.
+    """Tokens per second and MFU between two readings, without the time for validating and saving.
 
     Args:
-        peak: operations a second that all devices together could do; None leaves MFU out.
+        peak: peak FLOP/s of all devices together; None leaves out MFU.
     """
 
     def __init__(self, peak: float | None = None):
@@ -71,18 +71,18 @@ class SpeedMeter:
         self.tokens = self.flops = 0.0
 
     def count(self, tokens: int, flops_per_token: float | None) -> None:
-        """Add a step's tokens, of all devices; the first call starts the clock."""
+        """Add the tokens of a step on all devices; the first call starts the clock."""
         self.began = time.perf_counter() if self.began is None else self.began
         self.tokens += tokens
         self.flops += tokens * (flops_per_token or 0.0)
 
     def pause(self, seconds: float) -> None:
-        """Take `seconds` that were not spent on training off the time."""
+        """Exclude `seconds` that were not spent on training."""
         if self.began is not None:
             self.began += seconds
 
     def read(self) -> dict[str, float]:
-        """`tokens_per_second`, and `mfu` between 0 and 1, since the last reading."""
+        """`tokens_per_second` and `mfu` (between 0 and 1) since the last reading."""
         now = time.perf_counter()
         if self.began is None or now <= self.began:
             return {}
@@ -95,12 +95,12 @@ class SpeedMeter:
 
 
 class SpeedBar(ProgressCallback):
-    """Trainer's progress bar, with loss, gradient norm, tokens a second and MFU in the bar itself."""
+    """Trainer's progress bar with loss, gradient norm, tokens per second and MFU."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            # tqdm would write the lines of the log to stdout, which is for results.
+            # tqdm would write log lines to stdout, which is for results.
             self.training_bar.write = partial(self.training_bar.write, file=sys.stderr)
 
     def on_log(self, args, state, control, logs=None, **kwargs):

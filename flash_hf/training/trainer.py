@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlashTrainer: the Trainer of transformers with the optimiser's rules, logs and checkpoints of FLASH."""
+"""The Trainer of transformers for FLASH, and its callbacks."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class FlashLabelSmoother(LabelSmoother):
-    """Trainer's label smoothing, but 0 for a batch without labels, and shifted for causal models whatever wraps them:
-    Trainer goes by the name of the outermost class, which after torch.compile is the compiler's.
+    """Trainer's label smoothing, but 0 for a batch without labels, and shifted for causal models even if compiled:
+    Trainer decides by the name of the outermost class, which is then torch.compile's.
 
     Args:
-        causal: whether a token's label is the next one's.
+        causal: whether labels are shifted by one token.
     """
 
     causal: bool = False
@@ -64,9 +64,8 @@ class FlashLabelSmoother(LabelSmoother):
 
 
 class FlashTrainer(Trainer):
-    """Trainer with weight decay on matrices only, speed in its log, steps as CUDA graphs, exact resuming of streams,
-    rows that grow, an end by the clock, a word about checkpoints that could not be saved, an evaluation that keeps the
-    rows in order, and label smoothing of compiled models."""
+    """Trainer with weight decay on matrices only, speed in its log, CUDA graphs, exact resuming of streams, sequence
+    warm-up, a wall-clock stop, a clear error when a checkpoint cannot be written, and in-order evaluation."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -89,8 +88,8 @@ class FlashTrainer(Trainer):
         self._may_graph = getattr(self.args, "cuda_graph", False)
         if self._may_graph and (devices > 1 or self.args.device.type != "cuda" or self.args.fp16):
             logger.warning(
-                f"cuda_graph is for one CUDA device in bf16 or float32, got {devices} of type {self.args.device.type}"
-                f"{' in fp16' * self.args.fp16}: training steps are issued one by one."
+                f"cuda_graph needs one CUDA device and bf16 or float32, got {devices} {self.args.device.type}"
+                f"{' in fp16' * self.args.fp16}: training steps run without a graph."
             )
             self._may_graph = False
         self.budget = None
@@ -98,10 +97,9 @@ class FlashTrainer(Trainer):
             self.budget = TimeBudget(minutes, self.args.warmup_steps, self.args.started)
             self.add_callback(self.budget)
 
-    # --- data --------------------------------------------------------------------------------------------------------
-
-    def go_on_with_stream(self, checkpoint: Path) -> None:
-        """Let the stream begin where it was when `checkpoint` was saved. Train with `ignore_data_skip` then."""
+    def resume_stream(self, checkpoint: Path) -> None:
+        """Continue the stream where it was when `checkpoint` was saved, instead of skipping batches."""
+        self.args.ignore_data_skip = True
         self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8")))
         self._resumed_from = str(checkpoint)
 
@@ -110,8 +108,8 @@ class FlashTrainer(Trainer):
         if has_length(loader) and not len(loader):
             rows = f"{len(self.train_dataset)} rows" if has_length(self.train_dataset) else "the data"
             raise ValueError(
-                f"dataloader_drop_last leaves nothing of {rows}, which are less than a batch of "
-                f"{self.args.train_batch_size} on each device. Leave it out, or give less per_device_train_batch_size."
+                f"dataloader_drop_last must be left out for {rows}, less than a batch of {self.args.train_batch_size} "
+                "on each device. Or reduce per_device_train_batch_size."
             )
         return loader
 
@@ -125,7 +123,7 @@ class FlashTrainer(Trainer):
 
     @contextlib.contextmanager
     def _no_row_dropped(self) -> Iterator[None]:
-        """`dataloader_drop_last` is for training: scores are those of the whole set."""
+        """Ignore `dataloader_drop_last`, which is for training: metrics are computed over the whole set."""
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             yield
@@ -133,7 +131,7 @@ class FlashTrainer(Trainer):
             self.args.dataloader_drop_last = drop
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step, cut to the length that the sequence warm-up has reached."""
+        """The batches of a step, with rows cut to the current length of the sequence warm-up."""
         steps = getattr(self.args, "sequence_warmup_steps", 0)
         if self.state.global_step < steps:
             length = partial(warmup_length, self.state.global_step, steps=steps, start=self.args.sequence_warmup_start)
@@ -143,28 +141,25 @@ class FlashTrainer(Trainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batches_used += len(batches)
         if self._resumed_from is not None:
-            # As Trainer does after skipping batches: what fetching draws was drawn before the checkpoint, too.
+            # As Trainer does after skipping batches: fetching them has used random numbers.
             self._load_rng_state(self._resumed_from)
             self._resumed_from = None
-        for batch in batches:
-            if "input_ids" in batch:
-                tokens, config = batch["input_ids"].numel() * self.args.world_size, self.model.config
-                flops = None
-                if isinstance(config, FlashConfig):
-                    head = self.model.get_output_embeddings() is not None
-                    context = batch["input_ids"].shape[-1]
-                    flops = training_flops(config, context, causal=config.is_decoder, head=head)
-                self.speed.count(tokens, flops)
+        config, flops = self.model.config, None
+        for ids in [batch["input_ids"] for batch in batches if "input_ids" in batch]:
+            if isinstance(config, FlashConfig):
+                head = self.model.get_output_embeddings() is not None
+                flops = training_flops(config, ids.shape[-1], causal=config.is_decoder, head=head)
+            self.speed.count(ids.numel() * self.args.world_size, flops)
         return batches, count
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """Trainer's own, as a CUDA graph if the arguments ask for it and the rows are plain."""
+        """Trainer's own step, replayed as a CUDA graph with `cuda_graph` and plain rows."""
         inputs = self._prepare_inputs(inputs)
         if not self._may_graph or inputs.keys() != {"input_ids", "labels"}:
             if self._may_graph:
                 logger.warning_once(
-                    f"cuda_graph is for batches of input_ids and labels alone, got {', '.join(sorted(inputs))}: steps "
-                    "on padded or packed rows are issued one by one."
+                    f"cuda_graph needs batches of input_ids and labels alone, got {', '.join(sorted(inputs))}: steps "
+                    "on padded or packed rows run without a graph."
                 )
             return super().training_step(model, inputs, num_items_in_batch)
 
@@ -180,14 +175,12 @@ class FlashTrainer(Trainer):
             batch["num_items_in_batch"] = torch.as_tensor(num_items_in_batch, device=self.args.device)
         return self._graphed(batch, key=self.current_gradient_accumulation_steps)
 
-    # --- log, validation, checkpoints --------------------------------------------------------------------------------
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `tokens_per_second` and `mfu` (if the peak of the device is known) to a line of the training's log."""
+        """Add `tokens_per_second` and `mfu` (if the device's peak is known) to the training log."""
         if "loss" in logs:
             logs.update(self.speed.read())
         if self.budget is not None:
-            # Older transformers count the steps that were allowed, not those that there was time for.
+            # Older transformers divide max_steps, not the steps done, by the time.
             for name in ("train_samples_per_second", "train_steps_per_second"):
                 logs.pop(name, None)
         super().log(logs, start_time)
@@ -203,35 +196,33 @@ class FlashTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch makes a RuntimeError of a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch on a full disk
             streaming = isinstance(self.train_dataset, BlockStream)
             if folder.is_dir() and missing_from_checkpoint(folder, streaming=streaming) and self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint is of no use, and takes up room
+                shutil.rmtree(folder, ignore_errors=True)  # an incomplete checkpoint only takes up space
             raise OSError(
-                f"The checkpoint {folder} could not be saved: {type(error).__name__}: {error}. Those saved before are "
-                "whole. Make room (--save_total_limit keeps only the last ones), then go on with "
+                f"The checkpoint {folder} could not be saved: {type(error).__name__}: {error}. Earlier ones are "
+                "complete. Free some space (--save_total_limit keeps only the last ones), then resume with "
                 "--resume_from_checkpoint last."
             ) from error
         self.speed.pause(time.perf_counter() - begin)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Here, because it comes before older checkpoints are deleted.
+        # Here, since older checkpoints are deleted right after it.
         super()._save_optimizer_and_scheduler(output_dir)
         if isinstance(self.train_dataset, BlockStream) and self.args.process_index == 0:
             used = self._batches_used * self.args.train_batch_size * self.args.world_size
             write_state(self.train_dataset.state_at(self.train_dataset.first_row + used), output_dir)
 
-    # --- rules -------------------------------------------------------------------------------------------------------
-
     def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
-        """`group_by_length` is for training; transformers shuffles the evaluation too, and a score that looks up the
-        words or the text of each row would take another row's."""
+        """Keep evaluation in order: transformers applies `group_by_length` to it too, and metrics that look up the
+        text of a row would get another row's."""
         if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
             return None
         return SequentialSampler(eval_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
-        """The one of the arguments, or the clock's."""
+        """The schedule of the arguments, or by the clock with `max_minutes`."""
         if self.budget is not None and self.lr_scheduler is None:
             self.lr_scheduler = self.budget.scheduler(self.optimizer if optimizer is None else optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
@@ -239,8 +230,8 @@ class FlashTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Weights of linear layers and embeddings.
 
-        Trainer's rule goes by names and lets offset scales (`gamma`), the sinusoid's scale and ScaleNorm's gain decay;
-        those are scalars and vectors that multiply, and relative biases are vectors that are added.
+        Trainer's rule, by names, would also decay offset scales, the sinusoid's scale, ScaleNorm's gain and relative
+        biases, which are scalars and vectors.
         """
         return [
             f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
@@ -248,7 +239,7 @@ class FlashTrainer(Trainer):
 
 
 class LogPrinter(PrinterCallback):
-    """Where there is no progress bar, Trainer prints its log; on stderr, since stdout is for results."""
+    """Print the log to stderr if there is no progress bar: stdout is for results."""
 
     def on_log(self, *args, **kwargs):
         with contextlib.redirect_stdout(sys.stderr):
@@ -256,15 +247,14 @@ class LogPrinter(PrinterCallback):
 
 
 class StreamEpochCallback(TrainerCallback):
-    """Count the epoch of a stream, its share of `max_steps`, from the first step of the run: Trainer begins anew in a
-    resumed run that skips no batches."""
+    """Set the epoch of a stream to the fraction of `max_steps` done. Trainer would restart it in a resumed run."""
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = state.global_step / state.max_steps
 
 
 class MaskEpochCallback(TrainerCallback):
-    """Tell the [`MaskingCollator`] the epoch, before its batches are fetched (and workers are forked)."""
+    """Set the epoch of a [`MaskingCollator`] before batches are fetched (and workers are forked)."""
 
     def __init__(self, collator: MaskingCollator):
         self.collator = collator
@@ -284,8 +274,8 @@ class LossPlotCallback(TrainerCallback):
 
 
 def write_log(log_history: list[dict], folder: Path) -> None:
-    """Write a training log as JSON, as CSV, and as a plot of training and validation loss against the step."""
-    # Beside the old files, which are replaced when the new ones are whole: the disk may be full.
+    """Write a training log as JSON, CSV, and a plot of training and validation loss."""
+    # Replace the old files only by complete new ones: the disk may be full.
     new = {name: folder / f".{name}.tmp" for name in ("log_history.json", "log_history.csv", "loss.png")}
     new["log_history.json"].write_text(json.dumps(log_history, indent=1), encoding="utf-8")
     with open(new["log_history.csv"], "w", newline="", encoding="utf-8") as file:
@@ -293,8 +283,7 @@ def write_log(log_history: list[dict], folder: Path) -> None:
         writer.writeheader()
         writer.writerows(log_history)
 
-    # Figure and not pyplot: no display is needed, and no figure of the caller is touched.
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not pyplot, which needs a display and has global state
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -270,7 +270,7 @@ def test_a_checkpoint_without_its_stream_is_none(files, tmp_path):
     find = partial(find_checkpoint, "last", tmp_path / "run")
     assert find(streaming=True).name == "checkpoint-6" and find().name == "checkpoint-12"
     (tmp_path / "run" / "checkpoint-6" / STREAM_STATE).write_text('{"rows": 1', encoding="utf-8")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         find(streaming=True)
 
 

@@ -187,7 +187,7 @@ def test_dropping_the_last_batch_is_for_training(files, tmp_path):
         results.append(training.run_training("causal", *arguments(files, tmp_path / name, *more, **changes))["after"])
     for metric in ("eval_tokens", "eval_loss", "eval_word_perplexity"):
         assert results[0][metric] == results[1][metric]
-    with pytest.raises(ValueError, match="dataloader_drop_last leaves nothing of .* less than a batch of 1000"):
+    with pytest.raises(ValueError, match="dataloader_drop_last must be left out for .* less than a batch of 1000"):
         more = ["--dataloader_drop_last"]
         training.run_training("causal", *arguments(files, tmp_path / "none", *more, per_device_train_batch_size=1000))
 
@@ -323,7 +323,7 @@ def test_graphs_without_a_gpu_are_refused_in_a_word(files, tmp_path, caplog):
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0] == losses[1] and len(losses[0]) == 2
-    assert caplog.text.count("cuda_graph is for one CUDA device") == 1
+    assert caplog.text.count("cuda_graph needs one CUDA device") == 1
 
 
 def test_weight_decay_is_for_matrices_only(tmp_path):
@@ -495,7 +495,7 @@ def test_resuming_from_what_is_no_checkpoint(files, tmp_path, monkeypatch):
         assert find_checkpoint("last", run) == run / "checkpoint-10"
     (run / "checkpoint-5" / "trainer_state.json").unlink()
     (run / "checkpoint-10" / "scheduler.pt").unlink()
-    refused("last", f"no whole checkpoint in {run}", "nearby: none")
+    refused("last", f"no complete checkpoint in {run}", "nearby: none")
     assert find_checkpoint(None, run) is None
 
 
@@ -503,7 +503,7 @@ def test_resuming_with_another_model_is_refused(files, tmp_path):
     training.run_training("causal", *arguments(files, tmp_path / "run", max_steps=5))
     saved = fingerprint(tmp_path / "run")
     changes = {"config_overrides": "hidden_size=64,num_hidden_layers=2,query_key_dim=16,chunk_size=16"}
-    with pytest.raises(ValueError, match="has hidden_size=32, the arguments ask for 64"):
+    with pytest.raises(ValueError, match="has hidden_size=32, the arguments 64"):
         training.run_training(
             "causal", *arguments(files, tmp_path / "run", "--resume_from_checkpoint", "last", **changes)
         )
@@ -604,7 +604,7 @@ def test_wrong_data_is_refused(files, tmp_path):
     with pytest.raises(ValueError, match=r"latin1\.txt must be UTF-8 text; byte 5 \(0xe4\) is not"):
         training.run_training("masked", *arguments(files, tmp_path / "run", validation_file=tmp_path / "latin1.txt"))
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"empty\.txt must hold text, but it is empty"):
+    with pytest.raises(ValueError, match=r"empty\.txt must hold text, but is empty"):
         training.run_training("causal", *arguments(files, tmp_path / "run", train_file=tmp_path / "empty.txt"))
     assert not list((tmp_path / "run").iterdir())  # and the next attempt is not told that the folder is in use
 
