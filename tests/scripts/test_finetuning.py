@@ -489,7 +489,7 @@ def test_options_that_would_end_a_run_in_its_middle_are_refused(changes, message
 @pytest.mark.parametrize(
     "task, files, changes, message",
     [
-        ("classification", {"train": []}, {}, r"must hold text, but it is empty"),
+        ("classification", {"train": []}, {}, r"must hold text, but is empty"),
         ("classification", {"train": None}, {}, "does not exist"),
         ("classification", {}, {"label_column": "class"}, "must have a column 'class'; it has .*--label_column"),
         ("classification", {}, {"text_column": "review"}, "must have a column 'review'.*--text_column"),
