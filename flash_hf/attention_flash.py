@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The maths of FLASH as pure functions of tensors, on any device: offset-scale, rotary, attention over chunks, over
-whole documents, and for one decoding step. Equations are numbered as in the project's README ("The layer").
+whole documents, and for one decoding step. Equations are numbered as in the project's README.
 
 Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width, E value width, S query/key width.
 """
@@ -21,12 +21,12 @@ from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, is_tracing
 Activation = Literal["relu2", "softmax", "laplace"]
 Normalization = Literal["mean", "chunk"]
 
-# MEGA (arXiv 2209.10655, eq. 16): the Gaussian integral that meets relu^2 in value and slope at sqrt(1/2).
+# MEGA (arXiv 2209.10655, eq. 16): the Gaussian integral with the value and slope of relu^2 at sqrt(1/2).
 LAPLACE_MEAN, LAPLACE_STD = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
 
 
 class QueryKeys(NamedTuple):
-    """Queries and keys made from one basis `z`; a branch that the layer lacks is None. Each `[..., S]`."""
+    """Queries and keys of both branches, each `[..., S]`; None where the layer lacks the branch."""
 
     quad_q: Tensor | None
     quad_k: Tensor | None
@@ -36,18 +36,18 @@ class QueryKeys(NamedTuple):
 
 @dataclass(eq=False)
 class DecodingState:
-    """What one layer remembers of each row's open document: constant in size, whatever the length.
+    """What one layer remembers of each row's open document, of one size for any length.
 
     Attributes:
-        quad_k: keys of the open chunk, `[B, C, S]` (None without that branch).
-        lin_k: the keys that the open chunk's values are stored under, `[B, C, S]` (None without that branch). In the
-            global form "previous_token" one more, `[B, C + 1, S]`: slot p also has the newest token's key, which the
-            next token's value goes under, and slot C has it when p is 0.
-        value: values of the open chunk, `[B, C, E]`. All slots before the document's first token, and from the row's
-            phase p on, hold leftovers and are never read, but for that key.
-        total: sum of `lin_k v^T` over ALL tokens of the document, the open chunk's included, `[B, S, E]`, float32 or
-            wider. A step then adds one outer product and needs no branch at a chunk's end; what the open chunk
-            contributed is subtracted where the closed chunks' sum is needed.
+        quad_k: keys of the open chunk, `[B, C, S]`; None without that branch.
+        lin_k: keys under which the open chunk's values are stored, `[B, C, S]`; None without that branch. For shifted
+            keys `[B, C + 1, S]`: the newest token's key, for the next token's value, is in slot p (the row's phase),
+            or in slot C when p is 0.
+        value: values of the open chunk, `[B, C, E]`. Slots before the document's first token, and from the phase p on,
+            hold leftovers that are never read (apart from that key).
+        total: sum of `lin_k v^T` over ALL tokens of the document, including the open chunk, `[B, S, E]`, at least
+            float32. A step then adds one outer product and needs no branch at a chunk's end; the open chunk's part is
+            subtracted where the closed chunks' sum is needed.
         seen: tokens of the open document, int64 `[B]`. The phase is `(seen + shift) % C`.
     """
 
@@ -57,13 +57,13 @@ class DecodingState:
     total: Tensor | None
     seen: Tensor
 
-    # Not a NamedTuple, which transformers' exporters cannot rebuild.
+    # Not a NamedTuple: transformers' exporters cannot rebuild one.
     def __iter__(self):
         return iter((self.quad_k, self.lin_k, self.value, self.total, self.seen))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums over tokens are kept in: at least float32."""
+    """The type of sums over tokens: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -79,10 +79,9 @@ def scaled_sinusoid(position_BN: Tensor, width: int, dtype: torch.dtype) -> Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """RoPE on the first `2 * cos.shape[-1]` dimensions of x; the rest pass through (eq. 3).
+    """RoPE on the first r dimensions of x, `[..., S]`; the rest pass through (eq. 3).
 
     Args:
-        x: `[..., S]`.
         cos, sin: broadcastable to `[..., r / 2]`.
         interleaved: pairs are (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
     """
@@ -120,7 +119,7 @@ def activate(scores: Tensor, activation: Activation) -> Tensor:
 
 
 def score_scale(activation: Activation, divisor: float, key_dim: int) -> float:
-    """Factor on `q k^T`: 1 / divisor for relu2 and laplace, 1 / sqrt(S) for softmax."""
+    """The factor of `q k^T`: 1 / divisor for relu2 and laplace, 1 / sqrt(S) for softmax."""
     return key_dim**-0.5 if activation == "softmax" else 1.0 / divisor
 
 
@@ -141,7 +140,7 @@ def score_bias(bias_R: Tensor | None, length: int, causal: bool, like: Tensor) -
 
 
 def scores_of(q_XQS: Tensor, k_XMS: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """`scale * q k^T + bias` for batches X, with the scale applied inside the product (float16 keys may be tiny)."""
+    """`scale * q k^T + bias` for batches X, with the scale inside the product, since float16 keys may be tiny."""
     if bias is None:
         bias = q_XQS.new_zeros(())
         return torch.baddbmm(bias, q_XQS, k_XMS.transpose(1, 2), beta=0, alpha=scale)
@@ -174,8 +173,8 @@ def local_attention(
     bias_CC = score_bias(bias_R, C, causal, quad_q_BGCS)
     scores = scores_of(quad_q_BGCS.flatten(0, 1), quad_k_BGCS.flatten(0, 1), scale, bias_CC).view(B, G, C, C)
     if activation == "softmax":
-        # Elsewhere an empty slot's value 0 says enough; in a softmax it would still take its share. Not -inf: a query
-        # without any key (an empty slot) must stay finite, in the backward too.
+        # Other activations need no mask, since empty slots have value 0; in a softmax they would still take a share.
+        # Not -inf: a query without keys (an empty slot) must stay finite, in the backward too.
         scores = scores.masked_fill(~layout.occupied_BGC[:, :, None, :], torch.finfo(scores.dtype).min)
     weights = activate(scores, activation)
     if dropout:
@@ -202,22 +201,22 @@ def _select(x_BGXF: Tensor, index_BG: Tensor) -> Tensor:
 
 
 def global_scale(count: Tensor, normalization: Normalization, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """Factor on a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 before any token."""
+    """The factor of a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 for no tokens."""
     tokens = count if normalization == "mean" else torch.full_like(count, chunk_size)
     return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
 
 
 def previous_keys(own_BGCS: Tensor, layout: ChunkLayout, before_BS: Tensor | None) -> Tensor:
-    """The key of the token before each slot's in its document, 0 up to a document's first token, `[B, G, C, S]`.
+    """Shifted keys, `[B, G, C, S]`: of the token before each slot's in its document, 0 at the first.
 
     Args:
         own_BGCS: the slots' own keys.
-        before_BS: the key before a row's first slot, if that does not begin a document.
+        before_BS: the key before a row's first slot, unless that begins a document.
     """
     flat_BKS = own_BGCS.flatten(1, 2)
     before_BS = torch.zeros_like(flat_BKS[:, 0]) if before_BS is None else before_BS.to(flat_BKS.dtype)
     moved_BKS = torch.cat([before_BS[:, None], flat_BKS[:, :-1]], 1)
-    # Documents take whole chunks: only their first token has another document's slot, or an empty one, before it.
+    # Documents take whole chunks: only the slot before a first token belongs to another document, or is empty.
     return moved_BKS.masked_fill((layout.position_BGC.flatten(1) == 0)[..., None], 0).view_as(own_BGCS)
 
 
@@ -240,16 +239,16 @@ def mixed_chunk_attention(
     """Mixed chunk attention (arXiv 2202.10447, section 3.2): eq. 4 inside chunks plus eq. 5 across them.
 
     Args:
-        qk: on the grid of `layout`, each `[B, G, C, S]`; None for a branch that the layer lacks.
+        qk: on the grid of `layout`, each `[B, G, C, S]`.
         value_BGCE: values, 0 at empty slots.
-        chunk_size: the configured C (the grid's chunks may be shorter when the input is).
+        chunk_size: the configured C; a short input has a shorter chunk.
         bias_R: relative bias `[2 * C - 1]` for the grid's C, or None.
-        previous_key: whether values enter the global sum under the key of the token before them.
+        previous_key: store values under shifted keys in the global sum.
         state: decoding state to continue; causal only.
         return_state: also return the state after these tokens, detached from the graph.
 
     Returns:
-        `[B, G, C, E]` and the new state (None unless asked for).
+        `[B, G, C, E]`, and the new state or None.
     """
     quad_q, quad_k, lin_q, lin_k = qk
     initial = before = None
@@ -267,13 +266,11 @@ def mixed_chunk_attention(
     B, G, C, E = value_BGCE.shape
     out = None
     if quad_q is not None:
-        out = local_attention(
-            quad_q, quad_k, value_BGCE, layout,
-            causal=causal, activation=activation, divisor=divisor, bias_R=bias_R, dropout=dropout,
-        )  # fmt: skip
+        options = {"activation": activation, "divisor": divisor, "bias_R": bias_R, "dropout": dropout}
+        out = local_attention(quad_q, quad_k, value_BGCE, layout, causal=causal, **options)
     total, stored_k = None, lin_k
-    # Within a first chunk the causal global part is zero: a short input need not compute it. TorchScript would keep
-    # what its example needs.
+    # The causal global part is zero in a first chunk, and skipped for a short input. Not for TorchScript, which would
+    # skip it for any input if its example is short.
     if lin_q is not None and (not causal or G > 1 or initial is not None or return_state or torch.jit.is_tracing()):
         if previous_key:
             stored_k = previous_keys(lin_k, layout, before)
@@ -285,8 +282,8 @@ def mixed_chunk_attention(
             if layout.first_BG is None:
                 states = running[:, :-1]
             else:
-                # Packed rows: less what earlier documents left in the running sum. A document that continues the cache
-                # is the row's first and keeps what it began with.
+                # Packed rows: subtract the running sum of earlier documents. A document that continues the cache is
+                # the first of its row, and keeps the sum it began with.
                 base = _select(running, layout.first_BG).masked_fill((layout.first_BG == 0)[..., None, None], 0)
                 states = (running[:, :-1] if causal else _select(running, layout.last_BG + 1)) - base
             if return_state:
@@ -295,7 +292,7 @@ def mixed_chunk_attention(
                     total = _at_final(states + product, layout)
         count_BG = layout.before_BG if causal else layout.count_BG
         states = states * global_scale(count_BG, normalization, chunk_size, states.dtype)[..., None, None]
-        # One product per group of chunks that share a state: all chunks of a row, or each chunk.
+        # One product per group of chunks with the same state: all chunks of a row, or each chunk.
         groups = states.shape[1]
         query = lin_q.reshape(B * groups, -1, lin_q.shape[-1])
         states = states.to(value_BGCE.dtype).flatten(0, 1)
@@ -313,7 +310,7 @@ def mixed_chunk_attention(
         full_B1 = _at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout)[:, -1]
         newest_BS = torch.where(full_B1, _at_final(lin_k, layout)[:, -1], open_grids[1][:, 0])
         open_grids[1] = torch.cat([open_grids[1], newest_BS[:, None]], 1)
-    # Copies: a view would keep the whole grid alive for as long as the cache.
+    # Copies, since views would keep the whole grid alive as long as the cache.
     behind = chunk_size - C - layout.skipped
     quad_k, lin_k, value = (
         None if grid is None else F.pad(grid.detach(), (0, 0, layout.skipped, behind)).clone() for grid in open_grids
@@ -334,11 +331,11 @@ def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
 
 
 def closed_total(state: DecodingState, open_BC: Tensor) -> Tensor:
-    """Sum of `lin_k v^T` over closed chunks: the total less the part of the open chunk's tokens, `[B, S, E]`."""
+    """Sum of `lin_k v^T` over closed chunks, `[B, S, E]`: the total without the open chunk's tokens."""
     dtype = state.total.dtype
     key = torch.where(open_BC[..., None], state.lin_k[:, : open_BC.shape[1]], 0).to(dtype)
     value = torch.where(open_BC[..., None], state.value, 0).to(dtype)
-    # Outside of autocast: this has to cancel, to the last bit if it can, what float32 steps have added.
+    # Outside of autocast: this must cancel what float32 steps have added, as exactly as possible.
     with torch.autocast(state.total.device.type, enabled=False):
         return state.total - key.transpose(1, 2) @ value
 
@@ -355,8 +352,8 @@ def mixed_chunk_step(
     normalization: Normalization = "mean",
     previous_key: bool = False,
 ) -> Tensor:
-    """One token a row against the decoding state, which is advanced in place; no branch on values, no allocation that
-    grows, the same cost at any length.
+    """Mixed chunk attention for one token per row, which advances the state in place: no branch on values, and the same
+    cost at any length.
 
     With `t` tokens seen, `c = 1 / tokens in closed chunks` and the open chunk's slots `j`:
     `out = sum_j (A_j - c lin_q lin_k_j) v_j + c lin_q total`, since `total` also counts the open chunk.
@@ -367,13 +364,13 @@ def mixed_chunk_step(
         bias_R: relative bias `[2 * C - 1]`, or None.
 
     Returns:
-        `[B, 1, E]`; any finite value for rows whose token is padding, which leave no trace in the state.
+        `[B, 1, E]`; any finite values where the token is padding, which leaves the state as it is.
     """
-    # An exporter takes every size of a cache for a variable; this one is a constant of the model.
+    # Exporters treat every size of a cache as a variable, but this one is a constant.
     C = int(state.value.shape[1])
     seen_B = state.seen
     phase_B = (seen_B + layout.shift) % C
-    # Tokens in closed chunks: the first chunk, alone, begins before its document.
+    # Tokens in closed chunks; the first chunk may begin before its document.
     closed_B = (seen_B - phase_B).clamp(min=0)
     slot_C = torch.arange(C, device=seen_B.device)
     held_BC = (slot_C < phase_B[:, None]) & (slot_C >= (phase_B - seen_B)[:, None])
@@ -417,7 +414,7 @@ def mixed_chunk_step(
         with torch.autocast(seen_B.device.type, enabled=False):
             remote_B1E = torch.bmm(query, state.total).to(dtype)
             inside_B1C = torch.bmm(query, state.lin_k[:, :C].to(query.dtype).transpose(1, 2))
-            # The new token is not in the total yet.
+            # The total does not include the new token yet.
             inside_B1C = torch.where(held_BC[:, None], inside_B1C, 0)
             key = key_B1S.detach().to(query.dtype).transpose(1, 2)
             if valid_B1 is not None:
@@ -453,7 +450,7 @@ def quadratic_attention(
     scale = score_scale(activation, divisor, q_BNS.shape[-1])
     visible_BNM, offset_BNM = layout.visible_BNM, layout.offset_BNM
     if visible_BNM is None and is_tracing() and bias_R is not None:
-        # The views below would tie the graph to one length.
+        # The views used below would fix the length of the graph.
         token_N = torch.arange(N, device=q_BNS.device)
         offset_BNM = (token_N - token_N[:, None])[None]
         visible_BNM = offset_BNM <= 0 if causal else torch.ones_like(offset_BNM, dtype=torch.bool)
@@ -467,21 +464,15 @@ def quadratic_attention(
         if bias_R is not None:
             centre = (bias_R.shape[0] - 1) // 2
             index_BNM = offset_BNM + centre
-            # An exported program keeps no check of its length; ONNX Runtime refuses an index out of range.
+            # An exported program cannot check its length, but ONNX Runtime refuses an index out of range.
             if not torch.compiler.is_exporting():
                 index_BNM = index_BNM.clamp(0, 2 * centre)
             bias_BNM = bias_R.to(q_BNS.dtype)[index_BNM]
         scores = scores_of(q_BNS, k_BMS, scale, bias_BNM)
-        # As in local_attention: rows that see nothing must stay finite under a softmax.
+        # As in local_attention: queries without keys must stay finite under a softmax.
         hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
         scores = scores.masked_fill(~visible_BNM, hidden)
     weights = activate(scores, activation)
     if dropout:
         weights = F.dropout(weights, dropout)
     return weights @ value_BME
-
-
-__all__ = [
-    "DecodingState", "activate", "closed_total", "local_attention", "mixed_chunk_attention",
-    "mixed_chunk_step", "QueryKeys", "offset_scale", "quadratic_attention", "rotate", "scaled_sinusoid", "toeplitz",
-]  # fmt: skip

@@ -2,8 +2,8 @@
 """FLASH's decoding state as transformers cache layers: constant in size for the chunked forms, growing for FLASH-Quad.
 
 `DynamicCache(config=...)` and `StaticCache(config=...)` find these classes through `FlashConfig.layer_types`: a class
-that sets `_layer_type` registers itself. Each row keeps its own phase (tokens in its open chunk), so a left-padded
-batch decodes exactly as its rows would alone.
+that sets `_layer_type` registers itself. Each sequence has its own phase (tokens in its open chunk), so a left-padded
+batch decodes exactly as its sequences would alone.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if CACHE_NAME not in BaseModelOutputWithPast.__dataclass_fields__:
 
 
 def resolve_cache(cache: Cache | None, past_key_values: Cache | None, **options: Any) -> Cache | None:
-    """The cache, whichever of its two names it was given under.
+    """The cache, under whichever of its two names it was passed.
 
     Args:
-        options: the call's further keyword arguments, where a cache would be ignored silently.
+        options: the call's other keyword arguments, where a cache would be silently ignored.
 
     Raises:
         ValueError: two different caches, or a cache under another name.
@@ -50,13 +50,13 @@ def resolve_cache(cache: Cache | None, past_key_values: Cache | None, **options:
             )
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError(
-            "`cache` and `past_key_values` are two names of one argument, got a different object under each. Pass one."
+            "`cache` and `past_key_values` are two names of one argument, got different objects. Pass one of them."
         )
     return past_key_values if cache is None else cache
 
 
 def takes_both_cache_names(function: Callable) -> Callable:
-    """A method of transformers that also takes the cache under the name that its version does not have."""
+    """A method of transformers that accepts the cache under both names."""
 
     @functools.wraps(function)
     def renamed(*args, **kwargs):
@@ -74,7 +74,7 @@ def _each(change, tensors: tuple) -> list:
 
 @dataclass  # not frozen: transformers' exporters assign to the fields
 class StateForm:
-    """What the state of one layer depends on, beside the width of its values."""
+    """What shapes the state of one layer, apart from the width of its values."""
 
     chunk_size: int
     key_dim: int
@@ -95,11 +95,34 @@ class StateForm:
         )
 
 
-class FlashChunkCacheLayer(CacheLayerMixin):
-    """The constant-size state of one layer with chunked attention. See `DecodingState` for what it holds.
+class BatchOperations:
+    """What transformers asks of every layer, for tensors whose first dimension is the batch."""
 
-    Rolling back (`crop`, for assisted decoding) needs `activate_past_recording()` first: from then on the layer keeps
-    a copy of its state and the keys and values that came in since, until `crop` settles how many of them stay.
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to every tensor of the layer."""
+        raise NotImplementedError
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+
+class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
+    """The constant-size state (`DecodingState`) of one layer with chunked attention.
+
+    `crop`, which assisted decoding needs, requires `activate_past_recording()` first: the layer then keeps a copy of
+    its state and the keys and values since, until `crop` decides how many of them stay.
     """
 
     _layer_type = CHUNK_LAYER_TYPE
@@ -118,8 +141,8 @@ class FlashChunkCacheLayer(CacheLayerMixin):
 
     @property
     def cumulative_length(self) -> int | Tensor:
-        """Columns of input so far, padding included. Kept as a size: an exported program takes an attribute that is a
-        number for a constant."""
+        """Columns of input so far, padding included. Stored as a size, since a number would become a constant of an
+        exported program."""
         return self._columns.shape[0]
 
     @cumulative_length.setter
@@ -132,17 +155,17 @@ class FlashChunkCacheLayer(CacheLayerMixin):
 
     @property
     def is_empty(self) -> bool:
-        """Known on the host to have seen nothing: the first call may skip what a continuation needs."""
+        """Whether the host knows that nothing was seen yet: the first call then skips what a continuation needs."""
         return not self.is_initialized or (isinstance(self.cumulative_length, int) and self.cumulative_length == 0)
 
     @property
     def seen_B(self) -> Tensor | None:
-        """Real tokens of each row's open document, int64 `[B]`; None if empty."""
+        """Real tokens of each sequence's open document, int64 `[B]`; None if empty."""
         return None if self.is_empty else self.state.seen
 
     def lazy_initialization(self, value_states: Tensor) -> None:
-        """Allocate a state that has seen nothing, for values like these, `[B, ..., E]` (a shard under tensor
-        parallelism). `check_cache` has set the form."""
+        """Allocate an empty state of `form`, which `check_cache` sets, for values like these, `[B, ..., E]` (a shard
+        under tensor parallelism)."""
         (batch, *_, E), dtype, device = value_states.shape, value_states.dtype, value_states.device
         form, C, S = self.form, self.form.chunk_size, self.form.key_dim
 
@@ -162,12 +185,12 @@ class FlashChunkCacheLayer(CacheLayerMixin):
     def update(
         self, state: DecodingState, places: Places, qk: QueryKeys | None = None, value_BNE: Tensor | None = None
     ) -> None:
-        """Store the state after a call of several tokens, and record these for rollback if it was asked for.
+        """Store the state after a call of several tokens.
 
         Args:
             state: from `mixed_chunk_attention(..., return_state=True)`.
-            qk: the call's keys on the grid of `places.layout`; needed for recording alone.
-            value_BNE: the call's values, `[B, N, E]`; likewise.
+            qk, value_BNE: the call's keys on the grid of `places.layout` and its values `[B, N, E]`; only needed with
+                `record_past`.
         """
         if not self.is_initialized:
             self.lazy_initialization(state.value)
@@ -178,13 +201,13 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         self.cumulative_length += places.documents.position_BN.shape[1]
 
     def begin_step(self, value_B1E: Tensor, places: Places, qk: QueryKeys | None = None) -> DecodingState:
-        """The state for one token, to be advanced in place; arguments as of `update`, keys `[B, 1, S]`."""
+        """The state before one token, to be advanced in place; arguments as in `update`, with keys `[B, 1, S]`."""
         if not self.is_initialized:
             self.lazy_initialization(value_B1E)
         if self.record_past:
             self._record(qk.quad_k, qk.lin_k, value_B1E, places.documents)
             if self._snapshot is self.state:
-                # The step overwrites the state; the snapshot must survive it.
+                # The step overwrites the state, but not the snapshot.
                 self.state = DecodingState(*_each(torch.clone, self.state))
         self.cumulative_length += 1
         return self.state
@@ -202,23 +225,22 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         self._recorded.append(tuple(_each(torch.detach, entry)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` columns of input; 0 confirms all that was recorded.
+        """Remove the last `-tokens_to_remove` columns of input; 0 keeps all that was recorded.
 
         Raises:
             ValueError: for a positive number.
-            RuntimeError: if more is asked for than was recorded since `activate_past_recording` or the last `crop`.
+            RuntimeError: if fewer columns were recorded since `activate_past_recording` or the last `crop`.
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}: a length to keep is not "
-                "supported."
+                f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}. A length to "
+                "keep is not supported."
             )
         recorded = sum(entry[2].shape[1] for entry in self._recorded)
         if -tokens_to_remove > recorded:
             raise RuntimeError(
-                f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be taken "
-                "back, since closed chunks are kept as a sum. Call activate_past_recording() before calls that may "
-                "be undone."
+                f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be removed, "
+                "since closed chunks are stored as a sum. Call activate_past_recording() before calls to be undone."
             )
         if tokens_to_remove:
             self._set(self._replay(recorded + tokens_to_remove))
@@ -236,11 +258,9 @@ class FlashChunkCacheLayer(CacheLayerMixin):
             parts = [entry[index] for entry in self._recorded]
             if all(part is None for part in parts):
                 return None
-            if fill is not None:
-                shapes = [entry[2].shape[:2] for entry in self._recorded]
-                parts = [
-                    torch.full(s, fill, device=device) if p is None else p for p, s in zip(parts, shapes, strict=True)
-                ]
+            for i, entry in enumerate(self._recorded):
+                if parts[i] is None:
+                    parts[i] = torch.full(entry[2].shape[:2], fill, device=device)
             return torch.cat(parts, 1)[:, :keep]
 
         quad_k, lin_k, value = joined(0), joined(1), joined(2)
@@ -248,7 +268,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         layout = chunk_layout(documents, B, C, causal=True, shift=self.form.shift)
         quad_k, lin_k, value = _each(layout.split, (quad_k, lin_k, value))
         return mixed_chunk_attention(
-            QueryKeys(None, quad_k, lin_k, lin_k),  # any queries do: the output is dropped
+            QueryKeys(None, quad_k, lin_k, lin_k),  # any queries will do, since the output is dropped
             value,
             layout,
             causal=True,
@@ -259,7 +279,7 @@ class FlashChunkCacheLayer(CacheLayerMixin):
             return_state=True,
         )[1]
 
-    # -- what Cache asks of every layer
+    # -- transformers' interface
     def get_seq_length(self) -> int | Tensor:
         return self.cumulative_length if self.is_initialized else 0
 
@@ -274,7 +294,6 @@ class FlashChunkCacheLayer(CacheLayerMixin):
         self.cumulative_length, self.is_initialized = 0, False
 
     def _map(self, change) -> None:
-        """Apply `change` to every tensor; the batch is the first dimension of each."""
         if not self.is_initialized:
             return
         shared = self._snapshot is self.state
@@ -283,24 +302,9 @@ class FlashChunkCacheLayer(CacheLayerMixin):
             self._snapshot = self.state if shared else DecodingState(*_each(change, self._snapshot))
         self._recorded = [tuple(_each(change, entry)) for entry in self._recorded]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices.to(x.device)])
-
-    def offload(self) -> None:
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self._map(lambda x: x.to(self.device, non_blocking=True))
-
 
 class Irreversible:
-    """What static layers share: nothing of what they overwrite is kept, and the first call allocates."""
+    """Static layers overwrite their tensors, so nothing can be rolled back; the first call allocates them."""
 
     is_croppable = False
     _keys: Tensor | None = None
@@ -308,10 +312,10 @@ class Irreversible:
     @property
     def keys(self) -> Tensor:
         if self._keys is None:
-            # The recipe would leave the state out of its program, which then remembers nothing.
+            # These recipes would export a program without the state, which forgets every token.
             raise AttributeError(
                 "FLASH's cache has no keys before its first call. transformers' recipes for ExecuTorch "
-                "(convert_and_export_with_cache, TorchExportableModuleForDecoderOnlyLM) keep keys and values alone: "
+                "(convert_and_export_with_cache, TorchExportableModuleForDecoderOnlyLM) only keep keys and values: "
                 "use export_for_generation of transformers.exporters, whose programs take the cache as an input."
             )
         return self._keys
@@ -322,7 +326,7 @@ class Irreversible:
 
     def activate_past_recording(self) -> None:
         raise ValueError(
-            "A static cache cannot be rolled back, which assisted decoding needs: leave out "
+            "A static cache cannot be rolled back, which assisted decoding needs. Leave out "
             "cache_implementation='static', or pass DynamicCache(config=model.config)."
         )
 
@@ -333,10 +337,8 @@ class Irreversible:
 
 
 class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer):
-    """The same state at fixed addresses, with its counter on the device: for `torch.compile` and CUDA graphs.
-
-    `max_cache_len` is accepted and not needed: a constant state has no longest context.
-    """
+    """The same state at fixed addresses, with its counter on the device, for `torch.compile` and CUDA graphs.
+    `max_cache_len` is ignored: the state has one size for any context."""
 
     _layer_type = CHUNK_LAYER_TYPE
     is_compileable = True
@@ -345,7 +347,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
     def __init__(self, max_cache_len: int = -1, **kwargs):
         FlashChunkCacheLayer.__init__(self)
         self.max_cache_len = max_cache_len
-        self.cumulative_length = torch.tensor(0, dtype=torch.long, device="cpu")  # moved later; not torch's default
+        self.cumulative_length = torch.tensor(0, dtype=torch.long, device="cpu")  # moved with the first values
 
     def lazy_initialization(self, value_states: Tensor) -> None:
         super().lazy_initialization(value_states)
@@ -381,28 +383,28 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
 
 
 class CountsDocuments:
-    """What layers share that keep the position and the document of every key."""
+    """The books of FLASH-Quad's layers: the position and the document of every key."""
 
     position: Tensor | None = None
     document: Tensor | None = None
 
     @property
     def seen_B(self) -> Tensor | None:
-        """Real tokens of each row's open document, int64 `[B]`; None if empty."""
+        """Real tokens of each sequence's open document, int64 `[B]`; None if empty."""
         if not self.is_initialized:
             return None
         open_BM = self.document == self.document.amax(1, keepdim=True).clamp(min=0)
         return torch.where(open_BM, self.position + 1, 0).amax(1)
 
     def extend(self, key_BNS: Tensor, value_BNE: Tensor, layout: QuadraticLayout) -> tuple[Tensor, Tensor]:
-        """Append a call's keys and values; returns all, `[B, M, S]` and `[B, M, E]`."""
+        """Append a call's keys and values, and return all, `[B, M, S]` and `[B, M, E]`."""
         books = {"position_BN": layout.key_position_BN, "document_BN": layout.key_document_BN}
         keys, values = self.update(key_BNS[:, None], value_BNE[:, None], **books)
         return keys[:, 0], values[:, 0]
 
 
-class FlashQuadraticCacheLayer(CountsDocuments, DynamicLayer):
-    """Keys and values of FLASH-Quad, which grow with the context, and the document and position of each.
+class FlashQuadraticCacheLayer(CountsDocuments, BatchOperations, DynamicLayer):
+    """Keys and values of FLASH-Quad, which grow with the context.
 
     Attributes:
         keys, values: `[B, 1, M, S]`, `[B, 1, M, E]`.
@@ -416,18 +418,17 @@ class FlashQuadraticCacheLayer(CountsDocuments, DynamicLayer):
         return self.position.shape[0] if self.position is not None else -1
 
     def past(self, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
-        """What `quadratic_layout` takes of the cached keys, before `length` tokens go in."""
+        """The cached keys as arguments of `quadratic_layout`, for a call of `length` tokens."""
         if not self.is_initialized:
             return {}
         return {"past_position_BM": self.position.to(device), "past_document_BM": self.document.to(device)}
 
     def update(self, key_states, value_states, position_BN=None, document_BN=None, **kwargs):
-        """Append `[B, 1, N, S]` and `[B, 1, N, E]` with their `[B, N]` positions and documents; returns all keys, "
-        "values."""
+        """Append keys `[B, 1, N, S]` and values `[B, 1, N, E]`, and return all."""
         self.position = position_BN if self.position is None else torch.cat([self.position, position_BN], 1)
         self.document = document_BN if self.document is None else torch.cat([self.document, document_BN], 1)
         keys, values = super().update(key_states, value_states)
-        # Gradients flow through this call's tokens; what is kept for later calls holds no graph.
+        # Gradients flow through this call's tokens, but not into later calls.
         self.keys, self.values = keys.detach(), values.detach()
         return keys, values
 
@@ -447,27 +448,12 @@ class FlashQuadraticCacheLayer(CountsDocuments, DynamicLayer):
             self.position = self.position[:, :tokens_to_remove]
             self.document = self.document[:, :tokens_to_remove]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices.to(x.device)])
-
-    def offload(self) -> None:
-        self._map(lambda x: x.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        self._map(lambda x: x.to(self.device, non_blocking=True))
-
 
 class FlashStaticQuadraticCacheLayer(Irreversible, CountsDocuments, StaticLayer):
-    """FLASH-Quad's keys and values in tensors of `max_cache_len` places; unused places belong to document -1."""
+    """FLASH-Quad's keys and values in tensors of `max_cache_len` slots; unused slots belong to document -1."""
 
     _layer_type = QUADRATIC_LAYER_TYPE
-    supports_early_init = False  # it would give values the keys' width
+    supports_early_init = False  # early init would allocate the values with the keys' width
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -519,10 +505,10 @@ LAYER_KINDS = {
 
 
 def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
-    """Make sure that `cache` can hold this model's state, and give an empty `DynamicCache()` the right layers.
+    """Check that `cache` can hold this model's state, and prepare an empty one for it.
 
     Raises:
-        ValueError: a cache of another kind of model, of another shape, or filled with another number of rows.
+        ValueError: a cache of another kind of model, of another shape, or of another batch size.
     """
     wanted = LAYER_KINDS[config.layer_types[0]]
     if not isinstance(cache, Cache):
@@ -541,9 +527,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
             "`cache` (or `past_key_values`) must be a cache of this model "
             f"({config.num_hidden_layers} layers, attention_type {config.attention_type!r}), got "
             f"{len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
-            "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...). PEFT's "
-            "prefix tuning passes keys and values of its own, which FLASH has no place for: use prompt tuning, "
-            "p-tuning or LoRA."
+            "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...). FLASH "
+            "cannot take the keys and values of PEFT's prefix tuning: use prompt tuning, p-tuning or LoRA."
         )
     layer = cache.layers[0]
     if not layer.is_initialized:
@@ -551,10 +536,10 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
     if layer.batch_size != batch:
         raise ValueError(
             f"The cache holds {layer.batch_size} rows but the input has {batch}. Continue with the same batch, or "
-            "change the cache with batch_select_indices / batch_repeat_interleave."
+            "change the cache with batch_select_indices or batch_repeat_interleave."
         )
     if isinstance(layer, FlashChunkCacheLayer):
-        pair = range(min(2, len(cache.layers)))  # further layers are like one of the first two
+        pair = range(min(2, len(cache.layers)))  # later layers are like one of these
         found = [cache.layers[index].form for index in pair]
         expected = [StateForm.of(config, index) for index in pair]
         width = layer.state.value.shape[2]
@@ -571,8 +556,8 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
 def _adopt(cache: Cache, config: FlashConfig, wanted: tuple[type, type]) -> None:
     """Tell the empty layers of a cache what they will hold."""
     for index, layer in enumerate(cache.layers):
-        # Two copies of this code in one process (the package, and a checkpoint's remote code): transformers builds a
-        # cache from the layers registered last, which may be the other copy's. Empty, they are as good as ours.
+        # With two copies of this code in one process (the package, and a checkpoint's remote code), transformers
+        # builds caches from the layers registered last, possibly the other copy's. Empty ones are replaced.
         if getattr(layer, "_layer_type", None) == config.layer_types[0] and not isinstance(layer, wanted):
             dynamic, static = wanted
             own = static(max_cache_len=layer.max_cache_len) if isinstance(layer, StaticLayer) else dynamic()
@@ -580,9 +565,3 @@ def _adopt(cache: Cache, config: FlashConfig, wanted: tuple[type, type]) -> None
             cache.layers[index] = layer = own
         if isinstance(layer, FlashChunkCacheLayer):
             layer.form = StateForm.of(config, index)
-
-
-__all__ = [
-    "CACHE_NAME", "OTHER_CACHE_NAME", "FlashChunkCacheLayer", "FlashQuadraticCacheLayer", "FlashStaticChunkCacheLayer",
-    "FlashStaticQuadraticCacheLayer", "check_cache", "resolve_cache", "takes_both_cache_names",
-]  # fmt: skip

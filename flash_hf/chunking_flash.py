@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From tokens to documents and chunks: padding, packing and the phase of a decoding cache become index maps here.
 
-The rule of this file (spec: "Documents, padding and packing"): the chunk grid of a document starts at its first real
-token (or a fixed number of empty slots before it), positions count real tokens, and padding has no slot. Attention
-sees chunks and documents only, never padding.
+The rule of this file: the chunk grid of a document starts at its first real token (or a fixed number of empty slots
+before it), positions count real tokens, and padding has no slot. Attention sees chunks and documents, never padding.
 
-Alphabet: B rows, N tokens of this call, G chunks, C slots of a chunk, M keys (quadratic attention), F any features.
+Alphabet: B rows (each one or several packed documents), N tokens of this call, G chunks, C slots of a chunk, M keys of
+quadratic attention, F any features.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 
 def is_tracing() -> bool:
-    """Whether a graph is being captured, so that no tensor may be read on the host."""
+    """Whether a graph is being captured: tensors cannot be read on the host."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class Movable:
-    """A bundle of tensors that accelerate can move between devices as one (it calls `.to`)."""
+    """A bundle of tensors that accelerate moves between devices as one, by `.to`."""
 
     def to(self, device, non_blocking: bool = False, **kwargs):
         def move(value):
@@ -39,12 +39,11 @@ class Documents(Movable):
     """The document and the position of every token of this call.
 
     Attributes:
-        position_BN: index of the token in its document, int64 `[B or 1, N]`; at padding, some valid position.
+        position_BN: index of the token in its document, int64 `[B or 1, N]`; at padding, any valid position.
         valid_BN: False at padding, bool `[B, N]`; None if every token is real.
-        start_BN: True at the first token of a document that does not continue the row's earlier one, bool `[B, N]`;
-            None if each row is one document (possibly continued from the cache).
-        seen_B: tokens of each row's open document that the cache holds, int64 `[B]`; None without a cache, or when it
-            is empty.
+        start_BN: True at the first token of each new document, bool `[B, N]`; None if each row is one document
+            (possibly continued from the cache).
+        seen_B: tokens of each row's open document in the cache, int64 `[B]`; None without a cache, or if it is empty.
     """
 
     position_BN: Tensor
@@ -61,24 +60,21 @@ class Documents(Movable):
 def check_mask(
     attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor, seen_B: Tensor | None = None
 ) -> Tensor | None:
-    """The part `[B, N]` of the 2-D padding mask that belongs to this call, as bool; None if all its tokens are real.
+    """The part `[B, N]` of the 2-D padding mask for the tokens of this call, as bool; None if all are real.
 
     Raises:
-        ValueError: not a tensor of 2 dimensions, of another shape, with values other than 0 and 1, or with fewer real
-            tokens than the cache has seen.
+        ValueError: not a 2-D tensor, of another shape, with values other than 0 and 1, or with fewer real tokens than
+            the cache has seen.
     """
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        got = (
-            f"{attention_mask.ndim} dimensions"
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
-        )
+    is_tensor = isinstance(attention_mask, Tensor)
+    if not is_tensor or attention_mask.ndim != 2:
+        got = f"{attention_mask.ndim} dimensions" if is_tensor else type(attention_mask).__name__
         raise ValueError(
             f"attention_mask must be a 2-D padding mask (batch, tokens) with 1 at real tokens, got {got}. FLASH "
             "derives causality itself: pass the tokenizer's mask, not a 4-D or additive one."
         )
     width = attention_mask.shape[1]
-    # The length of a static cache is on the device: its columns are not counted here.
+    # The length of a static cache is on the device, and not read here.
     fits = width == length or (width == past_length + length if isinstance(past_length, int) else width > length)
     if attention_mask.shape[0] != batch or not fits:
         raise ValueError(
@@ -92,12 +88,12 @@ def check_mask(
     facts = [(mask == valid).all(), valid.all()]
     if seen_B is not None and width > length:
         counted_B = (attention_mask[:, :-length] != 0).sum(1)
-        facts.append((counted_B < seen_B).any())  # more may be tokens of earlier documents
-    binary, full, *contradicts = torch.stack(facts).tolist()  # one wait for the device
+        facts.append((counted_B < seen_B).any())  # a higher count may include earlier documents
+    binary, full, *contradicts = torch.stack(facts).tolist()  # synchronises once
     if not binary:
         raise ValueError(
-            "attention_mask must hold only 0 (padding) and 1 (real token), got other values: an additive mask is not "
-            "accepted. Pass `mask == 0` of an additive mask, or the tokenizer's own mask."
+            "attention_mask must hold only 0 (padding) and 1 (real token), got other values. Pass the tokenizer's "
+            "mask, or `mask == 0` of an additive one."
         )
     if any(contradicts):
         raise ValueError(contradiction(counted_B, seen_B, past_length))
@@ -105,13 +101,12 @@ def check_mask(
 
 
 def contradiction(counted_B: Tensor, seen_B: Tensor, past_length: int | Tensor) -> str | None:
-    """What to say where a caller's count of the real tokens in the cache is not the cache's own, or None.
-
-    A caller that calls all cached columns real may not know of padding or earlier documents there: no contradiction.
+    """An error message if the caller and the cache count different numbers of real tokens, else None. A caller that
+    counts every cached column may just not know about padding or earlier documents: no contradiction.
 
     Args:
-        counted_B, seen_B: real tokens of each row by the caller, and by the cache, int64 `[B]`.
-        past_length: width of what went into the cache.
+        counted_B, seen_B: real tokens of each row as counted by the caller and by the cache, int64 `[B]`.
+        past_length: columns that went into the cache.
     """
     wrong_B = (counted_B < seen_B) | ((counted_B > seen_B) & (counted_B < past_length))
     if not bool(wrong_B.any()):
@@ -119,16 +114,15 @@ def contradiction(counted_B: Tensor, seen_B: Tensor, past_length: int | Tensor) 
     row = int(wrong_B.nonzero()[0])
     return (
         f"Row {row} has {int(counted_B[row])} real tokens in the {int(past_length)} cached columns by attention_mask "
-        f"(or, where none was given, by pad_token_id), but its state in the cache holds {int(seen_B[row])}, and "
-        "single tokens cannot be put into it or taken out. generate() puts padding into the state of a row that ends "
-        "before others. Pass the whole sequences with their attention_mask to generate(), without prefill_chunk_size, "
-        "or start with an empty cache."
+        f"(or by pad_token_id, without a mask), but the cache has seen {int(seen_B[row])}. Its state cannot add or "
+        "forget single tokens; generate() feeds it the padding of a row that ends before others. Pass the whole "
+        "sequences with their attention_mask to generate(), without prefill_chunk_size, or start with an empty cache."
     )
 
 
 def is_whole(length: int, attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
-    """Whether an input of `length` tokens includes those that the cache holds: mask or positions are as long as it is,
-    and positions begin at 0."""
+    """Whether an input of `length` tokens includes those in the cache: its mask, or its positions, are as long, and
+    positions begin at 0."""
     marks = position_ids if attention_mask is None else attention_mask
     begins = position_ids is None or not bool(position_ids[..., :1].any())
     return marks is not None and marks.shape[-1] == length and begins
@@ -137,17 +131,16 @@ def is_whole(length: int, attention_mask: Tensor | None, position_ids: Tensor | 
 def compare_with_cache(
     attention_mask: Tensor | None, position_ids: Tensor | None, length: int, seen_B: Tensor, past_length: int
 ) -> tuple[Tensor | None, str | None]:
-    """Compare what generate() passes with a cache, which counts by itself.
+    """Compare the mask and positions of generate() with a cache, which counts by itself.
 
     Args:
         attention_mask, position_ids: as in [`resolve_documents`], or of all columns; generate() makes the positions
-            from the mask, and where there is none, from the columns.
+            from the mask or, without one, from the columns.
         length: tokens of this call.
-        seen_B: tokens of the open document in the cache, int64 `[B]`.
-        past_length: width of what went into the cache before.
+        seen_B, past_length: as in `contradiction`.
 
     Returns:
-        The positions if they are not those of generate(), to be checked as a user's own; and what is wrong, or None.
+        The positions if they are the user's own, still to be checked, and the error message of `contradiction`.
     """
     batch, device = seen_B.shape[0], seen_B.device
     valid_BN = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -179,22 +172,20 @@ def resolve_documents(
     seq_idx: Tensor | None = None,
     cache=None,
 ) -> Documents:
-    """Find documents and positions from the mask and the marks of packing.
+    """Documents and positions from the padding mask and the marks of packing.
 
     Args:
-        attention_mask: `[B, N]` or `[B, past + N]`, 1 at real tokens. Padding is transparent wherever it stands.
-        position_ids: `[B or 1, N]`; must count real tokens, and restart at 0 where a packed document begins. Values at
-            padding are ignored.
+        attention_mask: `[B, N]` or `[B, past + N]`, 1 at real tokens. Padding may stand anywhere.
+        position_ids: `[B or 1, N]`; counts real tokens, from 0 where a packed document begins. Ignored at padding.
         cu_seq_lens: cumulative lengths of packed documents, int `[documents + 1]`, for one row (`B == 1`).
         seq_idx: document number of every token, int `[B or 1, N]`.
-        cache: the first layer's, which knows how many columns, and how many tokens of each open document, went in.
+        cache: the first layer's, which counts its columns and the tokens of each open document.
 
     Raises:
-        ValueError: for shapes that do not fit, a mask that contradicts the cache, or positions that contradict both.
+        ValueError: for wrong shapes, a mask that contradicts the cache, or positions that contradict either.
     """
     seen_B, past_length = None, 0
     if cache is not None and cache.seen_B is not None:
-        # The length of a static cache is a tensor.
         seen_B, past_length = cache.seen_B.to(device), cache.get_seq_length()
     valid_BN = None
     if attention_mask is not None:
@@ -206,14 +197,14 @@ def resolve_documents(
         if cu_seq_lens is not None or seq_idx is not None:
             raise ValueError(
                 "Packed rows cannot be exported: the number of chunks would depend on cu_seq_lens_q or seq_idx. Leave "
-                "them out, and give each document a row of its own, padded by attention_mask."
+                "them out, and give each document its own row, padded under attention_mask."
             )
         if position_ids is not None:
             _check_marks("position_ids", position_ids, batch, length)
         # See `misplaced`.
         position_ids = None
     elif is_tracing() and seen_B is not None:
-        # A captured step cannot compare values. Positions that continue a cache are those the cache counts anyway.
+        # A captured step cannot compare values, and the cache counts the same positions itself.
         position_ids = None
     if position_ids is None and cu_seq_lens is None and seq_idx is None:
         return count_positions(batch, length, device, valid_BN, None, seen_B)
@@ -221,14 +212,14 @@ def resolve_documents(
 
 
 def misplaced(position_ids: Tensor, documents: Documents) -> Tensor:
-    """Real tokens whose position is another than that counted, packed documents included, bool `[B, N]`. For programs
-    that can raise no error: what they compute of these tokens must not look right."""
+    """Real tokens at another position than counted, as in packed documents, bool `[B, N]`. Exported programs, which
+    cannot raise, mark their results."""
     wrong_BN = position_ids.to(documents.position_BN.device) != documents.position_BN
     return wrong_BN if documents.valid_BN is None else wrong_BN & documents.valid_BN
 
 
-# Whether rows are packed, and in how many chunks, is known only from the values: torch.compile breaks its graph here
-# (and fullgraph=True says so), rather than compile a layout that may not fit the next batch.
+# Whether rows are packed, and into how many chunks, depends on values: torch.compile breaks its graph here (an error
+# with fullgraph=True) instead of compiling a layout that may not fit the next batch.
 @torch.compiler.disable
 def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_lens, seq_idx, seen_B) -> Documents:
     starts = []
@@ -257,7 +248,7 @@ def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_
     for other in starts[1:]:
         start_BN = start_BN | other
 
-    # A row that begins with its first real token opens a document anyway: such a mark packs nothing.
+    # The first real token of a row opens a document anyway: its mark does not make the row packed.
     count_BN = ones_BN.cumsum(1)
     first_BN = ones_BN & (count_BN == 1)
     if seen_B is not None:
@@ -273,7 +264,7 @@ def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_
                 "position_ids must count the real tokens of a document (0, 1, 2, ...; 0 begins a new packed document) "
                 f"and agree with attention_mask, cu_seq_lens_q and the cache: row {row}, token {column} has "
                 f"{int(position_ids.expand(batch, -1)[row, column])}, expected "
-                f"{int(documents.position_BN.expand(batch, -1)[row, column])}. Leave position_ids out to have them "
+                f"{int(documents.position_BN.expand(batch, -1)[row, column])}. Leave out position_ids to have them "
                 "counted."
             )
     return documents
@@ -288,7 +279,7 @@ def _check_marks(name: str, marks: Tensor, batch: int, length: int) -> Tensor:
 
 
 def count_positions(batch, length, device, valid_BN, start_BN, seen_B) -> Documents:
-    """`Documents` from what marks them: see there for the arguments, which are trusted."""
+    """`Documents` with counted positions; the arguments are its fields, unchecked."""
     if valid_BN is None and start_BN is None:
         position_BN = torch.arange(length, device=device)[None]
         if seen_B is not None:
@@ -307,25 +298,25 @@ def count_positions(batch, length, device, valid_BN, start_BN, seen_B) -> Docume
 
 @dataclass(frozen=True)
 class ChunkLayout(Movable):
-    """Where each token sits in the grid of chunks `[B, G, C]`, computed once per forward and shared by all layers.
+    """Where each token sits in the grid of chunks `[B, G, C]`.
 
-    A document takes whole chunks; the slots left over are empty. With a cache, chunk 0 of a row continues its open
+    A document takes whole chunks; the remaining slots are empty. With a cache, chunk 0 of a row continues its open
     chunk: the slots before `phase_B` belong to cached tokens.
 
     Attributes:
-        token_BN: stands for the shape of the input, `[B or 1, N]`.
-        position_BGC: position in its document of every slot, 0 before its first token, int64 `[B or 1, G, C]`.
-        source_BK: token that fills each slot, -1 for none, int64 `[B, G * C]`; None if the grid is a padded reshape.
+        token_BN: any tensor with the shape of the input, `[B or 1, N]`.
+        position_BGC: position of every slot in its document, 0 before its first token, int64 `[B or 1, G, C]`.
+        source_BK: token in each slot, -1 for none, int64 `[B, G * C]`; None if the grid is a padded reshape.
         slot_BN: slot of each token, -1 at padding, int64 `[B, N]`; None likewise.
         occupied_BGC: False at empty slots, bool `[B or 1, G, C]`.
         count_BG: tokens in the whole document of the chunk, int64 `[B or 1, G or 1]` (bidirectional only).
         first_BG, last_BG: first and last chunk of the chunk's document, int64 `[B, G]`; None if a row is one document.
-        phase_B: slot of chunk 0 where the call's tokens go on, int64 `[B]`; None without cached tokens.
+        phase_B: slot of chunk 0 where the call's tokens continue, int64 `[B]`; None without cached tokens.
         continues_B: whether the row's first document continues the cached one, bool `[B]`; None without cached tokens.
         final_B: the chunk that is open after this call, int64 `[B]`; None if it is the last for every row.
         seen_after_B: tokens of the open document after this call, int64 `[B or 1]`.
         shift: empty slots before a document's first token.
-        skipped: such slots that a grid of one short chunk leaves out.
+        skipped: the same slots, where a grid of one short chunk leaves them out.
     """
 
     token_BN: Tensor
@@ -359,8 +350,7 @@ class ChunkLayout(Movable):
         B, N = x_BNF.shape[:2]
         G, C = self.position_BGC.shape[1:]
         if self.source_BK is None:
-            # No branch on the remainder under a compiler: it would make one graph for multiples of C and one for
-            # others.
+            # No branch on the remainder under a compiler, which would make a second graph for multiples of C.
             if is_tracing() or G * C != N:
                 x_BNF = F.pad(x_BNF, (0, 0, self.shift, G * C - self.shift - N))
             return x_BNF.reshape(B, G, C, -1)
@@ -371,7 +361,7 @@ class ChunkLayout(Movable):
         x_BKF = x_BGCF.flatten(1, 2)
         if self.slot_BN is None:
             N, shift = self.token_BN.shape[1], self.shift
-            # As in split. Negative padding copies: whether a slice is dense would depend on the remainder too.
+            # As in split. Negative padding copies, while the strides of a slice would depend on the remainder.
             if is_tracing():
                 return F.pad(x_BKF, (0, 0, -shift, N + shift - x_BKF.shape[1]))
             return x_BKF[:, shift : shift + N]
@@ -382,7 +372,7 @@ def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
     """`out[b, k] = x[b, index[b, k]]`, and 0 where the index is -1."""
     B, N, features = x_BNF.shape
     row_B1 = torch.arange(B, device=x_BNF.device)[:, None] * N
-    # -1 would send every empty slot to one row, whose gradient (all zeros) the backward would then add up serially.
+    # If empty slots all read one row, the backward would add up its gradients (all zeros) serially.
     spread_1K = torch.arange(index_BK.shape[1], device=x_BNF.device)[None].clamp(max=N - 1)
     flat = (torch.where(index_BK >= 0, index_BK, spread_1K) + row_B1).flatten()
     x_BKF = x_BNF.reshape(B * N, features).index_select(0, flat).view(B, -1, features)
@@ -390,26 +380,24 @@ def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
 
 
 def _number_of_chunks(slots: int, chunk_size: int) -> int:
-    """Chunks that hold `slots`. At least 2 in an exported program: torch would tell one chunk from several by a guard,
-    and the program would then refuse lengths on the other side of `chunk_size` than its example's."""
+    """Chunks that hold `slots`. At least 2 in an exported program: torch would guard on one chunk or several, and then
+    refuse lengths on the other side of `chunk_size` than its example's."""
     chunks = (slots + chunk_size - 1) // chunk_size
     if not torch.compiler.is_exporting():
         return chunks
-    # torch 2.11's dynamo takes compiling for exporting, and has no sym_max.
+    # torch 2.11's dynamo reports exporting while it compiles, and has no sym_max.
     return max(chunks, 2) if torch.compiler.is_dynamo_compiling() else torch.sym_max(chunks, 2)
 
 
 def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: bool, shift: int = 0) -> ChunkLayout:
-    """Lay the tokens of `documents` out in chunks of `chunk_size`, the first of which begins `shift` slots before its
-    document.
+    """Lay the tokens of `documents` out in chunks, the first of which begins `shift` slots before its document.
 
-    Without a cache, inputs shorter than a chunk get one chunk of their own length: nothing is computed for slots that
-    cannot be filled. The number of chunks follows from shapes alone, except for packed rows, where it is read from the
-    device once.
+    Without a cache, an input shorter than a chunk gets one chunk of its own length, without empty slots. The number of
+    chunks follows from shapes alone, except for packed rows, where it is read from the device once.
     """
     position_BN = documents.position_BN
     N, device = position_BN.shape[1], position_BN.device
-    # A chunk size that follows the input would be one more dynamic shape, and a compiled graph per short length.
+    # Not under a compiler, where the chunk size would be another dynamic shape.
     C, skipped = chunk_size, 0
     if not is_tracing() and documents.seen_B is None and N + shift <= chunk_size:
         C, shift, skipped = N, 0, shift
@@ -422,9 +410,15 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
         occupied_BGC = (position_BGC >= 0) & (position_BGC < N)
         count_BG = torch.full((1, 1), N, dtype=torch.long, device=device)
         return ChunkLayout(
-            position_BN, position_BGC.clamp(min=0), occupied_BGC, count_BG[0], count_BG=count_BG, final_B=final_B,
-            shift=shift, skipped=skipped,
-        )  # fmt: skip
+            token_BN=position_BN,
+            position_BGC=position_BGC.clamp(min=0),
+            occupied_BGC=occupied_BGC,
+            seen_after_B=count_BG[0],
+            count_BG=count_BG,
+            final_B=final_B,
+            shift=shift,
+            skipped=skipped,
+        )
 
     seen_B, start_BN = documents.seen_B, documents.start_BN
     valid_BN = documents.valid_BN
@@ -442,7 +436,7 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     else:
         G = _number_of_chunks(N + shift, C)
 
-    # Column G (or G * C) collects what has no place and is cut off.
+    # Column G (or G * C) collects tokens without a slot, and is cut off.
     def by_chunk(value_BN: Tensor, fill: int) -> Tensor:
         index_BN = torch.where(valid_BN, chunk_BN, G)
         return torch.full((batch, G + 1), fill, device=device).scatter_(1, index_BN, value_BN)[:, :G]
@@ -463,7 +457,7 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
             continues_B = continues_B & ~(start_BN & (rank_BN == 1)).any(1)
         phase_B = torch.where(continues_B, (seen_B + shift) % C, 0)
         seen_after_B = torch.where(any_B, seen_after_B, seen_B)
-        # A row of nothing but padding keeps its open chunk.
+        # A row of padding keeps its open chunk.
         start_BG[:, 0] = torch.where(any_B, start_BG[:, 0], seen_B - phase_B)
     slot_C = torch.arange(C, device=device)
     position_BGC = start_BG[..., None] + slot_C
@@ -480,7 +474,7 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
         first_BG = torch.where(F.pad(border_BG, (1, 0), value=True), chunk_G, 0).cummax(1).values
         last_BG = torch.where(F.pad(border_BG, (0, 1), value=True), chunk_G, G).flip(1).cummin(1).values.flip(1)
     if not causal:
-        # The last slot in use of a document's last chunk gives its length.
+        # A document's length is the end of its last chunk's last occupied slot.
         end_BG = torch.where(occupied_BGC, position_BGC + 1, 0).amax(2)
         count_BG = end_BG.gather(1, last_BG) if last_BG is not None else end_BG.amax(1, keepdim=True)
 
@@ -504,11 +498,11 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
 
 @dataclass(frozen=True)
 class StepLayout(Movable):
-    """One new token a row, appended to a constant-size cache: no grid, every row at its own phase.
+    """One new token per row, appended to a constant-size cache: no grid, each row has its own phase.
 
     Attributes:
-        position_BN: position of the token in its document, int64 `[B, 1]`: also the number of cached tokens before it.
-        valid_BN: False where the row's token is padding and must leave no trace, bool `[B, 1]`, or None.
+        position_BN: position of the token in its document, int64 `[B, 1]`: the number of cached tokens before it.
+        valid_BN: False where the token is padding, which leaves the state as it is, bool `[B, 1]`, or None.
         shift: empty slots before a document's first token.
     """
 
@@ -523,10 +517,10 @@ class QuadraticLayout(Movable):
 
     Attributes:
         position_BN: position of every query, int64 `[B or 1, N]`.
-        visible_BNM: bool `[B, N, M]`; None if only causality limits the view.
+        visible_BNM: bool `[B, N, M]`; None if causality is the only limit.
         offset_BNM: key position minus query position, int64 `[B, N, M]`; None if it is `j - i`.
-        key_position_BN, key_document_BN: what the cache has to remember of the new tokens, int64 `[B, N]`; document -1
-            marks padding. None without a cache.
+        key_position_BN, key_document_BN: of the new tokens, for the cache, int64 `[B, N]`; None without a cache.
+            Document -1 is padding.
     """
 
     position_BN: Tensor
@@ -550,9 +544,8 @@ def quadratic_layout(
 
     Args:
         cached: whether the new tokens go into a cache.
-        past_position_BM, past_document_BM: of the cached keys, int64 `[B, M]`; document -1 at padding and unused
-            places.
-        write_N: where the new keys go in a preallocated cache, int64 `[N]`; None to append them.
+        past_position_BM, past_document_BM: of the cached keys, int64 `[B, M]`; document -1 at padding and free slots.
+        write_N: slots of the new keys in a preallocated cache, int64 `[N]`; None to append them.
     """
     position_BN = documents.position_BN
     if documents.is_plain and not cached:
@@ -582,14 +575,13 @@ def quadratic_layout(
 
 @dataclass(frozen=True)
 class Places(Movable):
-    """Where the tokens of one forward are, made once and passed to all layers of one kind (two kinds with
-    `chunk_shift`).
+    """Where the tokens of one forward are: made once, and passed to all layers that share a `chunk_shift`.
 
     Attributes:
         layout: the grid of chunks, the single new token, or the keys that each query sees.
         documents: the tokens' documents and positions.
         rotary: cos and sin of the layout's positions, `[..., r / 2]`; None without RoPE.
-        bias_rotary: cos and sin of the offsets `-(bias_length - 1) ... bias_length - 1`, for the rotary bias alone.
+        bias_rotary: cos and sin of the offsets `-(bias_length - 1) ... bias_length - 1`; None without a rotary bias.
         bias_length: distances that the relative bias covers.
         fused: whether kernels compute this call.
         plan: how they walk through a grid of chunks (`flash_hf.kernels.ChunkPlan`).
@@ -602,18 +594,3 @@ class Places(Movable):
     bias_length: int
     fused: bool = False
     plan: Movable | None = None
-
-
-__all__ = [
-    "ChunkLayout",
-    "Documents",
-    "Places",
-    "QuadraticLayout",
-    "StepLayout",
-    "chunk_layout",
-    "compare_with_cache",
-    "is_whole",
-    "misplaced",
-    "quadratic_layout",
-    "resolve_documents",
-]

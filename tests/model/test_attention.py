@@ -175,8 +175,8 @@ def test_gradcheck_of_quadratic_attention(causal):
 
 @pytest.mark.parametrize("attention_type", TYPES)
 def test_no_future_leak(attention_type):
-    """Gradients of each position's output with respect to later embeddings are exactly zero, chunk borders "
-    "included."""
+    """Gradients of each position's output with respect to later embeddings are exactly zero, at chunk borders
+    too."""
     config = tiny_config(attention_type=attention_type, is_decoder=True)
     model = make_model(FlashModel, config)
     embeds = torch.randn(1, 3 * C + 5, config.hidden_size, dtype=torch.float64, requires_grad=True)

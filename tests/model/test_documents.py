@@ -94,8 +94,8 @@ def test_packing_changes_nothing(cls, attention_type, activation, precision):
 
 @pytest.mark.parametrize("cls, attention_type, activation", CASES)
 def test_ragged_batch_of_packed_rows_with_padding(cls, attention_type, activation):
-    """Different documents, paddings and fully masked rows in one batch; the masked row changes nothing and is "
-    "finite."""
+    """Different documents, paddings and fully masked rows in one batch; the masked row changes nothing and is
+    finite."""
     model = build(cls, attention_type, activation)
     a, b, c, d = (random_ids(model.config, 1, n, seed=n) for n in (3 * C + 5, 9, 17, 2))
     fill = random_ids(model.config, 1, 60, seed=9)
