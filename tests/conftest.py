@@ -9,16 +9,16 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # not on Windows; timings are then as noisy as the machine
+except ImportError:  # not on Windows, where timings then share the machine
     fcntl = None
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Kernels run in triton's interpreter where there is no GPU. It has to be asked for before triton is imported.
+# Without a GPU, kernels run in Triton's interpreter, which must be selected before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# The suite runs in one process a core, and the scripts and notebooks that it starts have its core.
+# The suite runs one process per core; the scripts and notebooks that a test starts share its core.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Under this mode torch.empty returns NaN, so that a result with an unwritten element cannot pass.
@@ -50,7 +50,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def exact_float32():
-    """float32 products in full precision, whatever a test before has set."""
+    """float32 products in full precision, whatever an earlier test has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -58,14 +58,14 @@ def exact_float32():
 
 
 def pytest_configure(config):
-    # For this process and the workers of pytest-xdist. Scripts that tests start would print such warnings of other
-    # packages, too, among the errors that the tests read.
+    # This process and xdist's workers have read it. Scripts started by tests would print such warnings of other
+    # packages to the stderr that the tests check.
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         os.environ.pop("PYTHONWARNDEFAULTENCODING", None)
 
 
 def pytest_collection_modifyitems(items):
-    # Who wants to be alone comes first: later it would wait for somebody's long test, and the others for both.
+    # Tests marked `alone` come first: later, one would wait for a long test, and all others for both.
     items.sort(key=lambda item: item.get_closest_marker("alone") is None)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -32,7 +32,7 @@ def main() -> None:
         ).eval()
         for key, parameter in model.named_parameters():
             if "freqs" not in key:
-                # At the usual scale the scores are so small that a wrong attention hardly shows.
+                # At the usual scale the scores are so small that wrong attention would hardly show.
                 torch.nn.init.normal_(parameter, mean=1.0 if key.endswith("norm.g") else 0.0, std=0.3)
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         save_file(state, HERE / f"flash_{name}.safetensors")

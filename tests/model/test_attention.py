@@ -129,7 +129,7 @@ def test_a_cache_does_not_change_gradients(attention_type, length):
     gradients = []
     for cache in (None, DynamicCache(config=config), StaticCache(config=config, max_cache_len=64)):
         model(ids, past_key_values=cache, use_cache=cache is not None).logits.square().sum().backward()
-        # In "global" a first chunk attends to nothing, so that some parameters get no gradient at all.
+        # With "global", the first chunk attends to nothing, so some parameters get no gradient.
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()})
         model.zero_grad(set_to_none=True)
     for name, expected in gradients[0].items():
@@ -209,7 +209,7 @@ def test_bidirectional_sees_everything():
 
 
 def test_first_chunk_has_no_global_part():
-    """With the local branch off, nothing is attended to before a chunk has closed, and everything of it after."""
+    """With the local branch off, tokens attend to nothing of an open chunk and to all of a closed one."""
     config = tiny_config(attention_type="global", num_hidden_layers=1, is_decoder=True)
     model = make_model(FlashModel, config)
     embeds = torch.randn(1, 2 * C, config.hidden_size, dtype=torch.float64)

@@ -138,7 +138,7 @@ def test_an_override_at_loading_is_checked(tmp_path):
 
 
 def test_every_field_is_described():
-    """transformers' decorator keeps our descriptions, and adds its own of what every model has."""
+    """transformers' decorator keeps our descriptions and adds its own for the arguments common to all models."""
     own = {field.name for field in fields(FlashConfig)} - {field.name for field in fields(PreTrainedConfig)}
     described = [line.split(" (")[0].strip() for line in FlashConfig.__doc__.splitlines() if line.endswith("):")]
     assert own <= set(described) and len(described) == len(set(described))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converted checkpoints compute what the originals do: restatements of JunnYu's ports from their formulas, stored
-results of FLASH-pytorch, and that package itself where it is installed. What cannot be expressed is refused."""
+results of FLASH-pytorch, and that package itself where it is installed. Unsupported options are refused."""
 
 import functools
 import json

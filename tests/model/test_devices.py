@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models under another default device: on it when they are built, indifferent to it when they compute, and without
+"""Models under another default device: built on it, independent of it in their forward pass, and without
 float64, which some devices (mps) do not have."""
 
 import pytest
@@ -13,7 +13,7 @@ from helpers import make_model, random_ids, tiny_config
 
 
 class NoFloat64(TorchDispatchMode):
-    """A device without float64 refuses as this does."""
+    """Raises as a device without float64 does."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))

@@ -218,7 +218,7 @@ def tensors_of(value):
 
 @pytest.mark.parametrize("changes", [{"relative_bias": "rotary"}, {"attention_type": "quadratic"}, {"chunk_shift": 3}])
 def test_places_move_to_another_device_as_one(changes):
-    """accelerate moves what a layer is called with by `.to`: whatever stayed behind would be on the wrong device."""
+    """accelerate moves a layer's arguments by `.to`; a tensor left behind would be on the wrong device."""
     model = make_model(FlashModel, tiny_config(**changes))
     documents = resolve_documents(2, 9, torch.device("cpu"), attention_mask=torch.tensor([[0] * 3 + [1] * 6, [1] * 9]))
     places = model.places(torch.zeros(2, 9, model.config.hidden_size), documents, None)
@@ -230,14 +230,14 @@ def test_places_move_to_another_device_as_one(changes):
 
 
 def test_positions_alone_do_not_make_a_packed_layout():
-    """generate and most callers pass plain positions: they must cost neither a gather nor a packed sum."""
+    """generate and most callers pass plain positions: they must not cause a gather or a packed sum."""
     ids = torch.arange(20)[None]
     assert resolve_documents(1, 20, ids.device, position_ids=ids, attention_mask=torch.ones(1, 20)).is_plain
 
 
 @pytest.mark.parametrize("cls", [FlashForCausalLM, FlashForMaskedLM])
 def test_default_initialisation_under_padding(cls):
-    """The real initialisation, as a user first meets it, in float32."""
+    """With the default initialisation, in float32."""
     torch.manual_seed(0)
     model = cls(tiny_config(chunk_size=16)).eval()
     ids = random_ids(model.config, 1, 37)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What users bring along: torchao, and the linter that transformers' own models pass."""
+"""Other packages: torchao, and the linter that transformers' own models pass."""
 
 import math
 import subprocess
@@ -16,7 +16,7 @@ from helpers import ROOT, TEXT
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A causal model that has learnt something, saved; its tokenizer; and tokens it has not seen."""
+    """A trained causal model, saved; its tokenizer; and held-out tokens."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer([{"text": TEXT}], 600)
     ids = torch.tensor(tokenizer(TEXT, add_special_tokens=False)["input_ids"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text files are UTF-8 whatever the locale is: each call that opens one says so."""
+"""Text files are UTF-8 whatever the locale: each call that opens one names the encoding."""
 
 import ast
 import io
@@ -84,7 +84,7 @@ class Out(io.BytesIO):
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_commands_speak_utf8(terminal, monkeypatch):
-    """In pipes; a terminal is written to as it can read."""
+    """To pipes; a terminal keeps its own encoding."""
     out = Out()
     out.terminal = terminal
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("日本 é".encode()), encoding="latin-1"))
@@ -94,7 +94,7 @@ def test_commands_speak_utf8(terminal, monkeypatch):
 
 
 def test_a_file_opened_otherwise_is_an_error_in_make_test(request, tmp_path):
-    """Python's own warning finds what the sources do not show; setup.cfg makes it an error."""
+    """Python's own warning finds calls that the check above cannot see; setup.cfg makes it an error."""
     assert sys.flags.warn_default_encoding or "MAKELEVEL" not in os.environ
     filters = request.config.getini("filterwarnings")
     assert "ignore::EncodingWarning" in filters  # of other packages

@@ -108,7 +108,7 @@ def test_exported_program_marks_positions_that_it_cannot_follow():
     masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
     masked["attention_mask"][:, :3] = 0
     program = export(model, masked).module()
-    # What stands at padding does not matter, as in eager calls.
+    # Values at padding do not matter, as in eager calls.
     masked["position_ids"] = torch.where(masked["attention_mask"] == 0, 77, masked["position_ids"] - 3)
     assert program(**masked, use_cache=False).logits[:, 3:].isfinite().all()
 
@@ -122,7 +122,7 @@ def test_packed_rows_are_not_exported():
 
 
 def test_quadratic_program_refuses_more_than_its_biases_cover():
-    """Its toeplitz bias has as many weights as max_position_embeddings says."""
+    """Its toeplitz bias covers max_position_embeddings tokens."""
     model, given = build("quadratic causal")
     program = export(model, batch_of(model, given, 2, C - 3)).module()
     with pytest.raises((AssertionError, RuntimeError), match="<= 128"):
@@ -227,7 +227,7 @@ def generation_exporter(name):
     ],
 )
 def test_export_for_generation(exporter, example, cache, several, changes):
-    """Prefill at any length, then steps over the border of a chunk, each beside a call without cache."""
+    """Prefill at any length, then steps across a chunk border, each compared to a call without cache."""
     exporter, options = generation_exporter(exporter)
     model = make_model(
         FlashForCausalLM, tiny_config(**{"num_hidden_layers": 2, "pad_token_id": 0, **changes}), dtype=torch.float32

@@ -112,7 +112,7 @@ def test_padding_inside_a_continuation_leaves_no_trace(attention_type, cache_of)
 
 @pytest.mark.parametrize("attention_type", TYPES)
 def test_a_row_of_nothing_but_padding_keeps_its_state(attention_type):
-    """At the border of a chunk, within one, in the first and in a later one, beside rows that go on."""
+    """At the border of a chunk, within one, in the first and in a later one, beside rows that continue."""
     model = build(attention_type)
     ids, mask = random_ids(model.config, 4, 36), torch.ones(4, 36, dtype=torch.long)
     mask[0, 16:20] = 0
@@ -203,7 +203,7 @@ def test_assisted_and_prompt_lookup_decoding(attention_type):
     expected = model.generate(ids, **GREEDY)
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        # An assistant that is often right, so that both acceptance and rollback happen.
+        # An assistant that is often right, so that candidates are both accepted and rolled back.
         for parameter in twin.parameters():
             parameter.add_(0.002 * torch.randn_like(parameter))
     for assistant in (build(attention_type, seed=1), copy.deepcopy(model), twin):
@@ -352,7 +352,7 @@ def test_branching_a_copied_cache():
 
 
 def test_training_mode_makes_no_cache():
-    """Nobody reads it there, and for short sequences it would outweigh the activations."""
+    """It would go unused, and for short sequences it would outweigh the activations."""
     model = build().train()
     assert model(random_ids(model.config, 1, 9)).past_key_values is None
     assert model.eval()(random_ids(model.config, 1, 9)).past_key_values is not None
@@ -387,7 +387,7 @@ def test_masked_head_cannot_generate():
 
 @pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic"])
 def test_static_rollback_is_refused(attention_type):
-    """By the host until 5.23; since 5.24 it asks the layers, and would take back its own count of tokens alone."""
+    """Until 5.23 transformers refuses; 5.24 leaves it to the layers, and would roll back only its own token count."""
     model = build(attention_type)
     ids = random_ids(model.config, 1, 9)
     with pytest.raises(ValueError, match="[Ss]tatic"):
@@ -410,7 +410,7 @@ def words(model, *shape, seed=0):
 
 
 def llama():
-    """A native that continues a cache exactly: the control of what is expected of FLASH."""
+    """A native model that continues a cache exactly: the control."""
     config = LlamaConfig(
         vocab_size=61, hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
         max_position_embeddings=256,
@@ -457,11 +457,11 @@ def first_turn(model, **options):
 
 @pytest.mark.parametrize("attention_type", [*TYPES, "llama", "static"])
 def test_the_turn_after_one_in_which_a_row_ended_early(attention_type):
-    """The pads in its state would change all that follows; a native can mask them."""
+    """The pads in its state would change all that follows; a native model can mask them."""
     model = llama() if attention_type == "llama" else build(attention_type.replace("static", "shifted"))
     options = {CACHE_NAME: static(model)} if attention_type == "static" else {}
     sequences, mask, cache = first_turn(model, **options)
-    # Row 1 says less: its part is padded on the left.
+    # The turn of row 1 is shorter and padded on the left.
     turn = torch.cat([sequences, words(model, 2, 5, seed=1)], 1)
     mask = torch.cat([mask, torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])], 1)
     turn[mask == 0] = PAD
@@ -526,7 +526,7 @@ def test_a_prompt_that_ends_in_padding_is_refused(options):
             model.generate(ids, **given, **GREEDY, **options)
     with pytest.raises(ValueError, match="row 0 .*padding_side"):
         model.generate(ids[1:2], attention_mask=mask[1:2], **GREEDY, **options)
-    # Padding on the left and inside, also longer than a piece, is none at the end; an empty row stops no other.
+    # Padding on the left and inside, even longer than a piece, is not padding at the end; an empty row stops no other.
     ids = words(model, 3, 19)
     mask[1] = torch.tensor([0] * 5 + [1] * 3 + [0] * 6 + [1] * 5)
     mask[2] = 0
@@ -548,7 +548,7 @@ def test_a_row_without_a_new_token_is_refused_in_the_next_turn():
 
 @pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic", "shifted previous_token"])
 def test_a_draft_may_hold_the_pad_id(attention_type):
-    """Every id of the answer is the pad id once, so that it stands at every place of a draft."""
+    """Each id of the answer serves as pad id once, so that a pad occurs at every position of a draft."""
     model = build(attention_type)
     ids = words(model, 1, 19)
     answer = model.generate(ids, **WORDS)
@@ -584,7 +584,7 @@ def test_assisted_decoding_from_a_filled_cache(attention_type):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_cache_of_another_batch(beams):
-    """Refused as by the model, until its rows are repeated like the input's."""
+    """Refused, as by the model, until its rows are repeated like those of the input."""
     model = build()
     ids, cache = words(model, 2, 19), DynamicCache(config=model.config)
     given, copies = (ids, 3) if beams == 3 else (ids.repeat_interleave(2, 0), 2)
@@ -604,7 +604,7 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_a_cache_of_the_whole_input_or_of_more():
-    """transformers would read the input once more, or cut it at the wrong place."""
+    """transformers would read the input again, or cut it at the wrong position."""
     model = build()
     ids = words(model, 1, 19)
     with torch.no_grad():

@@ -86,7 +86,7 @@ def test_padding_never_matters(cls, is_decoder):
 
 
 def test_pooling():
-    """Causal: the last real token, which has seen all. Bidirectional: the mean of the real tokens."""
+    """Causal: the last real token, which sees all others. Bidirectional: the mean of the real tokens."""
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0]])
     for is_decoder in (True, False):
         model = make_model(FlashForSequenceClassification, tiny_config(is_decoder=is_decoder))
@@ -100,7 +100,7 @@ def test_pooling():
 @DIRECTIONS
 @pytest.mark.parametrize("cls", TASKS)
 def test_padding_is_found_by_its_id(cls, is_decoder):
-    """Without a mask, as transformers' own heads find it; but not where the padding token may be a real one."""
+    """Without a mask, as transformers' own heads do; but not where the padding token may be a real one."""
     config = tiny_config(num_labels=3, is_decoder=is_decoder, pad_token_id=5, eos_token_id=7)
     model = make_model(cls, config)
     inputs = inputs_for(cls, config, 2, 13)
@@ -124,7 +124,7 @@ def test_padding_is_found_by_its_id(cls, is_decoder):
 
 @DIRECTIONS
 def test_compiled_heads_find_the_same_padding_and_documents(is_decoder):
-    """A graph cannot ask whether there is any padding, or raise an error; packed rows break it."""
+    """A graph cannot branch on whether there is padding, nor raise an error; packed rows break it."""
     config = tiny_config(num_labels=3, num_hidden_layers=1, is_decoder=is_decoder, pad_token_id=5)
     model = make_model(FlashForSequenceClassification, config)
     ids = random_ids(config, 3, 13)
@@ -171,7 +171,7 @@ def test_packed_rows_are_refused_where_a_row_gets_one_answer(cls, mark, is_decod
     }  # fmt: skip
     with pytest.raises(ValueError, match="one answer per row"):
         model(input_ids=ids, **{mark: packed[mark]})
-    # One document a row may be marked.
+    # Marking one document per row is allowed.
     whole = {
         "position_ids": torch.arange(12).view(shape), "cu_seq_lens_q": torch.tensor([0, 12]),
         "seq_idx": torch.zeros(1, 12, dtype=torch.int64),
@@ -194,7 +194,7 @@ def test_packed_rows_give_each_token_its_own(cls, is_decoder):
 
 
 def test_answers_that_are_missing_or_misplaced():
-    """-100 and columns beyond the input are skipped, each side for itself; an answer at padding is refused."""
+    """-100 and columns beyond the input are skipped, each end separately; an answer at padding is refused."""
     model = make_model(FlashForQuestionAnswering, tiny_config())
     ids = random_ids(model.config, 3, 9)
     out = model(ids)
@@ -228,7 +228,7 @@ def test_answers_that_are_missing_or_misplaced():
     ids=["causal", "masked"],
 )
 def test_a_head_of_the_other_direction_warns(auto, head, other, task, tmp_path, monkeypatch, model_of, tokenizer):
-    """What it predicts looks like text. is_decoder says that training it on in this direction is meant."""
+    """Its predictions look like text. An explicit is_decoder confirms that this direction is intended."""
     said = []
     monkeypatch.setattr(modeling_flash.logger, "warning", said.append)
     model_of(other).save_pretrained(tmp_path / "other")
@@ -237,7 +237,7 @@ def test_a_head_of_the_other_direction_warns(auto, head, other, task, tmp_path, 
     tokenizer.save_pretrained(tmp_path / "other")
     causal = auto is AutoModelForCausalLM
 
-    # New models, of whatever configuration, checkpoints of the same direction, and what is meant.
+    # New models of any configuration, checkpoints of the same direction, and confirmed changes.
     for is_decoder in (True, False):
         head(tiny_config(is_decoder=is_decoder))
         auto.from_config(tiny_config(is_decoder=is_decoder))
@@ -257,7 +257,7 @@ def test_a_head_of_the_other_direction_warns(auto, head, other, task, tmp_path, 
         said.clear()
     pipeline(task, model=str(tmp_path / "other"))
     assert len(said) == 1
-    # From here on it is what it was trained to be.
+    # Once saved, the new direction is its own.
     said.clear()
     model.save_pretrained(tmp_path / "turned")
     auto.from_pretrained(tmp_path / "turned")
@@ -295,7 +295,7 @@ def test_losses():
     ],
 )
 def test_accumulated_gradients_are_exact(cls, problem):
-    """Micro-batches of 1, 3 and 2 rows, normalised by num_items_in_batch as Trainer hands it over."""
+    """Micro-batches of 1, 3 and 2 rows, normalised by num_items_in_batch as in Trainer."""
     config = tiny_config(num_labels=3, problem_type=problem)
     model = make_model(cls, config)
     inputs, labels = inputs_for(cls, config, 6, 13), labels_for(cls, 6, 13)["labels"]
@@ -435,7 +435,7 @@ def test_classification_feature_and_question_pipelines(model_of, tokenizer, is_d
 
 
 def test_question_answering_leaves_padding_out(model_of, tokenizer):
-    """transformers 5 has no question-answering pipeline any more; what it did begins with this softmax over places."""
+    """transformers 5 has no question-answering pipeline any more; its first step was this softmax over positions."""
     model = model_of(FlashForQuestionAnswering)
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     padding = batch["attention_mask"] == 0
@@ -473,7 +473,7 @@ def test_lora_merges_and_unloads_exactly():
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_causal_head_goes_on_from_a_cache(name):
-    """With the mask of all tokens, as the base takes it."""
+    """With a mask of all tokens, as for the base model."""
     for cls in (FlashForSequenceClassification, FlashForTokenClassification, FlashForQuestionAnswering):
         model = make_model(cls, tiny_config(is_decoder=True, num_labels=3), dtype=torch.float64)
         inputs = padded(inputs_for(cls, model.config, 2, 14), left=6, right=0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changed its name or its way among the transformers that setup.cfg allows: the same calls work on each of them.
+"""What changed between the transformers versions that setup.cfg allows: the same calls work with each.
 
 transformers 5.24 renamed `past_key_values` to `cache`. `make test` runs this with the newest, `make oldest` with the
-oldest; each name is then once the host's and once the other one.
+oldest; each name is then transformers' own in one of them.
 """
 
 import configparser
@@ -31,7 +31,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None, "pad_t
 
 @pytest.fixture(autouse=True)
 def no_deprecations():
-    """The host tells of its old names by FutureWarning."""
+    """transformers warns of its old names by FutureWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
         warnings.simplefilter("error", DeprecationWarning)
@@ -60,7 +60,7 @@ def filled(model, kind, ids, mask):
 
 
 def test_the_name_is_the_hosts():
-    """The name that Llama takes and returns."""
+    """The name that Llama accepts and returns."""
     config = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **config)).eval()
     assert CACHE_NAME in inspect.signature(llama.forward).parameters
@@ -81,7 +81,7 @@ def test_forward_takes_both_names(model, name, kind):
             assert out[CACHE_NAME] is cache and list(out.keys()).count(CACHE_NAME) == 1
             assert OTHER_NAME not in list(out.keys())
             assert_close(out[0], expected[:, 13:], 1e-9)
-        # By place, where the host's models have it.
+        # By position, in the order of transformers' models.
         cache = filled(model, kind, ids[:, :13], mask[:, :13])
         assert_close(model(ids[:, 13:], mask, None, cache).logits, full[:, 13:], 1e-9)
         # A caller may have the same cache under both names, and None under either.
@@ -104,7 +104,7 @@ def test_two_different_caches_are_refused(model):
     "memory",
 ])  # fmt: skip
 def test_a_cache_under_another_name_is_refused(model, name):
-    """Ignored, it would give the logits of a text without its beginning."""
+    """If ignored, the logits would be those of a text without its beginning."""
     ids, _ = batch(model)
     bidirectional = make_model(FlashForMaskedLM, tiny_config())
     task = make_model(FlashForSequenceClassification, tiny_config(is_decoder=True))
@@ -147,7 +147,7 @@ def test_generate_continues_a_cache_of_either_name(model, name, kind):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_preparing_inputs_takes_both_names(model, name):
-    """PEFT and serving code call it with the name of their day."""
+    """PEFT and serving code use the name of their transformers version."""
     ids, mask = batch(model)
     cache = filled(model, "static", ids[:, :20], mask[:, :20])
     options = {"attention_mask": mask, "next_sequence_length": 1, name: cache}
@@ -162,7 +162,7 @@ def test_preparing_inputs_takes_both_names(model, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_masks_for_generate_take_both_names(model, name):
-    """The padding of the call's own columns, as the host asks for it before a compiled call."""
+    """The padding of the call's own columns, which transformers requests before a compiled call."""
     ids, mask = batch(model)
     embeds = torch.empty(2, 4, 0)
     cache = DynamicCache(config=model.config)
@@ -173,7 +173,7 @@ def test_masks_for_generate_take_both_names(model, name):
 
 
 def test_gradient_checkpointing_drops_the_cache_of_a_layer():
-    """The host drops it by name; a layer that kept it would put every token into it twice, forward and backward."""
+    """transformers drops it by name; a layer that kept it would add every token twice, in forward and backward."""
     model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float64)
     ids, _ = batch(model)
     cache, seen = DynamicCache(config=model.config), []
@@ -216,7 +216,7 @@ model(ids, labels=ids).loss.backward()
 
 
 def test_import_and_use_are_silent():
-    """Neither a message nor a warning of the host's about our code; messages of what else is installed are its own."""
+    """transformers prints no message or warning about our code; messages of other packages do not count."""
     alone = "import transformers.modeling_utils, transformers.generation.utils, transformers.modeling_layers\n"
     words = [sys.executable, "-c"]
     theirs = subprocess.run([*words, alone], capture_output=True, encoding="utf-8", check=True)

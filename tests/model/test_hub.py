@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scenarios of hub_client.py in both transports, each in a process of its own."""
+"""The scenarios of hub_client.py with both transports, each in a new process."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def test_hub(transport, tmp_path):
         # hf_xet tries for five minutes by default.
         "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
         "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
-        # Every request is logged, so that a token that gets into a log is seen below.
+        # Log every request, so that a token in a log is found below.
         "HF_DEBUG": "1",
         "TRANSFORMERS_VERBOSITY": "debug",
         "NO_PROXY": "*",
@@ -36,6 +36,6 @@ def test_hub(transport, tmp_path):
     log = done.stdout + done.stderr
     assert "authorization" in log.lower(), "the requests were not logged"
     assert "hf_alice" not in log and "hf_bob" not in log
-    # Nothing is asked of anybody else, such as the service that converts pickles and gets the token for it.
+    # No request goes elsewhere, such as to the service that converts pickles and is sent the token.
     asked = set(re.findall(r"Request \S+: [A-Z]+ https?://([^/:\s]+)", log))
     assert asked == {"127.0.0.1", "localhost"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pip install flash-hf` alone is enough for the model: nothing of the extras is imported or missed. And it is a
+"""`pip install flash-hf` alone is enough for the model, which imports nothing of the extras. And it is a
 library: research code is in scripts/, which imports it and is never imported by it."""
 
 import ast
@@ -46,7 +46,7 @@ def test_the_plain_install_needs_none_of_the_extras(tmp_path):
 
 
 def imported(path: Path, package: str) -> set[str]:
-    """What a file imports, in functions as well, by full names: `a.b` and `a.b.c` for `from a.b import c`."""
+    """A file's imports, in functions as well, by full names: `a.b` and `a.b.c` for `from a.b import c`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -60,7 +60,7 @@ def imported(path: Path, package: str) -> set[str]:
 
 
 def library_imports(root: Path) -> dict[str, set[str]]:
-    """Of each module of flash_hf, what it imports."""
+    """The imports of each module of flash_hf."""
     found = {}
     for path in (root / "flash_hf").rglob("*.py"):
         parts = path.relative_to(root).with_suffix("").parts

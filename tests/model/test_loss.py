@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss without logits is the loss from logits: number, gradients, every kind of label."""
+"""The loss without logits equals the loss from logits: value, gradients, every kind of label."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_equals_the_loss_from_logits(cls, share, items, monkeypatch):
 @pytest.mark.parametrize("items", [None, 0, torch.tensor(0), 7])
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_no_label_at_all_gives_zero(cls, items, skip_logits):
-    """Not torch's mean over none, NaN: with it in the sum, all that a log averages is NaN, too."""
+    """Not NaN, torch's mean over nothing: a single one would make a log's averages NaN."""
     model = make_model(cls, tiny_config())
     ids = random_ids(model.config, 1, 5)
     options = {} if items is None else {"num_items_in_batch": items}
@@ -87,7 +87,7 @@ def test_logits_are_computed_where_the_loss_cannot_do_without():
 
 
 def test_logits_of_labelled_tokens_alone(monkeypatch):
-    """What is skipped takes no memory: the head sees the tokens that have a label, and a slice of them at a time."""
+    """Skipped tokens take no memory: the head sees only tokens with a label, one slice at a time."""
     rows = []
     monkeypatch.setattr(loss_flash, "SLICE", 8)
     original = loss_flash.sum_of_slice

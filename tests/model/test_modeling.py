@@ -162,7 +162,7 @@ def test_tying_resizing_and_saving(cls, tied, tmp_path):
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, loaded.state_dict()[name]), name
-    # make_model computes RoPE frequencies in float64, loading in float32.
+    # make_model computes RoPE frequencies in float64, from_pretrained in float32.
     assert_close(loaded(ids).logits, model(ids).logits, 1e-5)
 
 
@@ -251,7 +251,7 @@ def test_attention_that_begins_at_recent_tokens(tmp_path, chunk_size):
 
 
 def test_the_papers_start_leaves_the_heads_without_gradient():
-    """What attention_init="recent" is for: AdamW divides gradients far below its eps (the paper's is 1e-6) by eps."""
+    """Why attention_init="recent": AdamW divides gradients far below its eps (the paper's is 1e-6) by eps."""
     median = {}
     for start in ("normal", "recent"):
         torch.manual_seed(0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """flash_hf/naive.py against numbers worked by hand, and against the same maths in plain Python floats.
 
-Everything else in the package is tested against naive.py, so a mistake shared by the two would never show. Hence two
-kinds of test: toys whose numbers were worked on paper (the working stands in the comments), and one reference made of
+Everything else is tested against naive.py, so a mistake in both would never show. Hence two
+kinds of test: toys with numbers worked out on paper (see the comments), and one reference made of
 Python loops, complex numbers and running sums, written differently from naive.py on purpose.
 """
 
@@ -82,13 +82,13 @@ def test_quadratic_divides_by_the_constant_and_spans_the_document():
     assert_equal(naive.naive_attention([q, k], v, {}, config, causal=True), [[1.0], [41.0], [564.0]])
     # bidirectional: y0 = 1 + 40 + 100 = y1,    y2 = 564
     assert_equal(naive.naive_attention([q, k], v, {}, config, causal=False), [[141.0], [141.0], [564.0]])
-    # Two tokens alone get what they got beside the third: the divisor is 4, not the length.
+    # Two tokens alone give the same as beside the third: the divisor is 4, not the length.
     assert_equal(naive.naive_attention([q[:2], k[:2]], v[:2], {}, config, causal=True), [[1.0], [41.0]])
 
 
 @pytest.mark.parametrize(("causal", "expected"), [(True, [4.0, 7.0, 5.0]), (False, [7.0, 7.0, 5.0])])
 def test_softmax_over_the_visible_keys(causal, expected):
-    # S = 4, so scores are divided by 2 (the divisor 1000 must play no part): q = 2 ln 3 and k = (0, 1) in one dim give
+    # S = 4, so scores are divided by 2 (not by the divisor 1000): q = 2 ln 3 and k = (0, 1) in one dim give
     # the scores (0, ln 3), weights (1/4, 3/4); with v = (4, 8): 1 + 6 = 7. A row that sees one key returns its value.
     q, k = f64([[2 * math.log(3), 0, 0, 0]] * 3), f64([[0, 0, 0, 0], [1, 0, 0, 0], [9, 9, 9, 9]])
     config = toy(attention_type="local", attention_activation="softmax", query_key_dim=4, attention_divisor=1000)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PEFT's methods beside LoRA, with their defaults where they have some."""
+"""PEFT's methods other than LoRA, with their defaults where they have some."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_prompts_stand_in_front(kind, tmp_path):
         got = model(input_ids=ids, attention_mask=mask).logits
         embeds = torch.cat([model.get_prompt(2), base.get_input_embeddings()(ids)], 1)
         assert_close(got, base(inputs_embeds=embeds).logits, 1e-6)
-        # PEFT finds the cache of 5.24 in no release up to 0.21 (with Llama it goes on without it, and wrongly).
+        # PEFT finds the cache of 5.24 in no release up to 0.21 (with Llama the results are then wrong).
         options = {"max_new_tokens": 4, "do_sample": False, "use_cache": False, "eos_token_id": None}
         made = model.generate(input_ids=ids, attention_mask=mask, **options)
         logits = model(input_ids=made[:, :-1], attention_mask=torch.ones_like(made[:, :-1])).logits

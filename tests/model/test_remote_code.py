@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that carry their code: what flash_hf.hub writes, and (remote_client.py) how it works alone."""
+"""Checkpoints that carry their code: what flash_hf.hub writes, and (remote_client.py) that it works alone."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_saving_leaves_the_classes_as_they_were(tmp_path):
 
 
 def test_loaded_by_the_package_and_saved_it_does_not_promise_code(tmp_path):
-    """An auto_map without the files would send users without the package after files that do not exist."""
+    """With an auto_map but no files, loading without the package would fail."""
     save_with_code(small_model(FlashForCausalLM), tmp_path / "coded")
     for model in (FlashForCausalLM.from_pretrained(tmp_path / "coded"), AutoModel.from_pretrained(tmp_path / "coded")):
         assert type(model) in (FlashForCausalLM, FlashModel)

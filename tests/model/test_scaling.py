@@ -63,7 +63,7 @@ def step_seconds():
 @pytest.mark.alone
 def test_time_is_linear(step_seconds):
     times = {length: step_seconds(length) for length in LENGTHS}
-    # Other work on the machine can only add time: a length that looks slow is measured again, to come near its floor.
+    # Other work on the machine only adds time, so a length that looks slow is measured again.
     # What is not linear stays slow: a quadratic step would show 4.
     for _ in range(8):
         ratios = {longer: times[longer] / times[length] for length, longer in zip(LENGTHS, LENGTHS[1:], strict=False)}

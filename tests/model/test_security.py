@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stranger's checkpoint cannot do: run code or a pickle, take memory by absurd sizes, learn a token.
+"""What an untrusted checkpoint cannot do: run code or a pickle, exhaust memory by absurd sizes, obtain a token.
 
 Tokens in pushed files and in logs are looked for in test_hub.py, code beside a checkpoint in test_remote_code.py.
 """
@@ -22,7 +22,7 @@ from helpers import ROOT, Trap, tiny_config
 
 SOURCES = sorted([*ROOT.glob("flash_hf/**/*.py"), *ROOT.glob("scripts/**/*.py")])
 
-# Reading a pickle runs what it says; so do these.
+# Reading a pickle executes code; so do these.
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 
@@ -92,7 +92,7 @@ def test_a_pickle_is_never_read(write, options, tmp_path):
                 assert "safetensors" in str(error.value)
         for path in folder.glob("*model*"):
             path.unlink()
-    # The mark does work.
+    # The trap does work.
     pickle.loads(pickle.dumps(Trap(mark)))
     assert mark.exists()
 
@@ -112,7 +112,7 @@ def test_an_honest_pickle_is_not_read_either(tmp_path):
 
 @pytest.mark.parametrize("before", [None, "0"])
 def test_no_conversion_service_is_asked_while_loading(before, tmp_path, monkeypatch):
-    """test_hub.py sees that no request goes out; here, that the switch is thrown for our models and put back."""
+    """test_hub.py sees that no request goes out; here, that it is disabled for our models, then enabled again."""
     name, seen = "DISABLE_SAFETENSORS_CONVERSION", []
     if before is None:
         monkeypatch.delenv(name, raising=False)
@@ -196,7 +196,7 @@ REFUSED = [
     {"quantization_config": "../../../etc/passwd"},
 ]
 
-# Sizes that somebody may want one day.
+# Sizes that remain possible.
 ACCEPTED = [
     {"vocab_size": 1_000_000},
     {"chunk_size": 2**20},

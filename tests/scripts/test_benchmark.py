@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark: its arithmetic, its opponent, its gate, what it records, and what it makes of a CSV."""
+"""The benchmark: its arithmetic, its rival, its gate, what it records, and how it renders a CSV."""
 
 import argparse
 import csv
@@ -202,7 +202,7 @@ def test_a_red_gate_refuses_to_report(monkeypatch, tmp_path, capfd, wrong):
 
     def broken(scores, activation):
         weights = activate(scores, activation)
-        # The same numbers, but the gradient misses a part of it.
+        # The same values, but a part of the gradient is missing.
         return weights * 1.01 if wrong == "forward" else weights.detach() * 0.01 + weights * 0.99
 
     monkeypatch.setattr(attention_flash, "activate", broken)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A card says what is known and measured, in metadata that the Hub's client reads back; it is refused otherwise."""
+"""A card holds what is known and measured, in metadata that the Hub's client reads back; else it is refused."""
 
 import copy
 import json

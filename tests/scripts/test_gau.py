@@ -174,7 +174,7 @@ def local_stated(gamma, beta, z, v, chunk, w, naive, config, causal):
 
 
 def state_stated(gamma, beta, n, z, v, chunk, w, naive, config, causal):
-    """Token by token: the state goes on with each, and the tokens of a chunk read what it was when the chunk began."""
+    """Token by token: each updates the state, and the tokens of a chunk read the state from before the chunk."""
     if config.global_state == "mean":
         return global_stated(gamma, beta, z, v, chunk, w, naive, config, causal)
     N, S = z.shape

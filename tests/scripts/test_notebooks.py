@@ -18,7 +18,7 @@ from helpers import DATA, ROOT
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# Where the machine that ran them kept its files is nobody's business, and would be another path on each run.
+# Paths of the machine that ran them are private, and differ on each run.
 PRIVATE_PATHS = re.compile(r"(?:/tmp|/home|/root|/Users|/var/folders|/work|/private)/|[A-Z]:\\\\|site-packages")
 # What the committed outputs took some minutes of training for need not be learnt again to see that the code runs.
 SHORTER = {
@@ -111,7 +111,7 @@ def test_runs(path, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    # Neither the user's IPython profile nor a kernel of that name in the home folder may have a say.
+    # Ignore the user's IPython profile and any kernel of that name in the home folder.
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_PATH"):
         monkeypatch.setenv(name, str(tmp_path))
     startup = tmp_path / "profile_default" / "startup"
@@ -123,7 +123,7 @@ def test_runs(path, monkeypatch, tmp_path):
     kernel.write_text(
         json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}), encoding="utf-8"
     )
-    # Where nobody has drawn before, matplotlib says on stderr that it looks for fonts; here it does so beforehand.
+    # The first time, matplotlib reports on stderr that it builds a font cache; do that beforehand.
     monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
     notebook = nbformat.read(path, as_version=4)
     for long, short in SHORTER[path.stem].items():

@@ -107,7 +107,7 @@ def test_network_command_is_accepted_by_the_parser():
     from flash_hf.commands.train import parse_arguments
 
     words = blocks("bash")[2].replace("\\\n", " ").split()
-    # bf16 is refused without a GPU, unless the CPU is asked for.
+    # bf16 is refused without a GPU, unless the CPU is chosen.
     _, data_args, training_args = parse_arguments([*words[2:], "--use_cpu", "true"])
     assert data_args.streaming and training_args.max_steps == 125_000 and training_args.bf16
     assert data_args.block_size == 8192

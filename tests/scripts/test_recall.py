@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recall tasks ask what can be answered, and nothing else."""
+"""The recall tasks contain every answer that they ask for, and nothing else."""
 
 import pytest
 import torch

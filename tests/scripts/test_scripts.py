@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripts as a user runs them: the first-line commands, all options of generate.py, the demo in small."""
+"""The scripts as a user runs them: the first-line commands, all options of generate.py, a small demo."""
 
 import importlib.metadata
 import io
@@ -32,7 +32,7 @@ CARD = ROOT / "model_cards" / "flash-7m-causal"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Folder of a causal model that has seen some of the book."""
+    """Folder of a causal model trained on some of the book."""
     folder = tmp_path_factory.mktemp("model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
@@ -426,7 +426,7 @@ def test_profile_step_in_small(capsys, monkeypatch):
 
 
 def test_no_script_hides_a_package():
-    """A file of scripts/ that is run finds what lies beside it first: with scripts/datasets, its `import datasets`."""
+    """A script imports from its own folder first: scripts/datasets would shadow the package `datasets`."""
     packages = {name.split(".")[0] for name in importlib.metadata.packages_distributions()}
     beside = {path.stem for path in (ROOT / "scripts").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert beside & (packages | set(sys.stdlib_module_names)) <= {"__pycache__"}

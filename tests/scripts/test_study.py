@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The study's machinery: equal models, batches that ask for every token once, cells that are run once, and tables that
-are what the kept cells say."""
+"""The study's machinery: equal models, batches that predict every token once, cells that run once, and tables that
+match the kept cells."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ CAUSAL = grid.Cell("train", "flash", "tiny", "books-causal", 32, 0.004, 0.004)
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """Tokens of a small book, made as those of the study."""
+    """Tokens of a small book, prepared like those of the study."""
     folder = tmp_path_factory.mktemp("tokens")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
@@ -162,7 +162,7 @@ def test_all_models_of_a_size_have_as_many_parameters(size):
                   if not model.gpu_only}  # fmt: skip
     assert len(counts) > 20
     for name, count in counts.items():
-        # A bias for each head weighs more in small models.
+        # A bias per head matters more in small models.
         limit = 0.02 if name.startswith("plus-") and SIZES[size].width <= 128 else 0.01
         assert abs(count / counts["flash"] - 1) < limit, f"{name}: {count}, FLASH {counts['flash']}"
 
@@ -276,7 +276,7 @@ class CutOff(Exception):
 
 @pytest.mark.parametrize("task", ["mixed-causal", "mixed-masked", "mqar4"])
 def test_a_training_that_was_cut_off_resumes_exactly(mixed, tmp_path, monkeypatch, task):
-    """As if it had not been: curves, final losses, in another piece of the text and with dropout."""
+    """As if unbroken: curves, final losses, in another piece of the text and with dropout."""
     folder, facts, _ = mixed
     size = "tiny-recall" if task == "mqar4" else "tiny"
     cell = grid.Cell("train", "flash", size, task, 32, 0.012, 0.004)
@@ -613,7 +613,7 @@ def test_the_studys_document_is_what_the_kept_cells_say():
         assert cell.size not in ("tiny", "tiny-recall")
 
 
-# What the study says of recall: as many right answers as stand in an earlier chunk.
+# The study's finding on recall: as many right answers as are in an earlier chunk.
 def recalled(model: str, task: str) -> dict[int, float]:
     """Share of right answers by the length of the rows."""
     result = grid.load_results(KEPT)[grid.Cell("train", model, "recall", task, 512, 60, 0.002)]

@@ -125,7 +125,7 @@ def test_shards_and_what_replaces_them(model, tmp_path):
     push_with_code(whole, "alice/sharded")
     assert weight_files("alice/sharded") == ["model.safetensors"]
     assert same(load("alice/sharded", tmp_path / "2"), whole)
-    # transformers prefers one file to shards: if it stayed behind, the old weights would win.
+    # transformers prefers one file to shards: if it were left, the old weights would be loaded.
     push_with_code(model, "alice/sharded", max_shard_size="60KB")
     assert "model.safetensors" not in weight_files("alice/sharded")
     assert same(load("alice/sharded", tmp_path / "3"), model)
@@ -235,7 +235,7 @@ def test_tokens_that_may_not_write(model, tmp_path):
 def test_a_dropped_connection(model, tmp_path, quick):
     model.push_to_hub("alice/drops")
     half = stored("alice/drops").stat().st_size // 2
-    # Once in the middle: the client takes up where it was.
+    # Once in the middle: the client resumes.
     HUB.drops[:] = [half]
     assert same(load("alice/drops", tmp_path / "1"), model)
     assert not HUB.drops
@@ -338,7 +338,7 @@ def test_trainer_pushes_and_resumes(tmp_path, tokenizer):
     files = set(API.list_repo_files("alice/trained"))
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= files
     assert same(load("alice/trained", tmp_path / "cache"), first.model)
-    # Somewhere else, the pushed checkpoint goes on as if nothing had happened.
+    # Elsewhere, the pushed checkpoint is resumed as if unbroken.
     copy = snapshot_download("alice/trained", allow_patterns="last-checkpoint/*", cache_dir=tmp_path / "cache")
     second = trainer(tmp_path / "elsewhere", 6, save_strategy="no")
     second.train(resume_from_checkpoint=str(Path(copy) / "last-checkpoint"))
@@ -363,7 +363,7 @@ def test_a_training_run_pushes_its_end(tmp_path):
 
 
 def test_datasets(tmp_path, monkeypatch):
-    # Otherwise it asks datasets-server.127.0.0.1 first.
+    # Otherwise it tries datasets-server.127.0.0.1 first.
     monkeypatch.setattr("datasets.config.USE_PARQUET_EXPORT", False)
     rows = random_ids(CONFIG, 20, 8).tolist()
     splits = {"train": datasets.Dataset.from_dict({"input_ids": rows}), "test": datasets.Dataset.from_dict({"n": [1]})}

@@ -36,7 +36,7 @@ def outputs(model, inputs: dict) -> list[torch.Tensor]:
 
 
 def check_exact(folder: Path, auto_class: str) -> None:
-    """The head that was saved gives what it gave in the process that saved it."""
+    """The saved head gives the same outputs as in the process that saved it."""
     stored = load_file(folder / "expected.safetensors")
     inputs = {name.removeprefix("in."): value for name, value in stored.items() if name.startswith("in.")}
     model, report = load(folder, auto_class, output_loading_info=True)
@@ -48,7 +48,7 @@ def check_exact(folder: Path, auto_class: str) -> None:
 # First, before any of the folders' code has been imported.
 @pytest.mark.parametrize("auto_class", AUTO_MAP)
 def test_refused_without_the_flag(auto_class, monkeypatch):
-    # A user at a terminal is asked; this one answers no. Without a terminal it is refused as well.
+    # At a terminal transformers prompts; this user answers no. Without a terminal it refuses as well.
     for answer, flag in (("n", {}), (None, {}), ("y", {"trust_remote_code": False})):
         monkeypatch.setattr("builtins.input", lambda prompt, answer=answer: answer or (_ for _ in ()).throw(EOFError))
         with pytest.raises(ValueError, match="trust_remote_code=True"):

@@ -29,7 +29,7 @@ def requirement() -> str:
 
 def newest(wanted: str) -> str | None:
     """The version that pip would install for a new user; None where it cannot tell."""
-    # Of the installed version pip would say that it will do, without the network.
+    # pip would accept the installed version without looking at the network.
     options = ("--dry-run", "--ignore-installed", "--no-deps", "--report", "-", "--retries", "1", "--timeout", "15")
     done = subprocess.run([*PIP, "install", "--quiet", *options, wanted], capture_output=True, encoding="utf-8")
     if done.returncode:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training by the clock: it ends in time, at a rate of 0, and a resumed run goes on from the rate it had."""
+"""Training by the clock: it ends in time, at a rate of 0, and a resumed run continues with the rate it had."""
 
 import json
 import time
@@ -70,7 +70,7 @@ def test_a_resumed_run_goes_on_from_its_rate(clock):
     assert second.rate(9) == pytest.approx(2 / 3)
     clock.now += 30
     assert second.rate(9) == pytest.approx(1 / 3)
-    # A new run in the process of an old one begins at the beginning.
+    # A new run in the same process starts from the beginning.
     assert started(second).rate(0) == 0
 
 

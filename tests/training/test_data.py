@@ -137,7 +137,7 @@ def test_columns_of_a_data_set_by_name_may_hold_anything(tmp_path, streaming):
     if not streaming:
         assert texts("lines", split="train[1:3]+test") == ["two", None, "three"]
         assert texts("lines", split="train[:40%]") == ["one", "two"]
-    # Options that a card gives to `datasets` are heeded.
+    # Options that a card gives to `datasets` are used.
     (tmp_path / "semicolons").mkdir()
     write(tmp_path / "semicolons" / "train.csv", "text;id\na, b;1\n")
     card = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n---\n"
@@ -245,7 +245,7 @@ def test_a_missing_text_column_names_those_there_are(tmp_path, streaming):
         load_documents([tmp_path / "b.parquet", tmp_path / "a.parquet"], streaming=streaming)
 
 
-# What stands beside the text: a column that changes its type, begins late, is an object here and a list there.
+# Other columns: one changes its type, one begins late, one is an object here and a list there.
 UNLIKE = [
     {"text": "one", "id": 1, "meta": {"a": 1}},
     {"text": "two", "id": "x", "meta": [1]},
@@ -266,7 +266,7 @@ def test_other_columns_may_hold_anything(tmp_path, streaming):
         "c.json": (json.dumps(UNLIKE, indent=1), ["one", "two", None, "three", None]),
         "d.json": ('{\n"text": "five",\n"id": 7}', ["five"]),
         "e.json": ('["six", "seven"]', ["six", "seven"]),
-        # What datasets reads at once: 10 MB. The types change behind it.
+        # datasets infers types from 10 MB; they change after that.
         "f.jsonl": (
             f'{{"text": "same", "id": {"1" * 4000}}}\n' * 2800 + '{"text": "other", "id": "x", "late": 1}',
             None,
@@ -295,7 +295,7 @@ def test_other_columns_may_hold_anything(tmp_path, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_csv_files_keep_what_stands_there(tmp_path, name, streaming):
-    """Quotation marks, lines and separators in a field, words that pandas takes for nothing, numbers, a long field."""
+    """Quotation marks, lines and separators in a field, words that pandas reads as missing, numbers, a long field."""
     texts = ['a "b", c\r\nd\n\ne', "NA", "null", "5", "x" * 300_000, "", "日本"]
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("id", "text"), *enumerate(texts)])
@@ -305,7 +305,7 @@ def test_csv_files_keep_what_stands_there(tmp_path, name, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_line_ends_and_byte_order_marks(tmp_path, streaming):
-    """A line of JSON ends where a file's does, and not at the other characters that str.splitlines heeds."""
+    """A line of JSON ends at a line break, not at the other characters at which str.splitlines splits."""
     for end in ("\n", "\r\n", "\r"):
         text = "\ufeff" + end.join(['{"text": "a\u2028b\x85c"}', "", '{"text": "d\\r\\ne"}', ""])
         documents = load_documents(write(tmp_path / "a.jsonl", text), streaming=streaming)
@@ -389,7 +389,7 @@ def test_trained_tokenizer_loses_nothing(tokenizer, tmp_path):
         assert set(either("Oz")) == {"input_ids", "attention_mask"}
         assert either("Oz")["input_ids"][0] == document_start(either) == document_end(either)
         assert len({either.bos_token_id, either.pad_token_id, either.mask_token_id}) == 3
-        # The space belongs to the mask, as it belongs to the word that the mask hides.
+        # The mask includes the space, as the masked word does.
         mask = either.mask_token
         assert either(f"the {mask} ran")["input_ids"] == [either.bos_token_id] + [
             *either("the", add_special_tokens=False)["input_ids"],
@@ -419,7 +419,7 @@ def test_text_without_words_is_cut(kind, tmp_path):
     assert loaded(text)["input_ids"] == ids
     pieces = loaded.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text[:5000])
     assert max(end - begin for _, (begin, end) in pieces) == LONGEST_WORD
-    # One run among words: all of it comes back, and the words around it stay what they are.
+    # One run among words: it is restored in full, and the words around it are unchanged.
     mixed = f"the lion{ODD_TEXT} {text[:1000]} ran"
     assert loaded.decode(loaded(mixed, add_special_tokens=False)["input_ids"]) == mixed
 
@@ -511,7 +511,7 @@ def test_pack_by_hand_with_borders():
 @pytest.mark.parametrize("start_id", [1, 2])
 def test_every_token_is_predicted_exactly_once(packing, block_size, start_id):
     lengths = np.random.default_rng(block_size).integers(1, 30, size=20)
-    # Every token is another number, so that a count shows each one.
+    # All tokens differ, so that each can be counted.
     ids = np.split(np.arange(10, 10 + lengths.sum()), lengths.cumsum()[:-1])
     documents = [{"input_ids": part} for part in ids]
     rows = packed(documents, block_size=block_size, packing=packing, start_id=start_id)
@@ -640,7 +640,7 @@ def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
         changed = MaskingCollator(tokenizer, seed=1)
         setattr(changed, attribute, value)
         assert not torch.equal(first["labels"], changed(rows)["labels"])
-    # The other rows of a batch do not matter, so the masks are the same however many devices share the rows.
+    # The other rows of a batch do not matter, so masks do not depend on the number of devices.
     assert torch.equal(first["labels"][5:8], collator(rows[5:8])["labels"])
     assert not torch.equal(first["labels"][5] != X, first["labels"][6] != X)
 

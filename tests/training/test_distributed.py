@@ -27,7 +27,7 @@ TRAIN = (
 
 
 def train_here(kind, *command):
-    """A training script's work in this process, with a cache of its own beside the output."""
+    """A training script's work in this process, with its own cache beside the output."""
     command = [str(word) for word in command]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -59,9 +59,9 @@ def for_two_cpus(name, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "streaming"), [("clm", True), ("mlm", False)])
 def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
-    """A stream is read once and shared out, a tokenizer trained once, and masks do not depend on who has which rows.
+    """A stream is read once and shared out, a tokenizer is trained once, and masks do not depend on the process.
 
-    A checkpoint of the two is gone on from by the one, at the stream's place.
+    One process resumes a checkpoint of the two, at the stream's position.
     """
     write_documents(tmp_path / "train.jsonl", 0, 60_000, 700)
     write_documents(tmp_path / "validation.jsonl", 60_000, 61_000, 700)
@@ -88,7 +88,7 @@ def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "machines"), [("ddp.yaml", 2), ("fsdp2.yaml", 1)])
 def test_two_processes_give_the_losses_of_one(name, machines, single, tmp_path):
-    """Of one machine, or of two (here, of one address): each has a launch of its own."""
+    """On one machine, or on two (here with one address), each with its own launch."""
     port = 29500 + os.getpid() % 1000 + (name == "ddp.yaml") * 1000
     launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus(name, tmp_path), "--num_machines",
               machines, "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]  # fmt: skip
@@ -116,7 +116,7 @@ def test_every_launch_file_is_read_and_names_the_layer():
 
 
 def test_the_deepspeed_file_selects_zero(monkeypatch):
-    """As far as it goes without DeepSpeed: what `accelerate launch` tells its processes, and what they make of it."""
+    """Without DeepSpeed: what `accelerate launch` passes to its processes, and what they do with it."""
     from accelerate.commands import launch
     from accelerate.utils import DeepSpeedPlugin
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
@@ -218,7 +218,7 @@ def test_device_map_with_layers_on_disk(tmp_path):
 def test_what_cannot_be_distributed_is_refused():
     model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
     assert not model.supports_context_parallel
-    # Trainer asks for SDPA; without it, ranks would get these positions: a part of the sequence, or two of its ends.
+    # Trainer requires SDPA; without it, ranks would get these positions: one part of the sequence, or two.
     settings = SimpleNamespace(cp_enabled=True, cp_backend="torch")
     trainer = SimpleNamespace(accelerator=SimpleNamespace(parallelism_config=settings))
     ids = random_ids(model.config, 1, 8)

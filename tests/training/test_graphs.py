@@ -41,7 +41,7 @@ def compute_of(model, reads=False):
 
 
 def train(step, model, batches, accumulate=1):
-    """Losses of the batches, and what the weights have changed by, with an update every `accumulate` of them."""
+    """Losses of the batches, and the change of the weights, with an update every `accumulate` batches."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     begin = torch.cat([p.detach().flatten() for p in model.parameters()])
     losses = []
@@ -96,7 +96,7 @@ def test_what_a_graph_cannot_hold_is_computed_as_usual():
     found = train(step, model, batches)
     assert step.graph is None and len(step.refusals) == 1
     assert_same(found, train(compute_of(other), other, batches))
-    # Nothing of the attempt is left behind.
+    # The attempt leaves nothing behind.
     assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.rand(3, device="cuda").isfinite().all()
     assert torch.cuda.get_sync_debug_mode() == 0
 

@@ -83,7 +83,7 @@ def test_recipes_have_the_settings_of_the_paper(recipe, tmp_path):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run_on_other_text(recipe, files, tmp_path):
-    """A few steps of each in small: only what a test machine lacks is overridden."""
+    """A few steps of each, scaled down: only what a test machine lacks is overridden."""
     command = {
         "config": recipe, "train_file": files / "train.jsonl", "validation_file": files / "validation.jsonl",
         "config_overrides": OVERRIDES, "tokenizer_vocab_size": 400, "block_size": 64, "batch_tokens": 1024,

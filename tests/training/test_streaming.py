@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """A dozen documents are then more than one batch."""
+    """A dozen documents then make more than one batch."""
     monkeypatch.setattr("flash_hf.training.stream.BATCH_CHARACTERS", 2000)
     monkeypatch.setattr("flash_hf.training.stream.BATCH_DOCUMENTS", 5)
 
@@ -137,7 +137,7 @@ def test_a_stream_goes_on_from_any_place(files, tokenizer, ending, take, packing
     stream, rows, states = make(), [], []
     for number, row in enumerate(itertools.islice(stream, 360)):
         rows.append(row["input_ids"].tolist())
-        if number % 31 == 0 and number <= 310:  # a loader is a few rows ahead of what is used
+        if number % 31 == 0 and number <= 310:  # a loader reads a few rows ahead
             states.append((max(0, number - 5), json.dumps(stream.state_at(max(0, number - 5)))))
     passes = [json.loads(state)["pass"] for _, state in states]
     assert passes[0] == 0 and passes[-1] >= (3 if take else 0)
@@ -251,7 +251,7 @@ def test_a_resumed_stream_reads_nothing_twice(files, tmp_path, monkeypatch, smal
 
 
 class Counted:
-    """A method of a stream that remembers with what states it was called."""
+    """A method of a stream that records the states it was called with."""
 
     def __init__(self, method):
         self.method, self.states = method, []
@@ -282,7 +282,7 @@ def test_resuming_with_other_text_is_refused(files, tmp_path):
 
 @pytest.mark.parametrize("what", ["model", "optimizer.pt", STREAM_STATE])
 def test_a_full_disk_costs_no_checkpoint(what, files, tmp_path, monkeypatch):
-    """Writes that the kernel refuses: no file may grow any more; or a single one meets /dev/full."""
+    """Writes that the kernel refuses: no file may grow, or a single one is /dev/full."""
     resource = pytest.importorskip("resource")
     run("causal", *command_of(files, tmp_path / "whole"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What transformers' Trainer makes of our losses: label smoothing, missing labels, accumulation; checked against plain
+"""How transformers' Trainer uses our losses: label smoothing, missing labels, accumulation; checked against plain
 sums, and against Llama through the same Trainer."""
 
 import itertools
@@ -62,7 +62,7 @@ def text_batch(config):
 
 
 class Renamed(FlashForCausalLM):
-    """As users make, and FSDP2 makes of every class."""
+    """As users define, and as FSDP2 makes from every class."""
 
 
 class RenamedMasked(FlashForMaskedLM):
@@ -109,7 +109,7 @@ def test_label_smoothing(cls, wrap, trainer_class, make_trainer):
     trainer = make_trainer(trainer_class, model, label_smoothing_factor=EPSILON)
     model = wrap(model) if wrap in (data_parallel, compiled) else model
     assert_close(trainer.compute_loss(model, dict(batch)), expected, 1e-6)
-    # A micro-batch's share: the sum over what Trainer counts in the whole accumulated batch.
+    # A micro-batch's share: its sum divided by Trainer's count over the whole accumulated batch.
     count = trainer._get_num_items_in_batch([batch, batch], torch.device("cpu"))
     known = (batch["labels"][:, 1:] if causal else batch["labels"]).ne(IGNORE).sum()
     assert count == 2 * known
@@ -140,7 +140,7 @@ def test_label_smoothing_is_llamas(trainer_class, make_trainer):
 
 
 def test_losses_of_subclasses_are_those_of_their_head():
-    """transformers picks the loss by the name of the class, and shifts the labels where it knows none."""
+    """transformers picks the loss by the name of the class, and shifts the labels where it knows no such class."""
     config = tiny_config()
     ids = random_ids(config, 2, 9)
     for cls, renamed in ((FlashForCausalLM, Renamed), (FlashForMaskedLM, RenamedMasked)):
@@ -212,7 +212,7 @@ def task_data(task, config):
 
 
 def mean_loss(task, model, ids, labels):
-    """The mean over what has a label, written out; None if nothing has."""
+    """The mean over all labels, written out; None without labels."""
     logits = model(ids).logits
     if task == "causal":
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -307,7 +307,7 @@ def test_evaluation_counts_what_has_a_label(make_trainer):
 
 
 def test_regression_counts_every_value():
-    """-100 is a temperature like any other; Trainer, which does not count it, is put right by shares."""
+    """-100 is a temperature like any other; Trainer, which does not count it, is corrected by shares."""
     model = make_model(FlashForSequenceClassification, tiny_config(num_labels=1))
     ids, values = random_ids(model.config, 3, 9), torch.tensor([1.0, -100.0, 2.0], dtype=torch.float64)
     expected = (model(ids).logits[:, 0] - values).square().mean()

@@ -79,7 +79,7 @@ def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path, kind, streaming):
     """Bit for bit: with dropout, across the border of an epoch, with accumulation, for data read either way."""
     config = f"{OVERRIDES},hidden_dropout=0.1"
     changes = {"config_overrides": config, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
-    # The stream is through with its 8 documents, 27 blocks, long before the break after 40.
+    # The stream's 8 documents, 27 blocks, end long before the break after 40.
     more = ["--streaming", "--shuffle_buffer", "20", "--max_train_documents", "8"] if streaming else []
     model_args, data_args, args = arguments(files, tmp_path / "whole", *more, **changes)
     result = training.run_training(kind, model_args, data_args, args)
@@ -242,7 +242,7 @@ def test_a_causal_checkpoints_tokenizer_pads_on_the_left(kind, trained, files, t
 
 @pytest.mark.slow
 def test_trainer_really_learns(tmp_path):
-    """On the repo's book, 60 steps take at least 1.8 nats a token off the validation loss (measured: 2.27)."""
+    """On the repo's book, 60 steps reduce the validation loss by at least 1.8 nats per token (measured: 2.27)."""
     parsed = parse_arguments(
         f"--train_file {BOOK} --validation_fraction 0.1 --tokenizer_vocab_size 1024 --block_size 128 --max_steps 60 "
         "--config_overrides hidden_size=128,num_hidden_layers=2,query_key_dim=64,chunk_size=64 --learning_rate 8e-3 "
@@ -252,7 +252,7 @@ def test_trainer_really_learns(tmp_path):
     before, after = result["before"]["eval_loss"], result["after"]["eval_loss"]
     assert before == pytest.approx(math.log(1024), abs=0.3)
     assert before - after >= 1.8
-    # Less surprise than the frequencies of the tokens alone would leave: context is used.
+    # Lower than the loss of token frequencies alone: context is used.
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     train, validation = split_documents(load_documents(BOOK), 0.1)
     counts = np.bincount(tokenizer(train[0]["text"])["input_ids"], minlength=1024) + 1.0
@@ -264,7 +264,7 @@ def test_trainer_really_learns(tmp_path):
 
 
 def blocks_of(files: Path, kind: str, packing: str = "documents") -> tuple:
-    """Blocks with labels that count unevenly: padding, borders, masks."""
+    """Blocks with uneven numbers of labels: padding, borders, masks."""
     tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
     documents = load_documents(files / "train.jsonl")
     tokenized = tokenize_documents(documents, tokenizer)
@@ -284,7 +284,7 @@ def tiny_model(kind: str, **changes):
 def test_accumulation_of_four_equals_one_large_batch(files, tmp_path, kind):
     """Same gradients at every step, though the four parts count different numbers of tokens."""
     blocks, _ = blocks_of(files, kind)
-    # The first batch is filled up to three quarters with blocks that count little.
+    # Three quarters of the first batch are blocks with few labels.
     few = [{**row, "labels": [IGNORE] * 50 + row["labels"][50:]} for row in blocks.select(range(6))]
     blocks = Dataset.from_list([*few, *blocks.select(range(6, 24))], features=blocks.features)
     gradients = {}
@@ -432,7 +432,7 @@ def no_work(monkeypatch):
 
 @pytest.mark.parametrize("place", ["below a file", "read-only"])
 def test_an_unwritable_output_dir_is_refused(files, tmp_path, no_work, place):
-    """Also for root, whom permission bits do not stop."""
+    """Also for root, which ignores permission bits."""
     (tmp_path / "file").write_text("precious", encoding="utf-8")
     folder = tmp_path / "file" / "run" if place == "below a file" else Path("/proc/flash_hf_run")
     if place == "read-only" and not Path("/proc/version").exists():
@@ -606,7 +606,7 @@ def test_wrong_data_is_refused(files, tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match=r"empty\.txt must hold text, but is empty"):
         training.run_training("causal", *arguments(files, tmp_path / "run", train_file=tmp_path / "empty.txt"))
-    assert not list((tmp_path / "run").iterdir())  # and the next attempt is not told that the folder is in use
+    assert not list((tmp_path / "run").iterdir())  # and the next attempt finds the folder unused
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
@@ -651,7 +651,7 @@ def test_config_file_and_overrides(files, tmp_path):
 
 @pytest.mark.parametrize("ending", ["json", "yaml"])
 def test_arguments_from_a_file(tmp_path, ending):
-    """As the first argument, or named by --config; the command line goes over the file."""
+    """As the first argument, or named by --config; the command line overrides the file."""
     options = {"train_file": ["a.txt"], "output_dir": str(tmp_path), "block_size": 128, "learning_rate": 0.002}
     (tmp_path / f"run.{ending}").write_text(json.dumps(options), encoding="utf-8")  # JSON is YAML, too
     _, data_args, args = parse_arguments([str(tmp_path / f"run.{ending}")])

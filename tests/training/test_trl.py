@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's trainers on a checkpoint's folder by name: the losses that they log are those of the documents alone."""
+"""TRL's trainers on a checkpoint's folder by name: the logged losses are those of each document alone."""
 
 import math
 
@@ -66,7 +66,7 @@ def mean_loss(model, documents):
 def test_sft_by_name(packing, folder, tmp_path):
     """The first loss, and lower ones after it."""
     rows = Dataset.from_dict({"text": TEXTS})
-    # Long rows are cut in two where they do not fit: none is.
+    # TRL would cut rows that are too long: none is cut.
     batch = 1 if packing else len(TEXTS)
     arguments = trl.SFTConfig(
         **options(tmp_path, steps=4, per_device_train_batch_size=batch), packing=packing, max_length=1024
