@@ -284,7 +284,7 @@ def test_operators_pass_opcheck(causal):
     torch.library.opcheck(ops.scale_norm_op, (x, gain, 1e-5), test_utils=checks)
 
 
-def test_who_watches_sees_operators():
+def test_dispatch_modes_see_operators():
     """Eager calls go round the dispatcher; a dispatch mode sees the operators, and gets the same results."""
 
     class Watch(TorchDispatchMode):
@@ -356,7 +356,7 @@ def test_chunked_prefill_continues_on_the_border(form):
 
 
 @pytest.mark.parametrize("attention_type, form", [("mixed_chunk", "ours"), ("local", "paper"), ("global", "paper")])
-def test_a_call_goes_on_inside_of_a_chunk(attention_type, form, monkeypatch):
+def test_a_call_continues_inside_a_chunk(attention_type, form, monkeypatch):
     """With kernels: rows at different places of their chunks, one that only pads meanwhile, one that only begins."""
     config = config_of(attention_type=attention_type, **FORMS[form])
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)

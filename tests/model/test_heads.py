@@ -472,7 +472,7 @@ def test_lora_merges_and_unloads_exactly():
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_causal_head_goes_on_from_a_cache(name):
+def test_a_causal_head_continues_a_cache(name):
     """With a mask of all tokens, as for the base model."""
     for cls in (FlashForSequenceClassification, FlashForTokenClassification, FlashForQuestionAnswering):
         model = make_model(cls, tiny_config(is_decoder=True, num_labels=3), dtype=torch.float64)

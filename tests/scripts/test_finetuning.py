@@ -207,7 +207,7 @@ def test_resumed_run_equals_uninterrupted(tokenizer, tmp_path):
         run.run_finetuning(*arguments("classification", tmp_path / "c", tokenizer, **options))
 
 
-def test_goes_on_from_a_model_and_tests(tokenizer, tmp_path):
+def test_continues_from_a_model_and_tests(tokenizer, tmp_path):
     """The labels keep the order of a model that knows them; a test set is measured on its own."""
     options = {"num_train_epochs": 1, "max_train_examples": 32, "validation_file": None}
     run.run_finetuning(*arguments("classification", tmp_path / "a", tokenizer, **options))

@@ -27,7 +27,7 @@ def test_a_draw_of_one_length_cuts_as_soon_as_it_is_reached():
     assert list(cut_passages("\n\n \n\n", random.Random(0), shortest=5, longest=5)) == []
 
 
-def test_rows_are_drawn_by_seed():
+def test_rows_are_sampled_by_seed():
     rows = [{"text": TEXT}, {"text": None}]
     first, second, third = (list(passages(rows, seed=seed)) for seed in (0, 0, 1))
     assert first == second != third

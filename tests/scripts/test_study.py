@@ -62,7 +62,7 @@ def test_every_token_is_asked_for_once_whatever_the_context():
         assert torch.equal(labels, inputs + 1) and sorted(labels.flatten().tolist()) == list(range(1, 97))
 
 
-def test_masks_are_berts_and_can_be_drawn_again():
+def test_masks_are_berts_and_reproducible():
     ids = torch.full((40_001,), 7, dtype=torch.int32)
     stream = Stream(ids, 400, 50, mask_id=2)
     inputs, labels = stream.batch(np.arange(100), 3)
@@ -75,7 +75,7 @@ def test_masks_are_berts_and_can_be_drawn_again():
     assert not torch.equal(stream.batch(np.arange(100), 4)[0], inputs)
 
 
-def test_missing_text_is_told(tmp_path):
+def test_missing_text_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="--prepare"):
         load_stream(tmp_path, "books", "train", 8, causal=True)
 
@@ -184,7 +184,7 @@ def test_names_of_cells_can_be_read_back():
         grid.Cell.parse("train_flash")
 
 
-def test_long_trainings_begin_with_the_rates_of_short_ones_and_go_on_with_what_was_found():
+def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
     cells = grid.passes({})
     assert len({cell.name for cell in cells}) == len(cells) and {cell.context for cell in cells} == {2048, 8192}
     assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.ONE_PASS / 10, grid.SEARCHED}
@@ -210,7 +210,7 @@ def finished(cells, losses):
     return {cell: {"final": {"loss": losses.get(cell.rate, 9.0)}} for cell in cells if cell.kind == "train"}
 
 
-def test_rates_go_on_until_the_best_lies_between_two_worse_ones():
+def test_rates_are_added_until_the_best_lies_between_two_worse_ones():
     group = ("transformer++", "books-causal", 8192)
     results = {}
     for asked in ({0.002, 0.001}, {0.002, 0.001, 0.0005}, {0.002, 0.001, 0.0005, 0.00025}):
@@ -361,7 +361,7 @@ def test_the_gate_keeps_others_out(tmp_path):
     assert order == [0] * 6 and max(together) > 1
 
 
-def test_finished_cells_are_not_run_again_and_failures_are_told(tmp_path):
+def test_finished_cells_are_not_run_again_and_failures_are_reported(tmp_path):
     program = ("import sys, json, pathlib; name = sys.argv[1]; assert name != 'bad', 'this one fails'; "
                f"path = pathlib.Path({str(tmp_path)!r}, 'cells', name + '.json'); "
                "path.write_text(json.dumps({'runs': 1}))")  # fmt: skip
@@ -507,7 +507,7 @@ def test_seconds_to_a_loss_are_the_mean_of_the_seeds():
     assert report.faster(results, ours, rival) == f"{(30 / 20 + 30 / (20 + 10 / 3)) / 2:.2f} x"
 
 
-def test_long_trainings_are_told_by_corpus_and_position():
+def test_long_trainings_are_listed_by_corpus_and_position():
     """Of each model the best rate, the lowest loss first."""
     results = {}
     for model, rate, books in (("flash", 0.002, 4.0), ("flash", 0.004, 4.5), ("transformer++", 0.001, 3.0)):
@@ -571,7 +571,7 @@ def test_trainings_cut_off_are_compared_after_the_same_steps(tmp_path, monkeypat
     assert report.unfinished({cell: {}}) == "None."  # it has been run since
 
 
-def test_long_trainings_are_drawn_against_tokens(tmp_path):
+def test_long_trainings_are_plotted_against_tokens(tmp_path):
     results = {}
     for context in grid.PASSED:
         cell = grid.Cell("train", "flash", "m", "mixed-causal", context, grid.ONE_PASS, 0.002)
@@ -580,7 +580,7 @@ def test_long_trainings_are_drawn_against_tokens(tmp_path):
     assert [path.name for path in report.draw(results, tmp_path)] == ["one-pass.png"]
 
 
-def test_figures_are_drawn(tmp_path):
+def test_figures_are_plotted(tmp_path):
     step = {"median": 10.0, "q25": 10.0, "q75": 10.0}
     results = cell_of("flash", 0.002, [6.0, 5.0], step=step) | cell_of("transformer++", 0.002, [6.0, 5.5], step=step)
     assert [path.name for path in report.draw(results, tmp_path)] == ["books-causal.png"]

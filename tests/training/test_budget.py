@@ -60,7 +60,7 @@ def test_what_was_prepared_counts_and_the_start_validation_does_not_warm_up(cloc
     assert budget.rate(0) == 0
 
 
-def test_a_resumed_run_goes_on_from_its_rate(clock):
+def test_a_resumed_run_continues_with_its_rate(clock):
     first = started(TimeBudget(2.0, warmup=0.25))
     clock.now += 60
     kept = json.loads(json.dumps(first.state()))

@@ -534,7 +534,7 @@ def test_every_token_is_predicted_exactly_once(packing, block_size, start_id):
 
 @pytest.mark.parametrize("packing", ["concatenate", "documents"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_packer_goes_on_from_its_state(packing, causal):
+def test_a_packer_resumes_from_its_state(packing, causal):
     """After any number of documents, through JSON."""
     lengths = np.random.default_rng(0).integers(1, 30, size=12)
     documents = [np.arange(10, 10 + n) for n in lengths]

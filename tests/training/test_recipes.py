@@ -303,7 +303,7 @@ def test_the_bar_writes_what_is_no_loss_on_a_line(capsys):
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
-def test_trackers_are_told_the_speed(tracker, files, tmp_path, monkeypatch):
+def test_trackers_log_the_speed(tracker, files, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads when it is imported
     for name in [name for name in sys.modules if name.split(".")[0] == "trackio"]:

@@ -124,7 +124,7 @@ def test_a_stream_without_text_is_refused(texts, tokenizer):
 @pytest.mark.parametrize("packing", ["concatenate", "documents"])
 @pytest.mark.parametrize("take", [None, 17])
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_a_stream_goes_on_from_any_place(files, tokenizer, ending, take, packing, small_batches):
+def test_a_stream_resumes_from_any_position(files, tokenizer, ending, take, packing, small_batches):
     """Through JSON; over the borders of batches, windows, files and passes; from a state of a resumed stream, too."""
 
     def make(shuffle_buffer=20):
@@ -215,7 +215,7 @@ def run(kind: str, *command: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_clm.py", "train_mlm.py"])
-def test_a_killed_run_goes_on_as_if_unbroken(script, files, tmp_path):
+def test_a_killed_run_resumes_as_if_unbroken(script, files, tmp_path):
     """SIGKILL at a random moment after the first checkpoint; resumed here, bit for bit."""
     kind = "causal" if script == "train_clm.py" else "masked"
     run(kind, *command_of(files, tmp_path / "whole"))

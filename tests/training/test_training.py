@@ -203,7 +203,7 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_perplexity(files, tmp_pa
     assert args.metric_for_best_model == "loss" and args.greater_is_better is True
 
 
-def test_training_goes_on_from_a_model(files, tmp_path):
+def test_training_continues_from_a_model(files, tmp_path):
     first = training.run_training("causal", *arguments(files, tmp_path / "first"))
     GenerationConfig(do_sample=True, temperature=0.6).save_pretrained(tmp_path / "first")
     more = {"model": tmp_path / "first", "config_overrides": None, "tokenizer": None}
