@@ -2,16 +2,16 @@
 """\
 python -m scripts.study --tiny --prepare tests/data/wizard_of_oz.txt --work runs/study-tiny
 
-The study behind scripts/results/study. Three steps, on three machines if need be, from the root of the clone:
+The study behind scripts/results/study. Three steps, on different machines if needed, from the root of the clone:
 
-1. `--prepare DATA --work WORK --minutes 0`: tokens of the books and the Wikipedia text in DATA, and of all its
-   training text together, in pieces of 50 MB (needs no GPU). Training may begin with the first piece there and wait up
-   to `--wait_minutes` for each of the others.
-2. `--work WORK --results FOLDER`: runs the cells that FOLDER (scripts/results/study) lacks, the most important first
-   (rates and seeds as the finished ones ask for), several beside each other, on all GPUs, until `--minutes` are over
-   (a training that is cut off then resumes from WORK/states, at most a minute back);
-   `--bundle FILE` puts what is finished in one file as well, and `--unbundle FILE` adds such a file to FOLDER.
-3. `--report --fill scripts/results/study/README.md`: its tables from FOLDER; `--figures FOLDER` draws.
+1. `--prepare DATA --work WORK --minutes 0`: tokenizes the books and the Wikipedia text in DATA, and all its training
+   text together in pieces of 50 MB (needs no GPU). Training can start with the first piece and waits up to
+   `--wait_minutes` for each of the others.
+2. `--work WORK --results FOLDER`: runs the cells missing in FOLDER (scripts/results/study), the most important first
+   (later rates and seeds depend on finished cells), several in parallel on all GPUs, for up to `--minutes`; an
+   interrupted training resumes from WORK/states, at most a minute back.
+   `--bundle FILE` also writes the finished cells into one file, and `--unbundle FILE` adds such a file to FOLDER.
+3. `--report --fill scripts/results/study/README.md` renders its tables from FOLDER; `--figures FOLDER` draws.
 """
 
 import argparse
@@ -40,32 +40,33 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--prepare", type=Path, metavar="DATA",
-        help="make the tokens, if there are none, from this folder of {books,wiki}_{train,valid}.jsonl.xz, or from a "
-             "text file",
+        help="tokenize this folder of {books,wiki}_{train,valid}.jsonl.xz or this text file, if WORK has no tokens",
     )  # fmt: skip
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of tokens, logs and new cells")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder for tokens, logs and new cells")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
-    parser.add_argument("--vocab_size", type=natural, help="of the tokenizer; 8192 unless given (with --tiny 600)")
-    parser.add_argument("--max_tokens", type=natural, default=31_000_000, help="of each corpus")
-    parser.add_argument("--only", nargs="+", metavar="CELL", help="these cells, by name, instead of the whole grid")
-    parser.add_argument("--list", action="store_true", help="print the cells to run, as far as known yet, and end")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
-    parser.add_argument("--workers", type=natural, default=1, help="cells beside each other on each device")
-    parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into this file")
-    parser.add_argument("--unbundle", type=Path, metavar="FILE", help="add a bundle's cells to --results, and end")
-    parser.add_argument("--report", action="store_true", help="print the tables, and end")
-    parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: put the tables into this document")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="with --report: also draw the figures there")
-    parser.add_argument("--tiny", action="store_true", help="a small grid of tiny models: does the study run?")
+    parser.add_argument("--vocab_size", type=natural, help="size of the tokenizer; default 8192, with --tiny 600")
+    parser.add_argument("--max_tokens", type=natural, default=31_000_000, help="maximum tokens of each corpus")
+    parser.add_argument("--only", nargs="+", metavar="CELL", help="run these cells instead of the whole grid")
+    parser.add_argument("--list", action="store_true", help="print the cells to run, as far as known, and exit")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit; the next run resumes")
+    parser.add_argument("--workers", type=natural, default=1, help="parallel cells on each device")
+    parser.add_argument("--bundle", type=Path, metavar="FILE", help="also write all new cells into one file")
     parser.add_argument(
-        "--wait_minutes", type=float, default=0.0, help="how long a piece of the tokens may be late, after the last"
+        "--unbundle", type=Path, metavar="FILE", help="add the cells of a bundle to --results and exit"
+    )
+    parser.add_argument("--report", action="store_true", help="print the tables and exit")
+    parser.add_argument("--fill", type=Path, metavar="FILE", help="with --report: fill the tables into this document")
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="with --report: also draw the figures")
+    parser.add_argument("--tiny", action="store_true", help="a small grid of tiny models, to see that the study runs")
+    parser.add_argument(
+        "--wait_minutes", type=float, default=0.0, help="how long to wait for each missing piece of tokens"
     )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def run_cells(options: argparse.Namespace) -> None:
-    """Cells by their names from standard input, one after the other in this process."""
+    """Run the cells named on standard input, one after the other in this process."""
     from . import cell as training
 
     gate = Gate(options.work / f"gate{os.environ.get('CUDA_VISIBLE_DEVICES', '')}")
@@ -130,7 +131,7 @@ def main() -> int:
         return [cell.name for cell in cells if cell not in done]
 
     def upcoming() -> Iterator[str]:
-        """The most important cell that nobody has begun, again and again: which ones there are depends on results."""
+        """The most important cell that has not been started, repeatedly, since the grid depends on results."""
         begun = set()
         while cell := next((name for name in missing() if name not in begun), None):
             begun.add(cell)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One cell of the study: train a model and measure what it learnt, or time its training step.
+"""One cell of the study: train and evaluate a model, or time its training step.
 
-Everything but the model is the same for all: batches, order, optimiser, schedule, head and loss, which is taken from
-the hidden states and the tied embedding, in one compiled function. On a GPU the forward and backward of a step are one
-CUDA graph: the issue of kernels from Python, which costs FLASH's small layers more than the GPU's work does, is then
-nobody's cost.
+Everything except the model is the same for all: batches, order, optimiser, schedule, head, and the loss, which one
+compiled function computes from the hidden states and the tied embedding. On a GPU forward and backward of a step are
+one CUDA graph, so that no model pays for issuing kernels from Python, which would dominate FLASH's small layers.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ from .text import IGNORE, VALIDATED, Stream, load_stream
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What all cells share. The optimiser's settings are the paper's (appendix B): AdamW, linear decay to 0, warm-up
-    over 8 % of the steps.
+    """Settings shared by all cells. The optimiser is the paper's (appendix B): AdamW, linear decay to 0 after a
+    warm-up over 8 % of the steps.
 
     Attributes:
-        batch_tokens: tokens of a step.
-        evaluations: validations during training.
-        valid_tokens: of each of these; the first of the validation text.
-        final_tokens: of the last one, and of those at other lengths.
-        recall_vocab: ids of the recall tasks.
-        recall_rows: rows that recall is measured on.
-        samples, tries: timed training steps, and how often all of them are timed.
+        batch_tokens: Tokens per step.
+        evaluations: Number of validations during training.
+        valid_tokens: Tokens of each of them, from the start of the validation text.
+        final_tokens: Tokens of the last one, and of those at other lengths.
+        recall_vocab: Vocabulary size of the recall tasks.
+        recall_rows: Sequences for measuring recall.
+        samples, tries: Timed training steps, and repetitions of the timing.
     """
 
     batch_tokens: int = 32_768
@@ -73,7 +72,7 @@ class Recipe:
 RECIPE = Recipe()
 TINY_RECIPE = Recipe(batch_tokens=512, evaluations=3, valid_tokens=512, final_tokens=1024, recall_vocab=32,
                      recall_rows=8, samples=3, tries=1)  # fmt: skip
-# Gradients of small models on recall are too small for the paper's eps.
+# On recall, gradients of small models are too small for the paper's eps.
 CPU_RECIPE = Recipe(batch_tokens=4096, eps=1e-8, recall_vocab=32, evaluations=10)
 RECIPES = {
     "xs": Recipe(batch_tokens=4096, evaluations=5, valid_tokens=65_536, final_tokens=262_144),
@@ -83,15 +82,15 @@ RECIPES = {
 
 
 def recipe_of(cell: Cell) -> Recipe:
-    """What the cells of a size share."""
+    """The settings for the size of a cell."""
     return RECIPES.get(cell.size, RECIPE)
 
 
 CURVE_POINTS = 100
 BINS = 32  # of the loss by position
-GATED_STEPS = 8  # steps between two looks whether somebody wants the device alone
-TRAINED_SAMPLES = 10  # timed steps of a model that has been trained
-STATE_SECONDS = 60  # of training between two saved states
+GATED_STEPS = 8  # steps between releases of the gate, for timings that need the device alone
+TRAINED_SAMPLES = 10  # timed steps after training
+STATE_SECONDS = 60  # training time between saved states
 
 
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -101,7 +100,7 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the tokens that have a label."""
+    """Mean over the tokens with a label."""
     logits = F.linear(hidden, weight).float()
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
@@ -115,8 +114,8 @@ class Step:
     """A training step on batches of one shape.
 
     Attributes:
-        loss: of the last batch, on the device.
-        graph: what replays forward and backward as a CUDA graph, after `capture` on a GPU.
+        loss: Loss of the last batch, on the device.
+        graph: Replays forward and backward as a CUDA graph; set by `capture` on a GPU.
     """
 
     def __init__(self, model: nn.Module, batch: tuple[Tensor, Tensor], steps: int, rate: float, recipe: Recipe):
@@ -133,7 +132,7 @@ class Step:
 
     @property
     def why_not(self) -> str | None:
-        """Why steps are issued one by one, or None where they are replayed."""
+        """The reason why steps are not replayed as a graph, None if they are."""
         if self.graph is None:
             return "no CUDA device"
         return next(iter(self.graph.refusals.values()), None)
@@ -151,7 +150,7 @@ class Step:
         self.loss = compute(dict(zip(("inputs", "labels"), batch, strict=True)))
 
     def capture(self) -> None:
-        """Compile and tune all kernels, then make the graph; where that cannot be, steps stay as they are."""
+        """Compile and tune all kernels, then capture the graph; if that is impossible, steps stay as they are."""
         if self.device == "cuda":
             self.graph = GraphedBackward(self._compute, self.model.parameters())
             for _ in range(self.graph.warmup + 1):
@@ -177,11 +176,11 @@ def recall_batch(task: str, context: int, rows: int, vocab_size: int, seed: int)
 def batches(
     cell: Cell, stream: Stream | None, recipe: Recipe, device: str, begin: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a training from number `begin` on, without end; the same for every model."""
+    """The infinite batches of a training from number `begin` on, the same for every model."""
     rows = max(1, recipe.batch_tokens // cell.context)
     if stream is None:
         for count in itertools.count(begin + 1):
-            # Recall is asked for with seeds below 10^6.
+            # Recall is measured with seeds below 10^6.
             batch = recall_batch(cell.task, cell.context, rows, recipe.recall_vocab, 10**6 * (cell.seed + 1) + count)
             yield tuple(part.to(device, non_blocking=True) for part in batch)
     each = len(stream) // rows
@@ -199,12 +198,12 @@ def batches(
 # ------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def validate(model: nn.Module, stream: Stream, batch_tokens: int, seed: int = 0) -> Tensor:
-    """Losses of every token of a stream, `[rows, context]` in float32 on the device; NaN where nothing was asked."""
+    """Losses of every token of a stream, `[rows, context]` in float32 on the device; NaN where there is no label."""
     model.eval()
     device = next(model.parameters()).device.type
     found = []
     rows = torch.arange(len(stream)).split(max(1, batch_tokens // stream.context))
-    # One pass is not worth a graph of its own.
+    # One pass does not justify a graph.
     with torch.compiler.set_stance("force_eager"), autocast(device):
         for index, part in enumerate(rows):
             inputs, labels = stream.batch(part.numpy(), seed + index)
@@ -216,14 +215,14 @@ def validate(model: nn.Module, stream: Stream, batch_tokens: int, seed: int = 0)
 
 
 def recall_questions(task: str, context: int, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches that recall is measured on; no training has their seeds."""
+    """The batches for measuring recall, with seeds that no training uses."""
     for index in range(0, recipe.recall_rows, 32):
         yield recall_batch(task, context, min(32, recipe.recall_rows - index), recipe.recall_vocab, index)
 
 
 @torch.no_grad()
 def recall(model: nn.Module, cell: Cell, context: int, recipe: Recipe) -> dict[str, float]:
-    """Share of the questions that are answered right, and their loss, on rows that no training saw."""
+    """Share of correct answers and their loss, on sequences that no training used."""
     model.eval()
     device = next(model.parameters()).device.type
     right, losses = [], []
@@ -244,7 +243,7 @@ def rounded(values: Tensor) -> list[float]:
 
 
 def binned(losses: Tensor, bins: int) -> list[float]:
-    """Mean over rows and over `bins` equal stretches of the position (fewer where there are fewer positions)."""
+    """Mean over rows and over `bins` equal ranges of positions (fewer bins for few positions)."""
     by_position = losses.nanmean(0)
     bins = math.gcd(bins, len(by_position))
     return rounded(by_position.view(bins, -1).nanmean(1))
@@ -256,8 +255,8 @@ def binned(losses: Tensor, bins: int) -> list[float]:
 def prepare(
     cell: Cell, folder: Path, recipe: Recipe, device: str, wait_seconds: float = 0.0
 ) -> tuple[nn.Module, Stream | None, Step]:
-    """Model, text (None for recall) and step of a cell; `steps` is in the step's schedule. The step's example is the
-    first batch, which no training takes."""
+    """Model, text (None for recall) and step of a cell. The example of the step is the first batch, which training
+    skips."""
     torch.set_float32_matmul_precision("high")
     set_seed(cell.seed)
     stream, vocab = None, recipe.recall_vocab
@@ -283,13 +282,13 @@ def steps_of(cell: Cell, recipe: Recipe) -> int:
 def run_cell(
     cell: Cell, folder: Path, gate: Gate, recipe: Recipe, *, states: Path | None = None, wait_seconds: float = 0.0
 ) -> dict:
-    """What a cell measures, with what is needed to repeat it.
+    """The measurements of a cell, with everything needed to repeat them.
 
     Args:
-        folder: of the tokens, from [`text.prepare`].
-        gate: shared with the other cells on this device.
-        states: folder for the states of trainings that have not ended, from which they resume; None keeps none.
-        wait_seconds: how long a piece of the text may take to come.
+        folder: Folder of the tokens, from [`text.prepare`].
+        gate: Shared with the other cells on this device.
+        states: Folder for the states of unfinished trainings, from which they resume; None saves none.
+        wait_seconds: How long to wait for a missing piece of the text.
     """
     begin = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -315,8 +314,8 @@ def about(model: nn.Module, step: Step) -> dict:
 
 
 def quietest(sample: Callable[[], float], gate: Gate, samples: int, tries: int) -> dict:
-    """Quartiles of the time of a step, alone on the device, from the try with the lowest median: others may still
-    compile, and then and now launch something."""
+    """Quartiles of the time of a step, alone on the device, from the try with the lowest median, since other processes
+    may still be compiling and launch kernels now and then."""
     found = []
     for _ in range(tries):
         with gate.alone():
@@ -326,7 +325,7 @@ def quietest(sample: Callable[[], float], gate: Gate, samples: int, tries: int) 
 
 
 def sampler(step: Step, batch: tuple[Tensor, Tensor], device: str) -> Callable[[], float]:
-    """Does a step and gives its milliseconds."""
+    """A function that runs a step and returns its milliseconds."""
 
     def sample() -> float:
         wait(device)
@@ -339,8 +338,8 @@ def sampler(step: Step, batch: tuple[Tensor, Tensor], device: str) -> Callable[[
 
 
 def time_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str) -> dict:
-    """Milliseconds of a training step (forward, backward, clipping, optimiser), alone on the device: as the trainings
-    do it, and, on a GPU, issued by Python."""
+    """Milliseconds of a training step (forward, backward, clipping, optimiser), alone on the device: as in training,
+    and on a GPU also issued kernel by kernel from Python."""
     model, stream, step = prepare(cell, folder, recipe, device)
     sample = sampler(step, next(batches(cell, stream, recipe, device, 1)), device)
     for _ in range(3):
@@ -356,13 +355,13 @@ def time_cell(cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str)
 
 @dataclasses.dataclass
 class Progress:
-    """How far a training is.
+    """Progress of a training.
 
     Attributes:
-        losses: of every step, 0 where it has not been done.
-        curve: validations: steps, loss (the mean over the corpora), and accuracy for recall.
-        curves: for text, the same of each corpus.
-        resumed: the steps after which it was resumed.
+        losses: Loss of every step, 0 for steps to come.
+        curve: Validations: steps, loss (mean over the corpora), and accuracy for recall.
+        curves: For text, the same for each corpus.
+        resumed: The steps after which it was resumed.
     """
 
     losses: Tensor
@@ -374,7 +373,7 @@ class Progress:
 
 
 def save_state(path: Path, step: Step, progress: Progress) -> None:
-    """All that a training needs to resume as if it had not stopped; whole or not at all."""
+    """Save everything a training needs to resume exactly, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     random = [torch.get_rng_state(), torch.cuda.get_rng_state() if step.device == "cuda" else None]
     state = {"model": step.model.state_dict(), "optimizer": step.optimizer.state_dict(), "random": random,
@@ -387,7 +386,7 @@ def save_state(path: Path, step: Step, progress: Progress) -> None:
 
 
 def without_tensors(value: object, tensors: dict[str, Tensor]) -> object:
-    """`value` as JSON can hold it; its tensors go into `tensors`, by the names that stand in their places."""
+    """`value` in a form for JSON, its tensors moved into `tensors` and replaced by their names there."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)  # tied weights share memory
@@ -400,7 +399,7 @@ def without_tensors(value: object, tensors: dict[str, Tensor]) -> object:
 
 
 def with_tensors(value: object, tensors: dict[str, Tensor]) -> object:
-    """What `without_tensors` was given; tuples come back as lists."""
+    """The inverse of `without_tensors`, except that tuples become lists."""
     if isinstance(value, list):
         return [with_tensors(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -411,7 +410,7 @@ def with_tensors(value: object, tensors: dict[str, Tensor]) -> object:
 
 
 def load_state(path: Path, step: Step) -> Progress:
-    """Put a saved state into a step that has just been made (and captured)."""
+    """Load a saved state into a new (and captured) step."""
     with safe_open(path, "pt") as file:
         text = file.metadata()["state"]
     state = with_tensors(json.loads(text), load_file(path, device=step.device))
@@ -430,11 +429,11 @@ def load_state(path: Path, step: Step) -> Progress:
 def train_cell(
     cell: Cell, folder: Path, gate: Gate, recipe: Recipe, device: str, state: Path | None, wait_seconds: float
 ) -> dict:
-    """Curves of the training and the validation loss, what the trained model can do, and, on a GPU, the milliseconds
-    of a step, alone on the device. It resumes from `state`, if there is one, and leaves one there now and then."""
+    """Curves of training and validation loss, the final evaluation, and, on a GPU, the milliseconds of a step alone on
+    the device. Resumes from `state` if the file exists, and saves there regularly."""
     model, stream, step = prepare(cell, folder, recipe, device, wait_seconds)
     steps = steps_of(cell, recipe)
-    step.capture()  # not in the gate: compiling takes long, and little of the device
+    step.capture()  # outside the gate: compiling takes long and hardly uses the device
     corpus = cell.task.split("-")[0]
     corpora = () if stream is None else VALIDATED.get(corpus, (corpus,))
 
@@ -491,7 +490,7 @@ def train_cell(
             other = {f"{factor * cell.context}": recall(model, cell, factor * cell.context, recipe)
                      for factor in factors}  # fmt: skip
     timed = {}
-    if device == "cuda" and not cell.recalls:  # last: these steps go on training
+    if device == "cuda" and not cell.recalls:  # last, since these steps change the model
         timed["step"] = quietest(sampler(step, next(source), device), gate, TRAINED_SAMPLES, 1)
     if state is not None:
         state.unlink(missing_ok=True)
@@ -506,20 +505,20 @@ def train_cell(
 
 
 def means(measured: Iterable[tuple[dict, dict]]) -> tuple[dict, dict]:
-    """Of several corpora, each counted once whatever its tokens, the mean of the losses: finally, and by length."""
+    """Mean losses over corpora with equal weights: final, and by length."""
     finals, others = zip(*measured, strict=True)
     longer = {length: {"loss": statistics.mean(other[length]["loss"] for other in others)} for length in others[0]}
     return {"loss": statistics.mean(final["loss"] for final in finals)}, longer
 
 
 def measure_text(model: nn.Module, cell: Cell, valid: Callable[[int, int], Stream], recipe: Recipe):
-    """The final loss, by position and by slot of a chunk, and at 2 and 4 times the context, by quarter."""
+    """The final loss, by position and by slot in the chunk, and by quarter at 2 and 4 times the context."""
     losses = validate(model, valid(cell.context, recipe.final_tokens), recipe.batch_tokens)
     final = {"loss": losses.nanmean().item(), "tokens": int(losses.isfinite().sum()), "rows": len(losses),
              "row_std": losses.nanmean(1).std().item(), "by_position": binned(losses, BINS)}  # fmt: skip
     chunk = SIZES[cell.size].chunk
     if cell.context % chunk == 0 and cell.context > chunk:
-        # Without the first chunk, which nothing lies before.
+        # Without the first chunk, which has no context before it.
         final["by_slot"] = binned(losses[:, chunk:].reshape(-1, chunk), BINS)
     other = {}
     for factor in (2, 4) if MODELS[cell.model].long else ():
@@ -529,7 +528,7 @@ def measure_text(model: nn.Module, cell: Cell, valid: Callable[[int, int], Strea
 
 
 def forget() -> None:
-    """Leave the device's memory, and what was compiled, to the next cell of this process."""
+    """Free memory and compiled code for the next cell of this process."""
     gc.collect()
     torch.compiler.reset()
     if torch.cuda.is_available():

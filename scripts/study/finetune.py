@@ -1,13 +1,13 @@
 """\
 python -m scripts.study.finetune --smoke --text tests/data/wizard_of_oz.txt --work runs/study
 
-FLASH against a Transformer++ of the same size, trained the same way: one tokenizer, the same text, blocks, masks,
-steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. The learning rates, of
-pretraining and for each set, are chosen for each model from one grid on the validation split; the test split is
-measured with them, over several seeds.
+FLASH against a Transformer++ of the same size, trained in the same way: one tokenizer, the same text, blocks, masks,
+steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. Learning rates, of
+pretraining and of each set, are chosen for each model from one grid on the validation split; with them the test split
+is measured over several seeds.
 
-The study is made of cells, each a process that writes work/cells/NAME.json; finished cells are not run again, so that
-a study that was cut off goes on where it stopped. summary.json (also read back) and summary.md tell all of it;
+The study consists of cells, each a process that writes work/cells/NAME.json; finished cells are not run again, so that
+an interrupted study resumes. summary.json (also read back) and summary.md hold the whole study;
 --render summary.json prints the section of scripts/results/README.md.
 On one GPU: --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, sentence_cls, movie_reviews, wnut17), --text FILES.
 """
@@ -50,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def task_options(options: argparse.Namespace) -> dict[str, dict]:
-    """The labelled sets: files and how long each is trained, alike for both models; `batch` is examples a pass."""
+    """The labelled sets: files, epochs, and `batch`, the examples per forward pass; the same for both models."""
     if options.data is None:
         own = ROOT / "tests" / "data"
         tasks = {
@@ -65,7 +65,7 @@ def task_options(options: argparse.Namespace) -> dict[str, dict]:
         return tasks
     folder, made = Path(options.data), Path(options.work) / "data"
     reviews, wnut = folder / "movie_reviews", folder / "wnut17"
-    # The long one comes last: what is cut off, if time runs out, should be one set, not all.
+    # The long one comes last, so that only it is lost if time runs out.
     return {
         "sst2": {
             "task": "classification", "epochs": 1, "batch": 128, "accumulate": 1, "text_column": "sentence",
@@ -78,7 +78,7 @@ def task_options(options: argparse.Namespace) -> dict[str, dict]:
             "train_file": [str(wnut / "wnut17train.conll")], "validation_file": [str(wnut / "emerging.dev.conll")],
             "test_file": [str(wnut / "emerging.test.annotated")],
         },
-        # Up to 4,000 tokens each: eight at a time are what several processes on one GPU have memory for.
+        # Up to 4,000 tokens each: several processes on one GPU have memory for eight at a time.
         "movie_reviews": {
             "task": "classification", "epochs": 4, "batch": 8, "accumulate": 2,
             "train_file": [str(reviews / "train.jsonl")], "validation_file": [str(reviews / "valid.jsonl")],
@@ -91,7 +91,7 @@ def task_options(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Tokenizer and packed blocks of the pretraining text, and the labelled file that is in no common format."""
+    """Tokenizer and packed blocks of the pretraining text, and the labelled file in a format of its own."""
     work = Path(options.work)
     if (work / "text.json").is_file():
         return
@@ -121,7 +121,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def model_configs(options: argparse.Namespace, tokenizer) -> dict:
-    """FLASH and the Transformer++ whose number of parameters is nearest to it."""
+    """FLASH and the Transformer++ with the closest number of parameters."""
     width, layers = options.hidden_size, options.layers
     common = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, "hidden_size": width}
     flash = FlashConfig(
@@ -212,13 +212,13 @@ def pretrain_name(name: str, rate: float) -> str:
 
 
 def best_pretraining(options: argparse.Namespace, name: str) -> str | None:
-    """The cell of the rate with the lowest validation loss, once there are all of the grid."""
+    """The cell with the lowest validation loss, or None until all rates are done."""
     losses = {}
     for rate in options.pretrain_rates:
         cell = pretrain_name(name, rate)
         path = Path(options.work) / "cells" / f"{cell}.json"
         if not path.is_file():
-            return None  # a choice from a part of the grid would not be on equal terms
+            return None  # a choice from part of the grid would not be fair
         losses[cell] = json.loads(path.read_text(encoding="utf-8"))["metrics"]["validation"]["loss"]
     return min(losses, key=losses.get)
 
@@ -261,7 +261,7 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
         args,
         plot=False,
     )
-    shutil.rmtree(args.output_dir)  # a model for each cell would fill the disk
+    shutil.rmtree(args.output_dir)  # one model per cell would fill the disk
     return {**result, "kind": "tune", "model": name, "data": task, "pretraining": start}
 
 
@@ -270,7 +270,7 @@ def cell_name(name: str, task: str, rate: float, seed: int) -> str:
 
 
 def run_cell(options: argparse.Namespace, cell: str) -> None:
-    """One cell, in this process; its name says which."""
+    """Run the cell of this name in this process."""
     begin = time.perf_counter()
     kind, name, rest = cell.split("-", 2)  # a rate may be 1e-05; names and tasks have no hyphen
     if kind == "pretrain":
@@ -280,7 +280,7 @@ def run_cell(options: argparse.Namespace, cell: str) -> None:
         rate, _, seed = end.rpartition("-")
         result = tune(options, name, task, float(rate), int(seed))
     result |= provenance()
-    if options.commit:  # a copy without its .git does not know
+    if options.commit:  # for copies without .git
         result["commit"] = options.commit
     result["smoke"] = options.smoke
     result["cell_seconds"] = round(time.perf_counter() - begin, 1)
@@ -293,7 +293,7 @@ def run_cell(options: argparse.Namespace, cell: str) -> None:
 
 
 class Study(CellRunner):
-    """The cells of this study, and what they add up to."""
+    """The cells of this study and their summary."""
 
     def __init__(self, options: argparse.Namespace, begin: float):
         self.options, self.work = options, Path(options.work)
@@ -307,7 +307,7 @@ class Study(CellRunner):
         )  # fmt: skip
 
     def rate(self, name: str, task: str) -> float | None:
-        """The rate of the grid that is best on the validation split; the lower one, if two are."""
+        """The rate with the best score on the validation split, the lower one of two."""
         scores = {}
         for rate in self.options.rates:
             result = self.result(cell_name(name, task, rate, 0))
@@ -392,7 +392,7 @@ def as_readme(summary: dict) -> str:
         return [cell_name(name, task, rate, seed) for seed in range(settings["seeds"])]
 
     def shown(names: list[str], score) -> str:
-        """The mean over the seeds that there are; without any, why."""
+        """The mean over the finished seeds; without any, the reason."""
         scores = [score(cells[name]) for name in names if name in cells]
         if not scores:
             why = failed.get(names[0], "not run")
@@ -451,7 +451,7 @@ def as_readme(summary: dict) -> str:
 
 
 def missing(failed: dict[str, str], done: int) -> str:
-    """What a study lacks that was cut off, with the reasons."""
+    """The cells that an interrupted study lacks, with the reasons."""
     rates, seeds = {}, {}
     for cell in failed:
         kind, name, rest = cell.split("-", 2)
@@ -469,7 +469,7 @@ def missing(failed: dict[str, str], done: int) -> str:
 
 
 def at_the_edge(summary: dict) -> list[str]:
-    """The chosen rates that are the lowest or the highest of their grid."""
+    """The chosen rates at an end of their grid."""
     settings, found = summary["settings"], []
     rows = [("pretraining", "pretrain_rates", row) for row in summary["pretraining"]]
     rows += [(TITLES[row["data"]].split(",")[0], "rates", row) for row in summary["table"]]
@@ -481,7 +481,7 @@ def at_the_edge(summary: dict) -> list[str]:
 
 
 def as_command(settings: dict) -> str:
-    """The command of a study: what differs from the defaults, files and folders without the place they were in."""
+    """The command of a study: the options that differ from the defaults, files and folders without their paths."""
     words = ["python", "-m", "scripts.study.finetune"]
     for name, value in settings.items():
         if name in ("commit", "render") or value == make_parser().get_default(name):
@@ -495,7 +495,7 @@ def as_command(settings: dict) -> str:
 
 
 def card_results(summary: dict) -> list[dict]:
-    """The mean test scores of FLASH, as scripts/cards takes them."""
+    """The mean test scores of FLASH as results for scripts.cards."""
     command = shlex.join([*program_words(), *sys.argv[1:]])
     results = []
     for row in summary["table"]:
@@ -508,7 +508,7 @@ def card_results(summary: dict) -> list[dict]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of the labelled sets; without it, the small ones of tests/data")
+    parser.add_argument("--data", help="folder of the labelled sets; by default the small ones in tests/data")
     parser.add_argument(
         "--render",
         metavar="SUMMARY",
@@ -516,9 +516,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--text", nargs="+", help="pretraining text: .txt, .jsonl (also .xz, .gz)")
     parser.add_argument("--work", help="folder for models, logs and cells (about 1 GB)")
-    parser.add_argument("--out", help="folder for summary.json and summary.md; --work if left out")
-    parser.add_argument("--commit", help="to note with the results, where git cannot tell it")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, few steps: does the study run?")
+    parser.add_argument("--out", help="folder for summary.json and summary.md; by default that of --work")
+    parser.add_argument("--commit", help="commit to record in the results if git cannot")
+    parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, to see that the study runs")
     parser.add_argument("--hidden_size", type=natural, default=512)
     parser.add_argument(
         "--layers", type=int, default=12, help="layers of FLASH; Transformer++ has half as many blocks"
@@ -532,11 +532,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="the grid of fine-tuning")
     parser.add_argument("--seeds", type=natural, default=3)
-    parser.add_argument("--tasks", nargs="+", help="a part of the labelled sets")
-    parser.add_argument("--workers", type=natural, default=4, help="fine-tunings beside each other")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop then; the next run goes on")
+    parser.add_argument("--tasks", nargs="+", help="run these labelled sets only")
+    parser.add_argument("--workers", type=natural, default=4, help="parallel fine-tunings")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit; the next run resumes")
     parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="layers, in pretraining"
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers in pretraining"
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser
@@ -564,7 +564,7 @@ def main() -> int:
     if not any((study.work / "cells").glob("*.json")) and (out / "summary.json").is_file():
         earlier = json.loads((out / "summary.json").read_text(encoding="utf-8"))
         for cell, result in earlier["cells"].items():
-            if result["kind"] == "tune":  # a pretraining is finished only where its model is
+            if result["kind"] == "tune":  # a pretraining also needs its model, which is not in the summary
                 write_json(study.path(cell), result)
     study.work.mkdir(parents=True, exist_ok=True)
     prepare(options)

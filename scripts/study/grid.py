@@ -13,23 +13,22 @@ from .models import MODELS
 
 
 HEADLINE = FLASH, RIVAL = ("flash", "transformer++")
-# The forms that the study found better, in one model.
-BETTER = "flash-shifted"
-# The linear-time model that a user would weigh FLASH against.
+# Shifted chunks and keys, half of FLASH+.
+SHIFTED = "flash-shifted"
+# The linear-time model that a user would compare FLASH with.
 MODERN = "gated-deltanet"
-# And with a better start of training: no sinusoid, an attention that begins at recent tokens.
-STARTED = "flash-shifted-bare-ones-recent"
-# The same without a global branch: is it that which pays?
-STARTED_LOCAL = "flash-stagger-local-bare-ones-recent"
+# FLASH+: SHIFTED without the sinusoid, and with attention that starts at recent tokens.
+PLUS = "flash-shifted-bare-ones-recent"
+# The same without a global branch.
+PLUS_LOCAL = "flash-stagger-local-bare-ones-recent"
 TOKENS = 30  # millions
-# Shorter trainings, each with a schedule that ends there.
+# Shorter trainings, each with its own schedule.
 BUDGETS = (3.75, 7.5, 15)
-# A model's rates begin with these, and go on by factors of two until the best one lies between two worse ones.
+# The search of a rate starts with these and continues by factors of two until the best lies between two worse ones.
 RATES = (2e-3, 1e-3)
-# How many times faster FLASH is to reach Transformer++'s final loss: the paper's figures, which the project aims at.
-# These cells have two seeds.
+# The paper's speed-ups to Transformer++'s final loss, which are the project's goals. These cells have two seeds.
 GOALS = {("books-causal", 8192): 12, ("wiki-causal", 8192): 4.9, ("books-masked", 8192): 4.8}
-# Where rates are searched; between the contexts of one task, a model gets its best rates at 512 and at 8,192.
+# Where rates are searched; at the contexts between, a model gets its best rates of 512 and 8,192.
 TUNED = (*GOALS, ("books-masked", 512), ("books-causal", 512))
 BETWEEN = (2048, 4096, 1024)
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
@@ -40,17 +39,17 @@ ABLATIONS = ("flash-quad", "gau-softmax", "gau-heads", "gau-ungated", "transform
 SCALED = ("flash-quad", "transformer++", "flash")
 OTHERS = ("mc-transformer++", "performer-relu", "combiner", "transformer")
 RECALL_TOKENS = 60
-# Forms of the global branch are searched in a smaller model, and confirmed in the study's.
+# Forms of the global branch are searched at a smaller size and confirmed at size m.
 SEARCH = {"size": "s", "tokens": 15}
 SEARCH_CONTEXT = 4096
 # Does the global branch pay with more training?
 LONG = {"size": "s", "tokens": 60}
-# Does the lead last? One pass over all training text, at the best rates of the short trainings; rates are searched
+# Does the lead last? One pass over all training text at the best rates of the short trainings; rates are searched
 # with a tenth of it.
 ONE_PASS = 235
-PASSED = {2048: {RIVAL: 1e-3, STARTED: 2e-3, STARTED_LOCAL: 2e-3, "flash-quad": 1e-3, "gau-softmax": 1e-3,
+PASSED = {2048: {RIVAL: 1e-3, PLUS: 2e-3, PLUS_LOCAL: 2e-3, "flash-quad": 1e-3, "gau-softmax": 1e-3,
                  FLASH: 2e-3},
-          8192: {RIVAL: 1e-3, STARTED: 2e-3, FLASH: 2e-3}}  # fmt: skip
+          8192: {RIVAL: 1e-3, PLUS: 2e-3, FLASH: 2e-3}}  # fmt: skip
 SEVERAL_PASSES = 600
 # Forms that may draw more from the context are compared after a quarter of a pass, at FLASH+'s rate, beside FLASH+ and
 # Transformer++.
@@ -61,20 +60,20 @@ SEARCHED_FORMS = (
 )  # fmt: skip
 # The best of them after a whole pass.
 LASTING_FORMS = ("window-keys-delta", "keys", "window-keys", "keys-delta")
-# What the draw of the weights does to a loss is learnt from these.
-SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", BETTER, "flash-shifted-conv",
+# Trained with several seeds, for the spread of the loss.
+SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", SHIFTED, "flash-shifted-conv",
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
-# Of these, what is worth the study's size.
+# Of these, the ones confirmed at size m.
 CONFIRMED = ("flash-shifted-conv", "flash-shifted-tokens", "flash-shifted-heads")
 STARTS = ("flash-bare", "flash-bare-ones-recent", "flash-shifted-bare", "flash-shifted-bare-rms-ones-recent",
           "flash-shifted-bare-std-ones-recent")  # fmt: skip
 # mqarP: P pairs; needle: one.
 RECALL_TASKS = ("mqar32", "needle")
-RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", BETTER, STARTED, "flash-local", "flash-norope")
-# What may be worth a GPU's time, on a CPU.
+RECALL_MODELS = ("flash", "transformer++", "flash-keyshift-norope", SHIFTED, PLUS, "flash-local", "flash-norope")
+# Trials on a CPU before spending GPU time.
 HINT = {"size": "xs", "tokens": 2}
 HINT_CONTEXT = 512
-HINTS = ("flash", BETTER, STARTED, "flash-conv")
+HINTS = ("flash", SHIFTED, PLUS, "flash-conv")
 FORMS = tuple(name for name in MODELS if name.startswith("flash-") and name not in ("flash-quad", "flash-global"))
 
 
@@ -84,13 +83,13 @@ class Cell:
 
     Attributes:
         kind: `"train"`, or `"time"` for the time of a training step, alone on the device.
-        model: key of [`models.MODELS`].
-        size: key of [`models.SIZES`].
-        task: corpus and direction, `mqarP` or `needle`.
-        context: tokens of a row.
-        tokens: millions of tokens to train on (0 for `"time"`).
-        rate: peak learning rate.
-        seed: of weights and order.
+        model: Key of [`models.MODELS`].
+        size: Key of [`models.SIZES`].
+        task: Corpus and direction, `mqarP` or `needle`.
+        context: Tokens per sequence.
+        tokens: Millions of training tokens (0 for `"time"`).
+        rate: Peak learning rate.
+        seed: Seed of weights and order.
     """
 
     kind: str
@@ -109,10 +108,10 @@ class Cell:
 
     @classmethod
     def parse(cls, name: str) -> Cell:
-        """The cell that has this name.
+        """The cell of this name.
 
         Raises:
-            ValueError: none has.
+            ValueError: there is none.
         """
         parts = name.split("_")
         if len(parts) != 8 or parts[1] not in MODELS:
@@ -143,8 +142,8 @@ Results = dict[Cell, dict]
 
 
 def tuning(results: Results, model: str, task: str, context: int, **more) -> list[Cell]:
-    """The cells of a search for a model's best rate, as far as `results` tell them: those of `RATES`, and beyond the
-    best one as long as it is the highest or the lowest; on equal terms for all."""
+    """The cells of the search for a model's best rate, as far as `results` determine them: those of `RATES`, and then
+    beyond the best one while it is the highest or the lowest; the same procedure for every model."""
     rates = set(RATES)
     while True:
         cells = train(model, task, context, sorted(rates, reverse=True), **more)
@@ -174,65 +173,64 @@ def passes(results: Results) -> list[Cell]:
              for cell in train(model, task, context, [rate], tokens=ONE_PASS)]  # fmt: skip
     for form in LASTING_FORMS:
         for context, rates in PASSED.items():
-            cells += train(f"plus-{form}", task, context, [rates[STARTED]], tokens=ONE_PASS)
+            cells += train(f"plus-{form}", task, context, [rates[PLUS]], tokens=ONE_PASS)
     searched = {"context": 2048, "tokens": ONE_PASS / 10}
-    for model in (RIVAL, STARTED):
+    for model in (RIVAL, PLUS):
         cells += tuning(results, model, task, **searched)
-    best = [cell for model in (RIVAL, STARTED) if (cell := tuned(results, model, task, **searched)) is not None]
+    best = [cell for model in (RIVAL, PLUS) if (cell := tuned(results, model, task, **searched)) is not None]
     long = [replace(cell, context=context, tokens=ONE_PASS) for context in PASSED for cell in best]
     cells += long + [replace(cell, seed=1) for cell in long]
-    for model in (RIVAL, STARTED, *(f"plus-{form}" for form in SEARCHED_FORMS)):
-        rate = PASSED[2048].get(model, PASSED[2048][STARTED])
+    for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
+        rate = PASSED[2048].get(model, PASSED[2048][PLUS])
         cells += train(model, task, 2048, [rate], tokens=SEARCHED)
     return cells + [replace(cell, tokens=SEVERAL_PASSES) for cell in long]
 
 
 def full_grid(results: Results) -> list[Cell]:
-    """Every cell of the study that can be named yet, finished or not: rates, seeds and contexts depend on what other
-    cells have found."""
+    """Every cell known so far, finished or not; rates, seeds and contexts depend on the results of other cells."""
     books, masked = "books-causal", "books-masked"
     first, lower = RATES
     best = {(model, *place): tuned(results, model, *place) for place in TUNED for model in HEADLINE}
 
     cells = passes(results)
-    # Trainings time their steps, too. These also tell what Python needs to issue one; the second was disturbed there.
+    # Trainings also time their steps; these cells add the time Python needs to issue one (the second was disturbed).
     cells += timing(HEADLINE, books, [8192]) + timing(HEADLINE, masked, [4096])
     for task, context in TUNED:
         for model in HEADLINE:
             cells += tuning(results, model, task, context)
         ours = best[FLASH, task, context]
-        cells += [] if ours is None else [replace(ours, model=BETTER)]
+        cells += [] if ours is None else [replace(ours, model=SHIFTED)]
     for task, context in GOALS:
         cells += [replace(cell, seed=1) for model in HEADLINE if (cell := best[model, task, context]) is not None]
         ours = best[FLASH, task, context]
-        cells += [] if ours is None else [replace(ours, model=BETTER, seed=1)]
+        cells += [] if ours is None else [replace(ours, model=SHIFTED, seed=1)]
     for task in (books, masked):
         for context in BETWEEN:
             for model in HEADLINE:
                 ends = [best[model, task, end] for end in (512, 8192)]
                 if None not in ends:
                     cells += train(model, task, context, sorted({cell.rate for cell in ends}))
-    # What of Gated DeltaNet is it that the better form lacks?
+    # Does one of Gated DeltaNet's features explain its lead?
     for model in CONFIRMED:
         cells += train(model, books, 8192, [first, 2 * first])
-    # Does a better start of training?
+    # Does the start of training?
     for place in TUNED:
-        cells += tuning(results, STARTED, *place)
+        cells += tuning(results, PLUS, *place)
     for seed, goals in ((1, GOALS), (2, [(books, 8192)])):
-        started = [tuned(results, STARTED, *place) for place in goals]
+        started = [tuned(results, PLUS, *place) for place in goals]
         cells += [replace(cell, seed=seed) for cell in started if cell is not None]
-    # And does the global branch, then?
-    cells += tuning(results, STARTED_LOCAL, books, 8192)
-    local = tuned(results, STARTED_LOCAL, books, 8192)
+    # Is the global branch still needed then?
+    cells += tuning(results, PLUS_LOCAL, books, 8192)
+    local = tuned(results, PLUS_LOCAL, books, 8192)
     cells += [] if local is None else [replace(local, seed=seed) for seed in (1, 2)]
-    for model in (STARTED, STARTED_LOCAL):
+    for model in (PLUS, PLUS_LOCAL):
         cells += train(model, books, SEARCH_CONTEXT, [first], **LONG)
     for model in STARTS:
         cells += train(model, books, 8192, [first])
-    # Or is it AdamW's eps, which is above the gradients that heads of the paper's start get?
-    for model, rate in ((FLASH, first), (BETTER, first), (RIVAL, lower)):
+    # Or AdamW's eps, which is above the gradients of queries and keys with the paper's start?
+    for model, rate in ((FLASH, first), (SHIFTED, first), (RIVAL, lower)):
         cells += train(model, books, 8192, [rate], size="m-eps")
-    # How soon is FLASH at Transformer++'s end with a schedule of its own?
+    # How soon does FLASH reach Transformer++'s final loss with a shorter schedule?
     for task, context in GOALS:
         for tokens in BUDGETS:
             cells += tuning(results, FLASH, task, context, tokens=tokens)
@@ -241,7 +239,7 @@ def full_grid(results: Results) -> list[Cell]:
     for size, models in (("m", ABLATIONS), ("s", SCALED), ("l", SCALED)):
         for model in models:
             cells += tuning(results, model, **SHORT, size=size)
-    for model in ("flash", "flash-local", BETTER, "flash-stagger-local"):
+    for model in ("flash", "flash-local", SHIFTED, "flash-stagger-local"):
         cells += train(model, books, SEARCH_CONTEXT, [first], **LONG)
     for seed in (0, 1, 2):
         for model in SEEDED:
@@ -251,22 +249,22 @@ def full_grid(results: Results) -> list[Cell]:
             cells += train(model, task, 512, [first], size="recall", tokens=RECALL_TOKENS)
     cells += [cell for model in FORMS for cell in train(model, books, SEARCH_CONTEXT, [first], **SEARCH)]
     cells += timing(OTHERS, books, [512, 2048])
-    # On Hopper it needs triton 3.7.1. With half of the tokens it takes about the seconds that FLASH does with all.
+    # Needs triton 3.7.1 on Hopper. With half of the tokens it takes about as many seconds as FLASH with all of them.
     cells += tuning(results, MODERN, books, 8192)
     modern = tuned(results, MODERN, books, 8192)
     cells += [] if modern is None else [replace(modern, seed=1), replace(modern, tokens=TOKENS // 2)]
     cells += timing([MODERN], books, [512, 2048])
     for task in (books, masked):
         for context in BETWEEN:
-            started = [tuned(results, STARTED, task, end) for end in (512, 8192)]
+            started = [tuned(results, PLUS, task, end) for end in (512, 8192)]
             if None not in started:
-                cells += train(STARTED, task, context, sorted({cell.rate for cell in started}))
-        # Its trainings were on other GPUs than the others'.
-        cells += timing([STARTED], task, CONTEXTS)
+                cells += train(PLUS, task, context, sorted({cell.rate for cell in started}))
+        # Its trainings ran on other GPUs than the others.
+        cells += timing([PLUS], task, CONTEXTS)
     # Small enough for a CPU.
     for model in HINTS:
         cells += train(model, books, HINT_CONTEXT, [2 * first], **HINT)
-    for model in (FLASH, STARTED):
+    for model in (FLASH, PLUS):
         cells += train(model, masked, HINT_CONTEXT, [2 * first], **HINT)
     small = {"size": "recall-cpu", "tokens": 3.7}
     for seed in (0, 1):
@@ -275,16 +273,16 @@ def full_grid(results: Results) -> list[Cell]:
     deep = {"size": "recall-cpu-deep", "tokens": 3.7}
     for model in (*HEADLINE, "flash-previous"):
         cells += train(model, "mqar4", 128, [2 * first], **deep)
-    for model in (*HEADLINE, BETTER, "flash-shifted-tokens"):
+    for model in (*HEADLINE, SHIFTED, "flash-shifted-tokens"):
         cells += train(model, "needle", 128, [2 * first], **deep)
     for task in ("mqar4", "needle"):
-        for model in (STARTED, STARTED_LOCAL):
+        for model in (PLUS, PLUS_LOCAL):
             cells += train(model, task, 128, [2 * first], **deep)
     return list(dict.fromkeys(cells))
 
 
 def tiny_grid() -> list[Cell]:
-    """A cell of every kind, of a size that a CPU can do in seconds."""
+    """A cell of every kind, small enough for seconds on a CPU."""
     first = [RATES[0]]
     cells = timing(["flash"], "books-causal", [64], "tiny")
     for model in HEADLINE:
@@ -299,7 +297,7 @@ def final_loss(result: dict) -> float:
 
 
 def best_rates(results: Results) -> dict[tuple, Cell]:
-    """Of each (model, size, task, context, tokens) the cell of seed 0 with the lowest validation loss."""
+    """For each (model, size, task, context, tokens), the cell of seed 0 with the lowest validation loss."""
     best: dict[tuple, Cell] = {}
     for cell, result in results.items():
         if cell.kind == "train" and cell.seed == 0:
@@ -310,7 +308,7 @@ def best_rates(results: Results) -> dict[tuple, Cell]:
 
 
 def load_results(*folders: Path) -> Results:
-    """What the finished cells wrote."""
+    """The results of the finished cells."""
     found = {}
     for folder in folders:
         for path in sorted(Path(folder).glob("*.json")):
@@ -319,8 +317,8 @@ def load_results(*folders: Path) -> Results:
 
 
 __all__ = [
-    "ABLATIONS", "BETTER", "BETWEEN", "BUDGETS", "CONTEXTS", "FLASH", "FORMS", "GOALS", "HEADLINE", "HINT",
+    "ABLATIONS", "SHIFTED", "BETWEEN", "BUDGETS", "CONTEXTS", "FLASH", "FORMS", "GOALS", "HEADLINE", "HINT",
     "HINT_CONTEXT", "LONG", "MODERN", "ONE_PASS", "RATES", "RECALL_MODELS", "RECALL_TASKS", "RIVAL", "SCALED",
-    "SEARCH", "SEARCH_CONTEXT", "SHORT", "STARTED", "TOKENS", "TUNED", "Cell", "Results", "best_rates", "final_loss",
+    "SEARCH", "SEARCH_CONTEXT", "SHORT", "PLUS", "TOKENS", "TUNED", "Cell", "Results", "best_rates", "final_loss",
     "full_grid", "load_results", "passes", "tiny_grid", "tuned", "tuning",
 ]  # fmt: skip

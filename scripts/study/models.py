@@ -19,11 +19,11 @@ from ..baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of FLASH; the others get its width and its number of parameters.
+    """Shape of FLASH; the other models get its width and number of parameters.
 
     Attributes:
-        init: standard deviation of the weights. 0.02 suits a width of hundreds; at 128 it leaves products of queries
-            and keys so small that no recall is learnt in the time that there is (seen on a CPU).
+        init: Standard deviation of the weights. 0.02 suits widths of hundreds; at 128 it leaves products of queries
+            and keys so small that no recall is learnt in the available time (observed on a CPU).
     """
 
     width: int
@@ -37,11 +37,11 @@ SIZES = {
     "s": Size(384, 8),
     "m": Size(512, 12),
     "l": Size(640, 16),
-    "m-eps": Size(512, 12),  # of AdamW: training.RECIPES
+    "m-eps": Size(512, 12),  # with another eps of AdamW: cell.RECIPES
     "xs": Size(128, 4, 64, 64, init=0.04),  # for a CPU
     "recall": Size(128, 4, init=0.1),
     "recall-cpu": Size(64, 2, 16, 32, init=0.1),
-    "recall-cpu-deep": Size(64, 4, 16, 32, init=0.1),  # two blocks of Transformer++, which one alone cannot do
+    "recall-cpu-deep": Size(64, 4, 16, 32, init=0.1),  # two blocks of Transformer++, since one cannot recall
     "tiny": Size(32, 2, 16, 16),
     "tiny-recall": Size(32, 2, 16, 16, init=0.1),
 }
@@ -49,15 +49,15 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Model:
-    """How a model of the study is made.
+    """A model of the study.
 
     Attributes:
-        title: its name in tables.
-        build: `(FLASH's configuration, causal)` to a language model whose `.model(ids)` gives hidden states, to be
-            multiplied by its embedding's transpose.
-        compiled: whether its layers are compiled one by one on a GPU (FLASH has kernels of its own).
-        long: whether it can be asked for more tokens than it was trained with.
-        causal_only, gpu_only: what it cannot do otherwise.
+        title: Its name in tables.
+        build: `(FLASH's configuration, causal)` to a language model whose `.model(ids)` returns hidden states, to be
+            multiplied by the transposed embedding.
+        compiled: Whether its layers are compiled one by one on a GPU (FLASH has its own kernels).
+        long: Whether it accepts more tokens than it was trained with.
+        causal_only, gpu_only: Whether it is limited to causal training, or to GPUs.
     """
 
     title: str
@@ -81,12 +81,12 @@ def _flash(*, heads: str = "", recent: bool = False, **changes) -> Callable[[Fla
 
 @torch.no_grad()
 def start(gau: FlashGatedAttentionUnit, heads: str, recent: bool) -> None:
-    """Other beginnings than the paper's, whose scales and biases of 0.02 leave the unit without output.
+    """Other initialisations than the paper's, whose scales and biases of 0.02 leave the unit almost without output.
 
     Args:
-        heads: `"ones"`: queries and keys begin as the basis they are made of; `"local"`: the local ones do, and global
-            queries at 0; `""`: as in the paper.
-        recent: the local attention begins at a token and the three around it.
+        heads: `"ones"`: scales of queries and keys are 1; `"local"`: those of the local ones are 1 and those of global
+            queries 0; `""`: as in the paper.
+        recent: Local attention starts at the token itself and the three around it.
     """
     scale = gau.offset_scale.weight
     if heads:
@@ -115,14 +115,14 @@ def _baseline(name: str, **changes) -> Callable[[FlashConfig, bool], nn.Module]:
 
 
 def shared(config: FlashConfig) -> dict[str, Any]:
-    """The settings that the study gives to every kind of FLASH."""
+    """The settings shared by every kind of FLASH in the study."""
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "query_key_dim", "chunk_size",
              "max_position_embeddings", "initializer_range")  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 
 def settings(config: FlashConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """[`shared`] ones with a model's changes, of which some are given in chunks."""
+    """The [`shared`] settings with a model's changes, some of which are in units of chunks."""
     chunk = changes.get("chunk_size", config.chunk_size)
     sizes = {name: int(changes[name] * chunk) for name in ("chunk_shift", "wide_chunk") if name in changes}
     return shared(config) | changes | sizes
@@ -181,7 +181,7 @@ def few_configurations() -> None:
 _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 
 # Shifted chunks and keys (half of FLASH+, see FlashConfig.plus), and the same on variants of the unit.
-_BETTER = {"chunk_shift": 0.5, "global_form": "previous_token"}
+_SHIFTS = {"chunk_shift": 0.5, "global_form": "previous_token"}
 _SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
 # FLASH+ as a variant of the unit, and changes of it that may draw more from the context; all are causal.
 _PLUS = {**_SHIFTED, "use_scaled_sinusoid": False, "attention_init": "recent"}
@@ -244,7 +244,7 @@ MODELS: dict[str, Model] = {
         'global_form="previous_token"', _flash(global_form="previous_token"), compiled=False
     ),
     "flash-shifted": Model(
-        "FLASH, shifted chunks and keys", _flash(**_BETTER),
+        "FLASH, shifted chunks and keys", _flash(**_SHIFTS),
         compiled=False,
     ),
     "flash-stagger": Model("shifted chunks", _flash(chunk_shift=0.5), compiled=False),
@@ -281,7 +281,7 @@ MODELS: dict[str, Model] = {
     ),
     "flash-shifted-bare-ones-recent": Model(
         "FLASH+",
-        _flash(**_BETTER, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
+        _flash(**_SHIFTS, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
     "flash-stagger-local-bare-ones-recent": Model(
         "FLASH+, local only",
@@ -289,7 +289,7 @@ MODELS: dict[str, Model] = {
         compiled=False,
     ),
     **{
-        f"flash-shifted-{name}": Model(title, _flash(**_BETTER, **changes), compiled=False)
+        f"flash-shifted-{name}": Model(title, _flash(**_SHIFTS, **changes), compiled=False)
         for name, title, changes in (
             ("ones", "shifted chunks and keys, query and key scales of 1", {"heads": "ones"}),
             ("recent", "shifted chunks and keys, biases raised at recent tokens", {"recent": True}),

@@ -23,7 +23,7 @@ SIZES_SHOWN = ("s", "m", "l")
 # Seconds are compared between steps that were timed on this GPU alone.
 TIMED_ON = "NVIDIA H100 80GB HBM3"
 # Forms are compared in a table of their own; the others have only these.
-HIDDEN = set(FORMS) - {"flash-local", grid.BETTER, grid.STARTED}
+HIDDEN = set(FORMS) - {"flash-local", grid.SHIFTED, grid.PLUS}
 
 
 def table(head: Row, rows: list[Row]) -> str:
@@ -325,7 +325,7 @@ def crossings(results: Results) -> str:
 def searched(results: Results) -> str:
     """Forms of FLASH+ after a quarter of a pass, and what each draws from the context."""
     cells = [cell for cell in results if cell.task.startswith(MIXED) and cell.tokens == grid.SEARCHED]
-    base, rows = mean_or_none(results, cells, grid.STARTED), []
+    base, rows = mean_or_none(results, cells, grid.PLUS), []
     for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
         result = results[cell]
         row = [MODELS[cell.model].title, f"{cell.rate:g}", f"{final_loss(result):.3f}",
@@ -355,14 +355,14 @@ def unfinished(results: Results) -> str:
             continue
         step, loss = result["valid_curve"][-1]
         row = [f"{cell.tokens:g} M", f"{step:,} of {result['steps']:,}", MODELS[cell.model].title, f"{loss:.3f}"]
-        for model in (grid.STARTED, RIVAL, "gau-softmax"):
+        for model in (grid.PLUS, RIVAL, "gau-softmax"):
             rate = grid.PASSED[cell.context][model]
             other = results.get(replace(cell, model=model, rate=rate))
             seen = {} if other is None else dict(other["valid_curve"])
             row.append(f"{loss - seen[step]:+.3f}" if step in seen and cell.model != model else "-")
         rows.append((-cell.tokens, loss, [*row, result["why"]]))
     head = ["tokens of the schedule", "steps", "model", "validation loss"]
-    head += [f"less {MODELS[model].title}'s" for model in (grid.STARTED, RIVAL, "gau-softmax")]
+    head += [f"less {MODELS[model].title}'s" for model in (grid.PLUS, RIVAL, "gau-softmax")]
     return table([*head, "ended because"], [row for *_, row in sorted(rows)]) if rows else "None."
 
 

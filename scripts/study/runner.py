@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies made of cells: each runs in a process of its own, or one after the other in one that lasts, and writes one
-JSON; finished ones are never run again, so that a study that was cut off goes on where it stopped."""
+"""Runs the cells of a study, each in its own process or many in a lasting one. A cell writes one JSON file, and
+finished cells are not run again, so that an interrupted study resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # not on Windows; nothing waits for a measurement there
+except ImportError:  # on Windows, where measurements are then not exclusive
     fcntl = None
 
 
 class Gate:
-    """Lets processes work side by side and, now and then, one of them alone: it waits until all others have left, and
-    they wait until it has.
+    """A reader-writer lock between processes: many share the device, or one has it alone.
 
     Args:
-        folder: where its two files are, shared by the processes; None for a process that has nobody beside it.
+        folder: Folder of the two lock files, shared by the processes; None without other processes.
     """
 
     def __init__(self, folder: Path | None):
@@ -40,27 +39,26 @@ class Gate:
 
     @contextlib.contextmanager
     def _lock(self, name: str, kind: int) -> Iterator[None]:
-        with open(
-            self.folder / name, "w", encoding="utf-8"
-        ) as file:  # closing it lets go, and so does the end of a process
+        # Closing the file, or the end of the process, releases the lock.
+        with open(self.folder / name, "w", encoding="utf-8") as file:
             fcntl.flock(file, kind)
             yield
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Beside others. A device must have finished before this is left."""
+        """Beside others. Wait for the device before leaving."""
         if self.folder is None:
             yield
             return
         with contextlib.ExitStack() as room:
-            # Who waits to be alone holds the door: or new ones would come in for ever.
+            # Take the door lock first, so that new readers cannot starve a waiting writer.
             with self._lock("door", fcntl.LOCK_EX):
                 room.enter_context(self._lock("room", fcntl.LOCK_SH))
             yield
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Without any other."""
+        """Without others."""
         if self.folder is None:
             yield
             return
@@ -69,8 +67,8 @@ class Gate:
 
 
 def serve(run: Callable[[str], None], logs: Path) -> None:
-    """The other end of `CellRunner(lasting=True)`: run the cells whose names come in by standard input, one a line,
-    each with its output in a log, and answer with a line. Ends with the input, or with the first cell that fails."""
+    """The worker of `CellRunner(lasting=True)`: run the cells named on standard input, one per line, each with its own
+    log, and answer with a line each. Ends with the input, or with the first cell that fails."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     for name in map(str.strip, sys.stdin):
         with open(logs / f"{name}.log", "w", encoding="utf-8") as log:
@@ -78,7 +76,7 @@ def serve(run: Callable[[str], None], logs: Path) -> None:
             os.dup2(log.fileno(), sys.stderr.fileno())
         try:
             run(name)
-        except Exception:  # told by the log; a process that failed is not trusted with another cell
+        except Exception:  # the log has it; after a failure the process is replaced
             traceback.print_exc()
             raise SystemExit(1) from None
         finally:
@@ -87,17 +85,17 @@ def serve(run: Callable[[str], None], logs: Path) -> None:
 
 
 class CellRunner:
-    """Runs cells in processes beside each other: small ones leave most of a large GPU idle.
+    """Runs cells in parallel processes, since small models leave most of a large GPU idle.
 
     Args:
-        folder: cells/NAME.json and logs/NAME.log go there.
-        command: what runs a cell, without its name.
-        lasting: the command runs many cells, by [`serve`], so that imports and what a device needs are paid for once.
-        devices: GPUs to share the work; of several, each process sees one.
-        minutes: all is stopped then; the next run goes on.
-        least_seconds: a cell is not begun with less time left.
-        environment: variables for the cells.
-        done: called after each finished cell.
+        folder: Folder of cells/NAME.json and logs/NAME.log.
+        command: The command that runs a cell, without the cell's name.
+        lasting: Whether the command runs many cells (see [`serve`]) and thereby imports and initialises only once.
+        devices: Number of GPUs; each process sees one of them.
+        minutes: Time limit; the next run resumes.
+        least_seconds: No cell is started with less time left.
+        environment: Environment variables of the cells.
+        done: Called after each finished cell.
     """
 
     def __init__(
@@ -121,9 +119,10 @@ class CellRunner:
         return json.loads(self.path(cell).read_text(encoding="utf-8")) if self.path(cell).is_file() else None
 
     def run(self, cells: Iterable[str], workers: int) -> None:
-        """Run those that are not finished, `workers` at once on each device; again and alone those for which the GPU's
-        memory was too small. A cell is taken when a worker is free: what `cells` give may depend on those that have
-        been done."""
+        """Run the unfinished cells, `workers` at a time on each device, and repeat alone those that ran out of memory.
+
+        `cells` is read when a worker is free, so that its next cell may depend on those that are done.
+        """
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         self.processes: list[subprocess.Popen] = []
         source, lock = iter(cells), threading.Lock()
@@ -141,7 +140,7 @@ class CellRunner:
             for worker in [pool.submit(work, i % self.devices) for i in range(workers * self.devices)]:
                 worker.result()
         for process in self.processes:
-            process.communicate()  # its input ends, and so does it
+            process.communicate()  # closes its input, which ends it
         for cell in list(self.failed) if workers > 1 else []:
             if "OutOfMemoryError" in self.failed[cell]:
                 del self.failed[cell]
@@ -152,13 +151,13 @@ class CellRunner:
             return
         left = self.minutes * 60 - self.seconds()
         if left < self.least_seconds:
-            self.failed[cell] = f"not begun: {self.minutes:g} minutes are over"
+            self.failed[cell] = f"not begun: the {self.minutes:g} minutes are over"
             return
-        # On a GPU threads that wait for each other only cost time.
+        # On a GPU more threads only cost time.
         threads = 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // workers)
         environment = {
             **os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false",
-            # Batches of ever new lengths leave gaps that other processes could use.
+            # Without fragments between batches of different lengths, more processes fit.
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **self.environment,
         }  # fmt: skip
         if self.devices > 1:
@@ -185,10 +184,10 @@ class CellRunner:
             self.done(cell)
 
     def _ask(self, cell: str, environment: dict[str, str], left: float) -> bool:
-        """Whether this thread's process has done the cell; one that ended is replaced.
+        """Run a cell in this thread's process, which is replaced if it has ended; whether the cell succeeded.
 
         Raises:
-            subprocess.TimeoutExpired: `left` seconds are over, and so is the process.
+            subprocess.TimeoutExpired: the process was killed after `left` seconds.
         """
         process = getattr(self.kept, "process", None)
         if process is None or process not in self.processes or process.poll() is not None:

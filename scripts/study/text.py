@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of the study: one tokenizer, and each corpus as one row of tokens that fits a file to carry along.
+"""Text of the study: one tokenizer, and each corpus as one array of tokens in a file.
 
-Machines that train need numpy and torch alone: `datasets` and `tokenizers` are used where the tokens are made.
+Training reads the files with numpy and torch alone; only their preparation needs `datasets` and `tokenizers`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 
 
 CORPORA = ("books", "wiki")
-# All training text, shuffled by document, in pieces that can be carried one by one.
+# All training text, shuffled by document, in pieces that can be copied one by one.
 MIXED = "mixed"
 PIECE_TOKENS = 26_000_000
-VALIDATED = {MIXED: CORPORA}  # on which corpora; elsewhere on the corpus itself
+VALIDATED = {MIXED: CORPORA}  # validation corpora, where these are not the training corpus
 IGNORE = -100
-# BERT's recipe, as MaskingCollator has it: of the chosen tokens, 80 % are hidden, 10 % exchanged, 10 % kept.
+# As in BERT and MaskingCollator: of the chosen tokens 80 % are masked, 10 % replaced and 10 % kept.
 MASKED, HIDDEN, EXCHANGED = 0.15, 0.8, 0.5
 
 
 def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_valid_tokens: int) -> dict:
     """Train a tokenizer on both corpora and write `{corpus}_{train,valid}.npy` and `text.json` into `folder`.
 
-    Documents are shuffled, written with `<|endoftext|>` between them, and cut at `max_tokens`.
+    Documents are shuffled, separated by `<|endoftext|>`, and cut at `max_tokens`.
 
     Args:
-        data: folder with `{corpus}_{train,valid}.jsonl.xz`; or one text file, whose last tenth then is for validation,
-            for both corpora: to try the study out.
+        data: Folder with `{corpus}_{train,valid}.jsonl.xz`; or, for trials, one text file for both corpora, the last
+            tenth of which is for validation.
     """
     from flash_hf.hub import vocabulary_size
     from flash_hf.training.documents import load_documents, split_documents
@@ -67,7 +67,7 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
             size["bytes"] += len(document["text"].encode())
             size["words"] += len(document["text"].split())
         tokens = np.concatenate(stream)[:limit]
-        # The last document may be cut: its bytes and words go down in proportion.
+        # The last document may be cut, so bytes and words are scaled in proportion.
         share = len(tokens) / size["tokens"]
         size |= {"tokens": len(tokens), "bytes": round(size["bytes"] * share), "words": round(size["words"] * share)}
         np.save(folder / f"{name}.npy", tokens)
@@ -78,11 +78,11 @@ def prepare(data: Path, folder: Path, *, vocab_size: int, max_tokens: int, max_v
 
 def prepare_mixed(data: Path, folder: Path, *, piece_tokens: int = PIECE_TOKENS, batch: int = 64) -> dict:
     """Write all training text of `data`, `*_train.jsonl.xz` and `*_more.jsonl.xz`, into `folder` as
-    `mixed_train_{0,1,...}.npy` of `piece_tokens` tokens each, with the tokenizer that [`prepare`] left there; it is
-    validated on the other corpora's text.
+    `mixed_train_{0,1,...}.npy` of `piece_tokens` tokens each, with the tokenizer of [`prepare`]. Validation uses the
+    text of the other corpora.
 
     Args:
-        batch: documents that are encoded together.
+        batch: Documents encoded together.
     """
     from datasets import concatenate_datasets
 
@@ -126,11 +126,11 @@ def _until(documents, max_bytes: int) -> Iterator[dict]:
 
 @dataclass(eq=False)
 class Stream:
-    """A corpus as rows of `context` tokens, cut one after the other; documents run on from row to row.
+    """A corpus cut into consecutive rows of `context` tokens; documents continue across rows.
 
     Attributes:
-        tokens: int32 `[T]`, on the device that trains.
-        mask_id: None for causal rows, whose labels are the next tokens; otherwise the id that hides a token.
+        tokens: int32 `[T]`, on the training device.
+        mask_id: None for causal rows, whose labels are the next tokens; otherwise the id of the mask token.
     """
 
     tokens: Tensor
@@ -146,7 +146,7 @@ class Stream:
         return np.random.default_rng(seed).permutation(len(self))
 
     def spans(self, rows: np.ndarray) -> Tensor:
-        """The tokens of these rows and the one after each, int32 `[rows, context + 1]`."""
+        """The tokens of these rows, each with the token after it, int32 `[rows, context + 1]`."""
         begin = torch.from_numpy(rows * self.context).to(self.device, non_blocking=True)
         return self.tokens[begin[:, None] + torch.arange(self.context + 1, device=self.device)]
 
@@ -155,13 +155,13 @@ class Stream:
         return self.tokens.device
 
     def batch(self, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and, at the same places, labels, int64 `[rows, context]`; `seed` draws the masks."""
+        """Inputs and labels (not shifted), int64 `[rows, context]`; masks are sampled with `seed`."""
         device = self.device
         ids = self.spans(rows).long()
         inputs, following = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if self.mask_id is None:
             return inputs, following
-        # Drawn on the CPU, whatever the device: the same masks everywhere.
+        # Sampled on the CPU, so that masks are the same on every device.
         generator = torch.Generator().manual_seed(seed)
         draw = torch.rand(3, *inputs.shape, generator=generator).to(device)
         other = torch.randint(self.vocab_size, inputs.shape, generator=generator).to(device)
@@ -173,13 +173,13 @@ class Stream:
 
 
 class PieceStream(Stream):
-    """Rows of a corpus in pieces, in a random order in each piece and one piece after the other; a piece is read when
-    its first row is asked for, so that training begins before the last piece is there.
+    """Rows of a corpus in pieces, shuffled within each piece, one piece after the other. A piece is read when its
+    first row is needed, so that training can start before the last piece is there.
 
     Args:
-        files: the pieces, `.npy`.
-        sizes: tokens of each.
-        wait_seconds: how long a piece may take to come.
+        files: The pieces, `.npy`.
+        sizes: Tokens of each piece.
+        wait_seconds: How long to wait for a missing piece.
     """
 
     def __init__(self, files: list[Path], sizes: list[int], context: int, vocab_size: int, mask_id: int | None,
@@ -214,15 +214,15 @@ class PieceStream(Stream):
             while not file.is_file():
                 if time.monotonic() - begin >= self.wait_seconds:
                     raise FileNotFoundError(
-                        f"study: no tokens in {file}. Make them with --prepare DATA, or wait longer for them with "
+                        f"study: no tokens in {file}. Make them with --prepare DATA, or wait longer with "
                         "--wait_minutes."
                     )
                 time.sleep(0.2)
             tokens = np.load(file)
             if len(tokens) != self.sizes[index]:
-                raise ValueError(f"study: {file} holds {len(tokens):,} tokens and not the {self.sizes[index]:,} that "
-                                 "text.json says. Make both with one --prepare.")  # fmt: skip
-            # A batch is of one piece, or of the end of one and the beginning of the next.
+                raise ValueError(f"study: {file} must hold {self.sizes[index]:,} tokens as in text.json, got "
+                                 f"{len(tokens):,}. Make both with one --prepare.")  # fmt: skip
+            # A batch comes from one piece, or from the end of one and the start of the next.
             for old in [other for other in self.held if other != index - 1]:
                 del self.held[old]
             self.held[index] = Stream(torch.from_numpy(tokens.astype(np.int32)).to(self.device), self.context,
@@ -234,8 +234,8 @@ def load_stream(
     folder: Path, corpus: str, part: str, context: int, *, causal: bool, device: str = "cpu",
     limit: int | None = None, wait_seconds: float = 0.0,
 ) -> Stream:  # fmt: skip
-    """The rows of `{corpus}_{part}.npy`, of its first `limit` tokens if given; or of all pieces of a corpus that has
-    pieces, each of which may be `wait_seconds` late.
+    """The rows of `{corpus}_{part}.npy` (of its first `limit` tokens if given), or of all pieces of a corpus in
+    pieces, waiting up to `wait_seconds` for each.
 
     Raises:
         FileNotFoundError: the text has not been prepared.

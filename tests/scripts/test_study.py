@@ -150,7 +150,7 @@ def test_a_piece_may_be_late_but_not_missing_or_another(tmp_path):
     late.join()
     assert inputs[:, 0].tolist() == [24, 0]
     np.save(files[1], np.arange(20, dtype=np.uint16))
-    with pytest.raises(ValueError, match="holds 20 tokens and not the 33"):
+    with pytest.raises(ValueError, match="must hold 33 tokens as in text.json, got 20"):
         stream.batch(np.array([4]), 0)
 
 
@@ -192,7 +192,7 @@ def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
     searched |= finished(grid.passes(searched), {0.001: 4.1, 0.002: 4.0})
     last = grid.passes(searched)
     for context in grid.PASSED:
-        for model in (grid.RIVAL, grid.STARTED):
+        for model in (grid.RIVAL, grid.PLUS):
             found = [cell for cell in last if (cell.model, cell.context, cell.rate) == (model, context, 0.002)]
             assert {(cell.tokens, cell.seed) for cell in found} >= {
                 (grid.ONE_PASS, 0), (grid.ONE_PASS, 1), (grid.SEVERAL_PASSES, 0)
@@ -543,7 +543,7 @@ def test_long_trainings_are_listed_by_corpus_and_position():
 
 def test_forms_are_compared_with_flash_plus_after_a_quarter_of_a_pass():
     results = {}
-    for model, books, wiki in ((grid.STARTED, 3.8, 3.6), ("plus-window", 3.7, 3.5)):
+    for model, books, wiki in ((grid.PLUS, 3.8, 3.6), ("plus-window", 3.7, 3.5)):
         cell = grid.Cell("train", model, "m", "mixed-causal", 2048, grid.SEARCHED, 0.002)
         found = {name: {"final": {"loss": loss, "by_position": [loss + 0.3] * 4 + [loss] * 28}}
                  for name, loss in (("books", books), ("wiki", wiki))}  # fmt: skip
@@ -563,7 +563,7 @@ def test_trainings_cut_off_are_compared_after_the_same_steps(tmp_path, monkeypat
     facts = {"steps": 100, "valid_curve": [[10, 5.0], [50, 4.0]], "why": "the machine was given back"}
     (tmp_path / f"{cell.name}.json").write_text(json.dumps(facts), encoding="utf-8")
     results = {
-        dataclasses.replace(cell, model=grid.STARTED): {"valid_curve": [[50, 4.25], [100, 3.0]]},
+        dataclasses.replace(cell, model=grid.PLUS): {"valid_curve": [[50, 4.25], [100, 3.0]]},
         dataclasses.replace(cell, model=grid.RIVAL, rate=0.001): {"valid_curve": [[40, 4.1], [100, 3.5]]},
     }
     (row,) = report.unfinished(results).splitlines()[2:]
@@ -626,7 +626,7 @@ def asked(task: str, context: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(map(torch.cat, zip(*training.recall_questions(task, context, training.Recipe()), strict=True)))
 
 
-@pytest.mark.parametrize("model", [grid.STARTED, "flash-keyshift-norope"])
+@pytest.mark.parametrize("model", [grid.PLUS, "flash-keyshift-norope"])
 def test_as_many_needles_were_found_as_lie_before_the_last_chunk(model):
     found = recalled(model, "needle")
     for context in (512, 1024):
@@ -636,7 +636,7 @@ def test_as_many_needles_were_found_as_lie_before_the_last_chunk(model):
 
 
 def test_as_many_pairs_were_recalled_as_are_of_an_earlier_chunk():
-    for context, found in recalled(grid.STARTED, "mqar32").items():
+    for context, found in recalled(grid.PLUS, "mqar32").items():
         _, labels = asked("mqar32", context)
         # All pairs stand in the first 64 tokens; the first chunk of the shifted grid is half of one.
         share = ((labels != IGNORE).nonzero()[:, 1] >= SIZES["recall"].chunk // 2).double().mean().item()
