@@ -4,10 +4,15 @@ library: research code is in scripts/, which imports it and is never imported by
 
 import ast
 import graphlib
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from configparser import ConfigParser
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+import pytest
 
 from helpers import ROOT
 
@@ -30,6 +35,17 @@ model(ids, labels=ids).loss.backward()
 model.save_pretrained({folder!r})
 model = AutoModelForCausalLM.from_pretrained({folder!r})
 print(model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0).shape)
+
+import flash_hf.convert
+from flash_hf.training import GraphedBackward, training_flops
+try:
+    from flash_hf.training import load_documents
+except ImportError as error:
+    print(error)
+try:
+    from flash_hf.training import no_such_name
+except ImportError as error:
+    print(error)
 """
 
 
@@ -42,7 +58,10 @@ def test_the_plain_install_needs_none_of_the_extras(tmp_path):
     program = PROGRAM.format(absent=absent, root=str(ROOT), folder=str(tmp_path / "model"))
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert "torch.Size([2, 30])" in done.stdout
+    shape, extra, unknown = done.stdout.splitlines()[-3:]
+    assert shape == "torch.Size([2, 30])"
+    assert extra == "flash_hf.training.load_documents needs datasets: pip install 'flash-hf[train]'"
+    assert unknown.startswith("cannot import name 'no_such_name' from 'flash_hf.training'")
 
 
 def imported(path: Path, package: str) -> set[str]:
@@ -95,13 +114,54 @@ def test_no_modules_of_the_library_import_each_other():
     assert set(circles({"a": {"b", "torch"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
 
 
-def test_the_wheel_holds_no_research_code():
+def test_imports_of_the_library_point_down():
+    """commands import training and convert, and these the model: never the reverse."""
+    above = {"flash_hf": {"commands", "convert", "training"}, "kernels": {"commands", "convert", "training"},
+             "training": {"commands", "convert"}, "convert": {"commands", "training"}, "commands": set()}  # fmt: skip
+    for module, names in library_imports(ROOT).items():
+        parts = module.split(".")
+        room = parts[1] if len(parts) > 1 and parts[1] in above else "flash_hf"
+        for name in names:
+            assert not {*name.split(".")[1:2]} & above[room] or not name.startswith("flash_hf."), f"{module}: {name}"
+
+
+@pytest.mark.slow
+def test_what_is_distributed(tmp_path):
+    """The sdist holds the package and no tests, and builds the wheel; the wheel holds the package alone."""
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("flash_hf", "scripts", "tests", "model_cards", "notebooks"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results", "*.safetensors")
+        )
+    build = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])('dist'))"
+
+    def make(kind: str, cwd: Path) -> Path:
+        done = subprocess.run([sys.executable, "-c", build, kind], cwd=cwd, capture_output=True, encoding="utf-8")
+        assert done.returncode == 0, done.stderr
+        return cwd / "dist" / done.stdout.splitlines()[-1]
+
+    with tarfile.open(make("build_sdist", tmp_path)) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+        names = {str(PurePosixPath(*Path(member.name).parts[1:])) for member in sdist if member.isfile()}
+        (top,) = {Path(member.name).parts[0] for member in sdist}
+    package = {str(path.relative_to(ROOT)) for path in (ROOT / "flash_hf").rglob("*.py")}
+    meta = {"PKG-INFO", "LICENSE", "README.md", "pyproject.toml", "setup.cfg"}
+    assert {name for name in names if not name.startswith("flash_hf.egg-info/")} == package | meta
+    with zipfile.ZipFile(make("build_wheel", tmp_path / top)) as wheel:
+        assert {name for name in wheel.namelist() if ".dist-info/" not in name} == package
+        assert "flash-hf = flash_hf.commands:main" in wheel.read("flash_hf-0.1.0.dist-info/entry_points.txt").decode()
+
+
+def test_the_library_is_small_at_its_root_and_holds_no_research_code():
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     assert setup["options"]["packages"] == "find:"
     assert setup["options.packages.find"]["include"].split() == ["flash_hf*"]
-    packages = [path.parent for path in (ROOT / "flash_hf").rglob("__init__.py")]
-    assert {path.name for path in packages} <= {"flash_hf", "commands", "kernels", "training", "convert"}
+    packages = {path.parent for path in (ROOT / "flash_hf").rglob("*.py")}
+    assert {path.name for path in packages} == {"flash_hf", "commands", "convert", "kernels", "training"}
+    assert all((path / "__init__.py").is_file() for path in packages)
+    assert len([*(ROOT / "flash_hf").glob("*.py")]) <= 13
     research = {"baselines", "benchmark", "cells", "evaluation", "finetuning", "passages", "provenance",
                 "recall", "study"}  # fmt: skip
     for path in [path for package in packages for path in package.glob("*.py")]:
