@@ -17,8 +17,13 @@ def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help="original weights: .bin, .pt or .safetensors, or a folder with one of them")
     parser.add_argument("output", help="folder for config, weights and tokenizer")
-    parser.add_argument("--kind", choices=tuple(CONVERTERS), help="kind of checkpoint; by default detected")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the output")
+    parser.add_argument("--kind", choices=tuple(CONVERTERS), help="kind of checkpoint; default: detected")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the output; default: float32",
+    )
     parser.add_argument("--encoder_only", action="store_true", help="make a FlashModel, without language-model head")
     junnyu = parser.add_argument_group("JunnYu's FLASH")
     junnyu.add_argument(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Continue a text with a causal model. Text is printed as it is generated, the speed at the end on stderr."""
 
-import argparse
 import sys
 import time
 
@@ -21,36 +20,44 @@ class TimedStreamer(TextStreamer):
 
 
 def main() -> None:
-    parser = OptionParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OptionParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder or name on the Hub")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt_file", help="file with the text to continue; - for stdin")
-    parser.add_argument("--max_new_tokens", type=natural, default=200, help="tokens to generate")
+    parser.add_argument("--max_new_tokens", type=natural, default=200, help="tokens to generate; default: %(default)s")
     parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
     parser.add_argument(
-        "--temperature", type=number(float, above=0), default=0.8, help="of sampling; below 1 favors likely tokens"
+        "--temperature",
+        type=number(float, above=0),
+        default=0.8,
+        help="of sampling; below 1 favors likely tokens; default: %(default)s",
     )
     parser.add_argument(
-        "--top_k", type=number(int, least=0), default=50, help="sample from this many most likely tokens; 0 for all"
+        "--top_k",
+        type=number(int, least=0),
+        default=50,
+        help="sample from this many most likely tokens, 0 for all; default: %(default)s",
     )
     parser.add_argument(
         "--top_p",
         type=number(float, above=0, most=1),
         default=0.95,
-        help="sample from the most likely tokens with this total probability",
+        help="sample from the most likely tokens with this total probability; default: %(default)s",
     )
     parser.add_argument(
         "--repetition_penalty",
         type=number(float, above=0),
         default=1.0,
-        help="above 1 makes repetitions less likely",
+        help="above 1 makes repetitions less likely; default: %(default)s",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of sampling")
+    parser.add_argument("--seed", type=seed, default=0, help="of sampling; default: %(default)s")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; auto: as saved")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; by default the accelerator, if any")
-    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="cache_implementation")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; default: auto, as saved")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: the accelerator, if any")
+    parser.add_argument(
+        "--cache", choices=("dynamic", "static"), default="dynamic", help="cache_implementation; default: %(default)s"
+    )
     parser.add_argument(
         "--prefill_chunk_size", type=natural, default=None, help="process the prompt in pieces of this many tokens"
     )

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration_flash import FlashConfig
@@ -78,8 +79,6 @@ def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = No
 
 def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
     """The options in a YAML or JSON file, checked as [`parse_with_config`] says."""
-    import yaml
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--config must be a YAML or JSON file of options; there is no file {path}.")
@@ -110,7 +109,7 @@ def parse_arguments(
 
 def train(kind: str) -> None:
     """Train a `"causal"` or `"masked"` model as the command line says."""
-    from ..training import describe, run_training
+    from ..training import describe, run_training  # first, for the error without the extra
 
     print(describe(kind, run_training(kind, *parse_arguments(description=__doc__))))
 

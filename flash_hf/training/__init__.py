@@ -30,7 +30,9 @@ def __getattr__(name: str):
     try:
         return getattr(import_module(f".{FILE_OF[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{__name__}.{name} needs {error.name}: pip install 'flash-hf[train]'") from error
+        raise ImportError(
+            f"{__name__}.{name} needs {error.name.partition('.')[0]}: pip install 'flash-hf[train]'"
+        ) from error
 
 
 __all__ = sorted(FILE_OF)
