@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the paper compares FLASH with, under the same interface. Importing this registers it with the Auto classes."""
+"""The paper's baselines, with the interface of FLASH. Importing this registers them with the Auto classes."""
 
 from transformers import (
     AutoConfig,

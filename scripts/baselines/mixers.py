@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a block of the baselines mixes tokens: pure functions of queries, keys and values, multi-head, no parameters.
+"""The token mixers of the baselines: pure multi-head functions of queries, keys and values, without parameters.
 
-Three are chunked and see [`ChunkLayout`] alone, like FLASH: what padding and packing mean is decided there, once. They
-take zeros at empty slots. Alphabet: B rows, G chunks (the rows of Combiner's grid), H heads, C slots of a chunk,
+Three are chunked and take a [`ChunkLayout`], like FLASH, which handles padding and packing; they expect zeros at empty
+slots. Alphabet: B rows, G chunks (the rows of Combiner's grid), H heads, C slots of a chunk,
 S width of a head, R random features, N tokens.
 """
 
@@ -16,7 +16,7 @@ from flash_hf.attention_flash import activate, global_scale, running_states, wid
 from flash_hf.chunking_flash import ChunkLayout
 
 
-# Added to every ReLU feature, so that no denominator is 0; the value is the one of the Performer authors' code.
+# Added to every ReLU feature, so that no denominator is 0; the value of the Performer authors' code.
 RELU_EPSILON = 1e-3
 
 
@@ -49,11 +49,11 @@ def relu2_attention(
     q_BHNS: Tensor, k_BHNS: Tensor, v_BHNS: Tensor, visible_BHNM: Tensor | None, *, causal: bool, divisor: float,
     dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """`relu(q k^T / divisor)^2 v` (arXiv 2202.10447, section 2.2, as its table 2 puts it into MHSA), `[B, H, N, S]`.
+    """`relu(q k^T / divisor)^2 v` (arXiv 2202.10447, section 2.2; in MHSA in its table 2), `[B, H, N, S]`.
 
     Args:
-        visible_BHNM: what each query sees, bool, broadcastable to `[B, H, N, N]`; None if only causality limits it.
-        divisor: a constant, not the input's length, for which short inputs would compute another function.
+        visible_BHNM: Visible keys of each query, bool, broadcastable to `[B, H, N, N]`; None for all, or all earlier.
+        divisor: A constant; the length of the input would make the function depend on it.
     """
     weights = F.relu(q_BHNS @ (k_BHNS / divisor).transpose(-1, -2)).square()
     if visible_BHNM is not None:
@@ -69,14 +69,14 @@ def relu2_attention(
 def orthogonal_features(count: int, width: int, seed: int) -> Tensor:
     """Orthogonal random features (arXiv 2009.14794, section 2.4), float32 `[count, width]` on the CPU.
 
-    Blocks of at most `width` orthogonal directions, each as long as an independent Gaussian vector, so that every row
-    by itself is N(0, I): the estimate of the kernel stays unbiased and its variance falls.
+    Blocks of at most `width` orthogonal directions with the lengths of independent Gaussian vectors, so that each row
+    is N(0, I): the kernel estimate stays unbiased and has less variance.
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for start in range(0, count, width):
         square = torch.randn(width, width, generator=generator, dtype=torch.float64, device="cpu")
-        # With the signs of R's diagonal on Q the directions are uniform; LAPACK's choice of signs is not.
+        # With the signs of R's diagonal on Q the directions are uniform, unlike with LAPACK's signs.
         basis, upper = torch.linalg.qr(square)
         blocks.append((basis * upper.diagonal().sign()).T[: count - start])
     gaussian = torch.randn(count, width, generator=generator, dtype=torch.float64, device="cpu")
@@ -92,7 +92,7 @@ def performer_attention(
     masked `C x C` product in each.
 
     Args:
-        features_RS: rows w of the random projection.
+        features_RS: Rows w of the random projection.
         kernel: `"softmax"`: `phi(x) = exp(w x - |x|^2 / 2)` of `x / S^(1/4)`, an unbiased estimate of
             `exp(q k / sqrt(S))`; `"relu"`: `phi(x) = relu(w x / S^(1/4)) + 1e-3`.
     """
@@ -106,9 +106,9 @@ def performer_attention(
         if kernel == "softmax":
             q_log = q @ project_SR - q.square().sum(-1, keepdim=True) / 2
             k_log = (k @ project_SR - k.square().sum(-1, keepdim=True) / 2).masked_fill(~occupied, -math.inf)
-            # Every feature has its own scale: of a key's largest, moved over to the queries, where the largest of each
-            # query cancels in the quotient. So the denominator over a whole document cannot underflow, whatever the
-            # norms (one scale for all features could let it). No gradient is due.
+            # Each feature is scaled by the largest value over the keys, which moves to the queries, where the maximum
+            # of each query cancels in the quotient. The denominator over a document then cannot underflow, whatever
+            # the norms (with one scale for all features it could). The scales need no gradient.
             largest = k_log.detach().amax((1, 3), keepdim=True).clamp(min=-1e30)
             q_log = q_log + largest
             q_phi = torch.exp(q_log - q_log.detach().amax(-1, keepdim=True))
@@ -116,13 +116,13 @@ def performer_attention(
         else:
             q_phi = F.relu(q @ project_SR) + RELU_EPSILON
             k_phi = (F.relu(k @ project_SR) + RELU_EPSILON) * occupied
-        # One more value that is always 1 sums up the denominator.
+        # An extra value of 1 accumulates the denominator.
         v = F.pad(v, (0, 1), value=1.0)
         out = q_phi @ totals(k_phi.transpose(-1, -2) @ v, layout, causal=causal)
         if causal:
             out = out + (q_phi @ k_phi.transpose(-1, -2)).tril() @ v
-        # Slots that see nothing (padding) stay 0; and so do, in float32, tokens whose every key is exp(-69) below a
-        # later one's, where the gradient of the quotient would overflow.
+        # Slots without keys (padding) stay 0, and so do, in float32, tokens all of whose keys are exp(-69) below a
+        # later key, where the gradient of the quotient would overflow.
         below = out[..., -1:]
         below = torch.where(below < torch.finfo(below.dtype).tiny ** 0.8, 1.0, below)
         return (out[..., :-1] / below).to(dtype)
@@ -138,15 +138,15 @@ def combiner_attention(
 
     A document is a grid of rows of C tokens. A token attends to its own row directly and to every other row (earlier
     ones if causal) through one summary, in one softmax over `C + G` scores; so its weights for all tokens,
-    `p(row | i) p(j | row, column of i)`, add up to 1. A row is summed up once for every column c: by the softmax that
-    the row's own token in column c has over the whole row, for values and for keys alike. Where a document's last row
-    has no token in a column, the query is 0 and the summary is the row's mean.
+    `p(row | i) p(j | row, column of i)`, sum to 1. A row has one summary per column c: keys and values weighted by the
+    softmax of the row's own token in column c over the whole row. Where a document's last row has no token in a
+    column, the query is 0 and the summary is the mean of the row.
 
-    `C + G` scores a token: cost N^1.5 with C near the square root of N, not linear.
+    `C + G` scores per token: a cost of N^1.5 with C near the square root of N, not linear.
     """
     B, G, H, C, S = q_BGHCS.shape
     occupied = layout.occupied_BGC
-    low = torch.finfo(wide(q_BGHCS.dtype)).min  # not -inf: an empty row must stay finite, in the backward too
+    low = torch.finfo(wide(q_BGHCS.dtype)).min  # not -inf: an empty row must stay finite, also in the backward pass
     q = q_BGHCS * S**-0.5
     direct = (q @ k_BGHCS.transpose(-1, -2)).to(wide(q.dtype))
     direct = direct.masked_fill(~occupied[:, :, None, None, :], low)
@@ -177,14 +177,14 @@ def multi_head_mixed_chunk_attention(
     quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, v_BGHCS: Tensor, layout: ChunkLayout,
     bias_HCC: Tensor, *, causal: bool, divisor: float, dropout: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """FLASH's attention (arXiv 2202.10447, section 3.2) for every head by itself, `[B, G, H, C, S]`:
+    """FLASH's attention (arXiv 2202.10447, section 3.2) for each head separately, `[B, G, H, C, S]`:
     `relu(Q K^T / divisor + b)^2 V` inside a chunk, plus `Q_lin (sum k v^T) / tokens` over the earlier chunks, or, if
     not causal, over the document.
 
     Args:
         quad_q, quad_k, lin_q, lin_k: `[B, G, H, C, S]`.
-        v_BGHCS: values, 0 at empty slots, which therefore need no mask.
-        bias_HCC: the relative bias b of each head, for the grid's C.
+        v_BGHCS: Values, 0 at empty slots, which therefore need no mask.
+        bias_HCC: The relative bias b of each head, for the C of the layout.
     """
     scores = quad_q @ (quad_k / divisor).transpose(-1, -2) + bias_HCC
     weights = activate(scores, "relu2")

@@ -15,7 +15,7 @@ TRANSFORMER = {
     "feed_forward": "mlp", "hidden_act": "gelu", "position_embedding": "sinusoidal", "norm_type": "layer_norm",
 }  # fmt: skip
 
-# How each differs from Transformer++. README.md beside this file maps the paper's figures and tables to these.
+# Differences to Transformer++. README.md beside this file maps the paper's figures and tables to these names.
 BASELINES: dict[str, dict[str, Any]] = {
     "transformer": TRANSFORMER,
     "transformer-relu": TRANSFORMER | {"hidden_act": "relu"},
@@ -31,10 +31,10 @@ BASELINES: dict[str, dict[str, Any]] = {
 
 
 def baseline_config(name: str, **changes) -> TransformerPPConfig:
-    """The configuration of the baseline `name`, a key of `BASELINES`, with `changes` to it.
+    """The configuration of the baseline `name` (a key of `BASELINES`) with `changes`.
 
     Raises:
-        ValueError: there is no such baseline; and what [`TransformerPPConfig`] refuses.
+        ValueError: there is no such baseline, or [`TransformerPPConfig`] refuses the changes.
     """
     if name not in BASELINES:
         raise ValueError(
@@ -47,8 +47,8 @@ def baseline_config(name: str, **changes) -> TransformerPPConfig:
 def matched_config(name: str, flash: FlashConfig, *, tolerance: float = 0.01, **changes) -> TransformerPPConfig:
     """The baseline `name` with as many parameters as a language model of `flash`, to within `tolerance`.
 
-    Width, vocabulary, training length and special tokens are FLASH's, one block stands for two of its layers, and a
-    head has 64 dimensions unless the baseline or `changes` say otherwise; the feed-forward width makes up the rest.
+    Width, vocabulary, training length and special tokens are FLASH's, one block replaces two of its layers, and a head
+    has 64 dimensions unless the baseline or `changes` differ; the feed-forward width is chosen to match.
 
     Raises:
         ValueError: no feed-forward width gives that size.
@@ -69,7 +69,7 @@ def matched_config(name: str, flash: FlashConfig, *, tolerance: float = 0.01, **
     def sized(inner: int) -> int:
         return size(TransformerPPForMaskedLM, baseline_config(name, **settings | {"intermediate_size": inner}))
 
-    # The size is linear in the feed-forward width; multiples of 8 are what a GPU multiplies fast.
+    # The size is linear in the feed-forward width; GPUs are fast at multiples of 8.
     target, small = size(FlashForMaskedLM, flash), sized(8)
     inner = 8 + 8 * round((target - small) / (sized(16) - small))
     if inner < 8 or abs(sized(inner) / target - 1) > tolerance:

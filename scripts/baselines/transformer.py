@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformer++, the strong baseline of the paper, for studies: softmax attention, RoPE, gated linear units, RMSNorm.
 
-Its parts can be exchanged one by one (`mixer`, `feed_forward`, `position_embedding`, `norm_type`, `gated_attention`):
-that makes the plain Transformer, Performer, Combiner, MC-Transformer++ and the ablations of the paper's table 2 from
-the same block. `presets.py` names them.
+Its parts can be exchanged one by one (`mixer`, `feed_forward`, `position_embedding`, `norm_type`, `gated_attention`),
+which makes the plain Transformer, Performer, Combiner, MC-Transformer++ and the ablations of the paper's table 2 from
+the same block; `presets.py` names them.
 
-Whatever is not the layer itself is FLASH's own: documents, positions, heads, pooling and losses are imported, not
-written again, so that two trainings can differ in the layer alone. There is no decoding cache here.
+Everything except the layer (documents, positions, heads, pooling, losses) is imported from FLASH, so that two
+trainings differ in the layer alone. There is no decoding cache.
 """
 
 import torch
@@ -63,42 +63,43 @@ PERFORMER_KERNELS = ("softmax", "relu")
 @strict
 class TransformerPPConfig(PreTrainedConfig):
     r"""
-    Configuration of Transformer++ and of what is made from it. `TransformerPPConfig()` is Transformer++ at the size of
+    Configuration of Transformer++ and its variants. `TransformerPPConfig()` is Transformer++ at the size of
     `FlashConfig()`: 12 blocks of width 768.
 
     Args:
         vocab_size (`int`, defaults to 32000): Rows of the embedding matrix.
         hidden_size (`int`, defaults to 768): Model width.
-        num_hidden_layers (`int`, defaults to 12): Blocks of attention and feed-forward; one stands for two of FLASH.
-        num_attention_heads (`int`, defaults to 12): Heads; their width is `hidden_size` over it, and even.
+        num_hidden_layers (`int`, defaults to 12): Blocks of attention and feed-forward, each in place of two layers of
+            FLASH.
+        num_attention_heads (`int`, defaults to 12): Heads, of the even width `hidden_size / num_attention_heads`.
         intermediate_size (`int`, *optional*): Width of the feed-forward layers. Defaults to 8/3 of `hidden_size`,
-            rounded to a multiple of 8, for `"glu"` and to 4 times it for `"mlp"`: three matrices then have the size
-            of the plain Transformer's two.
-        hidden_act (`str`, defaults to `"silu"`): Activation of the feed-forward layers: of a gate `"silu"` (SwiGLU) or
-            `"gelu"` (GEGLU), of an MLP `"relu"` or `"gelu"`.
+            rounded to a multiple of 8, for `"glu"` and to 4 times `hidden_size` for `"mlp"`, so that the three
+            matrices of `"glu"` have as many parameters as the two of `"mlp"`.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the feed-forward layers: `"silu"` (SwiGLU) or `"gelu"`
+            (GEGLU) with `"glu"`, `"relu"` or `"gelu"` with `"mlp"`.
         mixer (`str`, defaults to `"softmax"`): How tokens are mixed: `"softmax"`, `"relu2"` (`relu(q k / divisor)^2`,
-            quadratic), `"performer"` (random features, linear), `"combiner"` (row-major axial, C + N/C scores a token)
-            or `"mixed_chunk"` (FLASH's attention with several heads, linear).
-        gated_attention (`bool`, defaults to `False`): Multiply the heads' outputs by `SiLU(W x)` before they are
-            projected, as a gated attention unit does.
+            quadratic), `"performer"` (random features, linear), `"combiner"` (row-major axial, C + N/C scores per
+            token) or `"mixed_chunk"` (FLASH's attention with several heads, linear).
+        gated_attention (`bool`, defaults to `False`): Multiply the outputs of the heads by `SiLU(W x)` before the
+            projection, as in a gated attention unit.
         feed_forward (`str`, defaults to `"glu"`): `"glu"` or `"mlp"` (two matrices).
         position_embedding (`str`, defaults to `"rope"`): `"rope"`, or positions added to the embeddings:
             `"sinusoidal"` (times one learnt scalar, as in FLASH) or `"learned"` (`max_position_embeddings` of them).
         norm_type (`str`, defaults to `"rms_norm"`): `"rms_norm"`, `"layer_norm"` or `"scale_norm"`.
         chunk_size (`int`, defaults to 256): Tokens per chunk of `"mixed_chunk"` and per row of `"combiner"`. For
-            `"performer"` it is a speed setting, and changes nothing but rounding.
-        attention_divisor (`int` or `float`, *optional*): What relu2 scores are divided by. Defaults to `chunk_size`
+            `"performer"` it only affects speed and rounding.
+        attention_divisor (`int` or `float`, *optional*): Divisor of relu2 scores. Defaults to `chunk_size`
             for `"mixed_chunk"` and to `max_position_embeddings` for `"relu2"`.
-        performer_features (`int`, defaults to 256): Random features of a head; a layer's heads share them.
+        performer_features (`int`, defaults to 256): Random features, shared by the heads of a layer.
         performer_kernel (`str`, defaults to `"softmax"`): `"softmax"` (FAVOR+) or `"relu"`.
-        performer_redraw_interval (`int`, defaults to 0): Forward passes of the model in training after which features
-            are drawn anew; 0 keeps them. Draws and count are saved with the weights.
+        performer_redraw_interval (`int`, defaults to 0): Forward passes in training after which the features are
+            sampled again; 0 keeps them. Features and count are saved with the weights.
         performer_seed (`int`, defaults to 0): Seed of the features.
-        norm_eps (`float`, defaults to 1e-5): Of the norms.
+        norm_eps (`float`, defaults to 1e-5): Epsilon of the norms.
         rope_parameters (`dict`, *optional*): transformers' RoPE settings. Defaults to base 10000.
         hidden_dropout, attention_dropout (`float`, default to 0.0): Dropout on embeddings and outputs, and on weights.
-        max_position_embeddings (`int`, defaults to 8192): Training length, which only scaled RoPE, learned positions
-            and the relu2 divisor ask for.
+        max_position_embeddings (`int`, defaults to 8192): Training length; used by scaled RoPE, learned positions and
+            the relu2 divisor only.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the weights.
         is_decoder (`bool`, defaults to `False`): Whether the model is causal. The language-model heads set it.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
@@ -134,7 +135,7 @@ class TransformerPPConfig(PreTrainedConfig):
     max_position_embeddings: int = 8192
     initializer_range: int | float = 0.02
     is_decoder: bool = False
-    # Only so that the two configurations take the same arguments: nothing is cached.
+    # Accepted so that both configurations take the same arguments; nothing is cached.
     use_cache: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -143,7 +144,7 @@ class TransformerPPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name in kwargs:
-            # What resembles no field is kept as an attribute, as in every configuration of transformers.
+            # Names similar to no field are kept as attributes, as in every configuration of transformers.
             near = nearest(name, {*self.__dataclass_fields__})
             if near and name not in HOST_KEYS and not hasattr(type(self), name) and not name.startswith("_"):
                 raise ValueError(f"TransformerPPConfig: unknown field `{name}` (value {kwargs[name]!r}).{near}")
@@ -159,7 +160,7 @@ class TransformerPPConfig(PreTrainedConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """All dimensions of a head are turned."""
+        """Dimensions of a head that RoPE turns: all of them."""
         return self.hidden_size // self.num_attention_heads
 
     def validate_architecture(self):
@@ -202,10 +203,10 @@ class TransformerPPConfig(PreTrainedConfig):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Mixers: queries, keys and values [B, N, H, S] to [B, N, H, S]; the layout says who sees whom
+# Mixers: queries, keys and values [B, N, H, S] to [B, N, H, S]; the layout determines the visible keys
 # ------------------------------------------------------------------------------------------------------------------
 class Mixer(nn.Module):
-    """What all mixers have; `chunked` tells whether the layout is a [`ChunkLayout`] or a mask."""
+    """Base of the mixers; `chunked` is whether the layout is a [`ChunkLayout`] or a mask."""
 
     chunked = True
 
@@ -242,14 +243,14 @@ class QuadraticMixer(Mixer):
 
 
 class PerformerMixer(Mixer):
-    """FAVOR+. `features` [R, S] is a buffer, saved with the weights; there are no weights to drop out."""
+    """FAVOR+. `features` [R, S] is a buffer, saved with the weights; there are no attention weights for dropout."""
 
     def __init__(self, config: TransformerPPConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.features = nn.Buffer(torch.empty(config.performer_features, config.rotary_dim))
 
-    def draw(self, count: int) -> Tensor:
-        """The features of this layer after `count` draws, float32 `[R, S]`."""
+    def sample(self, count: int) -> Tensor:
+        """The features of this layer after `count` redraws, float32 `[R, S]`."""
         seed = (self.config.performer_seed * 1_000_003 + self.layer_idx) * 1_000_003 + count
         return orthogonal_features(*self.features.shape, seed % 2**63)
 
@@ -266,8 +267,8 @@ class CombinerMixer(Mixer):
 
 
 class MixedChunkMixer(Mixer):
-    """FLASH's attention with several heads: local and global queries and keys are `gamma * x + beta` of the same
-    projection, as FLASH makes its four heads from one basis, and each head has its own Toeplitz bias."""
+    """FLASH's attention with several heads: local and global queries and keys are `gamma * x + beta` of one projection
+    per head, as FLASH makes them from one basis, and each head has its own Toeplitz bias."""
 
     def __init__(self, config: TransformerPPConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -281,7 +282,7 @@ class MixedChunkMixer(Mixer):
             heads = [rotate(head, *rotary) for head in heads]
         *heads, v = (split_heads(x, layout) for x in (*heads, v))
         span, length = self.config.chunk_size, v.shape[3]
-        # [H, C, C] of b[i, j] = w[j - i + span - 1]; a shorter input has the middle of w.
+        # [H, C, C] of b[i, j] = w[j - i + span - 1]; a shorter input uses the middle of w.
         bias = self.bias[:, span - length : span + length - 1].unfold(1, length, 1).flip(1)
         out = multi_head_mixed_chunk_attention(
             *heads, v, layout, bias.to(v.dtype), causal=causal, divisor=self.config.attention_divisor,
@@ -300,7 +301,7 @@ MIXERS = {
 # The block
 # ------------------------------------------------------------------------------------------------------------------
 class TransformerPPAttention(nn.Module):
-    """Multi-head attention: projections around a mixer, and a gate on its output if asked for."""
+    """Multi-head attention: projections around a mixer, and an optional gate on its output."""
 
     def __init__(self, config: TransformerPPConfig, layer_idx: int):
         super().__init__()
@@ -373,7 +374,7 @@ class TransformerPPPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FlashScaledSinusoid):
             init.constant_(module.scale, self.config.hidden_size**-0.5)
         elif isinstance(module, PerformerMixer):
-            init.copy_(module.features, module.draw(0))
+            init.copy_(module.features, module.sample(0))
         elif isinstance(module, TransformerPPModel) and hasattr(module, "passes"):
             init.zeros_(module.passes)
         elif isinstance(module, MixedChunkMixer):
@@ -397,7 +398,7 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
         self.layers = nn.ModuleList([TransformerPPLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = NORMS[config.norm_type](config)
         if config.mixer == "performer" and config.performer_redraw_interval:
-            self.passes = nn.Buffer(torch.zeros((), dtype=torch.long))  # saved: a resumed run draws when it is due
+            self.passes = nn.Buffer(torch.zeros((), dtype=torch.long))  # saved, so that a resumed run redraws on time
         self.rotary_emb = FlashRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -415,10 +416,10 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
         past_key_values=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        """Run the model; padding and packed documents are marked as for FLASH, and have the same meaning.
+        """Run the model; padding and packed documents are passed as for FLASH.
 
         Raises:
-            ValueError: for a cache, which this baseline does not have, and for what [`check_inputs`] refuses.
+            ValueError: a cache is given, which this baseline does not support; or [`check_inputs`] refuses the inputs.
         """
         check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal)
         if resolve_cache(cache, past_key_values, **kwargs) is not None:
@@ -437,7 +438,7 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
         else:
             layout = quadratic_layout(documents, B, causal=self.is_causal).visible_BNM
             if layout is not None:
-                # A query that sees nothing (padding) would give NaN, and NaN times 0 spreads in the backward pass.
+                # A query without visible keys (padding) would give NaN, which spreads in the backward pass.
                 layout = (layout | torch.eye(N, dtype=torch.bool, device=layout.device))[:, None]
         if self.training and self.config.mixer == "performer" and self.config.performer_redraw_interval:
             self.count_and_redraw()
@@ -452,15 +453,15 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states))
 
     def positions(self, x_BND: Tensor, position_BN: Tensor) -> Tensor:
-        """What is added to the embeddings, `[B or 1, N, D]`.
+        """Positions to add to the embeddings, `[B or 1, N, D]`.
 
         Raises:
-            ValueError: learned positions do not reach as far as the input does.
+            ValueError: the input is longer than the learned positions.
         """
         if isinstance(self.embed_positions, FlashScaledSinusoid):
             return self.embed_positions(x_BND, position_BN)
         limit, length = self.config.max_position_embeddings, x_BND.shape[1]
-        # Rows longer than that are fine if no document in them is.
+        # Longer sequences are fine if no document in them is longer.
         if length > limit and int(position_BN.max()) >= limit:
             raise ValueError(
                 f"position_embedding='learned' has max_position_embeddings = {limit} positions, got "
@@ -470,14 +471,14 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
 
     @torch.no_grad()
     def count_and_redraw(self) -> None:
-        """Count a forward pass of training, and draw Performer's features anew if it is time. Here and not in the
-        layers, whose forward runs twice under gradient checkpointing."""
+        """Count a forward pass in training and redraw Performer's features if it is time. Not in the layers, whose
+        forward runs twice under gradient checkpointing."""
         self.passes += 1
-        draws, rest = divmod(int(self.passes), self.config.performer_redraw_interval)
+        redraws, rest = divmod(int(self.passes), self.config.performer_redraw_interval)
         if rest == 0:
             for layer in self.layers:
                 mixer = layer.attention.mixer
-                mixer.features.copy_(mixer.draw(draws))
+                mixer.features.copy_(mixer.sample(redraws))
 
 
 class TransformerPPForCausalLM(TransformerPPPreTrainedModel):
@@ -499,7 +500,7 @@ class TransformerPPForMaskedLM(TransformerPPForCausalLM):
     """Transformer++ with a masked language-model head, always bidirectional."""
 
     is_decoder = False
-    transform = None  # FLASH's head may have one
+    transform = None  # optional in FLASH's head
     forward = FlashForMaskedLM.forward
 
 
@@ -533,7 +534,7 @@ class TransformerPPForTokenClassification(TransformerPPTaskModel):
 
 
 class TransformerPPForQuestionAnswering(TransformerPPTaskModel):
-    """Transformer++ that marks the span of an answer."""
+    """Transformer++ with a head for the start and end of an answer."""
 
     head_name = FlashForQuestionAnswering.head_name
     head_width = FlashForQuestionAnswering.head_width
