@@ -62,11 +62,7 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in one file, or in the `state_dict` or `model` entry of a training checkpoint.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """The state dict in one file, or in the `state_dict` or `model` entry of a training checkpoint."""
     if path.suffix == ".safetensors":
         return load_file(path)
     try:

@@ -38,11 +38,8 @@ def constructor_fields(
     laplace_attn_fn: bool,
     reduce_group_non_causal_attn: bool,
 ) -> dict:
-    """Configuration fields for arguments of the original constructor, which a state dict does not store.
-
-    Raises:
-        ValueError: an argument is missing, or no FlashConfig can express it.
-    """
+    """Configuration fields for arguments of the original constructor. ValueError if one is missing, or no FlashConfig
+    can express it."""
     if causal is None:
         raise ValueError(
             f"`causal` must be given for {kind!r}, got None. Pass True (--causal) or False (--no-causal)."

@@ -46,12 +46,8 @@ class Converted(NamedTuple):
 
 
 class Source:
-    """Tensors of an original state dict. Each is taken once, so [`finish`] can tell whether any was overlooked.
-
-    Args:
-        state: the original's state dict.
-        kind: kind of checkpoint, for error messages.
-    """
+    """Tensors of an original state dict. Each is taken once, so [`finish`] can tell whether any was overlooked. A
+    missing, unexpected or malformed tensor raises a ValueError that names the `kind` of checkpoint."""
 
     def __init__(self, state: Mapping[str, Tensor], kind: str):
         self.left, self.kind = dict(state), kind
@@ -60,14 +56,8 @@ class Source:
         return name in self.left
 
     def take(self, name: str, *shape: int | None) -> Tensor:
-        """Remove and return the tensor `name`, in float32 or wider.
-
-        Args:
-            shape: expected shape; None accepts any length.
-
-        Raises:
-            ValueError: the tensor is missing, has another shape, or is not finite.
-        """
+        """Remove and return the tensor `name` in float32 or wider, checked to be finite and of this `shape` (None: any
+        length)."""
         if name not in self.left:
             raise ValueError(
                 f"state: `{name}` must be there in a checkpoint of kind {self.kind!r}, but is missing."
@@ -88,22 +78,14 @@ class Source:
             self.left.pop(name, None)
 
     def layers(self, prefix: str) -> int:
-        """The number of layers under `prefix`.
-
-        Raises:
-            ValueError: there are none, or their numbers are not 0, 1, 2, ...
-        """
+        """The number of layers under `prefix`, checked to be numbered 0, 1, 2, ..."""
         found = {int(name[len(prefix) :].split(".")[0]) for name in self.left if name.startswith(prefix)}
         if not found or found != set(range(len(found))):
             raise ValueError(f"state: layers {prefix}0, 1, 2, ... must be there without a gap, got {sorted(found)}.")
         return len(found)
 
     def finish(self) -> None:
-        """Check that every tensor has been used.
-
-        Raises:
-            ValueError: some are left, so this is another kind of checkpoint.
-        """
+        """Check that every tensor has been used."""
         if self.left:
             names = ", ".join(map(repr, sorted(self.left)[:8])) + " and more" * (len(self.left) > 8)
             raise ValueError(
@@ -135,11 +117,7 @@ def fold_decoder(weight_VD: Tensor, bias_V: Tensor, gain_D: Tensor, shift_D: Ten
 
 
 def rotary_settings(freqs: Tensor, key_dim: int) -> dict:
-    """RoPE fields for the frequencies `[r / 2]` that rotary-embedding-torch stores.
-
-    Raises:
-        ValueError: they are not those of base 10000 (but learned, rescaled, or for pixels).
-    """
+    """RoPE fields for the frequencies `[r / 2]` that rotary-embedding-torch stores, checked to be of base 10000."""
     r = 2 * len(freqs)
     expected = 10000.0 ** (-torch.arange(0, r, 2).double() / r)
     if r > key_dim or not torch.allclose(freqs.double(), expected, rtol=1e-3, atol=0):
@@ -170,9 +148,6 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
 
     Returns:
         Tensors under our names, and the configuration fields that follow from their shapes and names.
-
-    Raises:
-        ValueError: a tensor is missing or has a wrong shape.
     """
     hidden = source.take(f"{theirs}to_hidden.0.weight", None, None)
     E, D = hidden.shape[0] // 2, hidden.shape[1]
@@ -218,11 +193,7 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
 
 
 def lucidrains_layers(source: Source, prefix: str, ours: str, offset_scale: tuple[str, str]) -> tuple[dict, dict]:
-    """Convert all layers under `prefix` as [`lucidrains_layer`] does one.
-
-    Raises:
-        ValueError: they need different configurations.
-    """
+    """Convert all layers under `prefix` as [`lucidrains_layer`] does one, checked to have one configuration."""
     count = source.layers(prefix)
     tensors, told = {}, None
     for i in range(count):

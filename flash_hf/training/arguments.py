@@ -28,9 +28,7 @@ class ModelArguments:
 
     _argument_group_name = "model and tokenizer"
 
-    model: str | None = HfArg(
-        default=None, help="Folder or Hub name of a model to continue training; by default a new model is made."
-    )
+    model: str | None = HfArg(default=None, help="Folder or Hub name of a model to continue training.")
     config: str | None = HfArg(
         default=None,
         help="YAML or JSON file of these options, for instance a recipe of scripts/recipes. Options on the command "
@@ -41,17 +39,13 @@ class ModelArguments:
         help="Form of a new model: flash, the paper's, or plus, FLASH+ (FlashConfig.plus), for causal models. Fields "
         "given by --model_config and --config_overrides take precedence.",
     )
-    model_config: str | None = HfArg(
-        default=None, help="Fields of FlashConfig for a new model: JSON, or a mapping in a --config file."
-    )
+    model_config: str | None = HfArg(default=None, help="FlashConfig of a new model: JSON, or a mapping in --config.")
     config_overrides: str | None = HfArg(
         default=None,
         help="Fields of FlashConfig that override those of --model_config, for instance "
         "hidden_size=128,num_hidden_layers=4,relative_bias=null",
     )
-    tokenizer: str | None = HfArg(
-        default=None, help="Folder or Hub name of a tokenizer; by default the model's, or one trained on the text."
-    )
+    tokenizer: str | None = HfArg(default=None, help="Folder or Hub name; by default the model's or a new one.")
     tokenizer_vocab_size: int = HfArg(default=8192, help="Vocabulary size of a new tokenizer, in tokens.")
 
 
@@ -70,22 +64,16 @@ class DataArguments:
     dataset_name: str | None = HfArg(default=None, help="Data set on the Hub, or a folder, instead of files.")
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of the data set.")
     train_split: str = HfArg(default="train", help="Split to train on.")
-    validation_split: str | None = HfArg(
-        default=None, help="Split to validate on; by default the end of the training split is held out."
-    )
+    validation_split: str | None = HfArg(default=None, help="Split to validate on; by default held out as above.")
     validation_fraction: float = HfArg(default=0.05, help="Fraction of the text held out for validation.")
     text_column: str = HfArg(default="text", help="Column that holds the text.")
     sample_by: Literal["document", "paragraph", "line"] = HfArg(
         default="document", help="What a document is in .txt and .md files: the whole file, a paragraph, or a line."
     )
-    streaming: bool = HfArg(
-        default=False, help="Read the training text while training. Needs --max_steps and a validation set."
-    )
-    shuffle_buffer: int = HfArg(
-        default=1000, help="Blocks of a stream that are shuffled at a time; 0 keeps the order of the stream."
-    )
-    max_train_documents: int | None = HfArg(default=None, help="Train on the first documents only, at most this many.")
-    max_eval_documents: int | None = HfArg(default=None, help="The same for validation.")
+    streaming: bool = HfArg(default=False, help="Read text while training; needs --max_steps and a validation set.")
+    shuffle_buffer: int = HfArg(default=1000, help="Blocks of a stream shuffled at a time; 0 keeps its order.")
+    max_train_documents: int | None = HfArg(default=None, help="Number of documents to train on, from the first.")
+    max_eval_documents: int | None = HfArg(default=None, help="Number of documents to validate on.")
     block_size: int = HfArg(default=512, help="Tokens per training example.")
     packing: Literal["concatenate", "documents"] = HfArg(
         default="concatenate",
@@ -125,44 +113,28 @@ class FlashTrainingArguments(TrainingArguments):
     learning_rate: float = HfArg(default=1e-3, help="Peak learning rate of AdamW.")
     weight_decay: float = HfArg(default=0.01, help="Weight decay, applied to matrices only.")
     adam_epsilon: float = HfArg(default=1e-6, help="Epsilon of AdamW.")
-    warmup_steps: float = HfArg(
-        default=0.05, help="Steps of linear warm-up of the learning rate; below 1, as a fraction of all steps."
-    )
+    warmup_steps: float = HfArg(default=0.05, help="Steps of linear warm-up; below 1, a fraction of all steps.")
     eval_strategy: str = HfArg(default="steps", help="When to validate: no, steps or epoch.")
-    eval_on_start: bool = HfArg(default=True, help="Validate before the first step, for a baseline.")
+    eval_on_start: bool = HfArg(default=True, help="Validate before the first step.")
     logging_steps: float = HfArg(default=10, help="Steps between entries in the log.")
     logging_nan_inf_filter: bool = HfArg(default=False, help="Leave NaN and infinite losses out of the log.")
-    use_cache: bool = HfArg(
-        default=True, help="config.use_cache of the saved model, which Trainer's default would set to False."
-    )
+    use_cache: bool = HfArg(default=True, help="config.use_cache of the saved model.")
     dataloader_pin_memory: bool = HfArg(
         default_factory=torch.accelerator.is_available, help="Pin memory for faster copies to the device."
     )
-    overwrite_output_dir: bool = HfArg(
-        default=False, help="Start over in a folder that holds an earlier run, and delete its checkpoints."
-    )
+    overwrite_output_dir: bool = HfArg(default=False, help="Start over, and delete checkpoints of an earlier run.")
     max_minutes: float | None = HfArg(
         default=None,
         help="Stop this many minutes after the start of the program, imports not counted. The learning rate then "
         "rises and falls by the clock instead of by the step.",
     )
-    batch_tokens: int | None = HfArg(
-        default=None, help="Tokens per step over all devices, from which the gradient accumulation follows."
-    )
-    per_device_batch_tokens: int | None = HfArg(
-        default=None, help="Tokens per device and batch, instead of --per_device_train_batch_size."
-    )
+    batch_tokens: int | None = HfArg(default=None, help="Tokens per step on all devices; sets accumulation steps.")
+    per_device_batch_tokens: int | None = HfArg(default=None, help="Tokens per device and batch, instead of rows.")
     sequence_warmup_steps: int = HfArg(
-        default=0,
-        help="Steps in which examples grow from --sequence_warmup_start to --block_size tokens, at the same number of "
-        "tokens per step.",
+        default=0, help="Steps in which examples grow to --block_size tokens, at the same number of tokens per step."
     )
-    sequence_warmup_start: int = HfArg(
-        default=128, help="Tokens per example at first; doubling it must give --block_size."
-    )
-    peak_tflops: float | None = HfArg(
-        default=None, help="Peak TFLOP/s of one device, for MFU; known for common GPUs in bf16 and fp16."
-    )
+    sequence_warmup_start: int = HfArg(default=128, help="Tokens per example at first; --block_size / 2**n.")
+    peak_tflops: float | None = HfArg(default=None, help="Peak TFLOP/s of a device, for MFU; known for common GPUs.")
     cuda_graph: bool = HfArg(
         default=False,
         help="Replay training steps as a CUDA graph, with the same results: about twice as fast for small models on a "
@@ -295,12 +267,7 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
 
 
 def check_optimizer(args: FlashTrainingArguments) -> None:
-    """Try to make the optimizer and the learning-rate schedule, for a single number.
-
-    Raises:
-        ValueError: they refuse one of their options.
-        ImportError: the optimizer's package is missing.
-    """
+    """Try to make the optimizer and the learning-rate schedule, for a single number."""
     try:
         make, options = Trainer.get_optimizer_cls_and_kwargs(args)
     except ValueError:

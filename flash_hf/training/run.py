@@ -51,25 +51,16 @@ SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40}  # saved for gen
 
 def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Dataset]:
     """Training and validation documents. Validation documents are never streamed, so they stay the same."""
-    load = partial(
-        load_documents,
-        dataset_name=data_args.dataset_name,
-        dataset_config_name=data_args.dataset_config_name,
-        text_column=data_args.text_column,
-        sample_by=data_args.sample_by,
-    )
+    names = ("dataset_name", "dataset_config_name", "text_column", "sample_by")
+    load = partial(load_documents, **{name: getattr(data_args, name) for name in names})
     own_validation = data_args.validation_file is not None or data_args.validation_split is not None
     if data_args.streaming and not own_validation:
         raise ValueError(
             "The end of a stream cannot be held out for validation: with --streaming give --validation_file, or "
             "--validation_split of a data set."
         )
-    train = load(
-        data_args.train_file,
-        split=data_args.train_split,
-        streaming=data_args.streaming,
-        max_documents=data_args.max_train_documents,
-    )
+    split, first = data_args.train_split, data_args.max_train_documents
+    train = load(data_args.train_file, split=split, streaming=data_args.streaming, max_documents=first)
     if not own_validation:
         train, validation = split_documents(train, data_args.validation_fraction)
         if data_args.max_eval_documents is not None:
@@ -85,11 +76,7 @@ def load_text(data_args: DataArguments) -> tuple[Dataset | IterableDataset, Data
 
 
 def check_sources(model_args: ModelArguments) -> None:
-    """Check that `--model` and `--tokenizer` exist, before the data are read.
-
-    Raises:
-        OSError: one of them is neither a folder nor on the Hub.
-    """
+    """Raise an OSError unless `--model` and `--tokenizer` are folders or on the Hub."""
     for option, auto in (("model", AutoConfig), ("tokenizer", AutoTokenizer)):
         if (name := getattr(model_args, option)) is not None:
             load_named(auto.from_pretrained, name, option=f"--{option}")
@@ -190,24 +177,20 @@ def build_trainer(
     causal = kind == "causal"
     with args.main_process_first(desc="tokenizing and packing"):
         tokenize = partial(tokenize_documents, tokenizer=tokenizer, num_proc=data_args.num_proc)
-        options = {
-            "tokenizer": tokenizer,
-            "block_size": data_args.block_size,
-            "causal": causal,
-            "packing": data_args.packing,
-        }
+        pack = {"tokenizer": tokenizer, "block_size": data_args.block_size, "packing": data_args.packing}
         if isinstance(train, IterableDataset):
             train_blocks = BlockStream(
                 train,
-                **options,
+                **pack,
+                causal=causal,
                 shuffle_buffer=data_args.shuffle_buffer,
                 seed=args.data_seed,
                 source=data_args.dataset_name or ", ".join(data_args.train_file),
             )
         else:
-            train_blocks = pack_documents(tokenize(train), **options)
+            train_blocks = pack_documents(tokenize(train), causal=causal, **pack)
         tokenized = tokenize(validation)
-        eval_blocks = pack_documents(tokenized, **options)
+        eval_blocks = pack_documents(tokenized, causal=causal, **pack)
         size = text_size(tokenized)
         logger.info(f"Validation text: {size}, in {len(eval_blocks)} blocks of {data_args.block_size} tokens.")
         if size["n_unknown"]:
@@ -238,31 +221,25 @@ def build_trainer(
 def check_run(
     kind: Kind, model_args: ModelArguments, data_args: DataArguments, args: FlashTrainingArguments
 ) -> Path | None:
-    """Refuse what would fail later, before the data are read; return the checkpoint to resume from.
-
-    Raises:
-        ValueError, OSError, ImportError: an argument is invalid, or a model, tokenizer, folder or package is missing.
-    """
+    """Refuse what would fail later, before the data are read; return the checkpoint to resume from."""
     check_arguments(args, METRICS[kind])
     resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir, streaming=data_args.streaming)
     if args.process_index == 0:  # the others may come when this process has begun to write
         check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
     if args.sequence_warmup_steps:
         warmup_length(0, steps=1, start=args.sequence_warmup_start, block_size=data_args.block_size)
-    if data_args.streaming and args.max_steps <= 0:
-        raise ValueError(
-            f"max_steps must be at least 1 with --streaming, got {args.max_steps}: a stream has no length."
-        )
-    if data_args.streaming and args.dataloader_num_workers:
-        raise ValueError(
-            f"dataloader_num_workers must be 0 with --streaming, got {args.dataloader_num_workers}: a stream has its "
-            "own reader thread, which tokenizes on all cores."
-        )
-    if data_args.streaming and args.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size must be left out with --streaming: a stream cannot restart with smaller batches. "
-            "Set --per_device_train_batch_size."
-        )
+    for name, wrong, rule, reason in (
+        ("max_steps", args.max_steps <= 0, "at least 1", "a stream has no length"),
+        ("dataloader_num_workers", args.dataloader_num_workers > 0, "0", "a stream has its own reader thread"),
+        (
+            "auto_find_batch_size",
+            args.auto_find_batch_size,
+            "left out",
+            "a stream cannot restart with smaller batches",
+        ),
+    ):
+        if data_args.streaming and wrong:
+            raise ValueError(f"{name} must be {rule} with --streaming, got {getattr(args, name)}: {reason}.")
     fields = config_fields(model_args)
     check_sources(model_args)
     if model_args.model is None:
