@@ -2,6 +2,7 @@
 """The README's Python runs as it stands, its table names every field, its commands name what exists."""
 
 import json
+import pkgutil
 import re
 import subprocess
 from dataclasses import fields
@@ -30,7 +31,7 @@ def test_first_lines_say_that_flash_is_not_flashattention():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_and_names_lead_to_files(document):
-    """Relative links, paths from the root, commands `-m scripts.NAME`, and names of our source files."""
+    """Relative links, paths from the root, `-m scripts.NAME`, `flash_hf.NAME`, and names of our source files."""
     text = document.read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     targets = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", prose) + re.findall(r"^\[[^]]+\]: ([^:\s]+)$", prose, re.M)
@@ -39,6 +40,11 @@ def test_links_and_names_lead_to_files(document):
     missing += [path for path in paths if not any(ROOT.glob(path))]
     modules = re.findall(r"(?:-m |`)(scripts(?:\.[a-z_]\w*)+)", text)
     missing += [name for name in modules if not [*ROOT.glob(f"{name.replace('.', '/')}*")]]
+    for name in re.findall(r"\b(flash_hf(?:\.\w+)+)", text):
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            missing.append(name)
     names = re.findall(r"`([\w-]+\.(?:py|ya?ml|md))`", text)
     missing += [name for name in names if not any(name in found for found in SOURCES)]
     assert not missing
