@@ -278,6 +278,7 @@ def full_grid(results: Results) -> list[Cell]:
     for task in ("mqar4", "needle"):
         for model in (PLUS, PLUS_LOCAL):
             cells += train(model, task, 128, [2 * first], **deep)
+    cells += train(f"plus-{LASTING_FORMS[0]}", "needle", 128, [2 * first], **deep)
     return list(dict.fromkeys(cells))
 
 
