@@ -108,7 +108,7 @@ def parse_arguments(
 
 
 def train(kind: str) -> None:
-    """Train a `"causal"` or `"masked"` model as the command line says."""
+    """Train a `"causal"` or `"masked"` model with the options of the command line."""
     from ..training import describe, run_training  # first, for the error without the extra
 
     print(describe(kind, run_training(kind, *parse_arguments(description=__doc__))))

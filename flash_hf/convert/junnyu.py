@@ -52,8 +52,8 @@ def convert_junnyu_flash(
         raise ValueError(f"`padded_length` must be at least 1, or None, got {padded_length!r}.")
     source = Source(state, "junnyu_flash")
     base = "" if encoder_only else "model."
-    tensors, told = lucidrains_layers(source, "flash.encoder.layers.", base, ("weight", "bias"))
-    D = told["hidden_size"]
+    tensors, inferred = lucidrains_layers(source, "flash.encoder.layers.", base, ("weight", "bias"))
+    D = inferred["hidden_size"]
     chunk_size = settings.get("group_size", GROUP_SIZE)
     if padded_length is not None:
         for name in tensors:
@@ -64,7 +64,7 @@ def convert_junnyu_flash(
     tensors[f"{base}embed_positions.scale"] = source.take("flash.embeddings.scale", 1).reshape(())
     source.drop("flash.embeddings.position_ids", "flash.embeddings.scaledsin_embeddings")
     known = {
-        **told,
+        **inferred,
         "vocab_size": len(embedding_VD),
         "chunk_size": chunk_size,
         "attention_divisor": chunk_size,
@@ -72,13 +72,13 @@ def convert_junnyu_flash(
         "max_position_embeddings": settings.get("max_position_embeddings", 512),
         "pad_token_id": settings.get("pad_token_id", 0),
     }
-    notes = (CLAMP_NOTE,) if told["norm_type"] == "scale_norm" else ()
+    notes = (CLAMP_NOTE,) if inferred["norm_type"] == "scale_norm" else ()
     if padded_length is not None:
         notes += (f"The global sum is divided by {padded_length}, as for inputs padded to that length.",)
     if encoder_only:
         source.drop(*[name for name in source.left if name.startswith("cls.")])
         source.finish()
-        tensors |= identity_norm(told, base, embedding_VD.dtype)
+        tensors |= identity_norm(inferred, base, embedding_VD.dtype)
         return Converted(FlashConfig(**known), tensors, "FlashModel", (*notes, ENCODER_NOTE))
     head = "cls.predictions."
     V = len(embedding_VD)
@@ -87,7 +87,7 @@ def convert_junnyu_flash(
         source.take(f"{head}LayerNorm.weight", D), source.take(f"{head}LayerNorm.bias", D),
     )  # fmt: skip
     source.finish()
-    final_norm = final_layer_norm(told, settings.get("layer_norm_eps", LAYER_NORM_EPS))
+    final_norm = final_layer_norm(inferred, settings.get("layer_norm_eps", LAYER_NORM_EPS))
     config = FlashConfig(**known, **final_norm, tie_word_embeddings=False)
     return Converted(config, tensors, "FlashForMaskedLM", notes)
 

@@ -98,8 +98,8 @@ def convert_lucidrains_transformer(
     fields = constructor_fields(kind, causal, shift_tokens, group_size, laplace_attn_fn, reduce_group_non_causal_attn)
     source = Source({name.removeprefix("net."): tensor for name, tensor in state.items()}, kind)
     base = "" if encoder_only else "model."
-    tensors, told = lucidrains_layers(source, "layers.", base, ("gamma", "beta"))
-    D = told["hidden_size"]
+    tensors, inferred = lucidrains_layers(source, "layers.", base, ("gamma", "beta"))
+    D = inferred["hidden_size"]
     embedding_VD = source.take("token_emb.weight", None, D)
     V = len(embedding_VD)
     tensors[f"{base}embed_tokens.weight"] = embedding_VD
@@ -108,13 +108,13 @@ def convert_lucidrains_transformer(
     gain, shift = source.take("to_logits.0.weight", D), source.take("to_logits.0.bias", D)
     decoder, bias = source.take("to_logits.1.weight", V, D), source.take("to_logits.1.bias", V)
     source.finish()
-    fields = {**told, **fields, "vocab_size": V, "tie_word_embeddings": False}
-    notes = (() if causal else (MASK_NOTE,)) + ((CLAMP_NOTE,) if told["norm_type"] == "scale_norm" else ())
+    fields = {**inferred, **fields, "vocab_size": V, "tie_word_embeddings": False}
+    notes = (() if causal else (MASK_NOTE,)) + ((CLAMP_NOTE,) if inferred["norm_type"] == "scale_norm" else ())
     if encoder_only:
-        tensors |= identity_norm(told, base, embedding_VD.dtype)
+        tensors |= identity_norm(inferred, base, embedding_VD.dtype)
         return Converted(FlashConfig(**fields), tensors, "FlashModel", (*notes, ENCODER_NOTE))
     tensors |= fold_decoder(decoder, bias, gain, shift)
-    config = FlashConfig(**fields, **final_layer_norm(told, LAYER_NORM_EPS))
+    config = FlashConfig(**fields, **final_layer_norm(inferred, LAYER_NORM_EPS))
     return Converted(config, tensors, "FlashForCausalLM" if causal else "FlashForMaskedLM", notes)
 
 
@@ -132,12 +132,12 @@ def convert_lucidrains_layer(
     kind = "lucidrains_layer"
     fields = constructor_fields(kind, causal, shift_tokens, group_size, laplace_attn_fn, reduce_group_non_causal_attn)
     source = Source(state, kind)
-    tensors, told = lucidrains_layer(source, "", "layers.0.", ("gamma", "beta"))
+    tensors, inferred = lucidrains_layer(source, "", "layers.0.", ("gamma", "beta"))
     source.finish()
     dtype = tensors["layers.0.gau.o_proj.bias"].dtype
-    tensors |= identity_norm(told, "", dtype)
-    tensors["embed_tokens.weight"] = torch.zeros(1, told["hidden_size"], dtype=dtype)
-    config = FlashConfig(**told, **fields, num_hidden_layers=1, vocab_size=1, use_scaled_sinusoid=False)
+    tensors |= identity_norm(inferred, "", dtype)
+    tensors["embed_tokens.weight"] = torch.zeros(1, inferred["hidden_size"], dtype=dtype)
+    config = FlashConfig(**inferred, **fields, num_hidden_layers=1, vocab_size=1, use_scaled_sinusoid=False)
     notes = () if causal else (MASK_NOTE,)
     return Converted(config, tensors, "FlashModel", (*notes, ENCODER_NOTE))
 

@@ -65,7 +65,7 @@ class Source:
             )
         tensor = self.left.pop(name).detach()
         got = tuple(tensor.shape)
-        if len(shape) != len(got) or any(want not in (None, n) for want, n in zip(shape, got, strict=True)):
+        if len(shape) != len(got) or any(expected not in (None, n) for expected, n in zip(shape, got, strict=True)):
             raise ValueError(f"state: `{name}` must have shape {shape} (None: any), got {got}.")
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         if not tensor.isfinite().all():
@@ -97,7 +97,7 @@ class Source:
 def fold_decoder(weight_VD: Tensor, bias_V: Tensor, gain_D: Tensor, shift_D: Tensor) -> dict[str, Tensor]:
     """Fold a LayerNorm's gain and shift, and the bias of the linear decoder after it, into the decoder's weight.
 
-    A normalised token `n` sums to zero, so any multiple of the ones vector may be added to a row of the decoder. With
+    A normalized token `n` sums to zero, so any multiple of the ones vector may be added to a row of the decoder. With
     a shift of 1 everywhere, `(W + c 1^T / D) (n + 1) = W n + c` if the rows of W sum to zero.
 
     Args:
@@ -109,10 +109,10 @@ def fold_decoder(weight_VD: Tensor, bias_V: Tensor, gain_D: Tensor, shift_D: Ten
     """
     weight, bias, gain, shift = (x.double() for x in (weight_VD, bias_V, gain_D, shift_D))
     total_V = bias + weight @ shift
-    centred_VD = weight * gain
-    centred_VD = centred_VD - centred_VD.mean(1, keepdim=True)
+    centered_VD = weight * gain
+    centered_VD = centered_VD - centered_VD.mean(1, keepdim=True)
     ones = torch.ones_like(gain_D)
-    folded_VD = (centred_VD + total_V[:, None] / len(gain)).to(weight_VD.dtype)
+    folded_VD = (centered_VD + total_V[:, None] / len(gain)).to(weight_VD.dtype)
     return {"model.norm.weight": ones, "model.norm.bias": ones.clone(), "lm_head.weight": folded_VD}
 
 
@@ -158,7 +158,7 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
     S = basis.shape[0]
     scale, offset = (source.take(f"{theirs}qk_offset_scale.{name}", 4, S) for name in offset_scale)
     layer_norm = f"{theirs}norm.weight" in source
-    told = {
+    inferred = {
         "hidden_size": D,
         "expansion_factor": E / D,
         "query_key_dim": S,
@@ -187,27 +187,27 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
     else:
         tensors["norm.weight"] = source.take(f"{theirs}norm.g", 1).reshape(())
     if f"{theirs}rotary_pos_emb.freqs" in source:
-        told["use_rope"] = True
-        told.update(rotary_settings(source.take(f"{theirs}rotary_pos_emb.freqs", None), S))
-    return {ours + name: tensor for name, tensor in tensors.items()}, told
+        inferred["use_rope"] = True
+        inferred.update(rotary_settings(source.take(f"{theirs}rotary_pos_emb.freqs", None), S))
+    return {ours + name: tensor for name, tensor in tensors.items()}, inferred
 
 
 def lucidrains_layers(source: Source, prefix: str, ours: str, offset_scale: tuple[str, str]) -> tuple[dict, dict]:
     """Convert all layers under `prefix` as [`lucidrains_layer`] does one, checked to have one configuration."""
     count = source.layers(prefix)
-    tensors, told = {}, None
+    tensors, inferred = {}, None
     for i in range(count):
-        layer, tells = lucidrains_layer(source, f"{prefix}{i}.", f"{ours}layers.{i}.", offset_scale)
-        if told not in (None, tells):
-            raise ValueError(f"state: all layers must be alike, but layer {i} has {tells}, those before {told}.")
-        tensors, told = tensors | layer, tells
-    return tensors, {**told, "num_hidden_layers": count}
+        layer, current = lucidrains_layer(source, f"{prefix}{i}.", f"{ours}layers.{i}.", offset_scale)
+        if inferred not in (None, current):
+            raise ValueError(f"state: all layers must be alike, but layer {i} has {current}, those before {inferred}.")
+        tensors, inferred = tensors | layer, current
+    return tensors, {**inferred, "num_hidden_layers": count}
 
 
-def identity_norm(told: dict, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def identity_norm(inferred: dict, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Gain 1 (and shift 0) for FlashModel's final norm, which the originals' encoders lack."""
-    D = told["hidden_size"]
-    if told["norm_type"] == "layer_norm":
+    D = inferred["hidden_size"]
+    if inferred["norm_type"] == "layer_norm":
         return {f"{prefix}norm.weight": torch.ones(D, dtype=dtype), f"{prefix}norm.bias": torch.zeros(D, dtype=dtype)}
     return {f"{prefix}norm.weight": torch.ones((), dtype=dtype)}
 
@@ -219,8 +219,8 @@ ENCODER_NOTE = (
 CLAMP_NOTE = "Tokens whose root mean square is below 1e-5, which the original clamps, give other results."
 
 
-def final_layer_norm(told: dict, eps: float) -> dict:
-    """Fields for a LayerNorm with `eps` after layers of `told`."""
-    if told["norm_type"] == "layer_norm" and eps == told["norm_eps"]:
+def final_layer_norm(inferred: dict, eps: float) -> dict:
+    """Fields for a LayerNorm with `eps` after layers of `inferred`."""
+    if inferred["norm_type"] == "layer_norm" and eps == inferred["norm_eps"]:
         return {}
     return {"final_norm_type": "layer_norm", "final_norm_eps": eps}

@@ -27,7 +27,7 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
     output_dir = Path(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        # Permission bits do not tell: they mean nothing to root, on read-only mounts, or on full disks.
+        # Try it: permission bits mean nothing to root, on read-only mounts, or on full disks.
         with tempfile.TemporaryFile(dir=output_dir) as file:
             file.write(b"flash")
             file.flush()
