@@ -218,9 +218,9 @@ def test_wrong_sources_are_refused(tmp_path):
         load_documents(write(tmp_path / "a.pdf", "x"))
     with pytest.raises(ValueError, match="of one type, got json, text"):
         load_documents([good, write(tmp_path / "a.txt", "x")])
-    with pytest.raises(ValueError, match="either from files or from dataset_name"):
+    with pytest.raises(ValueError, match="either files or dataset_name"):
         load_documents()
-    with pytest.raises(ValueError, match="either from files or from dataset_name"):
+    with pytest.raises(ValueError, match="either files or dataset_name"):
         load_documents(good, dataset_name="x/y")
     with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
         load_documents(good, max_documents=0)
