@@ -214,7 +214,7 @@ def identity_norm(inferred: dict, prefix: str, dtype: torch.dtype) -> dict[str, 
 
 ENCODER_NOTE = (
     "The original's encoder ends with its last layer; FlashModel normalizes its output once more (gain 1). For the "
-    "original's output set model.config.tie_last_hidden_states=False and take hidden_states[-1]."
+    "original's output set model.norm = torch.nn.Identity()."
 )
 CLAMP_NOTE = "Tokens whose root mean square is below 1e-5, which the original clamps, give other results."
 
