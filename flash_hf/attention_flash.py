@@ -352,8 +352,8 @@ def mixed_chunk_step(
     normalization: Normalization = "mean",
     previous_key: bool = False,
 ) -> Tensor:
-    """Mixed chunk attention for one token per row, which advances the state in place: no branch on values, and the same
-    cost at any length.
+    """Mixed chunk attention for one token per row, which advances the state in place: no branch on values, and the
+    same cost at any length.
 
     With `t` tokens seen, `c = 1 / tokens in closed chunks` and the open chunk's slots `j`:
     `out = sum_j (A_j - c lin_q lin_k_j) v_j + c lin_q total`, since `total` also counts the open chunk.
