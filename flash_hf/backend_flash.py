@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunking_flash import Places, QuadraticLayout, StepLayout, is_tracing
+from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, is_tracing
 
 
 logger = logging.get_logger(__name__)
 
 # Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
 KERNEL_INTERFACE = 4
+
+# FLASH-Quad's kernels hold the attention weights of some rows at a time: tokens of the longest row they take.
+LONGEST_QUADRATIC_ROW = 8192
 
 # Names of the activation that the kernels compute themselves.
 SILU = ("silu", "swish")
@@ -126,8 +129,15 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
 def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
     layout = places.layout
     # Rolling back needs keys by token.
-    if isinstance(layout, QuadraticLayout) or (cache is not None and cache.record_past):
+    if cache is not None and cache.record_past:
         return places
+    # CODEPATH: FLASHQuad checkpoints. To the kernels, a row that is one document is one chunk.
+    if isinstance(layout, QuadraticLayout):
+        length = layout.position_BN.shape[1]
+        if layout.visible_BNM is not None or is_tracing() or length > LONGEST_QUADRATIC_ROW:
+            return places
+        layout = chunk_layout(places.documents, batch, length, causal=causal)
+        places = replace(places, layout=layout, bias_length=length)
     if isinstance(layout, StepLayout):
         state = cache.state
         # A state that was made elsewhere, or changed by hand.

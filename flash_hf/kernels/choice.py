@@ -14,9 +14,9 @@ from .tiles import Shape
 
 
 try:
-    from . import scan
+    from . import gate, quadratic, scan
 except ImportError:  # triton without Gluon, or with another one
-    scan = None
+    gate = quadratic = scan = None
 
 
 logger = logging.get_logger(__name__)
@@ -56,3 +56,22 @@ def scans(shape: Shape, source: Tensor | None, device: torch.device) -> bool:
 def splits(shape: Shape) -> bool:
     """Whether a scan walks along pieces of rows: there are too few rows for the multiprocessors."""
     return shape.B * (shape.E // 128) < FEW_SCANS
+
+
+def spans_rows(shape: Shape, source: Tensor | None, device: torch.device) -> bool:
+    """Whether quadratic.py's kernels compute this, on Hopper: chunks are whole rows (FLASH-Quad)."""
+    fits = (
+        shape.quad and not shape.lin and shape.scaled and shape.silu and source is None and shape.G == 1
+        and shape.dtype == torch.bfloat16 and shape.N == shape.C and shape.N % 256 == 0 and shape.E % 128 == 0
+    )  # fmt: skip
+    return fits and scan_for(device)
+
+
+def multiplies(shape: Shape, source: Tensor | None, scanned: bool, device: torch.device) -> bool:
+    """Whether gate.py's kernel takes the product with the output projection: on Hopper, where the gate is not part of
+    a pass over states, and the product is long enough to load the epilogue's tiles meanwhile."""
+    fits = (
+        (scanned or not shape.lin) and shape.scaled and shape.silu and source is None
+        and shape.dtype == torch.bfloat16 and shape.E % 128 == 0 and shape.D % 8 == 0
+    )  # fmt: skip
+    return fits and scan_for(device) and shape.D >= gate.STEP * (gate.STAGES + 1)

@@ -164,11 +164,11 @@ def states_kernel(
     N, G, C, shift, E,
     CP: tl.constexpr, SP: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
     RAGGED: tl.constexpr, EVEN_E: tl.constexpr, TMA: tl.constexpr, PREFIX: tl.constexpr, TOTAL: tl.constexpr,
-    VALUES: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`sum k v^T` over the chunks of one piece (consecutive chunks of one document): with TOTAL `[pieces, SP, E]` in
     float32, and with PREFIX what the sum was before each chunk, over C, `[GT, SP, E]`. The values are computed here,
-    from their input, and with VALUES stored for the other kernels."""
+    from their input, and stored for the other kernels."""
     # From the last piece on: the projection ended there, and the cache still holds what it wrote.
     piece = tl.num_programs(0) - 1 - tl.program_id(0)
     first_e = tl.program_id(1) * BLOCK_E
@@ -197,8 +197,7 @@ def states_kernel(
         if SILU:
             value = values_of(value, rms_ptr, gain_ptr, bias_ptr, token, real, column, E, SCALED, SILU, FAST)
             value = value.to(value_ptr.dtype.element_ty)
-            if VALUES:
-                store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
+            store_rows(value_ptr, E, token, real, column, E, value, EVEN_E)
         acc = tl.dot(tl.trans(key), value, acc, input_precision=PRECISION)
     if TOTAL:
         tl.store(total_ptr + piece.to(tl.int64) * (SP * E) + offset, acc, mask=mask)

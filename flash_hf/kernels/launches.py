@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backward, choice, forward, residual
-from .choice import scan
+from .choice import gate, quadratic, scan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
 from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, cdiv, has_tma, power_of_2, switches, tiled
@@ -66,48 +68,59 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
     t = shape.tiles
     if not shape.quad:
         return heads.new_empty((0,))
-    weights = heads.new_empty((shape.GT, t.CP, t.CP))
+    C, weights = shape.C, heads.new_empty((shape.GT, t.CP, t.CP))
     biased = inputs.bias_R is not None
     forward.scores_kernel(
         (shape.score_tiles, shape.GT),
-        heads[0], heads[1], inputs.bias_R if biased else inputs.index.factor_G, weights, shape.C, shape.scale, CP=t.CP,
+        heads[0], heads[1], inputs.bias_R if biased else inputs.index.factor_G, weights, C, shape.scale, CP=t.CP,
         SP=t.SP, BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
         PRECISION=dot_precision(shape.dtype), num_warps=4,
     )  # fmt: skip
+    if shape.causal and choice.spans_rows(shape, inputs.source, heads.device):
+        # The kernels over whole rows read squares of 256 slots on the diagonal.
+        tiles = weights.view(shape.B, C // 256, 2, 128, C // 256, 2, 128)[:, :, 0, :, :, 1]
+        tiles.diagonal(dim1=1, dim2=3).zero_()
     return weights
 
 
 def launch_states(
-    shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, total: Tensor, prefix: Tensor | None = None,
-    value: Tensor | None = None, *, back: bool = False,
+    shape: Shape, inputs: Inputs, keys: Tensor, total: Tensor, prefix: Tensor | None, value: Tensor
 ) -> None:  # fmt: skip
-    """Sums of `keys^T values` over pieces; see `states_kernel`.
+    """Fill `value`, and sums of `keys^T values` over pieces; see `states_kernel`.
 
     Args:
-        x: what values are made from, or with `back` summed as it is.
         total: float32 sums to be filled, unless it is empty.
-        prefix, value: states before each chunk and values to be filled, or None.
+        prefix: states before each chunk to be filled, or None.
     """
     options = piece_launch(shape, inputs)
     tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
-    options |= {"PREFIX": prefix is not None, "SCALED": shape.scaled and not back, "SILU": shape.silu and not back}
     forward.states_kernel(
         (inputs.index.pieces, cdiv(shape.E, block_e)),
-        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(x, tma, block_k, block_e), x.stride(0),
-        *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end,
-        x if value is None else value, x if prefix is None else prefix, total, *shape.grid, shape.E, **options,
-        TOTAL=total.numel() > 0, VALUES=value is not None, STAGES=2 if shape.dtype == torch.float32 else 3,
+        tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(inputs.v, tma, block_k, block_e), inputs.v.stride(0),
+        *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end, value,
+        value if prefix is None else prefix, total, *shape.grid, shape.E, **{**options, "PREFIX": prefix is not None},
+        TOTAL=total.numel() > 0, STAGES=2 if shape.dtype == torch.float32 else 3,
     )  # fmt: skip
 
 
 def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False) -> Tensor:
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
     `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`."""
-    total = x.new_empty((inputs.index.pieces, shape.tiles.SP, shape.E), dtype=torch.float32)
-    launch_states(shape, inputs, keys, x, total, back=back)
-    final = "" if shape.causal else "state"
-    before, whole = launch_carry(shape, inputs.index, total, None, shape.causal, final, back)
-    return before if shape.causal else whole
+    index, E = inputs.index, shape.E
+    # A row of one piece needs no second pass.
+    whole = not shape.causal and index.pieces == index.documents
+    total = x.new_empty((index.pieces, shape.tiles.SP, E), dtype=shape.dtype if whole else torch.float32)
+    tasks = index.pieces * (E // 128)
+    scan.totals_kernel(
+        scan_grid(tasks, x.device),
+        scan.tokens(x, shape.B, shape.N), scan.matrix(keys), total, inputs.rms, inputs.gain, inputs.bias_v,
+        index.piece_begin, index.piece_end, shape.N, shape.G, shape.shift, 1.0 / shape.C if whole else 1.0, E // 128,
+        tasks, BACK=back, EVEN=shape.shift == 0 and shape.N == shape.G * shape.C, SLOTS=scan.SLOTS, num_warps=8,
+    )  # fmt: skip
+    if whole:
+        return total
+    before, state = launch_carry(shape, index, total, None, shape.causal, "" if shape.causal else "state", back)
+    return before if shape.causal else state
 
 
 @functools.cache
@@ -194,19 +207,72 @@ def launch_values(shape: Shape, inputs: Inputs) -> Tensor:
     return value
 
 
+# Attention weights that one launch may have. FLASH-Quad, which may have more, goes in parts of some rows.
+MOST_WEIGHTS = 1 << 27
+
+
+def row_parts(shape: Shape, inputs: Inputs) -> Iterator[tuple[Shape, Inputs, slice, slice]]:
+    """The call in parts of whole rows, each of which has at most `MOST_WEIGHTS`, or is one row: their shape, inputs,
+    rows and tokens. In one part unless rows are chunks and have no states."""
+    rows = max(1, MOST_WEIGHTS // shape.tiles.CP**2)
+    if shape.G > 1 or shape.lin or inputs.source is not None or rows >= shape.B:
+        yield shape, inputs, slice(None), slice(None)
+        return
+    for first in range(0, shape.B, rows):
+        last = min(first + rows, shape.B)
+        tokens = slice(first * shape.N, last * shape.N)
+        rms = None if inputs.rms is None else inputs.rms[tokens]
+        own = replace(inputs, u=inputs.u[tokens], v=inputs.v[tokens], z=inputs.z[tokens], rms=rms)
+        yield replace(shape, B=last - first), own, slice(first, last), tokens
+
+
+def launch_quadratic(
+    kind: str, shape: Shape, inputs: Inputs, x: Tensor, y: Tensor, held: Tensor, result: Tensor, bias: Tensor,
+    sums: Tensor,
+) -> None:  # fmt: skip
+    """Fill `result`, and with kind `"values"` `sums`; see `quadratic_kernel`."""
+    B, N, E, step = shape.B, shape.N, shape.E, quadratic.STEP
+    columns = (N if kind == "scores" else E) // 128
+    tasks = B * (N // 256) * columns
+    x_block = (step, 256) if kind == "values" else (256, step)
+    y_block = (128, step) if kind == "scores" else (step, 128)
+    quadratic.quadratic_kernel(
+        scan_grid(tasks, x.device),
+        scan.matrix(x, *x_block), scan.matrix(y, *y_block), scan.matrix(held), scan.matrix(result), inputs.rms,
+        inputs.gain, bias, sums, B, N, E, columns, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step,
+        STAGES=quadratic.STAGES, num_warps=8,
+    )  # fmt: skip
+
+
 def launch_output(
-    shape: Shape, inputs: Inputs, weights: Tensor, query: Tensor, prefix: Tensor, carry: Tensor, value: Tensor,
-    skip: bool,
+    shape: Shape, inputs: Inputs, heads: Tensor, prefix: Tensor, carry: Tensor, value: Tensor, skip: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(out, attended)`, see `AttentionResults`.
 
     Args:
-        query: the linear one. skip: whether nothing precedes the first chunk of a row or document.
+        skip: whether nothing precedes the first chunk of a row or document.
     """
-    t, E, tma = shape.tiles, shape.E, shape.tma(inputs)
-    ragged = inputs.source is not None
-    out = value.new_zeros((shape.T, E)) if ragged else value.new_empty((shape.T, E))
+    size = shape.T, shape.E
+    out = value.new_zeros(size) if inputs.source is not None else value.new_empty(size)
     attended = torch.zeros_like(out) if shape.keeps_attended else value.new_empty((0,))
+    for part, own, rows, tokens in row_parts(shape, inputs):
+        weights = launch_scores(part, own, heads[:, rows])
+        if choice.spans_rows(part, own.source, out.device):
+            launch_quadratic("output", part, own, weights, value[tokens], own.u, out[tokens], own.bias_u, own.rms)
+        else:
+            launch_chunk_outputs(
+                part, own, weights, heads[part.lin_row, rows], prefix, carry, value[tokens], out[tokens],
+                attended[tokens], skip,
+            )  # fmt: skip
+    return out, attended
+
+
+def launch_chunk_outputs(
+    shape: Shape, inputs: Inputs, weights: Tensor, query: Tensor, prefix: Tensor, carry: Tensor, value: Tensor,
+    out: Tensor, attended: Tensor, skip: bool,
+) -> None:  # fmt: skip
+    """Fill `out`, and `attended` where it is kept; `query` is the linear one, otherwise as `launch_output`."""
+    t, E, tma = shape.tiles, shape.E, shape.tma(inputs)
     e_blocks = cdiv(E, t.block_e)
     forward.output_kernel(
         (shape.GT * e_blocks * shape.row_tiles,),
@@ -219,7 +285,6 @@ def launch_output(
         ATTENDED=shape.keeps_attended, BLOCK_M=t.block, BLOCK_E=t.block_e, BLOCK_K=t.block_k, BLOCK_S=t.block_s,
         PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
     )  # fmt: skip
-    return out, attended
 
 
 def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: bool) -> AttentionResults:
@@ -227,12 +292,12 @@ def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: boo
     new, index, row = inputs.v.new_empty, inputs.index, shape.lin_row
     nothing = new((0,))
     heads = launch_heads(shape, inputs, cached)
-    weights = launch_scores(shape, inputs, heads)
     if cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
         out, prefix = new((shape.T, shape.E)), new((shape.GT, shape.tiles.SP, shape.E)) if shape.causal else nothing
         split = not shape.causal or choice.splits(shape) and has_carry(shape, index, False)
         before = launch_totals(shape, inputs, heads[row + 1], inputs.v) if split else None
         biases = inputs.bias_v, inputs.bias_u
+        weights = launch_scores(shape, inputs, heads)
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
         return AttentionResults(out, heads, prefix, nothing if shape.causal else before, nothing, nothing)
     prefix = carry = final = nothing
@@ -241,14 +306,14 @@ def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: boo
         asked = "total" if want_final else "" if shape.causal else "state"
         prefix, total = state_buffers(shape, index, new, carried or bool(asked))
         value = new((shape.T, shape.E)) if shape.silu else inputs.v
-        launch_states(shape, inputs, heads[row + 1], inputs.v, total, prefix if shape.causal else None, value)
+        launch_states(shape, inputs, heads[row + 1], total, prefix if shape.causal else None, value)
         carry, final = launch_carry(shape, index, total, cached.initial, carried, asked, False)
         if not shape.causal:
             carry, final = final, nothing
     else:
         value = launch_values(shape, inputs)
     skip = shape.causal and cached.initial is None
-    out, attended = launch_output(shape, inputs, weights, heads[row], prefix, carry, value, skip)
+    out, attended = launch_output(shape, inputs, heads, prefix, carry, value, skip)
     return AttentionResults(out, heads, prefix, carry, attended, final)
 
 
@@ -268,6 +333,31 @@ def launch_gate(
         VALUES=shape.silu and value is not None, BLOCK_M=block_m, BLOCK_E=block_e, num_warps=8,
     )  # fmt: skip
     return d_bias_u
+
+
+class Product(NamedTuple):
+    """A gradient of the output, `left right`, that is left to the kernel that reads it."""
+
+    left: Tensor
+    right: Tensor
+
+
+def launch_gate_product(
+    shape: Shape, inputs: Inputs, gated: Tensor, d_out: Product, d_u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`launch_gate` without the gradient of the output in memory: `(d_attended, d_bias_u)`."""
+    T, D, E = shape.T, shape.D, shape.E
+    blocks = cdiv(T, 256)
+    d_attended = gated.new_empty((T, E))
+    d_bias_u = gated.new_empty((2 * blocks, E), dtype=torch.float32)
+    tasks = blocks * (E // 128)
+    gate.gate_product_kernel(
+        scan_grid(tasks, gated.device),
+        gate.narrow(d_out.left), scan.matrix(d_out.right.contiguous(), gate.STEP, 128), scan.matrix(inputs.u),
+        scan.matrix(gated), scan.matrix(d_attended), scan.matrix(d_u), inputs.rms, inputs.gain, inputs.bias_u,
+        d_bias_u, T, D, E // 128, tasks, STEP=gate.STEP, STAGES=gate.STAGES, num_warps=8,
+    )  # fmt: skip
+    return d_attended, d_bias_u
 
 
 def launch_gate_states(
@@ -296,39 +386,70 @@ def launch_gate_states(
 
 
 def launch_attention_gradients(
-    shape: Shape, inputs: Inputs, saved, weights: Tensor, d_out: Tensor, d_h: Projections, d_scores: Tensor,
-    d_heads: Tensor, reuse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fill u and v of `d_h`, `d_scores` and the linear heads of `d_heads`; otherwise as `launch_backward`.
+    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Fill u and v of `d_h`, and `d_heads`; otherwise as `launch_backward`.
 
     Returns:
-        `(d_bias_u, d_bias_v)` as partial sums.
+        `(d_bias_u, d_bias_v, squares)`, see `PartialSums`.
     """
     heads, prefix, carry = saved.heads, saved.prefix, saved.carry
     gated = saved.attended if shape.keeps_attended else saved.out
-    t, (N, G, C, shift), E, T = shape.tiles, shape.grid, shape.E, shape.T
+    T, E, row = shape.T, shape.E, shape.lin_row
     new = gated.new_empty
-    flags, precision = switches(shape, inputs), dot_precision(shape.dtype)
-    factor, group = inputs.index.factor_G, inputs.index.group_G
-    row = shape.lin_row
-    d_attended = d_out if reuse else new((T, E))
-    value = new((T, E)) if shape.silu else inputs.v
     carried = carry.numel() > 0 and shape.causal
     d_prefix, d_carry = new((0,)), new((0,))
-    if shape.lin:
-        needed = carried or not shape.causal
-        d_prefix, total = state_buffers(shape, inputs.index, new, needed)
-        d_bias_u = launch_gate_states(
-            shape, inputs, heads[row], gated, d_out, d_attended, d_h.u, value, d_prefix, total
-        )
-        d_carry, final = launch_carry(shape, inputs.index, total, None, carried, "" if shape.causal else "state", True)
-        d_carry = d_carry if shape.causal else final
+    if isinstance(d_out, Product):
+        d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
+        value = launch_values(shape, inputs)
     else:
-        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, value)
+        d_attended = d_out if reuse else new((T, E))
+        value = new((T, E)) if shape.silu else inputs.v
+        if shape.lin:
+            d_prefix, total = state_buffers(shape, inputs.index, new, carried or not shape.causal)
+            d_bias_u = launch_gate_states(
+                shape, inputs, heads[row], gated, d_out, d_attended, d_h.u, value, d_prefix, total
+            )
+            kept = "" if shape.causal else "state"
+            d_carry, final = launch_carry(shape, inputs.index, total, None, carried, kept, True)
+            d_carry = d_carry if shape.causal else final
+        else:
+            d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, value)
 
+    d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
+    squares = None
+    for part, own, rows, tokens in row_parts(shape, inputs):
+        own_heads, d_own_heads = heads[:, rows], d_heads[:, rows]
+        weights = launch_scores(part, own, own_heads)
+        d_scores = torch.empty_like(weights)
+        d_own, own_value = d_attended[tokens], value[tokens]
+        own_sums = d_bias_v[(rows.start or 0) * part.row_tiles :]
+        if choice.spans_rows(part, own.source, gated.device):
+            launch_quadratic("values", part, own, weights, d_own, own.v, d_h.v[tokens], own.bias_v, own_sums)
+            launch_quadratic("scores", part, own, d_own, own_value, weights, d_scores, own.bias_v, own_sums)
+        else:
+            launch_chunk_gradients(
+                part, own, (own_heads, prefix, carry), weights, d_own, own_value, d_prefix, d_carry, d_scores,
+                d_h.v[tokens], d_own_heads, own_sums,
+            )  # fmt: skip
+        own_squares = launch_quadratic_heads_gradient(part, own, own_heads, d_scores, d_own_heads)
+        if part is not shape and own_squares is not None:
+            # One square for all parts: it is as large as a row's attention weights.
+            own_squares = own_squares.sum(0, keepdim=True)
+        squares = own_squares if squares is None else squares.add_(own_squares)
+    return d_bias_u, d_bias_v, squares
+
+
+def launch_chunk_gradients(
+    shape: Shape, inputs: Inputs, saved: tuple, weights: Tensor, d_attended: Tensor, value: Tensor, d_prefix: Tensor,
+    d_carry: Tensor, d_scores: Tensor, d_v: Tensor, d_heads: Tensor, d_bias_v: Tensor,
+) -> None:  # fmt: skip
+    """Fill `d_scores`, `d_v`, the linear heads of `d_heads`, and partial sums for v's bias."""
+    heads, prefix, carry = saved
+    t, E, row = shape.tiles, shape.E, shape.lin_row
+    carried = carry.numel() > 0 and shape.causal
     e_blocks, tma = cdiv(E, t.block_e), shape.tma(inputs)
     programs = shape.score_tiles * shape.quad + 2 * shape.row_tiles * shape.lin + shape.row_tiles * e_blocks
-    d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
     score_block, head_block = (t.block, t.block), (t.block, t.SP)
     value_block = t.block, t.block_e
     backward.chunk_gradients_kernel(
@@ -339,32 +460,51 @@ def launch_attention_gradients(
         tiled(heads[row + 1], tma, t.block, t.block_s), tiled(prefix, tma, t.SP, t.block_k),
         tiled(carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.SP, t.block_k),
         tiled(d_carry, tma, t.SP, t.block_k), tiled(d_prefix, tma, t.block_s, t.block_e),
-        tiled(d_carry, tma, t.block_s, t.block_e), group, factor, inputs.index.opens_G,
+        tiled(d_carry, tma, t.block_s, t.block_e), inputs.index.group_G,
+        inputs.index.factor_G, inputs.index.opens_G,
         shape.tokens(inputs.v, tma, *value_block), inputs.v.stride(0), *inputs.norm("bias_v"), inputs.tokens,
         tiled(d_scores, tma, *score_block), tiled(d_heads[row], tma, *head_block),
-        tiled(d_heads[row + 1], tma, *head_block), tiled(d_h.v, tma == 2, *value_block), d_h.v.stride(0), d_bias_v,
-        N, G, C, shift, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
+        tiled(d_heads[row + 1], tma, *head_block), tiled(d_v, tma == 2, *value_block), d_v.stride(0), d_bias_v,
+        *shape.grid, shape.GT, E, e_blocks, CP=t.CP, SP=t.SP, TILES=shape.row_tiles,
         SCORE_TILES=shape.score_tiles, QUAD=shape.quad, LIN=shape.lin, PREFIX=shape.causal, CARRY=carried,
-        CAUSAL=shape.causal, **flags, EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma,
+        CAUSAL=shape.causal, **switches(shape, inputs), EVEN_E=E % t.block_e == 0, EVEN_K=E % t.block_k == 0, TMA=tma,
         SKIP=shape.causal and not carried, SKIP_AFTER=shape.causal, BLOCK=t.block, BLOCK_E=t.block_e,
-        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=precision, STAGES=t.stages, LONG_STAGES=t.long_stages,
-        **t.launch,
+        BLOCK_K=t.block_k, BLOCK_S=t.block_s, PRECISION=dot_precision(shape.dtype), STAGES=t.stages,
+        LONG_STAGES=t.long_stages, **t.launch,
     )  # fmt: skip
-    return d_bias_u, d_bias_v
+
+
+def launch_quadratic_heads_gradient(
+    shape: Shape, inputs: Inputs, heads: Tensor, d_scores: Tensor, d_heads: Tensor
+) -> Tensor | None:
+    """Fill the quadratic heads of `d_heads`; partial sums for the relative bias, or None where there is none."""
+    if not shape.quad:
+        return None
+    t = shape.tiles
+    backward.quadratic_heads_kernel(
+        (shape.GT, shape.row_tiles, 2),
+        d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
+        BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
+    )  # fmt: skip
+    return None if inputs.bias_R is None else launch_bias(shape, d_scores)
 
 
 def launch_scan_gradients(
-    shape: Shape, inputs: Inputs, saved, weights: Tensor, d_out: Tensor, d_h: Projections, d_scores: Tensor,
-    d_heads: Tensor, reuse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """`launch_attention_gradients` by the kernels of scan.py."""
     heads, prefix, carry = saved.heads, saved.prefix, saved.carry
     gated = saved.attended if shape.keeps_attended else saved.out
     E, T, B, N, row = shape.E, shape.T, shape.B, shape.N, shape.lin_row
     new = gated.new_empty
-    d_attended = d_out if reuse else new((T, E))
+    weights = launch_scores(shape, inputs, heads)
+    d_scores = torch.empty_like(weights)
     split = not shape.causal or choice.splits(shape) and has_carry(shape, inputs.index, False)
-    d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
+    if isinstance(d_out, Product):
+        d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
+    else:
+        d_attended = d_out if reuse else new((T, E))
+        d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
     behind = launch_totals(shape, inputs, heads[row], d_attended, back=True) if split else None
     value, d_prefix = new((T, E)), torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
@@ -372,7 +512,7 @@ def launch_scan_gradients(
     launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, value, d_bias_v)
     tasks, block_k = 4 * shape.GT, scan.REDUCE_K
     scan.reduce_kernel(
-        scan_grid(tasks, d_out.device),
+        scan_grid(tasks, gated.device),
         scan.tokens(d_attended, B, N, 256, block_k), scan.tokens(value, B, N, 256, block_k),
         scan.tokens(value, B, N, 128, block_k), scan.matrix(prefix if shape.causal else carry, 128, block_k),
         scan.matrix(d_prefix if shape.causal else behind, 128, block_k), scan.matrix(weights, 256, 128),
@@ -380,7 +520,7 @@ def launch_scan_gradients(
         inputs.index.factor_G, shape.G, shape.shift, E, tasks, CAUSAL=shape.causal, BLOCK_K=block_k,
         STAGES=scan.REDUCE_STAGES, num_warps=8,
     )  # fmt: skip
-    return d_bias_u, d_bias_v
+    return d_bias_u, d_bias_v, launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads)
 
 
 class PartialSums(NamedTuple):
@@ -401,34 +541,25 @@ class PartialSums(NamedTuple):
 
 
 def launch_backward(
-    shape: Shape, inputs: Inputs, saved, d_out: Tensor, d_h: Projections, reuse: bool
+    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, reuse: bool
 ) -> PartialSums:  # fmt: skip
     """Gradients of the projections' outputs, written to `d_h`, and of parameters.
 
     Args:
         saved: with heads, prefix, carry, out and, where it is kept, attended of the forward. The weights are computed
             again: cheaper than their memory.
-        d_out: gradient of the output, `[T, E]`; overwritten with `reuse`.
+        d_out: gradient of the output, `[T, E]`, or the product that gives it; overwritten with `reuse`.
     """
-    heads, t = saved.heads, shape.tiles
-    weights = launch_scores(shape, inputs, heads)
+    heads = saved.heads
     # Branches that a first chunk alone does not need have no gradient.
     used = 2 * (shape.quad + shape.lin) == shape.H
     d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
-    d_scores = torch.empty_like(weights)
     # What a cache brought is in `carry`, and not in the states of the chunks.
-    scanned = not (shape.causal and saved.carry.numel()) and choice.scans(shape, inputs.source, d_out.device)
+    scanned = not (shape.causal and saved.carry.numel()) and choice.scans(shape, inputs.source, heads.device)
+    if isinstance(d_out, Product) and not choice.multiplies(shape, inputs.source, scanned, heads.device):
+        d_out = torch.mm(*d_out)
     launch = launch_scan_gradients if scanned else launch_attention_gradients
-    d_bias_u, d_bias_v = launch(shape, inputs, saved, weights, d_out, d_h, d_scores, d_heads, reuse)
-    squares = None
-    if shape.quad:
-        backward.quadratic_heads_kernel(
-            (shape.GT, shape.row_tiles, 2),
-            d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
-            BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
-        )  # fmt: skip
-        if inputs.bias_R is not None:
-            squares = launch_bias(shape, d_scores)
+    d_bias_u, d_bias_v, squares = launch(shape, inputs, saved, d_out, d_h, d_heads, reuse)
     d_gamma_beta = launch_heads_gradient(shape, inputs, d_heads, d_h.z)
     return PartialSums(u=d_bias_u, v=d_bias_v, heads=d_gamma_beta, norm=None, squares=squares)
 

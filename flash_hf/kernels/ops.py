@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from . import choice
 from .launches import (
+    Product,
     Sums,
     launch_backward,
     launch_forward,
@@ -368,10 +369,9 @@ class Layer:
         with on_device(d_y):
             d_h = h.new_empty(h.shape) if saved.source is None else h.new_zeros(h.shape)
             d_w_o = torch.mm(raw_dy.t(), saved.out)
-            d_attention = torch.mm(raw_dy, saved.w_o.to(h.dtype))
             inputs = layer_inputs(saved, h, saved.rms, shape.E)
+            d_attention = Product(raw_dy, saved.w_o.to(h.dtype))
             parts = launch_backward(shape, inputs, saved, d_attention, split_columns(d_h, shape.E), reuse=True)
-            del d_attention
             p = torch.mm(d_h, saved.w)
             d_w = torch.mm(d_h.t(), x)
             del d_h

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -557,6 +558,105 @@ def whole_kernel(
                 (
                     x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift,
                     E_BLOCKS, TASKS, BACK, SLOTS, VALUE_SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_summands(
+    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, E_BLOCKS, TASKS,
+    SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `add` reads, in its order."""
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        for half in range(2 * begin, 2 * end):
+            token = (half % (2 * G)) * BLOCK - shift
+            place = [half // (2 * G), token, (task % E_BLOCKS) * BLOCK]
+            fetch_tokens(x, place, values, x_full, x_empty, step, SLOTS)
+            step = fetch(keys, [half * BLOCK, 0], ring, full, empty, step, SLOTS)
+
+
+@gluon.jit
+def add(
+    total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
+    shift, inverse, E_BLOCKS, TASKS, BACK: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `totals_kernel` computes."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
+    E = E_BLOCKS * BLOCK
+    gain = gl.load(gain_ptr).to(gl.float32)
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        first_e = (task % E_BLOCKS) * BLOCK
+        bias = gl.load(bias_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
+        acc = warpgroup_mma_init(gl.zeros([BLOCK, BLOCK], gl.float32, mma))
+        for half in range(2 * begin, 2 * end):
+            slot = step % SLOTS
+            x = values.index(slot)
+            mbarrier.wait(x_full.index(slot), (step // SLOTS) & 1)
+            if not BACK:
+                token = (half % (2 * G)) * BLOCK - shift
+                activate(x, rms_ptr, gain, bias, half // (2 * G), token, N, EVEN, wide)
+            mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+            # The product before ran while these values were activated.
+            before = warpgroup_mma_wait(0, deps=[acc])
+            if half > 2 * begin:
+                mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+                mbarrier.arrive(x_empty.index((step - 1) % SLOTS), count=1)
+            acc = warpgroup_mma(ring.index(slot).permute((1, 0)), x, before, is_async=True)
+            step += 1
+        total = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+        mbarrier.arrive(x_empty.index((step - 1) % SLOTS), count=1)
+        s = gl.arange(0, BLOCK, gl.SliceLayout(1, mma))
+        column = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, mma))
+        place = (task // E_BLOCKS).to(gl.int64) * BLOCK * E + gl.expand_dims(s * E, 1) + gl.expand_dims(column, 0)
+        gl.store(total_ptr + place, (total * inverse).to(total_ptr.dtype.element_ty))
+
+
+@kernel
+@gluon.jit
+def totals_kernel(
+    x, keys, total_ptr, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, inverse, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """`inverse * sum keys^T V` over the chunks of each piece, `[pieces, S, E]`: V is `silu(x)`, or with BACK x."""
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    values = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    x_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(x_full.index(slot), count=1)
+        mbarrier.init(x_empty.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                add,
+                (
+                    total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr,
+                    end_ptr, N, G, shift, inverse, E_BLOCKS, TASKS, BACK, EVEN, SLOTS,
+                ),
+            ),
+            (
+                load_summands,
+                (
+                    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, E_BLOCKS,
+                    TASKS, SLOTS,
                 ),
             ),
         ],

@@ -34,13 +34,12 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def unsupported(config, device: torch.device) -> str | None:
     """Why kernels cannot compute this configuration on this device, or None."""
-    if config.attention_type == "quadratic":
-        return "FLASH-Quad (attention_type='quadratic') has no kernels"
     if config.attention_activation != "relu2" and config.attention_type != "global":
         return f"attention_activation={config.attention_activation!r} has no kernels"
     if config.global_form == "previous_token" and config.chunk_size == 1:
         return "global_form='previous_token' has kernels for chunks of at least 2 tokens"
-    if config.chunk_size > MAX_CHUNK or config.query_key_dim > MAX_KEY_DIM:
+    chunked = config.attention_type != "quadratic"
+    if (chunked and config.chunk_size > MAX_CHUNK) or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
     if config.query_key_dim > 128 and device.type == "cuda":
         shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -139,6 +139,10 @@ def test_kernels_equal_the_torch_tier(layout, causal, whole, form):
 VARIANTS = {
     "local": {"attention_type": "local"},
     "global": {"attention_type": "global"},
+    "quadratic": {"attention_type": "quadratic"},
+    "quadratic, rotary bias, layer norm": {
+        "attention_type": "quadratic", "relative_bias": "rotary", "norm_type": "layer_norm",
+    },
     "no bias": {"relative_bias": None},
     "rotary bias": {"relative_bias": "rotary"},
     "t5 bias, no rope": {"relative_bias": "t5", "use_rope": False},
@@ -180,6 +184,32 @@ def test_variants_equal_the_torch_tier(variant, causal):
 def test_several_tiles_of_a_chunk(layout, causal, form):
     form = {"num_hidden_layers": 1} if form == "paper" else {**FORMS[form], "chunk_shift": 130}
     compare(config_of(is_decoder=causal, chunk_size=150, **form), layout, length=333)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+def test_quadratic_attention_in_parts_of_some_rows(causal, whole, monkeypatch):
+    parts, launch = [], launches.launch_scores
+    monkeypatch.setattr(launches, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(launches, "launch_scores", lambda *a: parts.append(a) or launch(*a))
+    compare(config_of(is_decoder=causal, attention_type="quadratic", num_hidden_layers=1), "odd", whole=whole)
+    assert len(parts) == 2 * 2  # rows, forward and backward
+
+
+def test_quadratic_attention_beside_a_hook_is_the_torch_tiers(monkeypatch):
+    config = config_of(attention_type="quadratic", num_hidden_layers=1)
+    model = make_model(FlashModel, config, dtype=torch.float32).to(DEVICE)
+    x = torch.randn(2, 45, config.hidden_size, device=DEVICE)
+    expected = model(inputs_embeds=x, use_cache=False).last_hidden_state
+    model.layers[0].gau.offset_scale.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(launches, "launch_scores", None)
+    assert_close(model(inputs_embeds=x, use_cache=False).last_hidden_state, expected, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_quadratic_attention_over_marked_rows_is_the_torch_tiers(layout, monkeypatch):
+    monkeypatch.setattr(launches, "launch_scores", None)
+    compare(config_of(attention_type="quadratic", num_hidden_layers=1), layout)
 
 
 @forms
@@ -487,7 +517,6 @@ def test_falls_back_once_and_says_why(caplog, capsys):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"attention_type": "quadratic"}, "quadratic"),
         ({"attention_activation": "laplace"}, "laplace"),
         ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),
         ({"chunk_size": 1024}, "chunk_size"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels for Hopper: when they are chosen, that they compile without a GPU, and on one that they are right."""
 
+import collections
 import dataclasses
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from flash_hf import FlashModel
-from flash_hf.kernels import choice, launches, ops, tiles
+from flash_hf.kernels import choice, launches, ops, plan, tiles
 from helpers import make_model
 from test_kernels import DEVICE, compare, config_of, through
 
@@ -39,6 +40,45 @@ def test_what_the_scan_is_not_for_keeps_the_other_kernels(changes, monkeypatch):
     assert choice.scans(SHAPE, None, device)
     assert not choice.scans(SHAPE, torch.zeros(1), device)  # padded or packed rows
     assert not choice.scans(dataclasses.replace(SHAPE, **changes), None, device)
+
+
+ROWS = dataclasses.replace(SHAPE, N=1024, C=1024, G=1, H=2, lin=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lin": True}, {"quad": False}, {"G": 2}, {"N": 1000}, {"N": 1100, "C": 1100}, {"D": 0}, {"silu": False},
+        {"E": 1600}, {"dtype": torch.float16},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_the_kernels_over_whole_rows_are_not_for(changes, monkeypatch):
+    monkeypatch.setattr(choice, "scan_for", lambda device: True)
+    device = torch.device("cuda")
+    assert choice.spans_rows(ROWS, None, device)
+    assert not choice.spans_rows(ROWS, torch.zeros(1), device)
+    assert not choice.spans_rows(dataclasses.replace(ROWS, **changes), None, device)
+    monkeypatch.setattr(choice, "scan_for", lambda device: False)
+    assert not choice.spans_rows(ROWS, None, device)
+
+
+@pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
+@pytest.mark.parametrize(
+    "changes",
+    [{"D": 0}, {"D": 128}, {"D": 772}, {"silu": False}, {"E": 1600}, {"dtype": torch.float32}],
+    ids=str,
+)
+def test_what_the_gates_product_is_not_for(changes, monkeypatch):
+    monkeypatch.setattr(choice, "scan_for", lambda device: True)
+    device = torch.device("cuda")
+    assert choice.multiplies(SHAPE, None, True, device) and choice.multiplies(ROWS, None, False, device)
+    # Padded or packed rows, and layers whose gate is part of a pass over states.
+    assert not choice.multiplies(ROWS, torch.zeros(1), False, device)
+    assert not choice.multiplies(SHAPE, None, False, device)
+    assert not choice.multiplies(dataclasses.replace(SHAPE, **changes), None, True, device)
+    monkeypatch.setattr(choice, "scan_for", lambda device: False)
+    assert not choice.multiplies(SHAPE, None, True, device)
 
 
 @pytest.mark.parametrize(
@@ -70,15 +110,20 @@ COMPILE = """
 import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from flash_hf.kernels import scan
+from flash_hf.kernels import gate, quadratic, scan
+
+def layout(block):
+    return scan.TOKENS if len(block) == 3 else gate.NARROW if block[1] == gate.STEP else scan.MATRIX
 
 def compiled(kernel, descriptors, **constants):
     names = kernel.function.arg_names
-    kinds = {"rms_ptr": "*fp32", "sums_ptr": "*fp32", "factor_ptr": "*fp32", "begin_ptr": "*i32", "end_ptr": "*i32"}
+    kinds = {"rms_ptr": "*fp32", "sums_ptr": "*fp32", "factor_ptr": "*fp32", "begin_ptr": "*i32", "end_ptr": "*i32",
+             "total_ptr": "*fp32"}
     signature = {
         name: "constexpr" if name in constants else
-        f"tensordesc<bf16{descriptors[name]},{scan.TOKENS if len(descriptors[name]) == 3 else scan.MATRIX!r}>"
-        if name in descriptors else kinds.get(name, "*bf16") if name.endswith("_ptr") else "i32"
+        f"tensordesc<bf16{descriptors[name]},{layout(descriptors[name])!r}>"
+        if name in descriptors else kinds.get(name, "*bf16") if name.endswith("_ptr") else
+        "fp32" if name == "inverse" else "i32"
         for name in names
     }
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name.endswith("_ptr")}
@@ -91,6 +136,10 @@ scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.
     ("a", "reader", "writer", "states"), square)
 reduced = {"d_attended": [1, 256, 64], "value": [1, 256, 64], "value_half": [1, 128, 64], "state": [128, 64],
            "d_state": [128, 64]} | dict.fromkeys(("a", "d_score", "d_query", "d_key"), [256, 128])
+added = {"x": tokens, "keys": square}
+multiplied = {"d_y": [256, gate.STEP], "w": [gate.STEP, 128]} | dict.fromkeys(
+    ("u", "out", "d_attended", "d_u"), square)
+factors = {"output": ([256, 64], [64, 128]), "values": ([64, 256], [64, 128]), "scores": ([256, 64], [128, 64])}
 slots = {"SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 found = {
     "forward": compiled(scan.scan_kernel, scanned, BACK=False, SPLIT=False, EVEN=True, SHIFTED=False, **slots),
@@ -100,6 +149,14 @@ found = {
     "whole": compiled(scan.whole_kernel, scanned, BACK=False, EVEN=False, SHIFTED=True, **slots),
     "whole, backward": compiled(scan.whole_kernel, scanned, BACK=True, EVEN=True, SHIFTED=False, **slots),
     "reduce": compiled(scan.reduce_kernel, reduced, CAUSAL=True, BLOCK_K=scan.REDUCE_K, STAGES=scan.REDUCE_STAGES),
+    "totals": compiled(scan.totals_kernel, added, BACK=False, EVEN=False, SLOTS=scan.SLOTS),
+    "totals, backward": compiled(scan.totals_kernel, added, BACK=True, EVEN=True, SLOTS=scan.SLOTS),
+    "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),
+} | {
+    kind: compiled(
+        quadratic.quadratic_kernel, {"x": x, "y": y, "held": square, "result": square}, KIND=kind, CAUSAL=True,
+        STEP=quadratic.STEP, STAGES=quadratic.STAGES)
+    for kind, (x, y) in factors.items()
 }
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 for name, kernel in found.items():
@@ -119,7 +176,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 7
+    assert len(rows) == 13
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -215,25 +272,9 @@ def whole_in_torch(
 
 
 def reduce_in_torch(
-    grid,
-    d_attended,
-    value,
-    _,
-    state,
-    d_state,
-    a,
-    d_score,
-    d_query,
-    d_key,
-    factor,
-    G,
-    shift,
-    E,
-    tasks,
-    *,
-    CAUSAL,
+    grid, d_attended, value, _, state, d_state, a, d_score, d_query, d_key, factor, G, shift, E, tasks, *, CAUSAL,
     **constants,
-):
+):  # fmt: skip
     N = d_attended.shape[0] // (tasks // 4 // G)
     for chunk in range(tasks // 4):
         slot = torch.arange(256) + chunk % G * 256 - shift
@@ -249,23 +290,95 @@ def reduce_in_torch(
         d_key[slots] = v @ d_state[states].T if (chunk + 1) % G or not CAUSAL else 0
 
 
-@pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize(
-    ("length", "form", "pieces", "causal"),
-    [
-        (512, "paper", False, True),
-        (600, "odd shift", True, True),
-        (300, "half shift", False, True),
-        (600, "odd shift", True, False),
-    ],
-)
-def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, monkeypatch):
-    monkeypatch.setattr(choice, "FEW_SCANS", 10**6 if pieces else 0)
-    monkeypatch.setattr(choice, "scans", lambda shape, source, device: source is None)
+def totals_in_torch(
+    grid, x, keys, total, rms, gain, bias, begin, end, N, G, shift, inverse, e_blocks, tasks, *, BACK, EVEN,
+    **constants,
+):  # fmt: skip
+    assert len(begin) == tasks // e_blocks
+    for piece, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        state = x.new_zeros(128, 128 * e_blocks)
+        for chunk in range(first, last):
+            slot = torch.arange(256) + chunk % G * 256 - shift
+            real = (slot >= 0) & (slot < N)
+            assert real.all() or not EVEN
+            token = chunk // G * N + slot[real]
+            values = x[token]
+            if not BACK:
+                values = torch.nn.functional.silu(values * rms[token, None] * gain + bias)
+            state += keys[chunk * 256 : (chunk + 1) * 256][real].T @ values
+        total[piece] = state * inverse
+
+
+def gate_product_in_torch(
+    grid, d_y, w, u, out, d_attended, d_u, rms, gain, bias, sums, T, D, e_blocks, tasks, **constants,
+):  # fmt: skip
+    assert tasks == -(-T // 256) * e_blocks
+    d_out, scale = d_y @ w, rms[:, None] * gain
+    h = u * scale + bias
+    s = h.sigmoid()
+    d_attended.copy_(d_out * h * s)
+    d_gate = d_out * out * (1 / h + 1 - s)
+    d_u.copy_(d_gate * scale)
+    sums.zero_()
+    for block, rows in enumerate(d_gate.split(128)):
+        sums[block] = rows.sum(0)
+
+
+def quadratic_in_torch(
+    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, columns, tasks, *, KIND, CAUSAL, **constants,
+):  # fmt: skip
+    assert tasks == rows * (N // 256) * columns
+    scale = rms[:, None] * gain
+    # Squares of 256 above the diagonal are not read. Those of 128 on it are whole in bfloat16, which this is not.
+    slot, whole = torch.arange(N), torch.ones(N, N, dtype=torch.bool)
+    seen = slot[:, None] // 256 >= slot // 256 if CAUSAL else whole
+    hidden = (slot[:, None] // 128 == slot // 128) & (slot[:, None] < slot) if CAUSAL else ~whole
+    if KIND == "values":
+        sums.zero_()  # in float32 these are blocks of 64, of which only some are filled
+    for row in range(rows):
+        own = slice(row * N, (row + 1) * N)
+        if KIND == "scores":
+            weight = torch.where(seen & ~hidden, held[own], 0)
+            result[own] = torch.where(seen, 2 * weight.sqrt() * (x[own] @ y[own].T), torch.nan)
+            continue
+        weight = torch.where(seen & ~hidden, x[own], 0)
+        h = held[own] * scale[own] + bias
+        if KIND == "output":
+            result[own] = weight @ y[own] * torch.nn.functional.silu(h)
+        else:
+            s = h.sigmoid()
+            d_h = weight.T @ y[own] * s * (1 + h * (1 - s))
+            result[own] = d_h * scale[own]
+            sums[row * N // 128 : (row + 1) * N // 128] = d_h.view(N // 128, 128, -1).sum(1)
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """The kernels for Hopper in torch, chosen as for bfloat16 on Hopper; how often each one has run."""
+    ran = collections.Counter()
+
+    def counted(name, function):
+        return lambda *a, **k: ran.update([name]) or function(*a, **k)
+
+    def as_in_bfloat16(rule):
+
+        def changed(shape, *arguments):
+            return rule(dataclasses.replace(shape, dtype=torch.bfloat16), *arguments)
+
+        return changed
+
+    monkeypatch.setattr(choice, "scan_for", lambda device: True)
+    for name in ("scans", "multiplies", "spans_rows"):
+        monkeypatch.setattr(choice, name, as_in_bfloat16(getattr(choice, name)))
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(choice.scan, "scan_kernel", scan_in_torch)
-    monkeypatch.setattr(choice.scan, "whole_kernel", whole_in_torch)
-    monkeypatch.setattr(choice.scan, "reduce_kernel", reduce_in_torch)
+    for module, name, function in (
+        (choice.scan, "scan_kernel", scan_in_torch), (choice.scan, "whole_kernel", whole_in_torch),
+        (choice.scan, "totals_kernel", totals_in_torch), (choice.scan, "reduce_kernel", reduce_in_torch),
+        (choice.gate, "gate_product_kernel", gate_product_in_torch),
+        (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, counted(name, function))
+    monkeypatch.setattr(choice.gate, "narrow", lambda x: x)
     monkeypatch.setattr(choice.scan, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
     monkeypatch.setattr(choice.scan, "tokens", lambda x, B, N, *block: x)
     launch_forward = ops.launch_forward
@@ -277,8 +390,48 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, mo
         return results
 
     monkeypatch.setattr(ops, "launch_forward", as_fake_tensors_say)
-    config = hopper_config(hidden_size=64, num_hidden_layers=2, is_decoder=causal, **FORMS[form])
+    return ran
+
+
+no_gpu = pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs the kernels themselves")
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("length", "form", "pieces", "causal", "width"),
+    [
+        (512, "paper", False, True, 192),  # wide enough for the gate's product
+        (600, "odd shift", True, True, 64),
+        (300, "half shift", False, True, 64),
+        (600, "odd shift", True, False, 64),
+        (300, "paper", False, False, 192),
+    ],
+)
+def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, width, in_torch, monkeypatch):
+    monkeypatch.setattr(choice, "FEW_SCANS", 10**6 if pieces else 0)
+    if not causal:
+        monkeypatch.setattr(plan, "LONGEST_PIECE", 1 if pieces else 16)
+    config = hopper_config(hidden_size=width, num_hidden_layers=2, is_decoder=causal, **FORMS[form])
     compare(config, "odd", length=length)
+    layers = 2
+    assert in_torch["scan_kernel" if causal else "whole_kernel"] == 2 * layers
+    assert in_torch["reduce_kernel"] == layers
+    assert in_torch["totals_kernel"] == (2 * layers if pieces or not causal else 0)
+    assert in_torch["gate_product_kernel"] == (layers if width > 64 else 0)
+
+
+@no_gpu
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_launches_around_quadratic_attention_are_right(causal, parts, in_torch, monkeypatch):
+    monkeypatch.setattr(launches, "MOST_WEIGHTS", 1 if parts else 10**9)
+    config = hopper_config(
+        hidden_size=192 if causal else 64, num_hidden_layers=1, is_decoder=causal, attention_type="quadratic",
+        max_position_embeddings=600,
+    )  # fmt: skip
+    compare(config, "odd", length=512)
+    assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1)
+    assert in_torch["gate_product_kernel"] == causal
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -311,6 +464,32 @@ def test_bidirectional_error_is_at_most_twice_the_torch_tiers(length, form, scan
     config = hopper_config(is_decoder=False, **FORMS[form])
     compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
     assert len(scans) == 2 * 2 * 2
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [256, 768, 1024, 333])
+def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, causal, monkeypatch):
+    ran, launch = [], launches.launch_quadratic
+    monkeypatch.setattr(launches, "launch_quadratic", lambda *a: ran.append(a) or launch(*a))
+    config = hopper_config(attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024)
+    compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
+    assert len(ran) == (0 if length % 256 else 3 * 2 * 2)
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+def test_two_runs_of_quadratic_attention_are_bit_equal(causal):
+    config = hopper_config(attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024)
+    model = make_model(FlashModel, config, dtype=torch.bfloat16, scale=0.06).to(DEVICE)
+    x = torch.randn(10, 1024, 256, device=DEVICE, dtype=torch.bfloat16)
+    first = through(model, x, {}, 1.0)
+    for _ in range(4):
+        again = through(model, x, {}, 1.0)
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
 
 
 @needs_hopper
