@@ -7,10 +7,9 @@ PYTEST_ARGS ?=
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test. Another: make oldest TORCH=torch==2.11.0.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-# Some containers forbid Python to keep what it has compiled: every process of the tests would then compile anew all that
-# it imports, for half a minute.
+# Some containers set this. Each process of the tests would then spend half a minute compiling all its imports again.
 export PYTHONDONTWRITEBYTECODE :=
-# Python warns of text files opened in the encoding of the locale, and setup.cfg makes that an error.
+# Python then warns of text files opened in the encoding of the locale, which setup.cfg makes an error.
 export PYTHONWARNDEFAULTENCODING := 1
 
 # The stamp is younger than what it depends on exactly when the environment is up to date.
@@ -37,8 +36,8 @@ test: $(STAMP)
 	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 	$(if $(PYTEST_ARGS),,@$(MAKE) --no-print-directory today)
 
-# Users get the newest transformers, not the pinned one: where there is a newer one, import, README and generation are
-# run with it. Seconds, while the pinned one is the newest; without PyPI it is left out, in words.
+# Users get the newest transformers, not the pinned one: if there is a newer one, test import, README and generation with
+# it. Takes seconds while the pinned one is the newest; without PyPI it is skipped with a message.
 today: $(STAMP)
 	HF_HUB_OFFLINE=1 .venv/bin/python tests/support/today.py \
 		tests/model/test_generation.py tests/model/test_host_versions.py tests/scripts/test_readme.py
@@ -46,14 +45,14 @@ today: $(STAMP)
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
 
-# After a change of results: the cards in model_cards/ are made from them.
+# After a change of results: renders the cards in model_cards/ from them.
 cards: $(STAMP)
 	HF_HUB_OFFLINE=1 .venv/bin/python -m scripts.cards --published
 
-# What is promised to users, with other versions than the pinned ones.
+# The contracts with users, tested with other versions than the pinned ones.
 CONTRACTS := tests/model tests/training tests/scripts/test_finetuning.py tests/scripts/test_readme.py
 
-# The oldest transformers that setup.cfg allows, in an environment of its own. pip chooses anew what goes with it.
+# The oldest transformers that setup.cfg allows, in its own environment. pip resolves the packages around it again.
 OLDEST := $(shell sed -n 's/^ *transformers>=\([0-9.]*\).*/\1/p' setup.cfg)
 
 oldest: .venv-oldest/.stamp
@@ -68,8 +67,8 @@ oldest: .venv-oldest/.stamp
 	.venv-oldest/bin/python -m pip install --quiet --no-compile -c .venv-oldest/constraints.txt transformers==$(OLDEST) -e ".[dev]"
 	@touch $@
 
-# What pip gives today, without a pin, in an environment made anew each time. torch: the newest of its CPU builds, whose
-# index alone has them for Linux; where that cannot be reached, $(TORCH).
+# What pip installs today without pins, in a new environment each time. torch: the newest CPU build, which for Linux only
+# torch's own index has; without access to it, $(TORCH).
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 newest:
