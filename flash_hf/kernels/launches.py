@@ -129,7 +129,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def scan_grid(tasks: int, device: torch.device) -> tuple[int]:
-    """Programs that take tasks in turn, one a multiprocessor: their tiles fill its shared memory."""
+    """Programs that take tasks in turn, one per multiprocessor: their tiles fill its shared memory."""
     return (min(tasks, multiprocessors(device)),)
 
 

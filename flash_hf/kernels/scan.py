@@ -32,7 +32,7 @@ BLOCK = gl.constexpr(128)
 TILE_BYTES = gl.constexpr(128 * 128 * 2)
 # Tiles of the ring, and of the values, whose tiles stay longer. With the state's they fill the shared memory.
 SLOTS, VALUE_SLOTS = 3, 3
-# Value dimensions a step of `reduce_kernel`, and steps under way.
+# Value dimensions per step of `reduce_kernel`, and steps in flight.
 REDUCE_K, REDUCE_STAGES = 64, 3
 MATRIX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)

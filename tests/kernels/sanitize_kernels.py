@@ -16,8 +16,8 @@ from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
 
 
 # chunk_size, query_key_dim, hidden_size, tokens: whole chunks (descriptors), an odd length (descriptors of rows),
-# chunks that are no whole tiles (pointers), and what Hopper scans in bfloat16.
-SHAPES = ((128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131), (256, 128, 64, 256 * 3), (256, 128, 64, 600))
+# chunks that are no whole tiles (pointers), and what Hopper scans in bfloat16, with and without the gate's product.
+SHAPES = ((128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131), (256, 128, 192, 256 * 3), (256, 128, 64, 600))
 
 
 def form(ours: bool, chunk_size: int) -> dict:
@@ -38,6 +38,18 @@ def train(causal: bool, ragged: bool, ours: bool, shape: tuple[int, int, int, in
     mask = torch.ones(2, tokens, dtype=torch.long, device="cuda")
     mask[0, : tokens // 3] = 0
     model(inputs_embeds=x, attention_mask=mask if ragged else None).last_hidden_state.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in (x, *model.parameters()) if p.grad is not None)
+
+
+def train_quadratic(causal: bool, tokens: int, dtype: torch.dtype) -> None:
+    """FLASH-Quad, whose rows are chunks."""
+    config = FlashConfig(
+        vocab_size=11, hidden_size=192, query_key_dim=128, num_hidden_layers=1, is_decoder=causal, backend="triton",
+        attention_type="quadratic", max_position_embeddings=tokens,
+    )  # fmt: skip
+    model = FlashModel(config).to("cuda", dtype)
+    x = torch.randn(2, tokens, 192, device="cuda", dtype=dtype, requires_grad=True)
+    model(inputs_embeds=x).last_hidden_state.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in (x, *model.parameters()) if p.grad is not None)
 
 
@@ -67,6 +79,9 @@ def main() -> None:
             train(causal, ragged, ours, shape, dtype)
             direction = "causal" if causal else "bidirectional"
             print("ran", dtype, shape, direction, "ragged" * ragged, "ours" * ours, flush=True)
+        for tokens, causal in () if ours else itertools.product((512, 300), (True, False)):
+            train_quadratic(causal, tokens, dtype)
+            print("ran", dtype, "FLASH-Quad", tokens, "causal" if causal else "bidirectional", flush=True)
         decode(ours, dtype)
         print("ran", dtype, "decoding", "ours" * ours, flush=True)
 

@@ -181,7 +181,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
         assert int(shared) <= 227 * 1024, name
-        # Bytes a thread. Versions that are not chosen yet may spill more: 3.9 does, 104 bytes.
+        # Bytes per thread. Versions that are not chosen yet may spill more: 3.9 does, 104 bytes.
         assert int(stack) <= (64 if tried else 256), name
         assert int(products) > 0, name
 
