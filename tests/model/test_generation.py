@@ -52,6 +52,13 @@ def run_in_parts(model, ids, mask, borders, cache=None):
     return torch.cat(parts, 1), cache
 
 
+def assert_as_alone(logits, model, ids, mask, borders):
+    """Each row's logits are those of its real tokens alone, without padding and cache."""
+    for row, real in enumerate(mask.bool()):
+        alone = model(ids[row : row + 1, real]).logits[0]
+        assert_close(logits[row, real], alone, 1e-9, f"row {row}, {borders[:4]}")
+
+
 def static(model, rows=None):
     return StaticCache(config=model.config, max_cache_len=100)
 
@@ -105,9 +112,7 @@ def test_padding_inside_a_continuation_leaves_no_trace(attention_type, cache_of)
     mask[0, :4] = mask[1, 12:21] = mask[0, 30] = mask[1, 33] = 0
     for borders in ([0, 12, 36], [0, 12, 30, *range(31, 37)], list(range(37))):
         logits, _ = run_in_parts(model, ids, mask, borders, cache_of(model))
-        for row in range(2):
-            alone = model(ids[row : row + 1, mask[row].bool()]).logits[0]
-            assert_close(logits[row, mask[row].bool()], alone, 1e-9, f"row {row}, {borders[:4]}")
+        assert_as_alone(logits, model, ids, mask, borders)
 
 
 @pytest.mark.parametrize("attention_type", TYPES)
@@ -120,9 +125,7 @@ def test_a_row_of_nothing_but_padding_keeps_its_state(attention_type):
     mask[2, :11] = mask[2, 16:20] = 0
     for borders in ([0, 16, 20, 36], [0, 16, 18, 20, *range(21, 37)]):
         logits, _ = run_in_parts(model, ids, mask, borders)
-        for row in range(4):
-            alone = model(ids[row : row + 1, mask[row].bool()]).logits[0]
-            assert_close(logits[row, mask[row].bool()], alone, 1e-9, f"row {row}, {borders[:4]}")
+        assert_as_alone(logits, model, ids, mask, borders)
 
 
 @pytest.mark.parametrize("attention_type", TYPES)

@@ -44,82 +44,16 @@ def tiny(**changes) -> TransformerPPConfig:
     return TransformerPPConfig(**{**sizes, **changes})
 
 
-def stated(model: TransformerPPModel, ids: list[int]) -> torch.Tensor:
-    """The model on one document, token by token and head by head; RoPE as a product of complex numbers."""
-    config = model.config
-    width = config.hidden_size // config.num_attention_heads
-    frequency = 10000.0 ** (-torch.arange(0, width, 2).double() / width)
-
-    def norm(x, module):
-        return x / (x.square().mean() + config.norm_eps).sqrt() * module.weight
-
-    def turned(x, position):
-        pairs = torch.complex(x[: width // 2], x[width // 2 :])
-        pairs = pairs * torch.polar(torch.ones_like(frequency), position * frequency)
-        return torch.cat([pairs.real, pairs.imag])
-
-    tokens = [model.embed_tokens.weight[token] for token in ids]
-    for layer in model.layers:
-        parts = layer.attention
-        normed = [norm(x, layer.attention_norm) for x in tokens]
-        new = []
-        for i, x in enumerate(normed):
-            outs = []
-            for head in range(config.num_attention_heads):
-                rows = slice(head * width, (head + 1) * width)
-                query = turned(parts.q_proj.weight[rows] @ x, i)
-                seen = range(i + 1) if config.is_decoder else range(len(ids))
-                score = torch.stack(
-                    [query @ turned(parts.k_proj.weight[rows] @ normed[j], j) / width**0.5 for j in seen]
-                )
-                weight = score.exp() / score.exp().sum()
-                outs.append(sum(weight[j] * (parts.v_proj.weight[rows] @ normed[j]) for j in seen))
-            new.append(tokens[i] + parts.o_proj.weight @ torch.cat(outs))
-        tokens = []
-        for x in new:
-            n = norm(x, layer.mlp_norm)
-            gate = layer.mlp.gate_proj.weight @ n
-            tokens.append(x + layer.mlp.down_proj.weight @ (gate * gate.sigmoid() * (layer.mlp.up_proj.weight @ n)))
-    return torch.stack([norm(x, model.norm) for x in tokens])
-
-
 @DIRECTIONS
-def test_is_what_it_says(is_decoder):
-    model = make_model(TransformerPPModel, tiny(is_decoder=is_decoder))
-    ids = random_ids(model.config, 1, 9)
-    with torch.no_grad():
-        assert_close(model(ids).last_hidden_state[0], stated(model, ids[0].tolist()), 1e-9)
-
-
-@DIRECTIONS
-def test_padding_and_packing_do_not_matter(is_decoder):
+def test_padding_inside_does_not_matter(is_decoder):
     model = make_model(TransformerPPModel, tiny(is_decoder=is_decoder))
     ids = random_ids(model.config, 2, 13)
-    alone = [model(ids[:1]).last_hidden_state[0], model(ids[1:, :8]).last_hidden_state[0]]
-    for left, right in ((4, 0), (0, 5), (3, 2)):
-        row = F.pad(ids[:1], (left, right), value=7)
-        mask = F.pad(torch.ones_like(ids[:1]), (left, right))
-        assert_close(model(row, attention_mask=mask).last_hidden_state[0, left : left + 13], alone[0], 1e-9)
+    alone = model(ids).last_hidden_state[0]
     hole = torch.cat([ids[:, :5], torch.full((2, 3), 7), ids[:, 5:]], 1)
     mask = torch.ones_like(hole)
     mask[:, 5:8] = 0
     got = model(hole, attention_mask=mask).last_hidden_state[0]
-    assert_close(torch.cat([got[:5], got[8:]]), alone[0], 1e-9)
-    packed = torch.cat([ids[:1], ids[1:, :8]], 1)
-    positions = torch.cat([torch.arange(13), torch.arange(8)])[None]
-    got = model(packed, position_ids=positions).last_hidden_state[0]
-    assert_close(got, torch.cat(alone), 1e-9)
-
-
-def test_nothing_leaks_from_the_future():
-    model = make_model(TransformerPPForCausalLM, tiny())
-    ids = random_ids(model.config, 1, 12)
-    changed = ids.clone()
-    changed[0, 7] = (ids[0, 7] + 1) % 61
-    before, after = model(ids).logits, model(changed).logits
-    assert torch.equal(before[:, :7], after[:, :7]) and not torch.allclose(before[:, 7:], after[:, 7:])
-    masked = make_model(TransformerPPForMaskedLM, tiny())
-    assert not torch.allclose(masked(ids).logits[:, :7], masked(changed).logits[:, :7])
+    assert_close(torch.cat([got[:5], got[8:]]), alone, 1e-9)
 
 
 @pytest.mark.parametrize("is_decoder", [True, False])
@@ -176,20 +110,6 @@ def test_base_size_matches_flash():
     assert 105e6 < other.num_parameters() < 115e6
 
 
-def test_training_reaches_every_parameter_and_checkpoints():
-    model = TransformerPPForMaskedLM(tiny()).train()
-    ids = random_ids(model.config, 2, 10)
-    plain = model(ids, labels=ids).loss
-    plain.backward()
-    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    assert all(grad.abs().sum() > 0 for grad in expected.values())
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(ids, labels=ids).loss.backward()
-    for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, expected[name], 1e-6, name)
-
-
 def test_bad_input_is_refused():
     for changes in ({"num_attention_heads": 5}, {"num_attention_heads": 8}, {"hidden_act": "sillu"},
                     {"hidden_dropout": 1.0}, {"num_hidden_layers": 0}, {"vocab_size": "61"}):  # fmt: skip
@@ -210,6 +130,7 @@ def test_bad_input_is_refused():
 NAMES = pytest.mark.parametrize("name", BASELINES)
 # One of each mixer, and of each other part that can be exchanged.
 KINDS = {
+    "transformer++": {},
     "transformer": {"num_attention_heads": 4},
     "learned": {"position_embedding": "learned", "feed_forward": "mlp", "hidden_act": "relu"},
     "relu2": {"mixer": "relu2", "norm_type": "scale_norm"},
@@ -311,6 +232,13 @@ def weight_matrix(mixer, q_NS: torch.Tensor, k_NS: torch.Tensor, head: int, caus
 def dense(model: TransformerPPModel, ids_N: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The model on one document with explicit weight matrices: hidden states [N, D], and the matrices."""
     config, matrices, N = model.config, [], len(ids_N)
+    act = {"silu": lambda x: x * x.sigmoid(), "relu": torch.relu, "gelu": F.gelu}[config.hidden_act]
+
+    def norm(x, module):
+        if config.norm_type == "layer_norm":
+            return F.layer_norm(x, x.shape[1:], module.weight, module.bias, config.norm_eps)
+        return x / (x.square().mean(1, keepdim=True) + config.norm_eps).sqrt() * module.weight
+
     x = model.embed_tokens.weight[ids_N]
     if config.position_embedding == "sinusoidal":
         half = config.hidden_size // 2
@@ -319,7 +247,7 @@ def dense(model: TransformerPPModel, ids_N: torch.Tensor) -> tuple[torch.Tensor,
     elif config.position_embedding == "learned":
         x = x + model.embed_positions.weight[:N]
     for layer in model.layers:
-        parts, n = layer.attention, layer.attention_norm(x)
+        parts, n = layer.attention, norm(x, layer.attention_norm)
         q, k, v = (
             (n @ project.weight.T).unflatten(1, (parts.heads, -1))
             for project in (parts.q_proj, parts.k_proj, parts.v_proj)
@@ -333,14 +261,11 @@ def dense(model: TransformerPPModel, ids_N: torch.Tensor) -> tuple[torch.Tensor,
             gate = n @ parts.gate_proj.weight.T
             out = gate * gate.sigmoid() * out
         x = x + out @ parts.o_proj.weight.T
-        n, mlp = layer.mlp_norm(x), layer.mlp
+        n, mlp = norm(x, layer.mlp_norm), layer.mlp
         inner = n @ mlp.up_proj.weight.T
-        if config.feed_forward == "glu":
-            inner = mlp.act_fn(n @ mlp.gate_proj.weight.T) * inner
-        else:
-            inner = mlp.act_fn(inner)
+        inner = act(n @ mlp.gate_proj.weight.T) * inner if config.feed_forward == "glu" else act(inner)
         x = x + inner @ mlp.down_proj.weight.T
-    return model.norm(x), matrices
+    return norm(x, model.norm), matrices
 
 
 @DIRECTIONS
