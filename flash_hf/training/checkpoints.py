@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -115,3 +116,11 @@ def find_checkpoint(
         f"resume_from_checkpoint={str(resume_from_checkpoint)!r} must be a checkpoint saved by this training, but "
         f"{reason}. Complete checkpoints nearby: {', '.join(map(str, complete)) or 'none'}. Nothing has been changed."
     )
+
+
+def delete_checkpoints(output_dir: str | Path) -> None:
+    """Delete the checkpoints of an earlier run, which `--resume_from_checkpoint last` might resume."""
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if (folder / "trainer_state.json").is_file():
+            logger.warning(f"Deleting {folder} of an earlier run.")
+            shutil.rmtree(folder)

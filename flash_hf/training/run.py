@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from .arguments import (
     set_batch,
     warmup_length,
 )
-from .checkpoints import check_output_dir, find_checkpoint
+from .checkpoints import check_output_dir, delete_checkpoints, find_checkpoint
 from .documents import load_documents, split_documents
 from .metrics import METRICS, Kind, make_compute_metrics, token_scores
 from .packing import MaskingCollator, collate, pack_documents
@@ -112,13 +111,18 @@ def load_model(
             model.generation_config.update(**SAMPLING)
     if kind == "causal" and resume is not None and (resume / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(resume)
+    check_vocabulary(model, tokenizer)
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ValueError if the tokenizer has ids beyond the model's embeddings."""
     needed = vocabulary_size(tokenizer)
     if model.config.vocab_size < needed:
         raise ValueError(
             f"The model's vocab_size must be at least {needed}, the tokenizer's highest id + 1, got "
             f"{model.config.vocab_size}. Leave out vocab_size, or use the model's own tokenizer."
         )
-    return model
 
 
 def new_config(kind: Kind, fields: dict, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
@@ -292,14 +296,6 @@ def run_training(
         "output_dir": args.output_dir,
         "plot": str(Path(args.output_dir) / "loss.png"),
     }
-
-
-def delete_checkpoints(output_dir: str | Path) -> None:
-    """Delete the checkpoints of an earlier run, which `--resume_from_checkpoint last` might resume."""
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if (folder / "trainer_state.json").is_file():
-            logger.warning(f"Deleting {folder} of an earlier run.")
-            shutil.rmtree(folder)
 
 
 def describe(kind: Kind, result: dict) -> str:

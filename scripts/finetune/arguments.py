@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from flash_hf.commands.train import TrainingParser, parse_with_config
-from flash_hf.training.arguments import FlashTrainingArguments, ModelArguments
+from flash_hf.training.arguments import FlashTrainingArguments, ModelArguments, check_least
 
 
 TaskName = Literal["classification", "tagging", "qa"]
@@ -78,10 +78,7 @@ class TaskArguments:
             )
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}.")
-        for name in ("max_length", "max_answer_length", "max_train_examples", "max_eval_examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_least(self, max_length=1, max_answer_length=1, max_train_examples=1, max_eval_examples=1)
         if self.task == "qa" and not 0 <= self.stride < self.max_length:
             raise ValueError(
                 f"stride must lie in [0, max_length = {self.max_length}), got {self.stride}. Give --stride, or a "

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 import time
 from functools import partial
@@ -13,14 +12,12 @@ from pathlib import Path
 
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging
 
 from flash_hf.commands.options import program_words
-from flash_hf.hub import vocabulary_size
 from flash_hf.sources import load_named
 from flash_hf.training.arguments import ModelArguments, check_arguments, config_fields
-from flash_hf.training.checkpoints import check_output_dir, find_checkpoint
-from flash_hf.training.run import check_sources, new_config
+from flash_hf.training.checkpoints import check_output_dir, delete_checkpoints, find_checkpoint
+from flash_hf.training.run import check_sources, check_vocabulary, new_config
 from flash_hf.training.tokenizer import load_tokenizer, train_tokenizer
 from flash_hf.training.trainer import FlashTrainer, LossPlotCallback
 
@@ -28,9 +25,6 @@ from ..provenance import provenance
 from .arguments import FinetuningArguments, TaskArguments
 from .readers import label_names
 from .tasks import TASKS, Task
-
-
-logger = logging.get_logger(__name__)
 
 
 def load_splits(args: TaskArguments) -> dict[str, Dataset]:
@@ -94,12 +88,7 @@ def load_model(
         for name, value in names.items():
             setattr(config, name, value)
         model = task.auto.from_config(config)
-    needed = vocabulary_size(tokenizer)
-    if model.config.vocab_size < needed:
-        raise ValueError(
-            f"The model's vocab_size must be at least {needed}, the tokenizer's highest id + 1, got "
-            f"{model.config.vocab_size}. Take the tokenizer that belongs to the model."
-        )
+    check_vocabulary(model, tokenizer)
     return model
 
 
@@ -208,10 +197,7 @@ def run_finetuning(
         trainer.add_callback(LossPlotCallback())
 
     if args.overwrite_output_dir and resume is None and args.should_save:
-        for old in Path(args.output_dir).glob("checkpoint-*"):
-            if (old / "trainer_state.json").is_file():
-                logger.warning(f"Deleting {old} of an earlier run.")
-                shutil.rmtree(old)
+        delete_checkpoints(args.output_dir)
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
