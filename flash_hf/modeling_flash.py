@@ -396,8 +396,8 @@ class FlashLayer(GradientCheckpointingLayer):
 # ------------------------------------------------------------------------------------------------------------------
 # Models
 # ------------------------------------------------------------------------------------------------------------------
-# transformers looks class names up here, and registering with the Auto classes adds none: Trainer shifts the labels of
-# label smoothing only for names of the first table; pipelines and model cards read all of them.
+# transformers looks up class names here, and registering with the Auto classes adds none: Trainer shifts labels for
+# label smoothing only for names in the first table; pipelines and model cards read all tables.
 NAMES_BY_TASK = {
     "ForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "ForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -433,19 +433,19 @@ class FlashPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_record_outputs = {"hidden_states": FlashLayer}
     _can_compile_fullgraph = True
-    # A chunk's state depends on all tokens before it: no cutting of sequences over devices as for softmax attention.
+    # A chunk depends on the state of all tokens before it, so sequences cannot be split over devices.
     _supports_context_parallel = False
-    # Whether language models in training return their loss without logits; set on an instance, see the heads.
+    # Whether language models in training return their loss without logits; see the heads.
     skip_logits = False
-    # Of a head, as transformers names it: which loss is meant, whatever a subclass is called.
+    # A head's task as transformers names it, which selects the loss also in subclasses.
     task: str | None = None
-    # Whether a head attends in the other direction than its configuration said.
+    # Whether a head attends in another direction than its configuration says.
     turned = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.task is not None:
-            # Also the classes that FSDP2 makes of a model's, and those of remote code.
+            # Including the subclasses that FSDP2 makes, and those of remote code.
             key = FlashConfig.model_type if cls.__name__ == f"Flash{cls.task}" else cls.__name__
             NAMES_BY_TASK[cls.task][key] = cls.__name__
 
@@ -456,19 +456,19 @@ class FlashPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """transformers' own, but weights are read from safetensors alone: a pickle can run code.
+        """transformers' own, but only from safetensors, since a pickle can run code.
 
-        A language-model head on a checkpoint that was trained in the other direction is loaded with a warning;
-        `is_decoder` (True: causal), passed here, says that this is meant.
+        A language-model head warns about a checkpoint that was trained in the other direction; pass `is_decoder`
+        (True: causal) if this is intended.
 
         Raises:
-            ValueError: a pickle was asked for.
+            ValueError: `use_safetensors=False` or `weights_only=False`.
         """
         for name in ("use_safetensors", "weights_only"):
             if kwargs.get(name) is False:
                 raise ValueError(
-                    f"FLASH loads safetensors only, got {name}=False: reading a pickle may run code. Weights that you "
-                    "trust can be read with torch.load(..., weights_only=True) and passed as state_dict."
+                    f"FLASH loads safetensors only, got {name}=False: reading a pickle may run code. Read weights you "
+                    "trust with torch.load(..., weights_only=True), and pass them as state_dict."
                 )
         kwargs["use_safetensors"] = True
         with no_conversion_service():
@@ -479,9 +479,9 @@ class FlashPreTrainedModel(PreTrainedModel):
             trained, now = ("bidirectionally", "causal") if is_decoder else ("causally", "bidirectional")
             logger.warning(
                 f"{pretrained_model_name_or_path} was trained {trained} (config.is_decoder={not is_decoder}), but "
-                f"{cls.__name__} is {now}: its predictions mean nothing before it is trained further. To predict, "
-                f"load a {now} checkpoint. To train this one on in the other direction, pass is_decoder={is_decoder}, "
-                "which also silences this warning."
+                f"{cls.__name__} is {now}: its predictions mean nothing before further training. To predict, load a "
+                f"{now} checkpoint. To continue training this one in the other direction, pass "
+                f"is_decoder={is_decoder}, which also silences this warning."
             )
         return loaded
 
@@ -492,7 +492,7 @@ class FlashPreTrainedModel(PreTrainedModel):
         if isinstance(module, FlashScaleNorm):
             init.ones_(module.weight)
         elif isinstance(module, FlashOffsetScale):
-            # CODEPATH: the paper's models are drawn; the study's best ones begin at recent tokens.
+            # CODEPATH: the paper's models begin with random scales, FLASH+ at recent tokens.
             if self.config.attention_init == "recent":
                 init.ones_(module.weight)
             else:
@@ -515,8 +515,7 @@ class FlashModel(FlashPreTrainedModel):
         super().__init__(config)
         load_kernels()  # before a compiler traces
         self.is_causal = config.is_decoder
-        # No padding_idx: padding enters no result anyway, and it would freeze the row of a model whose padding token
-        # is its end-of-text token.
+        # No padding_idx: padding affects no result, and it would freeze the end-of-text token where that also pads.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         # CODEPATH: GAU-alpha has no sinusoid, the paper's models and the FLASH ports do.
         self.embed_positions = FlashScaledSinusoid(config) if config.use_scaled_sinusoid else None
@@ -580,7 +579,7 @@ class FlashModel(FlashPreTrainedModel):
         )
         check_single(documents, kwargs.get("single_document", False))
         if torch.compiler.is_exporting() and position_ids is not None:
-            # Eager calls raise an error here.
+            # An eager call raises an error instead.
             inputs_embeds = inputs_embeds.masked_fill(misplaced(position_ids, documents)[..., None], math.nan)
         places = self.places(inputs_embeds, documents, first)
         hidden_states = inputs_embeds
@@ -589,8 +588,8 @@ class FlashModel(FlashPreTrainedModel):
         if self.embed_norm is not None:
             hidden_states = normalise(self.embed_norm, hidden_states, places[0])
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
-        # Gradient checkpointing drops the cache, by the host's name for it: before 5.24 also where there are no
-        # gradients and nothing is recomputed, as in generate() in training mode.
+        # Gradient checkpointing drops the cache by its name in transformers; before 5.24 also without gradients, as in
+        # generate() in training mode, where the other name keeps it.
         name = CACHE_NAME if torch.is_grad_enabled() else OTHER_CACHE_NAME
         # generate(assistant_early_exit=...) lowers num_hidden_layers while it drafts.
         for index, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
@@ -601,7 +600,7 @@ class FlashModel(FlashPreTrainedModel):
     def layouts(
         self, batch: int, documents: Documents, cache: CacheLayerMixin | None
     ) -> list[ChunkLayout | StepLayout | QuadraticLayout]:
-        """The layouts that layers have in turn: two with `chunk_shift`, else one.
+        """The layouts that layers take in turn: two with `chunk_shift`, else one.
 
         Args:
             cache: the first layer's.
@@ -612,9 +611,9 @@ class FlashModel(FlashPreTrainedModel):
             N, device = documents.position_BN.shape[1], documents.position_BN.device
             past = {} if cache is None else cache.past(batch, N, device)
             return [quadratic_layout(documents, batch, causal=causal, cached=cache is not None, **past)]
-        # CODEPATH: the paper's chunks are those of every layer; the shifted ones are ours.
+        # CODEPATH: in the paper all layers have the same chunks; FLASH+ shifts those of odd layers.
         shifts = (0, config.chunk_shift) if config.chunk_shift else (0,)
-        # A step writes the token into the state and reads it back from there, where no gradient passes.
+        # A step goes through the state, which carries no gradient.
         single = cache is not None and documents.position_BN.shape[1] == 1 and documents.start_BN is None
         if single and not torch.is_grad_enabled():
             return [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
@@ -656,58 +655,57 @@ class FlashModel(FlashPreTrainedModel):
         if (not is_tracing() or torch.compiler.is_exporting()) and keys > span:
             raise ValueError(
                 f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, "
-                f"got {keys}. "
-                "Use relative_bias='rotary' for longer inputs, or set max_position_embeddings before training."
+                f"got {keys}. Use relative_bias='rotary' for longer inputs, or train with a larger "
+                "max_position_embeddings."
             )
         return span
 
 
 def check_inputs(
-    input_ids,
-    inputs_embeds,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
     config: FlashConfig,
     asked_causal: bool | None,
     is_causal: bool,
     vocab_size: int | None = None,
 ) -> None:
-    """Refuse what cannot be right before anything is computed.
+    """Check the input before anything is computed.
 
     Args:
+        asked_causal: the call's `is_causal`, if any.
         vocab_size: rows of the embedding; by default `config.vocab_size`.
 
     Raises:
         ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or
-            (checked on the CPU; CUDA has its own device-side assert) out of the vocabulary.
+            (checked on the CPU; CUDA has its own device-side assert) outside of the vocabulary.
     """
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
     if asked_causal is not None and asked_causal != is_causal:
         raise ValueError(
-            f"is_causal={asked_causal} contradicts this model, which was built with is_causal={is_causal}: the "
-            "direction is fixed then. Load the checkpoint with FlashModel and config.is_decoder set as needed."
+            f"is_causal={asked_causal} contradicts this model, which was built with is_causal={is_causal}. Load the "
+            "checkpoint with FlashModel and config.is_decoder set as needed."
         )
-    if inputs_embeds is not None:
-        if (
-            inputs_embeds.ndim != 3
-            or inputs_embeds.shape[2] != config.hidden_size
-            or not inputs_embeds.is_floating_point()
-        ):
+    if input_ids is None:
+        tokens, D = inputs_embeds, config.hidden_size
+        if tokens.ndim != 3 or tokens.shape[2] != D or not tokens.is_floating_point():
             raise ValueError(
-                f"inputs_embeds must be a floating-point tensor (batch, tokens, {config.hidden_size}), got "
-                f"{tuple(inputs_embeds.shape)} of {inputs_embeds.dtype}."
+                f"inputs_embeds must be a floating-point tensor (batch, tokens, {D}), got {tuple(tokens.shape)} of "
+                f"{tokens.dtype}."
             )
-        tokens = inputs_embeds
     else:
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"input_ids must be an int64 or int32 tensor (batch, tokens), got {tuple(input_ids.shape)} of "
-                f"{input_ids.dtype}."
-            )
         tokens = input_ids
-    if not is_tracing() and 0 in tokens.shape[:2]:
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"input_ids must be an int64 or int32 tensor (batch, tokens), got {tuple(tokens.shape)} of "
+                f"{tokens.dtype}."
+            )
+    if is_tracing():
+        return
+    if 0 in tokens.shape[:2]:
         raise ValueError(f"The input must hold at least one row and one token, got shape {tuple(tokens.shape)}.")
-    if input_ids is not None and input_ids.device.type == "cpu" and not is_tracing():
+    if input_ids is not None and input_ids.device.type == "cpu":
         low, high = (int(value) for value in input_ids.aminmax())
         vocab_size = config.vocab_size if vocab_size is None else vocab_size
         if low < 0 or high >= vocab_size:
@@ -719,25 +717,16 @@ def check_inputs(
 
 
 def check_single(documents: Documents, single: bool) -> None:
-    """Heads that give one answer per row ask for rows of one document.
-
-    Raises:
-        ValueError: packed rows.
-    """
+    """Refuse packed rows (ValueError) for a head that gives one answer per row."""
     if single and documents.start_BN is not None:
         raise ValueError(
             "position_ids, cu_seq_lens_q or seq_idx mark several documents in one row, but this head gives one answer "
-            "per row, which would mix them. Give each document a row of its own, padded under attention_mask, as "
-            "DataCollatorWithPadding does."
+            "per row. Give each document its own row, padded under attention_mask, as DataCollatorWithPadding does."
         )
 
 
-def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep) -> None:
-    """Labels go with every token of the input.
-
-    Raises:
-        ValueError: another shape, or logits kept for some tokens only.
-    """
+def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep=0) -> None:
+    """Refuse labels (ValueError) of another shape than the input, or without the logits of all tokens."""
     expected = tuple((input_ids if input_ids is not None else inputs_embeds).shape[:2])
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels must have the shape of the input, {expected}, got {tuple(labels.shape)}.")
@@ -747,40 +736,43 @@ def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor
         )
 
 
-def skips_logits(
-    model: PreTrainedModel, asked: bool | None, labels: Tensor | None, loss_options: dict[str, Any]
-) -> bool:
-    """Whether a head's loss is to be computed without logits: it was asked for, by the call or by the model's
-    attribute in training, and can be done. A compiler wants shapes that do not depend on the labels, and a loss of the
-    user's own wants logits."""
-    if asked is None:
-        asked = getattr(model, "skip_logits", False) and model.training
-    return (
-        asked
-        and labels is not None
-        and "shift_labels" not in loss_options
-        and not is_tracing()
-        and not hasattr(model, "_loss_function")
-        and can_split(model.lm_head)
-    )
+def logits_and_loss(
+    model: PreTrainedModel,
+    hidden_BND: Tensor,
+    labels: Tensor | None,
+    options: dict[str, Any],
+    *,
+    shift: bool,
+    skip_logits: bool | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits of a language-model head, and with labels the loss in nats: transformers' own, but 0 without any label,
+    or the user's.
 
-
-def loss_from_logits(
-    model: PreTrainedModel, logits: Tensor, labels: Tensor, options: dict[str, Any], *, shift: bool
-) -> Tensor:
-    """The loss of transformers, or of the user's own, in nats; of transformers 0 where there is no label."""
+    Args:
+        options: further arguments of the loss.
+        shift: whether the labels are the input's tokens, shifted in the loss.
+        skip_logits: no logits, if the loss can be computed without; None: as `model.skip_logits` in training.
+    """
+    own_loss = hasattr(model, "_loss_function")
+    if skip_logits is None:
+        skip_logits = model.skip_logits and model.training
+    # A compiler needs shapes that do not depend on the labels, and the user's own loss needs logits.
+    if skip_logits and labels is not None and not (own_loss or "shift_labels" in options or is_tracing()):
+        if can_split(model.lm_head):
+            items = options.get("num_items_in_batch")
+            loss = loss_without_logits(model.lm_head, hidden_BND, labels, shift=shift, num_items_in_batch=items)
+            return None, loss
+    logits = model.lm_head(hidden_BND)
+    if labels is None:
+        return logits, None
     loss = model.loss_function(logits, labels, model.config.vocab_size, **options)
-    if hasattr(model, "_loss_function"):
-        return loss
-    return zero_without_labels(loss, options.get("shift_labels", labels[:, 1:] if shift else labels))
+    if not own_loss:
+        loss = zero_without_labels(loss, options.get("shift_labels", labels[:, 1:] if shift else labels))
+    return logits, loss
 
 
 def check_generation(generation_config: GenerationConfig, attention_mask: Tensor | None, num_layers: int) -> None:
-    """Refuse what generate() cannot continue, before anything is computed.
-
-    Raises:
-        ValueError: a prompt that ends in padding, or an early exit that is not a layer.
-    """
+    """Refuse (ValueError) a prompt that ends in padding, or an early exit at no layer, before anything is computed."""
     depth = generation_config.assistant_early_exit
     if depth is not None and not 1 <= depth <= num_layers:
         raise ValueError(
@@ -789,9 +781,9 @@ def check_generation(generation_config: GenerationConfig, attention_mask: Tensor
     if attention_mask is None or attention_mask.ndim != 2 or not attention_mask.shape[1]:
         return
     real_BN = attention_mask != 0
-    # A row of nothing but padding is an empty prompt, which does not keep the others from being continued.
+    # A row of padding alone is an empty prompt, which does not affect the others.
     wrong_B = real_BN.any(1) & ~real_BN[:, -1]
-    # Other masks than of 0 and 1 are refused by the model.
+    # The model refuses masks with other values than 0 and 1.
     if bool((real_BN == attention_mask).all() & wrong_B.any()):
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         raise ValueError(
@@ -802,7 +794,7 @@ def check_generation(generation_config: GenerationConfig, attention_mask: Tensor
 
 
 def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
-    """`config`, or a copy that says what the head does, so that the base saved with it is loaded alike."""
+    """`config`, or a copy with the head's direction, so that a base saved with it loads in the same direction."""
     if config.is_decoder == is_decoder:
         return config
     config = copy.deepcopy(config)
@@ -872,17 +864,10 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits, loss = None, None
-        if skips_logits(self, skip_logits, labels, kwargs):
-            loss = loss_without_logits(
-                self.lm_head, outputs.last_hidden_state, labels, shift=True,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-            )  # fmt: skip
-        else:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
-            if labels is not None:
-                loss = loss_from_logits(self, logits, labels, kwargs, shift=True)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = logits_and_loss(
+            self, outputs.last_hidden_state[:, keep, :], labels, kwargs, shift=True, skip_logits=skip_logits
+        )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -904,32 +889,32 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """transformers' own, after a comparison of its mask and positions with what the cache has seen.
+        """transformers' own, after comparing its mask and positions with what the cache has seen.
 
-        The state cannot forget single tokens. Where the mask calls some of them padding (generate() feeds
-        `pad_token_id` to a sequence that has ended before others), the state is dropped and the whole sequences are
-        read again, which gives the tokens of generate() without a cache.
+        The state cannot forget single tokens. If the mask calls some of them padding (generate() feeds `pad_token_id`
+        to a sequence that ends before others), the state is dropped and the whole sequences are read again, as
+        generate() without a cache does.
 
         Raises:
-            ValueError: the input is not longer than the cache; or the whole sequences are needed and were not passed.
+            ValueError: the input is not longer than the cache, or the whole sequences are needed but were not passed.
         """
         cache = resolve_cache(cache, past_key_values)
         tokens = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
         seen_B = getattr(cache.layers[0], "seen_B", None) if cache is not None and cache.layers else None
         if seen_B is not None and len(seen_B) != len(tokens):
-            seen_B = None  # the model refuses it
+            seen_B = None  # an error of the model's
         new = tokens.shape[1] if next_sequence_length is None else next_sequence_length
         if seen_B is not None and (is_first_iteration or new > 1):
             past = int(cache.get_seq_length())
             whole = is_first_iteration and is_whole(tokens.shape[1], attention_mask, position_ids)
             if whole:
-                # Assisted decoding leaves it to the model to pass over what the cache holds.
+                # Assisted decoding lets the model skip what the cache holds.
                 new = next_sequence_length = tokens.shape[1] - past
             if new < 1:
                 raise ValueError(
-                    f"The cache holds {past} tokens and the input has {tokens.shape[1]}: nothing is left to read. "
-                    "Pass the cached tokens and at least one more; or, except in assisted decoding, new tokens alone, "
-                    "with an attention_mask for both."
+                    f"The cache holds {past} tokens and the input has {tokens.shape[1]}: none are new. Pass the "
+                    "cached tokens and at least one more; or, except in assisted decoding, only new tokens, with an "
+                    "attention_mask for both."
                 )
             position_ids, contradiction = compare_with_cache(attention_mask, position_ids, new, seen_B, past)
             if contradiction is not None and not whole:
@@ -942,7 +927,9 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
                 cache.reset()
                 next_sequence_length = None
         elif not is_first_iteration:
-            position_ids = None  # continued from those of the prompt
+            position_ids = None  # counted by the cache
+            if seen_B is not None and next_sequence_length == 1:
+                attention_mask = None  # generated tokens are real, and checking them would wait for the device
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -955,13 +942,13 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        # An assistant without a mask drafts for a model that found no padding: pad_token_id in a draft is a token.
+        # The model that an assistant drafts for found no padding: pad_token_id in a draft is a token.
         if generation_config.is_assistant:
             return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        # Every mode of generate() passes here once, with the mask of the whole prompt.
+        # Every mode of generate() calls this once, with the mask of the whole prompt.
         check_generation(generation_config, model_kwargs.get("attention_mask"), self.config.num_hidden_layers)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -978,9 +965,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
         """The padding mask of this call alone: with a static cache, a mask that grows would recompile every step."""
-        length = inputs_embeds.shape[1]
-        # A generated token is never padding.
-        return None if attention_mask is None or length == 1 else attention_mask[:, -length:]
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
 
 class FlashHeadTransform(nn.Module):
@@ -1044,21 +1029,15 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:
             hidden_states = self.transform(hidden_states)
-        logits, loss = None, None
-        if skips_logits(self, skip_logits, labels, kwargs):
-            loss = loss_without_logits(
-                self.lm_head, hidden_states, labels, shift=False, num_items_in_batch=kwargs.get("num_items_in_batch")
-            )
-        else:
-            logits = self.lm_head(hidden_states)
-            if labels is not None:
-                loss = loss_from_logits(self, logits, labels, kwargs, shift=False)
+        logits, loss = logits_and_loss(self, hidden_states, labels, kwargs, shift=False, skip_logits=skip_logits)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-# -- heads for fine-tuning; they follow the direction of the checkpoint they start from
+# ------------------------------------------------------------------------------------------------------------------
+# Heads for fine-tuning, in the direction of the checkpoint they start from
+# ------------------------------------------------------------------------------------------------------------------
 def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
-    """One vector a row, `[B, D]`: of the last real token, which alone has seen all, or, bidirectional, the mean."""
+    """One vector per row, `[B, D]`: the last real token's, which has seen all others, or the mean if bidirectional."""
     if attention_mask is None:
         return hidden_BND[:, -1] if causal else hidden_BND.mean(1)
     real_BN = attention_mask != 0
@@ -1070,13 +1049,12 @@ def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Ten
 
 
 def share(labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
-    """This micro-batch's part of the labels of an accumulated batch: those that are not -100, as Trainer counts."""
+    """The fraction of an accumulated batch's labels, as counted by Trainer (without -100), in this micro-batch."""
     return (labels != IGNORE).sum() / num_items_in_batch
 
 
 def per_item(mean_loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """The mean over the labels as this micro-batch's part of the mean over all of an accumulated batch; 0 without any
-    label."""
+    """`mean_loss` weighted by `share`; 0 without any label."""
     if num_items_in_batch is not None:
         mean_loss = mean_loss * share(labels, num_items_in_batch).to(mean_loss.device)
     return zero_without_labels(mean_loss, labels)
@@ -1085,11 +1063,11 @@ def per_item(mean_loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int
 def padding_mask(
     model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor | None, marks: list[Tensor | None]
 ) -> Tensor | None:
-    """`attention_mask`, or, where there is none, one that leaves out `pad_token_id`: transformers' own heads find
-    padding by its id, too. Not while a CUDA graph is recorded.
+    """`attention_mask`, or without one a mask of `pad_token_id`, as in transformers' own heads; except while a CUDA
+    graph is recorded.
 
     Args:
-        marks: what may give positions or documents; if anything does, rows are taken as they are.
+        marks: positions or documents; if any are given, rows are taken as they are.
     """
     config = model.config
     pad = config.pad_token_id
@@ -1108,7 +1086,7 @@ def padding_mask(
 
 @auto_docstring
 class FlashTaskModel(FlashPreTrainedModel):
-    """The base with dropout and one linear layer on top, under the name that transformers and PEFT expect."""
+    """The base with dropout and one linear layer, named as transformers and PEFT expect."""
 
     head_name = "score"
 
@@ -1126,11 +1104,10 @@ class FlashTaskModel(FlashPreTrainedModel):
     def encode(
         self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool
     ) -> tuple[BaseModelOutputWithPast, Tensor | None]:
-        """Run the base, and say which tokens of this call are real (as an attention mask). No decoding state is made;
-        one that is given goes on.
+        """The base's outputs, and this call's attention mask. A cache is used if given, but none is made.
 
         Args:
-            single: whether packed rows are refused, since the head gives one answer per row.
+            single: refuse packed rows, since the head gives one answer per row.
         """
         marks = [position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")]
         attention_mask = padding_mask(self, input_ids, attention_mask, marks)
@@ -1141,21 +1118,21 @@ class FlashTaskModel(FlashPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **{**kwargs, "use_cache": False, "single_document": single},
         )
-        # With a cache, the mask began before this call.
+        # With a cache, the mask begins before this call.
         length = outputs.last_hidden_state.shape[1]
         return outputs, None if attention_mask is None else attention_mask[:, -length:]
 
 
 def class_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-    """The loss of a classifier or regressor on whole rows: the mean over what has a label.
+    """The loss of a classifier or regressor on whole rows: the mean over the labels.
 
     Args:
-        items: labels of an accumulated batch as Trainer counts them, all that are not -100.
+        items: labels of an accumulated batch, as counted by Trainer (without -100).
     """
     config = model.config
-    loss = model.loss_function(labels=labels, pooled_logits=logits, config=config)  # this decides on problem_type, too
+    loss = model.loss_function(labels=labels, pooled_logits=logits, config=config)  # also sets problem_type
     if config.problem_type == "regression":
-        # Here -100 is a value, which Trainer's count leaves out: shares of it are right unless there is nothing else.
+        # -100 is a value here, but Trainer does not count it.
         return loss if items is None else loss * share(labels, items).to(loss.device)
     if config.problem_type == "multi_label_classification" and not hasattr(model, "_loss_function"):
         known = labels != IGNORE
@@ -1183,8 +1160,8 @@ class FlashForSequenceClassification(FlashTaskModel):
     ) -> SequenceClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-            Classes (int64), or for each class 0.0 or 1.0: -100 where there is no label. Or values for a regression
-            (float), where -100 is a value like any other.
+            Classes (int64), or 0.0 or 1.0 for each class, with -100 where there is no label; or the values of a
+            regression (float), where -100 is an ordinary value.
         """
         outputs, attention_mask = self.encode(
             input_ids, attention_mask, position_ids, inputs_embeds, kwargs, single=True
@@ -1216,7 +1193,7 @@ class FlashForTokenClassification(FlashTaskModel):
     ) -> TokenClassifierOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Classes, -100 where none is asked for (padding, later pieces of a word).
+            Classes, with -100 where there is none (padding, later pieces of a word).
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0)
@@ -1229,11 +1206,11 @@ class FlashForTokenClassification(FlashTaskModel):
 
 
 def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, width: int) -> Tensor:
-    """Columns of answers, int64 `[B]`: those beyond the input become -100, which the loss skips; as in transformers,
-    other negative ones become 0.
+    """Columns of answers, int64 `[B]`. Those beyond the input become -100, which the loss skips; other negative ones
+    become 0, as in transformers.
 
     Raises:
-        ValueError: an answer at padding; not in a graph that is being captured.
+        ValueError: an answer at padding, unless a graph is being captured.
     """
     places = places.flatten()
     known = (places != IGNORE) & (places < width)
@@ -1245,14 +1222,14 @@ def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, widt
             row = int(wrong.nonzero()[0])
             raise ValueError(
                 f"{name} must be columns of real tokens, or -100 where there is no answer: row {row} has "
-                f"{int(places[row])}, where attention_mask is 0. Count the columns in the padded row."
+                f"{int(places[row])}, where attention_mask is 0. Count columns in the padded row."
             )
     return places.masked_fill(~known, IGNORE)
 
 
 @auto_docstring
 class FlashForQuestionAnswering(FlashTaskModel):
-    """FLASH that marks the span of an answer."""
+    """FLASH with a head for the first and last token of an answer (extractive question answering)."""
 
     task = "ForQuestionAnswering"
     head_name = "qa_outputs"
@@ -1282,7 +1259,7 @@ class FlashForQuestionAnswering(FlashTaskModel):
         )
         logits = self.qa_outputs(self.dropout(outputs.last_hidden_state))
         if attention_mask is not None:
-            # The loss is a softmax over places: padding must not have a share in it.
+            # The loss is a softmax over columns, without padding.
             logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = (x.contiguous() for x in logits.unbind(-1))
         loss = None
@@ -1306,7 +1283,7 @@ class FlashForQuestionAnswering(FlashTaskModel):
 
 @auto_docstring
 class FlashForMultipleChoice(FlashTaskModel):
-    """FLASH that scores each of several continuations of a question; the highest score wins."""
+    """FLASH with a score for each of several continuations of a question."""
 
     task = "ForMultipleChoice"
 
@@ -1328,7 +1305,7 @@ class FlashForMultipleChoice(FlashTaskModel):
         input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
             Token ids of every choice; the other inputs have the same leading dimensions.
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            The right choice, or -100 where none is known.
+            The right choice, or -100 where it is unknown.
         """
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or given.ndim != (4 if input_ids is None else 3):

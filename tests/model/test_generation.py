@@ -153,6 +153,8 @@ def test_generate_equals_generate_without_cache(attention_type):
         "static": {"cache_implementation": "static"},
         "chunked prefill": {"prefill_chunk_size": 5},
         "chunked prefill, static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
+        "prefill by tokens": {"prefill_chunk_size": 1},
+        "prefill by tokens, static": {"prefill_chunk_size": 1, "cache_implementation": "static"},
     }.items():
         assert torch.equal(model.generate(ids, **inputs, **changes), expected), name
     for row in range(4):
@@ -478,10 +480,10 @@ def test_the_turn_after_one_in_which_a_row_ended_early(attention_type):
         return
     past = int(cache.get_seq_length())
     for ids, more in ((turn[:, past:], {}), (turn, {"prefill_chunk_size": 3})):
-        with pytest.raises(ValueError, match="its state in the cache holds 30.*whole sequences"):
+        with pytest.raises(ValueError, match="the cache has seen 30.*whole sequences"):
             model.generate(ids, attention_mask=mask, **WORDS, **more, **{CACHE_NAME: copy.deepcopy(cache)})
     if attention_type != "static":
-        with pytest.raises(ValueError, match="Row 0 has .* its state in the cache holds 30"), torch.no_grad():
+        with pytest.raises(ValueError, match="Row 0 has .* the cache has seen 30"), torch.no_grad():
             model(turn[:, past:], attention_mask=mask, **{CACHE_NAME: cache})
 
 
@@ -613,7 +615,7 @@ def test_a_cache_of_the_whole_input_or_of_more():
     with torch.no_grad():
         cache = getattr(model(ids), CACHE_NAME)
     for given in (ids, ids[:, :11]):
-        with pytest.raises(ValueError, match=f"holds 19 tokens and the input has {given.shape[1]}: nothing is left"):
+        with pytest.raises(ValueError, match=f"holds 19 tokens and the input has {given.shape[1]}: none are new"):
             model.generate(given, **WORDS, **{CACHE_NAME: copy.deepcopy(cache)})
 
 
