@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variants of the gated attention unit, for studies: the ablations of the paper's table 1 that `FlashConfig` cannot
-express, and forms of the global branch that were tried against the paper's.
+express, and forms of the local and global branch that were tried against the paper's.
 
-Only what differs is here: the model, its documents, heads and losses are FLASH's. Plain torch, no decoding cache.
+Only the differences are here: model, documents, heads and losses are FLASH's. Plain PyTorch, without a decoding cache.
 """
 
 from collections.abc import Iterator
@@ -46,43 +46,39 @@ GLOBAL_STATES = ("mean", "gated", "delta")
 @strict
 class GAUConfig(FlashConfig):
     r"""
-    `FlashConfig` with what only studies change.
+    `FlashConfig` with options for studies.
 
     Args:
-        num_heads (`int`, defaults to 1): Queries, keys and values are cut into as many parts; the relative bias is
+        num_heads (`int`, defaults to 1): Queries, keys and values are cut into this many parts; the relative bias is
             shared.
         gated (`bool`, defaults to `True`): Multiply the attended values by u. Without it there is no `u_proj`; an
             `expansion_factor` of 3 instead of 2 then keeps the parameters.
-        chunk_weighting (`str`, defaults to `"mean"`): How chunks enter the global state: all alike (`"mean"`), or by
-            `decay^age` with a learnt decay for each pair of key dimensions (`"decay"`); either way their weights add
-            up to 1.
-        global_norm (`bool`, defaults to `False`): Normalise the global branch's output (RMS, one learnt gain a
-            channel, which begins at 0).
-        attended_norm (`bool`, defaults to `False`): Normalise what the unit gates, both branches together (RMS, one
-            learnt gain a channel, which begins at 1): the unit then has an output from the first step on.
-        global_rope (`bool`, defaults to `True`): Turn the global queries and keys by RoPE.
-        key_shift (`bool`, defaults to `False`): Make a token's global key from the token before it, so that values
-            are stored under what precedes them.
-        conv_size (`int`, defaults to 0): Add to the unit's normalised input a convolution of each channel over so
-            many tokens, the last of which is its own, within the document; causal models only, documents without
-            holes.
-        conv_init (`float`, defaults to 0.0): It begins at random up to this, evenly.
+        chunk_weighting (`str`, defaults to `"mean"`): Weights of chunks in the global state: equal (`"mean"`), or
+            `decay^age` with a learnt decay for each pair of key dimensions (`"decay"`); in both cases they sum to 1.
+        global_norm (`bool`, defaults to `False`): Normalise the output of the global branch (RMS, one learnt gain
+            per channel, which starts at 0).
+        attended_norm (`bool`, defaults to `False`): Normalise the sum of both branches before the gate (RMS, one
+            learnt gain per channel, which starts at 1), so that the unit has an output from the first step on.
+        global_rope (`bool`, defaults to `True`): Apply RoPE to global queries and keys.
+        key_shift (`bool`, defaults to `False`): Shifted keys: make a token's global key from the token before it.
+        conv_size (`int`, defaults to 0): Add to the unit's normalised input a causal convolution of each channel over
+            this many tokens of the document; causal models only, documents without padding inside.
+        conv_init (`float`, defaults to 0.0): Its weights are sampled uniformly up to this magnitude.
         token_shift (`bool`, defaults to `False`): Take the first half of the channels of the unit's normalised input
-            from the token before, within the document (0 at its first); documents without holes.
+            from the token before (0 at the first of a document); documents without padding inside.
         wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
-        local_window (`int`, defaults to 1): Chunks of keys that the local part sees: a token's own and those before
-            it. With 2 every token but a document's first ones sees at least a whole chunk. Causal models only.
-        local_heads (`int`, defaults to 1): Heads of the local part, each with scales of its own for the whole basis, a
-            relative bias of its own and its part of the values.
-        local_key_shift (`bool`, defaults to `False`): In every second dimension of the local keys a token has the key
-            of the token before it.
-        global_state (`str`, defaults to `"mean"`): What the global queries read: the mean over earlier chunks; with
-            `"gated"` a mean in which each token's weight is learnt and decays by what the tokens after it decide, see
-            [`gated_global`]; with `"delta"` a state by the gated delta rule, see [`delta_global`]. Both are causal.
-        global_gates (`int`, defaults to 8): With `"gated"`, parts of the values that decay on their own.
+        local_window (`int`, defaults to 1): Chunks of keys visible to the local part: the token's own and those before
+            it. With 2 a token sees at least a whole chunk, where the document has one. Causal models only.
+        local_heads (`int`, defaults to 1): Heads of the local part, each with its own scales of the whole basis, its
+            own relative bias and its part of the values.
+        local_key_shift (`bool`, defaults to `False`): Shift every second dimension of the local keys by a token.
+        global_state (`str`, defaults to `"mean"`): State that global queries read: the mean over earlier chunks; with
+            `"gated"` a mean with learnt weights and decays, see [`gated_global`]; with `"delta"` the state of the
+            gated delta rule, see [`delta_global`]. The last two are causal.
+        global_gates (`int`, defaults to 8): With `"gated"`, parts of the values with separate decays.
         global_features (`bool`, defaults to `False`): With `"gated"`, exponential features, see [`gated_global`].
-        quadratic_every (`int`, defaults to 0): Every such layer is one quadratic attention over the document, with
-            softmax, T5's bias and RoPE: a hybrid, quadratic in cost and with a cache that grows.
+        quadratic_every (`int`, defaults to 0): Every `quadratic_every`-th layer is one attention over the
+            document with softmax, T5's bias and RoPE: a hybrid, with quadratic cost and a cache that grows.
     """
 
     model_type = "flash_hf_gau"
@@ -110,7 +106,7 @@ class GAUConfig(FlashConfig):
     backend: str = "torch"
 
     def validate_variants(self):
-        """Check the fields that FLASH does not have."""
+        """Check the fields beyond FlashConfig's."""
 
         def refuse(name: str, rule: str):
             raise ValueError(f"GAUConfig: `{name}` must be {rule}, got {getattr(self, name)!r}.")
@@ -167,12 +163,12 @@ class GAUConfig(FlashConfig):
 def chunk_weights(
     layout: ChunkLayout, decay_S: Tensor | None, *, causal: bool, tokens_BG: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """How much chunk h counts in the state that chunk g reads, `[B or 1, S or 1, G, G]`, over the sum of
+    """Weights of chunks h in the state that chunk g reads, `[B or 1, S or 1, G, G]`, normalised by the sum of
     `weight * tokens`: `decay^(g - 1 - h)` for earlier chunks of the document, or, if not causal, `decay^|g - h|`.
 
     Args:
-        decay_S: in (0, 1), or None for 1.
-        tokens_BG: real tokens of every chunk.
+        decay_S: In (0, 1), or None for 1.
+        tokens_BG: Real tokens of every chunk.
     """
     G = tokens_BG.shape[-1]
     chunk_G = torch.arange(G, device=tokens_BG.device)
@@ -202,8 +198,8 @@ def global_attention(
 
 
 def window_of(x_BGCF: Tensor, chunks: int) -> Tensor:
-    """For each chunk, the slots of the `chunks - 1` before it and its own, `[B, G, chunks * C, F]`; 0 where there is
-    none."""
+    """For each chunk, its own slots and those of the `chunks - 1` before it, `[B, G, chunks * C, F]`; 0 where there
+    are none."""
     padded = F.pad(x_BGCF, (0, 0, 0, 0, chunks - 1, 0))
     G = x_BGCF.shape[1]
     return torch.cat([padded[:, index : index + G] for index in range(chunks)], 2)
@@ -217,7 +213,7 @@ def window_attention(
     slots are the chunk's own.
 
     Args:
-        bias_HR: relative bias of each head for the offsets `-(W-1) ... W-1`.
+        bias_HR: Relative bias of each head for the offsets `-(W-1) ... W-1`.
     """
     B, G, H, C, S = q_BGHCS.shape
     W = k_BGHWS.shape[3]
@@ -226,14 +222,14 @@ def window_attention(
     scores = scores + torch.stack([toeplitz(bias_R, W)[W - C :] for bias_R in bias_HR])
     seen_BGW = window_of(layout.occupied_BGC[..., None].to(torch.uint8), chunks)[..., 0] > 0
     if layout.first_BG is not None:
-        # Packed rows: chunks of other documents.
+        # Packed rows: mask the chunks of other documents.
         age_W = torch.arange(chunks - 1, -1, -1, device=seen_BGW.device).repeat_interleave(C)
         chunk_G = torch.arange(G, device=seen_BGW.device)
         seen_BGW = seen_BGW & (chunk_G[:, None] - age_W >= layout.first_BG[..., None])
     seen = seen_BGW[:, :, None, None]
     if causal:
         seen = seen & torch.ones(C, W, dtype=torch.bool, device=seen.device).tril(W - C)
-    # As in local_attention: under a softmax an empty slot, which sees nothing, must stay finite.
+    # As in local_attention: under a softmax an empty slot without visible keys must stay finite.
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min if activation == "softmax" else -torch.inf)
     weights = activate(scores, activation).to(value_BGWE.dtype)
     out = weights @ value_BGWE.unflatten(3, (H, -1)).transpose(2, 3)
@@ -241,7 +237,7 @@ def window_attention(
 
 
 def carried_on(layout: ChunkLayout, g: int, *states: Tensor) -> tuple[Tensor, ...]:
-    """States `[B, ...]` as chunk g finds them: 0 where it begins a document of a packed row."""
+    """States `[B, ...]` as read by chunk g: 0 where it starts a document of a packed row."""
     if layout.first_BG is None:
         return states
     same_B = layout.first_BG[:, g] < g
@@ -249,7 +245,7 @@ def carried_on(layout: ChunkLayout, g: int, *states: Tensor) -> tuple[Tensor, ..
 
 
 def summed(forget_BGCX: Tensor) -> Tensor:
-    """Running sums over the slots of each chunk. By a product: inductor of torch 2.11 cannot compile this cumsum."""
+    """Running sums over the slots of each chunk, by a product, since torch 2.11 cannot compile this cumsum."""
     C = forget_BGCX.shape[2]
     lower = torch.ones(C, C, dtype=forget_BGCX.dtype, device=forget_BGCX.device).tril()
     with torch.autocast(forget_BGCX.device.type, enabled=False):
@@ -260,18 +256,18 @@ def gated_global(
     lin_q_BGCS: Tensor, lin_k_BGCS: Tensor, value_BGCE: Tensor, forget_BGCH: Tensor, write_BGCH: Tensor,
     layout: ChunkLayout, *, features: bool = False,
 ) -> Tensor:  # fmt: skip
-    """A mean over earlier chunks in which tokens have weights, and are forgotten, `[B, G, C, E]`; each of H parts of
-    the values has its own.
+    """A mean over earlier chunks with learnt weights and decays of tokens, separate for each of H parts of the values,
+    `[B, G, C, E]`.
 
     With `a = exp(forget)` and the weights `w_tj = write_j a_(j+1) ... a_t`, token t of a chunk whose first token is b
-    reads `q_t (sum_(j<b) w_tj k_j v_j^T) / (sum_(j<b) w_(b-1)j)`. If nothing is forgotten and all writes are equal,
+    reads `q_t (sum_(j<b) w_tj k_j v_j^T) / (sum_(j<b) w_(b-1)j)`. Without decay and with equal writes
     this is FLASH's mean. The weights are those of Mamba-2 (arXiv 2405.21060): one scalar per token and head.
 
     Args:
-        forget_BGCH: logarithms, at most 0; 0 at empty slots.
-        write_BGCH: at least 0; 0 at empty slots.
-        features: `exp(k)` and `softmax(q)` instead of k and q, and a denominator for each dimension: the state is then
-            S means of the values, and a token reads a mean of these.
+        forget_BGCH: Logarithms of the decays, at most 0; 0 at empty slots.
+        write_BGCH: At least 0; 0 at empty slots.
+        features: Use `exp(k)` and `softmax(q)` instead of k and q, and one denominator per dimension, so that the
+            state is S means of the values and a token reads a mean of these.
     """
     G, H = value_BGCE.shape[1], forget_BGCH.shape[3]
     since_BGCH = summed(forget_BGCH)
@@ -301,7 +297,7 @@ def gated_global(
 
 def lower_inverse(strict_XCC: Tensor) -> Tensor:
     """`(1 + L)^-1` of strictly lower triangular L, from the diagonal outwards: the inverse of `[[A, 0], [B, D]]` has
-    `-D^-1 B A^-1` in B's place. It is stable, which a series of powers of L is not."""
+    `-D^-1 B A^-1` in place of B. Stable, unlike a series of powers of L."""
     width = strict_XCC.shape[-1]
     size = 1 << (width - 1).bit_length()
     strict_XCC = F.pad(strict_XCC, (0, size - width, 0, size - width))
@@ -321,14 +317,14 @@ def delta_global(
 ) -> Tensor:  # fmt: skip
     """The gated delta rule (arXiv 2412.06464) for the state that global queries read, `[B, G, C, E]`:
     `S_t = a_t (1 - write_t k_t k_t^T) S_(t-1) + write_t k_t v_t^T` with `a = exp(forget)` and keys of length 1. Token
-    t of a chunk that begins after token b reads `q_t S_b a_(b+1) ... a_t`; queries have length 1 as well.
+    t of a chunk that starts after token b reads `q_t S_b a_(b+1) ... a_t`; queries also have length 1.
 
     By chunks (the WY form): with `L_ij = write_i (a_(j+1) ... a_i) k_i k_j` for j < i, the values that enter are
     `(1 + L)^-1 write (v - a_(b+1) ... a_i S_b k_i)`.
 
     Args:
-        forget_BGC: logarithms, at most 0; 0 at empty slots.
-        write_BGC: from 0 to 1; 0 at empty slots.
+        forget_BGC: Logarithms of the decays, at most 0; 0 at empty slots.
+        write_BGC: From 0 to 1; 0 at empty slots.
     """
     dtype, G = wide(value_BGCE.dtype), value_BGCE.shape[1]
     with torch.autocast(value_BGCE.device.type, enabled=False):
@@ -352,7 +348,7 @@ def delta_global(
 
 
 class RMSGain(nn.Module):
-    """`x / rms(x)` times one gain a channel."""
+    """`x / rms(x)` times one gain per channel."""
 
     def __init__(self, width: int, eps: float, gain: float):
         super().__init__()
@@ -372,8 +368,8 @@ class LocalBias(FlashToeplitzBias):
         self.weight = nn.Parameter(torch.empty(config.local_heads, 2 * span - 1))
 
     def recent(self) -> Tensor:
-        """As FLASH's. A softmax begins with the same ratios, and half of a whole window's weight on these tokens."""
-        if not self.softmax:
+        """As in FLASH. A softmax starts with the same ratios and half of the weight of a full window on these
+        tokens.""" if not self.softmax:
             return super().recent()
         distance = (torch.arange(2 * self.span - 1, device=self.weight.device) - self.span + 1).abs()
         share = self.weight.new_tensor(self.RECENT).square()
@@ -386,7 +382,7 @@ class LocalBias(FlashToeplitzBias):
 
 
 class ScaleRows(FlashOffsetScale):
-    """As many rotated queries and keys as a variant needs."""
+    """The rotated queries and keys that a variant needs."""
 
     def __init__(self, config: GAUConfig, rows: int):
         super().__init__(config)
@@ -403,7 +399,7 @@ def positions_of(layout: ChunkLayout | QuadraticLayout) -> Tensor:
 
 
 def earlier(x_BND: Tensor, j: int, position_BN: Tensor) -> Tensor:
-    """Of every token the one that is j before it in the document; 0 where there is none."""
+    """The token j places before each token in its document; 0 where there is none."""
     return F.pad(x_BND, (0, 0, j, 0))[:, : x_BND.shape[1]].masked_fill((position_BN < j)[..., None], 0)
 
 
@@ -451,16 +447,16 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         self.conv = nn.Parameter(torch.empty(config.conv_size, config.hidden_size)) if config.conv_size else None
         self.decay_logit = self.out_norm = self.attended_norm = None
         if self.has_lin and config.chunk_weighting == "decay":
-            # RoPE's pairs share one decay, or turning them would not be a turn.
+            # The two dimensions of a RoPE pair share one decay, so that rotation stays a rotation.
             self.decay_logit = nn.Parameter(torch.empty(config.query_key_dim // 2))
         if self.has_lin and config.global_norm:
             self.out_norm = RMSGain(config.intermediate_size, config.norm_eps, 0.0)
         if config.attended_norm:
-            # The mean square of what the paper's scales let through begins at 1e-9 or less.
+            # With the paper's scales the mean square starts at 1e-9 or less.
             self.attended_norm = RMSGain(config.intermediate_size, 1e-12, 1.0)
 
     def own_grid(self, layout: ChunkLayout, documents, rotary, batch: int):
-        """Layout and angles of this layer, where its chunks are not those of all."""
+        """Layout and angles of this layer, if its chunks differ from those of the other layers."""
         if self.chunk_size == self.config.chunk_size:
             return layout, rotary
         own = chunk_layout(
@@ -469,7 +465,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         return own, None if rotary is None else [own.split(layout.merge(table)) for table in rotary]
 
     def forward(self, x_BND: Tensor, places: Places, cache=None) -> Tensor:
-        """As [`FlashGatedAttentionUnit`]; without a cache."""
+        """As [`FlashGatedAttentionUnit`], without a cache."""
         if cache is not None:
             raise ValueError("cache must be None: variants of the unit have no decoding cache.")
         config, layout, rotary = self.config, places.layout, places.rotary
@@ -529,7 +525,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             H, chunks = config.local_heads, config.local_window
             key = torch.stack(made[H : 2 * H], 2)
             if config.local_key_shift:
-                # RoPE's pairs are half of the dimensions apart: both are a token's own, or both those before.
+                # The two dimensions of a RoPE pair are half of the width apart: both are shifted, or neither.
                 before = torch.stack([previous_keys(head, layout, None) for head in made[H : 2 * H]], 2)
                 odd_S = torch.arange(key.shape[-1], device=key.device) % (key.shape[-1] // 2) % 2 == 1
                 key = torch.where(odd_S, before, key)
@@ -566,7 +562,7 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         return delta_global(lin_q, lin_k, v_BGCE, forget[..., 0], write[..., 0], layout)
 
     def lin_heads(self, heads: QueryKeys, z_BNS: Tensor, layout: ChunkLayout, rotary) -> tuple[Tensor, Tensor]:
-        """Global queries and keys, with the variants' changes."""
+        """Global queries and keys with the changes of the variant."""
         config = self.config
         if config.global_rope and not config.key_shift:
             return heads.lin_q, heads.lin_k
@@ -581,14 +577,14 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
 
 
 def cut(heads: QueryKeys, value: Tensor, count: int) -> Iterator[tuple[QueryKeys, Tensor]]:
-    """`count` parts of queries, keys and values, each as one head. Of the basis a head takes every `count`-th
-    dimension: the two of a pair that RoPE turns are half of the dimensions apart."""
+    """`count` parts of queries, keys and values, each as one head. A head takes every `count`-th dimension of
+    the basis, since the two dimensions of a RoPE pair are half of the width apart."""
     for index, part in enumerate(value.chunk(count, -1)):
         yield QueryKeys(*(None if x is None else x[..., index::count] for x in heads)), part
 
 
 def multi_head(heads: QueryKeys, v_BNE: Tensor, layout: QuadraticLayout, count: int, **settings) -> Tensor:
-    """[`quadratic_attention`] for `count` parts of queries, keys and values by themselves, `[B, N, E]`."""
+    """[`quadratic_attention`] for `count` separate parts of queries, keys and values, `[B, N, E]`."""
     return torch.cat([quadratic_attention(part.quad_q, part.quad_k, value, layout, **settings)
                       for part, value in cut(heads, v_BNE, count)], -1)  # fmt: skip
 
@@ -616,7 +612,7 @@ class GAUPreTrainedModel(FlashPreTrainedModel):
                 init.copy_(module.decay_logit, torch.linspace(-3, 6, len(module.decay_logit)))
             if module.gate_bias is not None:
                 gates = module.gate_bias.shape[1]
-                # A token is remembered for some 256 to 8,192 tokens, and begins with half of its weight.
+                # Memories of about 256 to 8,192 tokens; the weight of a token starts at one half.
                 memory = torch.logspace(8, 13, gates, 2.0) if gates > 1 else torch.full((1,), 8192.0)
                 init.copy_(module.gate_bias, torch.stack([memory.log(), torch.zeros(gates)]))
             if module.conv is not None:
