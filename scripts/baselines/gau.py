@@ -368,8 +368,8 @@ class LocalBias(FlashToeplitzBias):
         self.weight = nn.Parameter(torch.empty(config.local_heads, 2 * span - 1))
 
     def recent(self) -> Tensor:
-        """As in FLASH. A softmax starts with the same ratios and half of the weight of a full window on these
-        tokens.""" if not self.softmax:
+        """As in FLASH. A softmax starts with the same ratios and half of the weight of a full window here."""
+        if not self.softmax:
             return super().recent()
         distance = (torch.arange(2 * self.span - 1, device=self.weight.device) - self.span + 1).abs()
         share = self.weight.new_tensor(self.RECENT).square()
