@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..configuration_flash import FlashConfig
@@ -79,6 +78,8 @@ def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = No
 
 def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
     """The options in a YAML or JSON file, checked as [`parse_with_config`] says."""
+    import yaml
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--config must be a YAML or JSON file of options; there is no file {path}.")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import IterableDataset
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -38,7 +39,7 @@ class BlockStream(torch.utils.data.IterableDataset):
 
     Windows of `shuffle_buffer` blocks are shuffled one by one, with random numbers from (seed, number of the window).
     A thread reads the next window while the current one is used, so iterate in the training process, not in a worker.
-    `datasets` retries lost connections, for about nine minutes.
+    `datasets` retries lost connections for about nine minutes.
 
     Args:
         documents: rows with the column `text`.
@@ -111,7 +112,7 @@ class BlockStream(torch.utils.data.IterableDataset):
             while True:
                 try:
                     begin, rows = upcoming.result()
-                except ConnectionError as error:
+                except (ConnectionError, HfHubHTTPError) as error:
                     raise ConnectionError(
                         f"{self.source} could not be read: {error}. Saved checkpoints are complete: when the network "
                         "is back, resume with --resume_from_checkpoint last."
