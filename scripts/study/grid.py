@@ -51,7 +51,7 @@ PASSED = {2048: {RIVAL: 1e-3, PLUS: 2e-3, PLUS_LOCAL: 2e-3, "flash-quad": 1e-3, 
                  FLASH: 2e-3},
           8192: {RIVAL: 1e-3, PLUS: 2e-3, FLASH: 2e-3}}  # fmt: skip
 SEVERAL_PASSES = 600
-# Forms that may draw more from the context are compared after a quarter of a pass, at FLASH+'s rate, beside FLASH+ and
+# Forms that may use more of the context are compared after a quarter of a pass, at FLASH+'s rate, beside FLASH+ and
 # Transformer++.
 SEARCHED = 60
 SEARCHED_FORMS = (

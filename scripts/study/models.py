@@ -183,14 +183,14 @@ _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 # Shifted chunks and keys (half of FLASH+, see FlashConfig.plus), and the same on variants of the unit.
 _SHIFTS = {"chunk_shift": 0.5, "global_form": "previous_token"}
 _SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
-# FLASH+ as a variant of the unit, and changes of it that may draw more from the context; all are causal.
+# FLASH+ as a variant of the unit, and changes to it that may use more of the context; all are causal.
 _PLUS = {**_SHIFTED, "use_scaled_sinusoid": False, "attention_init": "recent"}
 _CHANGES = {
     "512": ("chunks of 512", {"chunk_size": 512}),
     "window": ("local part over two chunks", {"local_window": 2}),
     "softmax": ("softmax in the local part", {"attention_activation": "softmax"}),
     "heads": ("4 local heads", {"local_heads": 4}),
-    "keys": ("half of the local keys from the token before", {"local_key_shift": True}),
+    "keys": ("half of the local keys shifted", {"local_key_shift": True}),
     "gated": ("gated global mean", {"global_state": "gated"}),
     "features": ("of exponential features", {"global_features": True}),
     "delta": ("global state by the delta rule", {"global_state": "delta"}),

@@ -323,7 +323,7 @@ def crossings(results: Results) -> str:
 
 
 def searched(results: Results) -> str:
-    """Forms of FLASH+ after a quarter of a pass, and what each draws from the context."""
+    """Forms of FLASH+ after a quarter of a pass, and what each gains from the context."""
     cells = [cell for cell in results if cell.task.startswith(MIXED) and cell.tokens == grid.SEARCHED]
     base, rows = mean_or_none(results, cells, grid.PLUS), []
     for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
@@ -341,12 +341,12 @@ def searched(results: Results) -> str:
 
 
 def mean_or_none(results: Results, cells: list[Cell], model: str) -> float | None:
-    """The loss of this model's cell, if it is among `cells`."""
+    """The loss of the cell of this model, or None without one."""
     return next((final_loss(results[cell]) for cell in cells if cell.model == model), None)
 
 
 def unfinished(results: Results) -> str:
-    """Trainings that were cut off and left no cell: the last validation that was seen of each, beside that of finished
+    """Trainings that were interrupted and left no cell: the last validation seen of each, beside that of finished
     trainings with the same schedule after the same steps."""
     rows = []
     for path in sorted(UNFINISHED.glob("*.json")):
