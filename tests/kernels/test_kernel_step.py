@@ -348,8 +348,9 @@ def test_full_size_in_a_cuda_graph(dtype, B, shift, previous):
     plain = {**case.settings, "bias_R": case.settings["bias_R"].float()}
     for index in range(600):
         new, position = case.token(), state.seen[:, None].clone()
-        for old, value in zip((*arguments[:3], *arguments[5], arguments[6]), (*new, *angles(position, 64), position),
-                              strict=True):  # fmt: skip
+        for old, value in zip(
+            (*arguments[:3], *arguments[5], arguments[6]), (*new, *angles(position, 64), position), strict=True
+        ):
             old.copy_(value)
         graph.replay()
         floats = [x.float() for x in (*new, case.gamma, case.beta)]

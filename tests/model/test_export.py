@@ -27,7 +27,8 @@ CASES = {
     "causal, shifted": (FlashForCausalLM, {"chunk_shift": 3, "global_form": "previous_token"}, "mask positions"),
     "masked": (FlashForMaskedLM, {"num_hidden_layers": 1, "relative_bias": "rotary"}, "mask"),
     "masked, softmax": (
-        FlashForMaskedLM, {"num_hidden_layers": 1, "attention_activation": "softmax", "relative_bias": "t5"},
+        FlashForMaskedLM,
+        {"num_hidden_layers": 1, "attention_activation": "softmax", "relative_bias": "t5"},
         "positions",
     ),
     "quadratic causal": (FlashForCausalLM, QUADRATIC, ""),
@@ -37,7 +38,7 @@ CASES = {
     "tokens": (FlashForTokenClassification, {"num_hidden_layers": 1}, "embeds"),
     "answers": (FlashForQuestionAnswering, {"num_hidden_layers": 1}, "mask"),
     "choices": (FlashForMultipleChoice, {"num_hidden_layers": 1}, "mask"),
-}  # fmt: skip
+}
 
 
 def build(case):

@@ -117,8 +117,9 @@ def test_padding_is_found_by_its_id(cls, is_decoder):
         whole = torch.ones_like(batch["input_ids"])
         assert_close(
             answer(model(input_ids=batch["input_ids"])),
-            answer(model(input_ids=batch["input_ids"], attention_mask=whole)), 1e-12,
-        )  # fmt: skip
+            answer(model(input_ids=batch["input_ids"], attention_mask=whole)),
+            1e-12,
+        )
         model.config.eos_token_id = 7
 
 
@@ -166,16 +167,18 @@ def test_packed_rows_are_refused_where_a_row_gets_one_answer(cls, mark, is_decod
     ids = random_ids(model.config, *shape)
     position = torch.cat([torch.arange(5), torch.arange(7)]).view(shape)
     packed = {
-        "position_ids": position, "cu_seq_lens_q": torch.tensor([0, 5, 12]),
+        "position_ids": position,
+        "cu_seq_lens_q": torch.tensor([0, 5, 12]),
         "seq_idx": torch.tensor([[0] * 5 + [1] * 7]),
-    }  # fmt: skip
+    }
     with pytest.raises(ValueError, match="one answer per row"):
         model(input_ids=ids, **{mark: packed[mark]})
     # Marking one document per row is allowed.
     whole = {
-        "position_ids": torch.arange(12).view(shape), "cu_seq_lens_q": torch.tensor([0, 12]),
+        "position_ids": torch.arange(12).view(shape),
+        "cu_seq_lens_q": torch.tensor([0, 12]),
         "seq_idx": torch.zeros(1, 12, dtype=torch.int64),
-    }  # fmt: skip
+    }
     assert_close(model(input_ids=ids, **{mark: whole[mark]}).logits, model(input_ids=ids).logits, 1e-12)
 
 

@@ -91,8 +91,9 @@ def test_logits_of_labelled_tokens_alone(monkeypatch):
     rows = []
     monkeypatch.setattr(loss_flash, "SLICE", 8)
     original = loss_flash.sum_of_slice
-    monkeypatch.setattr(loss_flash, "sum_of_slice", lambda hidden, *rest: rows.append(len(hidden)) or
-                        original(hidden, *rest))  # fmt: skip
+    monkeypatch.setattr(
+        loss_flash, "sum_of_slice", lambda hidden, *rest: rows.append(len(hidden)) or original(hidden, *rest)
+    )
     model = make_model(FlashForMaskedLM, tiny_config())
     ids, labels = labelled(model.config, 0.3)
     model(ids, labels=labels, skip_logits=True)

@@ -218,9 +218,10 @@ def test_a_red_gate_refuses_to_report(monkeypatch, tmp_path, capfd, wrong):
 def test_the_gate_on_kernels_compares_both_backends(monkeypatch):
     """Without a GPU: the kernels' place is taken by the torch tier, right and wrong."""
     monkeypatch.setattr(
-        gates, "flash_config",
+        gates,
+        "flash_config",
         lambda size, causal, backend, **changes: FLASH_CONFIG(size, causal, None, **changes),
-    )  # fmt: skip
+    )
     size = dataclasses.replace(SMOKE, layers=2)
     checks = gates.check_kernels(size, "cpu", 3 * size.chunk_size + 7)
     assert all(check.passed for check in checks), [check for check in checks if not check.passed]
@@ -235,8 +236,7 @@ def test_the_gate_on_kernels_compares_both_backends(monkeypatch):
         return activate(scores if scores.dtype == torch.float64 else 1.1 * scores, activation)
 
     monkeypatch.setattr(attention_flash, "activate", broken)
-    failed = {check.what for check in gates.check_kernels(size, "cpu", 3 * size.chunk_size + 7)
-              if not check.passed}  # fmt: skip
+    failed = {check.what for check in gates.check_kernels(size, "cpu", 3 * size.chunk_size + 7) if not check.passed}
     assert {"bidirectional torch.float32 output", "decoding, static cache"} <= failed
 
 

@@ -304,8 +304,9 @@ def test_the_script_writes_results_for_cards(folders, tmp_path, capsys):
     keys = [(row["dataset"], row["metric"]) for row in rows]
     assert len(keys) == len(set(keys)) and {("held_out", "loss"), ("other", "loss, context 40")} <= set(keys)
     assert {metric for name, metric in keys if name == "random-tokens"} == {
-        "forward tokens/s, length 32", "decoded tokens/s, batch 1",
-    }  # fmt: skip
+        "forward tokens/s, length 32",
+        "decoded tokens/s, batch 1",
+    }
 
     evaluate(folders["masked"], *files, "--measure", "masked", "pseudo", "--block_size", "64")
     assert "masked_accuracy" in capsys.readouterr().out

@@ -598,9 +598,10 @@ def test_study_compares_resumes_and_chooses_by_validation(study, tmp_path, monke
     assert abs(flash["parameters"] / other["parameters"] - 1) < 0.02 and flash["tokens"] == other["tokens"]
     for row in (flash, other):
         losses = {
-            cell["learning_rate"]: cell["metrics"]["validation"]["loss"] for cell in summary["cells"].values()
+            cell["learning_rate"]: cell["metrics"]["validation"]["loss"]
+            for cell in summary["cells"].values()
             if cell["kind"] == "pretrain" and cell["model"] == row["model"]
-        }  # fmt: skip
+        }
         assert len(losses) == 2 and losses[row["learning_rate"]] == min(losses.values())
     start = {row["model"]: f"pretrain-{row['model']}-{row['learning_rate']:g}" for row in (flash, other)}
     tuned = [cell for cell in summary["cells"].values() if cell["kind"] == "tune"]
@@ -648,9 +649,10 @@ def test_study_that_was_cut_off_says_what_it_lacks(study):
     gone = {"tune-flash-sst2-0.001-0": "cut off: 7.2 minutes are over", "pretrain-flash-0.001": "x\nValueError: y"}
     unknown = "tune-transformer_pp-wnut17-0.001-0"
     summary["cells"] = {
-        name: cell for name, cell in summary["cells"].items()
+        name: cell
+        for name, cell in summary["cells"].items()
         if name not in gone and name != unknown and "movie_reviews" not in name
-    }  # fmt: skip
+    }
     summary["failed"] = {**gone, "tune-flash-wnut17-0.001-1": "not begun: 7.2 minutes are over"}
     chosen = {("sst2", "transformer_pp"), ("wnut17", "flash")}
     summary["table"] = [row for row in summary["table"] if (row["data"], row["model"]) in chosen]

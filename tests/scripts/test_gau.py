@@ -68,8 +68,9 @@ VARIANTS = {
         "local_heads": 2,
     },
 }
-CAUSAL_ONLY = [name for name, changes in VARIANTS.items()
-               if {"conv_size", "local_window", "global_state"} & set(changes)]  # fmt: skip  # fmt: skip
+CAUSAL_ONLY = [
+    name for name, changes in VARIANTS.items() if {"conv_size", "local_window", "global_state"} & set(changes)
+]
 LENGTH = 29  # chunks of 8: three whole ones and a part
 
 
@@ -92,8 +93,7 @@ def stated(model, ids, *, causal):
         w = {name.removeprefix(own): p for name, p in state.items() if name.startswith(own)}
         n = naive_norm(x, w, naive)
         if config.conv_size:
-            n = n + sum(weight * n.roll(j, 0).index_fill(0, position[:j], 0)
-                        for j, weight in enumerate(w["gau.conv"]))  # fmt: skip
+            n = n + sum(weight * n.roll(j, 0).index_fill(0, position[:j], 0) for j, weight in enumerate(w["gau.conv"]))
         if config.token_shift:
             half = n.shape[1] // 2
             n = torch.cat([n.roll(1, 0).index_fill(0, position[:1], 0)[:, :half], n[:, half:]], 1)

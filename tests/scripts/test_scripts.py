@@ -222,8 +222,9 @@ def test_a_fault_of_the_code_keeps_its_traceback(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     for main, code, line in (
-        (ours["refuse"], 1, "script.py: chunk_size must be at least 1, got 0."), (stop, 130, "script.py: interrupted"),
-    ):  # fmt: skip
+        (ours["refuse"], 1, "script.py: chunk_size must be at least 1, got 0."),
+        (stop, 130, "script.py: interrupted"),
+    ):
         with pytest.raises(SystemExit) as ended:
             command_line.run_command(main)
         assert ended.value.code == code and capsys.readouterr().err.strip() == line

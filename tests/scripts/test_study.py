@@ -485,8 +485,9 @@ def test_the_headline_table_compares_best_rates_and_seconds():
 def test_the_time_of_a_step_is_the_quietest_of_those_measured():
     results = cell_of("flash", 0.002, [5.0], step={"median": 21.0, "q25": 20.0, "q75": 22.0}, graphed=True)
     results |= cell_of("flash", 0.004, [5.0], step={"median": 25.0, "q25": 25.0, "q75": 25.0}, graphed=True)
-    results |= cell_of("flash", 0.001, [5.0], step={"median": 19.0, "q25": 19.0, "q75": 19.0}, graphed=True,
-                       machine="another GPU")  # fmt: skip
+    results |= cell_of(
+        "flash", 0.001, [5.0], step={"median": 19.0, "q25": 19.0, "q75": 19.0}, graphed=True, machine="another GPU"
+    )
     times = report.times(results).splitlines()[2:]
     assert times == [
         "| FLASH | m | causal | 512 | NVIDIA H100 80GB HBM3 | 21.0 (20.0 to 22.0) | - | yes |",
@@ -534,8 +535,9 @@ def test_long_trainings_are_listed_by_corpus_and_position():
     assert crossed.startswith("| 2,048 | 235 M | Transformer++ | 4.900 (3 M) | 4.800 (7 M) | 4.500 (16 M)")
     assert crossed.endswith("3.000 (66 M) |")
     tenth = dataclasses.replace(cell, model="flash", tokens=23.5)
-    results |= {dataclasses.replace(tenth, rate=rate): {"final": {"loss": loss}} for rate, loss in
-                ((0.001, 5.0), (0.002, 4.5))}  # fmt: skip
+    results |= {
+        dataclasses.replace(tenth, rate=rate): {"final": {"loss": loss}} for rate, loss in ((0.001, 5.0), (0.002, 4.5))
+    }
     table = report.lasting(results)
     assert table.endswith("\n\nLearning rates with a tenth of the tokens: FLASH 0.001: 5.000, **0.002: 4.500**.")
     assert len(table.splitlines()) == len(rows) + 2
@@ -550,8 +552,9 @@ def test_forms_are_compared_with_flash_plus_after_a_quarter_of_a_pass():
         results[cell] = {"final": {"loss": (books + wiki) / 2}, "corpora": found, "machine": "a GPU"}
     rows = [line.strip("| ").split(" | ") for line in report.searched(results).splitlines()]
     assert len({len(row) for row in rows}) == 1 and [row[0] for row in rows[2:]] == [
-        "FLASH+, local part over two chunks", "FLASH+"
-    ]  # fmt: skip
+        "FLASH+, local part over two chunks",
+        "FLASH+",
+    ]
     assert rows[2][1:] == ["0.002", "3.600", "-0.100", "3.700", "0.300", "3.500", "0.300", "-", "a GPU"]
     del results[next(iter(results))]
     assert report.searched(results).splitlines()[2].split(" | ")[3] == "-"

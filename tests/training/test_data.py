@@ -332,7 +332,7 @@ def test_line_ends_and_byte_order_marks(tmp_path, streaming):
         ("a.csv", "text,id\n", r"a\.csv must hold text, but has none in the column 'text'"),
         ("a.jsonl", '{"text": null}\n' * 3, r"a\.jsonl must hold text, but has none in the column 'text'"),
     ],
-)  # fmt: skip
+)
 def test_an_error_names_file_and_row(tmp_path, name, content, message, streaming):
     with pytest.raises(ValueError, match=message):
         list(load_documents(write(tmp_path / name, content), streaming=streaming))

@@ -203,14 +203,15 @@ def test_a_stream_from_the_hub_that_breaks_off(tmp_path):
 def command_of(files: Path, folder: Path, *more: str) -> list[str]:
     """A run of 12 steps that logs every one, with dropout and accumulation."""
     return [
-        "--train_file", *(str(files / f"{n}.jsonl") for n in range(3)),
+        "--train_file",
+        *(str(files / f"{n}.jsonl") for n in range(3)),
         *f"--validation_file {files / 'validation.jsonl'} --tokenizer {files / 'tokenizer'} --streaming "
         "--config_overrides hidden_size=32,num_hidden_layers=2,query_key_dim=16,chunk_size=16,hidden_dropout=0.1 "
         "--block_size 60 --shuffle_buffer 20 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 "
         "--max_steps 12 --learning_rate 3e-3 --eval_strategy no --eval_on_start false --save_steps 2 "
         f"--logging_steps 1 --disable_tqdm true --output_dir {folder}".split(),
         *more,
-    ]  # fmt: skip
+    ]
 
 
 def run(kind: str, *command: str) -> dict:

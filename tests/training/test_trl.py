@@ -140,9 +140,10 @@ def test_grpo_raises_its_reward(folder, tmp_path):
         return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
     arguments = trl.GRPOConfig(
-        **options(tmp_path, steps=25, per_device_train_batch_size=16, learning_rate=1e-2), num_generations=16,
+        **options(tmp_path, steps=25, per_device_train_batch_size=16, learning_rate=1e-2),
+        num_generations=16,
         max_completion_length=8,
-    )  # fmt: skip
+    )
     prompts = Dataset.from_dict({"prompt": ["Who lived in Kansas?", "Henry"] * 4})
     trainer = trl.GRPOTrainer(folder, reward_funcs=reward, args=arguments, train_dataset=prompts)
     trainer.train()
