@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the work is done: in the Triton kernels of an installed flash_hf, or in the functions of attention_flash.py.
 
-Every choice between the two is made here: once per forward by `plan_for`, and by each layer for the modules it has
-(`fuses_layer`, `fuses_attention`, `normalise`), which may be hooked, quantised or replaced.
+The choice is made once per forward (`with_plans`), for the device, the configuration and the call; and in each layer
+(`fuses_layer`, `fuses_attention`, `normalise`), whose modules may be hooked, quantised or replaced.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, i
 
 logger = logging.get_logger(__name__)
 
-# Kernels come with the package. Code loaded from the Hub uses those of an installed package that takes the same calls.
+# Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
 KERNEL_INTERFACE = 4
 
-# FLASH-Quad's kernels hold the attention weights of some rows at a time: tokens of the longest row they take.
+# FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
 
-# Names of the activation that the kernels compute themselves.
+# The activation that kernels compute themselves, by its names in transformers.
 SILU = ("silu", "swish")
 
 _loaded: list[tuple[ModuleType | None, str]] = []
@@ -34,7 +34,7 @@ _loaded: list[tuple[ModuleType | None, str]] = []
 
 def load_kernels() -> tuple[ModuleType | None, str]:
     """The package of Triton kernels, or None and the reason."""
-    if not _loaded:  # not functools.cache, which torch.compile would warn of
+    if not _loaded:  # not functools.cache, which torch.compile warns about
         _loaded.append(_import_kernels())
     return _loaded[0]
 
@@ -94,8 +94,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether a module's call is its class's forward and nothing else, so that its parameters may be used directly."""
-    # accelerate replaces `forward`: offloaded parameters are there only while their own module is called.
+    """Whether calling a module only runs its class's forward, so that its parameters can be used directly."""
+    # accelerate replaces `forward`, and loads offloaded parameters only while it runs.
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
@@ -128,7 +128,7 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
 
 def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
     layout = places.layout
-    # Rolling back needs keys by token.
+    # A rollback needs the keys of each token.
     if cache is not None and cache.record_past:
         return places
     # CODEPATH: FLASHQuad checkpoints. To the kernels, a row that is one document is one chunk.
@@ -140,10 +140,10 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
         places = replace(places, layout=layout, bias_length=length)
     if isinstance(layout, StepLayout):
         state = cache.state
-        # A state that was made elsewhere, or changed by hand.
+        # Checked here once, for all layers: the user may have changed the state.
         fits = state is None or all(x is None or x.is_contiguous() for x in state)
         return replace(places, fused=fits and (state is None or state.value.dtype in kernels.DTYPES))
-    # A packed continuation would need the cached slots in the grid of its first document.
+    # Kernels cannot put cached slots into the grid of a packed row.
     if cache is not None and places.documents.start_BN is not None:
         return places
     amid = layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any()))
@@ -165,14 +165,14 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
 # In every layer
 # ------------------------------------------------------------------------------------------------------------------
 def normalise(norm: nn.Module, x: Tensor, places: Places) -> Tensor:
-    """`norm(x)`, by a kernel where kernels compute this call and have this norm."""
+    """`norm(x)`, by a kernel if kernels compute this call and have this norm."""
     if places.fused and has_kernel(norm):
         return load_kernels()[0].scale_norm(x, norm.weight, norm.eps)
     return norm(x)
 
 
 def has_kernel(norm: nn.Module) -> bool:
-    # The class's own mark: a subclass may compute something else.
+    # Not inherited: a subclass may compute something else.
     return "has_kernel" in type(norm).__dict__ and is_bare(norm)
 
 
@@ -182,7 +182,7 @@ def fuses_attention(unit: nn.Module, places: Places) -> bool:
 
 
 def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
-    """`u * attention(z, v)`, `[B, N, E]`: the projections as modules, whatever they are, then one kernel."""
+    """`u * attention(z, v)`, `[B, N, E]`: the projections as modules of any kind, then one kernel."""
     kernels = load_kernels()[0]
     u_BNE, v_BNE, z_BNS = unit.u_proj(x_BND), unit.v_proj(x_BND), unit.z_proj(x_BND)
     silu = unit.kernel_activation
@@ -201,11 +201,8 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
 
 
 def continuation(places: Places, cache) -> dict[str, Any]:
-    """What attention over chunks takes of a cache: the state before the call, and whether to return the one after."""
-    return {
-        "state": None if places.layout.phase_B is None else cache.state,
-        "return_state": cache is not None,
-    }
+    """Arguments of attention over chunks: the cached state to continue, and whether to return the new one."""
+    return {"state": None if places.layout.phase_B is None else cache.state, "return_state": cache is not None}
 
 
 def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
@@ -233,17 +230,3 @@ def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tenso
     if cache is not None:
         cache.update(state, places)
     return out_BND
-
-
-__all__ = [
-    "KERNEL_INTERFACE",
-    "continuation",
-    "fused_attention",
-    "fused_layer",
-    "fuses_attention",
-    "fuses_layer",
-    "kernels_for",
-    "load_kernels",
-    "normalise",
-    "with_plans",
-]

@@ -12,7 +12,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""`FlashConfig`: every choice that changes the function FLASH computes, with the paper's base model as default."""
+"""`FlashConfig`: every choice that changes the function FLASH computes; the defaults are the paper's base model."""
 
 import difflib
 import os
@@ -39,12 +39,11 @@ BACKENDS = ("auto", "torch", "triton")
 # FLASH+ beside a `chunk_shift` of half a chunk, see `FlashConfig.plus`.
 PLUS = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
 
-# Cache layers register themselves with transformers under these names (cache_flash.py).
+# Names under which cache_flash.py registers its layers with transformers.
 CHUNK_LAYER_TYPE = "flash_gau"
 QUADRATIC_LAYER_TYPE = "flash_gau_quadratic"
 
-# What no model has, but a broken or hostile config.json may: refused before memory is taken. A limit is far above what
-# has been built; whoever outgrows it raises it here.
+# Far above any model: values of a broken or hostile config.json are refused before memory is allocated.
 LIMITS = {
     "vocab_size": 10**8, "hidden_size": 2**20, "num_hidden_layers": 10**5, "expansion_factor": 1000,
     "query_key_dim": 2**16, "chunk_size": 2**24, "max_position_embeddings": 2**28, "t5_num_buckets": 2**20,
@@ -54,7 +53,7 @@ LIMITS = {
 MAX_PARAMETERS = 10**12
 MAX_LABELS = 10**7
 
-# Keyword arguments that transformers itself understands without declaring them as fields.
+# Keyword arguments that transformers accepts without declaring them as fields.
 HOST_KEYS = {
     "name_or_path", "torch_dtype", "num_labels", "output_attentions", "attn_implementation", "experts_implementation",
     "rope_theta", "rope_scaling", "partial_rotary_factor", "tie_last_hidden_states", "model_type", "auto_map",
@@ -63,7 +62,7 @@ HOST_KEYS = {
 
 
 def nearest(value: object, valid: tuple | list | set) -> str:
-    """`' Did you mean 'x'?'` for the closest valid name, or an empty string."""
+    """`" Did you mean 'x'?"` for the closest valid name, or an empty string."""
     found = difflib.get_close_matches(str(value), [str(name) for name in valid if name is not None], n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
 
@@ -80,50 +79,49 @@ def nearest(value: object, valid: tuple | list | set) -> str:
 class FlashConfig(PreTrainedConfig):
     r"""
     vocab_size (`int`, defaults to 32000): Rows of the embedding matrix.
-    hidden_size (`int`, defaults to 768): Model width `D`. Even, when the sinusoid is used.
-    num_hidden_layers (`int`, defaults to 24): Layers. Two gated attention units stand for one Transformer block.
-    expansion_factor (`int` or `float`, defaults to 2): `E / D`, the width of gate and values over the model's.
+    hidden_size (`int`, defaults to 768): Model width `D`; even if the sinusoid is used.
+    num_hidden_layers (`int`, defaults to 24): Layers; two gated attention units replace one Transformer block.
+    expansion_factor (`int` or `float`, defaults to 2): `E / D`: the width of gate and values, relative to the model.
     query_key_dim (`int`, defaults to 128): Width `S` of the shared queries and keys.
-    num_attention_heads (`int`, defaults to 1): A gated attention unit has one head; libraries ask (PEFT, and
-        transformers for a static cache).
+    num_attention_heads (`int`, defaults to 1): Always 1; read by PEFT, and by transformers for a static cache.
     chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting: it changes the function.
     chunk_shift (`int`, defaults to 0): In every second layer a document's first chunk begins this many tokens
-        before the document, so that borders of one layer lie inside chunks of the next (as Swin's shifted
+        before the document, so that chunk borders of one layer lie inside chunks of the next (like Swin's shifted
         windows). 0 is the paper's form, half of `chunk_size` is FLASH+ ([`~FlashConfig.plus`]).
     attention_type (`str`, defaults to `"mixed_chunk"`): `"mixed_chunk"` (FLASH), `"quadratic"` (FLASH-Quad: one
         attention over the document, quadratic cost, a cache that grows), `"local"` or `"global"` (one branch).
     attention_activation (`str`, defaults to `"relu2"`): `"relu2"`: `relu(q k / divisor + b)^2`; `"laplace"`:
-        MEGA's smooth stand-in, same argument; `"softmax"`: `softmax(q k / sqrt(S) + b)` over the visible keys.
-    attention_divisor (`int` or `float`, *optional*): What relu2 and laplace scores are divided by: a constant,
-        never the length of the input. Defaults to `chunk_size`, or `max_position_embeddings` for `"quadratic"`.
-    relative_bias (`str` or `None`, defaults to `"toeplitz"`): `"toeplitz"` (one weight an offset; for spans up to
+        MEGA's smooth version of it; `"softmax"`: `softmax(q k / sqrt(S) + b)` over the visible keys.
+    attention_divisor (`int` or `float`, *optional*): Divisor of relu2 and laplace scores: a constant, never the
+        length of the input. Defaults to `chunk_size`, or `max_position_embeddings` for `"quadratic"`.
+    relative_bias (`str` or `None`, defaults to `"toeplitz"`): `"toeplitz"` (one weight per offset; for spans up to
         512), `"rotary"` (`<RoPE_i(a), RoPE_j(b)>`, any span), `"t5"` (T5's buckets) or `None`.
     t5_num_buckets (`int`, defaults to 32): Buckets of the `"t5"` bias.
-    t5_max_distance (`int`, defaults to 128): Distance from which the `"t5"` bias no longer changes.
+    t5_max_distance (`int`, defaults to 128): Distance beyond which the `"t5"` bias is constant.
     norm_type (`str`, defaults to `"scale_norm"`): `"scale_norm"` (RMS with one scalar gain), `"layer_norm"` or
         `"rms_norm"`.
     norm_eps (`float`, defaults to 1e-5): Added to the mean square, or the variance, inside the root.
-    final_norm_type (`str`, *optional*): Norm before the head, if another than `norm_type`; `"none"` for none.
-    final_norm_eps (`float`, *optional*): Its eps, if another than `norm_eps`.
-    embedding_norm (`bool`, defaults to `False`): Normalise the sum of the embeddings before the first layer.
-    mlm_transform (`bool`, defaults to `False`): The masked head has BERT's transform, a linear layer, `hidden_act`
+    final_norm_type (`str`, *optional*): Norm before the head, `"none"` for none. Defaults to `norm_type`.
+    final_norm_eps (`float`, *optional*): Its eps. Defaults to `norm_eps`.
+    embedding_norm (`bool`, defaults to `False`): Normalise the embeddings before the first layer.
+    mlm_transform (`bool`, defaults to `False`): Give the masked head BERT's transform, a linear layer, `hidden_act`
         and a norm, before its decoder.
-    lm_head_bias (`bool`, defaults to `False`): The masked head's decoder has a bias.
+    lm_head_bias (`bool`, defaults to `False`): Give the masked head's decoder a bias.
     hidden_act (`str`, defaults to `"silu"`): Activation of gate, values and the shared query/key basis.
     use_rope (`bool`, defaults to `True`): Rotate queries and keys by their position in the document.
-    rope_parameters (`dict`, *optional*): transformers' RoPE settings (`rope_theta`, `rope_type`,
-        `partial_rotary_factor` for RoPE on the first dimensions only, scaling). Defaults to base 10000.
+    rope_parameters (`dict`, *optional*): transformers' RoPE settings: `rope_theta` (10000 by default), `rope_type`,
+        scaling, and `partial_rotary_factor` for RoPE on the first dimensions only.
     rope_interleaved (`bool`, defaults to `False`): Rotate neighbouring pairs instead of the two halves.
     use_scaled_sinusoid (`bool`, defaults to `True`): Add sinusoidal positions times one learnt scalar.
-    global_normalization (`str`, defaults to `"mean"`): The global sum over tokens is divided by their number
-        (`"mean"`) or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
+    global_normalization (`str`, defaults to `"mean"`): Divide the global sum over tokens by their number (`"mean"`)
+        or by `chunk_size` (`"chunk"`, as some ports do: it grows with the position).
     global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
         sum under the key of the token before it, and global queries and keys are not rotated, so that a token can
         look up what followed its earlier occurrences at any distance (FLASH+).
     hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
     attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
-    max_position_embeddings (`int`, defaults to 8192): Training length. Only `"quadratic"` with a `"toeplitz"` bias
-        is bound by it; the chunked forms take any length.
+    max_position_embeddings (`int`, defaults to 8192): Training length. It only limits `"quadratic"` with a
+        `"toeplitz"` bias; the chunked forms take any length.
     initializer_range (`float`, defaults to 0.02): Standard deviation of weights, offset scales and biases `b`.
     attention_init (`str`, defaults to `"normal"`): How attention starts. `"normal"`: scales of queries and keys
         and relative biases are sampled like all weights, as in the paper; the unit's output then starts near zero.
@@ -133,16 +131,16 @@ class FlashConfig(PreTrainedConfig):
     is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
         head never.
     use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.
-    backend (`str`, defaults to `"auto"`): What computes: `"triton"` (kernels for NVIDIA GPUs; an error where they
-        cannot run), `"torch"`, or `"auto"`: kernels where they can run, with one warning where they cannot. The
-        function is the same.
+    backend (`str`, defaults to `"auto"`): `"triton"` (kernels for NVIDIA GPUs, an error where they cannot run),
+        `"torch"`, or `"auto"`: kernels where they can run, and one warning where they cannot. The results are the
+        same.
     tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output projection.
     """
 
     model_type = "flash_gau"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"head_dim": "query_key_dim"}
-    # Gate and values are cut over E; queries and keys are shared by all of E and stay whole.
+    # Gate and values are sharded over E; queries and keys, shared by all of E, are not.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.gau.u_proj": "colwise",
         "layers.*.gau.v_proj": "colwise",
@@ -192,11 +190,11 @@ class FlashConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
-        self._refuse_huge()  # before the base makes a list with an entry a layer
+        self._refuse_huge()  # before the base class makes a list with an entry per layer
         if self.attention_divisor is None:
-            # Resolved here so that it is saved: the function must not change when only chunk_size is overridden later.
+            # Resolved here so that it is saved: a later change of chunk_size must not change it.
             self.attention_divisor = self.span
-        # TRL reads it without asking whether it is there. A copy that comes with a checkpoint's code has it filled.
+        # TRL expects the attribute. It is filled where a checkpoint comes with its code.
         self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
 
@@ -240,7 +238,7 @@ class FlashConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # A file may come from another version: keys this one does not know are kept as attributes, not refused.
+        # A file may come from another version: unknown keys are kept as attributes.
         known = cls._known_keys()
         config_dict = cls._without_foreign_choices(config_dict)
         extra = {key: value for key, value in config_dict.items() if key not in known and not key.startswith("_")}
@@ -248,7 +246,7 @@ class FlashConfig(PreTrainedConfig):
         config_dict = {key: value for key, value in config_dict.items() if key not in extra}
         config, kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
         if extra:
-            logger.info(f"FlashConfig keeps keys it does not know as plain attributes: {sorted(extra)}")
+            logger.info(f"FlashConfig keeps unknown keys as plain attributes: {sorted(extra)}")
         for key, value in extra.items():
             if not hasattr(config, key):
                 setattr(config, key, value)
@@ -257,7 +255,7 @@ class FlashConfig(PreTrainedConfig):
 
     @classmethod
     def _without_foreign_choices(cls, config_dict: dict) -> dict:
-        """What a file may not decide: kernels to fetch, a file elsewhere to read; and code it does not come with.
+        """The keys of a file without those that choose kernels to download, or code that the file comes without.
 
         Raises:
             ValueError: `transformers_weights` is not a plain file name, or `quantization_config` not a dictionary.
@@ -270,7 +268,7 @@ class FlashConfig(PreTrainedConfig):
             raise ValueError(f"FlashConfig: `quantization_config` must be a dictionary, got {quantization!r}.")
         dropped = {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
         if not cls.__module__.startswith("transformers_modules"):
-            # Saved again by the package, the model comes without its code.
+            # A model that the package saves again comes without its code.
             dropped.add("auto_map")
         return {key: value for key, value in config_dict.items() if key not in dropped}
 
@@ -290,7 +288,7 @@ class FlashConfig(PreTrainedConfig):
         labels = kwargs.get("num_labels")
         if labels is not None and not (isinstance(labels, int) and 0 < labels <= MAX_LABELS):
             raise ValueError(f"FlashConfig: `num_labels` must be a number from 1 to {MAX_LABELS}, got {labels!r}.")
-        # Generation settings are dropped by the base class, as for every model.
+        # The base class drops generation settings, as for every model.
         allowed = self._known_keys() | set(GenerationConfig._get_default_generation_params())
         for key, value in kwargs.items():
             if key not in allowed and not key.startswith("_"):
@@ -312,17 +310,17 @@ class FlashConfig(PreTrainedConfig):
 
     @property
     def has_quad(self) -> bool:
-        """Whether the unit attends to single tokens: in chunks, or for `"quadratic"` in the document."""
+        """Whether there is a quadratic branch: attention inside chunks, or documents for `"quadratic"`."""
         return self.attention_type != "global"
 
     @property
     def has_lin(self) -> bool:
-        """Whether the unit attends to sums over tokens, across chunks."""
+        """Whether there is a linear branch: attention to sums over chunks."""
         return self.attention_type in ("mixed_chunk", "global")
 
     @property
     def previous_key(self) -> bool:
-        """Whether values enter those sums under the key of the token before them."""
+        """Whether its keys are shifted: values are stored under the key of the token before them."""
         return self.global_form == "previous_token"
 
     def shift_of(self, layer_idx: int) -> int:
@@ -336,15 +334,15 @@ class FlashConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """The kind of cache each layer needs (transformers builds `DynamicCache` and `StaticCache` from it)."""
+        """The kind of each layer's cache, for transformers' `DynamicCache` and `StaticCache`."""
         kind = QUADRATIC_LAYER_TYPE if self.attention_type == "quadratic" else CHUNK_LAYER_TYPE
         return [kind] * self.num_hidden_layers
 
     def validate_layer_type(self):
-        """`layer_types` is derived, so there is nothing a user could have got wrong."""
+        """Nothing to check: `layer_types` is derived."""
 
     def validate_architecture(self):
-        """Check values and their combinations; the message names field, rule, value and cure."""
+        """Check values and their combinations."""
 
         def refuse(name: str, rule: str, cure: str = ""):
             raise ValueError(f"FlashConfig: `{name}` must be {rule}, got {repr(getattr(self, name))[:500]}.{cure}")

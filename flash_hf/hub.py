@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that carry their code: they load with `trust_remote_code=True` where flash_hf is not installed.
 
-`save_pretrained` and `push_to_hub` write configuration and weights alone, which is all that users of the package need.
-The functions here add the model's source files and the `auto_map` that leads every Auto class to them.
+`save_pretrained` and `push_to_hub` only write configuration and weights, which is all that users of the package need.
+The functions here add the model's source files, and the `auto_map` that points every Auto class to them.
 """
 
 import json
@@ -20,17 +20,17 @@ from .configuration_flash import FlashConfig
 from .modeling_flash import FlashPreTrainedModel
 
 
-# What a push replaces. Weights of another layout must not stay behind: transformers prefers one file to shards, so an
-# old model.safetensors would win over new shards. Only at the root: a Trainer's checkpoint folders are not touched.
+# Weights that a push replaces: transformers prefers one file to shards, so an old model.safetensors would win over new
+# shards. Only at the root: checkpoint folders of a Trainer stay.
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 
 
 def registered_classes() -> dict[str, type]:
-    """`{"AutoConfig": FlashConfig, "AutoModel": FlashModel, ...}`: what flash_hf has registered with transformers."""
+    """`{"AutoConfig": FlashConfig, "AutoModel": FlashModel, ...}`: the classes registered with transformers."""
     classes = {"AutoConfig": FlashConfig}
     for auto_class in vars(modeling_auto).values():
         mapping = getattr(auto_class, "_model_mapping", None) if isinstance(auto_class, type) else None
-        # A user may have registered a class of their own, which is not in the files that are copied.
+        # A class that a user has registered is not in the files that are copied.
         if mapping is not None and FlashConfig in mapping and mapping[FlashConfig].__module__.startswith(__package__):
             classes[auto_class.__name__] = mapping[FlashConfig]
     return classes
@@ -40,10 +40,10 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
     """Make a saved FLASH checkpoint, for example a Trainer's output, loadable without the package.
 
     Args:
-        folder: A folder with the `config.json` of a FLASH model; any head.
+        folder: A folder with the `config.json` of a FLASH model with any head.
 
     Returns:
-        The source files written, flat beside `config.json`, whose `auto_map` names a class for each Auto class.
+        The source files, written beside `config.json`, whose `auto_map` names a class for each Auto class.
 
     Raises:
         ValueError: the folder holds no `config.json`, or one of another model.
@@ -66,16 +66,14 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let `tokenizer` pad on the left, as generate() needs it, and save that with it."""
+    """Make `tokenizer` pad on the left, as generate() needs, also when it is saved and loaded."""
     tokenizer.padding_side = "left"
-    tokenizer.init_kwargs["padding_side"] = "left"  # `save_pretrained` writes what the tokenizer was made from
+    tokenizer.init_kwargs["padding_side"] = "left"  # written by `save_pretrained`
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The smallest `vocab_size` of a model that takes all ids of a tokenizer: the highest one, and 1.
-
-    `len(tokenizer)` counts the tokens. It is less where ids are left unused, as some tokenizers do.
-    """
+    """The smallest `vocab_size` of a model for a tokenizer: its highest id plus 1, which is more than `len(tokenizer)`
+    if some ids are unused."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -85,12 +83,12 @@ def save_with_code(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **save_options,
 ) -> list[Path]:
-    """`save_pretrained` of model and tokenizer, and the code to load them without the package.
+    """`save_pretrained` of model and tokenizer, with the code to load them without the package.
 
     Args:
         model: A FLASH model with any head.
-        folder: Where to save. `AutoModelFor...from_pretrained(folder, trust_remote_code=True)` works there for every
-            Auto class of the package, whatever head was saved: a missing head is new, as usual.
+        folder: Where to save. `from_pretrained(folder, trust_remote_code=True)` then works for every Auto class of the
+            package; a head that was not saved is new, as usual.
         tokenizer: Saved beside the model, if given.
         save_options: Passed to `model.save_pretrained`, for example `max_shard_size`.
 
@@ -127,19 +125,18 @@ def push_with_code(
     commit_message: str = "Upload FLASH model with its code",
     **save_options,
 ) -> CommitInfo:
-    """Push model, tokenizer, code and card to the Hub in one commit, so that nobody can load half of it.
-
-    Weights of an earlier push that this one does not overwrite (another number of shards) are deleted in the same
-    commit. Load with `trust_remote_code=True`, best with a fixed `revision`: the returned commit's `oid`.
+    """Push model, tokenizer, code and card to the Hub in one commit, which also deletes an earlier push's weights with
+    another number of shards. Load with `trust_remote_code=True`, preferably with the `oid` of the returned commit as
+    `revision`.
 
     Args:
         model, tokenizer, save_options: as for `save_with_code`.
-        repo_id: `"namespace/name"`, created if need be.
-        card: Written as README.md, if given (scripts/cards of the repository makes one).
+        repo_id: `"namespace/name"`, created if needed.
+        card: Written as README.md; scripts/cards in the repository makes one.
         private: Whether a new repository is private. Ignored for one that exists.
-        revision: Branch to push to, created if need be. The main branch by default.
+        revision: Branch to push to, created if needed. The main branch by default.
         create_pr: Open a pull request instead of pushing.
-        token: A token with write permission. The saved one, or `HF_TOKEN`, by default.
+        token: A token with write permission; by default `HF_TOKEN` or the saved one.
         commit_message: First line of the commit.
 
     Raises:
@@ -158,7 +155,7 @@ def push_with_code(
         operations = [CommitOperationAdd(path.name, path) for path in files]
         old = {name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)}
         operations += [CommitOperationDelete(name) for name in sorted(old - {path.name for path in files})]
-        # Not upload_folder: with hf_xet it commits in parts when the upload takes long.
+        # Not upload_folder, which with hf_xet splits a long upload into several commits.
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr
         )

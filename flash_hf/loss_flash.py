@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-entropy of a language-model head without the logits of all tokens at once.
 
-`[tokens, vocabulary]` logits in float32, and their gradient, are often the largest tensors of a training step: 65,536
-tokens and 32,000 words take 8.4 GB each.
+Float32 logits `[tokens, vocabulary]` and their gradient are often the largest tensors of a training step: 8.4 GB each
+for 65,536 tokens and a vocabulary of 32,000.
 """
 
 import functools
@@ -20,26 +20,26 @@ logger = logging.get_logger(__name__)
 
 # The label that the losses of transformers and torch skip.
 IGNORE = -100
-# Tokens whose logits exist at once where liger-kernel does not compute the loss.
+# Tokens whose logits exist at the same time, without liger-kernel.
 SLICE = 4096
 
 
 @functools.cache
 def load_liger():
-    """liger-kernel's fused linear cross-entropy, or None; says once why there is none."""
+    """liger-kernel's fused linear cross-entropy, or None with one warning."""
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError as error:
         logger.warning(
-            f"The loss without logits is computed in slices by plain torch, which is right but slower than "
-            f"liger-kernel: {error}. pip install liger-kernel."
+            f"The loss without logits falls back to plain torch, which is slower than liger-kernel: {error}. "
+            "pip install liger-kernel."
         )
         return None
     return liger_fused_linear_cross_entropy
 
 
 def can_split(head: nn.Module) -> bool:
-    """Whether a head is a plain linear layer, so that its product may be computed in parts."""
+    """Whether a head is a plain linear layer, whose product can be computed in parts."""
     return type(head) is nn.Linear and type(head.weight) in (nn.Parameter, Tensor) and is_bare(head)
 
 
@@ -48,14 +48,14 @@ def sum_of_slice(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, la
 
 
 def may_wait(x: Tensor) -> bool:
-    """Whether the host may wait for the device of x: not while a CUDA graph is recorded, or about to be."""
+    """Whether the host may wait for the device of x: not while a CUDA graph is being recorded, or about to be."""
     return not (x.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() == 2))
 
 
 def zero_without_labels(loss: Tensor, labels: Tensor) -> Tensor:
-    """`loss`, or 0 where all labels are -100: their mean is not a number, and would make every average over steps one.
-    The gradients of torch's losses are 0 then."""
-    # No scalar is copied to the device, which a CUDA graph could not record.
+    """`loss`, or 0 if all labels are -100: their mean is NaN, as would be every average over steps. The gradients of
+    torch's losses are 0 then."""
+    # Not a comparison on the host, which a CUDA graph could not record.
     return loss.masked_fill((labels == IGNORE).all().to(loss.device), 0.0)
 
 
@@ -68,24 +68,24 @@ def loss_without_logits(
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
     """Cross-entropy of `head(hidden)` in nats, float32: the mean over the labels, or their sum over
-    `num_items_in_batch`; 0 without any label. The same number, and gradients, as from logits.
+    `num_items_in_batch`; 0 without any label. The same loss and gradients as from logits.
 
-    On CUDA by liger-kernel's fused linear cross-entropy, where it is installed and the head has no bias; elsewhere,
-    and in CUDA graphs, by torch, a slice of tokens after the other, whose logits are computed again in the backward.
-    Of a masked model tokens without a label get no logits at all, except in CUDA graphs.
+    On CUDA this is liger-kernel's fused linear cross-entropy, if it is installed and the head has no bias. Otherwise,
+    and in CUDA graphs, torch computes slices of tokens, and their logits again in the backward. A masked model skips
+    tokens without a label, except in CUDA graphs.
 
     Args:
         head: linear layer `[V, D]`; see `can_split`.
-        shift: whether a token's label is the next one's (causal), or its own (masked).
+        shift: whether a token predicts the next token's label (causal), or its own (masked).
     """
     if shift:
         labels_BN = F.pad(labels_BN[:, 1:], (0, 1), value=IGNORE)
     hidden, labels = hidden_BND.flatten(0, 1), labels_BN.flatten().to(hidden_BND.device)
     waits = may_wait(hidden)
-    # liger-kernel asks the device how many labels there are.
+    # liger-kernel reads the number of labels from the device.
     liger = load_liger() if hidden.is_cuda and head.bias is None and waits else None
     if waits and (liger is None or not shift):
-        # So does this: it is worth it where most tokens have no label.
+        # So does this, which pays if most tokens have no label.
         labelled = (labels != IGNORE).nonzero()[:, 0]
         hidden, labels = hidden[labelled], labels[labelled]
     items = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
@@ -95,11 +95,8 @@ def loss_without_logits(
     if liger is not None and len(labels):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
-        total = liger(
-            hidden.to(dtype), head.weight.to(dtype), labels, ignore_index=IGNORE, reduction="sum",
-            accum_dtype=torch.float32,
-        )  # fmt: skip
-        return total.float() / items
+        options = {"ignore_index": IGNORE, "reduction": "sum", "accum_dtype": torch.float32}
+        return liger(hidden.to(dtype), head.weight.to(dtype), labels, **options).float() / items
     sums = [
         checkpoint(sum_of_slice, part, head.weight, head.bias, own, use_reentrant=False, preserve_rng_state=False)
         for part, own in zip(hidden.split(SLICE), labels.split(SLICE), strict=True)
