@@ -36,7 +36,7 @@ def is_text(call: ast.Call) -> bool:
     owner = getattr(getattr(function, "value", None), "id", None)
     if name == "open" and owner in COMPRESSORS:
         return "t" in mode(1)
-    if name == "open" and owner not in ("os", "Image"):
+    if name == "open" and owner not in ("os", "Image", "tarfile"):
         return "b" not in mode(0 if isinstance(function, ast.Attribute) else 1)
     if name == "fdopen":
         return "b" not in mode(1)
@@ -53,7 +53,7 @@ def test_what_counts_as_text():
     ]  # fmt: skip
     other = [
         "open(p, 'rb')", "open(p, encoding='utf-8')", "p.open('wb')", "gzip.open(p)", "p.read_bytes()",
-        "p.read_text('utf-8')", "p.write_text(x, 'utf-8')", "os.fdopen(1, 'wb')", "Image.open(p)", "os.open(p, 0)",
+        "p.read_text('utf-8')", "p.write_text(x, 'utf-8')", "os.fdopen(1, 'wb')", "Image.open(p)", "tarfile.open(p)", "os.open(p, 0)",
         "subprocess.run(c, text=True, encoding='utf-8')", "subprocess.run(c)", "open(p, **options)",
     ]  # fmt: skip
     assert [call for call in text if not text_calls(call)] == []
