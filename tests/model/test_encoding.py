@@ -53,7 +53,8 @@ def test_what_counts_as_text():
     ]  # fmt: skip
     other = [
         "open(p, 'rb')", "open(p, encoding='utf-8')", "p.open('wb')", "gzip.open(p)", "p.read_bytes()",
-        "p.read_text('utf-8')", "p.write_text(x, 'utf-8')", "os.fdopen(1, 'wb')", "Image.open(p)", "tarfile.open(p)", "os.open(p, 0)",
+        "p.read_text('utf-8')", "p.write_text(x, 'utf-8')", "os.fdopen(1, 'wb')", "Image.open(p)", "os.open(p, 0)",
+        "tarfile.open(p)",
         "subprocess.run(c, text=True, encoding='utf-8')", "subprocess.run(c)", "open(p, **options)",
     ]  # fmt: skip
     assert [call for call in text if not text_calls(call)] == []
