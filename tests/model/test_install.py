@@ -7,10 +7,9 @@ import graphlib
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from configparser import ConfigParser
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 
@@ -141,14 +140,13 @@ def test_what_is_distributed(tmp_path):
         assert done.returncode == 0, done.stderr
         return cwd / "dist" / done.stdout.splitlines()[-1]
 
-    with tarfile.open(make("build_sdist", tmp_path)) as sdist:
-        sdist.extractall(tmp_path, filter="data")
-        names = {str(PurePosixPath(*Path(member.name).parts[1:])) for member in sdist if member.isfile()}
-        (top,) = {Path(member.name).parts[0] for member in sdist}
+    shutil.unpack_archive(make("build_sdist", tmp_path), tmp_path / "sdist", filter="data")
+    (source,) = (tmp_path / "sdist").iterdir()
+    names = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "flash_hf").rglob("*.py")}
     meta = {"PKG-INFO", "LICENSE", "README.md", "pyproject.toml", "setup.cfg"}
     assert {name for name in names if not name.startswith("flash_hf.egg-info/")} == package | meta
-    with zipfile.ZipFile(make("build_wheel", tmp_path / top)) as wheel:
+    with zipfile.ZipFile(make("build_wheel", source)) as wheel:
         assert {name for name in wheel.namelist() if ".dist-info/" not in name} == package
         assert "flash-hf = flash_hf.commands:main" in wheel.read("flash_hf-0.1.0.dist-info/entry_points.txt").decode()
 
