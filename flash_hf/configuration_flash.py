@@ -39,9 +39,10 @@ BACKENDS = ("auto", "torch", "triton")
 # FLASH+ beside a `chunk_shift` of half a chunk, see `FlashConfig.plus`.
 PLUS = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
 
-# Names under which cache_flash.py registers its layers with transformers.
-CHUNK_LAYER_TYPE = "flash_gau"
-QUADRATIC_LAYER_TYPE = "flash_gau_quadratic"
+# Names under which cache_flash.py registers its layers with transformers. Raise the number when the layers' methods
+# change: otherwise an older copy of this code in the same process (a checkpoint's remote code) gets these layers.
+CHUNK_LAYER_TYPE = "flash_gau_2"
+QUADRATIC_LAYER_TYPE = "flash_gau_quadratic_2"
 
 # Far above any model: values of a broken or hostile config.json are refused before memory is allocated.
 LIMITS = {

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoModelForPreTraining, PreTrainedTokenizerFast
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import flash_hf
@@ -141,6 +142,15 @@ def test_without_the_package(root, tmp_path):
     }
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "support" / "remote_client.py"]
     run_python(*command, cwd=tmp_path, **environment)
+
+
+def test_older_code_keeps_its_own_caches():
+    """Code pushed with the kernels' third interface makes caches under these names, and calls other methods."""
+    assert not {*FlashConfig().layer_types, *FlashConfig(attention_type="quadratic").layer_types} & {
+        "flash_gau",
+        "flash_gau_quadratic",
+    }
+    assert not {"flash_gau", "flash_gau_quadratic"} & DYNAMIC_LAYER_TYPE_MAPPING.keys()
 
 
 def test_the_package_wins_over_a_folders_code(root):
