@@ -481,6 +481,19 @@ def test_replaced_modules_are_called():
     assert error_ratio(hooked, plain) > 1e-2
 
 
+def test_parameters_may_begin_anywhere_in_a_buffer():
+    """DeepSpeed and memory-mapped files give addresses that a descriptor does not take."""
+    model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
+    x = torch.randn(1, 20, 32, device=DEVICE)
+    with torch.no_grad():
+        expected = model(inputs_embeds=x).last_hidden_state
+        for parameter in model.parameters():
+            buffer = parameter.new_empty(parameter.numel() + 1)
+            parameter.data = buffer[1:].view_as(parameter).copy_(parameter.data)
+            assert parameter.data_ptr() % 16
+        assert torch.equal(model(inputs_embeds=x).last_hidden_state, expected)
+
+
 def test_autocast_computes_in_its_type():
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter's bfloat16 products are wrong
     model = make_model(FlashForMaskedLM, config_of(is_decoder=False), dtype=torch.float32, scale=0.2).to(DEVICE)
