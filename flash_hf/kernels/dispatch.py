@@ -25,6 +25,8 @@ def _kind(value) -> object:
 def described(descriptor: type, x: Tensor, shape: list[int], strides: list[int], block: list[int], **more):
     """A tensor descriptor of triton's or of Gluon's, without the checks of its constructor, which take several
     microseconds: `Shape.tma` and `choice.scans` have made them."""
+    if x.data_ptr() % 16:  # a parameter within a flat buffer (DeepSpeed), or of a memory-mapped file
+        x = x.clone()
     if INTERPRET:
         return descriptor(x, shape, strides, block, **more)
     made = descriptor.__new__(descriptor)

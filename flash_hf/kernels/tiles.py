@@ -204,8 +204,6 @@ def tiled(x: Tensor, tma: int, *block: int):
     if not tma or x.numel() == 0:
         return x
     x = x.view(-1, x.shape[-1])
-    if x.data_ptr() % 16:  # a parameter within a flat buffer (DeepSpeed), or of a memory-mapped file
-        x = x.clone()
     return described(TensorDescriptor, x, list(x.shape), list(x.stride()), list(block))
 
 
