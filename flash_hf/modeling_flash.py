@@ -383,14 +383,16 @@ class FlashLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
+        """The layer's output, `[B, N, D]`. The cache, of all layers, has both of transformers' names here, since gradient
+        checkpointing drops it by name."""
         cache = resolve_cache(cache, past_key_values)
         own = None if cache is None else cache.layers[self.gau.layer_idx]
         if fuses_layer(self, hidden_states, places):
             return fused_layer(self, hidden_states, places, own)
-        out = self.gau(normalise(self.norm, hidden_states, places), places, cache=own)
+        attended = self.gau(normalise(self.norm, hidden_states, places), places, cache=own)
         if self.training:
-            out = F.dropout(out, self.hidden_dropout)
-        return hidden_states + out
+            attended = F.dropout(attended, self.hidden_dropout)
+        return hidden_states + attended
 
 
 # ------------------------------------------------------------------------------------------------------------------
