@@ -383,7 +383,7 @@ class FlashLayer(GradientCheckpointingLayer):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """The layer's output, `[B, N, D]`. The cache, of all layers, has both of transformers' names here, since gradient
+        """The layer's output, `[B, N, D]`. The cache (of all layers) has both of transformers' names, since gradient
         checkpointing drops it by name."""
         cache = resolve_cache(cache, past_key_values)
         own = None if cache is None else cache.layers[self.gau.layer_idx]
@@ -469,8 +469,8 @@ class FlashPreTrainedModel(PreTrainedModel):
         for name in ("use_safetensors", "weights_only"):
             if kwargs.get(name) is False:
                 raise ValueError(
-                    f"FLASH loads safetensors only, got {name}=False: reading a pickle may run code. Read weights you "
-                    "trust with torch.load(..., weights_only=True), and pass them as state_dict."
+                    f"FLASH loads safetensors only, got {name}=False: reading a pickle may run code. Weights you "
+                    "trust can be read with torch.load(..., weights_only=True) and passed as state_dict."
                 )
         kwargs["use_safetensors"] = True
         with no_conversion_service():
