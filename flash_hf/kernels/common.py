@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels share: where a chunk's tokens lie, SiLU, rotation, and the arithmetic of a matrix product.
+"""Functions that kernels share: lookup of tokens, SiLU, tiles, states and rotation.
 
 Alphabet: as in attention_flash.py; GT chunks of all rows together, CP slots of a chunk and SP key dimensions padded to
 tile sizes (the padding is zero), T = B * N tokens. README.md beside this file has the derivation.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 
-# triton's interpreter runs kernels on the CPU, for tests; it knows no inline assembly.
+# triton's interpreter runs kernels on the CPU, for tests, and without inline assembly.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Types of inputs, parameters and caches.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -67,8 +67,8 @@ def silu_grad(x, SILU: tl.constexpr, FAST: tl.constexpr):
 def token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr):
     """Token index (int64, flat over rows) of a chunk's slots, and whether there is one.
 
-    Plain layouts are a reshape with `shift` slots before each row's tokens; ragged ones look the token up, so padding
-    may stand anywhere.
+    Plain layouts are a reshape with `shift` slots before each row's tokens. Ragged ones look tokens up, and padding
+    can be anywhere.
     """
     if RAGGED:
         token = tl.load(source_ptr + chunk.to(tl.int64) * C + slot, mask=slot < C, other=-1)
@@ -92,7 +92,7 @@ def previous_rows(source_ptr, opens_ptr, chunk, slot, N, G, C, shift, RAGGED: tl
 
 @triton.jit
 def load_rows(ptr, stride, token, real, column, width, EVEN_E: tl.constexpr):
-    """`x[token, column]` as it is stored, 0 at slots without a token and beyond the width."""
+    """`x[token, column]` in its own type, 0 at slots without a token and beyond the width."""
     pointers = ptr + token[:, None] * stride + column[None, :]
     if EVEN_E:
         return tl.load(pointers, mask=real[:, None], other=0.0)
@@ -104,9 +104,8 @@ def load_rows(ptr, stride, token, real, column, width, EVEN_E: tl.constexpr):
 def load_tile(
     x, stride, token, real, chunk, slot, column, start, width, G, C, shift, EVEN_E: tl.constexpr, TMA: tl.constexpr
 ):
-    """A tile of tokens, a chunk's from `slot` on, and columns from `start` on. TMA: x is a tensor descriptor, of 2
-    dimensions where all slots have tokens, or of 3, in which what lies outside of a row is 0; without TMA x is a
-    pointer, and `load_rows` takes the tokens one by one."""
+    """A tile of a chunk's tokens from `slot` on, and of columns from `start` on. TMA: dimensions of x, a tensor
+    descriptor, as in `Shape.tma`; 0 if x is a pointer, from which `load_rows` loads the tokens one by one."""
     if TMA == 3:
         tile = x.load([chunk // G, (chunk % G) * C + slot - shift, start])
         return tl.reshape(tile, (tile.shape[1], tile.shape[2]))
@@ -118,7 +117,7 @@ def load_tile(
 
 @triton.jit
 def load_grid(x, width, row, rows, start, columns, TMA: tl.constexpr):
-    """A tile of a chunk grid `[all slots, width]`, whose sizes are whole tiles: by descriptor, or by pointer."""
+    """A tile of a chunk grid, `[all slots, width]` in whole tiles, by descriptor or by pointer."""
     if TMA:
         return x.load([row, start])
     else:
@@ -127,7 +126,7 @@ def load_grid(x, width, row, rows, start, columns, TMA: tl.constexpr):
 
 @triton.jit
 def store_grid(x, width, row, rows, start, columns, value, TMA: tl.constexpr):
-    """`load_grid`'s counterpart."""
+    """The counterpart of `load_grid`."""
     if TMA:
         x.store([row, start], value.to(x.dtype))
     else:
@@ -148,8 +147,8 @@ def store_rows(ptr, stride, token, real, column, width, value, EVEN_E: tl.conste
 def store_tile(
     x, stride, token, real, chunk, slot, column, start, width, value, C, EVEN_E: tl.constexpr, TMA: tl.constexpr
 ):
-    """`load_tile`'s counterpart. With TMA 3, x is a pointer here: a tile may be loaded from before a row's first token
-    (the slots of a shift), but not stored there."""
+    """The counterpart of `load_tile`. With TMA 3, x is a pointer here: a descriptor can load a tile that begins before
+    the tensor (the slots of a shift), but not store one."""
     if TMA == 2:
         x.store([chunk * C + slot, start], value.to(x.dtype))
     else:
@@ -160,14 +159,14 @@ def store_tile(
 def row_gain(rms_ptr, gain_ptr, token, real):
     """`g / rms(x)` of each token: ScaleNorm's gain is one scalar, so it can be applied after the projection."""
     gain = tl.load(gain_ptr).to(tl.float32)
-    # A gain of exactly 0 would hide its own gradient, which is recovered by a division.
+    # Not exactly 0: the gain's gradient is recovered by dividing by it.
     gain = tl.where(gain == 0.0, 1e-20, gain)
     return tl.load(rms_ptr + token, mask=real, other=0.0) * gain
 
 
 @triton.jit
 def preactivation(raw, bias_ptr, column, width, gain, SCALED: tl.constexpr):
-    """float32 input of an activation: `gain * (x W) + b` where the norm is applied here, or what a linear gave."""
+    """float32 input of an activation: `gain * (x W) + b` if the norm is applied here, else a projection's output."""
     value = raw.to(tl.float32)
     if SCALED:
         bias = tl.load(bias_ptr + column, mask=column < width, other=0.0).to(tl.float32)
@@ -208,11 +207,11 @@ def add_state_product(
     SP: tl.constexpr, EVEN_E: tl.constexpr, PREFIX: tl.constexpr, CARRY: tl.constexpr, TMA: tl.constexpr,
     TRANS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`acc + left state`, or `left state^T` with TRANS, for a tile of the state a chunk sees, over C: what its own
-    piece holds before it, plus what earlier pieces do.
+    """`acc + left state`, or `acc + left state^T` with TRANS, for a tile of the state before a chunk, over C: the part
+    from its own piece, plus the part from earlier pieces.
 
-    Without PREFIX (bidirectional) a document has one state, found at `carry[piece]`. Two products cost less than one
-    sum: the sum would go from memory to registers and back before the tensor cores can read it.
+    Without PREFIX (bidirectional) a document has one state, at `carry[piece]`. Two products cost less than one of the
+    sum, which would pass through registers on its way from memory to the tensor cores.
     """
     if PREFIX:
         state = load_sums(prefix, chunk, s, first, column, start, E, SP, EVEN_E, TMA)
@@ -225,8 +224,8 @@ def add_state_product(
 
 @triton.jit
 def state_depth(opens_ptr, chunk, GT, depth, AFTER: tl.constexpr, SKIP: tl.constexpr):
-    """How far a product with a chunk's state goes: not at all where the state is 0, since nothing comes before the
-    chunk in its document (with AFTER, behind it: gradients of states)."""
+    """Depth of a product with a chunk's state: 0 where the state is 0, for the first chunk of a document (with AFTER,
+    for gradients of states, the last)."""
     if SKIP:
         if AFTER:
             opens = tl.load(opens_ptr + chunk + 1, mask=chunk + 1 < GT, other=1)
@@ -239,7 +238,7 @@ def state_depth(opens_ptr, chunk, GT, depth, AFTER: tl.constexpr, SKIP: tl.const
 
 @triton.jit
 def rotated_pair(rotary_dim, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Key dimensions that RoPE turns into each other, `[HALF]` each, and which of them exist."""
+    """Pairs of key dimensions that RoPE rotates, `[HALF]` each, and which of them exist."""
     i = tl.arange(0, HALF)
     if INTERLEAVED:
         return 2 * i, 2 * i + 1, i < rotary_dim // 2

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching kernels cheaply: a layer's training step has some fifteen launches of up to forty arguments each, and
-triton's own dispatch takes about as long over each as the GPU does."""
+"""Cheap kernel launches: a layer's training step has about fifteen, with up to forty arguments each, and triton's own
+dispatch takes about as long per launch as the GPU takes to run it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import INTERPRET
 
 
 def _kind(value) -> object:
-    """What triton compiles a kernel anew for: types, sizes of described tiles, and what divides by 16 or is 1."""
+    """What triton specialises a kernel for: type, a descriptor's tile, divisibility by 16, and being 1."""
     if type(value) is int:
         return (value % 16 == 0) + 2 * (value == 1) + 4 * (value >= 2**31)
     if isinstance(value, Tensor):
@@ -23,8 +23,8 @@ def _kind(value) -> object:
 
 
 def described(descriptor: type, x: Tensor, shape: list[int], strides: list[int], block: list[int], **more):
-    """A tensor descriptor of triton's or of Gluon's, without the checks of its constructor, which take several
-    microseconds: `Shape.tma` and `choice.scans` have made them."""
+    """A tensor descriptor of triton or Gluon, without its constructor's checks, which take several microseconds and
+    repeat those of `Shape.tma` and `choice.scans`."""
     if x.data_ptr() % 16:  # a parameter within a flat buffer (DeepSpeed), or of a memory-mapped file
         x = x.clone()
     if INTERPRET:
@@ -35,10 +35,10 @@ def described(descriptor: type, x: Tensor, shape: list[int], strides: list[int],
 
 
 class Kernel:
-    """A jitted function that remembers what it was compiled to.
+    """A jitted function with a cache of its compiled kernels.
 
-    Called with its grid, its run-time arguments in order, and the others by name: `kernel(grid, x, y, BLOCK=64,
-    num_warps=4)`.
+    Called with its grid, its run-time arguments in order, and its constants by name, in the same order in every call:
+    `kernel(grid, x, y, BLOCK=64, num_warps=4)`.
     """
 
     def __init__(self, function: triton.JITFunction):
@@ -60,5 +60,5 @@ class Kernel:
 
 
 def kernel(function: triton.JITFunction) -> Kernel:
-    """Decorator over `triton.jit` for functions that are launched, not called by others."""
+    """Decorator above `triton.jit`, for functions that are launched rather than called by others."""
     return Kernel(function)

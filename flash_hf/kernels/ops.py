@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as `torch.library` operators with gradients: the gated attention between the projections, and the whole
-layer. Both run the same launches; the layer also folds the norm, the residual sum and the gate's gradient into its
-matrix products.
+"""The kernels as `torch.library` operators with gradients: gated attention between the projections, a whole layer, and
+ScaleNorm. A layer adds the norm, the projections and the residual sum to the launches of gated attention.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, on_devi
 # ------------------------------------------------------------------------------------------------------------------
 # Operators and gradients in named tensors
 # ------------------------------------------------------------------------------------------------------------------
-# What every operator takes by name, with types.
+# Types of the fields of a shape, which every operator takes by name.
 SHAPE = {field.name: get_type_hints(Shape)[field.name] for field in fields(Shape)}
 
 
@@ -46,7 +45,7 @@ def group(name: str, tensors: str, optional: str) -> type:
 
 
 def schema(tensors: dict[str, type], options: dict[str, type]) -> str:
-    """An operator's schema: tensors by position, since only these may have gradients, options by name."""
+    """An operator's schema: tensors by position, since only these can have gradients, and options by name."""
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [
         inspect.Parameter(name, kind, annotation=hint)
@@ -62,8 +61,8 @@ def schema(tensors: dict[str, type], options: dict[str, type]) -> str:
 
 
 def is_watched(tensors: tuple) -> bool:
-    """Whether something looks at operators and not at results: a compiler, an exporter, a function transform, a
-    dispatch mode (fake tensors, selective checkpointing), a tensor subclass."""
+    """Whether operators have to be called, not just their results computed: under a compiler, an exporter, a function
+    transform or a dispatch mode (fake tensors, selective checkpointing), and with tensor subclasses."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -73,69 +72,83 @@ def is_watched(tensors: tuple) -> bool:
 
 
 def plain(tensors: NamedTuple) -> list:
-    """As operators take them."""
+    """Tensors as operators take them."""
     return [*tensors[:-1], list(tensors.index)]
+
+
+def named(kind: type, tensors: tuple) -> NamedTuple:
+    """Tensors as an operator got them, as a `kind`."""
+    return kind(*tensors[:-1], ChunkIndex(*tensors[-1]))
 
 
 def by_name(shape: Shape) -> dict:
     return {name: getattr(shape, name) for name in SHAPE}
 
 
-def register(operation: type) -> Callable:
-    """Register an operation and its gradient with torch.
+def take_shape(options: dict) -> Shape:
+    """The shape among an operator's options, removed from them."""
+    return Shape(**{name: options.pop(name) for name in SHAPE})
 
-    Args:
-        operation: class of the attributes
 
-            - `name` of the operator; that of its gradient ends in `_backward`;
-            - `Tensors` and `Results`: NamedTuples of what it takes, `index` last, and of what it returns; the first of
-              these has a gradient;
-            - `Saved`: NamedTuple of what the backward reads of both, by the same names, `index` last;
-            - `options`: types of what it takes besides the fields of `Shape`;
+def operators(operation: type) -> tuple[Callable, Callable]:
+    """The operators of an operation and of its gradient, which take tensors by position and the rest by name."""
+    Tensors, Saved = operation.Tensors, operation.Saved
 
-            and of the static methods
+    def forward_by(run: Callable) -> Callable:
+        def forward(*tensors, **options):
+            shape = take_shape(options)
+            return list(run(named(Tensors, tensors), shape, **options))
 
-            - `forward(tensors, shape, **options)`, which returns `Results`;
-            - `to_save(tensors, results)`: the tensors with changes for `Saved`;
-            - `backward(d_out, saved, shape)`, which returns a list of tensors;
-            - `fake_forward` and `fake_backward`: the same in empty tensors;
-            - `gradients(found, saved, shape)`: the gradients in that list by names of `Tensors`.
+        return forward
 
-    Returns:
-        `call(tensors, shape, **options)`, which returns `Results`. Eager calls do without the dispatcher, whose Python
-        costs more than a layer's launches do.
-    """
-    Tensors, Results, Saved = operation.Tensors, operation.Results, operation.Saved
-    no_gradients = Tensors(*[None] * len(Tensors._fields))
-    place = {name: i for i, name in enumerate(Tensors._fields + Results._fields)}
-    pick_saved = itemgetter(*(place[name] for name in Saved._fields))
-
-    def shape_of(options: dict) -> Shape:
-        return Shape(**{name: options.pop(name) for name in SHAPE})
+    def backward_by(run: Callable) -> Callable:
+        return lambda d_out, *saved, **shape: run(d_out, named(Saved, saved), Shape(**shape))
 
     def operator(name: str, run: Callable, fake: Callable, *hints: dict) -> Callable:
         made = torch.library.custom_op(f"flash_hf::{name}", run, mutates_args=(), schema=schema(*hints))
         made.register_fake(fake)
         return made
 
-    def forward_by(run: Callable) -> Callable:
-        def forward(*tensors, **options):
-            shape = shape_of(options)
-            return list(run(Tensors(*tensors[:-1], ChunkIndex(*tensors[-1])), shape, **options))
-
-        return forward
-
-    def backward_by(run: Callable) -> Callable:
-        return lambda d_out, *saved, **shape: run(d_out, Saved(*saved[:-1], ChunkIndex(*saved[-1])), Shape(**shape))
-
-    forward_op = operator(
+    forward = operator(
         operation.name, forward_by(operation.forward), forward_by(operation.fake_forward), get_type_hints(Tensors),
         SHAPE | operation.options,
     )  # fmt: skip
-    backward_op = operator(
+    backward = operator(
         operation.name + "_backward", backward_by(operation.backward), backward_by(operation.fake_backward),
         {"d_out": Tensor} | get_type_hints(Saved), SHAPE,
     )  # fmt: skip
+    return forward, backward
+
+
+def register(operation: type) -> Callable:
+    """Register an operation and its gradient with torch.
+
+    Args:
+        operation: a class with the attributes
+
+            - `name`: of the operator; that of its gradient ends in `_backward`;
+            - `Tensors` and `Results`: NamedTuples of what it takes, `index` last, and of what it returns; only the
+              first result has a gradient;
+            - `Saved`: NamedTuple of what the backward reads of both, under the same names, `index` last;
+            - `options`: types of what it takes besides the fields of `Shape`;
+
+            and the static methods
+
+            - `forward(tensors, shape, **options)`, which returns `Results`;
+            - `to_save(tensors, results)`: the tensors, with what `Saved` has instead of one of them;
+            - `backward(d_out, saved, shape)`, which returns a list of tensors;
+            - `fake_forward` and `fake_backward`, which return empty tensors of the same shapes;
+            - `gradients(found, saved, shape)`: the gradients in that list, by names of `Tensors`.
+
+    Returns:
+        `call(tensors, shape, **options)`, which returns `Results`. Eager calls bypass the dispatcher, whose Python
+        costs more than a layer's launches.
+    """
+    Tensors, Results, Saved = operation.Tensors, operation.Results, operation.Saved
+    forward_op, backward_op = operators(operation)
+    no_gradients = Tensors(*[None] * len(Tensors._fields))
+    place = {name: i for i, name in enumerate(Tensors._fields + Results._fields)}
+    pick_saved = itemgetter(*(place[name] for name in Saved._fields))
 
     def save(ctx, tensors, shape: Shape, results):
         saved = Saved(*pick_saved((*operation.to_save(tensors, results), *results)))
@@ -147,21 +160,20 @@ def register(operation: type) -> Callable:
         if d_out is None:
             return no_gradients
         tensors, others = ctx.saved_tensors, len(Saved._fields) - 1
-        saved = Saved(*tensors[:others], ChunkIndex(*tensors[others:]))
+        saved = named(Saved, (*tensors[:others], tensors[others:]))
         # Descriptors cannot describe an expanded gradient.
         found = backward(d_out.contiguous(), saved, ctx.shape)
-        # Autograd converts those of another type than their inputs'.
+        # Autograd casts a gradient to its input's type.
         return no_gradients._replace(**operation.gradients(found, saved, ctx.shape))
 
     def operator_context(ctx, inputs, keyword_only_inputs, output):
-        tensors = Tensors(*inputs[:-1], ChunkIndex(*inputs[-1]))
-        save(ctx, tensors, shape_of(dict(keyword_only_inputs)), Results(*output))
+        save(ctx, named(Tensors, inputs), take_shape(dict(keyword_only_inputs)), Results(*output))
 
     def operator_gradients(ctx, grads: list[Tensor | None]):
         def backward(d_out, saved, shape):
             return backward_op(d_out, *plain(saved), **by_name(shape))
 
-        # A list of tensors has a list of gradients.
+        # An operator's list of tensors has a list of gradients.
         return *gradients(backward, ctx, grads[0])[:-1], [None] * len(ChunkIndex._fields)
 
     forward_op.register_autograd(operator_gradients, setup_context=operator_context)
@@ -200,8 +212,12 @@ HEADS, OPTIONAL, CACHED = "gamma beta", "bias_R cos sin source", "initial kept k
 STATES = "heads prefix carry out"
 
 
+def cached_of(tensors) -> Cached:
+    return Cached(initial=tensors.initial, kept=tensors.kept, kept_mask=tensors.kept_mask)
+
+
 def inputs_of(x, u: Tensor, v: Tensor, z: Tensor, **norm) -> Inputs:
-    """What launches read, of an operation's tensors or of what it saved."""
+    """The inputs of launches, from an operation's tensors or from what it saved."""
     return Inputs(
         u=u, v=v, z=z, gamma=x.gamma, beta=x.beta, bias_R=x.bias_R, cos=x.cos, sin=x.sin, source=x.source,
         index=x.index, **norm,
@@ -237,7 +253,7 @@ def fake_attention(tensors, shape: Shape, want_final: bool) -> AttentionResults:
     )
 
 
-# u, v and z are what the projections gave, `[T, E]`, `[T, E]` and `[T, S]`.
+# u, v and z are outputs of the projections, `[T, E]`, `[T, E]` and `[T, S]`.
 AttentionTensors = group("AttentionTensors", f"u v z {HEADS}", f"{OPTIONAL} {CACHED}")
 SavedAttention = group("SavedAttention", f"u v z {HEADS} {STATES} attended", OPTIONAL)
 
@@ -251,7 +267,7 @@ class GatedAttention:
     def forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool) -> AttentionResults:
         inputs = inputs_of(tensors, tensors.u, tensors.v, tensors.z)
         with on_device(tensors.u):
-            return launch_forward(shape, inputs, Cached(tensors.initial, tensors.kept, tensors.kept_mask), want_final)
+            return launch_forward(shape, inputs, cached_of(tensors), want_final)
 
     @staticmethod
     def fake_forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool) -> AttentionResults:
@@ -293,10 +309,10 @@ gated_attention = register(GatedAttention)
 # ------------------------------------------------------------------------------------------------------------------
 # x is the layer's input `[T, D]`; gain is of its norm; w and b are weights and biases of projections.
 LayerTensors = group("LayerTensors", f"x gain w_u b_u w_v b_v w_z b_z w_o b_o {HEADS}", f"{OPTIONAL} {CACHED}")
-# y is the layer's output; rms `1 / sqrt(mean(x^2) + eps)` of each token; cast x in the type of products, if that is
-# another; h `x w^T` with the joined weights w of u, v and z; the others are as in `AttentionResults`.
+# y is the layer's output; rms is `1 / sqrt(mean(x^2) + eps)` per token; cast is x in the products' type, or empty if x
+# has that type; h is `x w^T`, where w joins the weights of u, v and z; the others are as in `AttentionResults`.
 LayerResults = NamedTuple("LayerResults", [(name, Tensor) for name in f"y rms cast h w {STATES} final".split()])
-# x is saved in the type of products.
+# Here x is in the products' type.
 SavedLayer = group("SavedLayer", f"x gain w b_u b_v b_z w_o b_o rms h {HEADS} {STATES}", OPTIONAL)
 
 
@@ -318,7 +334,7 @@ def split_columns(h: Tensor, E: int) -> Projections:
 
 
 def sums_dtype(saved: SavedLayer) -> torch.dtype:
-    """In what type to sum up small parameters' gradients: in theirs, if they have one, else in float32."""
+    """The type of the small parameters' gradients: their common type, or float32."""
     small = saved.gain, saved.b_u, saved.b_v, saved.b_z, saved.b_o, saved.gamma, saved.beta, saved.bias_R
     dtypes = {x.dtype for x in small if x is not None}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -340,9 +356,7 @@ class Layer:
             w = torch.cat([tensors.w_u, tensors.w_v, tensors.w_z]).to(dtype)
             h = torch.mm(cast if casts else x, w.t())
             inputs = layer_inputs(tensors, h, rms, shape.E)
-            attention = launch_forward(
-                shape, inputs, Cached(tensors.initial, tensors.kept, tensors.kept_mask), want_final
-            )
+            attention = launch_forward(shape, inputs, cached_of(tensors), want_final)
             y = launch_residual(x, attention.out, tensors.w_o.to(dtype), tensors.b_o)
         return layer_results(attention, y=y, rms=rms, cast=cast, h=h, w=w)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the kernels walk through a batch: once per forward, `ChunkLayout` becomes flat lists of chunks and pieces.
+"""The order in which kernels process a batch: once per forward, `ChunkLayout` becomes flat lists of chunks and pieces.
 
-A piece is some consecutive chunks of one document. Sums over the chunks of a piece run in one program, sums over the
-pieces of a document in a second, short pass: so long documents fill the GPU as well as many short ones do.
+A piece is a run of consecutive chunks of one document. One program sums over the chunks of a piece, and a second,
+short pass sums over the pieces of a document: so a few long documents fill the GPU as well as many short ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..attention_flash import Normalization, global_scale
 from ..chunking_flash import ChunkLayout, Movable
 
 
-# Programs that one pass over pieces should have at least: about two for each multiprocessor of a large GPU.
+# Fewest programs of a pass over pieces: about two per multiprocessor of a large GPU.
 PROGRAMS = 250
 LONGEST_PIECE = 16
 
 
 class ChunkIndex(NamedTuple):
-    """Where chunks, pieces and documents begin and end, for every kernel operator; fields as in `ChunkPlan`."""
+    """The tensors of a `ChunkPlan` that every kernel reads; see there."""
 
     factor_G: Tensor
     group_G: Tensor
@@ -48,11 +48,11 @@ class ChunkPlan(Movable):
     """Flat chunks (all rows, one after the other) and what they belong to.
 
     Attributes:
-        tokens: N, tokens a row. chunks: G, chunks a row. chunk_size: slots of a chunk in this layout.
-        cached: rows of memory before each row's tokens, counted in N, that stand for the slots of a cached chunk.
+        tokens: N, tokens per row. chunks: G, chunks per row. chunk_size: slots of a chunk in this layout.
+        cached: of the N tokens per row, how many at its beginning stand for the slots of a cached chunk.
         shift: slots before a row's first token.
-        source_K: token index (flat over rows) of every slot, -1 for none, int32 `[B * G * chunk_size]`; None if the
-            grid is a padded reshape.
+        source_K: token index (flat over rows) of every slot, -1 for none, int32 `[B * G * chunk_size]`; None if
+            consecutive tokens fill consecutive slots.
         factor_G: factor on the linear queries against states kept over `chunk_size`, float32 `[B * G]`.
         group_G: the piece (causal) or document (bidirectional) of each chunk, int32 `[B * G]`.
         piece_begin, piece_end: chunks of each piece, int32 `[pieces]`.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output projection with its residual sum as the product's epilogue."""
+"""The output projection, with the residual sum as the epilogue of the product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .dispatch import kernel
 
 @triton.jit
 def left_half(x, LEFT: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
-    """One half of a tile's columns: an epilogue of several tiles runs out of registers on a whole one."""
+    """One half of a tile's columns: on a whole tile an epilogue that reads several tiles would spill registers."""
     left, right = tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     return left if LEFT else right
 
@@ -36,7 +36,7 @@ def residual_kernel(
 
     EVEN: M and N are whole numbers of blocks.
     """
-    # From the last rows on, which the pass before wrote last.
+    # In reverse, so that the rows that the previous kernel wrote last are still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block_m, block_n = tile_of(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     row = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

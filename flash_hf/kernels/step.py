@@ -14,15 +14,15 @@ from torch import Tensor
 from .common import INTERPRET
 
 
-# Programs that keep a large GPU's multiprocessors (108 to 132) busy. More of them only read the keys more often.
+# Enough programs to occupy the multiprocessors of a large GPU (108 to 132). More would only read the keys again.
 FULL_GPU = 96
-# Blocks of slots under way at once.
+# Blocks of slots in flight.
 STAGES = 3
 
 
 @triton.jit
 def _activated(x_ptr, index, mask, SILU: tl.constexpr):
-    """`x sigmoid(x)` in float32, or x if the caller has done that."""
+    """`x sigmoid(x)` in float32, or x if the caller has applied SiLU."""
     x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
     if SILU:
         x = x * tl.sigmoid(x)
@@ -63,7 +63,7 @@ def _gated_step_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
 
-    # Not from `seen`, which another program of this row may have advanced already.
+    # Not from `seen`, which another program of this row may have advanced.
     position = tl.load(position_ptr + row * position_stride)
     phase = ((position + shift) % C).to(tl.int32)
     closed = tl.maximum(position - phase, 0)
@@ -71,7 +71,7 @@ def _gated_step_kernel(
     slots = phase
     if HAS_VALID:
         valid = tl.load(valid_ptr + row * valid_stride) != 0
-        # Padding: its phase means nothing, and its output is 0 whatever it would read.
+        # Padding has no valid phase, and its output is 0 in any case.
         slots = tl.where(valid, slots, 0)
     else:
         valid = True
@@ -81,8 +81,8 @@ def _gated_step_kernel(
     e_E = block * BLOCK_E + tl.arange(0, BLOCK_E)
     in_E = e_E < E
 
-    # A small block of the total is asked for first: it has the time of the whole loop below to arrive. A large one is
-    # not worth the registers, since then there are other programs to fill the wait.
+    # A small block of the total is loaded first, so that it arrives during the loop below. A large one is not worth
+    # the registers, since other programs then hide the latency.
     total_ptr += row * S * E
     total_at = col_S[:, None] * E + e_E[None, :]
     total_mask = in_S[:, None] & in_E[None, :] & valid
@@ -90,9 +90,9 @@ def _gated_step_kernel(
     if HAS_LIN and EARLY:
         total_SE = tl.load(total_ptr + total_at, mask=total_mask, other=0.0)
 
-    # -- the new token's heads. The columns of a pair meet by loading z twice, itself in row 0 and its partner in row 1
-    # of a tile, which is then summed. (Apart from saving shuffles, a sum is something that the compiler does once and
-    # hands around; heads computed elementwise it would compute anew, loads and all, for every layout that reads them.)
+    # -- the new token's heads. z is loaded twice, the column itself in row 0 of a tile and its partner in row 1, which
+    # are then summed. This saves shuffles, and the compiler computes a sum once; elementwise heads it would compute
+    # again, with their loads, for every layout that reads them.
     col_1S = col_S[None, :]
     turned_1S = col_1S < 2 * HALF
     if INTERLEAVED:
@@ -105,13 +105,13 @@ def _gated_step_kernel(
     in_2S = tl.where(itself_21, col_1S < S, turned_1S)
     cos_ptr += row * rotary_stride
     sin_ptr += row * rotary_stride
-    # Beyond the turned columns a turn by zero.
+    # The other columns are rotated by 0.
     cos_2S = tl.load(cos_ptr + angle_1S, mask=turned_1S & itself_21, other=1.0).to(tl.float32)
     sin_2S = tl.load(sin_ptr + angle_1S, mask=turned_1S & ~itself_21, other=0.0).to(tl.float32)
     turn_2S = tl.where(itself_21, cos_2S, tl.where(first_1S, -sin_2S, sin_2S))
     z_2S = _activated(z_ptr + row * z_stride, col_2S, in_2S, SILU)
-    # Keys and value as the state will hold them: what a token adds to the total has to cancel, for as long as its
-    # chunk is open, against what its slot says.
+    # Rounded as the state stores them: while the chunk is open, a token's part of the total has to cancel against the
+    # contents of its slot.
     cache: tl.constexpr = value_ptr.dtype.element_ty
     v_E = _activated(v_ptr + row * v_stride, e_E, in_E, SILU).to(cache)
     LIN: tl.constexpr = 2 * S if HAS_QUAD else 0
@@ -132,10 +132,10 @@ def _gated_step_kernel(
         if MEAN:
             scale = 1.0 / tl.maximum(closed, 1).to(tl.float32)
         lin_q_S *= tl.where(closed > 0, scale, 0.0)
-        # In a document's first chunk there is nothing to take back.
+        # In a document's first chunk there is nothing to subtract.
         lin_slots = tl.where(closed > 0, slots, 0)
 
-    # -- the open chunk's slots before this one; what lies in the others is never loaded
+    # -- the open chunk's slots before this one; others are never loaded
     quad_k_ptr += row * C * S
     lin_k_ptr += row * (C + PREVIOUS) * S
     value_ptr += row * C * E
@@ -144,7 +144,7 @@ def _gated_step_kernel(
         if PREVIOUS:
             newest = tl.where(phase == 0, C, phase)
             lin_k_S = tl.load(lin_k_ptr + newest * S + col_S, mask=in_S & valid & (position > 0), other=0.0)
-    # Slots are summed last: across threads once, not once a block.
+    # Slots are summed after the loop: one sum across threads instead of one per block.
     sum_CE = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
     # Under numpy 2.4 the interpreter of triton 3.6 cannot end a loop at a tensor (triton issue 9171): it walks through
     # all slots, of which the masks leave the same.
@@ -158,13 +158,13 @@ def _gated_step_kernel(
             score_C = tl.sum(key_CS * quad_q_S[None, :], 1)
             if HAS_BIAS:
                 score_C += tl.load(bias_ptr + slot_C - phase + C - 1, mask=live_C, other=0.0).to(tl.float32)
-            # Not a maximum, which would turn NaN into 0.
+            # tl.maximum would turn NaN into 0.
             weight_C = tl.where(score_C < 0, 0.0, score_C * score_C)
         if HAS_LIN:
             key_mask = (slot_C < lin_slots)[:, None] & in_S[None, :]
             key_CS = tl.load(lin_k_ptr + key_at, mask=key_mask, other=0.0).to(tl.float32)
             weight_C -= tl.sum(key_CS * lin_q_S[None, :], 1)
-        # The bias gives empty slots a weight, but never a value.
+        # The bias gives empty slots a weight, but their value is 0.
         value_at = slot_C[:, None] * E + e_E[None, :]
         value_CE = tl.load(value_ptr + value_at, mask=live_C[:, None] & in_E[None, :], other=0.0).to(tl.float32)
         sum_CE += weight_C[:, None] * value_CE
@@ -180,12 +180,12 @@ def _gated_step_kernel(
         out_E += tl.sum(total_SE * lin_q_S[:, None], 0)
         total_SE += lin_k_S.to(tl.float32)[:, None] * new_E[None, :]
         tl.store(total_ptr + total_at, total_SE, mask=total_mask)
-    # Once a row.
+    # Once per row.
     writes = (block == 0) & valid
     if HAS_QUAD:
         tl.store(quad_k_ptr + phase.to(tl.int64) * S + col_S, quad_k_S, mask=in_S & writes)
     if HAS_LIN and PREVIOUS:
-        # Never where another program of this row reads.
+        # Other programs of this row read none of these slots.
         tl.store(lin_k_ptr + phase * S + col_S, lin_k_S, mask=in_S & writes & ((phase == 0) | (position == 0)))
         tl.store(lin_k_ptr + (phase + 1) * S + col_S, own_k_S, mask=in_S & writes)
     elif HAS_LIN:
@@ -193,16 +193,16 @@ def _gated_step_kernel(
     tl.store(seen_ptr + row, tl.load(seen_ptr + row, mask=writes, other=0) + 1, mask=writes)
 
     u_E = _activated(u_ptr + row * u_stride, e_E, in_E, SILU)
-    # Zero for padding: with a phase that means nothing its own bias may do anything.
+    # 0 for padding, whose own bias is read at no valid phase.
     tl.store(out_ptr + row * E + e_E, tl.where(valid, out_E * u_E, 0.0), mask=in_E)
 
 
 def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[int, int, int]:
     """BLOCK_C, BLOCK_E and warps.
 
-    The widest block of E that leaves enough programs, since every program reads all keys of its row, and whose
-    `[S, BLOCK_E]` of the total fits the registers; the slots whose keys fill 8 KiB of shared memory. Where programs
-    are few, large ones get more warps; where they are many, more of them at a time hide each other's loads.
+    BLOCK_E is the widest block that leaves enough programs (each reads all keys of its row) and whose part of the
+    total, `[S, BLOCK_E]`, fits the registers. BLOCK_C is as many slots as have 8 KiB of keys. If there are few
+    programs, large ones get more warps; many programs hide each other's loads.
     """
     block_s = triton.next_power_of_2(key_dim)
     block_c = min(max(8192 // (block_s * itemsize), 8), 32)
@@ -233,10 +233,10 @@ def gated_step(
         bias_R: relative bias `[2 * C - 1]`.
         divisor: constant under the scores.
         mean: whether the global part is normalised by "mean", otherwise by "chunk".
-        interleaved: RoPE turns the pairs (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
-        silu: whether u, v and z come before their activation.
+        interleaved: RoPE rotates the pairs (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
+        silu: whether to apply SiLU to u, v and z.
         shift: slots of a document's first chunk before its first token.
-        previous: values go under the key of the token before them, and linear heads are not turned.
+        previous: values go under the key of the token before them, and linear heads are not rotated.
 
     Returns:
         `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
@@ -245,7 +245,7 @@ def gated_step(
     C, S = value.shape[1], z.shape[2]
     out = u.new_empty(B, 1, E)
     block_c, block_e, warps = launch_shape(B, E, S, value.element_size())
-    # An absent tensor's place is taken by one that its flag keeps the kernel from touching.
+    # Any tensor takes the place of an absent one, which the kernel does not read.
     with torch.cuda.device_of(u):
         _gated_step_kernel[(B * triton.cdiv(E, block_e),)](
             u, v, z, gamma, beta, z if cos is None else cos, z if sin is None else sin,

@@ -18,7 +18,7 @@ from .dispatch import described
 from .plan import ChunkIndex
 
 
-# Each call of theirs takes 1.5 microseconds, and a layer's step has some thirty.
+# Cached, since triton's take 1.5 microseconds per call, and a layer's training step has about thirty calls.
 cdiv, power_of_2 = functools.lru_cache(4096)(triton.cdiv), functools.cache(triton.next_power_of_2)
 
 
@@ -31,7 +31,7 @@ class Tiles:
         block: slots of a tile. block_e: value dimensions of a tile. block_k, block_s: step of a product.
         warps, stages, registers: of the tiled kernels; a limit on registers lets two programs share a multiprocessor.
         long_stages: stages of the products over the value dimensions.
-        gate_k, gate_stages: slots a step, and steps under way, in the pass over the gate, which loads four tiles a
+        gate_k, gate_stages: slots per step, and steps in flight, of the pass over the gate, which loads four tiles per
             step.
     """
 
@@ -78,14 +78,14 @@ def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes and switches of one call: what operators take by name, and what kernels are compiled for.
+    """The sizes and switches of one call. Operators take them by name; kernels are compiled for them.
 
     Attributes:
         B, N: rows, and tokens per row. G, C, shift: of the chunks, as in `ChunkPlan`.
-        D, E, S: width of a whole layer (0 between its projections), of values, and of queries and keys. H: heads.
+        D, E, S: widths of the layer (0 for gated attention alone), of values, and of queries and keys. H: heads.
         quad, lin: the branches. previous: values go under the key of the token before them.
-        silu: u, v and z come before their SiLU.
-        interleaved, rotary_dim: how RoPE pairs dimensions, and how many it turns.
+        silu: the kernels apply SiLU to u, v and z.
+        interleaved, rotary_dim: how RoPE pairs dimensions, and how many it rotates.
         scale: factor of the scores. dtype: of products.
     """
 
@@ -114,7 +114,7 @@ class Shape:
 
     @property
     def scaled(self) -> bool:
-        """Whether u, v and z come without the norm's scale and their biases, which `Inputs` then has."""
+        """Whether kernels apply the norm's scale and the biases to u, v and z."""
         return self.D > 0
 
     @property
@@ -129,7 +129,7 @@ class Shape:
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
-        """The numbers by which kernels find a slot's token."""
+        """The sizes from which kernels compute the token of a slot."""
         return self.N, self.G, self.C, self.shift
 
     @property
@@ -139,25 +139,28 @@ class Shape:
 
     @property
     def key_rows(self) -> list[int]:
-        """Rows of the quadratic and the linear key among the heads, those that there are."""
+        """Rows of the quadratic and the linear key among the heads, without absent branches."""
         return [1] * self.quad + [self.H - 1] * self.lin
 
     @property
     def keeps_attended(self) -> bool:
-        """Whether the backward needs the attended value itself: float16 cannot hold what it would be recovered from,
-        and activations other than SiLU may be exactly 0."""
+        """Whether the backward needs the attended value itself. Otherwise it divides the output by `silu(u)`, which
+        float16 cannot represent near 0, and other activations than SiLU can be exactly 0."""
         return self.dtype == torch.float16 or not self.silu
 
     @functools.cached_property
     def pairs(self) -> dict:
-        """Key dimensions in pairs that RoPE turns, and those it leaves alone, each padded to a power of two."""
+        """Pairs of key dimensions that RoPE rotates, and dimensions that it does not, padded to powers of two."""
         rest = self.S - self.rotary_dim
         return {"HALF": power_of_2(self.rotary_dim // 2), "REST": power_of_2(rest)}
 
     def tma(self, inputs: Inputs) -> int:
-        """Dimensions of the descriptors of tokens, or 0 where pointers are used. Every tile of a chunk has to be a
-        rectangle of memory: no padding, whole tiles, rows that begin at multiples of 16 bytes. 2 dimensions do for
-        whole chunks; otherwise the tokens of a row are a dimension of their own, outside of which there is 0."""
+        """Number of dimensions of token descriptors, or 0 to use pointers.
+
+        Descriptors need every tile of a chunk to be a rectangle of memory: no padding, whole tiles, and rows aligned
+        to 16 bytes. Whole chunks need 2 dimensions; otherwise rows are a third one, so that loads outside of a row
+        give 0.
+        """
         size = self.dtype.itemsize
         fits = (
             has_tma(inputs.v.device)
@@ -171,7 +174,7 @@ class Shape:
         return 2 if self.shift == 0 and self.N == self.G * self.C else 3
 
     def tokens(self, x: Tensor, tma: int, *block: int):
-        """`x` `[B * N, width]`, described for loads of tokens by blocks as `tma` says."""
+        """A descriptor of x, `[T, width]`, with `tma` dimensions, for loads of blocks of tokens; x itself for 0."""
         if tma != 3:
             return tiled(x, tma, *block)
         stride = x.stride(0)
@@ -189,18 +192,18 @@ class Shape:
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether the device has a tensor memory accelerator and the shared memory to use it well (Hopper, and Blackwell
-    of data centres). Elsewhere descriptors cost more than they save."""
+    """Whether the device has a tensor memory accelerator and enough shared memory to gain from it (Hopper, and data
+    center Blackwell). Elsewhere descriptors cost more than they save."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def on_device(x: Tensor):
-    """Triton launches on the current device: make it x's."""
+    """A context in which x's device is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def tiled(x: Tensor, tma: int, *block: int):
-    """`x` as a matrix of its last dimension, described for loads of whole blocks by the tensor memory accelerator."""
+    """A descriptor of x, as a matrix of its last dimension, for loads of whole blocks; x itself without TMA."""
     if not tma or x.numel() == 0:
         return x
     x = x.view(-1, x.shape[-1])
@@ -208,7 +211,7 @@ def tiled(x: Tensor, tma: int, *block: int):
 
 
 class Projections(NamedTuple):
-    """What the projections gave, or its gradients: `[T, E]`, `[T, E]` and `[T, S]`."""
+    """Outputs of the projections, or their gradients: `[T, E]`, `[T, E]` and `[T, S]`."""
 
     u: Tensor
     v: Tensor
@@ -216,12 +219,12 @@ class Projections(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """What a cache brings to each row's first document; None for nothing.
+    """What each row's first document takes from the cache; None for nothing.
 
     Attributes:
         initial: the sum over its closed chunks, float32 `[B, SP, E]`.
-        kept: keys for slots of the first chunk, `[keys, B, C, S]`; kept_mask: which of them to take instead of those
-            made from z, bool `[keys, B, C]`.
+        kept: keys for slots of the first chunk, `[keys, B, C, S]`.
+        kept_mask: where these replace the keys made from z, bool `[keys, B, C]`.
     """
 
     initial: Tensor | None
@@ -230,15 +233,15 @@ class Cached(NamedTuple):
 
 
 class AttentionResults(NamedTuple):
-    """Results of the forward launches; empty where there is nothing.
+    """Results of the forward launches; tensors without a meaning for the call are empty.
 
     Attributes:
         out: `silu(u)` times the attended value, `[T, E]`.
         heads: queries and keys on the chunk grid, `[H, GT, CP, SP]`.
         prefix: the state before each chunk within its piece, over C, `[GT, SP, E]` (causal).
         carry: the same before each piece, `[pieces, SP, E]`; of bidirectional models that of each document.
-        attended: the attended value, where `Shape.keeps_attended`.
-        final: the sum over each document, float32 `[documents, SP, E]`, if asked for.
+        attended: the attended value, `[T, E]`, if `Shape.keeps_attended`.
+        final: the sum over each document, float32 `[documents, SP, E]`, on request.
     """
 
     out: Tensor
@@ -251,7 +254,7 @@ class AttentionResults(NamedTuple):
 
 @dataclass
 class Inputs:
-    """What the attention launches read. Without `rms` the projections are complete and the biases are not used."""
+    """Tensors that the launches of attention read. Those from `rms` on are there if `Shape.scaled`."""
 
     u: Tensor
     v: Tensor
@@ -271,25 +274,25 @@ class Inputs:
 
     @property
     def tables(self) -> tuple[Tensor, Tensor, int]:
-        """cos, sin and their number of rows; any tensor where there is no RoPE."""
+        """cos, sin and their number of rows; without RoPE any tensor."""
         if self.cos is None:
             return self.index.factor_G, self.index.factor_G, 1
         return self.cos, self.sin, self.cos.shape[0]
 
     @property
     def tokens(self) -> Tensor:
-        """`source`, or any tensor where it is not read."""
+        """`source`, or any tensor if it is not read."""
         return self.index.group_G if self.source is None else self.source
 
     def norm(self, bias: str) -> tuple:
-        """The pointers of the norm and of one bias; any tensor where they are not read."""
+        """The norm's factor and gain, and one bias; any tensor if they are not read."""
         if self.rms is None:
             return self.u, self.u, self.u
         return self.rms, self.gain, getattr(self, bias)
 
 
 def switches(shape: Shape, inputs: Inputs) -> dict:
-    """What every kernel that reads tokens is compiled for."""
+    """Constants of all kernels that read tokens."""
     return {
         "SCALED": shape.scaled,
         "SILU": shape.silu,

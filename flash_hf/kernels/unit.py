@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gated attention unit by kernels: from the model's tensors, chunk layout and cache to the operators and back."""
+"""The gated attention unit by kernels: between the model's modules, places and cache and the operators."""
 
 from __future__ import annotations
 
@@ -108,11 +108,11 @@ def gated_attention(
 
     Args:
         unit: a `FlashGatedAttentionUnit`; its configuration and offset-scale are read.
-        u_BNE, v_BNE, z_BNS: what the projections gave, bfloat16, float16 or float32.
+        u_BNE, v_BNE, z_BNS: outputs of the projections, bfloat16, float16 or float32.
         places: with its plan.
         bias_R: relative bias, `[2 * C - 1]` for the grid's C, or None.
-        silu: whether u, v and z are still to be activated.
-        state: what the cache holds, at the border of a chunk in every row unless the plan has `cached` rows; or None.
+        silu: whether to apply SiLU to u, v and z.
+        state: the cache's, at a chunk border in every row unless the plan has `cached` slots; or None.
         return_state: also return the state after these tokens.
     """
     layout: ChunkLayout = places.layout
