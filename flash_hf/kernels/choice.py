@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernels compute a call: those of scan.py, for Hopper, or those that take every call."""
+"""Rules for which kernels compute a call: those for Hopper (scan.py, gate.py, quadratic.py) or the general ones."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .tiles import Shape
 
 try:
     from . import gate, quadratic, scan
-except ImportError:  # triton without Gluon, or with another one
+except ImportError:  # a triton without Gluon, or with another version of it
     gate = quadratic = scan = None
 
 
 logger = logging.get_logger(__name__)
 
-# Walks of 128 value dimensions that leave a large GPU (132 multiprocessors) so idle that a second pass costs less.
+# With fewer walks of 128 value dimensions, a large GPU (132 multiprocessors) idles more than a second pass costs.
 FEW_SCANS = 90
 # Versions of triton that the kernels of scan.py have run with.
 TRIED_TRITON = ((3, 6), (3, 6))
@@ -38,14 +38,14 @@ def scan_for(device: torch.device) -> bool:
     first, last = (".".join(map(str, version)) for version in TRIED_TRITON)
     tried = first if first == last else f"{first} to {last}"
     logger.warning_once(
-        f"FLASH's fastest kernels, those for Hopper, are left out: they need triton {tried}, and this is "
-        f"{triton.__version__}."
+        f"FLASH does not use its fastest kernels, those for Hopper: they need triton {tried}, and the installed one "
+        f"is {triton.__version__}."
     )
     return False
 
 
 def scans(shape: Shape, source: Tensor | None, device: torch.device) -> bool:
-    """Whether the kernels of scan.py compute this, which are for the layers that most people train, on Hopper."""
+    """Whether the kernels of scan.py compute this call: the common form of a layer, on Hopper."""
     fits = (
         shape.quad and shape.lin and shape.scaled and shape.silu and source is None
         and shape.dtype == torch.bfloat16 and (shape.C, shape.S) == (256, 128) and shape.E % 128 == 0
@@ -54,7 +54,7 @@ def scans(shape: Shape, source: Tensor | None, device: torch.device) -> bool:
 
 
 def splits(shape: Shape) -> bool:
-    """Whether a scan walks along pieces of rows: there are too few rows for the multiprocessors."""
+    """Whether scans walk along pieces of rows, since there are too few rows for the multiprocessors."""
     return shape.B * (shape.E // 128) < FEW_SCANS
 
 

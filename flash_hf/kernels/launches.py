@@ -19,24 +19,24 @@ from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, cdiv, h
 
 
 def has_carry(shape: Shape, index: ChunkIndex, initial: bool) -> bool:
-    """Whether anything comes before some piece: not with one piece a document."""
+    """Whether a sum precedes any piece: not if every document is one piece and no cache is continued."""
     return shape.causal and (index.pieces > index.documents or initial)
 
 
 def state_buffers(shape: Shape, index: ChunkIndex, new, total: bool) -> tuple[Tensor, Tensor]:
-    """`(prefix, total)`: what a sum was before each chunk (causal), and that over each piece in float32, if asked."""
+    """Buffers `(prefix, total)`: sums before each chunk (causal) and, with `total`, over each piece in float32."""
     size = (shape.tiles.SP, shape.E)
     prefix = new((shape.GT, *size)) if shape.causal else new((0,))
     return prefix, new((index.pieces if total else 0, *size), dtype=torch.float32)
 
 
 def launch_carry(shape: Shape, index: ChunkIndex, total: Tensor, initial, carried: bool, final: str, reverse: bool):
-    """Sums over a document's pieces: `(carry, final)`, empty where not needed.
+    """Sums over a document's pieces: `(carry, final)`, empty if not requested.
 
     Args:
         carried: fill `carry`, the sum over C before each piece.
-        final: `"total"` for float32 sums over documents, `"state"` for these over C (bidirectional), or `""`.
-        reverse: go through documents backwards, for gradients.
+        final: `"total"` for float32 sums over documents, `"state"` for these divided by C (bidirectional), or `""`.
+        reverse: from the last piece to the first, for gradients.
     """
     documents, size = index.documents, shape.tiles.SP * shape.E
     carry = total.new_empty(total.shape if carried else (0,), dtype=shape.dtype)
@@ -53,7 +53,7 @@ def launch_carry(shape: Shape, index: ChunkIndex, total: Tensor, initial, carrie
 
 
 def piece_launch(shape: Shape, inputs: Inputs) -> dict:
-    """What both passes over pieces take."""
+    """Constants that both passes over pieces share."""
     t = shape.tiles
     block_e = t.block_e if t.SP <= 128 else t.block_e // 2
     return {
@@ -64,7 +64,7 @@ def piece_launch(shape: Shape, inputs: Inputs) -> dict:
 
 
 def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
-    """Attention weights inside the chunks, `[GT, CP, CP]`; empty without that branch."""
+    """Attention weights within chunks, `[GT, CP, CP]`; empty without the quadratic branch."""
     t = shape.tiles
     if not shape.quad:
         return heads.new_empty((0,))
@@ -194,7 +194,7 @@ def launch_heads(shape: Shape, inputs: Inputs, cached: Cached) -> Tensor:
 
 
 def launch_values(shape: Shape, inputs: Inputs) -> Tensor:
-    """Values, where no sum over them is needed."""
+    """Values, for layers without a sum over them."""
     if not shape.silu:
         return inputs.v
     T, E = shape.T, shape.E
@@ -207,13 +207,13 @@ def launch_values(shape: Shape, inputs: Inputs) -> Tensor:
     return value
 
 
-# Attention weights that one launch may have. FLASH-Quad, which may have more, goes in parts of some rows.
+# Most attention weights per launch. FLASH-Quad, which can have more, is computed in parts of some rows each.
 MOST_WEIGHTS = 1 << 27
 
 
 def row_parts(shape: Shape, inputs: Inputs) -> Iterator[tuple[Shape, Inputs, slice, slice]]:
-    """The call in parts of whole rows, each of which has at most `MOST_WEIGHTS`, or is one row: their shape, inputs,
-    rows and tokens. In one part unless rows are chunks and have no states."""
+    """The call in parts of whole rows, of at most `MOST_WEIGHTS` weights or of one row each: their shapes, inputs,
+    rows and tokens. One part, unless rows are single chunks without states."""
     rows = max(1, MOST_WEIGHTS // shape.tiles.CP**2)
     if shape.G > 1 or shape.lin or inputs.source is not None or rows >= shape.B:
         yield shape, inputs, slice(None), slice(None)
@@ -288,7 +288,7 @@ def launch_chunk_outputs(
 
 
 def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: bool) -> AttentionResults:
-    """The attention and its gate."""
+    """Heads, attention and the gate."""
     new, index, row = inputs.v.new_empty, inputs.index, shape.lin_row
     nothing = new((0,))
     heads = launch_heads(shape, inputs, cached)
@@ -303,11 +303,11 @@ def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: boo
     prefix = carry = final = nothing
     if shape.lin:
         carried = has_carry(shape, index, cached.initial is not None)
-        asked = "total" if want_final else "" if shape.causal else "state"
-        prefix, total = state_buffers(shape, index, new, carried or bool(asked))
+        kept = "total" if want_final else "" if shape.causal else "state"
+        prefix, total = state_buffers(shape, index, new, carried or bool(kept))
         value = new((shape.T, shape.E)) if shape.silu else inputs.v
         launch_states(shape, inputs, heads[row + 1], total, prefix if shape.causal else None, value)
-        carry, final = launch_carry(shape, index, total, cached.initial, carried, asked, False)
+        carry, final = launch_carry(shape, index, total, cached.initial, carried, kept, False)
         if not shape.causal:
             carry, final = final, nothing
     else:
@@ -336,7 +336,7 @@ def launch_gate(
 
 
 class Product(NamedTuple):
-    """A gradient of the output, `left right`, that is left to the kernel that reads it."""
+    """The output's gradient as a product, `left right`, which the kernel that reads it computes."""
 
     left: Tensor
     right: Tensor
@@ -364,8 +364,8 @@ def launch_gate_states(
     shape: Shape, inputs: Inputs, queries: Tensor, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor,
     value: Tensor, d_prefix: Tensor, total: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`launch_gate` and the gradient of the states: what it is behind each chunk in `d_prefix` (causal), and over each
-    piece in `total` (if that is not empty)."""
+    """`launch_gate` and the gradients of the states: after each chunk in `d_prefix` (causal), and over each piece in
+    `total` (unless it is empty)."""
     t, E = shape.tiles, shape.E
     pieces = inputs.index.pieces
     options = piece_launch(shape, inputs)
@@ -546,15 +546,15 @@ def launch_backward(
     """Gradients of the projections' outputs, written to `d_h`, and of parameters.
 
     Args:
-        saved: with heads, prefix, carry, out and, where it is kept, attended of the forward. The weights are computed
-            again: cheaper than their memory.
+        saved: has heads, prefix, carry, out and, if `Shape.keeps_attended`, attended of the forward. The weights are
+            computed again, which is cheaper than their memory.
         d_out: gradient of the output, `[T, E]`, or the product that gives it; overwritten with `reuse`.
     """
     heads = saved.heads
     # Branches that a first chunk alone does not need have no gradient.
     used = 2 * (shape.quad + shape.lin) == shape.H
     d_heads = torch.empty_like(heads) if used else torch.zeros_like(heads)
-    # What a cache brought is in `carry`, and not in the states of the chunks.
+    # What a cache contributes is in `carry`, not in the states of the chunks, which scans read.
     scanned = not (shape.causal and saved.carry.numel()) and choice.scans(shape, inputs.source, heads.device)
     if isinstance(d_out, Product) and not choice.multiplies(shape, inputs.source, scanned, heads.device):
         d_out = torch.mm(*d_out)
@@ -600,7 +600,7 @@ SUM_BLOCK = 32
 
 
 class Sums(NamedTuple):
-    """Where the gradients that are sums over tokens lie in one vector, each from a whole block of `SUM_BLOCK` on.
+    """The layout of the gradients that are sums over tokens in one vector, each aligned to `SUM_BLOCK` elements.
 
     Attributes:
         u, v, heads, norm: widths of the parts, as in `PartialSums`, 0 for none. bias: of the relative bias.
@@ -637,7 +637,7 @@ class Sums(NamedTuple):
 
 
 def launch_sums(shape: Shape, sums: Sums, parts: PartialSums, dtype: torch.dtype) -> Tensor:
-    """The gradients that are sums over tokens, as `Sums` says."""
+    """The gradients that are sums over tokens, laid out as in `Sums`."""
     blocks = sums.blocks
     u, v, heads, norm, squares = (parts.heads if x is None else x for x in parts)
     out = heads.new_empty((sum(blocks) * SUM_BLOCK,), dtype=dtype)
@@ -664,19 +664,8 @@ def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *
     block_t = max(1, 4096 // block_d)
     forward.norm_kernel(
         (cdiv(T, block_t),),
-        x,
-        gain,
-        rms,
-        out,
-        T,
-        D,
-        eps,
-        CAST=cast,
-        SCALE=scale,
-        BLOCK_T=block_t,
-        BLOCK_D=block_d,
-        num_warps=8,
-    )
+        x, gain, rms, out, T, D, eps, CAST=cast, SCALE=scale, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8,
+    )  # fmt: skip
 
 
 def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor) -> Tensor:
