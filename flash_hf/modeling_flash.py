@@ -757,7 +757,7 @@ def logits_and_loss(
     """
     own_loss = hasattr(model, "_loss_function")
     if skip_logits is None:
-        skip_logits = model.skip_logits and model.training
+        skip_logits = getattr(model, "skip_logits", False) and model.training
     # A compiler needs shapes that do not depend on the labels, and the user's own loss needs logits.
     if skip_logits and labels is not None and not (own_loss or "shift_labels" in options or is_tracing()):
         if can_split(model.lm_head):
