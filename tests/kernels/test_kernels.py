@@ -468,13 +468,14 @@ def test_generation_gives_the_torch_tiers_tokens(options, form):
 # ------------------------------------------------------------------------------------------------------------------
 # Which modules and types the kernels stand for
 # ------------------------------------------------------------------------------------------------------------------
-def test_replaced_modules_are_called():
-    """A projection that is no plain linear layer any more (LoRA, quantised, hooked) is not bypassed."""
+@pytest.mark.parametrize("name", ["layers.0.gau.v_proj", "layers.0.norm", "norm", "layers.0.gau"])
+def test_replaced_modules_are_called(name):
+    """A module that is not the stock one any more (LoRA, quantised, hooked) is not bypassed."""
     model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
     x = torch.randn(1, 20, 32, device=DEVICE)
     with torch.no_grad():
         plain = model(inputs_embeds=x).last_hidden_state
-        model.layers[0].gau.v_proj.register_forward_hook(lambda module, args, out: out * 2)
+        model.get_submodule(name).register_forward_hook(lambda module, args, out: out * 2)
         hooked = model(inputs_embeds=x).last_hidden_state
         model.config.backend = "torch"
         assert_close(hooked, model(inputs_embeds=x).last_hidden_state, 1e-5)
