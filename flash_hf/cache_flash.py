@@ -84,15 +84,10 @@ class StateForm:
     shift: int
 
     @classmethod
-    def of(cls, config: FlashConfig, layer_idx: int) -> StateForm:
-        return cls(
-            chunk_size=config.chunk_size,
-            key_dim=config.query_key_dim,
-            has_quad=config.has_quad,
-            has_lin=config.has_lin,
-            previous_key=config.previous_key,
-            shift=config.shift_of(layer_idx),
-        )
+    def pair(cls, config: FlashConfig) -> list[StateForm]:
+        """The forms that layers have in turn."""
+        sizes = config.chunk_size, config.query_key_dim, config.has_quad, config.has_lin, config.previous_key
+        return [cls(*sizes, shift=config.shift_of(index)) for index in range(2)]
 
 
 class BatchOperations:
@@ -504,8 +499,11 @@ LAYER_KINDS = {
 }
 
 
-def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
+def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch: int) -> None:
     """Check that `cache` can hold this model's state, and prepare an empty one for it.
+
+    Args:
+        forms: `StateForm.pair(config)`, which is not made again for every token.
 
     Raises:
         ValueError: a cache of another kind of model, of another shape, or of another batch size.
@@ -520,7 +518,7 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         cache.layers.extend(wanted[0]() for _ in range(config.num_hidden_layers))
         cache.layer_class_to_replicate = None
     if cache.layers and not cache.layers[0].is_initialized:
-        _adopt(cache, config, wanted)
+        _adopt(cache, config.layer_types[0], forms)
     if len(cache.layers) != config.num_hidden_layers or not all(isinstance(layer, wanted) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
@@ -539,9 +537,7 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
             "change the cache with batch_select_indices or batch_repeat_interleave."
         )
     if isinstance(layer, FlashChunkCacheLayer):
-        pair = range(min(2, len(cache.layers)))  # later layers are like one of these
-        found = [cache.layers[index].form for index in pair]
-        expected = [StateForm.of(config, index) for index in pair]
+        found, expected = [own.form for own in cache.layers[:2]], forms[: len(cache.layers)]
         width = layer.state.value.shape[2]
     else:
         found, expected, width = layer.keys.shape[3], config.query_key_dim, layer.values.shape[3]
@@ -553,15 +549,15 @@ def check_cache(cache: Cache, config: FlashConfig, batch: int) -> None:
         )
 
 
-def _adopt(cache: Cache, config: FlashConfig, wanted: tuple[type, type]) -> None:
+def _adopt(cache: Cache, kind: str, forms: list[StateForm]) -> None:
     """Tell the empty layers of a cache what they will hold."""
+    dynamic, static = wanted = LAYER_KINDS[kind]
     for index, layer in enumerate(cache.layers):
         # With two copies of this code in one process (the package, and a checkpoint's remote code), transformers
         # builds caches from the layers registered last, possibly the other copy's. Empty ones are replaced.
-        if getattr(layer, "_layer_type", None) == config.layer_types[0] and not isinstance(layer, wanted):
-            dynamic, static = wanted
+        if getattr(layer, "_layer_type", None) == kind and not isinstance(layer, wanted):
             own = static(max_cache_len=layer.max_cache_len) if isinstance(layer, StaticLayer) else dynamic()
             own.record_past = getattr(layer, "record_past", False)
             cache.layers[index] = layer = own
         if isinstance(layer, FlashChunkCacheLayer):
-            layer.form = StateForm.of(config, index)
+            layer.form = forms[index % 2]

@@ -74,7 +74,7 @@ from .backend_flash import (
     normalise,
     with_plans,
 )
-from .cache_flash import CACHE_NAME, OTHER_CACHE_NAME, check_cache, resolve_cache, takes_both_cache_names
+from .cache_flash import CACHE_NAME, OTHER_CACHE_NAME, StateForm, check_cache, resolve_cache, takes_both_cache_names
 from .chunking_flash import (
     ChunkLayout,
     Documents,
@@ -529,6 +529,7 @@ class FlashModel(FlashPreTrainedModel):
         # CODEPATH: the FLASH ports have ScaleNorm in their layers and a LayerNorm before the head.
         self.norm = NORMS[config.final_norm_type or config.norm_type](config, config.final_norm_eps)
         self.rotary_emb = FlashRotaryEmbedding(config)
+        self.state_forms = StateForm.pair(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -567,7 +568,7 @@ class FlashModel(FlashPreTrainedModel):
         if cache is None and use_cache and self.is_causal and not (self.training and torch.is_grad_enabled()):
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            check_cache(cache, self.config, B)
+            check_cache(cache, self.config, self.state_forms, B)
         first = None if cache is None else cache.layers[0]
         documents = resolve_documents(
             B,
