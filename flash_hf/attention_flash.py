@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The maths of FLASH as pure functions of tensors, on any device: offset-scale, rotary, attention over chunks, over
-whole documents, and for one decoding step. Equations are numbered as in the project's README.
+whole documents, and for one decoding step. Equations are numbered as in `FlashGatedAttentionUnit`.
 
 Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width, E value width, S query/key width.
 """

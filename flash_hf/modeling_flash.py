@@ -14,8 +14,7 @@
 # limitations under the License.
 """FLASH for transformers: the gated attention unit, the model, and its language-model heads.
 
-Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing. Equations are
-numbered as in the project's README ("The layer").
+Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
 
 `CODEPATH:` comments name the checkpoints that need a branch on the configuration; transformers' linter asks for them.
 """
@@ -140,12 +139,7 @@ class FlashNoNorm(nn.Module):
         return x
 
 
-NORMS = {
-    "scale_norm": FlashScaleNorm,
-    "rms_norm": FlashRMSNorm,
-    "layer_norm": FlashLayerNorm,
-    "none": FlashNoNorm,
-}
+NORMS = {"scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm, "none": FlashNoNorm}
 
 
 class FlashScaledSinusoid(nn.Module):
@@ -297,7 +291,18 @@ class FlashOffsetScale(nn.Module):
 
 
 class FlashGatedAttentionUnit(nn.Module):
-    """Gated attention unit with mixed chunk attention: `W_o (u * (local + global))` (arXiv 2202.10447, figure 2)."""
+    """Gated attention unit with mixed chunk attention (arXiv 2202.10447, figure 2), for each document:
+
+    0. input: embeddings, plus a sinusoid of the positions times one learnt scalar;
+    1. `n = norm(x)`;
+    2. `u, v, z = SiLU(n W_u + b_u), SiLU(n W_v + b_v), SiLU(n W_z + b_z)`, of widths E, E, S;
+    3. queries and keys from one z: `RoPE(gamma_h * z + beta_h)` for h = quad_q, quad_k, lin_q, lin_k;
+    4. local, inside each chunk: `A = relu(quad_q quad_k^T / C + b)^2`, lower triangular if causal; `local = A v`;
+    5. global, across chunks: `lin_q (sum of lin_k v^T) / count` over the document, or over its earlier chunks if causal;
+    6. `y = x + (u * (local + global)) W_o + b_o`.
+
+    [`FlashLayer`] adds the norm of 1 and the sum of 6.
+    """
 
     def __init__(self, config: FlashConfig, layer_idx: int, causal: bool):
         super().__init__()
@@ -327,7 +332,7 @@ class FlashGatedAttentionUnit(nn.Module):
         return None if self.relative_bias is None else self.relative_bias(places.bias_length, places.bias_rotary)
 
     def forward(self, x_BND: Tensor, places: Places, cache: CacheLayerMixin | None = None) -> Tensor:
-        """`W_o (u * attention(z, v))` (eq. 1 to 6) of normalised input, `[B, N, D]`.
+        """`(u * attention(z, v)) W_o + b_o` of normalised input, `[B, N, D]`.
 
         Args:
             places: where the tokens are, shared by all layers of the same `chunk_shift`.
@@ -377,11 +382,7 @@ class FlashLayer(GradientCheckpointingLayer):
         self.hidden_dropout = config.hidden_dropout
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        places: Places,
-        cache: Cache | None = None,
-        past_key_values: Cache | None = None,
+        self, hidden_states: Tensor, places: Places, cache: Cache | None = None, past_key_values: Cache | None = None
     ) -> Tensor:
         """The layer's output, `[B, N, D]`. The cache (of all layers) has both of transformers' names, since gradient
         checkpointing drops it by name."""
@@ -872,10 +873,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             self, outputs.last_hidden_state[:, keep, :], labels, kwargs, shift=True, skip_logits=skip_logits
         )
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **{CACHE_NAME: getattr(outputs, CACHE_NAME)}
         )
 
     generate = takes_both_cache_names(GenerationMixin.generate)
