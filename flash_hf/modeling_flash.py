@@ -298,7 +298,7 @@ class FlashGatedAttentionUnit(nn.Module):
     2. `u, v, z = SiLU(n W_u + b_u), SiLU(n W_v + b_v), SiLU(n W_z + b_z)`, of widths E, E, S;
     3. queries and keys from one z: `RoPE(gamma_h * z + beta_h)` for h = quad_q, quad_k, lin_q, lin_k;
     4. local, inside each chunk: `A = relu(quad_q quad_k^T / C + b)^2`, lower triangular if causal; `local = A v`;
-    5. global, across chunks: `lin_q (sum of lin_k v^T) / count` over the document, or over its earlier chunks if causal;
+    5. global, across chunks: `lin_q (sum of lin_k v^T) / count` over the document, or earlier chunks if causal;
     6. `y = x + (u * (local + global)) W_o + b_o`.
 
     [`FlashLayer`] adds the norm of 1 and the sum of 6.
