@@ -393,8 +393,8 @@ class CountsDocuments:
 
     def extend(self, key_BNS: Tensor, value_BNE: Tensor, layout: QuadraticLayout) -> tuple[Tensor, Tensor]:
         """Append a call's keys and values, and return all, `[B, M, S]` and `[B, M, E]`."""
-        books = {"position_BN": layout.key_position_BN, "document_BN": layout.key_document_BN}
-        keys, values = self.update(key_BNS[:, None], value_BNE[:, None], **books)
+        books = layout.key_position_BN, layout.key_document_BN
+        keys, values = self.update(key_BNS[:, None], value_BNE[:, None], *books)
         return keys[:, 0], values[:, 0]
 
 

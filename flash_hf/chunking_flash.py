@@ -120,14 +120,6 @@ def contradiction(counted_B: Tensor, seen_B: Tensor, past_length: int | Tensor) 
     )
 
 
-def is_whole(length: int, attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
-    """Whether an input of `length` tokens includes those in the cache: its mask, or its positions, are as long, and
-    positions begin at 0."""
-    marks = position_ids if attention_mask is None else attention_mask
-    begins = position_ids is None or not bool(position_ids[..., :1].any())
-    return marks is not None and marks.shape[-1] == length and begins
-
-
 def compare_with_cache(
     attention_mask: Tensor | None, position_ids: Tensor | None, length: int, seen_B: Tensor, past_length: int
 ) -> tuple[Tensor | None, str | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging
 
-from .backend_flash import is_bare
+from .backend_flash import compute_dtype, is_bare
 
 
 logger = logging.get_logger(__name__)
@@ -93,8 +93,7 @@ def loss_without_logits(
         items = items.to(hidden.device)
     items = items + (items == 0)
     if liger is not None and len(labels):
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+        dtype = compute_dtype(head.weight)
         options = {"ignore_index": IGNORE, "reduction": "sum", "accum_dtype": torch.float32}
         return liger(hidden.to(dtype), head.weight.to(dtype), labels, **options).float() / items
     sums = [

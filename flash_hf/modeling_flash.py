@@ -83,7 +83,6 @@ from .chunking_flash import (
     chunk_layout,
     compare_with_cache,
     is_tracing,
-    is_whole,
     misplaced,
     quadratic_layout,
     resolve_documents,
@@ -907,7 +906,10 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         new = tokens.shape[1] if next_sequence_length is None else next_sequence_length
         if seen_B is not None and (is_first_iteration or new > 1):
             past = int(cache.get_seq_length())
-            whole = is_first_iteration and is_whole(tokens.shape[1], attention_mask, position_ids)
+            # The input includes the cached tokens if its mask, or its positions, are as long, and begin at 0.
+            marks = position_ids if attention_mask is None else attention_mask
+            begins = position_ids is None or not bool(position_ids[..., :1].any())
+            whole = is_first_iteration and marks is not None and marks.shape[-1] == tokens.shape[1] and begins
             if whole:
                 # Assisted decoding lets the model skip what the cache holds.
                 new = next_sequence_length = tokens.shape[1] - past
