@@ -39,7 +39,8 @@ class DecodingState:
     """What one layer remembers of each row's open document, of one size for any length.
 
     Attributes:
-        quad_k: keys of the open chunk, `[B, C, S]`; None without that branch.
+        quad_k: keys of the open chunk, `[B, C, S]`; None without that branch. With shifted local dimensions
+            `[B, C + 1, S]`, where the newest token's own key is kept as in `lin_k`.
         lin_k: keys under which the open chunk's values are stored, `[B, C, S]`; None without that branch. For shifted
             keys `[B, C + 1, S]`: the newest token's key, for the next token's value, is in slot p (the row's phase),
             or in slot C when p is 0.
@@ -220,6 +221,13 @@ def previous_keys(own_BGCS: Tensor, layout: ChunkLayout, before_BS: Tensor | Non
     return moved_BKS.masked_fill((layout.position_BGC.flatten(1) == 0)[..., None], 0).view_as(own_BGCS)
 
 
+def shifted_dims(key_dim: int, interleaved: bool, device: torch.device) -> Tensor:
+    """Which dimensions of local keys `local_key_shift` takes from the token before: every second of RoPE's pairs,
+    bool `[S]`."""
+    pair_S = torch.arange(key_dim, device=device)
+    return (pair_S // 2 if interleaved else pair_S) % 2 == 1
+
+
 def mixed_chunk_attention(
     qk: QueryKeys,
     value_BGCE: Tensor,
@@ -233,6 +241,7 @@ def mixed_chunk_attention(
     normalization: Normalization = "mean",
     dropout: float = 0.0,
     previous_key: bool = False,
+    shifted_S: Tensor | None = None,
     state: DecodingState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, DecodingState | None]:
@@ -244,6 +253,7 @@ def mixed_chunk_attention(
         chunk_size: the configured C; a short input has a shorter chunk.
         bias_R: relative bias `[2 * C - 1]` for the grid's C, or None.
         previous_key: store values under shifted keys in the global sum.
+        shifted_S: dimensions of local keys to take from the token before ([`shifted_dims`]), or None.
         state: decoding state to continue; causal only.
         return_state: also return the state after these tokens, detached from the graph.
 
@@ -252,16 +262,23 @@ def mixed_chunk_attention(
     """
     quad_q, quad_k, lin_q, lin_k = qk
     initial = before = None
+    own_quad_k = quad_k
     if state is not None:
         quad_k, value_BGCE = (
-            None if new is None else _continue_chunk(new, old, layout)
+            None if new is None else _continue_chunk(new, old[:, : state.value.shape[1]], layout)
             for new, old in ((quad_k, state.quad_k), (value_BGCE, state.value))
         )
+    if quad_k is not None and shifted_S is not None:
+        if state is not None:  # slot j + 1 holds the shifted dimensions of slot j's own key
+            own_quad_k = _continue_chunk(own_quad_k, state.quad_k[:, 1:], layout)
+        own_before = None if state is None else _newest_key(state.quad_k, layout)
+        quad_k = torch.where(shifted_S, previous_keys(own_quad_k, layout, own_before), quad_k)
+    if state is not None:
         if lin_k is not None:
             lin_k = _continue_chunk(lin_k, state.lin_k[:, 1:] if previous_key else state.lin_k, layout)
             initial = closed_total(state, layout.cached_BC) * layout.continues_B[:, None, None]
         if lin_k is not None and previous_key:
-            before = torch.where(layout.phase_B[:, None] == 0, state.lin_k[:, -1], state.lin_k[:, 0])
+            before = _newest_key(state.lin_k, layout)
 
     B, G, C, E = value_BGCE.shape
     out = None
@@ -306,10 +323,11 @@ def mixed_chunk_attention(
     if not return_state:
         return out, None
     open_grids = [None if grid is None else _at_final(grid, layout) for grid in (quad_k, stored_k, value_BGCE)]
-    if lin_k is not None and previous_key:
-        full_B1 = _at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout)[:, -1]
-        newest_BS = torch.where(full_B1, _at_final(lin_k, layout)[:, -1], open_grids[1][:, 0])
-        open_grids[1] = torch.cat([open_grids[1], newest_BS[:, None]], 1)
+    for index, own, shifts in ((0, own_quad_k, shifted_S is not None), (1, lin_k, previous_key)):
+        if own is not None and shifts:
+            full_B1 = _at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout)[:, -1]
+            newest_BS = torch.where(full_B1, _at_final(own, layout)[:, -1], open_grids[index][:, 0])
+            open_grids[index] = torch.cat([open_grids[index], newest_BS[:, None]], 1)
     # Copies, since views would keep the whole grid alive as long as the cache.
     behind = chunk_size - C - layout.skipped
     quad_k, lin_k, value = (
@@ -323,6 +341,11 @@ def _continue_chunk(new_BGCF: Tensor, old_BCF: Tensor, layout: ChunkLayout) -> T
     """Put the cached slots in front of chunk 0."""
     first_BCF = torch.where(layout.cached_BC[..., None], old_BCF.to(new_BGCF.dtype), new_BGCF[:, 0])
     return torch.cat([first_BCF[:, None], new_BGCF[:, 1:]], 1)
+
+
+def _newest_key(cached_BKS: Tensor, layout: ChunkLayout) -> Tensor:
+    """The key before a row's first slot, `[B, S]`: at a chunk border the state has it behind the chunk."""
+    return torch.where(layout.phase_B[:, None] == 0, cached_BKS[:, -1], cached_BKS[:, 0])
 
 
 def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
@@ -351,6 +374,7 @@ def mixed_chunk_step(
     bias_R: Tensor | None = None,
     normalization: Normalization = "mean",
     previous_key: bool = False,
+    shifted_S: Tensor | None = None,
 ) -> Tensor:
     """Mixed chunk attention for one token per row, which advances the state in place: no branch on values, and the
     same cost at any length.
@@ -388,13 +412,19 @@ def mixed_chunk_step(
                 new_B1F = torch.where(valid_B1[..., None], new_B1F, cache_BCF.gather(1, index))
             cache_BCF.scatter_(1, index, new_B1F)
 
-    key_B1S = qk.lin_k
-    if key_B1S is not None and previous_key:
+    def shift(cache_BKS: Tensor, own_B1S: Tensor) -> Tensor:
+        """The key of the token before; this token's own is left for the next one."""
         newest_B = torch.where(phase_B == 0, C, phase_B)
-        key_B1S = state.lin_k.gather(1, index_of(newest_B, state.lin_k))
-        key_B1S = key_B1S.masked_fill((seen_B == 0)[:, None, None], 0)
-        write(state.lin_k, qk.lin_k, phase_B + 1)
-    write(state.quad_k, qk.quad_k)
+        before_B1S = cache_BKS.gather(1, index_of(newest_B, cache_BKS)).masked_fill((seen_B == 0)[:, None, None], 0)
+        write(cache_BKS, own_B1S, phase_B + 1)
+        return before_B1S
+
+    quad_k, key_B1S = qk.quad_k, qk.lin_k
+    if quad_k is not None and shifted_S is not None:
+        quad_k = torch.where(shifted_S, shift(state.quad_k, quad_k).to(quad_k.dtype), quad_k)
+    if key_B1S is not None and previous_key:
+        key_B1S = shift(state.lin_k, key_B1S)
+    write(state.quad_k, quad_k)
     write(state.lin_k, key_B1S)
     write(state.value, value_B1E)
 
@@ -406,7 +436,9 @@ def mixed_chunk_step(
         if bias_R is not None:
             bias_B1C = bias_R.to(qk.quad_q.dtype)[(slot_C - phase_B[:, None]) + C - 1][:, None]
         bias_B1C = bias_B1C.masked_fill(~visible_BC[:, None], -math.inf)
-        weights_B1C = activate(scores_of(qk.quad_q, state.quad_k.to(qk.quad_q.dtype), scale, bias_B1C), activation)
+        weights_B1C = activate(
+            scores_of(qk.quad_q, state.quad_k[:, :C].to(qk.quad_q.dtype), scale, bias_B1C), activation
+        )
     remote_B1E = None
     if qk.lin_q is not None:
         scale_B = global_scale(closed_B, normalization, C, state.total.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_flash import DecodingState, QueryKeys, mixed_chunk_attention, wide
+from .attention_flash import DecodingState, QueryKeys, mixed_chunk_attention, shifted_dims, wide
 from .chunking_flash import Documents, Places, QuadraticLayout, chunk_layout, count_positions, is_tracing
 from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
 
@@ -81,13 +81,16 @@ class StateForm:
     has_quad: bool
     has_lin: bool
     previous_key: bool
+    local_key_shift: bool
+    interleaved: bool
     shift: int
 
     @classmethod
     def pair(cls, config: FlashConfig) -> list[StateForm]:
         """The forms that layers have in turn."""
-        sizes = config.chunk_size, config.query_key_dim, config.has_quad, config.has_lin, config.previous_key
-        return [cls(*sizes, shift=config.shift_of(index)) for index in range(2)]
+        branches = config.has_quad, config.has_lin, config.previous_key, config.local_key_shift
+        fields = config.chunk_size, config.query_key_dim, *branches, config.rope_interleaved
+        return [cls(*fields, shift=config.shift_of(index)) for index in range(2)]
 
 
 class BatchOperations:
@@ -168,7 +171,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         self.state = DecodingState(
-            quad_k=zeros(C, S) if form.has_quad else None,
+            quad_k=zeros(C + form.local_key_shift, S) if form.has_quad else None,
             lin_k=zeros(C + form.previous_key, S) if form.has_lin else None,
             value=zeros(C, E),
             total=zeros(S, E, dtype=wide(dtype)) if form.has_lin else None,
@@ -270,6 +273,9 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             chunk_size=C,
             divisor=1.0,
             previous_key=self.form.previous_key,
+            shifted_S=shifted_dims(self.form.key_dim, self.form.interleaved, device)
+            if self.form.local_key_shift
+            else None,
             state=self._snapshot,
             return_state=True,
         )[1]

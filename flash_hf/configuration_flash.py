@@ -119,6 +119,9 @@ class FlashConfig(PreTrainedConfig):
     global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
         sum under the key of the token before it, and global queries and keys are not rotated, so that a token can
         look up what followed its earlier occurrences at any distance (FLASH+).
+    local_key_shift (`bool`, defaults to `False`): Local keys take every second pair of dimensions from the key of the
+        token before them (0 at a document's first token), so that one layer can find what followed an earlier
+        occurrence of a token in its chunk. Computed by PyTorch: there are no kernels for it yet.
     hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
     attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
     max_position_embeddings (`int`, defaults to 8192): Training length. It only limits `"quadratic"` with a
@@ -176,6 +179,7 @@ class FlashConfig(PreTrainedConfig):
     use_scaled_sinusoid: bool = True
     global_normalization: str = "mean"
     global_form: str = "paper"
+    local_key_shift: bool = False
     hidden_dropout: int | float = 0.0
     attention_dropout: int | float = 0.0
     max_position_embeddings: int = 8192
@@ -389,6 +393,13 @@ class FlashConfig(PreTrainedConfig):
             refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
         if self.global_form != "paper" and self.attention_type in ("local", "quadratic"):
             refuse("global_form", f"'paper' where there is no global branch (attention_type={self.attention_type!r})")
+        if self.local_key_shift and self.attention_type in ("global", "quadratic"):
+            refuse(
+                "local_key_shift",
+                f"False where there are no chunks with keys (attention_type={self.attention_type!r})",
+            )
+        if self.local_key_shift and self.use_rope and not self.rope_interleaved and self.rotary_dim % 4:
+            refuse("local_key_shift", f"False unless RoPE turns a multiple of 4 dimensions (here {self.rotary_dim})")
         if self.attention_init == "recent" and (self.relative_bias != "toeplitz" or self.attention_type == "global"):
             refuse("attention_init", "'normal' where no relative_bias='toeplitz' is added to scores")
         if not 0 <= self.chunk_shift < self.chunk_size:

@@ -60,6 +60,7 @@ from .attention_flash import (
     quadratic_attention,
     rotate,
     scaled_sinusoid,
+    shifted_dims,
     wide,
 )
 from .backend_flash import (
@@ -315,6 +316,7 @@ class FlashGatedAttentionUnit(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         # Attributes of a configuration are slow to look up, and each decoding step reads these in each layer.
         self.has_quad, self.has_lin, self.previous_key = config.has_quad, config.has_lin, config.previous_key
+        self.local_key_shift = config.local_key_shift
         self.activation, self.divisor = config.attention_activation, config.attention_divisor
         self.normalization, self.interleaved = config.global_normalization, config.rope_interleaved
         self.kernel_activation = config.hidden_act in SILU
@@ -359,6 +361,8 @@ class FlashGatedAttentionUnit(nn.Module):
             return quadratic_attention(q_BNS, key, value, layout, causal=self.is_causal, dropout=dropout, **options)
 
         options |= {"normalization": self.normalization, "previous_key": self.previous_key}
+        if self.local_key_shift:
+            options["shifted_S"] = shifted_dims(z_BNS.shape[-1], self.interleaved, z_BNS.device)
         if isinstance(layout, StepLayout):
             qk = self.query_keys(z_BNS, places.rotary)
             return mixed_chunk_step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)

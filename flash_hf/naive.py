@@ -85,6 +85,9 @@ def naive_attention(heads_HNS, v_NE, weights, config, *, causal, shift=0):
     out_NE = torch.zeros_like(v_NE)
     if config.attention_type != "global":
         q_NS, k_NS = heads_HNS[:2]
+        if config.local_key_shift:  # every second pair of dimensions from the token before
+            pair_S = torch.arange(k_NS.shape[1]) // (2 if config.rope_interleaved else 1)
+            k_NS = torch.where(pair_S % 2 == 1, torch.cat((0 * k_NS[:1], k_NS[:-1])), k_NS)
         visible_NN = chunk_N[:, None] == chunk_N[None, :]
         visible_NN = visible_NN & (offset_NN <= 0) if causal else visible_NN
         softmax = config.attention_activation == "softmax"

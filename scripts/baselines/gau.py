@@ -71,7 +71,6 @@ class GAUConfig(FlashConfig):
             it. With 2 a token sees at least a whole chunk, where the document has one. Causal models only.
         local_heads (`int`, defaults to 1): Heads of the local part, each with its own scales of the whole basis, its
             own relative bias and its part of the values.
-        local_key_shift (`bool`, defaults to `False`): Shift every second dimension of the local keys by a token.
         global_state (`str`, defaults to `"mean"`): State that global queries read: the mean over earlier chunks; with
             `"gated"` a mean with learnt weights and decays, see [`gated_global`]; with `"delta"` the state of the
             gated delta rule, see [`delta_global`]. The last two are causal.
@@ -97,7 +96,6 @@ class GAUConfig(FlashConfig):
     wide_chunk: int = 0
     local_window: int = 1
     local_heads: int = 1
-    local_key_shift: bool = False
     global_state: str = "mean"
     global_gates: int = 8
     global_features: bool = False

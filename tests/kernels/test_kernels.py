@@ -531,6 +531,7 @@ def test_falls_back_once_and_says_why(caplog, capsys):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"local_key_shift": True}, "local_key_shift"),
         ({"attention_activation": "laplace"}, "laplace"),
         ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),
         ({"chunk_size": 1024}, "chunk_size"),

@@ -106,6 +106,8 @@ def test_divisor_is_a_stored_constant(tmp_path):
         ({"chunk_shift": 8}, ["chunk_shift", "below chunk_size (8)", "got 8"]),
         ({"chunk_shift": -1}, ["chunk_shift", "0 or more", "got -1"]),
         ({"chunk_shift": 4, "attention_type": "quadratic"}, ["chunk_shift", "no chunks", "got 4"]),
+        ({"local_key_shift": True, "attention_type": "quadratic"}, ["local_key_shift", "no chunks", "'quadratic'"]),
+        ({"local_key_shift": True, "query_key_dim": 6}, ["local_key_shift", "multiple of 4", "here 6"]),
         ({"hidden_act": "sillu"}, ["hidden_act", "sillu", "Did you mean 'silu'"]),
         ({"hidden_dropout": 1.0}, ["hidden_dropout", "[0, 1)", "1.0"]),
         ({"attention_dropout": -0.1}, ["attention_dropout", "[0, 1)", "-0.1"]),

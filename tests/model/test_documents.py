@@ -33,7 +33,7 @@ def precision(request):
 def build(cls, attention_type, activation, dtype=torch.float64):
     changes = {"attention_type": attention_type}
     if attention_type == "shifted":
-        changes = {"chunk_shift": 3, "global_form": "previous_token"}
+        changes = {"chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True}
     config = tiny_config(attention_activation=activation, **changes)
     return make_model(cls, config, dtype=dtype)
 

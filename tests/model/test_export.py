@@ -24,7 +24,11 @@ LENGTHS = [(1, 2), (C - 1, 1), (C, 3), (C + 1, 2), (3 * C + 5, 1)]
 QUADRATIC = {"attention_type": "quadratic", "num_hidden_layers": 1}
 CASES = {
     "causal": (FlashForCausalLM, {"num_hidden_layers": 1}, ""),
-    "causal, shifted": (FlashForCausalLM, {"chunk_shift": 3, "global_form": "previous_token"}, "mask positions"),
+    "causal, shifted": (
+        FlashForCausalLM,
+        {"chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True},
+        "mask positions",
+    ),
     "masked": (FlashForMaskedLM, {"num_hidden_layers": 1, "relative_bias": "rotary"}, "mask"),
     "masked, softmax": (
         FlashForMaskedLM,
@@ -220,7 +224,13 @@ def generation_exporter(name):
 @pytest.mark.parametrize(
     "exporter, example, cache, several, changes",
     [
-        ("dynamo", C - 3, "dynamic", False, {"chunk_shift": 3, "global_form": "previous_token"}),
+        (
+            "dynamo",
+            C - 3,
+            "dynamic",
+            False,
+            {"chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True},
+        ),
         ("dynamo", 2 * C + 4, "dynamic", True, {"num_hidden_layers": 1}),
         ("dynamo", 2 * C + 4, "static", False, {"num_hidden_layers": 1}),
         ("dynamo", C - 3, "dynamic", False, QUADRATIC),

@@ -19,6 +19,7 @@ FORMS = {
     "previous_token": {"global_form": "previous_token"},
     "shifted": {"chunk_shift": 3},
     "shifted previous_token": {"chunk_shift": 5, "global_form": "previous_token"},
+    "local keys": {"local_key_shift": True, "chunk_shift": 5, "global_form": "previous_token"},
 }
 TYPES = ["mixed_chunk", "quadratic", "local", "global", *FORMS]
 GREEDY = {"do_sample": False, "max_new_tokens": 3 * C + 2, "eos_token_id": None, "pad_token_id": 0}
@@ -93,6 +94,8 @@ def test_any_split_equals_the_whole(attention_type, activation, dtype, ratio, ca
     {"global_form": "previous_token", "chunk_size": 1}, {"global_form": "previous_token", "attention_type": "global"},
     {"chunk_shift": 7, "attention_type": "local"}, {"chunk_shift": 1, "global_normalization": "chunk"},
     {"chunk_shift": 1, "chunk_size": 2, "global_form": "previous_token"},
+    {"local_key_shift": True, "chunk_size": 1}, {"local_key_shift": True, "attention_type": "local"},
+    {"local_key_shift": True, "rope_interleaved": True, "relative_bias": None},
 ], ids=str)  # fmt: skip
 def test_options_decode_alike(changes):
     model = build(**changes)
@@ -285,7 +288,7 @@ def test_cache_bytes_do_not_grow(attention_type):
     config = model.config
     S, E, width = config.query_key_dim, config.intermediate_size, config.chunk_size
     quad, lin = attention_type != "global", attention_type != "local"
-    keys = width * (quad + lin) + (config.global_form == "previous_token")
+    keys = width * (quad + lin) + (config.global_form == "previous_token") + config.local_key_shift
     expected = 3 * 2 * (4 * (width * E + keys * S + lin * S * E) + 8)
     assert set(sizes.values()) == {expected} and cache_bytes(out.past_key_values) == expected
 

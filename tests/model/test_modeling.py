@@ -352,7 +352,7 @@ def test_autocast(cls):
 
 
 # -- compilation
-OURS = {"chunk_shift": 5, "global_form": "previous_token"}
+OURS = {"chunk_shift": 5, "global_form": "previous_token", "local_key_shift": True}
 forms = pytest.mark.parametrize("form", [{}, OURS], ids=str)
 
 

@@ -27,8 +27,8 @@ def toy(**changes):
         "attention_type": "mixed_chunk", "attention_activation": "relu2", "attention_divisor": 2,
         "relative_bias": None, "t5_num_buckets": 32, "t5_max_distance": 128, "norm_type": "scale_norm",
         "norm_eps": 1e-5, "hidden_act": "silu", "rope_parameters": None, "rope_interleaved": False,
-        "global_normalization": "mean", "global_form": "paper", "use_scaled_sinusoid": True, "num_hidden_layers": 2,
-        "tie_word_embeddings": True,
+        "global_normalization": "mean", "global_form": "paper", "local_key_shift": False, "use_scaled_sinusoid": True,
+        "num_hidden_layers": 2, "tie_word_embeddings": True,
     }  # fmt: skip
     unknown = set(changes) - set(fields)
     assert not unknown, unknown
@@ -362,6 +362,10 @@ def py_layer(x, w, config, causal, positions=None, shift=0):
             head = [py_rotate(row, (positions or range(n))[t], config) for t, row in enumerate(head)]
         heads.append(head)
     s, e = len(z[0]), len(v[0])
+    if config.local_key_shift:
+        pair = [d // 2 if config.rope_interleaved else d for d in range(s)]
+        before = [[0.0] * s, *heads[1][:-1]]
+        heads[1] = [[b[d] if pair[d] % 2 else a[d] for d in range(s)] for a, b in zip(heads[1], before, strict=True)]
     chunk = n if config.attention_type == "quadratic" else config.chunk_size
     divisor = math.sqrt(s) if config.attention_activation == "softmax" else config.attention_divisor
     starts = [0, *range(chunk - shift, n, chunk)] if shift else list(range(0, n, chunk))
@@ -462,6 +466,7 @@ VARIANTS = [
     {"rope_interleaved": True, "relative_bias": "rotary"},
     {"global_normalization": "chunk"}, {"global_normalization": "chunk", "attention_type": "global"},
     {"global_form": "previous_token"}, {"global_form": "previous_token", "attention_type": "global"},
+    {"local_key_shift": True, "query_key_dim": 8}, {"local_key_shift": True, "rope_interleaved": True},
 ]  # fmt: skip
 variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(map(str, c.values())) or "paper")
 directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -562,7 +567,7 @@ def test_gradients_flow_to_every_weight():
 
 def test_the_file_stays_small_and_independent():
     source = Path(naive.__file__).read_text(encoding="ascii")
-    assert len(source.splitlines()) < 150
+    assert len(source.splitlines()) < 155
     tree = ast.parse(source)
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert sorted(alias.name for node in top for alias in node.names) == ["math", "torch"]
