@@ -41,6 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     if Path(args.output).is_file():
         parser.error(f"output must be a folder, and {args.output} is a file")
+    if Path(args.output).is_dir() and any(Path(args.output).iterdir()):
+        parser.error(f"output must be a new or empty folder, and {args.output} holds files. Choose another one")
 
     state, settings = read_state_dict(args.input)
     kind = args.kind or detect_kind(state)
