@@ -226,6 +226,8 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
         num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0,
     )  # fmt: skip
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {args.max_steps}.")
     whole = {"prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True}
     for name, value in whole.items():
         if getattr(args, name) != value:

@@ -38,9 +38,10 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
         ) from error
     resumed_here = resume is not None and resume.resolve().is_relative_to(output_dir.resolve())
     if not overwrite and not resumed_here and any(output_dir.iterdir()):
+        resumable = any(output_dir.glob("checkpoint-*"))
         raise FileExistsError(
-            f"output_dir {output_dir} must be empty, to keep the earlier run there. Choose another one, resume with "
-            "--resume_from_checkpoint last, or start over with --overwrite_output_dir."
+            f"output_dir {output_dir} must be empty, to keep what is there. Choose another one, "
+            f"{'resume with --resume_from_checkpoint last, ' * resumable}or start over with --overwrite_output_dir."
         )
 
 

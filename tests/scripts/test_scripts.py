@@ -90,6 +90,8 @@ def fail(capsys, monkeypatch, tmp_path):
         (["train_clm.py", "--train_fil", BOOK, "--output_dir", "run"], 2, "Did you mean --train_file?"),
         (["train_clm.py", "--train_file", BOOK, "--max-step", 5], 2, "Did you mean --max_steps?"),
         (["train_clm.py", "--train_file", BOOK, "--max_steps", "five"], 2, "invalid int value: 'five'"),
+        (["train_clm.py", "--train_file", BOOK, "--max_steps", 0, "--output_dir", "run"], 1, "at least 1, or -1"),
+        (["train_clm.py", "--train_file", BOOK, "--max_steps", -5, "--output_dir", "run"], 1, "got -5"),
         (["train_mlm.py", "--hidden_size=64"], 2, "--config_overrides hidden_size=VALUE"),
         (["train_mlm.py", "--train_file", BOOK], 1, "output_dir must name the folder"),
         (["train_mlm.py", "--train_file", BOOK, "--output_dir", BOOK], 1, "must be a folder that can be written to"),
@@ -180,6 +182,8 @@ def test_the_packages_command(capsys, monkeypatch, tmp_path):
     code, out, err = flash_hf("convert", original, "hf", "--causal", "--no-shift", "--chunk_size", 24)
     assert code == 0 and json.loads(out)["output"] == "hf" and (tmp_path / "hf" / "config.json").is_file()
     assert command_line.program_words() == ["flash-hf", "convert"]
+    code, _, err = flash_hf("convert", original, "hf", "--causal", "--no-shift", "--chunk_size", 24)
+    assert code == 2 and "output must be a new or empty folder, and hf holds files" in err
 
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")

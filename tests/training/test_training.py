@@ -445,10 +445,13 @@ def test_an_unwritable_output_dir_is_refused(files, tmp_path, no_work, place):
 def test_an_earlier_run_is_not_overwritten_silently(files, tmp_path, no_work):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_text("precious", encoding="utf-8")
-    with pytest.raises(FileExistsError, match="must be empty.*--resume_from_checkpoint last.*--overwrite_output_dir"):
+    with pytest.raises(FileExistsError, match="must be empty.*another one, or start over with --overwrite_output_dir"):
         training.run_training("causal", *arguments(files, tmp_path / "run"))
     assert fingerprint(tmp_path / "run").keys() == {"model.safetensors"}
     assert (tmp_path / "run" / "model.safetensors").read_text(encoding="utf-8") == "precious"
+    (tmp_path / "run" / "checkpoint-5").mkdir()
+    with pytest.raises(FileExistsError, match="must be empty.*--resume_from_checkpoint last.*--overwrite_output_dir"):
+        check_output_dir(tmp_path / "run")
     check_output_dir(tmp_path / "run", overwrite=True)
     check_output_dir(tmp_path / "run", resume=tmp_path / "run" / "checkpoint-5")
 
