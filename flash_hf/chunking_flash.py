@@ -28,7 +28,8 @@ class Movable:
     def to(self, device, non_blocking: bool = False, **kwargs):
         def move(value):
             if isinstance(value, tuple):
-                return tuple(move(part) for part in value)
+                parts = [move(part) for part in value]
+                return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
             return value.to(device, non_blocking=non_blocking) if isinstance(value, (Tensor, Movable)) else value
 
         return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})

@@ -24,7 +24,15 @@ LONGEST_PIECE = 16
 
 
 class ChunkIndex(NamedTuple):
-    """The tensors of a `ChunkPlan` that every kernel reads; see there."""
+    """What chunks (flat, all rows one after the other) belong to.
+
+    Attributes:
+        factor_G: factor on the linear queries against states kept over `chunk_size`, float32 `[B * G]`.
+        group_G: the piece (causal) or document (bidirectional) of each chunk, int32 `[B * G]`.
+        piece_begin, piece_end: chunks of each piece, int32 `[pieces]`.
+        document_begin, document_end: pieces of each document, int32 `[documents]`.
+        opens_G: 1 for chunks in which a row or a document begins, int32 `[B * G]`.
+    """
 
     factor_G: Tensor
     group_G: Tensor
@@ -45,7 +53,7 @@ class ChunkIndex(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkPlan(Movable):
-    """Flat chunks (all rows, one after the other) and what they belong to.
+    """How kernels walk through a batch.
 
     Attributes:
         tokens: N, tokens per row. chunks: G, chunks per row. chunk_size: slots of a chunk in this layout.
@@ -53,11 +61,7 @@ class ChunkPlan(Movable):
         shift: slots before a row's first token.
         source_K: token index (flat over rows) of every slot, -1 for none, int32 `[B * G * chunk_size]`; None if
             consecutive tokens fill consecutive slots.
-        factor_G: factor on the linear queries against states kept over `chunk_size`, float32 `[B * G]`.
-        group_G: the piece (causal) or document (bidirectional) of each chunk, int32 `[B * G]`.
-        piece_begin, piece_end: chunks of each piece, int32 `[pieces]`.
-        document_begin, document_end: pieces of each document, int32 `[documents]`.
-        opens_G: 1 for chunks in which a row or a document begins, int32 `[B * G]`.
+        index: the tensors that every kernel reads.
     """
 
     tokens: int
@@ -66,17 +70,7 @@ class ChunkPlan(Movable):
     chunk_size: int
     shift: int
     source_K: Tensor | None
-    factor_G: Tensor
-    group_G: Tensor
-    piece_begin: Tensor
-    piece_end: Tensor
-    document_begin: Tensor
-    document_end: Tensor
-    opens_G: Tensor
-
-    @property
-    def index(self) -> ChunkIndex:
-        return ChunkIndex(*(getattr(self, name) for name in ChunkIndex._fields))
+    index: ChunkIndex
 
 
 def chunk_plan(
@@ -136,13 +130,7 @@ def chunk_plan(
             slot = torch.arange(C, device=device)
             source[:, :C] = torch.where(layout.cached_BC, first + slot, source[:, :C])
         source = source.flatten().int()
-    return ChunkPlan(
-        tokens=N,
-        cached=cached,
-        chunks=G,
-        chunk_size=C,
-        shift=layout.shift,
-        source_K=source,
+    index = ChunkIndex(
         factor_G=factor.expand(batch, G).reshape(-1).contiguous(),
         group_G=group.int(),
         piece_begin=piece_begin.int(),
@@ -151,3 +139,4 @@ def chunk_plan(
         document_end=document_end.int(),
         opens_G=starts_document.int(),
     )
+    return ChunkPlan(tokens=N, cached=cached, chunks=G, chunk_size=C, shift=layout.shift, source_K=source, index=index)

@@ -136,6 +136,13 @@ def test_kernels_equal_the_torch_tier(layout, causal, whole, form):
     compare(config_of(is_decoder=causal, **FORMS[form]), layout, whole=whole)
 
 
+def test_a_plan_moves_to_another_device_with_its_index():
+    documents = resolve_documents(2, 45, torch.device("cpu"))
+    layout = chunk_layout(documents, 2, 16, causal=True)
+    plan = kernels.chunk_plan(layout, 2, causal=True, width=32, normalization="mean", chunk_size=16).to("meta")
+    assert plan.index.pieces == 6 and {tensor.device.type for tensor in plan.index} == {"meta"}
+
+
 VARIANTS = {
     "local": {"attention_type": "local"},
     "global": {"attention_type": "global"},
