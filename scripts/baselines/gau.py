@@ -22,6 +22,7 @@ from flash_hf.attention_flash import (
     previous_keys,
     quadratic_attention,
     score_scale,
+    shifted_dims,
     toeplitz,
     wide,
 )
@@ -523,10 +524,8 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
             H, chunks = config.local_heads, config.local_window
             key = torch.stack(made[H : 2 * H], 2)
             if config.local_key_shift:
-                # The two dimensions of a RoPE pair are half of the width apart: both are shifted, or neither.
                 before = torch.stack([previous_keys(head, layout, None) for head in made[H : 2 * H]], 2)
-                odd_S = torch.arange(key.shape[-1], device=key.device) % (key.shape[-1] // 2) % 2 == 1
-                key = torch.where(odd_S, before, key)
+                key = torch.where(shifted_dims(key.shape[-1], config.rope_interleaved, key.device), before, key)
             key = torch.stack([window_of(head, chunks) for head in key.unbind(2)], 2)
             bias_HR = self.relative_bias(chunks * v_BGCE.shape[2]).to(wide(v_BGCE.dtype))
             out = window_attention(
