@@ -31,7 +31,7 @@ SHORTER = {
 # 01 teaches calls, the others measure or draw.
 PICTURES = {
     "01_quickstart": 0,
-    "02_mixed_chunk_attention": 4,
+    "02_mixed_chunk_attention": 5,
     "03_train_a_small_language_model": 1,
     "04_finetune_a_classifier": 1,
     "05_long_context": 1,
