@@ -294,20 +294,100 @@ def gated_global(
     return ((lin_q_BGCS @ states).unflatten(3, (H, -1)) * read_BGCH1).flatten(3)
 
 
-def lower_inverse(strict_XCC: Tensor) -> Tensor:
+def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
     """`(1 + L)^-1` of strictly lower triangular L, from the diagonal outwards: the inverse of `[[A, 0], [B, D]]` has
-    `-D^-1 B A^-1` in place of B. Stable, unlike a series of powers of L."""
+    `-D^-1 B A^-1` in place of B. Stable, unlike a series of powers of L.
+
+    Args:
+        block: Up to blocks of this size, the corners B of all blocks are masked in place, since small products cost
+            launches only; from there on they are cut out.
+    """
     width = strict_XCC.shape[-1]
-    size = 1 << (width - 1).bit_length()
+    size = max(block, 1 << (width - 1).bit_length())
     strict_XCC = F.pad(strict_XCC, (0, size - width, 0, size - width))
-    inverse = torch.ones_like(strict_XCC[:, :, :1])[..., None]  # blocks of the diagonal, [X, count, own, own]
-    while (count := inverse.shape[1] // 2) > 0:
-        own = inverse.shape[-1]
-        blocks = strict_XCC.view(-1, count, 2 * own, count, 2 * own).diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        upper, lower = inverse[:, 0::2], inverse[:, 1::2]
-        corner = -(lower @ blocks[..., own:, :own] @ upper)
+
+    def diagonal(count: int) -> Tensor:
+        blocks = strict_XCC.unflatten(2, (count, -1)).unflatten(1, (count, -1))
+        return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [X, count, own, own]
+
+    small, place = diagonal(size // block), torch.arange(block, device=strict_XCC.device)
+    inverse = torch.eye(block, dtype=small.dtype, device=small.device)
+    own = 1
+    while own < block:
+        part, half = place // (2 * own), place // own % 2
+        corners = (part[:, None] == part) & (half[:, None] > half)
+        corner = small.masked_fill(~corners, 0)
+        inverse = inverse - (corner if own == 1 else inverse @ (corner @ inverse))
+        own *= 2
+    while own < size:
+        corner, upper, lower = diagonal(size // own // 2)[..., own:, :own], inverse[:, 0::2], inverse[:, 1::2]
+        corner = -(lower @ (corner @ upper))
         inverse = torch.cat([F.pad(upper, (0, own)), torch.cat([corner, lower], -1)], -2)
+        own *= 2
     return inverse[:, 0, :width, :width]
+
+
+class TransposedSolve(torch.autograd.Function):
+    """`(1 + L)^-T y` for strictly lower triangular L `[X, C, C]` and y `[X, C, S]`."""
+
+    @staticmethod
+    def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
+        inverse = lower_inverse(strict_XCC)
+        solved = inverse.transpose(1, 2) @ y_XCS
+        ctx.save_for_backward(inverse, solved)
+        return solved
+
+    @staticmethod
+    def backward(ctx, grad_XCS: Tensor) -> tuple[Tensor, Tensor]:
+        inverse, solved = ctx.saved_tensors
+        grad_y = inverse @ grad_XCS
+        return -(solved @ grad_y.transpose(1, 2)).tril(-1), grad_y
+
+
+class DeltaStates(torch.autograd.Function):
+    """States before each chunk, `[B, G, S, E]` in the values' type: from 0,
+    `S' = decay S - erased S + entering^T value` in float32, of which backward keeps the rounded states only.
+
+    Args:
+        entering_BGCS: In the values' type.
+        value_BGCE: Values.
+        erased_BGSS, decay_BG: In float32 (or wider).
+    """
+
+    @staticmethod
+    def forward(ctx, entering_BGCS: Tensor, value_BGCE: Tensor, erased_BGSS: Tensor, decay_BG: Tensor) -> Tensor:
+        G, dtype = value_BGCE.shape[1], value_BGCE.dtype
+        product_BGSE = entering_BGCS[:, :-1].transpose(2, 3) @ value_BGCE[:, :-1]
+        low_BGSS = erased_BGSS.to(dtype)
+        state = torch.zeros_like(product_BGSE[:, 0] if G > 1 else erased_BGSS[:, 0, :, :1] * value_BGCE[:, 0, :1],
+                                 dtype=decay_BG.dtype)  # fmt: skip
+        states = [state.to(dtype)]
+        for g in range(G - 1):
+            erased = low_BGSS[:, g] @ states[-1]
+            state = state * decay_BG[:, g, None, None] + (product_BGSE[:, g].to(state.dtype) - erased)
+            states.append(state.to(dtype))
+        states = torch.stack(states, 1)
+        ctx.save_for_backward(entering_BGCS, value_BGCE, erased_BGSS, decay_BG, states)
+        return states
+
+    @staticmethod
+    def backward(ctx, grad_BGSE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        entering_BGCS, value_BGCE, erased_BGSS, decay_BG, states_BGSE = ctx.saved_tensors
+        G, dtype = value_BGCE.shape[1], value_BGCE.dtype
+        low_BGSS = erased_BGSS.to(dtype).transpose(2, 3)
+        grad, grads = grad_BGSE[:, -1].to(decay_BG.dtype), []
+        for g in reversed(range(G - 1)):
+            grads.append(grad.to(dtype))
+            kept = low_BGSS[:, g] @ grads[-1]
+            grad = grad * decay_BG[:, g, None, None] + (grad_BGSE[:, g].to(grad.dtype) - kept)
+        grads.append(torch.zeros_like(states_BGSE[:, 0]))
+        # Gradients of the states behind each chunk; nothing reads the last one.
+        after_BGSE = torch.stack([*grads[-2::-1], grads[-1]], 1)
+        grad_entering = value_BGCE @ after_BGSE.transpose(2, 3)
+        grad_value = entering_BGCS @ after_BGSE
+        grad_erased = -(after_BGSE @ states_BGSE.transpose(2, 3)).to(erased_BGSS.dtype)
+        grad_decay = (after_BGSE.to(decay_BG.dtype) * states_BGSE).sum((2, 3))
+        return grad_entering, grad_value, grad_erased, grad_decay
 
 
 def delta_global(
@@ -319,7 +399,9 @@ def delta_global(
     t of a chunk that starts after token b reads `q_t S_b a_(b+1) ... a_t`; queries also have length 1.
 
     By chunks (the WY form): with `L_ij = write_i (a_(j+1) ... a_i) k_i k_j` for j < i, the values that enter are
-    `(1 + L)^-1 write (v - a_(b+1) ... a_i S_b k_i)`.
+    `u = (1 + L)^-1 write (v - a_(b+1) ... a_i S_b k_i)`, and the state behind the chunk, of C tokens, is
+    `a_(b+1) ... a_(b+C) S_b + sum_i k_i a_(i+1) ... a_(b+C) u_i^T`. Since only states before chunks are read, the
+    inverse is applied to these keys, of width S, instead of to the values.
 
     Args:
         forget_BGC: Logarithms of the decays, at most 0; 0 at empty slots.
@@ -331,19 +413,19 @@ def delta_global(
         since_BGC = summed(forget_BGC[..., None])[..., 0]
         decay_BGCC = torch.exp((since_BGC[..., :, None] - since_BGC[..., None, :]).clamp(max=0))
         strict = (write_BGC[..., None] * decay_BGCC * (k @ k.transpose(2, 3))).tril(-1)
-        inverse = lower_inverse(strict.flatten(0, 1)).view_as(strict) * write_BGC[:, :, None]
-    written = inverse.to(value_BGCE.dtype) @ value_BGCE
-    read_BGCS = (inverse @ (torch.exp(since_BGC)[..., None] * k)).to(value_BGCE.dtype)
-    kept_BGSC = (torch.exp(since_BGC[:, :, -1:] - since_BGC)[..., None] * k).to(value_BGCE.dtype).transpose(2, 3)
-    state = torch.zeros_like(k[:, 0, 0, :, None] * written[:, 0, 0, None])
-    states = []
-    for g in range(G):
-        (state,) = carried_on(layout, g, state)
-        low = state.to(value_BGCE.dtype)
-        states.append(low)
-        entering = written[:, g] - read_BGCS[:, g] @ low
-        state = state * torch.exp(since_BGC[:, g, -1])[:, None, None] + (kept_BGSC[:, g] @ entering).to(dtype)
-    return (torch.exp(since_BGC)[..., None] * q).to(value_BGCE.dtype) @ torch.stack(states, 1)
+        all_BG = since_BGC[:, :, -1]
+        kept = torch.exp(all_BG[..., None] - since_BGC)[..., None] * k
+        if layout.first_BG is not None:
+            # Packed rows: 0 behind the last chunk of a document, as the next one starts.
+            goes_on_BG = F.pad(layout.first_BG[:, 1:] <= torch.arange(G - 1, device=k.device), (0, 1)).to(dtype)
+            kept = kept * goes_on_BG[..., None, None]
+        entering = TransposedSolve.apply(strict.flatten(0, 1), kept.flatten(0, 1)).view_as(k) * write_BGC[..., None]
+        erased = entering.transpose(2, 3) @ (torch.exp(since_BGC)[..., None] * k)
+        decay_BG = torch.exp(all_BG)
+        if layout.first_BG is not None:
+            decay_BG = decay_BG * goes_on_BG
+        states = DeltaStates.apply(entering.to(value_BGCE.dtype), value_BGCE, erased, decay_BG)
+        return (torch.exp(since_BGC)[..., None] * q).to(value_BGCE.dtype) @ states
 
 
 class RMSGain(nn.Module):

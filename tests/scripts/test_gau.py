@@ -8,7 +8,15 @@ from transformers import AutoModelForCausalLM
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.naive import naive_linear, naive_norm, naive_relative_bias, naive_rotary
 from helpers import assert_close, make_model, naive_config, random_ids, tiny_config
-from scripts.baselines.gau import GAUConfig, GAUForCausalLM, GAUForMaskedLM, GAUModel, lower_inverse
+from scripts.baselines.gau import (
+    DeltaStates,
+    GAUConfig,
+    GAUForCausalLM,
+    GAUForMaskedLM,
+    GAUModel,
+    TransposedSolve,
+    lower_inverse,
+)
 from scripts.study.models import build
 
 
@@ -353,10 +361,21 @@ def test_flash_plus_as_a_variant_is_flash_plus():
 
 
 def test_the_inverse_of_a_triangle_is_exact_at_any_width():
-    for width in (1, 2, 13, 16, 40):
+    for width in (1, 2, 13, 32, 40, 100):
         lower = torch.randn(3, width, width, dtype=torch.float64).tril(-1)
-        inverse = lower_inverse(lower)
-        assert_close(inverse @ (lower + torch.eye(width, dtype=lower.dtype)), torch.eye(width).expand(3, -1, -1), 1e-9)
+        inverse = lower_inverse(lower / width**0.5)
+        product = inverse @ (lower / width**0.5 + torch.eye(width, dtype=lower.dtype))
+        assert_close(product, torch.eye(width).expand(3, -1, -1), 1e-9)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_gradients_of_the_delta_rule_by_chunks(chunks):
+    def random(*shape):
+        return torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+
+    torch.autograd.gradcheck(TransposedSolve.apply, (random(5, 5), random(5, 3)))
+    states = (random(chunks, 5, 3), random(chunks, 5, 4), random(chunks, 3, 3), random(chunks))
+    torch.autograd.gradcheck(DeltaStates.apply, states)
 
 
 def test_a_softmax_begins_with_half_of_its_weight_on_the_nearest_tokens():
