@@ -59,7 +59,7 @@ SEARCHED_FORMS = (
     "window-keys-gated", "heads", "hybrid", "softmax", "window-keys-heads-delta", "512", "gated-features",
 )  # fmt: skip
 # The best of them after a whole pass.
-LASTING_FORMS = ("window-keys-delta", "keys", "window-keys", "keys-delta")
+LASTING_FORMS = ("window-keys-delta", "keys-delta", "keys", "window-keys")
 # Trained with several seeds, for the spread of the loss.
 SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", SHIFTED, "flash-shifted-conv",
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
@@ -183,6 +183,8 @@ def passes(results: Results) -> list[Cell]:
     for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
         rate = PASSED[2048].get(model, PASSED[2048][PLUS])
         cells += train(model, task, 2048, [rate], tokens=SEARCHED)
+    long += [cell for form in LASTING_FORMS for context, rates in PASSED.items()
+             for cell in train(f"plus-{form}", task, context, [rates[PLUS]])]  # fmt: skip
     return cells + [replace(cell, tokens=SEVERAL_PASSES) for cell in long]
 
 

@@ -187,7 +187,7 @@ def test_names_of_cells_can_be_read_back():
 def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
     cells = grid.passes({})
     assert len({cell.name for cell in cells}) == len(cells) and {cell.context for cell in cells} == {2048, 8192}
-    assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.ONE_PASS / 10, grid.SEARCHED}
+    assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.ONE_PASS / 10, grid.SEARCHED, grid.SEVERAL_PASSES}
     searched = finished([cell for cell in cells if cell.tokens < grid.SEARCHED], {0.001: 4.1, 0.002: 4.0})
     searched |= finished(grid.passes(searched), {0.001: 4.1, 0.002: 4.0})
     last = grid.passes(searched)
