@@ -9,15 +9,14 @@ from torch import Tensor
 
 from ..configuration_flash import nearest
 from .junnyu import convert_junnyu_flash, convert_junnyu_flash_quad
-from .lucidrains import convert_lucidrains_layer, convert_lucidrains_transformer
+from .lucidrains import convert_lucidrains
 from .parts import Converted
 
 
 CONVERTERS: dict[str, Callable[..., Converted]] = {
     "junnyu_flash": convert_junnyu_flash,
     "junnyu_flash_quad": convert_junnyu_flash_quad,
-    "lucidrains_transformer": convert_lucidrains_transformer,
-    "lucidrains_layer": convert_lucidrains_layer,
+    "lucidrains": convert_lucidrains,
 }
 REFUSED = {
     "gau_alpha": "it normalizes after each residual sum (post-norm), which no pre-norm layer can imitate, and its "
@@ -41,15 +40,13 @@ def detect_kind(state: Mapping[str, Tensor]) -> str:
     for prefix, kind in prefixes.items():
         if any(name.startswith(prefix) for name in names):
             return kind
-    if "token_emb.weight" in names and "abs_pos_emb.scale" in names:
-        return "lucidrains_transformer"
-    if "qk_offset_scale.gamma" in names:
-        return "lucidrains_layer"
+    if "qk_offset_scale.gamma" in names or {"token_emb.weight", "abs_pos_emb.scale"} <= names:
+        return "lucidrains"
     if "offsetscale.gamma" in names:
         return "lucidrains_gau"
     raise ValueError(
-        f"state: its names must be those of one of {', '.join(CONVERTERS)}, got {sorted(names)[:6]}... Remove a "
-        "prefix that all of them share, or pass kind=... to see the first difference."
+        f"The names of the tensors must be those of one of {', '.join(CONVERTERS)}, got {sorted(names)[:6]}... Remove "
+        "a prefix that all of them share, or give the --kind to see the first difference."
     )
 
 
@@ -69,9 +66,7 @@ def convert(state: Mapping[str, Tensor], *, kind: str | None = None, **options) 
     if kind in REFUSED:
         raise ValueError(f"A checkpoint of kind {kind!r} cannot be converted exactly: {REFUSED[kind]}.")
     if kind not in CONVERTERS:
-        raise ValueError(f"`kind` must be one of {', '.join(CONVERTERS)}, got {kind!r}.{nearest(kind, [*CONVERTERS])}")
-    accepted = CONVERTERS[kind].__kwdefaults__
-    unknown = sorted(options.keys() - accepted)
-    if unknown:
-        raise ValueError(f"options of {kind!r} must be among {', '.join(sorted(accepted))}, got {', '.join(unknown)}.")
+        raise ValueError(f"kind must be one of {', '.join(CONVERTERS)}, got {kind!r}.{nearest(kind, [*CONVERTERS])}")
+    for name in sorted(options.keys() - CONVERTERS[kind].__kwdefaults__):
+        raise ValueError(f"A checkpoint of kind {kind!r} takes no option --{name}.")
     return CONVERTERS[kind](state, **options)

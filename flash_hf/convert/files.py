@@ -38,26 +38,21 @@ def read_state_dict(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        known = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        known = [path / name for name in WEIGHT_FILES if (path / name).is_file()][:1]
         found = known or sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
-        if not known and len(found) > 1:
-            names = [file.name for file in found]
-            raise ValueError(f"`path` must hold one file of weights, got {names} in {path}. Name one.")
-        if not found:
-            raise ValueError(f"`path` must hold weights (.safetensors, .bin, .pt), got none in {path}.")
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or f"none ({', '.join(WEIGHT_SUFFIXES)})"
+            raise ValueError(f"The folder {path} must hold one file of weights, it holds {names}. Name one.")
         path = found[0]
     if not path.is_file():
-        raise ValueError(f"`path` must be a file or a folder, but {path} does not exist.")
+        raise ValueError(f"There is no file or folder {path}.")
     settings_path = folder / "config.json"
     settings = read_json(settings_path, dict) if settings_path.is_file() else {}
     if path.name.endswith(".index.json"):
         shards = sorted(set(read_json(path, dict)["weight_map"].values()))
         if any(name != os.path.basename(name) for name in shards):
-            raise ValueError(f"`path`: the index {path} must name files beside it, got {shards}.")
-        state = {}
-        for name in shards:
-            state |= read_tensors(folder / name)
-        return state, settings
+            raise ValueError(f"The index {path} must name files beside it, got {shards}.")
+        return {name: x for shard in shards for name, x in read_tensors(folder / shard).items()}, settings
     return read_tensors(path), settings
 
 
@@ -69,14 +64,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # anything, for a damaged or hostile file; torch's own message advises to trust it
         raise ValueError(
-            f"`path` must hold tensors that torch.load(weights_only=True) reads, and {path} does not. Save "
+            f"{path} must hold tensors that torch.load(weights_only=True) reads, and does not. Save "
             "model.state_dict() with the original code, not the module."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"`path` must hold a state dict of tensors, but {path} holds something else.")
+        raise ValueError(f"{path} must hold a state dict of tensors, but holds something else.")
     return dict(state)
 
 

@@ -21,6 +21,12 @@ CLAMPED_EPS = 1e-20
 # Constants in the code of FLASH-pytorch and of JunnYu's port.
 T5_BUCKETS, T5_MAX_DISTANCE, LAYER_NORM_EPS, GROUP_SIZE = 32, 128, 1e-5, 256
 
+ENCODER_NOTE = (
+    "The original's encoder ends with its last layer; FlashModel normalizes its output once more (gain 1). For the "
+    "original's output set model.norm = torch.nn.Identity()."
+)
+CLAMP_NOTE = "Tokens whose root mean square is below 1e-5, which the original clamps, give other results."
+
 
 class Converted(NamedTuple):
     """The result of a conversion.
@@ -38,7 +44,11 @@ class Converted(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def build(self) -> modeling_flash.FlashPreTrainedModel:
-        """The model in eval mode, with every parameter taken from `state_dict`."""
+        """The model in eval mode, with every parameter taken from `state_dict`.
+
+        Raises:
+            RuntimeError: a tensor has another shape than the configuration gives it.
+        """
         model = getattr(modeling_flash, self.architecture)(self.config)
         model.to(next(iter(self.state_dict.values())).dtype)
         model.load_state_dict(self.state_dict)
@@ -47,7 +57,7 @@ class Converted(NamedTuple):
 
 class Source:
     """Tensors of an original state dict. Each is taken once, so [`finish`] can tell whether any was overlooked. A
-    missing, unexpected or malformed tensor raises a ValueError that names the `kind` of checkpoint."""
+    missing, unexpected or damaged tensor raises a ValueError that names the `kind` of checkpoint."""
 
     def __init__(self, state: Mapping[str, Tensor], kind: str):
         self.left, self.kind = dict(state), kind
@@ -55,22 +65,24 @@ class Source:
     def __contains__(self, name: str) -> bool:
         return name in self.left
 
-    def take(self, name: str, *shape: int | None) -> Tensor:
-        """Remove and return the tensor `name` in float32 or wider, checked to be finite and of this `shape` (None: any
-        length)."""
+    def take(self, name: str) -> Tensor:
+        """Remove and return the tensor `name` in float32 or wider, checked to be finite."""
         if name not in self.left:
             raise ValueError(
-                f"state: `{name}` must be there in a checkpoint of kind {self.kind!r}, but is missing."
-                f"{nearest(name, list(self.left))} For another kind of checkpoint pass kind=..."
+                f"A checkpoint of kind {self.kind!r} must have `{name}`, which is missing."
+                f"{nearest(name, list(self.left))} Is it of another --kind?"
             )
         tensor = self.left.pop(name).detach()
-        got = tuple(tensor.shape)
-        if len(shape) != len(got) or any(expected not in (None, n) for expected, n in zip(shape, got, strict=True)):
-            raise ValueError(f"state: `{name}` must have shape {shape} (None: any), got {got}.")
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         if not tensor.isfinite().all():
-            raise ValueError(f"state: `{name}` must be finite, but has NaN or infinity: the file is damaged.")
+            raise ValueError(f"`{name}` must be finite, but has NaN or infinity: the file is damaged.")
         return tensor
+
+    def take_norm(self, theirs: str, ours: str, gain: str) -> dict[str, Tensor]:
+        """Weight and bias of a LayerNorm, or the scalar `gain` of a ScaleNorm, under our names."""
+        if f"{theirs}.{gain}" in self:
+            return {f"{ours}.weight": self.take(f"{theirs}.{gain}").reshape(())}
+        return {f"{ours}.{name}": self.take(f"{theirs}.{name}") for name in ("weight", "bias")}
 
     def drop(self, *names: str) -> None:
         """Discard tensors that do not affect the outputs."""
@@ -78,19 +90,18 @@ class Source:
             self.left.pop(name, None)
 
     def layers(self, prefix: str) -> int:
-        """The number of layers under `prefix`, checked to be numbered 0, 1, 2, ..."""
-        found = {int(name[len(prefix) :].split(".")[0]) for name in self.left if name.startswith(prefix)}
-        if not found or found != set(range(len(found))):
-            raise ValueError(f"state: layers {prefix}0, 1, 2, ... must be there without a gap, got {sorted(found)}.")
-        return len(found)
+        """The number of layers under `prefix`."""
+        return 1 + max(
+            (int(name[len(prefix) :].split(".")[0]) for name in self.left if name.startswith(prefix)), default=0
+        )
 
     def finish(self) -> None:
         """Check that every tensor has been used."""
         if self.left:
             names = ", ".join(map(repr, sorted(self.left)[:8])) + " and more" * (len(self.left) > 8)
             raise ValueError(
-                f"state: a checkpoint of kind {self.kind!r} must not have {names}: how they affect the outputs is "
-                "not known. Remove tensors that are not part of the model, or pass another kind=..."
+                f"A checkpoint of kind {self.kind!r} must not have {names}: how they affect the outputs is not known. "
+                "Remove tensors that are not part of the model, or give another --kind."
             )
 
 
@@ -122,9 +133,8 @@ def rotary_settings(freqs: Tensor, key_dim: int) -> dict:
     expected = 10000.0 ** (-torch.arange(0, r, 2).double() / r)
     if r > key_dim or not torch.allclose(freqs.double(), expected, rtol=1e-3, atol=0):
         raise ValueError(
-            f"state: `rotary_pos_emb.freqs` must be 10000^(-2p/r) for r = {r} at most {key_dim}, as "
-            f"`RotaryEmbedding(dim)` makes them, got {freqs.tolist()[:4]}... Custom or learned frequencies have no "
-            "field in FlashConfig."
+            f"`rotary_pos_emb.freqs` must be 10000^(-2p/r) for r = {r} at most {key_dim}, as `RotaryEmbedding(dim)` "
+            f"makes them, got {freqs.tolist()[:4]}... FlashConfig has no field for custom or learned frequencies."
         )
     factor = r / key_dim
     while int(key_dim * factor) < r:  # FlashConfig truncates the product
@@ -149,15 +159,21 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
     Returns:
         Tensors under our names, and the configuration fields that follow from their shapes and names.
     """
-    hidden = source.take(f"{theirs}to_hidden.0.weight", None, None)
-    E, D = hidden.shape[0] // 2, hidden.shape[1]
-    if hidden.shape[0] % 2:
-        raise ValueError(f"state: `{theirs}to_hidden.0.weight` must have an even number of rows, got {len(hidden)}.")
-    hidden_bias = source.take(f"{theirs}to_hidden.0.bias", 2 * E)
-    basis = source.take(f"{theirs}to_qk.0.weight", None, D)
-    S = basis.shape[0]
-    scale, offset = (source.take(f"{theirs}qk_offset_scale.{name}", 4, S) for name in offset_scale)
     layer_norm = f"{theirs}norm.weight" in source
+    tensors = source.take_norm(f"{theirs}norm", "norm", "g")
+    for kind, scale in zip(("weight", "bias"), offset_scale, strict=True):
+        # The original has the values first, then the gate.
+        values, gate = source.take(f"{theirs}to_hidden.0.{kind}").chunk(2)
+        tensors |= {
+            f"gau.u_proj.{kind}": gate,
+            f"gau.v_proj.{kind}": values,
+            f"gau.z_proj.{kind}": source.take(f"{theirs}to_qk.0.{kind}"),
+            f"gau.o_proj.{kind}": source.take(f"{theirs}to_out.{kind}"),
+            f"gau.offset_scale.{kind}": source.take(f"{theirs}qk_offset_scale.{scale}")[ROWS],
+        }
+    tensors["gau.relative_bias.weight"] = source.take(f"{theirs}rel_pos_bias.relative_attention_bias.weight")
+    E, D = tensors["gau.v_proj.weight"].shape
+    S = len(tensors["gau.z_proj.weight"])
     inferred = {
         "hidden_size": D,
         "expansion_factor": E / D,
@@ -167,28 +183,10 @@ def lucidrains_layer(source: Source, theirs: str, ours: str, offset_scale: tuple
         "t5_max_distance": T5_MAX_DISTANCE,
         "norm_type": "layer_norm" if layer_norm else "scale_norm",
         "norm_eps": LAYER_NORM_EPS if layer_norm else CLAMPED_EPS,
-        "use_rope": False,
+        "use_rope": f"{theirs}rotary_pos_emb.freqs" in source,
     }
-    tensors = {
-        # The original has the values first, then the gate.
-        "gau.u_proj.weight": hidden[E:], "gau.u_proj.bias": hidden_bias[E:],
-        "gau.v_proj.weight": hidden[:E], "gau.v_proj.bias": hidden_bias[:E],
-        "gau.z_proj.weight": basis, "gau.z_proj.bias": source.take(f"{theirs}to_qk.0.bias", S),
-        "gau.o_proj.weight": source.take(f"{theirs}to_out.weight", D, E),
-        "gau.o_proj.bias": source.take(f"{theirs}to_out.bias", D),
-        "gau.offset_scale.weight": scale[ROWS], "gau.offset_scale.bias": offset[ROWS],
-        "gau.relative_bias.weight": source.take(
-            f"{theirs}rel_pos_bias.relative_attention_bias.weight", T5_BUCKETS, 1
-        ),
-    }  # fmt: skip
-    if layer_norm:
-        tensors["norm.weight"] = source.take(f"{theirs}norm.weight", D)
-        tensors["norm.bias"] = source.take(f"{theirs}norm.bias", D)
-    else:
-        tensors["norm.weight"] = source.take(f"{theirs}norm.g", 1).reshape(())
-    if f"{theirs}rotary_pos_emb.freqs" in source:
-        inferred["use_rope"] = True
-        inferred.update(rotary_settings(source.take(f"{theirs}rotary_pos_emb.freqs", None), S))
+    if inferred["use_rope"]:
+        inferred |= rotary_settings(source.take(f"{theirs}rotary_pos_emb.freqs"), S)
     return {ours + name: tensor for name, tensor in tensors.items()}, inferred
 
 
@@ -199,7 +197,7 @@ def lucidrains_layers(source: Source, prefix: str, ours: str, offset_scale: tupl
     for i in range(count):
         layer, current = lucidrains_layer(source, f"{prefix}{i}.", f"{ours}layers.{i}.", offset_scale)
         if inferred not in (None, current):
-            raise ValueError(f"state: all layers must be alike, but layer {i} has {current}, those before {inferred}.")
+            raise ValueError(f"All layers must be alike, but layer {i} has {current}, those before {inferred}.")
         tensors, inferred = tensors | layer, current
     return tensors, {**inferred, "num_hidden_layers": count}
 
@@ -210,13 +208,6 @@ def identity_norm(inferred: dict, prefix: str, dtype: torch.dtype) -> dict[str, 
     if inferred["norm_type"] == "layer_norm":
         return {f"{prefix}norm.weight": torch.ones(D, dtype=dtype), f"{prefix}norm.bias": torch.zeros(D, dtype=dtype)}
     return {f"{prefix}norm.weight": torch.ones((), dtype=dtype)}
-
-
-ENCODER_NOTE = (
-    "The original's encoder ends with its last layer; FlashModel normalizes its output once more (gain 1). For the "
-    "original's output set model.norm = torch.nn.Identity()."
-)
-CLAMP_NOTE = "Tokens whose root mean square is below 1e-5, which the original clamps, give other results."
 
 
 def final_layer_norm(inferred: dict, eps: float) -> dict:
