@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, load_dataset
 
 from flash_hf.sources import load_named
-from flash_hf.training.documents import check_text_file, open_text, read_rows, refuse_missing, suffix_of
+from flash_hf.training.documents import open_text, read_rows, refuse_missing, suffix_of
 
 from .arguments import TaskArguments
 
@@ -44,8 +44,6 @@ def load_rows(
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise FileNotFoundError(f"Data file {path} {what}. Give files, or a data set with --dataset_name.")
-        if path.suffix != ".parquet":
-            check_text_file(path)
     types = {suffix_of(path) for path in paths}
     if len(types) > 1:
         raise ValueError(f"Data files must be of one type, got {', '.join(sorted(types))}. Convert them first.")

@@ -489,7 +489,7 @@ def test_options_that_would_end_a_run_in_its_middle_are_refused(changes, message
 @pytest.mark.parametrize(
     "task, files, changes, message",
     [
-        ("classification", {"train": []}, {}, r"must hold text, but is empty"),
+        ("classification", {"train": []}, {}, r"must hold at least one row"),
         ("classification", {"train": None}, {}, "does not exist"),
         ("classification", {}, {"label_column": "class"}, "must have a column 'class'; it has .*--label_column"),
         ("classification", {}, {"text_column": "review"}, "must have a column 'review'.*--text_column"),
@@ -538,7 +538,7 @@ def test_bad_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="b.jsonl must hold JSON"):
         readers.load_rows(task_arguments("classification"), [str(tmp_path / "b.jsonl")], "", {})
     (tmp_path / "b.csv").write_text("text,label\nx,1\ny, z,0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"b.csv, line 3 must have 2 fields \(text, label\), it has 3"):
+    with pytest.raises(ValueError, match=r"b.csv, line 3 must have 2 fields \(text, label\)\."):
         tasks.Classification.load(task_arguments("classification"), [str(tmp_path / "b.csv")], "", None)
     Dataset.from_dict({"text": ["x"], "class": [1]}).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(

@@ -108,103 +108,39 @@ def test_a_data_set_by_name(tmp_path, streaming):
         assert [row["text"] for row in load(split="train[1:]")] == ["two", "three"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_columns_of_a_data_set_by_name_may_hold_anything(tmp_path, streaming):
-    """As those of files; also in slices, and of Parquet. Errors name file and row."""
-    lines = [json.dumps(row) + "\n" for row in UNLIKE]
-    sets = {
-        "lines": {"train-0.jsonl": "".join(lines[:2]), "train-1.jsonl": "".join(lines[2:]), "test.jsonl": lines[3]},
-        "tables": {"train-0.csv": "text,id\nNA,1\n", "train-1.csv": "text,id,late\ntwo,x,1\n"},
-        "numbers": {"train.jsonl": jsonl("one") + '{"text": 2}\n'},
-        "bytes": {"train.jsonl": jsonl("one").encode() + b'{"text": "\xe9"}\n'},
-    }
-    for name, files in sets.items():
-        (tmp_path / name).mkdir()
-        for file, content in files.items():
-            write(tmp_path / name / file, content)
-    (tmp_path / "parquet").mkdir()
-    for number, row in enumerate([{"text": ["one"], "id": [1]}, {"late": ["x"], "text": ["two"], "id": ["y"]}]):
-        Dataset.from_dict(row).to_parquet(tmp_path / "parquet" / f"train-{number}.parquet")
-
-    def texts(name, **options):
-        documents = load_documents(dataset_name=str(tmp_path / name), streaming=streaming, **options)
-        assert documents.column_names in (None, ["text"])
-        return [row["text"] for row in documents]
-
-    assert texts("lines") == ["one", "two", None, "three", None] and texts("lines", split="test") == ["three"]
-    assert texts("lines", max_documents=2) == ["one", "two"]
-    assert texts("tables") == ["NA", "two"] and texts("parquet") == ["one", "two"]
-    if not streaming:
-        assert texts("lines", split="train[1:3]+test") == ["two", None, "three"]
-        assert texts("lines", split="train[:40%]") == ["one", "two"]
-    # Options that a card gives to `datasets` are used.
-    (tmp_path / "semicolons").mkdir()
-    write(tmp_path / "semicolons" / "train.csv", "text;id\na, b;1\n")
-    card = "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: ';'\n---\n"
-    write(tmp_path / "semicolons" / "README.md", card)
-    assert texts("semicolons") == ["a, b"]
-    with pytest.raises(ValueError, match=r"numbers/train\.jsonl, line 2, column 'text' must hold a string, got int"):
-        texts("numbers")
-    with pytest.raises(ValueError, match=r"bytes/train\.jsonl must be UTF-8 text; byte 35"):
-        texts("bytes")
-    with pytest.raises(ValueError, match=r"split='nowhere' must be made of the splits of .*lines: (train|test), "):
-        texts("lines", split="nowhere")
-
-
-def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, monkeypatch):
-    folder, said = tmp_path / "set", []
-    folder.mkdir()
-    monkeypatch.setattr("flash_hf.training.documents.logger.warning", said.append)
-    write(folder / "a.jsonl", jsonl("one"))
-    write(folder / "b.json", jsonl("two"))
-    write(folder / "README.md", "A card.")
-    assert load_documents(dataset_name=str(folder))["text"] == ["one", "two"] and not said
-    write(folder / "c.csv", "text\nthree\n")
-    assert load_documents(dataset_name=str(folder))["text"] == ["one", "two"]
-    assert said == [f"{folder} is read as json; not read: {folder / 'c.csv'}"]
+def test_a_damaged_data_set_by_name_is_refused_with_the_reason(tmp_path):
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", jsonl("one") + "{")
+    with pytest.raises(ValueError, match="JSON parse error"):
+        load_documents(dataset_name=str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz", "a.jsonl.gz"])
 def test_empty_and_blank_files_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"a\.\S+ must hold text, but is empty \(0 bytes\)"):
+    with pytest.raises(ValueError, match=r"a\.\S+ must hold text, but has none"):
         load_documents(write(tmp_path / name, ""))
-    with pytest.raises(ValueError, match="must hold text, but is blank"):
+    with pytest.raises(ValueError, match=r"a\.\S+ must hold text, but has none"):
         load_documents(write(tmp_path / name, " \n\n\t\n"))
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.xz"])
-@pytest.mark.parametrize(
-    ("good", "bad"),
-    [
-        ("é" * 5, b"\xff\xfe"),
-        ("x" * ((1 << 20) - 1) + "日", b"\xe9t\xe9"),  # a character across the border of two reads comes before
-        ("x" * ((1 << 20) - 1), b"\xe6\x97x"),  # the wrong character itself lies across it
-        ("ok", b"\xe6\x97"),  # the file ends inside a character
-    ],
-)
-def test_a_file_that_is_not_utf8_is_refused_with_the_place(tmp_path, name, good, bad):
-    path = write(tmp_path / name, good.encode() + bad)
-    with pytest.raises(ValueError, match="must be UTF-8 text") as error:
-        load_documents(path)
-    assert f"byte {len(good.encode())} (0x{bad[0]:02x})" in str(error.value)
-    assert str(path) in str(error.value) and "iconv" in str(error.value)
-
-
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_a_file_in_utf16_is_called_so(tmp_path, encoding):
-    path = write(tmp_path / "a.csv", "\ufefftext,id\na,1\n".encode(encoding))
-    with pytest.raises(ValueError, match="byte 0 .* iconv -f utf-16 -t utf-8"):
-        load_documents(path)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.xz"])
+def test_a_file_that_is_not_utf8_is_refused(tmp_path, name, streaming):
+    """`datasets` replaces wrong bytes in JSON by U+FFFD."""
+    lines = {"a.csv": b"text\none\n", "a.jsonl": b'{"text": "one"}\n{"text": "'}
+    path = write(tmp_path / name, lines.get(name, b"one ") + b'\xe4"}\n')
+    with pytest.raises(ValueError, match=rf"{name} must be a complete file of UTF-8 text, but: .*0xe4"):
+        list(load_documents(path, streaming=streaming))
 
 
 def test_truncated_archives_are_refused(tmp_path):
     for name in ("a.txt.gz", "a.txt.xz"):
         path = write(tmp_path / name, BOOK.read_bytes()[:50_000])
         path.write_bytes(path.read_bytes()[:-500])
-        with pytest.raises(ValueError, match="is not a complete"):
+        with pytest.raises(ValueError, match="must be a complete file of UTF-8 text, but: "):
             load_documents(path)
     path.with_suffix(".gz").write_bytes(b"plain text")
-    with pytest.raises(ValueError, match="is not a complete .gz file"):
+    with pytest.raises(ValueError, match="must be a complete file of UTF-8 text, but: Not a gzipped file"):
         load_documents(path.with_suffix(".gz"))
 
 
@@ -224,8 +160,8 @@ def test_wrong_sources_are_refused(tmp_path):
         load_documents(good, dataset_name="x/y")
     with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
         load_documents(good, max_documents=0)
-    with pytest.raises(ValueError, match=r"Cannot read .*b\.txt as text"):
-        load_documents(write(tmp_path / "b.txt", "x"), sample_by="word")
+    with pytest.raises(ValueError, match="Parquet"):
+        load_documents(write(tmp_path / "a.parquet", "x"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -242,7 +178,7 @@ def test_a_missing_text_column_names_those_there_are(tmp_path, streaming):
     for name in ("a", "b"):
         Dataset.from_json(str(tmp_path / f"{name}.jsonl")).to_parquet(tmp_path / f"{name}.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet must have a column 'text'; it has id, content\."):
-        load_documents([tmp_path / "b.parquet", tmp_path / "a.parquet"], streaming=streaming)
+        load_documents(tmp_path / "a.parquet", streaming=streaming)
 
 
 # Other columns: one changes its type, one begins late, one is an object here and a list there.
@@ -324,13 +260,12 @@ def test_line_ends_and_byte_order_marks(tmp_path, streaming):
         ("a.jsonl", '{"text": "a"}\n{"text": b}\n', r"line 2 must hold JSON: Expecting value at character 10"),
         ("a.jsonl", '{"text": a}\n{"text": "b"}\n', r"a\.jsonl must hold JSON: Expecting value at character 10"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"line 2 must hold a JSON object, got list"),
-        ("a.jsonl", '{"text": "a"}\n{"text": "b\\ud800"}\n', r"line 2, .* character 1 \(U\+D800\) is half"),
-        ("a.jsonl", '{"text": "a"}\n{"x": %s}\n' % ("[" * 100_000), r"line 2 must hold JSON: maximum recursion"),
-        ("a.csv", "text,id\na,1\nb,c,2\n", r"a\.csv, line 3 must have 2 fields \(text, id\), it has 3.*Quote"),
-        ("a.csv", 'id,text\n1,"a\nb"\n2\n', r"a\.csv, line 4 must have 2 fields \(id, text\), it has 1"),
-        ("a.csv", 'id,text\n1,a\n2,"b\n3,c\n', r"a\.csv, line 3 is malformed: unexpected end of data.*in pairs"),
-        ("a.csv", "text,id\n", r"a\.csv must hold text, but has none in the column 'text'"),
-        ("a.jsonl", '{"text": null}\n' * 3, r"a\.jsonl must hold text, but has none in the column 'text'"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b\\ud800"}\n', r"line 2, .* character 1 is half"),
+        ("a.csv", "text,id\na,1\nb,c,2\n", r"a\.csv, line 3 must have 2 fields \(text, id\)\..*Quote"),
+        ("a.csv", 'id,text\n1,"a\nb"\n2\n', r"a\.csv, line 4 must have 2 fields \(id, text\)\."),
+        ("a.csv", 'id,text\n1,a\n2,"b\n3,c\n', r"a\.csv is malformed: unexpected end of data.*in pairs"),
+        ("a.csv", "text,id\n", r"a\.csv must hold text, but has none"),
+        ("a.jsonl", '{"text": null}\n' * 3, r"a\.jsonl must hold text, but has none"),
     ],
 )
 def test_an_error_names_file_and_row(tmp_path, name, content, message, streaming):
@@ -351,7 +286,7 @@ def test_a_column_of_numbers_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1, column 'id' must hold a string, got int: '0'"):
         load_documents(path, text_column="id")
     Dataset.from_json(str(path)).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet, column 'id' must hold strings, got int64"):
+    with pytest.raises(ValueError, match=r"text_column='id' of .*a\.parquet must hold strings"):
         load_documents(tmp_path / "a.parquet", text_column="id")
     with pytest.raises(ValueError, match="must hold strings, got int"):
         tokenize_texts(["one", 2], tokenizer)
