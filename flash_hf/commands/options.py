@@ -29,7 +29,7 @@ EXTRAS = {
 }  # fmt: skip
 
 # Packages whose own `raise` statements report user errors; the same exceptions from elsewhere are bugs.
-REPORTING = {"__main__", "accelerate", "datasets", "flash_hf", "huggingface_hub", "scripts", "transformers"}
+REPORTING = {"__main__", "accelerate", "datasets", "flash_hf", "huggingface_hub", "scripts", "torch", "transformers"}
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -148,7 +148,9 @@ def explain(error: BaseException) -> str | None:
         cause = cause.__cause__
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else str(error)
-    if isinstance(error, (ValueError, OSError, ImportError, StrictDataclassError)) and is_deliberate(error):
+    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError, StrictDataclassError)) and is_deliberate(
+        error
+    ):
         return " ".join(str(error).split())
     return None
 

@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from huggingface_hub import whoami
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.training_args import ParallelMode
-from transformers.utils import is_liger_kernel_available
 
 from ..configuration_flash import PLUS, FlashConfig, nearest
 from .budget import MAX_STEPS
@@ -217,10 +212,7 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
         metrics: names of the validation metrics, without `eval_`.
 
     Raises:
-        ValueError: a value out of range, options that exclude each other, an optimizer or a schedule that cannot be
-            made.
-        ImportError: a package that an option needs is missing.
-        OSError: `push_to_hub` without access to the Hub or without a login.
+        ValueError: a value out of range, or options that exclude each other.
     """
     check_least(
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
@@ -237,54 +229,12 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
             )
     if args.label_names:
         raise ValueError(f"label_names must be left out, got {args.label_names}: the model names its labels.")
-    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
-        raise ValueError("dataloader_persistent_workers needs dataloader_num_workers of at least 1, got 0.")
-    if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
-        raise ValueError(
-            "eval_strategy must be steps or epoch with save_strategy=best, which saves after validation, got no."
-        )
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in metrics:
         known = ", ".join(metrics)
         raise ValueError(f"metric_for_best_model must be one of {known}, got {metric!r}.{nearest(metric, metrics)}")
     if args.auto_find_batch_size and getattr(args, "batch_tokens", None) is not None:
         raise ValueError("auto_find_batch_size must be left out with batch_tokens, which it would change.")
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise ValueError("fsdp is for several processes, got one: start the command with `accelerate launch`.")
-    if args.use_liger_kernel and not is_liger_kernel_available():
-        raise ImportError("use_liger_kernel needs liger-kernel: pip install 'flash-hf[kernels]'")
-    try:
-        for callback in get_reporting_integration_callbacks(args.report_to):
-            callback()
-    except RuntimeError as error:
-        raise ImportError(f"report_to={','.join(args.report_to)} cannot be used: {error}") from error
-    if args.push_to_hub and args.should_save:
-        try:
-            whoami()
-        except OSError as error:
-            raise OSError(
-                f"push_to_hub needs the Hub and a login (hf auth login or HF_TOKEN), but: {error}"
-            ) from error
-    check_optimizer(args)
-
-
-def check_optimizer(args: FlashTrainingArguments) -> None:
-    """Try to make the optimizer and the learning-rate schedule, for a single number."""
-    try:
-        make, options = Trainer.get_optimizer_cls_and_kwargs(args)
-    except ValueError:
-        return  # it can only be made with the model
-    if not (isinstance(make, type) and issubclass(make, torch.optim.Optimizer)):
-        return
-    try:
-        optimizer = make([torch.nn.Parameter(torch.zeros(1, 1))], **options)
-        steps = max(1, args.max_steps)
-        get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"optim={args.optim.value} with lr_scheduler_type={args.lr_scheduler_type.value} cannot be made with the "
-            f"given options (learning_rate, adam_beta1, optim_args, lr_scheduler_kwargs, ...): {error}"
-        ) from error
 
 
 def set_batch(args: FlashTrainingArguments, block_size: int) -> None:

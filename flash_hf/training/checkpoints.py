@@ -6,10 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import zipfile
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .stream import STREAM_STATE
@@ -45,37 +44,18 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
         )
 
 
-def missing_from_checkpoint(folder: Path, *, streaming: bool = False) -> list[str]:
-    """Files that a folder lacks as a checkpoint to resume from; truncated files count as missing.
+def is_complete(folder: Path, *, streaming: bool = False) -> bool:
+    """Whether a folder is a checkpoint to resume from. Trainer writes its state after all other files.
 
     Args:
         streaming: whether a checkpoint needs the state of a stream, too.
     """
-    missing = []
-    for name in ("trainer_state.json", *([STREAM_STATE] if streaming else [])):
-        try:
+    try:
+        for name in (TRAINER_STATE_NAME, *([STREAM_STATE] if streaming else [])):
             json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            missing.append(name)
-        except ValueError as error:
-            missing.append(f"{name} (damaged: {error})")
-    weights = list(folder.glob("model*.safetensors"))
-    if not weights and not (folder / "pytorch_model_fsdp_0").is_dir():  # FSDP, one file per device
-        missing.append("model.safetensors")
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            missing.append(f"{file.name} (damaged: {error})")
-    # optimizer.pt, or as FSDP saves it in one file or one file per device, or as DeepSpeed does.
-    optimizer = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
-    for patterns in (optimizer, ("scheduler.pt",), ("rng_state*.pth",)):
-        files = [file for pattern in patterns for file in folder.glob(pattern)]
-        missing.extend([] if files else patterns[:1])
-        # A zip file has its index at the end, so a truncated one is not a zip file.
-        missing.extend(f"{file.name} (damaged)" for file in files if file.is_file() and not zipfile.is_zipfile(file))
-    return missing
+    except (OSError, ValueError):
+        return False
+    return any(folder.glob("rng_state*.pth"))  # not in output_dir itself, or with save_only_model
 
 
 def find_checkpoint(
@@ -87,35 +67,22 @@ def find_checkpoint(
         streaming: whether the training text is a stream.
 
     Raises:
-        ValueError: it is not a complete checkpoint; the message lists what it lacks, and the complete ones nearby.
+        ValueError: it is not a complete checkpoint; the message lists the complete ones in `output_dir`.
     """
     if resume_from_checkpoint is None:
         return None
-    last = str(resume_from_checkpoint).lower() in ("last", "true")
-    folder = Path(output_dir if last else resume_from_checkpoint)
-    missing = {}
-    for place in (folder, folder.parent, Path(output_dir)):
-        found = [path for path in place.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdigit()]
-        found.sort(key=lambda path: int(path.name[11:]))
-        missing |= {path: missing_from_checkpoint(path, streaming=streaming) for path in found}
-    complete = [path for path, lacks in missing.items() if not lacks]
-    if last:
-        here = [path for path in missing if path.parent == folder]
-        for path in reversed(here):
-            if path in complete:
-                return path
-            logger.warning(f"Skipping the incomplete checkpoint {path}: it lacks {', '.join(missing[path])}.")
-        reason = f"there is no complete checkpoint in {folder}"
-    elif not folder.is_dir():
-        reason = f"{folder} is not a folder"
-    else:
-        lacks = missing_from_checkpoint(folder, streaming=streaming)
-        if not lacks:
-            return folder
-        reason = f"{folder} lacks {', '.join(lacks)}"
+    folder, last = Path(resume_from_checkpoint), str(resume_from_checkpoint).lower() in ("last", "true")
+    if not last and is_complete(folder, streaming=streaming):
+        return folder
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+    found = sorted(found, key=lambda path: int(path.name[11:]))
+    complete = [path for path in found if is_complete(path, streaming=streaming)]
+    if last and complete:
+        return complete[-1]
     raise ValueError(
-        f"resume_from_checkpoint={str(resume_from_checkpoint)!r} must be a checkpoint saved by this training, but "
-        f"{reason}. Complete checkpoints nearby: {', '.join(map(str, complete)) or 'none'}. Nothing has been changed."
+        f"resume_from_checkpoint must be a complete checkpoint of this training, or 'last' for the last one in "
+        f"output_dir, got {str(resume_from_checkpoint)!r}. Complete checkpoints in {output_dir}: "
+        f"{', '.join(map(str, complete)) or 'none'}."
     )
 
 

@@ -10,18 +10,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from datasets import (
-    Dataset,
-    Features,
-    Sequence,
-    Value,
-)
+from datasets import Dataset, Features, Sequence, Value
 from torch import Tensor
-from transformers import (
-    DataCollatorForLanguageModeling,
-    PreTrainedTokenizerBase,
-    default_data_collator,
-)
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, default_data_collator
 
 from ..loss_flash import IGNORE
 from .tokenizer import document_end, document_start

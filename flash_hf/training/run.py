@@ -259,7 +259,7 @@ def run_training(
     """Load text, tokenizer and model, train, validate and save.
 
     `args.output_dir` then holds the model and the tokenizer (for `from_pretrained`), `checkpoint-*`, `loss.png`,
-    `log_history.json`, `log_history.csv`, `trainer_state.json` and `eval_results.json`.
+    `log_history.json`, `trainer_state.json` and `eval_results.json`.
 
     Returns:
         `before` and `after` (validation metrics; `before` is None without `eval_on_start`), `train_seconds`,

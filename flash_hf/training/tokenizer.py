@@ -7,15 +7,9 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
-from datasets import (
-    Dataset,
-)
+from datasets import Dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..hub import vocabulary_size

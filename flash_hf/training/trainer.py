@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import shutil
@@ -20,23 +19,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..configuration_flash import FlashConfig
 from ..loss_flash import zero_without_labels
-from .arguments import (
-    warmup_length,
-)
+from .arguments import warmup_length
 from .budget import TimeBudget
-from .checkpoints import missing_from_checkpoint
+from .checkpoints import is_complete
 from .graphs import GraphedBackward
 from .packing import MaskingCollator, cut_rows
 from .stream import STREAM_STATE, BlockStream, write_state
@@ -198,7 +190,7 @@ class FlashTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch on a full disk
             streaming = isinstance(self.train_dataset, BlockStream)
-            if folder.is_dir() and missing_from_checkpoint(folder, streaming=streaming) and self.args.should_save:
+            if self.args.should_save and not is_complete(folder, streaming=streaming):
                 shutil.rmtree(folder, ignore_errors=True)  # an incomplete checkpoint only takes up space
             raise OSError(
                 f"The checkpoint {folder} could not be saved: {type(error).__name__}: {error}. Earlier ones are "
@@ -264,7 +256,7 @@ class MaskEpochCallback(TrainerCallback):
 
 
 class LossPlotCallback(TrainerCallback):
-    """Keep `loss.png`, `log_history.json` and `log_history.csv` in the output folder up to date."""
+    """Keep `loss.png` and `log_history.json` in the output folder up to date."""
 
     def on_evaluate(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -274,14 +266,10 @@ class LossPlotCallback(TrainerCallback):
 
 
 def write_log(log_history: list[dict], folder: Path) -> None:
-    """Write a training log as JSON, CSV, and a plot of training and validation loss."""
+    """Write a training log as JSON, and a plot of training and validation loss."""
     # Replace the old files only by complete new ones: the disk may be full.
-    new = {name: folder / f".{name}.tmp" for name in ("log_history.json", "log_history.csv", "loss.png")}
+    new = {name: folder / f".{name}.tmp" for name in ("log_history.json", "loss.png")}
     new["log_history.json"].write_text(json.dumps(log_history, indent=1), encoding="utf-8")
-    with open(new["log_history.csv"], "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=dict.fromkeys(key for entry in log_history for key in entry))
-        writer.writeheader()
-        writer.writerows(log_history)
 
     from matplotlib.figure import Figure  # not pyplot, which needs a display and has global state
 

@@ -163,9 +163,8 @@ def test_a_run_leaves_everything_that_is_promised(files, tmp_path, kind):
     assert f"{result['after']['eval_loss']:.4f}" in table and str(tmp_path / "run" / "loss.png") in table
     assert re.search(r"^loss +- +\d\.\d{4}$", training.describe(kind, {**result, "before": None}), re.M)
 
-    lines = (tmp_path / "run" / "log_history.csv").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 1 + len(json.loads((tmp_path / "run" / "log_history.json").read_text(encoding="utf-8")))
-    assert {"step", "loss", "eval_loss", "learning_rate"} <= set(lines[0].split(","))
+    lines = json.loads((tmp_path / "run" / "log_history.json").read_text(encoding="utf-8"))
+    assert {"step", "loss", "eval_loss", "learning_rate"} <= {name for line in lines for name in line}
     with Image.open(result["plot"]) as image:
         assert image.format == "PNG" and min(image.size) >= 400
         colours = {colour for _, colour in image.convert("RGB").getcolors(maxcolors=1 << 24)}
@@ -472,33 +471,26 @@ def test_resuming_from_what_is_no_checkpoint(files, tmp_path, monkeypatch):
     training.run_training("causal", *arguments(files, run))
     monkeypatch.setattr("flash_hf.training.run.load_text", lambda *args: pytest.fail("the data was loaded first"))
 
-    def refused(folder, *parts):
+    def refused(folder, *complete):
         saved = fingerprint(tmp_path)
-        with pytest.raises(ValueError, match="must be a checkpoint saved by this training") as error:
+        with pytest.raises(ValueError, match="must be a complete checkpoint of this training") as error:
             training.run_training("causal", *arguments(files, run, "--resume_from_checkpoint", str(folder)))
-        for part in (*parts, "Nothing has been changed"):
-            assert str(part) in str(error.value)
+        assert f"Complete checkpoints in {run}: {', '.join(map(str, complete)) or 'none'}." in str(error.value)
         assert fingerprint(tmp_path) == saved
 
-    whole = [run / "checkpoint-5", run / "checkpoint-10"]
-    refused(tmp_path / "nowhere", "is not a folder", *whole)
-    # The run's own folder has the model, but neither optimizer nor random state.
-    refused(run, "lacks optimizer.pt, scheduler.pt, rng_state*.pth", *whole)
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "lacks trainer_state.json, model.safetensors, optimizer.pt", *whole)
-
-    # A checkpoint whose saving was cut off is not taken for a whole one.
-    for name in ("model.safetensors", "optimizer.pt", "rng_state.pth"):
-        content = (run / "checkpoint-10" / name).read_bytes()
-        (run / "checkpoint-10" / name).write_bytes(content[: len(content) // 2])
-        refused(run / "checkpoint-10", f"{name} (damaged", whole[0])
-        assert find_checkpoint("last", run) == run / "checkpoint-5"
-        assert find_checkpoint("True", run) == run / "checkpoint-5"
-        (run / "checkpoint-10" / name).write_bytes(content)
-        assert find_checkpoint("last", run) == run / "checkpoint-10"
-    (run / "checkpoint-5" / "trainer_state.json").unlink()
-    (run / "checkpoint-10" / "scheduler.pt").unlink()
-    refused("last", f"no complete checkpoint in {run}", "nearby: none")
+    first, second = run / "checkpoint-5", run / "checkpoint-10"
+    refused(tmp_path / "nowhere", first, second)
+    refused(run, first, second)  # it has the model and a log, but no random state
+    # A checkpoint whose saving was cut off: Trainer writes its state last.
+    content = (second / "trainer_state.json").read_bytes()
+    (second / "trainer_state.json").write_bytes(content[: len(content) // 2])
+    refused(second, first)
+    assert find_checkpoint("last", run) == find_checkpoint("True", run) == first
+    (second / "trainer_state.json").write_bytes(content)
+    assert find_checkpoint("last", run) == find_checkpoint(str(second), tmp_path) == second
+    for folder in (first, second):
+        (folder / "trainer_state.json").unlink()
+    refused("last")
     assert find_checkpoint(None, run) is None
 
 
@@ -558,24 +550,13 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         ("--eval_do_concat_batches false", "eval_do_concat_batches must be True, got False"),
         ("--label_names input_ids", r"label_names must be left out, got \['input_ids'\]"),
         ("--load_best_model_at_end --metric_for_best_model perplexty", "got 'perplexty'. Did you mean 'perplexity'"),
-        ("--save_strategy best --eval_strategy no", "eval_strategy must be steps or epoch with save_strategy=best"),
         ("--load_best_model_at_end --eval_strategy no", "requires the save and eval strategy to match"),
         ("--per_device_eval_batch_size 0", "per_device_eval_batch_size must be at least 1, got 0"),
         ("--gradient_accumulation_steps 0", "gradient_accumulation_steps must be at least 1, got 0"),
         ("--max_steps -1 --num_train_epochs -1", "num_train_epochs must be at least 0, got -1"),
         ("--seed -1", "seed must be at least 0, got -1"),
-        ("--dataloader_persistent_workers", "needs dataloader_num_workers of at least 1"),
-        ("--learning_rate -1", "optim=adamw_torch.* cannot be made.*Invalid learning rate: -1"),
-        ("--adam_beta2 2", "optim=adamw_torch.* cannot be made.*Invalid beta"),
-        ("--lr_scheduler_type cosine_with_min_lr", "lr_scheduler_type=cosine_with_min_lr cannot be made.*min_lr"),
-        ("--lr_scheduler_type warmup_stable_decay", "cannot be made.*num_decay_steps"),
-        ("--optim lomo", "lomo_optim"),
-        ("--fsdp full_shard", "fsdp is for several processes"),
         ("--auto_find_batch_size --batch_tokens 480", "auto_find_batch_size must be left out with batch_tokens"),
         ("--auto_find_batch_size --streaming", "auto_find_batch_size must be left out with --streaming"),
-        ("--report_to nonsense", "nonsense is not supported"),
-        ("--report_to swanlab", "report_to=swanlab cannot be used"),
-        ("--push_to_hub", "push_to_hub needs the Hub and a login"),
         ("--mlm_probability 0", "mlm_probability must be above 0 and at most 1, got 0"),
         ("--block_size 1", "block_size must be at least 2"),
         ("--num_proc 0", "num_proc must be at least 1, got 0"),
@@ -585,10 +566,7 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         ("--tokenizer nowhere", "--tokenizer nowhere is not a folder, and cannot be loaded from the Hub"),
     ],
 )
-def test_options_that_would_end_a_run_in_its_middle_are_refused(
-    files, tmp_path, no_work, monkeypatch, options, message
-):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+def test_options_that_would_end_a_run_in_its_middle_are_refused(files, tmp_path, no_work, options, message):
     with pytest.raises((ValueError, ImportError, OSError), match=message):
         training.run_training("causal", *arguments(files, tmp_path / "run", *options.split()))
 
@@ -604,10 +582,10 @@ def test_wrong_data_is_refused(files, tmp_path):
     with pytest.raises(ValueError, match="with --streaming give --validation_file"):
         training.run_training("causal", *arguments(files, tmp_path / "run", "--streaming", validation_file=None))
     (tmp_path / "latin1.txt").write_bytes("Das Mädchen".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin1\.txt must be UTF-8 text; byte 5 \(0xe4\) is not"):
+    with pytest.raises(ValueError, match=r"latin1\.txt must be a complete file of UTF-8 text, but: .*0xe4"):
         training.run_training("masked", *arguments(files, tmp_path / "run", validation_file=tmp_path / "latin1.txt"))
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(ValueError, match=r"empty\.txt must hold text, but is empty"):
+    with pytest.raises(ValueError, match=r"empty\.txt must hold text, but has none"):
         training.run_training("causal", *arguments(files, tmp_path / "run", train_file=tmp_path / "empty.txt"))
     assert not list((tmp_path / "run").iterdir())  # and the next attempt finds the folder unused
 
