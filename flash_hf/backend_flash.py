@@ -128,8 +128,8 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
 
 def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
     layout = places.layout
-    # A rollback needs the keys of each token.
-    if cache is not None and cache.record_past:
+    # A rollback needs the keys of each token, and kernels neither read nor fill a state with shifted local keys.
+    if cache is not None and (cache.record_past or config.local_key_shift):
         return places
     # CODEPATH: FLASHQuad checkpoints. To the kernels, a row that is one document is one chunk.
     if isinstance(layout, QuadraticLayout):

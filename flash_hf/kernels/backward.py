@@ -355,13 +355,13 @@ def bias_kernel(
 def heads_gradient_kernel(
     d_heads_ptr, z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, cos_ptr, sin_ptr, source_ptr, opens_ptr,
     d_z_ptr, d_z_stride, sums_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, PREVIOUS: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr, HALF: tl.constexpr,
-    REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
-    RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
+    H: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
+    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
+    FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Backward of `heads_kernel`: gradient of z's input, and per program the sums over its tokens for gamma, beta and
     z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way; with PREVIOUS the last head's
-    gradient comes from the slot after."""
+    gradient comes from the slot after, with LOCAL that of every second pair of the local key, too."""
     blocks: tl.constexpr = CP // BLOCK_M
     program = tl.program_id(0)
     chunk = program // blocks
@@ -372,7 +372,7 @@ def heads_gradient_kernel(
     d_z_row = d_z_ptr + token[:, None] * d_z_stride
     dtype = d_z_ptr.dtype.element_ty
     place = chunk.to(tl.int64) * CP + slot
-    if PREVIOUS:
+    if PREVIOUS or LOCAL:
         # The next chunk's first slot, unless another document begins there.
         ends = slot == C - 1
         opens = tl.load(opens_ptr + chunk + 1, mask=chunk + 1 < GT, other=1)
@@ -394,9 +394,13 @@ def heads_gradient_kernel(
             row, at = real, place
             if PREVIOUS and head == H - 1:
                 row, at = has_after, after
-            own = d_heads_ptr + (head * GT * CP + at)[:, None] * SP
-            p_one = tl.load(own + one[None, :], mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            p_two = tl.load(own + two[None, :], mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            at, row = at[:, None], row[:, None]
+            if LOCAL and head == 1:
+                odd = (tl.arange(0, HALF) % 2 == 1)[None, :]
+                at, row = tl.where(odd, after[:, None], at), tl.where(odd, has_after[:, None], row)
+            own = d_heads_ptr + (head * GT * CP + at) * SP
+            p_one = tl.load(own + one[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
+            p_two = tl.load(own + two[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
             if not (PREVIOUS and head >= H - 2):
                 p_one, p_two = p_one * cos + p_two * sin, p_two * cos - p_one * sin
             d_one += p_one * vector(gamma_ptr, head, S, one, inside)
@@ -425,8 +429,12 @@ def heads_gradient_kernel(
             row, at = real, place
             if PREVIOUS and head == H - 1:
                 row, at = has_after, after
-            own = d_heads_ptr + (head * GT * CP + at)[:, None] * SP + column[None, :]
-            d = tl.load(own, mask=row[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            at, row = at[:, None], row[:, None]
+            if LOCAL and head == 1:
+                odd = ((column // 2 if INTERLEAVED else column) % 2 == 1)[None, :]
+                at, row = tl.where(odd, after[:, None], at), tl.where(odd, has_after[:, None], row)
+            own = d_heads_ptr + (head * GT * CP + at) * SP + column[None, :]
+            d = tl.load(own, mask=row & inside[None, :], other=0.0).to(tl.float32)
             d_h += d * vector(gamma_ptr, head, S, column, inside)
             tl.store(sums + head * S + column, tl.sum(d * z, 0), mask=inside)
             tl.store(sums + (H + head) * S + column, tl.sum(d, 0), mask=inside)

@@ -52,20 +52,21 @@ def norm_kernel(
 def heads_kernel(
     z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, factor_ptr, source_ptr,
     opens_ptr, heads_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
-    H: tl.constexpr, LIN_Q: tl.constexpr, PREVIOUS: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
-    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
-    FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
+    H: tl.constexpr, LIN_Q: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, CP: tl.constexpr,
+    SP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr,
+    SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Heads `RoPE(gamma_h silu(z) + beta_h)` on the chunk grid, `[H, GT, CP, SP]`; the linear query times its chunk's
     factor. HALF pairs of dimensions are turned, REST pass through. With PREVIOUS the last two heads, the linear ones,
-    are not turned, and the last one is made from the z of the token before."""
+    are not turned, and the last one is made from the z of the token before. With LOCAL the local key has every second
+    pair of dimensions from the token before, turned by that token's position."""
     blocks: tl.constexpr = CP // BLOCK_M
     chunk = tl.program_id(0) // blocks
     slot = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     factor = tl.load(factor_ptr + chunk)
-    if PREVIOUS:
+    if PREVIOUS or LOCAL:
         before, has_before = previous_rows(source_ptr, opens_ptr, chunk, slot, N, G, C, shift, RAGGED)
         gain_before = row_gain(rms_ptr, gain_ptr, before, has_before) if SCALED else has_before.to(tl.float32)
     if HALF > 0:
@@ -77,6 +78,17 @@ def heads_kernel(
         mask = real[:, None] & inside[None, :]
         cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
         sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
+        if LOCAL:
+            odd = (tl.arange(0, HALF) % 2 == 1)[None, :]
+            other = has_before[:, None] & inside[None, :] & odd
+            before_table = ((chunk * C + slot - 1) % table_rows)[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[
+                None, :
+            ]
+            before_cos = tl.load(cos_ptr + before_table, mask=other, other=0.0)
+            before_sin = tl.load(sin_ptr + before_table, mask=other, other=0.0)
+            local_one = basis(z_ptr, z_stride, before, has_before, one, inside, gain_before, bias_ptr, SCALED)
+            local_two = basis(z_ptr, z_stride, before, has_before, two, inside, gain_before, bias_ptr, SCALED)
+            local_one, local_two = silu(local_one, SILU, FAST), silu(local_two, SILU, FAST)
         for head in tl.static_range(H):
             row = real
             if PREVIOUS and head == H - 1:
@@ -95,6 +107,11 @@ def heads_kernel(
                 turned_one, turned_two = tl.where(row[:, None], p_one, 0.0), tl.where(row[:, None], p_two, 0.0)
             else:
                 turned_one, turned_two = p_one * cos - p_two * sin, p_two * cos + p_one * sin
+            if LOCAL and head == 1:
+                p_one = local_one * vector(gamma_ptr, head, S, one, inside) + vector(beta_ptr, head, S, one, inside)
+                p_two = local_two * vector(gamma_ptr, head, S, two, inside) + vector(beta_ptr, head, S, two, inside)
+                turned_one = tl.where(odd, p_one * before_cos - p_two * before_sin, turned_one)
+                turned_two = tl.where(odd, p_two * before_cos + p_one * before_sin, turned_two)
             tl.store(out + one[None, :], turned_one.to(dtype), mask=inside[None, :])
             tl.store(out + two[None, :], turned_two.to(dtype), mask=inside[None, :])
     if REST > 0:
@@ -111,6 +128,12 @@ def heads_kernel(
             if head == LIN_Q:
                 p *= factor
             p = tl.where(row[:, None], p, 0.0)
+            if LOCAL and head == 1:
+                local = basis(z_ptr, z_stride, before, has_before, column, inside, gain_before, bias_ptr, SCALED)
+                local = silu(local, SILU, FAST)
+                local = local * vector(gamma_ptr, head, S, column, inside) + vector(beta_ptr, head, S, column, inside)
+                odd = ((column // 2 if INTERLEAVED else column) % 2 == 1)[None, :]
+                p = tl.where(odd, tl.where(has_before[:, None], local, 0.0), p)
             out = heads_ptr + ((head * GT + chunk).to(tl.int64) * CP + slot)[:, None] * SP + column[None, :]
             tl.store(out, p.to(heads_ptr.dtype.element_ty), mask=inside[None, :])
 

@@ -183,8 +183,8 @@ def launch_heads(shape: Shape, inputs: Inputs, cached: Cached) -> Tensor:
         (shape.GT * t.CP // block,),
         inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin,
         inputs.index.factor_G, inputs.tokens, inputs.index.opens_G, heads, *shape.grid, shape.GT, S, shape.rotary_dim,
-        table_rows, H=shape.H, LIN_Q=shape.lin_row, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs,
-        INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block, num_warps=4,
+        table_rows, H=shape.H, LIN_Q=shape.lin_row, PREVIOUS=shape.previous, LOCAL=shape.local_shift, CP=t.CP,
+        SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     if cached.kept is not None:
         for row, keys, mask in zip(shape.key_rows, cached.kept, cached.kept_mask, strict=True):
@@ -575,8 +575,8 @@ def launch_heads_gradient(shape: Shape, inputs: Inputs, d_heads: Tensor, d_z: Te
         (blocks,),
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens,
         inputs.index.opens_G, d_z, d_z.stride(0), sums, *shape.grid, shape.GT, S, shape.rotary_dim, table_rows,
-        H=shape.H, PREVIOUS=shape.previous, CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved,
-        **switches(shape, inputs), BLOCK_M=block, num_warps=4,
+        H=shape.H, PREVIOUS=shape.previous, LOCAL=shape.local_shift, CP=t.CP, SP=t.SP, **shape.pairs,
+        INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block, num_warps=4,
     )  # fmt: skip
     return sums
 

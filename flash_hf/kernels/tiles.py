@@ -84,6 +84,7 @@ class Shape:
         B, N: rows, and tokens per row. G, C, shift: of the chunks, as in `ChunkPlan`.
         D, E, S: widths of the layer (0 for gated attention alone), of values, and of queries and keys. H: heads.
         quad, lin: the branches. previous: values go under the key of the token before them.
+        local_shift: every second pair of dimensions of the local keys comes from the token before.
         silu: the kernels apply SiLU to u, v and z.
         interleaved, rotary_dim: how RoPE pairs dimensions, and how many it rotates.
         scale: factor of the scores. dtype: of products.
@@ -102,6 +103,7 @@ class Shape:
     quad: bool
     lin: bool
     previous: bool
+    local_shift: bool
     silu: bool
     interleaved: bool
     rotary_dim: int

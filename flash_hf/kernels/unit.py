@@ -41,7 +41,7 @@ def _shape_and_tensors(
     shape = Shape(
         N=plan.tokens, G=plan.chunks, C=plan.chunk_size, shift=plan.shift, S=S, H=H, causal=causal,
         quad=unit.has_quad, lin=unit.has_lin and needs_lin, previous=config.previous_key,
-        interleaved=config.rope_interleaved, rotary_dim=rotary_dim,
+        local_shift=config.local_key_shift, interleaved=config.rope_interleaved, rotary_dim=rotary_dim,
         scale=score_scale("relu2", config.attention_divisor, S), **others,
     )  # fmt: skip
     return shape, {

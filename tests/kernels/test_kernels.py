@@ -174,6 +174,15 @@ VARIANTS = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
     },
     "previous, no rope": {"global_form": "previous_token", "use_rope": False, "hidden_act": "relu"},
+    "local keys": {"local_key_shift": True},
+    "local keys, previous, shifted": {
+        "local_key_shift": True, "global_form": "previous_token", "chunk_shift": 6, "num_hidden_layers": 2,
+    },
+    "local keys, local, interleaved, partial rope, odd chunks": {
+        "local_key_shift": True, "attention_type": "local", "rope_interleaved": True, "chunk_size": 11,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "local keys, no rope": {"local_key_shift": True, "use_rope": False, "query_key_dim": 10},
 }  # fmt: skip
 
 
@@ -181,6 +190,27 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_equal_the_torch_tier(variant, causal):
     compare(config_of(**{"is_decoder": causal, "num_hidden_layers": 1, **VARIANTS[variant]}), "odd")
+
+
+@pytest.mark.parametrize(
+    "layout, causal, whole", [("padded", True, True), ("packed", False, False), ("packed", True, True)]
+)
+def test_local_keys_of_padded_and_packed_rows(layout, causal, whole):
+    form = {"local_key_shift": True, "global_form": "previous_token", "chunk_shift": 6}
+    compare(config_of(is_decoder=causal, **form), layout, whole=whole)
+
+
+def test_a_cache_of_shifted_local_keys_is_the_torch_tiers():
+    model = make_model(FlashForCausalLM, config_of(local_key_shift=True), dtype=torch.float32).to(DEVICE)
+    ids = torch.randint(0, 11, (1, 40), device=DEVICE)
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+        out = model(ids[:, :33], use_cache=True)
+        parts = [out.logits]
+        for token in range(33, 40):
+            out = model(ids[:, token : token + 1], cache=out.cache if hasattr(out, "cache") else out.past_key_values)
+            parts.append(out.logits)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -309,7 +339,8 @@ def test_operators_pass_opcheck(causal):
     tables = *heads, angle.cos(), angle.sin(), None, *cached, list(plan.index)
     options = dict(
         B=2, N=N, G=plan.chunks, C=C, shift=plan.shift, E=E, S=S, H=4, causal=causal, quad=True, lin=True,
-        previous=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C, dtype=torch.float32, want_final=False,
+        previous=False, local_shift=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C,
+        dtype=torch.float32, want_final=False,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     checks += ("test_aot_dispatch_dynamic",) * causal
@@ -538,7 +569,6 @@ def test_falls_back_once_and_says_why(caplog, capsys):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"local_key_shift": True}, "local_key_shift"),
         ({"attention_activation": "laplace"}, "laplace"),
         ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),
         ({"chunk_size": 1024}, "chunk_size"),

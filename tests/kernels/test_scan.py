@@ -22,7 +22,7 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute cap
 
 SHAPE = tiles.Shape(
     B=2, N=700, G=3, C=256, shift=0, D=768, E=1536, S=128, H=4, causal=True, quad=True, lin=True, previous=False,
-    silu=True, interleaved=False, rotary_dim=128, scale=1 / 256, dtype=torch.bfloat16,
+    local_shift=False, silu=True, interleaved=False, rotary_dim=128, scale=1 / 256, dtype=torch.bfloat16,
 )  # fmt: skip
 
 
