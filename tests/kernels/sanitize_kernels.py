@@ -31,7 +31,7 @@ def train(causal: bool, ragged: bool, ours: bool, shape: tuple[int, int, int, in
     chunk_size, query_key_dim, width, tokens = shape
     config = FlashConfig(
         vocab_size=11, hidden_size=width, query_key_dim=query_key_dim, chunk_size=chunk_size, is_decoder=causal,
-        backend="triton", **form(ours, chunk_size),
+        backend="triton", local_key_shift=ours, **form(ours, chunk_size),
     )  # fmt: skip
     model = FlashModel(config).to("cuda", dtype)
     x = torch.randn(2, tokens, width, device="cuda", dtype=dtype, requires_grad=True)
