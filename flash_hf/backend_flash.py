@@ -128,9 +128,6 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
 
 def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
     layout = places.layout
-    # A rollback needs the keys of each token, and kernels neither read nor fill a state with shifted local keys.
-    if cache is not None and (cache.record_past or config.local_key_shift):
-        return places
     # CODEPATH: FLASHQuad checkpoints. To the kernels, a row that is one document is one chunk.
     if isinstance(layout, QuadraticLayout):
         length = layout.position_BN.shape[1]
@@ -138,6 +135,9 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
             return places
         layout = chunk_layout(places.documents, batch, length, causal=causal)
         places = replace(places, layout=layout, bias_length=length)
+    # A rollback needs the keys of each token, and kernels neither read nor fill a state with shifted local keys.
+    if cache is not None and (cache.record_past or config.local_key_shift):
+        return places
     if isinstance(layout, StepLayout):
         state = cache.state
         # Checked here once, for all layers: the user may have changed the state.

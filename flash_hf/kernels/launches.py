@@ -290,17 +290,21 @@ def launch_chunk_outputs(
 def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: bool) -> AttentionResults:
     """Heads, attention and the gate."""
     new, index, row = inputs.v.new_empty, inputs.index, shape.lin_row
-    nothing = new((0,))
+
+    def nothing() -> Tensor:
+        # A new one each time: an operator must not return a tensor twice.
+        return new((0,))
+
     heads = launch_heads(shape, inputs, cached)
     if cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
-        out, prefix = new((shape.T, shape.E)), new((shape.GT, shape.tiles.SP, shape.E)) if shape.causal else nothing
+        out, prefix = new((shape.T, shape.E)), new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
         split = not shape.causal or choice.splits(shape) and has_carry(shape, index, False)
         before = launch_totals(shape, inputs, heads[row + 1], inputs.v) if split else None
         biases = inputs.bias_v, inputs.bias_u
         weights = launch_scores(shape, inputs, heads)
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
-        return AttentionResults(out, heads, prefix, nothing if shape.causal else before, nothing, nothing)
-    prefix = carry = final = nothing
+        return AttentionResults(out, heads, prefix, nothing() if shape.causal else before, nothing(), nothing())
+    prefix, carry, final = nothing(), nothing(), nothing()
     if shape.lin:
         carried = has_carry(shape, index, cached.initial is not None)
         kept = "total" if want_final else "" if shape.causal else "state"
@@ -309,7 +313,7 @@ def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: boo
         launch_states(shape, inputs, heads[row + 1], total, prefix if shape.causal else None, value)
         carry, final = launch_carry(shape, index, total, cached.initial, carried, kept, False)
         if not shape.causal:
-            carry, final = final, nothing
+            carry, final = final, nothing()
     else:
         value = launch_values(shape, inputs)
     skip = shape.causal and cached.initial is None

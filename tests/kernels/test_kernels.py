@@ -243,6 +243,16 @@ def test_quadratic_attention_beside_a_hook_is_the_torch_tiers(monkeypatch):
     assert_close(model(inputs_embeds=x, use_cache=False).last_hidden_state, expected, 1e-5)
 
 
+def test_quadratic_attention_with_a_cache_is_the_torch_tiers(monkeypatch):
+    model = make_model(FlashModel, config_of(attention_type="quadratic", num_hidden_layers=2), dtype=torch.float32)
+    x = torch.randn(2, 45, 32, device=DEVICE)
+    expected = model.to(DEVICE)(inputs_embeds=x, use_cache=False).last_hidden_state
+    monkeypatch.setattr(launches, "launch_scores", None)
+    first = model(inputs_embeds=x[:, :30], use_cache=True)
+    then = model(inputs_embeds=x[:, 30:], past_key_values=first.past_key_values).last_hidden_state
+    assert_close(torch.cat([first.last_hidden_state, then], 1), expected, 1e-4)
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_quadratic_attention_over_marked_rows_is_the_torch_tiers(layout, monkeypatch):
     monkeypatch.setattr(launches, "launch_scores", None)
@@ -321,8 +331,8 @@ def test_compiles_to_one_graph(causal, form):
         assert_close(got[1]["_orig_mod." + name if name != "input" else name], value, 1e-4, name)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_operators_pass_opcheck(causal):
+@pytest.mark.parametrize("causal, lin", [(True, True), (False, True), (True, False)])
+def test_operators_pass_opcheck(causal, lin):
     torch.manual_seed(0)
     D, E, S, C, N = 32, 64, 16, 16, 35
     layout = chunk_layout(resolve_documents(2, N, torch.device(DEVICE)), 2, C, causal=causal)
@@ -333,12 +343,13 @@ def test_operators_pass_opcheck(causal):
 
     x, gain = new(2 * N, D), new()
     u, v, z = new(2 * N, E), new(2 * N, E), new(2 * N, S)
-    heads = new(4, S), new(4, S), new(2 * C - 1)
+    H = 4 if lin else 2
+    heads = new(H, S), new(H, S), new(2 * C - 1)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
     cached = None, None, None
     tables = *heads, angle.cos(), angle.sin(), None, *cached, list(plan.index)
     options = dict(
-        B=2, N=N, G=plan.chunks, C=C, shift=plan.shift, E=E, S=S, H=4, causal=causal, quad=True, lin=True,
+        B=2, N=N, G=plan.chunks, C=C, shift=plan.shift, E=E, S=S, H=H, causal=causal, quad=True, lin=lin,
         previous=False, local_shift=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C,
         dtype=torch.float32, want_final=False,
     )  # fmt: skip
