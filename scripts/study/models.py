@@ -319,6 +319,12 @@ MODELS: dict[str, Model] = {
         _gau(**_SHIFTED, conv_size=4, conv_init=0.5, use_scaled_sinusoid=False), causal_only=True,
     ),
     **{f"plus-{name}": _plus(name) for name in PLUS_FORMS},
+    # The library's, which has kernels.
+    "plus-keys": Model(
+        "FLASH+, " + _CHANGES["keys"][0],
+        _flash(**_SHIFTS, use_scaled_sinusoid=False, attention_init="recent", local_key_shift=True),
+        compiled=False, causal_only=True,
+    ),
     "flash-heads": Model("4 heads", _gau(num_heads=4)),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip
