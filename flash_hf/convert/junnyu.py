@@ -11,14 +11,12 @@ from torch import Tensor
 from ..configuration_flash import FlashConfig
 from .parts import (
     CLAMP_NOTE,
-    ENCODER_NOTE,
     GROUP_SIZE,
     LAYER_NORM_EPS,
     Converted,
     Source,
     final_layer_norm,
     fold_decoder,
-    identity_norm,
     lucidrains_layers,
 )
 
@@ -77,8 +75,7 @@ def convert_junnyu_flash(
     if encoder_only:
         source.drop(*[name for name in source.left if name.startswith("cls.")])
         source.finish()
-        tensors |= identity_norm(inferred, base, embedding_VD.dtype)
-        return Converted(FlashConfig(**known), tensors, "FlashModel", (*notes, ENCODER_NOTE))
+        return Converted(FlashConfig(**known, final_norm_type="none"), tensors, "FlashModel", notes)
     names = ("decoder.weight", "decoder.bias", "LayerNorm.weight", "LayerNorm.bias")
     tensors |= fold_decoder(*[source.take(f"cls.predictions.{name}") for name in names])
     source.finish()

@@ -11,14 +11,12 @@ from torch import Tensor
 from ..configuration_flash import FlashConfig
 from .parts import (
     CLAMP_NOTE,
-    ENCODER_NOTE,
     GROUP_SIZE,
     LAYER_NORM_EPS,
     Converted,
     Source,
     final_layer_norm,
     fold_decoder,
-    identity_norm,
     lucidrains_layers,
 )
 
@@ -103,8 +101,7 @@ def convert_lucidrains(
     tensors[f"{base}embed_tokens.weight"] = embedding_VD
     fields = {**inferred, **fields, "vocab_size": len(embedding_VD)}
     if single or encoder_only:
-        tensors |= identity_norm(inferred, base, embedding_VD.dtype)
-        return Converted(FlashConfig(**fields), tensors, "FlashModel", (*notes, ENCODER_NOTE))
+        return Converted(FlashConfig(**fields, final_norm_type="none"), tensors, "FlashModel", notes)
     tensors |= fold_decoder(*decoder)
     config = FlashConfig(**fields, **final_layer_norm(inferred, LAYER_NORM_EPS), tie_word_embeddings=False)
     return Converted(config, tensors, "FlashForCausalLM" if causal else "FlashForMaskedLM", notes)

@@ -21,10 +21,6 @@ CLAMPED_EPS = 1e-20
 # Constants in the code of FLASH-pytorch and of JunnYu's port.
 T5_BUCKETS, T5_MAX_DISTANCE, LAYER_NORM_EPS, GROUP_SIZE = 32, 128, 1e-5, 256
 
-ENCODER_NOTE = (
-    "The original's encoder ends with its last layer; FlashModel normalizes its output once more (gain 1). For the "
-    "original's output set model.norm = torch.nn.Identity()."
-)
 CLAMP_NOTE = "Tokens whose root mean square is below 1e-5, which the original clamps, give other results."
 
 
@@ -200,14 +196,6 @@ def lucidrains_layers(source: Source, prefix: str, ours: str, offset_scale: tupl
             raise ValueError(f"All layers must be alike, but layer {i} has {current}, those before {inferred}.")
         tensors, inferred = tensors | layer, current
     return tensors, {**inferred, "num_hidden_layers": count}
-
-
-def identity_norm(inferred: dict, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Gain 1 (and shift 0) for FlashModel's final norm, which the originals' encoders lack."""
-    D = inferred["hidden_size"]
-    if inferred["norm_type"] == "layer_norm":
-        return {f"{prefix}norm.weight": torch.ones(D, dtype=dtype), f"{prefix}norm.bias": torch.zeros(D, dtype=dtype)}
-    return {f"{prefix}norm.weight": torch.ones((), dtype=dtype)}
 
 
 def final_layer_norm(inferred: dict, eps: float) -> dict:

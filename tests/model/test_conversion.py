@@ -35,12 +35,6 @@ def exact(model):
     return model
 
 
-def without_final_norm(model):
-    """As the note of `convert` advises: the output is then that of the last layer."""
-    model.norm = torch.nn.Identity()
-    return model
-
-
 def ids_of(*shape):
     return torch.randint(1, V, shape)
 
@@ -205,7 +199,7 @@ def test_junnyu_encoder_without_padding(norm, length):
     converted = convert(state, settings=SETTINGS, padded_length=0, encoder_only=True)
     assert converted.architecture == "FlashModel" and converted.config.global_normalization == "mean"
     ids = ids_of(2, length)
-    model = without_final_norm(exact(converted.build()))
+    model = exact(converted.build())
     assert_close(model(ids).last_hidden_state, junnyu_flash(state, ids, 24)[0], 1e-9)
 
 
@@ -213,7 +207,7 @@ def test_junnyu_encoder_without_padding(norm, length):
 def test_junnyu_encoder_as_padded_to_its_training_length(real):
     """The original pads to a fixed length and divides by it; ours gives its result for the text alone, or padded."""
     state = junnyu_flash_state("scalenorm")
-    model = without_final_norm(exact(convert(state, settings=SETTINGS, padded_length=96, encoder_only=True).build()))
+    model = exact(convert(state, settings=SETTINGS, padded_length=96, encoder_only=True).build())
     ids = ids_of(1, 96)
     mask = (torch.arange(96) < real).long()[None]
     expected = junnyu_flash(state, ids * mask, 24, mask)[0][:, :real]
@@ -293,7 +287,7 @@ def test_stored_stream_of_flash_pytorch_with_scale_norm(length):
     stored = load_file(DATA / "flash_expected.safetensors")
     state = load_file(DATA / "flash_scalenorm.safetensors")
     options = {"causal": False, "shift": False, "chunk_size": 24}
-    model = without_final_norm(convert(state, encoder_only=True, **options).build())
+    model = convert(state, encoder_only=True, **options).build()
     ids = stored[f"scalenorm.{length}.ids"]
     stream = model(ids).last_hidden_state
     assert_close(stream, stored[f"scalenorm.{length}.stream"], 1e-5)
@@ -349,7 +343,7 @@ def test_one_layer_of_flash_pytorch(causal, norm, rotary):
     ))  # fmt: skip
     assert detect_kind(original.state_dict()) == "lucidrains"
     converted = convert(original.state_dict(), causal=causal, shift=False, chunk_size=16)
-    model = without_final_norm(exact(converted.build()))
+    model = exact(converted.build())
     for length in (3, 16, 41):
         x = draw(2, length, D)
         with torch.no_grad():
@@ -497,7 +491,7 @@ def test_script_converts_an_encoder_to_bfloat16(tmp_path, capsys):
     state = {name: tensor.float().clone() for name, tensor in junnyu_flash_state("scalenorm").items()}
     save_file(state, tmp_path / "model.safetensors")
     report = script(capsys, tmp_path, tmp_path / "out", "--encoder_only", "--dtype", "bfloat16")
-    assert report["class"] == "FlashModel" and not report["tokenizer"] and len(report["notes"]) == 3
+    assert report["class"] == "FlashModel" and not report["tokenizer"] and len(report["notes"]) == 2
     model = AutoModel.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16 and model.config.norm_eps == 1e-20
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out")(ids_of(1, 30)).logits.isfinite().all()
