@@ -14,6 +14,16 @@ from typing import Any
 
 import torch
 
+from flash_hf.commands.options import started_module
+
+
+def program_words() -> list[str]:
+    """The command that started this program, without its options, to be recorded with results."""
+    if sys.argv[0].startswith("flash-hf "):  # set by flash_hf.commands.main
+        return sys.argv[0].split()
+    module = started_module()
+    return ["python", os.path.relpath(sys.argv[0])] if module is None else ["python", "-m", module]
+
 
 def commit() -> str:
     """The current commit, with `-dirty` if there are changes; `FLASH_COMMIT` takes precedence over git."""

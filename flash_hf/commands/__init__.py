@@ -4,6 +4,7 @@
 import sys
 from importlib import import_module
 
+from .. import __version__
 from ..configuration_flash import nearest
 from .options import run_command
 
@@ -29,6 +30,9 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else None
     if name in ("-h", "--help"):
         print(usage())
+        return
+    if name == "--version":
+        print(f"flash-hf {__version__}")
         return
     if name not in COMMANDS:
         if name is not None:

@@ -3,6 +3,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
@@ -25,32 +26,20 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="text to continue")
     source.add_argument("--prompt_file", help="file with the text to continue; - for stdin")
-    parser.add_argument("--max_new_tokens", type=natural, default=200, help="tokens to generate; default: %(default)s")
     parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
-    parser.add_argument(
-        "--temperature",
-        type=number(float, above=0),
-        default=0.8,
-        help="of sampling; below 1 favors likely tokens; default: %(default)s",
-    )
-    parser.add_argument(
-        "--top_k",
-        type=number(int, least=0),
-        default=50,
-        help="sample from this many most likely tokens, 0 for all; default: %(default)s",
-    )
-    parser.add_argument(
-        "--top_p",
-        type=number(float, above=0, most=1),
-        default=0.95,
-        help="sample from the most likely tokens with this total probability; default: %(default)s",
-    )
-    parser.add_argument(
-        "--repetition_penalty",
-        type=number(float, above=0),
-        default=1.0,
-        help="above 1 makes repetitions less likely; default: %(default)s",
-    )
+    for name, kind, default, words in (
+        ("max_new_tokens", natural, 200, "tokens to generate"),
+        ("temperature", number(float, above=0), 0.8, "of sampling; below 1 favors likely tokens"),
+        ("top_k", number(int, least=0), 50, "sample from this many most likely tokens, 0 for all"),
+        (
+            "top_p",
+            number(float, above=0, most=1),
+            0.95,
+            "sample from the most likely tokens with this total probability",
+        ),
+        ("repetition_penalty", number(float, above=0), 1.0, "above 1 makes repetitions less likely"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{words}; default: %(default)s")
     parser.add_argument("--seed", type=seed, default=0, help="of sampling; default: %(default)s")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; default: auto, as saved")
@@ -67,16 +56,15 @@ def main() -> None:
         prompt = args.prompt
     else:
         prompt = sys.stdin.read() if args.prompt_file == "-" else read_text(args.prompt_file)
+    if not prompt.strip():
+        parser.error("the prompt is empty: give at least one word")
+    if Path(args.model).is_dir() and not Path(args.model, "config.json").is_file():
+        parser.error(f"--model must be a folder with a model; {args.model} has no config.json")
     device = find_device(args.device)
-    model = (
-        load_named(AutoModelForCausalLM.from_pretrained, args.model, option="--model", dtype=args.dtype)
-        .to(device)
-        .eval()
-    )
+    model = load_named(AutoModelForCausalLM.from_pretrained, args.model, option="--model", dtype=args.dtype)
+    model = model.to(device).eval()
     tokenizer = load_named(AutoTokenizer.from_pretrained, args.model, option="--model")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    if inputs["input_ids"].shape[1] == 0:
-        parser.error("the prompt has no tokens: give at least one word")
     sampling = {"do_sample": False}
     if not args.greedy:
         names = ("temperature", "top_k", "top_p")

@@ -40,11 +40,13 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        # Before argparse reports missing options: a misspelt one may be required.
-        for word in args[: args.index("--")] if "--" in args else args:
-            name = word.partition("=")[0]
+        for place, word in enumerate(args[: args.index("--")] if "--" in args else args):
+            name, equals, value = word.partition("=")
             if name.startswith("--") and " " not in name and name not in self._option_string_actions:
-                self.error(self.unknown_option(name))
+                if (underscored := "--" + name[2:].replace("-", "_")) not in self._option_string_actions:
+                    # Before argparse reports missing options: a misspelt one may be required.
+                    self.error(self.unknown_option(name))
+                args[place] = underscored + equals + value
         found, rest = super().parse_known_args(args, namespace)
         if rest:  # HfArgumentParser raises instead
             self.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -96,14 +98,6 @@ def program_name() -> str:
     """The name of this program in messages: its file name, or `python -m MODULE`."""
     module = started_module()
     return Path(sys.argv[0]).name if module is None else f"python -m {module}"
-
-
-def program_words() -> list[str]:
-    """The command that started this program, without its options, to be recorded with results."""
-    if sys.argv[0].startswith("flash-hf "):  # set by commands.main
-        return sys.argv[0].split()
-    module = started_module()
-    return ["python", os.path.relpath(sys.argv[0])] if module is None else ["python", "-m", module]
 
 
 def run_command(main: Callable[[], int | None]) -> None:

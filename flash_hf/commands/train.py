@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import inspect
 import json
 import sys
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
-from ..configuration_flash import FlashConfig
 from ..sources import read_text
 from ..training.arguments import DataArguments, FlashTrainingArguments, ModelArguments
 from .options import OptionParser
@@ -32,18 +29,27 @@ ALTERNATIVES = {
 }
 
 
+# What `--help` shows, of these commands and of scripts.finetune; `--help all` shows all options.
+SHOWN = (
+    "help", "model", "preset", "config_overrides", "tokenizer_vocab_size", "train_file", "validation_file",
+    "dataset_name", "block_size", "task", "text_column", "label_column", "output_dir", "resume_from_checkpoint",
+    "max_steps", "num_train_epochs", "max_minutes", "learning_rate", "per_device_train_batch_size", "bf16",
+)  # fmt: skip
+
+
 class TrainingParser(HfArgumentParser, OptionParser):
-    """`HfArgumentParser` whose help lists the options of this package first and the rest of TrainingArguments last."""
+    """`HfArgumentParser` with a help of one screen."""
 
     def __init__(self, dataclass_types: tuple[type, ...], **kwargs):
-        super().__init__(dataclass_types, usage="%(prog)s [CONFIG.yaml] [--OPTION VALUE ...]", **kwargs)
-        training = next(cls for cls in dataclass_types if issubclass(cls, TrainingArguments))
-        classes = training.__mro__[: training.__mro__.index(TrainingArguments)]
-        own = {name for cls in classes for name in inspect.get_annotations(cls)}
-        rest = self.add_argument_group("other TrainingArguments of transformers")
-        group = next(group for group in self._action_groups if group.title == training._argument_group_name)
-        rest._group_actions += [action for action in group._group_actions if action.dest not in own]
-        group._group_actions = [action for action in group._group_actions if action.dest in own]
+        usage = "%(prog)s [CONFIG.yaml] [--OPTION VALUE ...]"
+        super().__init__(dataclass_types, usage=usage, epilog="All options: --help all", **kwargs)
+        for action in self._actions:
+            action.option_strings = action.option_strings[-1:] if action.dest == "help" else action.option_strings[:1]
+
+    def hide_rare_options(self) -> None:
+        for action in self._actions:
+            if action.dest not in SHOWN:
+                action.help = argparse.SUPPRESS
 
 
 def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = None) -> tuple:
@@ -56,6 +62,8 @@ def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = No
         ValueError, FileNotFoundError: the file is missing, is not a mapping, or has a key that is not an option.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "all" not in arguments:
+        parser.hide_rare_options()
     if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
         arguments.insert(0, "--config")
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -89,14 +97,6 @@ def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(options, dict):
         raise ValueError(f"--config {path} must hold a mapping of options, got {type(options).__name__}.")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            cure = f"Did you mean {near[0]!r}?" if near else "--help lists the options."
-            if name in FlashConfig.__dataclass_fields__:
-                cure = "It is a field of FlashConfig: put it under model_config."
-            raise ValueError(f"--config {path} has {name!r}, which is not an option. {cure}")
     return options
 
 

@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from flash_hf.commands.options import OptionParser, find_device, natural, number, program_words, run_command
+from flash_hf.commands.options import OptionParser, find_device, natural, number, run_command
 from flash_hf.sources import load_named, read_json
+
+from ..provenance import program_words
 
 
 MEASURES = ("perplexity", "masked", "pseudo", "speed", "recall", "lm_eval")

@@ -13,7 +13,6 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from flash_hf.commands.options import program_words
 from flash_hf.sources import load_named
 from flash_hf.training.arguments import ModelArguments, check_arguments, config_fields
 from flash_hf.training.checkpoints import check_output_dir, delete_checkpoints, find_checkpoint
@@ -21,7 +20,7 @@ from flash_hf.training.run import check_sources, check_vocabulary, new_config
 from flash_hf.training.tokenizer import load_tokenizer, train_tokenizer
 from flash_hf.training.trainer import FlashTrainer, LossPlotCallback
 
-from ..provenance import provenance
+from ..provenance import program_words, provenance
 from .arguments import FinetuningArguments, TaskArguments
 from .readers import label_names
 from .tasks import TASKS, Task

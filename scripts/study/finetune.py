@@ -29,7 +29,7 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoModelForMaskedLM, set_seed
 
 from flash_hf import FlashConfig, training
-from flash_hf.commands.options import OptionParser, natural, program_words, run_command
+from flash_hf.commands.options import OptionParser, natural, run_command
 from flash_hf.hub import vocabulary_size
 from flash_hf.sources import read_json
 from flash_hf.training.documents import load_documents, split_documents
@@ -41,7 +41,7 @@ from ..baselines import TransformerPPConfig  # registers Transformer++
 from ..finetune.arguments import FinetuningArguments, TaskArguments
 from ..finetune.run import card_results as task_card_results
 from ..finetune.run import run_finetuning
-from ..provenance import provenance, write_json
+from ..provenance import program_words, provenance, write_json
 from .runner import CellRunner
 
 

@@ -20,10 +20,9 @@ from transformers import TrainingArguments
 from flash_hf import commands, training
 from flash_hf.commands import options as command_line
 from flash_hf.commands.train import parse_arguments
-from flash_hf.training.documents import load_documents, split_documents
-from flash_hf.training.tokenizer import tokenize_documents, train_tokenizer
 from helpers import BOOK, DATA, OVERRIDES, ROOT, TEXT, first_line, run_here, run_python
 from scripts.finetune.arguments import parse_arguments as finetuning_arguments
+from scripts.provenance import program_words
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -111,6 +110,9 @@ def fail(capsys, monkeypatch, tmp_path):
         (["scripts.finetune", "--task", "qa", "--train_files", "none.json"], 2, "Did you mean --train_file?"),
         (["generate.py", "--modle", "a", "--prompt", "b"], 2, "Did you mean --model?"),
         (["generate.py", "--model", "./none", "--prompt", "b"], 1, "there is no folder ./none"),
+        (["generate.py", "--model", "here/none", "--prompt", "b"], 1, "there is no folder here/none"),
+        (["generate.py", "--model", "here", "--prompt", "b"], 2, "here has no config.json"),
+        (["generate.py", "--model", CARD, "--prompt", " "], 2, "the prompt is empty: give at least one word"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--device", "gpu"], 1, "--device must be a device"),
         (["generate.py", "--model", CARD, "--prompt_file", "latin1.txt"], 1, "latin1.txt must be UTF-8 text"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--top_p", 3], 2, "--top_p: must be at most 1, got 3"),
@@ -125,8 +127,6 @@ def fail(capsys, monkeypatch, tmp_path):
         (["convert_checkpoint.py", "none.bin", "out"], 1, "There is no file or folder none.bin"),
         (["convert_checkpoint.py", "none.bin", "out", "--chunksize", 3], 2, "Did you mean --chunk_size?"),
         (["convert_checkpoint.py", "none.bin", "empty.txt"], 2, "empty.txt is a file"),
-        (["tokenize_text.py", "--files", "none.txt", "--tokenizer", CARD, "--output", "a.parquet"], 1, "not exist"),
-        (["tokenize_text.py", "--files", BOOK, "--tokenizer", CARD, "--output", "a.csv"], 2, "must end in .parquet"),
         (["cut_passages.py", "--files", "none.txt", "--output", "a.jsonl"], 1, "none.txt does not exist"),
         (["demo.py", "--book", "none.txt"], 2, "--book must be a text file"),
         (["scripts.cards", "--folder", CARD, "--facts", "damaged.yaml", "--results", BOOK], 1, "must be JSON"),
@@ -145,6 +145,7 @@ def fail(capsys, monkeypatch, tmp_path):
     ],
 )  # fmt: skip
 def test_a_mistake_ends_in_one_sentence(fail, command, code, words):
+    Path("here").mkdir()
     Path("empty.txt").touch()
     Path("latin1.txt").write_bytes(b"M\xe4dchen")
     Path("damaged.yaml").write_text("{a: [", encoding="utf-8")
@@ -163,6 +164,7 @@ def test_the_packages_command(capsys, monkeypatch, tmp_path):
         return ended.value.code or 0, *capsys.readouterr()
 
     monkeypatch.chdir(tmp_path)
+    assert flash_hf("--version")[1] == f"flash-hf {importlib.metadata.version('flash-hf')}\n"
     code, out, err = flash_hf("--help")
     assert code == 0 and err == "" and len(out.splitlines()) < 12
     for name in commands.COMMANDS:
@@ -181,7 +183,7 @@ def test_the_packages_command(capsys, monkeypatch, tmp_path):
     original = DATA / "flash_causal.safetensors"
     code, out, err = flash_hf("convert", original, "hf", "--causal", "--no-shift", "--chunk_size", 24)
     assert code == 0 and json.loads(out)["output"] == "hf" and (tmp_path / "hf" / "config.json").is_file()
-    assert command_line.program_words() == ["flash-hf", "convert"]
+    assert program_words() == ["flash-hf", "convert"]
     code, _, err = flash_hf("convert", original, "hf", "--causal", "--no-shift", "--chunk_size", 24)
     assert code == 2 and "output must be a new or empty folder, and hf holds files" in err
 
@@ -243,7 +245,7 @@ def test_a_program_is_called_as_it_was_started(monkeypatch, tmp_path):
     (tmp_path / "package").mkdir()
     for name in ("__main__", "book"):
         (tmp_path / "package" / f"{name}.py").write_text(
-            "from flash_hf.commands.options import OptionParser, program_words\n"
+            "from flash_hf.commands.options import OptionParser\nfrom scripts.provenance import program_words\n"
             "said = OptionParser().prog, program_words()\n",
             encoding="utf-8",
         )
@@ -253,29 +255,31 @@ def test_a_program_is_called_as_it_was_started(monkeypatch, tmp_path):
         assert prog == f"python -m {module}" and words == ["python", "-m", module]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / "demo.py"), "-m"])
     assert command_line.program_name() == "demo.py"
-    assert command_line.program_words() == ["python", os.path.join("scripts", "demo.py")]
+    assert program_words() == ["python", os.path.join("scripts", "demo.py")]
     monkeypatch.setattr(sys, "argv", [""])
     assert command_line.OptionParser().prog == ""
 
 
-def test_help_shows_the_own_options_first(capsys):
-    for parse, first in ((parse_arguments, "--block_size"), (finetuning_arguments, "--task")):
-        with pytest.raises(SystemExit):
-            parse(["--help"], "what it does")
-        text = capsys.readouterr().out
-        places = [text.index(f"\n{title}:\n") for title in (
-            "model and tokenizer", "text" if first == "--block_size" else "task and data", "training",
-            "other TrainingArguments of transformers",
-        )]  # fmt: skip
-        assert places == sorted(places) and places[1] < text.index(f"\n  {first}") < places[2]
-        for option in ("--output_dir", "--learning_rate", "--max_minutes"):
-            assert places[2] < text.index(f"\n  {option}") < places[3]
-        assert places[3] < text.index("\n  --gradient_accumulation_steps")
-        names = re.findall(r"^  (--\w+)", text, re.M)
-        assert len(names) == len(set(names)) and {field.name for field in fields(TrainingArguments)} <= {
-            name[2:] for name in names
-        }
-        assert "[--OPTION VALUE ...]" in text.splitlines()[0]
+def test_help_shows_one_screen_or_everything(capsys):
+    for parse, own in ((parse_arguments, "--block_size"), (finetuning_arguments, "--task")):
+        shown = {}
+        for words in (["--help"], ["--help", "all"]):
+            with pytest.raises(SystemExit):
+                parse(words, "what it does")
+            text = capsys.readouterr().out
+            names = re.findall(r"^  (--\w+)", text, re.M)
+            assert len(names) == len(set(names)) and "[--OPTION VALUE ...]" in text.splitlines()[0]
+            shown[len(words)] = names
+        assert {own, "--output_dir", "--learning_rate", "--max_steps", "--config_overrides"} <= set(shown[1])
+        assert len(shown[1]) < 25
+        assert {f"--{field.name}" for field in fields(TrainingArguments)} <= set(shown[2])
+
+
+def test_options_may_be_spelt_with_dashes(fail):
+    generate = ["generate.py", "--model", "./none", "--prompt", "a", "--max-new-tokens", 3, "--top-k=2"]
+    for command in (["train_clm.py", "--train-file=none.txt", "--output-dir", "run"], generate):
+        code, line = fail(*command)
+        assert code == 1 and "none" in line
 
 
 @pytest.mark.parametrize("bar", ["true", "false"])
@@ -288,45 +292,13 @@ def test_results_go_to_stdout_and_progress_to_stderr(bar, capsys, monkeypatch, t
     monkeypatch.chdir(tmp_path)
     run_here(*command.split())
     out, err = capsys.readouterr()
-    assert [line.split()[0] for line in out.splitlines()[:2]] == ["validation", "loss"] and len(out.splitlines()) == 9
-    assert "'eval_perplexity'" in err and "{" not in out
-
-
-def test_text_tokenised_before_trains_the_same_model(capsys, tmp_path):
-    rows = [{"text": TEXT[begin : begin + 4000]} for begin in range(0, 20_000, 4000)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    tokenizer, files = ROOT / "model_cards" / "flash-7m-causal", {"text": tmp_path / "text.jsonl"}
-    files["tokens"] = tmp_path / "new" / "tokens.parquet"
-    options = ["--files", files["text"], "--tokenizer", tokenizer, "--output", files["tokens"]]
-    run_here("scripts/tokenize_text.py", *options)
-    assert "'n_bytes': 20000" in capsys.readouterr().out
-
-    common = (
-        f"--config_overrides {OVERRIDES} --block_size 64 --max_steps 3 --disable_tqdm true --max_train_documents 4 "
-        "--validation_fraction 0.3 --save_strategy no --eval_strategy no --eval_on_start false"
-    ).split()
-    results = {}
-    for name, file in files.items():
-        command = [*common, "--train_file", str(file), "--output_dir", str(tmp_path / name)]
-        parsed = parse_arguments([*command, "--tokenizer", str(tokenizer)])
-        results[name] = training.run_training("causal", *parsed)["after"]
-    for metric in ("eval_loss", "eval_word_perplexity", "eval_bits_per_byte"):
-        assert results["text"][metric] == results["tokens"][metric]
-    command = [
-        "--train_file",
-        str(files["tokens"]),
-        "--config_overrides",
-        OVERRIDES,
-        "--output_dir",
-        str(tmp_path / "c"),
-    ]
-    with pytest.raises(ValueError, match="must come with the --tokenizer that they were made with"):
-        training.run_training("causal", *parse_arguments(command))
-    small = train_tokenizer(rows, 300)
-    with pytest.raises(ValueError, match="ids up to 299.*Pass the --tokenizer"):
-        tokenize_documents(load_documents(files["tokens"]), small)
-    with pytest.raises(ValueError, match="A single tokenized document cannot be split"):
-        split_documents(load_documents(files["tokens"], max_documents=1), 0.5)
+    assert [line.split()[0] for line in out.splitlines()[:2]] == ["validation", "loss"] and out.splitlines()[-1] == (
+        "Try it: flash-hf generate --model run --prompt 'Once upon a time'"
+    )
+    assert (
+        "'eval_perplexity'" in err and "{" not in out and "Training a causal model of 0.0 M parameters on cpu" in err
+    )
+    assert "2 steps of 512 tokens each" in err
 
 
 def generate(capsys, model: Path, *options: str) -> tuple[str, str]:
