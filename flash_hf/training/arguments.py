@@ -31,14 +31,14 @@ class ModelArguments:
     )
     preset: Literal["flash", "plus"] = HfArg(
         default="flash",
-        help="Form of a new model: flash, the paper's, or plus, FLASH+ (FlashConfig.plus), for causal models. Fields "
-        "given by --model_config and --config_overrides take precedence.",
+        help="Form of a new model, of 110 M parameters by default: flash, the paper's, or plus, FLASH+, for causal "
+        "models. Fields given by --model_config and --config_overrides take precedence.",
     )
     model_config: str | None = HfArg(default=None, help="FlashConfig of a new model: JSON, or a mapping in --config.")
     config_overrides: str | None = HfArg(
         default=None,
-        help="Fields of FlashConfig that override those of --model_config, for instance "
-        "hidden_size=128,num_hidden_layers=4,relative_bias=null",
+        help="Fields of FlashConfig that override those of --model_config; for a model of 5 M parameters: "
+        "hidden_size=256,num_hidden_layers=8,query_key_dim=64",
     )
     tokenizer: str | None = HfArg(default=None, help="Folder or Hub name; by default the model's or a new one.")
     tokenizer_vocab_size: int = HfArg(default=8192, help="Vocabulary size of a new tokenizer, in tokens.")
@@ -169,37 +169,29 @@ def config_fields(model_args: ModelArguments) -> dict:
         ValueError: `--model_config` is not a mapping in JSON; an override is not `name=value`; fields are given with
             `--model`, or are refused by `FlashConfig.plus`.
     """
-    fields = {}
-    if model_args.model_config is not None:
-        try:
-            fields = json.loads(model_args.model_config)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--model_config must be JSON, but: {error}. Or use a --config file.") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"--model_config must be a mapping of fields, got {type(fields).__name__}.")
-    for item in (model_args.config_overrides or "").split(","):
+    try:
+        fields = json.loads(model_args.model_config or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--model_config must be JSON, but: {error}. Or use a --config file.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"--model_config must be a mapping of fields, got {type(fields).__name__}.")
+    for item in filter(None, (model_args.config_overrides or "").split(",")):
         name, equals, value = item.partition("=")
-        if item and not equals:
+        if not equals:
             raise ValueError(
                 f"--config_overrides must read name=value,name=value, got {item!r}. Put values with commas "
                 "under model_config in a --config file."
             )
-        if item:
-            try:
-                fields[name.strip()] = json.loads(value)
-            except json.JSONDecodeError:
-                fields[name.strip()] = value.strip()
-    if model_args.model is not None and fields:
+        try:
+            fields[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name.strip()] = value.strip()
+    if model_args.model is not None and (fields or model_args.preset != "flash"):
         raise ValueError(
-            f"--model_config and --config_overrides are for new models, but --model {model_args.model} has its own "
-            f"configuration: leave out {', '.join(fields)}, or --model."
+            f"--preset, --model_config and --config_overrides are for new models, but --model {model_args.model} has "
+            "its own configuration: leave out one or the other."
         )
     if model_args.preset == "plus":
-        if model_args.model is not None:
-            raise ValueError(
-                f"--preset is for new models, but --model {model_args.model} has its own configuration: leave out "
-                "one of them."
-            )
         config = FlashConfig.plus(**fields)
         fields = {name: getattr(config, name) for name in ("chunk_shift", *PLUS)} | fields
     return fields
@@ -244,23 +236,21 @@ def set_batch(args: FlashTrainingArguments, block_size: int) -> None:
         ValueError: a size is not a multiple of whole rows, or of whole batches.
     """
     if args.per_device_batch_tokens is not None:
-        rows, rest = divmod(args.per_device_batch_tokens, block_size)
-        if rest or not rows:
-            raise ValueError(
-                f"per_device_batch_tokens must be a multiple of block_size={block_size}, got "
-                f"{args.per_device_batch_tokens}. Try {max(1, rows) * block_size}."
-            )
-        args.per_device_train_batch_size = rows
+        args.per_device_train_batch_size = whole("per_device_batch_tokens", args.per_device_batch_tokens, block_size)
     if args.batch_tokens is not None:
-        devices = args.world_size * max(1, args.n_gpu)
-        together = devices * args.per_device_train_batch_size * block_size
-        args.gradient_accumulation_steps, rest = divmod(args.batch_tokens, together)
-        if rest or not args.gradient_accumulation_steps:
-            raise ValueError(
-                f"batch_tokens must be a multiple of {together} ({devices} devices x "
-                f"{args.per_device_train_batch_size} rows x {block_size} tokens), got {args.batch_tokens}. Change "
-                "--per_device_batch_tokens."
-            )
+        unit = args.world_size * max(1, args.n_gpu) * args.per_device_train_batch_size * block_size
+        args.gradient_accumulation_steps = whole("batch_tokens", args.batch_tokens, unit)
+
+
+def whole(name: str, tokens: int, unit: int) -> int:
+    """How many `unit`s of tokens the option `name` asks for; ValueError if not a whole number."""
+    count, rest = divmod(tokens, unit)
+    if rest or not count:
+        raise ValueError(
+            f"{name} must be a multiple of {unit} (devices x rows x block_size), got {tokens}. Try "
+            f"{max(1, count) * unit}."
+        )
+    return count
 
 
 def warmup_length(step: int, *, steps: int, start: int, block_size: int) -> int:

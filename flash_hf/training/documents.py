@@ -19,7 +19,7 @@ from typing import IO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset, Sequence, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ..sources import load_named
@@ -32,9 +32,6 @@ DECOMPRESSORS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 READING_VERSION = 2  # raise it when `_read_texts` changes: `datasets` would reuse documents from its cache
 TEXT_ADVICE = "Choose one with --text_column."
 TEXT = Features({"text": Value("string")})
-TOKENIZED = Features(
-    {"input_ids": Sequence(Value("int32")), **dict.fromkeys(("n_bytes", "n_words", "n_unknown"), Value("int64"))}
-)
 
 
 def suffix_of(path: Path | str) -> str:
@@ -178,7 +175,7 @@ def load_documents(
     streaming: bool = False,
     max_documents: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Load documents, one per row, in the single column `text`, or tokenized ones from `scripts/tokenize_text.py`.
+    """Load documents, one per row, in the single column `text`.
 
     Of JSON, CSV and Parquet files only the text column is read; see [`read_rows`].
 
@@ -212,16 +209,13 @@ def load_documents(
         reason = str(error.__cause__ or error)
         raise ValueError(reason if any(str(path) in reason for path in paths) else f"{source}: {reason}") from error
     columns = documents.column_names or list(next(iter(documents), {}))
-    if text_column not in columns and set(TOKENIZED) <= set(columns) and isinstance(documents, Dataset):
-        documents = documents.select_columns(list(TOKENIZED)).cast(TOKENIZED)
-    elif text_column not in columns:
+    if text_column not in columns:
         refuse_missing(source, {text_column: TEXT_ADVICE}, columns)
-    else:
-        feature = (documents.features or {}).get(text_column)
-        if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"text_column={text_column!r} of {source} must hold strings, got {feature}.")
-        documents = documents.select_columns([text_column])
-        documents = documents if text_column == "text" else documents.rename_column(text_column, "text")
+    feature = (documents.features or {}).get(text_column)
+    if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"text_column={text_column!r} of {source} must hold strings, got {feature}.")
+    documents = documents.select_columns([text_column])
+    documents = documents if text_column == "text" else documents.rename_column(text_column, "text")
     return documents if max_documents is None else documents.take(max_documents)
 
 
@@ -243,8 +237,7 @@ def _load_files(
         raise ValueError(f"Data files must be of one type, got {', '.join(types)}. Convert them first.")
     names = [str(path) for path in paths]
     if types == ["parquet"]:
-        found = set(pq.read_schema(names[0]).names)
-        columns = next(([*some] for some in ([text_column], TOKENIZED) if found.issuperset(some)), None)
+        columns = [text_column] if text_column in pq.read_schema(names[0]).names else None
         options = {"split": "train", "streaming": streaming, "columns": columns}
         return load_dataset("parquet", data_files=names, **options), text_column
     options = {"text_column": text_column, "sample_by": sample_by, "version": READING_VERSION}
@@ -268,19 +261,15 @@ def split_documents(documents: Dataset, fraction: float) -> tuple[Dataset, Datas
     if not 0 < fraction < 1:
         raise ValueError(f"The validation fraction must be above 0 and below 1, got {fraction}.")
     count = len(documents)
-    if count == 1 and "text" not in documents.column_names:
-        raise ValueError("A single tokenized document cannot be split for validation. Pass a --validation_file.")
     if count > 1:
         border = count - min(count - 1, max(1, round(count * fraction)))
         return documents.select(range(border)), documents.select(range(border, count))
     text = documents[0]["text"]
-    border = int(len(text) * (1 - fraction))
-    while border < len(text) and not text[border].isspace():  # do not split a word
-        border += 1
-    parts = text[:border], text[border:]
-    if not all(part.strip() for part in parts):
+    border = re.compile(r"\s").search(text, int(len(text) * (1 - fraction)))  # do not split a word
+    if border is None or not border.start():
         raise ValueError(
-            f"A single document of {len(text)} characters cannot be split with {fraction:.0%} for validation: one "
-            "part would be empty. Pass a --validation_file."
+            f"A single document of {len(text)} characters cannot be split with {fraction:.0%} for validation. Pass a "
+            "--validation_file."
         )
+    parts = text[: border.start()], text[border.start() :]
     return tuple(Dataset.from_dict({"text": [part]}) for part in parts)

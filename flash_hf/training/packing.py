@@ -133,34 +133,30 @@ def pack_documents(
     row = Sequence(Value("int32"), length=block_size)
     names = ["input_ids"] + ["labels"] * causal + ["position_ids"] * (packing == "documents")
     features = Features({**dict.fromkeys(names, row), "attention_mask": Sequence(Value("int8"), length=block_size)})
-    pack = _PackBatches(Packer(**options), names=list(features), last=len(tokenized) - 1, version=PACKING_VERSION)
-    tokens = tokenized.select_columns(["input_ids"]).with_format("numpy")
-    blocks = tokens.map(
-        pack,
-        with_indices=True,
-        batched=True,
-        batch_size=32,  # documents may be whole books
-        remove_columns=["input_ids"],
-        features=features,
-        desc="Pack",
+    packer, last = Packer(**options), len(tokenized) - 1
+
+    def pack(batch: dict, indices: list[int], version: int = PACKING_VERSION) -> dict:
+        """Tokens left from a batch go into the next one. One array per column: `datasets` would turn every number of
+        single blocks into an object."""
+        blocks = [block for ids in batch["input_ids"] for block in packer.add(np.asarray(ids, np.int32))]
+        if indices[-1] == last:
+            blocks += packer.rest()
+        return {name: np.stack([block[name] for block in blocks]) if blocks else [] for name in features}
+
+    blocks = (
+        tokenized.select_columns(["input_ids"])
+        .with_format("numpy")
+        .map(
+            pack,
+            with_indices=True,
+            batched=True,
+            batch_size=32,  # documents may be whole books
+            remove_columns=["input_ids"],
+            features=features,
+            desc="Pack",
+        )
     )
     return blocks.with_format(None)
-
-
-class _PackBatches:
-    """A [`Packer`] as a function for `Dataset.map`. Tokens left from a batch go into the next one, so order matters.
-
-    It returns one array per column, since `datasets` would turn every number of single blocks into an object.
-    """
-
-    def __init__(self, packer: Packer, *, names: list[str], last: int, version: int):
-        self.packer, self.names, self.last, self.version = packer, names, last, version
-
-    def __call__(self, batch: dict, indices: list[int]) -> dict:
-        blocks = [block for ids in batch["input_ids"] for block in self.packer.add(np.asarray(ids, np.int32))]
-        if indices[-1] == self.last:
-            blocks += self.packer.rest()
-        return {name: np.stack([block[name] for block in blocks]) if blocks else [] for name in self.names}
 
 
 def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
@@ -230,8 +226,9 @@ class MaskingCollator(DataCollatorForLanguageModeling):
 
     def mask_once(self, blocks: Dataset) -> Dataset:
         """Mask an evaluation set once and for all, so that all evaluations use the same masks."""
-        return blocks.map(self._mask_batch, batched=True, batch_size=64, desc="Mask once")
 
-    def _mask_batch(self, batch: dict) -> dict:
-        masked = self.torch_call([{"input_ids": row} for row in batch["input_ids"]])
-        return {name: masked[name].numpy() for name in ("input_ids", "labels")}
+        def mask(batch: dict) -> dict:
+            masked = self.torch_call([{"input_ids": row} for row in batch["input_ids"]])
+            return {name: masked[name].numpy() for name in ("input_ids", "labels")}
+
+        return blocks.map(mask, batched=True, batch_size=64, desc="Mask once")

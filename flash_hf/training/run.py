@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -158,8 +160,6 @@ def load_or_train_tokenizer(
         if kind == "causal":
             pad_on_the_left(tokenizer)
         return tokenizer
-    if "input_ids" in (train.column_names or ()):
-        raise ValueError("Tokenized documents must come with the --tokenizer that they were made with.")
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
     tokenizer = [None]
     if first:
@@ -232,18 +232,13 @@ def check_run(
         check_output_dir(args.output_dir, overwrite=args.overwrite_output_dir, resume=resume)
     if args.sequence_warmup_steps:
         warmup_length(0, steps=1, start=args.sequence_warmup_start, block_size=data_args.block_size)
-    for name, wrong, rule, reason in (
-        ("max_steps", args.max_steps <= 0, "at least 1", "a stream has no length"),
-        ("dataloader_num_workers", args.dataloader_num_workers > 0, "0", "a stream has its own reader thread"),
-        (
-            "auto_find_batch_size",
-            args.auto_find_batch_size,
-            "left out",
-            "a stream cannot restart with smaller batches",
-        ),
-    ):
-        if data_args.streaming and wrong:
-            raise ValueError(f"{name} must be {rule} with --streaming, got {getattr(args, name)}: {reason}.")
+    if data_args.streaming and (args.max_steps <= 0 or args.dataloader_num_workers or args.auto_find_batch_size):
+        raise ValueError(
+            "--streaming needs max_steps of at least 1, since a stream has no length, and neither "
+            "dataloader_num_workers, since it has a reader thread, nor auto_find_batch_size, since it cannot restart."
+        )
+    if kind == "masked" and model_args.preset == "plus":
+        logger.warning("--preset plus is made for causal models: masked ones end 0.02 to 0.06 worse than with flash.")
     fields = config_fields(model_args)
     check_sources(model_args)
     if model_args.model is None:
@@ -251,6 +246,20 @@ def check_run(
     import matplotlib  # noqa: F401  or its absence would end the run at the first validation
 
     return resume
+
+
+def outline(kind: Kind, trainer: FlashTrainer, block_size: int) -> str:
+    """What is about to be trained, in one line."""
+    args, rows = trainer.args, trainer.get_total_train_batch_size(trainer.args)
+    steps = (
+        args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / rows * args.num_train_epochs)
+    )
+    length = f"{steps:,} steps" if args.max_minutes is None else f"{args.max_minutes:g} minutes of steps"
+    millions = trainer.model.num_parameters() / 1e6
+    return (
+        f"Training a {kind} model of {millions:.1f} M parameters on {args.device.type}: {length} of "
+        f"{rows * block_size:,} tokens each. --config_overrides sets the sizes of a new model."
+    )
 
 
 def run_training(
@@ -279,6 +288,8 @@ def run_training(
         delete_checkpoints(args.output_dir)
     if resume is not None and isinstance(trainer.train_dataset, BlockStream):
         trainer.resume_stream(resume)
+    if args.process_index == 0:
+        print(outline(kind, trainer, data_args.block_size), file=sys.stderr)
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - begin
@@ -309,4 +320,6 @@ def describe(kind: Kind, result: dict) -> str:
     lines.append(f"trained in {result['train_seconds']:.1f} s")
     lines.append(f"checkpoint  {result['output_dir']}")
     lines.append(f"loss plot   {result['plot']}")
+    if kind == "causal":
+        lines.append(f"Try it: flash-hf generate --model {result['output_dir']} --prompt 'Once upon a time'")
     return "\n".join(lines)

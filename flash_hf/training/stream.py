@@ -8,6 +8,7 @@ and the state names the batch and the window to begin with. Those two are read a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import deque
@@ -148,33 +149,25 @@ class BlockStream(torch.utils.data.IterableDataset):
 
     def _batches(self) -> Iterator[tuple[dict, list[str | None]]]:
         """Batches of texts, pass after pass, each with the position of its first document."""
-        number, state = self._begin["pass"], self._begin["documents"]
-        while True:
-            empty = state is None
-            for after, texts in self._one_pass(number, state):
-                empty = empty and not any(text and str(text).strip() for text in texts)
-                yield {"pass": number, "documents": state}, texts
-                state = after
-            if empty:
+        state, found = self._begin["documents"], self._begin["documents"] is not None
+        for number in itertools.count(self._begin["pass"]):
+            # A saved state is only valid for its own epoch; without one, the epoch starts from the beginning.
+            self.documents.set_epoch(number)
+            if state is not None:
+                self.documents.load_state_dict(state)
+            texts, size = [], 0
+            for document in itertools.chain(self.documents, [None]):
+                if document is not None:
+                    texts.append(document["text"])
+                    size += len(texts[-1] or "")
+                if size >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS or texts and document is None:
+                    found = found or any(text and text.strip() for text in texts)
+                    yield {"pass": number, "documents": state}, texts
+                    state, texts, size = self.documents.state_dict(), [], 0
+            if not found:
                 raise ValueError(f"{self.source} has no text: every document is empty or blank.")
-            number, state = number + 1, None
-            logger.info(f"{self.source} has been read {number} time(s).")
-
-    def _one_pass(self, number: int, state: dict | None) -> Iterator[tuple[dict, list[str | None]]]:
-        """Batches up to the last document, each with the state of `documents` after it."""
-        # A saved state is only valid for its own epoch; without one, the epoch starts from the beginning.
-        self.documents.set_epoch(number)
-        if state is not None:
-            self.documents.load_state_dict(state)
-        texts, size = [], 0
-        for document in self.documents:
-            texts.append(document["text"])
-            size += len(texts[-1]) if isinstance(texts[-1], str) else 0
-            if size >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-                yield self.documents.state_dict(), texts
-                texts, size = [], 0
-        if texts:
-            yield self.documents.state_dict(), texts
+            state = None
+            logger.info(f"{self.source} has been read {number + 1} time(s).")
 
 
 def write_state(state: dict, folder: str | Path) -> None:

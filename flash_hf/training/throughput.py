@@ -43,19 +43,17 @@ def training_flops(config: FlashConfig, context: int, *, causal: bool, head: boo
     return 3 * (config.num_hidden_layers * layer + (2 * D * config.vocab_size if head else 0))
 
 
-def device_peak(device_name: str | None, *, half: bool, peak_tflops: float | None = None) -> float | None:
-    """Peak FLOP/s of one device: `peak_tflops`, else from `PEAK_TFLOPS`, else None.
+def device_peak(*, half: bool, peak_tflops: float | None = None) -> float | None:
+    """Peak FLOP/s of a device: `peak_tflops`, else that of the current GPU from `PEAK_TFLOPS`, else None.
 
     Args:
-        device_name: from `torch.cuda.get_device_name`; None without a GPU.
         half: whether the training computes in bfloat16 or float16, which the table is for.
         peak_tflops: given by the user, in TFLOP/s.
     """
-    if peak_tflops is not None:
-        return peak_tflops * 1e12
-    if device_name is None or not half:
-        return None
-    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    if peak_tflops is None and half and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+        peak_tflops = next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+    return peak_tflops and peak_tflops * 1e12
 
 
 class SpeedMeter:
@@ -112,8 +110,3 @@ class SpeedBar(ProgressCallback):
             self.training_bar.set_postfix(
                 {short.get(name, name): form.format(logs[name]) for name, form in shown.items() if name in logs}
             )
-
-
-def device_name() -> str | None:
-    """Name of the current GPU, or None."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

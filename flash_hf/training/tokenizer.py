@@ -7,17 +7,19 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, Sequence, Value
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..hub import vocabulary_size
 from ..sources import load_named
-from .documents import TOKENIZED
 
 
 logger = logging.get_logger(__name__)
+
+TOKENIZED = Features(
+    {"input_ids": Sequence(Value("int32")), **dict.fromkeys(("n_bytes", "n_words", "n_unknown"), Value("int64"))}
+)
 
 # Byte-level BPE's words (runs of letters, digits, signs or blanks) are cut after this many characters: training time
 # grows with the square of the longest word, and a page of DNA or Chinese is a single one.
@@ -95,7 +97,7 @@ def train_tokenizer(
     )
     if tokenizer.get_vocab_size() < vocab_size:
         logger.warning(
-            f"The text yields only {tokenizer.get_vocab_size()} tokens, fewer than vocab_size={vocab_size}."
+            f"The text yields only {tokenizer.get_vocab_size()} tokens, fewer than --tokenizer_vocab_size={vocab_size}"
         )
     return PreTrainedTokenizerFast(
         padding_side="left" if causal else "right",
@@ -135,30 +137,15 @@ def document_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def document_start(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that starts a document: `bos_token`, else `cls_token` (BERT), else [`document_end`]."""
-    for token_id in (tokenizer.bos_token_id, tokenizer.cls_token_id):
-        if token_id is not None:
-            return token_id
-    return document_end(tokenizer)
+    ids = (tokenizer.bos_token_id, tokenizer.cls_token_id, document_end(tokenizer))
+    return next((token_id for token_id in ids if token_id is not None), None)
 
 
 def tokenize_documents(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, *, num_proc: int | None = None
 ) -> Dataset:
     """Replace the column `text` by `input_ids` (without special tokens), `n_bytes` (in UTF-8), `n_words` (separated by
-    whitespace) and `n_unknown`. Blank documents are dropped, tokenized ones returned as they are.
-
-    Raises:
-        ValueError: tokenized documents have ids beyond the tokenizer's.
-    """
-    if "input_ids" in documents.column_names:
-        column = documents.select_columns(["input_ids"]).with_format("numpy")
-        largest = max((int(row["input_ids"].max(initial=0)) for row in column), default=0)
-        if largest >= vocabulary_size(tokenizer):
-            raise ValueError(
-                f"The tokenized documents must have ids up to {vocabulary_size(tokenizer) - 1}, as the tokenizer has, "
-                f"got {largest}. Pass the --tokenizer that they were made with."
-            )
-        return documents
+    whitespace) and `n_unknown`. Blank documents are dropped."""
     return documents.map(
         partial(_tokenize, tokenizer=tokenizer),
         batched=True,
@@ -184,16 +171,8 @@ def _tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
 def tokenize_texts(
     texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[str], list[list[int]]]:
-    """The texts that are not blank, and their tokens without special tokens.
-
-    Raises:
-        ValueError: a text is not a string.
-    """
-    texts = [text for text in texts if text and (not isinstance(text, str) or text.strip())]
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f"The text column must hold strings, got {type(wrong).__name__}: {str(wrong)[:80]!r}.")
-    texts = [text.removeprefix("\ufeff") for text in texts]  # a byte-order mark is not text
+    """The texts that are not blank, and their tokens without special tokens."""
+    texts = [text.removeprefix("\ufeff") for text in texts if text and text.strip()]  # without byte-order marks
     # verbose=False: documents may exceed model_max_length, since they are cut into blocks later.
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     return texts, ids

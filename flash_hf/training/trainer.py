@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from .checkpoints import is_complete
 from .graphs import GraphedBackward
 from .packing import MaskingCollator, cut_rows
 from .stream import STREAM_STATE, BlockStream, write_state
-from .throughput import SpeedBar, SpeedMeter, device_name, device_peak, training_flops
+from .throughput import SpeedBar, SpeedMeter, device_peak, training_flops
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +65,7 @@ class FlashTrainer(Trainer):
             self.label_smoother = FlashLabelSmoother(epsilon=epsilon, causal=self._loss_shifts_labels)
         devices = self.args.world_size * max(1, self.args.n_gpu)
         half = self.args.bf16 or self.args.fp16
-        peak = device_peak(device_name(), half=half, peak_tflops=getattr(self.args, "peak_tflops", None))
+        peak = device_peak(half=half, peak_tflops=getattr(self.args, "peak_tflops", None))
         self.speed = SpeedMeter(None if peak is None else peak * devices)
         self._resumed_from: str | None = None
         self._batches_used = 0
@@ -105,20 +104,15 @@ class FlashTrainer(Trainer):
             )
         return loader
 
-    def get_eval_dataloader(self, *args, **kwargs) -> DataLoader:
-        with self._no_row_dropped():
-            return super().get_eval_dataloader(*args, **kwargs)
-
-    def get_test_dataloader(self, *args, **kwargs) -> DataLoader:
-        with self._no_row_dropped():
-            return super().get_test_dataloader(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _no_row_dropped(self) -> Iterator[None]:
-        """Ignore `dataloader_drop_last`, which is for training: metrics are computed over the whole set."""
-        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        """Evaluation sees the whole set in order: transformers applies `dataloader_drop_last` and `group_by_length` to
+        it too, and metrics that look up the text of a row would get another row's."""
+        drop = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop and is_training
+        if not is_training and self.args.world_size == 1:
+            kwargs["sampler_fn"] = SequentialSampler
         try:
-            yield
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop
 
@@ -205,13 +199,6 @@ class FlashTrainer(Trainer):
         if isinstance(self.train_dataset, BlockStream) and self.args.process_index == 0:
             used = self._batches_used * self.args.train_batch_size * self.args.world_size
             write_state(self.train_dataset.state_at(self.train_dataset.first_row + used), output_dir)
-
-    def _get_eval_sampler(self, eval_dataset) -> SequentialSampler | None:
-        """Keep evaluation in order: transformers applies `group_by_length` to it too, and metrics that look up the
-        text of a row would get another row's."""
-        if eval_dataset is None or not has_length(eval_dataset) or self.args.world_size > 1:
-            return None
-        return SequentialSampler(eval_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
         """The schedule of the arguments, or by the clock with `max_minutes`."""

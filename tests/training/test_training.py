@@ -505,7 +505,7 @@ def test_resuming_with_another_model_is_refused(files, tmp_path):
     assert fingerprint(tmp_path / "run") == saved
 
 
-def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
+def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work, capsys):
     def run(*more, **changes):
         training.run_training("causal", *arguments(files, tmp_path / "run", *more, **changes))
 
@@ -521,21 +521,23 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
     with pytest.raises(ValueError, match="must hold a mapping of options, got list"):
         run(config=tmp_path / "list.yaml")
     (tmp_path / "misspelt.yaml").write_text("learning_rat: 1.0\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="'learning_rat', which is not an option. Did you mean 'learning_rate'"):
+    with pytest.raises(SystemExit):
         run(config=tmp_path / "misspelt.yaml")
+    assert "no option --learning_rat. Did you mean --learning_rate?" in capsys.readouterr().err
     (tmp_path / "flat.json").write_text('{"query_key_dim": 16}', encoding="utf-8")
-    with pytest.raises(ValueError, match="It is a field of FlashConfig: put it under model_config"):
+    with pytest.raises(SystemExit):
         run(config=tmp_path / "flat.json")
+    assert "--query_key_dim is a field of FlashConfig, not an option" in capsys.readouterr().err
     for wrong, message in (("{", "must be JSON"), ("[1]", "must be a mapping of fields, got list")):
         with pytest.raises(ValueError, match=f"--model_config {message}"):
             run(model_config=wrong)
     with pytest.raises(ValueError, match="has its own configuration"):
         run(model="somewhere")
-    with pytest.raises(ValueError, match="dataloader_num_workers must be 0 with --streaming, got 2"):
+    with pytest.raises(ValueError, match="--streaming needs .* neither dataloader_num_workers"):
         run("--streaming", dataloader_num_workers=2)
     with pytest.raises(ValueError, match="sequence_warmup_start must give block_size=60 when doubled.*got 7"):
         run(sequence_warmup_steps=5, sequence_warmup_start=7)
-    with pytest.raises(ValueError, match="max_steps must be at least 1 with --streaming, got -1"):
+    with pytest.raises(ValueError, match="--streaming needs max_steps of at least 1"):
         run("--streaming", max_steps=None)
     for changes in ({"train_file": None}, {"dataset_name": "x/y"}):
         with pytest.raises(ValueError, match="give exactly one"):
@@ -556,7 +558,7 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work):
         ("--max_steps -1 --num_train_epochs -1", "num_train_epochs must be at least 0, got -1"),
         ("--seed -1", "seed must be at least 0, got -1"),
         ("--auto_find_batch_size --batch_tokens 480", "auto_find_batch_size must be left out with batch_tokens"),
-        ("--auto_find_batch_size --streaming", "auto_find_batch_size must be left out with --streaming"),
+        ("--auto_find_batch_size --streaming", "--streaming needs .* nor auto_find_batch_size"),
         ("--mlm_probability 0", "mlm_probability must be above 0 and at most 1, got 0"),
         ("--block_size 1", "block_size must be at least 2"),
         ("--num_proc 0", "num_proc must be at least 1, got 0"),
