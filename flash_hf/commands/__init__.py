@@ -14,6 +14,7 @@ COMMANDS = {
     "train-clm": ("train", "train_clm", "train or continue a causal language model on text"),
     "train-mlm": ("train", "train_mlm", "train or continue a masked language model on text"),
     "generate": ("generate", "main", "continue a text with a causal model"),
+    "serve": ("serve", "main", "serve a causal model over HTTP with transformers serve"),
     "convert": ("convert", "main", "convert a checkpoint of another FLASH implementation"),
 }
 

@@ -170,7 +170,8 @@ def test_the_packages_command(capsys, monkeypatch, tmp_path):
     for name in commands.COMMANDS:
         assert f"\n  {name} " in out
         code, options, err = flash_hf(name, "--help")
-        assert code == 0 and err == "" and options.startswith(f"usage: flash-hf {name} ")
+        # The options of `serve` are transformers' own, which typer shows.
+        assert code == 0 and err == "" and " ".join(options.split()).lower().startswith(f"usage: flash-hf {name} ")
     assert flash_hf() == (2, "", out)
     code, _, err = flash_hf("trian-clm")
     assert code == 2 and err.startswith("flash-hf: there is no command 'trian-clm'. Did you mean 'train-clm'?\n")
