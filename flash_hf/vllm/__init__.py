@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FLASH in vLLM: where both are installed, `vllm serve FOLDER` takes a causal FLASH checkpoint.
+
+vLLM calls [`register`] in each of its processes, through the entry point in setup.cfg. `checks.py` refuses what cannot
+be served, `requests.py` divides the tokens of a step into batches, and `model.py` runs the library's model on them,
+with decoding states in vLLM's cache. It has been run on CPUs only.
+
+The chunked forms do not end at their training length (`max_position_embeddings`); for a longer `--max-model-len`, vLLM
+asks for VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment.
+"""
+
+from .. import AUTO_CLASSES
+
+
+def register() -> None:
+    """Tell vLLM about FLASH's configuration and classes."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from .checks import FlashChecks
+
+    for model in AUTO_CLASSES.values():  # also those that FlashChecks refuses, which vLLM would convert otherwise
+        ModelRegistry.register_model(model.__name__, f"{__name__}.model:FlashServed")
+        MODELS_CONFIG_MAP[model.__name__] = FlashChecks
+
+
+__all__ = ["register"]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From vLLM's flat batches to rows: which requests of a step go through the model together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+
+
+@dataclass(frozen=True)
+class RequestRows:
+    """Requests that go through the model as the rows of one batch.
+
+    Attributes:
+        token_BN: the rows' tokens in the flat batch, int64 `[B, N]`; at padding, any token.
+        valid_BN: False at padding, on the right, bool `[B, N]`; None without any.
+        page_B: vLLM's block of each request, int64 `[B]`.
+        seen_B: tokens of each request before this step, int64 `[B]`; None if all requests begin in this step.
+    """
+
+    token_BN: Tensor
+    valid_BN: Tensor | None
+    page_B: Tensor
+    seen_B: Tensor | None
+
+
+def group_requests(starts: list[int], seen: list[int], page_R: Tensor) -> list[RequestRows]:
+    """Divide a flat batch: single tokens, and prompts of similar lengths, of which padding is less than half.
+
+    Args:
+        starts: the first token of each request in the flat batch, and the end of the last one.
+        seen: tokens of each request before this step.
+        page_R: vLLM's block of each request, `[R]`.
+    """
+    groups: dict[tuple[bool, int], list[int]] = defaultdict(list)
+    for request, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        if begin < end:
+            groups[seen[request] == 0, (end - begin - 1).bit_length()].append(request)
+    return [_rows(members, starts, seen, page_R, fresh) for (fresh, _), members in groups.items()]
+
+
+def _rows(members: list[int], starts: list[int], seen: list[int], page_R: Tensor, fresh: bool) -> RequestRows:
+    device = page_R.device
+    begin_B = torch.tensor([starts[request] for request in members])
+    length_B = torch.tensor([starts[request + 1] for request in members]) - begin_B
+    longest = int(length_B.max())
+    column_N = torch.arange(longest)
+    valid_BN = column_N < length_B[:, None]
+    token_BN = begin_B[:, None] + torch.where(valid_BN, column_N, 0)
+    return RequestRows(
+        token_BN=token_BN.to(device, non_blocking=True),
+        valid_BN=None if bool(valid_BN.all()) else valid_BN.to(device, non_blocking=True),
+        page_B=page_R[torch.tensor(members, device=device)].long(),
+        seen_B=None if fresh else torch.tensor([seen[request] for request in members], device=device),
+    )
+
+
+class StepBuilder(AttentionMetadataBuilder[list[RequestRows]]):
+    """What vLLM calls once per step."""
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):  # abstract in the base class
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **kwargs: Any,
+    ) -> list[RequestRows]:
+        batch, R = common_attn_metadata, common_attn_metadata.num_reqs
+        starts_R1 = batch.query_start_loc_cpu[: R + 1]
+        # An upper bound only for speculative decoding, which is refused.
+        seen_R = batch.seq_lens_cpu_upper_bound[:R] - starts_R1.diff()
+        # A request has one block for its whole life.
+        return group_requests(starts_R1.tolist(), seen_R.tolist(), batch.block_table_tensor[:R, 0])
+
+
+class StateBackend(AttentionBackend):
+    """vLLM's handle for layers that keep a state; there is no attention implementation of vLLM's behind it."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "FLASH_STATE"
+
+    @staticmethod
+    def get_impl_cls():
+        raise NotImplementedError
+
+    @staticmethod
+    def get_builder_cls() -> type[StepBuilder]:
+        return StepBuilder
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        return True
