@@ -31,8 +31,9 @@ from .modeling_flash import (
 
 __version__ = "0.1.0"
 
-# For peft.LoraConfig(target_modules=...): every projection of the gated attention unit.
-LORA_TARGET_MODULES = ["u_proj", "v_proj", "z_proj", "o_proj"]
+# For peft.LoraConfig(target_modules=...): every projection of the gated attention unit (gate_proj only with
+# global_state="delta").
+LORA_TARGET_MODULES = ["u_proj", "v_proj", "z_proj", "o_proj", "gate_proj"]
 
 AUTO_CLASSES = {
     AutoModel: FlashModel,

@@ -26,12 +26,14 @@ LAPLACE_MEAN, LAPLACE_STD = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
 
 
 class QueryKeys(NamedTuple):
-    """Queries and keys of both branches, each `[..., S]`; None where the layer lacks the branch."""
+    """Queries and keys of both branches, each `[..., S]`; None where the layer lacks the branch. `gates` are those of
+    the delta rule: log decay and strength, `[..., 2]`, 0 at empty slots."""
 
     quad_q: Tensor | None
     quad_k: Tensor | None
     lin_q: Tensor | None
     lin_k: Tensor | None
+    gates: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -50,6 +52,9 @@ class DecodingState:
             float32. A step then adds one outer product and needs no branch at a chunk's end; the open chunk's part is
             subtracted where the closed chunks' sum is needed.
         seen: tokens of the open document, int64 `[B]`. The phase is `(seen + shift) % C`.
+        opened, since: only with the delta rule: its state before the open chunk, `[B, S, E]`, and the sum of log
+            decays in that chunk, `[B]`; both of the type of `total`, which is then the state after all tokens. At
+            phase 0 the next chunk starts from `total`. `lin_k` is the newest token's key, `[B, 1, S]`, if shifted.
     """
 
     quad_k: Tensor | None
@@ -57,10 +62,12 @@ class DecodingState:
     value: Tensor
     total: Tensor | None
     seen: Tensor
+    opened: Tensor | None = None
+    since: Tensor | None = None
 
     # Not a NamedTuple: transformers' exporters cannot rebuild one.
     def __iter__(self):
-        return iter((self.quad_k, self.lin_k, self.value, self.total, self.seen))
+        return iter((self.quad_k, self.lin_k, self.value, self.total, self.seen, self.opened, self.since))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -260,7 +267,7 @@ def mixed_chunk_attention(
     Returns:
         `[B, G, C, E]`, and the new state or None.
     """
-    quad_q, quad_k, lin_q, lin_k = qk
+    quad_q, quad_k, lin_q, lin_k, _ = qk
     initial = before = None
     own_quad_k = quad_k
     if state is not None:
@@ -306,7 +313,7 @@ def mixed_chunk_attention(
             if return_state:
                 total = running[:, -1]
                 if layout.first_BG is not None:
-                    total = _at_final(states + product, layout)
+                    total = at_final(states + product, layout)
         count_BG = layout.before_BG if causal else layout.count_BG
         states = states * global_scale(count_BG, normalization, chunk_size, states.dtype)[..., None, None]
         # One product per group of chunks with the same state: all chunks of a row, or each chunk.
@@ -322,11 +329,11 @@ def mixed_chunk_attention(
         out = torch.zeros_like(value_BGCE)
     if not return_state:
         return out, None
-    open_grids = [None if grid is None else _at_final(grid, layout) for grid in (quad_k, stored_k, value_BGCE)]
+    open_grids = [None if grid is None else at_final(grid, layout) for grid in (quad_k, stored_k, value_BGCE)]
     for index, own, shifts in ((0, own_quad_k, shifted_S is not None), (1, lin_k, previous_key)):
         if own is not None and shifts:
-            full_B1 = _at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout)[:, -1]
-            newest_BS = torch.where(full_B1, _at_final(own, layout)[:, -1], open_grids[index][:, 0])
+            full_B1 = at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout)[:, -1]
+            newest_BS = torch.where(full_B1, at_final(own, layout)[:, -1], open_grids[index][:, 0])
             open_grids[index] = torch.cat([open_grids[index], newest_BS[:, None]], 1)
     # Copies, since views would keep the whole grid alive as long as the cache.
     behind = chunk_size - C - layout.skipped
@@ -348,7 +355,7 @@ def _newest_key(cached_BKS: Tensor, layout: ChunkLayout) -> Tensor:
     return torch.where(layout.phase_B[:, None] == 0, cached_BKS[:, -1], cached_BKS[:, 0])
 
 
-def _at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
+def at_final(x_BGXF: Tensor, layout: ChunkLayout) -> Tensor:
     """The chunk of each row that stays open, `[B, X, F]`."""
     return x_BGXF[:, -1] if layout.final_B is None else _select(x_BGXF, layout.final_B[:, None])[:, 0]
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .attention_flash import DecodingState, QueryKeys, mixed_chunk_attention, shifted_dims, wide
 from .chunking_flash import Documents, Places, QuadraticLayout, chunk_layout, count_positions, is_tracing
 from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
+from .delta_flash import delta_chunk_attention
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`. A model takes both; this is the name that the installed
@@ -82,6 +83,7 @@ class StateForm:
     has_lin: bool
     previous_key: bool
     local_key_shift: bool
+    delta: bool
     interleaved: bool
     shift: int
 
@@ -89,7 +91,8 @@ class StateForm:
     def pair(cls, config: FlashConfig) -> list[StateForm]:
         """The forms that layers have in turn."""
         branches = config.has_quad, config.has_lin, config.previous_key, config.local_key_shift
-        fields = config.chunk_size, config.query_key_dim, *branches, config.rope_interleaved
+        delta = config.global_state == "delta"
+        fields = config.chunk_size, config.query_key_dim, *branches, delta, config.rope_interleaved
         return [cls(*fields, shift=config.shift_of(index)) for index in range(2)]
 
 
@@ -166,16 +169,19 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         under tensor parallelism)."""
         (batch, *_, E), dtype, device = value_states.shape, value_states.dtype, value_states.device
         form, C, S = self.form, self.form.chunk_size, self.form.key_dim
+        keys = form.previous_key + (0 if form.delta else C)
 
         def zeros(*shape, dtype=dtype):
             return torch.zeros(batch, *shape, dtype=dtype, device=device)
 
         self.state = DecodingState(
             quad_k=zeros(C + form.local_key_shift, S) if form.has_quad else None,
-            lin_k=zeros(C + form.previous_key, S) if form.has_lin else None,
+            lin_k=zeros(keys, S) if form.has_lin and keys else None,
             value=zeros(C, E),
             total=zeros(S, E, dtype=wide(dtype)) if form.has_lin else None,
             seen=zeros(dtype=torch.long),
+            opened=zeros(S, E, dtype=wide(dtype)) if form.delta else None,
+            since=zeros(dtype=wide(dtype)) if form.delta else None,
         )
         self.device, self.dtype = device, dtype
         self.is_initialized = True
@@ -193,7 +199,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(state.value)
         if self.record_past:
-            keys = _each(places.layout.merge, (qk.quad_k, qk.lin_k))
+            keys = _each(places.layout.merge, (qk.quad_k, qk.lin_k, qk.gates))
             self._record(*keys, value_BNE, places.documents)
         self._set(state)
         self.cumulative_length += places.documents.position_BN.shape[1]
@@ -203,7 +209,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(value_B1E)
         if self.record_past:
-            self._record(qk.quad_k, qk.lin_k, value_B1E, places.documents)
+            self._record(qk.quad_k, qk.lin_k, qk.gates, value_B1E, places.documents)
             if self._snapshot is self.state:
                 # The step overwrites the state, but not the snapshot.
                 self.state = DecodingState(*_each(torch.clone, self.state))
@@ -217,9 +223,16 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def _record(self, quad_k: Tensor | None, lin_k: Tensor | None, value_BNE: Tensor, documents: Documents) -> None:
+    def _record(
+        self,
+        quad_k: Tensor | None,
+        lin_k: Tensor | None,
+        gates: Tensor | None,
+        value_BNE: Tensor,
+        documents: Documents,
+    ) -> None:
         self._snapshot = self.state if self._snapshot is None else self._snapshot
-        entry = (quad_k, lin_k, value_BNE, documents.valid_BN, documents.start_BN)
+        entry = (quad_k, lin_k, value_BNE, documents.valid_BN, documents.start_BN, gates)
         self._recorded.append(tuple(_each(torch.detach, entry)))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -264,9 +277,10 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         quad_k, lin_k, value = joined(0), joined(1), joined(2)
         documents = count_positions(B, keep, device, joined(3, True), joined(4, False), self._snapshot.seen)
         layout = chunk_layout(documents, B, C, causal=True, shift=self.form.shift)
-        quad_k, lin_k, value = _each(layout.split, (quad_k, lin_k, value))
-        return mixed_chunk_attention(
-            QueryKeys(None, quad_k, lin_k, lin_k),  # any queries will do, since the output is dropped
+        quad_k, lin_k, value, gates = _each(layout.split, (quad_k, lin_k, value, joined(5)))
+        attention = delta_chunk_attention if self.form.delta else mixed_chunk_attention
+        return attention(
+            QueryKeys(None, quad_k, lin_k, lin_k, gates),  # any queries will do, since the output is dropped
             value,
             layout,
             causal=True,

@@ -33,6 +33,7 @@ RELATIVE_BIASES = ("toeplitz", "rotary", "t5", None)
 NORM_TYPES = ("scale_norm", "layer_norm", "rms_norm")
 GLOBAL_NORMALIZATIONS = ("mean", "chunk")
 GLOBAL_FORMS = ("paper", "previous_token")
+GLOBAL_STATES = ("mean", "delta")
 ATTENTION_INITS = ("normal", "recent")
 BACKENDS = ("auto", "torch", "triton")
 
@@ -119,6 +120,9 @@ class FlashConfig(PreTrainedConfig):
     global_form (`str`, defaults to `"paper"`): `"paper"`, or `"previous_token"`: a value is added to the global
         sum under the key of the token before it, and global queries and keys are not rotated, so that a token can
         look up what followed its earlier occurrences at any distance (FLASH+).
+    global_state (`str`, defaults to `"mean"`): What global queries read: `"mean"`, or `"delta"`: the state of the
+        gated delta rule (arXiv 2412.06464), in which a value replaces what its key returned before, with a decay and
+        a strength learnt per token. Causal models only. Computed by PyTorch: there are no kernels for it yet.
     local_key_shift (`bool`, defaults to `False`): Local keys take every second pair of dimensions from the key of the
         token before them (0 at a document's first token), so that one layer can find what followed an earlier
         occurrence of a token in its chunk. There are kernels for training, but none that use a cache.
@@ -179,6 +183,7 @@ class FlashConfig(PreTrainedConfig):
     use_scaled_sinusoid: bool = True
     global_normalization: str = "mean"
     global_form: str = "paper"
+    global_state: str = "mean"
     local_key_shift: bool = False
     hidden_dropout: int | float = 0.0
     attention_dropout: int | float = 0.0
@@ -377,6 +382,7 @@ class FlashConfig(PreTrainedConfig):
             ("final_norm_type", (*NORM_TYPES, "none", None)),
             ("global_normalization", GLOBAL_NORMALIZATIONS),
             ("global_form", GLOBAL_FORMS),
+            ("global_state", GLOBAL_STATES),
             ("attention_init", ATTENTION_INITS),
             ("backend", BACKENDS),
         ):
@@ -393,6 +399,10 @@ class FlashConfig(PreTrainedConfig):
             refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
         if self.global_form != "paper" and self.attention_type in ("local", "quadratic"):
             refuse("global_form", f"'paper' where there is no global branch (attention_type={self.attention_type!r})")
+        if self.global_state != "mean" and self.attention_type in ("local", "quadratic"):
+            refuse("global_state", f"'mean' where there is no global branch (attention_type={self.attention_type!r})")
+        if self.global_state == "delta" and self.global_normalization != "mean":
+            refuse("global_normalization", "'mean', its default, with global_state='delta', which is not normalised")
         if self.local_key_shift and self.attention_type in ("global", "quadratic"):
             refuse(
                 "local_key_shift",

@@ -108,7 +108,7 @@ def look_inside(model: FlashPreTrainedModel, input_ids: Tensor) -> list[LayerVie
             weights.append(torch.zeros_like(identity[0], dtype=torch.float32))
             if present:
                 with without(unit, other):
-                    weights[-1] = unit.attend(z_BNS, identity, places, None)[0].float()
+                    weights[-1] = unit.attend(z_BNS, identity, places, None, unit.gates(x_BND))[0].float()
         views.append(LayerView(unit, u_BNE[0], v_BNE[0], *weights))
     return views
 

@@ -89,6 +89,7 @@ from .chunking_flash import (
     resolve_documents,
 )
 from .configuration_flash import FlashConfig
+from .delta_flash import delta_chunk_attention, delta_chunk_step
 from .loss_flash import IGNORE, can_split, loss_without_logits, may_wait, zero_without_labels
 
 
@@ -298,7 +299,8 @@ class FlashGatedAttentionUnit(nn.Module):
     2. `u, v, z = SiLU(n W_u + b_u), SiLU(n W_v + b_v), SiLU(n W_z + b_z)`, of widths E, E, S;
     3. queries and keys from one z: `RoPE(gamma_h * z + beta_h)` for h = quad_q, quad_k, lin_q, lin_k;
     4. local, inside each chunk: `A = relu(quad_q quad_k^T / C + b)^2`, lower triangular if causal; `local = A v`;
-    5. global, across chunks: `lin_q (sum of lin_k v^T) / count` over the document, or earlier chunks if causal;
+    5. global, across chunks: `lin_q (sum of lin_k v^T) / count` over the document, or earlier chunks if causal; with
+       `global_state="delta"` see delta_flash.py;
     6. `y = x + (u * (local + global)) W_o + b_o`.
 
     [`FlashLayer`] adds the norm of 1 and the sum of 6.
@@ -316,12 +318,23 @@ class FlashGatedAttentionUnit(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         # Attributes of a configuration are slow to look up, and each decoding step reads these in each layer.
         self.has_quad, self.has_lin, self.previous_key = config.has_quad, config.has_lin, config.previous_key
-        self.local_key_shift = config.local_key_shift
+        self.local_key_shift, self.delta = config.local_key_shift, config.global_state == "delta"
         self.activation, self.divisor = config.attention_activation, config.attention_divisor
         self.normalization, self.interleaved = config.global_normalization, config.rope_interleaved
         self.kernel_activation = config.hidden_act in SILU
         bias = BIASES[config.relative_bias] if self.has_quad else None
         self.relative_bias = None if bias is None else bias(config, causal)
+        self.gate_proj = nn.Linear(D, 2, bias=False) if self.delta else None
+        self.gate_bias = nn.Parameter(torch.empty(2)) if self.delta else None
+
+    def gates(self, x_BND: Tensor) -> Tensor | None:
+        """Log decay and strength of each token's write, `[B, N, 2]`, at least float32; None without the delta rule."""
+        if not self.delta:
+            return None
+        made = self.gate_proj(x_BND)
+        # The bias is added in float32: at 9, a bfloat16 would leave the decay two digits.
+        decay, write = (made.to(wide(made.dtype)) + self.gate_bias).unbind(-1)
+        return torch.stack([F.logsigmoid(decay), torch.sigmoid(write)], -1)
 
     def query_keys(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> QueryKeys:
         """Queries and keys of each branch, `[..., S]`, from the basis z (eq. 3)."""
@@ -344,10 +357,17 @@ class FlashGatedAttentionUnit(nn.Module):
         u_BNE = self.act_fn(self.u_proj(x_BND))
         v_BNE = self.act_fn(self.v_proj(x_BND))
         z_BNS = self.act_fn(self.z_proj(x_BND))
-        attended_BNE = self.attend(z_BNS, v_BNE, places, cache)
+        attended_BNE = self.attend(z_BNS, v_BNE, places, cache, self.gates(x_BND))
         return self.o_proj(u_BNE * attended_BNE)
 
-    def attend(self, z_BNS: Tensor, v_BNE: Tensor, places: Places, cache: CacheLayerMixin | None) -> Tensor:
+    def attend(
+        self,
+        z_BNS: Tensor,
+        v_BNE: Tensor,
+        places: Places,
+        cache: CacheLayerMixin | None,
+        gates_BN2: Tensor | None = None,
+    ) -> Tensor:
         """Attention over values v with queries and keys made from z, `[B, N, E]`: within whole documents, for one new
         token, or within and across chunks."""
         layout = places.layout
@@ -360,16 +380,24 @@ class FlashGatedAttentionUnit(nn.Module):
                 key, value = cache.extend(key, value, layout)
             return quadratic_attention(q_BNS, key, value, layout, causal=self.is_causal, dropout=dropout, **options)
 
-        options |= {"normalization": self.normalization, "previous_key": self.previous_key}
+        options["previous_key"] = self.previous_key
+        step, attention = mixed_chunk_step, mixed_chunk_attention
+        # CODEPATH: no released checkpoint has global_state="delta" yet.
+        if self.delta:
+            step, attention = delta_chunk_step, delta_chunk_attention
+        else:
+            options["normalization"] = self.normalization
         if self.local_key_shift:
             options["shifted_S"] = shifted_dims(z_BNS.shape[-1], self.interleaved, z_BNS.device)
         if isinstance(layout, StepLayout):
-            qk = self.query_keys(z_BNS, places.rotary)
-            return mixed_chunk_step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
+            qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
+            return step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
 
         qk, v_BGCE = self.query_keys(layout.split(z_BNS), places.rotary), layout.split(v_BNE)
+        if self.delta:
+            qk = qk._replace(gates=layout.split(gates_BN2))
         options |= {"causal": self.is_causal, "chunk_size": self.config.chunk_size, "dropout": dropout}
-        out_BGCE, state = mixed_chunk_attention(qk, v_BGCE, layout, **continuation(places, cache), **options)
+        out_BGCE, state = attention(qk, v_BGCE, layout, **continuation(places, cache), **options)
         if cache is not None:
             cache.update(state, places, qk, v_BNE)
         return layout.merge(out_BGCE)
@@ -509,6 +537,9 @@ class FlashPreTrainedModel(PreTrainedModel):
             # CODEPATH: as above.
             if self.config.attention_init == "recent":
                 init.copy_(module.weight, module.recent())
+        elif isinstance(module, FlashGatedAttentionUnit) and module.delta:
+            # A memory of about 8,192 tokens; the weight of a token starts at one half.
+            init.copy_(module.gate_bias, torch.tensor([math.log(8192.0), 0.0]))
         elif isinstance(module, FlashScaledSinusoid):
             init.constant_(module.scale, self.config.hidden_size**-0.5)
 
@@ -519,6 +550,11 @@ class FlashModel(FlashPreTrainedModel):
 
     def __init__(self, config: FlashConfig):
         super().__init__(config)
+        if config.global_state == "delta" and not config.is_decoder:
+            raise ValueError(
+                "FlashConfig: `global_state` must be 'mean' in a bidirectional model, got 'delta', whose state goes "
+                "from left to right. Use FlashForCausalLM, or is_decoder=True with FlashModel or a classifier."
+            )
         load_kernels()  # before a compiler traces
         self.is_causal = config.is_decoder
         # No padding_idx: padding affects no result, and it would freeze the end-of-text token where that also pads.

@@ -75,7 +75,22 @@ def naive_relative_bias(offset_NN, weights, config, *, causal):
     return w[bucket_NN, 0] * math.sqrt(config.query_key_dim)
 
 
-def naive_attention(heads_HNS, v_NE, weights, config, *, causal, shift=0):
+def naive_delta(q_NS, k_NS, v_NE, gates_N2, chunk_N):
+    """The gated delta rule (Yang et al. 2024, arXiv 2412.06464): what the state returns for a token's key moves
+    towards its value, `S_t = a S_(t-1) + w k (v - k^T a S_(t-1))`. A token reads the state from before its chunk,
+    decayed to where it is: q, k [N, S] and v [N, E] -> [N, E]."""
+    q_NS, k_NS = (torch.nn.functional.normalize(x_NS, dim=-1) for x_NS in (q_NS, k_NS))
+    state_SE, out = v_NE.new_zeros(k_NS.shape[1], v_NE.shape[1]), []
+    for t, (a, w) in enumerate(torch.sigmoid(gates_N2)):
+        if t == 0 or chunk_N[t] != chunk_N[t - 1]:
+            read_SE = state_SE
+        read_SE, state_SE = a * read_SE, a * state_SE
+        state_SE = state_SE + w * torch.outer(k_NS[t], v_NE[t] - k_NS[t] @ state_SE)
+        out.append(q_NS[t] @ read_SE)
+    return torch.stack(out)
+
+
+def naive_attention(heads_HNS, v_NE, weights, config, *, causal, shift=0, gates_N2=None):
     """Section 3.2, mixed chunk attention, chunk 0 from -shift, [N, S] a head and v [N, E] -> [N, E], M the keys seen:
     `(relu(Q K^T / C + b)^2 * M_same_chunk) V + (Q_lin K_lin^T * M_global / tokens seen) V`."""
     index = torch.arange(v_NE.shape[0], device=v_NE.device)
@@ -109,6 +124,8 @@ def naive_attention(heads_HNS, v_NE, weights, config, *, causal, shift=0):
     if config.attention_type in ("mixed_chunk", "global"):
         q_NS, k_NS = heads_HNS[-2:]
         k_NS = k_NS if config.global_form == "paper" else torch.cat((0 * k_NS[:1], k_NS[:-1]))  # "previous_token"
+        if config.global_state == "delta":
+            return out_NE + naive_delta(q_NS, k_NS, v_NE, gates_N2, chunk_N)
         # Causal: the tokens of earlier chunks; the open chunk is the local part's. Else all N, own chunk too.
         seen_NN = chunk_N[None, :] < chunk_N[:, None] if causal else torch.ones_like(offset_NN)
         count_N = torch.full_like(index, C) if config.global_normalization == "chunk" else seen_NN.sum(1)
@@ -129,7 +146,10 @@ def naive_layer(x_ND, weights, config, *, causal, positions=None, shift=0):
         positions = torch.arange(x_ND.shape[0]) if positions is None else positions
         turned = slice(None if config.global_form == "paper" else -2)  # else the lin heads know no positions
         heads_HNS[turned] = [naive_rotary(head_NS, positions, config) for head_NS in heads_HNS[turned]]
-    attended_NE = naive_attention(heads_HNS, v_NE, weights, config, causal=causal, shift=shift)
+    gates_N2 = None
+    if config.global_state == "delta":
+        gates_N2 = n_ND @ weights["gau.gate_proj.weight"].T + weights["gau.gate_bias"]
+    attended_NE = naive_attention(heads_HNS, v_NE, weights, config, causal=causal, shift=shift, gates_N2=gates_N2)
     return x_ND + naive_linear(u_NE * attended_NE, weights, "gau.o_proj")
 
 

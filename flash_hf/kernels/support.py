@@ -36,6 +36,8 @@ def unsupported(config, device: torch.device) -> str | None:
     """Why kernels cannot compute this configuration on this device, or None."""
     if config.attention_activation != "relu2" and config.attention_type != "global":
         return f"attention_activation={config.attention_activation!r} has no kernels"
+    if config.global_state == "delta":
+        return "global_state='delta' has no kernels"
     if config.global_form == "previous_token" and config.chunk_size == 1:
         return "global_form='previous_token' has kernels for chunks of at least 2 tokens"
     chunked = config.attention_type != "quadratic"

@@ -232,7 +232,9 @@ def test_padding_at_a_position_that_is_not_seen():
 def test_low_precision_error_is_at_most_twice_torchs(dtype, shift, previous):
     case = Case(dtype=dtype, B=2, C=8, E=64, S=32, shift=shift, previous=previous)
     mine, theirs, exact = case.state, copied(case.state), copied(case.state)
-    theirs, exact = (DecodingState(*(x.nan_to_num(0) for x in state)) for state in (theirs, exact))
+    theirs, exact = (
+        DecodingState(*(None if x is None else x.nan_to_num(0) for x in state)) for state in (theirs, exact)
+    )
     exact = converted(exact, torch.float64)
     errors = []
     for _ in range(18):

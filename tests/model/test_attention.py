@@ -19,6 +19,11 @@ LENGTHS = [1, C - 1, C, C + 1, 3 * C + 5]
 TYPES = ["mixed_chunk", "quadratic", "local", "global"]
 ACTIVATIONS = ["relu2", "softmax", "laplace"]
 BIASES = ["toeplitz", "rotary", "t5", None]
+DELTA = [
+    {"global_state": "delta"},
+    {"global_state": "delta", "chunk_shift": 5, "global_form": "previous_token", "local_key_shift": True},
+    {"global_state": "delta", "attention_type": "global", "chunk_shift": 3},
+]
 HEADS = {True: FlashForCausalLM, False: FlashForMaskedLM}
 
 
@@ -63,6 +68,7 @@ def test_model_equals_naive(attention_type, causal):
         {"local_key_shift": True},
         {"local_key_shift": True, "chunk_shift": 5, "global_form": "previous_token"},
         {"local_key_shift": True, "attention_type": "local", "rope_interleaved": True},
+        *DELTA,
         {"use_rope": False},
         {"use_rope": False, "relative_bias": "rotary"},
         {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}},
@@ -79,6 +85,10 @@ def test_model_equals_naive(attention_type, causal):
 )
 def test_every_option_equals_naive(changes, causal):
     config = tiny_config(**changes)
+    if not causal and config.global_state == "delta":
+        with pytest.raises(ValueError, match="global_state.*bidirectional.*left to right"):
+            make_model(HEADS[causal], config)
+        return
     model = make_model(HEADS[causal], config)
     for length in (1, 4, 5, 29):
         ids = random_ids(config, 1, length, seed=length)
@@ -105,12 +115,15 @@ def test_float32_equals_naive_in_float64(attention_type, causal):
         {"chunk_shift": 6, "attention_type": "local"},
         {"chunk_shift": 5, "global_form": "previous_token"},
         {"local_key_shift": True, "chunk_shift": 5, "global_form": "previous_token"},
+        *DELTA,
         {"chunk_shift": 1, "global_form": "previous_token", "attention_type": "global"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_all_gradients_equal_naive(changes, causal):
     config = tiny_config(num_hidden_layers=2, **changes)
+    if not causal and config.global_state == "delta":
+        pytest.skip("causal only")
     model = make_model(HEADS[causal], config)
     ids = random_ids(config, 1, 3 * C + 5)
     weight = torch.randn(1, ids.shape[1], config.vocab_size, dtype=torch.float64)
@@ -125,9 +138,13 @@ def test_all_gradients_equal_naive(changes, causal):
 
 
 @pytest.mark.parametrize("length", [1, 3 * C + 5])
-@pytest.mark.parametrize("attention_type", TYPES)
-def test_a_cache_does_not_change_gradients(attention_type, length):
-    config = tiny_config(attention_type=attention_type)
+@pytest.mark.parametrize(
+    "changes",
+    [*({"attention_type": attention_type} for attention_type in TYPES), *DELTA],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_a_cache_does_not_change_gradients(changes, length):
+    config = tiny_config(**changes)
     model = make_model(FlashForCausalLM, config)
     ids = random_ids(config, 2, length)
     gradients = []

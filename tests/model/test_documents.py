@@ -20,8 +20,9 @@ CASES = [
     for attention_type, activation in (
         ("mixed_chunk", "relu2"), ("mixed_chunk", "softmax"), ("mixed_chunk", "laplace"), ("quadratic", "relu2"),
         ("quadratic", "softmax"), ("local", "softmax"), ("global", "relu2"), ("shifted", "relu2"),
-        ("shifted", "softmax"),
+        ("shifted", "softmax"), ("delta", "relu2"),
     )
+    if attention_type != "delta" or cls is FlashForCausalLM
 ]  # fmt: skip
 
 
@@ -34,6 +35,8 @@ def build(cls, attention_type, activation, dtype=torch.float64):
     changes = {"attention_type": attention_type}
     if attention_type == "shifted":
         changes = {"chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True}
+    if attention_type == "delta":
+        changes = {"chunk_shift": 3, "global_form": "previous_token", "global_state": "delta"}
     config = tiny_config(attention_activation=activation, **changes)
     return make_model(cls, config, dtype=dtype)
 

@@ -29,6 +29,11 @@ CASES = {
         {"chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True},
         "mask positions",
     ),
+    "causal, delta": (
+        FlashForCausalLM,
+        {"num_hidden_layers": 1, "global_form": "previous_token", "global_state": "delta"},
+        "mask positions",
+    ),
     "masked": (FlashForMaskedLM, {"num_hidden_layers": 1, "relative_bias": "rotary"}, "mask"),
     "masked, softmax": (
         FlashForMaskedLM,
@@ -140,6 +145,7 @@ def test_quadratic_program_refuses_more_than_its_biases_cover():
     "case, example, exporter",
     [
         ("causal, shifted", C - 3, "transformers"),
+        ("causal, delta", C - 3, "transformers"),
         ("masked", 2 * C + 4, "transformers"),
         ("causal", C - 3, "torch"),
         ("quadratic masked", 2 * C + 4, "torch"),
@@ -230,6 +236,13 @@ def generation_exporter(name):
             "dynamic",
             False,
             {"chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True},
+        ),
+        (
+            "dynamo",
+            C - 3,
+            "dynamic",
+            True,
+            {"num_hidden_layers": 1, "global_form": "previous_token", "global_state": "delta"},
         ),
         ("dynamo", 2 * C + 4, "dynamic", True, {"num_hidden_layers": 1}),
         ("dynamo", 2 * C + 4, "static", False, {"num_hidden_layers": 1}),

@@ -20,6 +20,8 @@ FORMS = {
     "shifted": {"chunk_shift": 3},
     "shifted previous_token": {"chunk_shift": 5, "global_form": "previous_token"},
     "local keys": {"local_key_shift": True, "chunk_shift": 5, "global_form": "previous_token"},
+    "delta": {"global_state": "delta"},
+    "delta previous_token": {"global_state": "delta", "chunk_shift": 5, "global_form": "previous_token"},
 }
 TYPES = ["mixed_chunk", "quadratic", "local", "global", *FORMS]
 GREEDY = {"do_sample": False, "max_new_tokens": 3 * C + 2, "eos_token_id": None, "pad_token_id": 0}
@@ -96,6 +98,9 @@ def test_any_split_equals_the_whole(attention_type, activation, dtype, ratio, ca
     {"chunk_shift": 1, "chunk_size": 2, "global_form": "previous_token"},
     {"local_key_shift": True, "chunk_size": 1}, {"local_key_shift": True, "attention_type": "local"},
     {"local_key_shift": True, "rope_interleaved": True, "relative_bias": None},
+    {"global_state": "delta", "chunk_size": 1}, {"global_state": "delta", "attention_type": "global"},
+    {"global_state": "delta", "chunk_shift": 1, "chunk_size": 2, "global_form": "previous_token"},
+    {"global_state": "delta", "chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True},
 ], ids=str)  # fmt: skip
 def test_options_decode_alike(changes):
     model = build(**changes)
@@ -288,18 +293,22 @@ def test_cache_bytes_do_not_grow(attention_type):
     config = model.config
     S, E, width = config.query_key_dim, config.intermediate_size, config.chunk_size
     quad, lin = attention_type != "global", attention_type != "local"
-    keys = width * (quad + lin) + (config.global_form == "previous_token") + config.local_key_shift
-    expected = 3 * 2 * (4 * (width * E + keys * S + lin * S * E) + 8)
+    delta = config.global_state == "delta"
+    keys = width * (quad + lin - delta) + (config.global_form == "previous_token") + config.local_key_shift
+    expected = 3 * 2 * (4 * (width * E + keys * S + (lin + delta) * S * E + delta) + 8)
     assert set(sizes.values()) == {expected} and cache_bytes(out.past_key_values) == expected
 
 
-def test_sums_are_float32_in_a_bfloat16_model():
-    model = build(dtype=torch.bfloat16)
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "delta"])
+def test_sums_are_float32_in_a_bfloat16_model(attention_type):
+    model = build(attention_type, dtype=torch.bfloat16)
     with torch.no_grad():
         cache = model(random_ids(model.config, 1, 20), use_cache=True).past_key_values
     state = cache.layers[0].state
     assert state.total.dtype == torch.float32 and state.value.dtype == torch.bfloat16
-    assert all(tensor.grad_fn is None for tensor in state)
+    if attention_type == "delta":
+        assert state.opened.dtype == state.since.dtype == torch.float32
+    assert all(tensor.grad_fn is None for tensor in state if tensor is not None)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -372,7 +381,12 @@ def test_caches_that_cannot_fit_are_refused():
     _, cache = run_in_parts(model, ids, torch.ones_like(ids), [0, 9])
     with pytest.raises(ValueError, match="holds 2 rows but the input has 3"):
         model(random_ids(model.config, 3, 1), past_key_values=cache)
-    for changes in ({"chunk_size": 4}, {"chunk_shift": 2}, {"global_form": "previous_token"}):
+    for changes in (
+        {"chunk_size": 4},
+        {"chunk_shift": 2},
+        {"global_form": "previous_token"},
+        {"global_state": "delta"},
+    ):
         with pytest.raises(ValueError, match="another shape"):
             build(**changes)(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="3 layers.*got 2 layers"):

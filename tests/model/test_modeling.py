@@ -353,14 +353,19 @@ def test_autocast(cls):
 
 # -- compilation
 OURS = {"chunk_shift": 5, "global_form": "previous_token", "local_key_shift": True}
-forms = pytest.mark.parametrize("form", [{}, OURS], ids=str)
+DELTA = {"chunk_shift": 5, "global_form": "previous_token", "global_state": "delta"}
+forms = pytest.mark.parametrize("form", [{}, OURS, DELTA], ids=str)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cls, form",
-    [(FlashForCausalLM, OURS | {"num_hidden_layers": 2}), (FlashForMaskedLM, {"num_hidden_layers": 1})],
-    ids=["causal", "masked"],
+    [
+        (FlashForCausalLM, OURS | {"num_hidden_layers": 2}),
+        (FlashForCausalLM, DELTA | {"num_hidden_layers": 1}),
+        (FlashForMaskedLM, {"num_hidden_layers": 1}),
+    ],
+    ids=["causal", "delta", "masked"],
 )
 def test_compiled_forward_does_not_recompile_for_a_length(cls, form):
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -409,7 +414,9 @@ def test_packed_positions_under_compile_break_the_graph_and_stay_right(form):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention_type": "quadratic"}, {"chunk_shift": 5, "global_form": "previous_token"}], ids=str
+    "changes",
+    [{}, {"attention_type": "quadratic"}, {"chunk_shift": 5, "global_form": "previous_token"}, DELTA],
+    ids=str,
 )
 def test_compiled_static_decoding_is_one_graph(changes):
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -27,8 +27,8 @@ def toy(**changes):
         "attention_type": "mixed_chunk", "attention_activation": "relu2", "attention_divisor": 2,
         "relative_bias": None, "t5_num_buckets": 32, "t5_max_distance": 128, "norm_type": "scale_norm",
         "norm_eps": 1e-5, "hidden_act": "silu", "rope_parameters": None, "rope_interleaved": False,
-        "global_normalization": "mean", "global_form": "paper", "local_key_shift": False, "use_scaled_sinusoid": True,
-        "num_hidden_layers": 2, "tie_word_embeddings": True,
+        "global_normalization": "mean", "global_form": "paper", "global_state": "mean", "local_key_shift": False,
+        "use_scaled_sinusoid": True, "num_hidden_layers": 2, "tie_word_embeddings": True,
     }  # fmt: skip
     unknown = set(changes) - set(fields)
     assert not unknown, unknown
@@ -349,6 +349,33 @@ def py_activate(scores, config):
     return [s * s if s > 0 else 0.0 for s in scores]
 
 
+def py_unit(x):
+    length = math.sqrt(py_dot(x, x))
+    return [a / length for a in x] if length else x
+
+
+def py_delta(q, k, v, normed, w, starts):
+    """What the queries read from the delta rule's state: without a state, from what each token wrote, found by looking
+    back over all writes before it."""
+    q, k = [py_unit(row) for row in q], [py_unit(row) for row in k]
+    own = list(zip(w["gau.gate_proj.weight"], w["gau.gate_bias"], strict=True))
+    gates = [[1 / (1 + math.exp(-py_dot(row, weight) - bias)) for weight, bias in own] for row in normed]
+
+    def decayed(j, t):
+        """Share of write j that is left after token t."""
+        return math.prod(gates[i][0] for i in range(j + 1, t + 1))
+
+    written, out = [], []
+    for t, row in enumerate(v):
+        held = [decayed(j, t) * py_dot(k[t], k[j]) for j in range(t)]
+        known = [sum(h * u[b] for h, u in zip(held, written, strict=True)) for b in range(len(row))]
+        written.append([gates[t][1] * (a - b) for a, b in zip(row, known, strict=True)])
+        begin = max(start for start in starts if start <= t)
+        read = [decayed(j, t) * py_dot(q[t], k[j]) for j in range(begin)]
+        out.append([sum(r * u[b] for r, u in zip(read, written, strict=False)) for b in range(len(row))])
+    return out
+
+
 def py_layer(x, w, config, causal, positions=None, shift=0):
     """One FLASH layer on lists of floats: token by token, chunk by chunk, with a running k v^T."""
     n = len(x)
@@ -382,6 +409,11 @@ def py_layer(x, w, config, causal, positions=None, shift=0):
                 attended[t] = [o + a * value for o, value in zip(attended[t], v[j], strict=True)]
     if config.attention_type in ("mixed_chunk", "global"):
         lin_q, lin_k = (heads[2], heads[3]) if config.attention_type == "mixed_chunk" else heads
+    if config.global_state == "delta":
+        keys = [[0.0] * s, *lin_k[:-1]] if previous else lin_k
+        for t, row in enumerate(py_delta(lin_q, keys, v, normed, w, starts)):
+            attended[t] = [o + r for o, r in zip(attended[t], row, strict=True)]
+    elif config.attention_type in ("mixed_chunk", "global"):
         state = [[0.0] * e for _ in range(s)]  # the running sum of k v^T
         for start, stop in zip(starts, ends, strict=True) if causal else [(0, n)]:
 
@@ -443,6 +475,8 @@ def layer_weights(rng, config):
         weights[f"gau.{name}.bias"] = random_values(rng, *(shape if name == "offset_scale" else shape[:1]))
     span = config.max_position_embeddings if config.attention_type == "quadratic" else config.chunk_size
     bias = {"toeplitz": (2 * span - 1,), "rotary": (2, s), "t5": (config.t5_num_buckets, 1), None: None}
+    if config.global_state == "delta":
+        weights["gau.gate_proj.weight"], weights["gau.gate_bias"] = random_values(rng, 2, d), random_values(rng, 2)
     if config.attention_type != "global" and bias[config.relative_bias]:
         weights["gau.relative_bias.weight"] = random_values(rng, *bias[config.relative_bias])
     return weights
@@ -466,6 +500,8 @@ VARIANTS = [
     {"rope_interleaved": True, "relative_bias": "rotary"},
     {"global_normalization": "chunk"}, {"global_normalization": "chunk", "attention_type": "global"},
     {"global_form": "previous_token"}, {"global_form": "previous_token", "attention_type": "global"},
+    {"global_state": "delta"}, {"global_state": "delta", "attention_type": "global"},
+    {"global_state": "delta", "global_form": "previous_token"},
     {"local_key_shift": True, "query_key_dim": 8}, {"local_key_shift": True, "rope_interleaved": True},
 ]  # fmt: skip
 variants = pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(map(str, c.values())) or "paper")
@@ -476,6 +512,8 @@ directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bi
 @variants
 @pytest.mark.parametrize("n", [1, 2, 3, 7])  # inside the first chunk, one full chunk, two chunks and a part
 def test_layer_equals_plain_python(changes, causal, n):
+    if "global_state" in changes and not causal:
+        pytest.skip("causal only")
     rng, config = random.Random(0), toy(**{**FULL, **changes})
     weights, x = layer_weights(rng, config), random_values(rng, n, 4)
     for shift in range(1 if config.attention_type == "quadratic" else config.chunk_size):
@@ -537,7 +575,7 @@ def test_causal_layers_do_not_look_ahead(changes):
         # A prefix alone gives the same too (up to the order of summation): no length enters the function.
         prefix = naive.naive_layer(x[:cut], weights, config, causal=True)
         torch.testing.assert_close(prefix, out[:cut], rtol=0, atol=1e-13)
-        if changes.get("attention_type") not in ("local", "global"):
+        if changes.get("attention_type") not in ("local", "global") and "global_state" not in changes:
             both = [naive.naive_layer(y, weights, config, causal=False) for y in (x, mixed)]
             assert not torch.equal(both[0][:cut], both[1][:cut])
 
@@ -567,7 +605,7 @@ def test_gradients_flow_to_every_weight():
 
 def test_the_file_stays_small_and_independent():
     source = Path(naive.__file__).read_text(encoding="ascii")
-    assert len(source.splitlines()) < 155
+    assert len(source.splitlines()) < 175
     tree = ast.parse(source)
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert sorted(alias.name for node in top for alias in node.names) == ["math", "torch"]

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated delta rule (Yang et al., arXiv 2412.06464) as the state of the global branch, `global_state="delta"`.
+
+Token t of a document, with key k and query q of length 1, value v, decay a and strength w, both in (0, 1), changes a
+state of [S, E] that begins as 0: `S_t = a_t (1 - w_t k_t k_t^T) S_(t-1) + w_t k_t v_t^T`. What the state returns for
+k_t moves by w_t towards v_t, where a sum would grow. As with the mean, a token reads the state from before its chunk:
+`q_t S_b a_(b+1) ... a_t`, if the chunk begins after token b.
+
+By chunks (the WY form): let F be the running sum of log a inside the chunk. The state behind a chunk of C tokens is
+`exp(F_C) S_b + sum_i exp(F_C - F_i) k_i u_i^T`, where token i writes
+`u_i = w_i (v_i - exp(F_i) S_b^T k_i - sum_(j<i) exp(F_i - F_j) (k_i k_j) u_j)`. With
+`L_ij = w_i exp(F_i - F_j) k_i k_j` for j < i, these are `U = (1 + L)^-1 diag(w) (V - diag(exp F) K S_b)`. Only states
+are read, so the inverse is applied to the keys, of width S, instead of to the values: with
+`P = diag(w) (1 + L)^-T diag(exp(F_C - F)) K`, the state becomes `exp(F_C) S_b - (P^T diag(exp F) K) S_b + P^T V`.
+
+Causal only. Alphabet as in attention_flash.py. Gates, and all that is made from them, have at least float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .attention_flash import (
+    DecodingState,
+    QueryKeys,
+    at_final,
+    mixed_chunk_attention,
+    mixed_chunk_step,
+    previous_keys,
+)
+from .chunking_flash import ChunkLayout, StepLayout
+
+
+# Programs for any length take rows of up to this many tokens.
+LONGEST_ROW = 2**24
+
+
+def takes_any_length(chunks: int) -> bool:
+    """Whether a program is being recorded in which the number of chunks is a variable, which a loop would fix."""
+    if torch.jit.is_tracing():
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    # torch 2.11's dynamo reports exporting while it compiles.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    # For training, one graph per number of chunks needs less memory.
+    return not (torch.is_grad_enabled() or has_static_value(chunks))
+
+
+def exactly(x: Tensor):
+    """Without autocast, which would round what is computed in float32 on purpose."""
+    kind = x.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Inside the chunks
+# ------------------------------------------------------------------------------------------------------------------
+def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
+    """`(1 + L)^-1` of strictly lower triangular L, from the diagonal outwards: the inverse of `[[A, 0], [B, D]]` has
+    `-D^-1 B A^-1` in place of B. Stable, unlike a series of powers of L.
+
+    Args:
+        block: up to blocks of this size the corners B are masked in place, since small products cost launches only;
+            from there on they are cut out.
+    """
+    width = strict_XCC.shape[-1]
+    size = max(block, 1 << (width - 1).bit_length())
+    strict_XCC = F.pad(strict_XCC, (0, size - width, 0, size - width))
+
+    def diagonal(count: int) -> Tensor:
+        blocks = strict_XCC.unflatten(2, (count, -1)).unflatten(1, (count, -1))
+        return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [X, count, own, own]
+
+    small, place = diagonal(size // block), torch.arange(block, device=strict_XCC.device)
+    inverse = torch.eye(block, dtype=small.dtype, device=small.device)
+    own = 1
+    while own < block:
+        part, half = place // (2 * own), place // own % 2
+        corner = small.masked_fill(~((part[:, None] == part) & (half[:, None] > half)), 0)
+        inverse = inverse - (corner if own == 1 else inverse @ (corner @ inverse))
+        own *= 2
+    while own < size:
+        corner, upper, lower = diagonal(size // own // 2)[..., own:, :own], inverse[:, 0::2], inverse[:, 1::2]
+        corner = -(lower @ (corner @ upper))
+        inverse = torch.cat([F.pad(upper, (0, own)), torch.cat([corner, lower], -1)], -2)
+        own *= 2
+    return inverse[:, 0, :width, :width]
+
+
+class TransposedSolve(torch.autograd.Function):
+    """`(1 + L)^-T y` for strictly lower triangular L `[X, C, C]` and y `[X, C, S]`."""
+
+    @staticmethod
+    def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
+        inverse = lower_inverse(strict_XCC)
+        solved = inverse.transpose(1, 2) @ y_XCS
+        ctx.save_for_backward(inverse, solved)
+        return solved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_XCS: Tensor) -> tuple[Tensor, Tensor]:
+        inverse, solved = ctx.saved_tensors
+        grad_y = inverse @ grad_XCS
+        return -(solved @ grad_y.transpose(1, 2)).tril(-1), grad_y
+
+
+def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each chunk does to the state: `S' = decay S - erased S + entering^T value`.
+
+    Args:
+        k_BGCS: keys of length 1.
+        forget_BGC: log a, 0 at empty slots.
+        write_BGC: w, 0 at empty slots.
+
+    Returns:
+        entering `[B, G, C, S]`, erased `[B, G, S, S]`, decay `[B, G]`, and the running sums F `[B, G, C]`.
+    """
+    C = forget_BGC.shape[2]
+    # By a product, since torch 2.11 cannot compile a cumsum here.
+    since_BGC = (torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).tril() @ forget_BGC[..., None])[
+        ..., 0
+    ]
+    apart_BGCC = torch.exp((since_BGC[..., :, None] - since_BGC[..., None, :]).clamp(max=0))
+    strict = (write_BGC[..., None] * apart_BGCC * (k_BGCS @ k_BGCS.transpose(2, 3))).tril(-1).flatten(0, 1)
+    all_BG = since_BGC[:, :, -1]
+    kept = (torch.exp(all_BG[..., None] - since_BGC)[..., None] * k_BGCS).flatten(0, 1)
+    if takes_any_length(forget_BGC.shape[1]):
+        solved = lower_inverse(strict).transpose(1, 2) @ kept
+    else:
+        solved = TransposedSolve.apply(strict, kept)
+    entering_BGCS = solved.view_as(k_BGCS) * write_BGC[..., None]
+    erased_BGSS = entering_BGCS.transpose(2, 3) @ (torch.exp(since_BGC)[..., None] * k_BGCS)
+    return entering_BGCS, erased_BGSS, torch.exp(all_BG), since_BGC
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Across the chunks
+# ------------------------------------------------------------------------------------------------------------------
+class DeltaStates(torch.autograd.Function):
+    """The states before each chunk, `[B, G, S, E]`: `S' = decay S - erased S + entering^T value` from `initial`.
+
+    They are carried in float32 and returned in the values' type, or in that of `initial`. Backward needs no others.
+
+    Args:
+        entering_BGCS, value_BGCE: of one type.
+        erased_BGSS, decay_BG: at least float32.
+        initial_BSE: None for 0. It gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, entering_BGCS: Tensor, value_BGCE: Tensor, erased_BGSS: Tensor, decay_BG: Tensor,
+        initial_BSE: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        G, dtype = value_BGCE.shape[1], value_BGCE.dtype
+        product_BGSE = entering_BGCS[:, :-1].transpose(2, 3) @ value_BGCE[:, :-1]
+        low_BGSS = erased_BGSS.to(dtype)
+        state = initial_BSE
+        if state is None:
+            B, S, E = *erased_BGSS.shape[::3], value_BGCE.shape[3]
+            state = value_BGCE.new_zeros(B, S, E, dtype=decay_BG.dtype)
+        kept = dtype if initial_BSE is None else state.dtype
+        states = [state.to(kept)]
+        for g in range(G - 1):
+            erased = low_BGSS[:, g] @ states[-1].to(dtype)
+            state = state * decay_BG[:, g, None, None] + (product_BGSE[:, g].to(state.dtype) - erased)
+            states.append(state.to(kept))
+        states = torch.stack(states, 1)
+        ctx.save_for_backward(entering_BGCS, value_BGCE, erased_BGSS, decay_BG, states)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BGSE: Tensor) -> tuple[Tensor | None, ...]:
+        entering_BGCS, value_BGCE, erased_BGSS, decay_BG, states_BGSE = ctx.saved_tensors
+        G, dtype = value_BGCE.shape[1], value_BGCE.dtype
+        low_BGSS = erased_BGSS.to(dtype).transpose(2, 3)
+        grad, grads = grad_BGSE[:, -1].to(decay_BG.dtype), []
+        for g in reversed(range(G - 1)):
+            grads.append(grad.to(dtype))
+            erased = low_BGSS[:, g] @ grads[-1]
+            grad = grad * decay_BG[:, g, None, None] + (grad_BGSE[:, g].to(grad.dtype) - erased)
+        # Gradients of the states behind each chunk; nothing reads the last one.
+        after_BGSE = torch.stack([*grads[::-1], torch.zeros_like(states_BGSE[:, 0], dtype=dtype)], 1)
+        grad_entering = value_BGCE @ after_BGSE.transpose(2, 3)
+        grad_value = entering_BGCS @ after_BGSE
+        grad_erased = -(after_BGSE @ states_BGSE.to(dtype).transpose(2, 3)).to(erased_BGSS.dtype)
+        grad_decay = (after_BGSE.to(decay_BG.dtype) * states_BGSE).sum((2, 3))
+        return grad_entering, grad_value, grad_erased, grad_decay, None
+
+
+def doubled_states(
+    entering_BGCS: Tensor, value_BGCE: Tensor, erased_BGSS: Tensor, decay_BG: Tensor, initial_BSE: Tensor | None = None
+) -> Tensor:
+    """[`DeltaStates`] without a loop over chunks: in round n, each chunk's change takes in that of 2^n chunks ago."""
+    G, C, S = entering_BGCS.shape[1:]
+    dtype = decay_BG.dtype
+    product = entering_BGCS.to(dtype).transpose(2, 3) @ value_BGCE.to(dtype)
+    change = decay_BG[..., None, None] * torch.eye(S, dtype=dtype, device=decay_BG.device) - erased_BGSS
+    # Those of the chunk before; the first state depends on no other. Selected, since slices would fix their length.
+    chunk_G = torch.arange(G, device=decay_BG.device)
+    first_G11, before_G = (chunk_G == 0)[:, None, None], (chunk_G - 1).clamp(min=0)
+    change = change.index_select(1, before_G).masked_fill(first_G11, 0)
+    initial = 0 if initial_BSE is None else initial_BSE[:, None].to(dtype)
+    states = torch.where(first_G11, initial, product.index_select(1, before_G))
+    for n in range((LONGEST_ROW // C).bit_length()):
+        before_G = (chunk_G - 2**n).clamp(min=0)
+        states = states + change @ states.index_select(1, before_G)
+        change = change @ change.index_select(1, before_G)
+    return states if initial_BSE is not None else states.to(value_BGCE.dtype)
+
+
+def delta_attention(
+    qk: QueryKeys,
+    value_BGCE: Tensor,
+    layout: ChunkLayout,
+    *,
+    previous_key: bool,
+    state: DecodingState | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """What queries read from the state before their chunk, `[B, G, C, E]`.
+
+    Args:
+        qk: with lin_q, lin_k and gates, on the grid of `layout`.
+        previous_key: write values under shifted keys.
+        state: the state to continue.
+        return_state: also return the fields of [`DecodingState`] after these tokens.
+    """
+    q, own_k, gates_BGC2 = qk.lin_q, qk.lin_k, qk.gates
+    B, G, C, _ = value_BGCE.shape
+    dtype, low = gates_BGC2.dtype, value_BGCE.dtype
+    k, initial, read_BSE, before_B = own_k, None, None, None
+    newest_B1S = None if state is None else state.lin_k
+    if state is not None:
+        amid_B = layout.phase_B > 0
+        fresh_B11 = (layout.continues_B[:, None, None]).to(dtype)
+        initial = state.total * fresh_B11
+        read_BSE = torch.where(amid_B[:, None, None], state.opened, state.total) * fresh_B11
+        before_B = torch.where(amid_B & layout.continues_B, state.since, 0)
+    elif return_state:
+        initial = value_BGCE.new_zeros(B, q.shape[-1], value_BGCE.shape[-1], dtype=dtype)
+    if previous_key:
+        before_BS = None
+        if state is not None:  # also in front of the call's first slot inside of a chunk
+            before_BS = newest_B1S[:, 0].to(own_k.dtype)
+            slot_C = torch.arange(C, device=own_k.device)
+            last_BC1 = (slot_C == layout.phase_B[:, None] - 1)[..., None]
+            own_k = torch.cat([torch.where(last_BC1, before_BS[:, None], own_k[:, 0])[:, None], own_k[:, 1:]], 1)
+        k = previous_keys(own_k, layout, before_BS)
+
+    with exactly(value_BGCE):
+        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (q, k))
+        entering, erased, decay, since = transitions(k, *gates_BGC2.unbind(-1))
+        entering = entering.to(low)
+        linked = entering, value_BGCE, erased, decay
+        if layout.first_BG is not None:
+            # Packed rows: 0 behind the last chunk of a document, where the next one begins.
+            goes_on_BG = F.pad(layout.first_BG[:, 1:] <= torch.arange(G - 1, device=k.device), (0, 1))
+            linked = (
+                entering * goes_on_BG[..., None, None], value_BGCE, erased * goes_on_BG[..., None, None],
+                decay * goes_on_BG,
+            )  # fmt: skip
+        chain = doubled_states if takes_any_length(G) else DeltaStates.apply
+        states = chain(*linked, initial)
+        read = states if read_BSE is None else torch.cat([read_BSE[:, None], states[:, 1:]], 1)
+        if before_B is not None:
+            since = torch.cat([since[:, :1] + before_B[:, None, None], since[:, 1:]], 1)
+        out = (torch.exp(since)[..., None] * q).to(low) @ read.to(low)
+        if not return_state:
+            return out, {}
+        behind = at_final(states, layout) * at_final(decay[..., None, None], layout)
+        behind = behind - at_final(erased, layout) @ at_final(states, layout)
+        behind = behind + (at_final(entering, layout).transpose(1, 2) @ at_final(value_BGCE, layout)).to(dtype)
+        after = {
+            "total": behind,
+            "opened": at_final(read, layout),
+            "since": at_final(since[..., None], layout)[:, -1, 0],
+        }
+    after["lin_k"] = None
+    if previous_key:
+        held_BC = at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout)[..., 0]
+        last_B = torch.where(held_BC, torch.arange(C, device=held_BC.device), -1).amax(1)
+        index_B1S = last_B.clamp(min=0)[:, None, None].expand(-1, 1, own_k.shape[-1])
+        newest = at_final(own_k, layout).gather(1, index_B1S)
+        if state is not None:  # a row of padding at the border of a chunk
+            newest = torch.where((last_B < 0)[:, None, None], newest_B1S.to(newest.dtype), newest)
+        after["lin_k"] = newest
+    return out, {name: None if x is None else x.detach().clone() for name, x in after.items()}
+
+
+def delta_chunk_attention(
+    qk: QueryKeys,
+    value_BGCE: Tensor,
+    layout: ChunkLayout,
+    *,
+    previous_key: bool = False,
+    state: DecodingState | None = None,
+    return_state: bool = False,
+    **options: Any,
+) -> tuple[Tensor, DecodingState | None]:
+    """[`mixed_chunk_attention`] with the delta rule for its global part; `qk` has gates."""
+    own = qk._replace(lin_q=None, lin_k=None)
+    out, after = mixed_chunk_attention(own, value_BGCE, layout, state=state, return_state=return_state, **options)
+    # A first chunk reads nothing, as in the mean.
+    short = value_BGCE.shape[1] == 1 and state is None and not return_state and not torch.jit.is_tracing()
+    if qk.lin_q is None or short:
+        return out, after
+    remote, fields = delta_attention(
+        qk, value_BGCE, layout, previous_key=previous_key, state=state, return_state=return_state
+    )
+    return out + remote, replace(after, **fields) if return_state else None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Decoding
+# ------------------------------------------------------------------------------------------------------------------
+def delta_chunk_step(
+    qk: QueryKeys,
+    value_B1E: Tensor,
+    layout: StepLayout,
+    state: DecodingState,
+    *,
+    previous_key: bool = False,
+    **options: Any,
+) -> Tensor:
+    """[`mixed_chunk_step`] with the delta rule for its global part; `qk` has gates, `[B, 1, 2]`."""
+    seen_B, valid_B1, dtype = state.seen, layout.valid_BN, qk.gates.dtype
+    opens_B = (seen_B + layout.shift) % state.value.shape[1] == 0
+    key = qk.lin_k
+    if previous_key:
+        key = state.lin_k.masked_fill((seen_B == 0)[:, None, None], 0)
+        own = qk.lin_k.detach().to(state.lin_k.dtype)
+        state.lin_k.copy_(own if valid_B1 is None else torch.where(valid_B1[..., None], own, state.lin_k))
+    forget_B1, write_B1 = qk.gates.detach().unbind(-1)
+    if valid_B1 is not None:
+        forget_B1, write_B1 = forget_B1 * valid_B1, write_B1 * valid_B1
+    with exactly(value_B1E):
+        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (qk.lin_q, key.detach()))
+        state.opened.copy_(torch.where(opens_B[:, None, None], state.total, state.opened))
+        state.since.copy_(torch.where(opens_B, 0, state.since) + forget_B1[:, 0])
+        remote_B1E = torch.bmm(torch.exp(state.since)[:, None, None] * q, state.opened).to(value_B1E.dtype)
+        decay_B11 = torch.exp(forget_B1)[..., None]
+        missing_B1E = value_B1E.detach().to(dtype) - decay_B11 * torch.bmm(k, state.total)
+        state.total.mul_(decay_B11).baddbmm_(k.transpose(1, 2) * write_B1[..., None], missing_B1E)
+    if qk.quad_q is None:
+        seen_B.add_(1 if valid_B1 is None else valid_B1[:, 0].to(seen_B.dtype))
+        return remote_B1E
+    own = qk._replace(lin_q=None, lin_k=None)
+    return remote_B1E + mixed_chunk_step(own, value_B1E, layout, replace(state, lin_k=None), **options)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The delta rule's parts: the inverse, its gradients, and states with and without a loop over chunks."""
+
+import pytest
+import torch
+
+from flash_hf.delta_flash import DeltaStates, TransposedSolve, doubled_states, lower_inverse
+from helpers import assert_close
+
+
+def test_the_inverse_of_a_triangle_is_exact_at_any_width():
+    for width in (1, 2, 13, 32, 40, 100):
+        lower = torch.randn(3, width, width, dtype=torch.float64).tril(-1)
+        inverse = lower_inverse(lower / width**0.5)
+        product = inverse @ (lower / width**0.5 + torch.eye(width, dtype=lower.dtype))
+        assert_close(product, torch.eye(width).expand(3, -1, -1), 1e-9)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_gradients_of_the_delta_rule_by_chunks(chunks):
+    def random(*shape):
+        return torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
+
+    torch.autograd.gradcheck(TransposedSolve.apply, (random(5, 5), random(5, 3)))
+    states = (random(chunks, 5, 3), random(chunks, 5, 4), random(chunks, 3, 3), random(chunks))
+    torch.autograd.gradcheck(DeltaStates.apply, states)
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["from zero", "continued"])
+@pytest.mark.parametrize("chunks", [1, 2, 7])
+def test_states_for_any_length_are_those_of_the_loop(chunks, start):
+    S, C, E = 3, 5, 4
+    generator = torch.Generator().manual_seed(chunks)
+
+    def random(*shape):
+        return torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+
+    given = random(chunks, C, S), random(chunks, C, E), random(chunks, S, S), torch.sigmoid(random(chunks))
+    initial = random(S, E) if start else None
+    looped = DeltaStates.apply(*given, initial)
+    assert_close(doubled_states(*given, initial), looped, 1e-12)
+    expected = torch.zeros(2, S, E, dtype=torch.float64) if initial is None else initial
+    for g in range(chunks):
+        assert_close(looped[:, g] + 1, expected + 1, 1e-12)
+        entering, value, erased, decay = (x[:, g] for x in given)
+        expected = decay[:, None, None] * expected - erased @ expected + entering.transpose(1, 2) @ value
+
+
+def test_second_derivatives_are_refused():
+    strict, y = (torch.randn(1, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    first = torch.autograd.grad(TransposedSolve.apply(strict, y).square().sum(), y, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
