@@ -28,6 +28,7 @@ from flash_hf.attention_flash import (
 )
 from flash_hf.chunking_flash import ChunkLayout, Places, QuadraticLayout, chunk_layout, quadratic_layout
 from flash_hf.configuration_flash import FlashConfig
+from flash_hf.delta_flash import delta_attention
 from flash_hf.modeling_flash import (
     FlashForCausalLM,
     FlashForMaskedLM,
@@ -41,7 +42,6 @@ from flash_hf.modeling_flash import (
 
 
 CHUNK_WEIGHTINGS = ("mean", "decay")
-GLOBAL_STATES = ("mean", "gated", "delta")
 
 
 @strict
@@ -72,11 +72,10 @@ class GAUConfig(FlashConfig):
             it. With 2 a token sees at least a whole chunk, where the document has one. Causal models only.
         local_heads (`int`, defaults to 1): Heads of the local part, each with its own scales of the whole basis, its
             own relative bias and its part of the values.
-        global_state (`str`, defaults to `"mean"`): State that global queries read: the mean over earlier chunks; with
-            `"gated"` a mean with learnt weights and decays, see [`gated_global`]; with `"delta"` the state of the
-            gated delta rule, see [`delta_global`]. The last two are causal.
-        global_gates (`int`, defaults to 8): With `"gated"`, parts of the values with separate decays.
-        global_features (`bool`, defaults to `False`): With `"gated"`, exponential features, see [`gated_global`].
+        gated_mean (`bool`, defaults to `False`): Global queries read a mean with learnt weights and decays, see
+            [`gated_global`]. Causal models only.
+        global_gates (`int`, defaults to 8): With `gated_mean`, parts of the values with separate decays.
+        global_features (`bool`, defaults to `False`): With `gated_mean`, exponential features, see [`gated_global`].
         quadratic_every (`int`, defaults to 0): Every `quadratic_every`-th layer is one attention over the
             document with softmax, T5's bias and RoPE: a hybrid, with quadratic cost and a cache that grows.
     """
@@ -97,7 +96,7 @@ class GAUConfig(FlashConfig):
     wide_chunk: int = 0
     local_window: int = 1
     local_heads: int = 1
-    global_state: str = "mean"
+    gated_mean: bool = False
     global_gates: int = 8
     global_features: bool = False
     quadratic_every: int = 0
@@ -125,17 +124,19 @@ class GAUConfig(FlashConfig):
             refuse("conv_size", "0, or with is_decoder=True the tokens of a convolution")
         if bool(self.wide_every) != bool(self.wide_chunk) or self.wide_every < 0 or self.wide_chunk < 0:
             refuse("wide_every", "given together with wide_chunk")
-        if self.global_state not in GLOBAL_STATES:
-            refuse("global_state", f"one of {', '.join(map(repr, GLOBAL_STATES))}")
-        other = self.global_state != "mean"
-        if other and (not self.is_decoder or self.attention_type not in ("mixed_chunk", "global")):
-            refuse("global_state", "'mean' unless is_decoder=True and there is a global part")
-        if other and (self.chunk_weighting != "mean" or self.num_heads != 1):
-            refuse("global_state", "'mean' with a decay of chunks or several heads")
+        for name, plain in (("gated_mean", False), ("global_state", "mean")):
+            if getattr(self, name) == plain:
+                continue
+            if not self.is_decoder or self.attention_type not in ("mixed_chunk", "global"):
+                refuse(name, f"{plain!r} unless is_decoder=True and there is a global part")
+            if self.chunk_weighting != "mean" or self.num_heads != 1:
+                refuse(name, f"{plain!r} with a decay of chunks or several heads")
+        if self.gated_mean and self.global_state != "mean":
+            refuse("gated_mean", "False with another global_state")
         if self.global_gates < 1 or self.intermediate_size % self.global_gates:
             refuse("global_gates", "a divisor of the width of the values")
-        if self.global_features and self.global_state != "gated":
-            refuse("global_features", "False without global_state='gated'")
+        if self.global_features and not self.gated_mean:
+            refuse("global_features", "False without gated_mean=True")
         if self.local_window < 1 or (self.local_window > 1 and not self.is_decoder):
             refuse("local_window", "1, or with is_decoder=True the chunks that the local part sees")
         if self.local_heads < 1 or self.intermediate_size % self.local_heads:
@@ -294,140 +295,6 @@ def gated_global(
     return ((lin_q_BGCS @ states).unflatten(3, (H, -1)) * read_BGCH1).flatten(3)
 
 
-def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
-    """`(1 + L)^-1` of strictly lower triangular L, from the diagonal outwards: the inverse of `[[A, 0], [B, D]]` has
-    `-D^-1 B A^-1` in place of B. Stable, unlike a series of powers of L.
-
-    Args:
-        block: Up to blocks of this size, the corners B of all blocks are masked in place, since small products cost
-            launches only; from there on they are cut out.
-    """
-    width = strict_XCC.shape[-1]
-    size = max(block, 1 << (width - 1).bit_length())
-    strict_XCC = F.pad(strict_XCC, (0, size - width, 0, size - width))
-
-    def diagonal(count: int) -> Tensor:
-        blocks = strict_XCC.unflatten(2, (count, -1)).unflatten(1, (count, -1))
-        return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # [X, count, own, own]
-
-    small, place = diagonal(size // block), torch.arange(block, device=strict_XCC.device)
-    inverse = torch.eye(block, dtype=small.dtype, device=small.device)
-    own = 1
-    while own < block:
-        part, half = place // (2 * own), place // own % 2
-        corners = (part[:, None] == part) & (half[:, None] > half)
-        corner = small.masked_fill(~corners, 0)
-        inverse = inverse - (corner if own == 1 else inverse @ (corner @ inverse))
-        own *= 2
-    while own < size:
-        corner, upper, lower = diagonal(size // own // 2)[..., own:, :own], inverse[:, 0::2], inverse[:, 1::2]
-        corner = -(lower @ (corner @ upper))
-        inverse = torch.cat([F.pad(upper, (0, own)), torch.cat([corner, lower], -1)], -2)
-        own *= 2
-    return inverse[:, 0, :width, :width]
-
-
-class TransposedSolve(torch.autograd.Function):
-    """`(1 + L)^-T y` for strictly lower triangular L `[X, C, C]` and y `[X, C, S]`."""
-
-    @staticmethod
-    def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
-        inverse = lower_inverse(strict_XCC)
-        solved = inverse.transpose(1, 2) @ y_XCS
-        ctx.save_for_backward(inverse, solved)
-        return solved
-
-    @staticmethod
-    def backward(ctx, grad_XCS: Tensor) -> tuple[Tensor, Tensor]:
-        inverse, solved = ctx.saved_tensors
-        grad_y = inverse @ grad_XCS
-        return -(solved @ grad_y.transpose(1, 2)).tril(-1), grad_y
-
-
-class DeltaStates(torch.autograd.Function):
-    """States before each chunk, `[B, G, S, E]` in the values' type: from 0,
-    `S' = decay S - erased S + entering^T value` in float32, of which backward keeps the rounded states only.
-
-    Args:
-        entering_BGCS: In the values' type.
-        value_BGCE: Values.
-        erased_BGSS, decay_BG: In float32 (or wider).
-    """
-
-    @staticmethod
-    def forward(ctx, entering_BGCS: Tensor, value_BGCE: Tensor, erased_BGSS: Tensor, decay_BG: Tensor) -> Tensor:
-        G, dtype = value_BGCE.shape[1], value_BGCE.dtype
-        product_BGSE = entering_BGCS[:, :-1].transpose(2, 3) @ value_BGCE[:, :-1]
-        low_BGSS = erased_BGSS.to(dtype)
-        state = torch.zeros_like(product_BGSE[:, 0] if G > 1 else erased_BGSS[:, 0, :, :1] * value_BGCE[:, 0, :1],
-                                 dtype=decay_BG.dtype)  # fmt: skip
-        states = [state.to(dtype)]
-        for g in range(G - 1):
-            erased = low_BGSS[:, g] @ states[-1]
-            state = state * decay_BG[:, g, None, None] + (product_BGSE[:, g].to(state.dtype) - erased)
-            states.append(state.to(dtype))
-        states = torch.stack(states, 1)
-        ctx.save_for_backward(entering_BGCS, value_BGCE, erased_BGSS, decay_BG, states)
-        return states
-
-    @staticmethod
-    def backward(ctx, grad_BGSE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        entering_BGCS, value_BGCE, erased_BGSS, decay_BG, states_BGSE = ctx.saved_tensors
-        G, dtype = value_BGCE.shape[1], value_BGCE.dtype
-        low_BGSS = erased_BGSS.to(dtype).transpose(2, 3)
-        grad, grads = grad_BGSE[:, -1].to(decay_BG.dtype), []
-        for g in reversed(range(G - 1)):
-            grads.append(grad.to(dtype))
-            kept = low_BGSS[:, g] @ grads[-1]
-            grad = grad * decay_BG[:, g, None, None] + (grad_BGSE[:, g].to(grad.dtype) - kept)
-        grads.append(torch.zeros_like(states_BGSE[:, 0]))
-        # Gradients of the states behind each chunk; nothing reads the last one.
-        after_BGSE = torch.stack([*grads[-2::-1], grads[-1]], 1)
-        grad_entering = value_BGCE @ after_BGSE.transpose(2, 3)
-        grad_value = entering_BGCS @ after_BGSE
-        grad_erased = -(after_BGSE @ states_BGSE.transpose(2, 3)).to(erased_BGSS.dtype)
-        grad_decay = (after_BGSE.to(decay_BG.dtype) * states_BGSE).sum((2, 3))
-        return grad_entering, grad_value, grad_erased, grad_decay
-
-
-def delta_global(
-    lin_q_BGCS: Tensor, lin_k_BGCS: Tensor, value_BGCE: Tensor, forget_BGC: Tensor, write_BGC: Tensor,
-    layout: ChunkLayout,
-) -> Tensor:  # fmt: skip
-    """The gated delta rule (arXiv 2412.06464) for the state that global queries read, `[B, G, C, E]`:
-    `S_t = a_t (1 - write_t k_t k_t^T) S_(t-1) + write_t k_t v_t^T` with `a = exp(forget)` and keys of length 1. Token
-    t of a chunk that starts after token b reads `q_t S_b a_(b+1) ... a_t`; queries also have length 1.
-
-    By chunks (the WY form): with `L_ij = write_i (a_(j+1) ... a_i) k_i k_j` for j < i, the values that enter are
-    `u = (1 + L)^-1 write (v - a_(b+1) ... a_i S_b k_i)`, and the state behind the chunk, of C tokens, is
-    `a_(b+1) ... a_(b+C) S_b + sum_i k_i a_(i+1) ... a_(b+C) u_i^T`. Since only states before chunks are read, the
-    inverse is applied to these keys, of width S, instead of to the values.
-
-    Args:
-        forget_BGC: Logarithms of the decays, at most 0; 0 at empty slots.
-        write_BGC: From 0 to 1; 0 at empty slots.
-    """
-    dtype, G = wide(value_BGCE.dtype), value_BGCE.shape[1]
-    with torch.autocast(value_BGCE.device.type, enabled=False):
-        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (lin_q_BGCS, lin_k_BGCS))
-        since_BGC = summed(forget_BGC[..., None])[..., 0]
-        decay_BGCC = torch.exp((since_BGC[..., :, None] - since_BGC[..., None, :]).clamp(max=0))
-        strict = (write_BGC[..., None] * decay_BGCC * (k @ k.transpose(2, 3))).tril(-1)
-        all_BG = since_BGC[:, :, -1]
-        kept = torch.exp(all_BG[..., None] - since_BGC)[..., None] * k
-        if layout.first_BG is not None:
-            # Packed rows: 0 behind the last chunk of a document, as the next one starts.
-            goes_on_BG = F.pad(layout.first_BG[:, 1:] <= torch.arange(G - 1, device=k.device), (0, 1)).to(dtype)
-            kept = kept * goes_on_BG[..., None, None]
-        entering = TransposedSolve.apply(strict.flatten(0, 1), kept.flatten(0, 1)).view_as(k) * write_BGC[..., None]
-        erased = entering.transpose(2, 3) @ (torch.exp(since_BGC)[..., None] * k)
-        decay_BG = torch.exp(all_BG)
-        if layout.first_BG is not None:
-            decay_BG = decay_BG * goes_on_BG
-        states = DeltaStates.apply(entering.to(value_BGCE.dtype), value_BGCE, erased, decay_BG)
-        return (torch.exp(since_BGC)[..., None] * q).to(value_BGCE.dtype) @ states
-
-
 class RMSGain(nn.Module):
     """`x / rms(x)` times one gain per channel."""
 
@@ -514,9 +381,10 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         if self.windowed:
             self.relative_bias = LocalBias(config, config.local_window * config.chunk_size)
             self.offset_scale = ScaleRows(config, 2 * (H + self.has_lin))
-        self.gate_proj = self.gate_bias = None
-        if self.has_lin and config.global_state != "mean":
-            gates = config.global_gates if config.global_state == "gated" else 1
+        # Not the library's gates: those of kept trainings have this shape.
+        self.gate_proj, self.gate_bias, self.delta = None, None, False
+        if self.has_lin and (config.gated_mean or config.global_state == "delta"):
+            gates = config.global_gates if config.gated_mean else 1
             self.gate_proj = nn.Linear(config.hidden_size, 2 * gates, bias=False)
             self.gate_bias = nn.Parameter(torch.empty(2, gates))
         self.chunk_size = config.chunk_size
@@ -636,9 +504,10 @@ class VariantGatedAttentionUnit(FlashGatedAttentionUnit):
         gate = layout.split(self.gate_proj(x_BND)).to(wide(v_BGCE.dtype)).unflatten(-1, (2, -1)) + self.gate_bias
         forget, write = gate.unbind(-2)
         forget, write = F.logsigmoid(forget) * occupied, torch.sigmoid(write) * occupied
-        if config.global_state == "gated":
+        if config.gated_mean:
             return gated_global(lin_q, lin_k, v_BGCE, forget, write, layout, features=config.global_features)
-        return delta_global(lin_q, lin_k, v_BGCE, forget[..., 0], write[..., 0], layout)
+        qk = QueryKeys(None, None, lin_q, lin_k, torch.cat([forget, write], -1))
+        return delta_attention(qk, v_BGCE, layout, previous_key=False)[0]
 
     def lin_heads(self, heads: QueryKeys, z_BNS: Tensor, layout: ChunkLayout, rotary) -> tuple[Tensor, Tensor]:
         """Global queries and keys with the changes of the variant."""

@@ -191,7 +191,7 @@ _CHANGES = {
     "softmax": ("softmax in the local part", {"attention_activation": "softmax"}),
     "heads": ("4 local heads", {"local_heads": 4}),
     "keys": ("half of the local keys shifted", {"local_key_shift": True}),
-    "gated": ("gated global mean", {"global_state": "gated"}),
+    "gated": ("gated global mean", {"gated_mean": True}),
     "features": ("of exponential features", {"global_features": True}),
     "delta": ("global state by the delta rule", {"global_state": "delta"}),
     "hybrid": ("3 of 12 layers quadratic with softmax (a hybrid)", {"quadratic_every": 4}),
