@@ -249,6 +249,7 @@ def mixed_chunk_attention(
     dropout: float = 0.0,
     previous_key: bool = False,
     shifted_S: Tensor | None = None,
+    before: QueryKeys | None = None,
     state: DecodingState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, DecodingState | None]:
@@ -261,6 +262,7 @@ def mixed_chunk_attention(
         bias_R: relative bias `[2 * C - 1]` for the grid's C, or None.
         previous_key: store values under shifted keys in the global sum.
         shifted_S: dimensions of local keys to take from the token before ([`shifted_dims`]), or None.
+        before: keys of the token before a row's first slot, each `[B, S]`, where another process holds it.
         state: decoding state to continue; causal only.
         return_state: also return the state after these tokens, detached from the graph.
 
@@ -268,7 +270,8 @@ def mixed_chunk_attention(
         `[B, G, C, E]`, and the new state or None.
     """
     quad_q, quad_k, lin_q, lin_k, _ = qk
-    initial = before = None
+    own_before, before = (None, None) if before is None else (before.quad_k, before.lin_k)
+    initial = exchange = None
     own_quad_k = quad_k
     if state is not None:
         quad_k, value_BGCE = (
@@ -278,7 +281,7 @@ def mixed_chunk_attention(
     if quad_k is not None and shifted_S is not None:
         if state is not None:  # slot j + 1 holds the shifted dimensions of slot j's own key
             own_quad_k = _continue_chunk(own_quad_k, state.quad_k[:, 1:], layout)
-        own_before = None if state is None else _newest_key(state.quad_k, layout)
+            own_before = _newest_key(state.quad_k, layout)
         quad_k = torch.where(shifted_S, previous_keys(own_quad_k, layout, own_before), quad_k)
     if state is not None:
         if lin_k is not None:
@@ -288,17 +291,24 @@ def mixed_chunk_attention(
             before = _newest_key(state.lin_k, layout)
 
     B, G, C, E = value_BGCE.shape
+    total, stored_k = None, lin_k
+    # The causal global part is zero in a first chunk, and skipped for a short input. Not for TorchScript, which would
+    # skip it for any input if its example is short.
+    begins = initial is not None or layout.neighbours is not None
+    needs_lin = lin_q is not None and (not causal or G > 1 or begins or return_state or torch.jit.is_tracing())
+    if needs_lin:
+        if previous_key:
+            stored_k = previous_keys(lin_k, layout, before)
+        product = chunk_products(stored_k, value_BGCE)
+        if layout.neighbours is not None:
+            exchange = layout.neighbours.start_exchange(product)
     out = None
     if quad_q is not None:
         options = {"activation": activation, "divisor": divisor, "bias_R": bias_R, "dropout": dropout}
         out = local_attention(quad_q, quad_k, value_BGCE, layout, causal=causal, **options)
-    total, stored_k = None, lin_k
-    # The causal global part is zero in a first chunk, and skipped for a short input. Not for TorchScript, which would
-    # skip it for any input if its example is short.
-    if lin_q is not None and (not causal or G > 1 or initial is not None or return_state or torch.jit.is_tracing()):
-        if previous_key:
-            stored_k = previous_keys(lin_k, layout, before)
-        product = chunk_products(stored_k, value_BGCE)
+    if needs_lin:
+        if exchange is not None:
+            product, initial = exchange()
         if not causal and layout.first_BG is None:
             states = product.sum(1, keepdim=True)
         else:

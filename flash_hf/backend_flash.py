@@ -121,7 +121,7 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
         cache: the first layer's cache, or None.
     """
     kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
-    if kernels is None:
+    if kernels is None or getattr(places[0].layout, "neighbours", None) is not None:
         return places
     return [_with_plan(each, kernels, config, len(x_BND), causal, cache) for each in places]
 
@@ -202,7 +202,8 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
 
 def continuation(places: Places, cache) -> dict[str, Any]:
     """Arguments of attention over chunks: the cached state to continue, and whether to return the new one."""
-    return {"state": None if places.layout.phase_B is None else cache.state, "return_state": cache is not None}
+    continues = cache is not None and places.layout.phase_B is not None
+    return {"state": cache.state if continues else None, "return_state": cache is not None}
 
 
 def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:

@@ -11,6 +11,7 @@ quadratic attention, F any features.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -310,6 +311,7 @@ class ChunkLayout(Movable):
         seen_after_B: tokens of the open document after this call, int64 `[B or 1]`.
         shift: empty slots before a document's first token.
         skipped: the same slots, where a grid of one short chunk leaves them out.
+        neighbours: the other parts of these rows, on other processes (`flash_hf.parallel`); None for whole rows.
     """
 
     token_BN: Tensor
@@ -326,6 +328,7 @@ class ChunkLayout(Movable):
     final_B: Tensor | None = None
     shift: int = 0
     skipped: int = 0
+    neighbours: Any = None
 
     @property
     def before_BG(self) -> Tensor:
@@ -347,7 +350,7 @@ class ChunkLayout(Movable):
             if is_tracing() or G * C != N:
                 x_BNF = F.pad(x_BNF, (0, 0, self.shift, G * C - self.shift - N))
             return x_BNF.reshape(B, G, C, -1)
-        return _take_rows(x_BNF, self.source_BK).view(B, G, C, -1)
+        return take_rows(x_BNF, self.source_BK).view(B, G, C, -1)
 
     def merge(self, x_BGCF: Tensor) -> Tensor:
         """`[B, G, C, F]` to `[B, N, F]`; 0 at padding."""
@@ -358,10 +361,10 @@ class ChunkLayout(Movable):
             if is_tracing():
                 return F.pad(x_BKF, (0, 0, -shift, N + shift - x_BKF.shape[1]))
             return x_BKF[:, shift : shift + N]
-        return _take_rows(x_BKF, self.slot_BN)
+        return take_rows(x_BKF, self.slot_BN)
 
 
-def _take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
+def take_rows(x_BNF: Tensor, index_BK: Tensor) -> Tensor:
     """`out[b, k] = x[b, index[b, k]]`, and 0 where the index is -1."""
     B, N, features = x_BNF.shape
     row_B1 = torch.arange(B, device=x_BNF.device)[:, None] * N

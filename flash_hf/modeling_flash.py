@@ -345,19 +345,27 @@ class FlashGatedAttentionUnit(nn.Module):
         """The relative bias of offsets `-(bias_length - 1) ... bias_length - 1`, or None."""
         return None if self.relative_bias is None else self.relative_bias(places.bias_length, places.bias_rotary)
 
-    def forward(self, x_BND: Tensor, places: Places, cache: CacheLayerMixin | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BND: Tensor,
+        places: Places,
+        cache: CacheLayerMixin | None = None,
+        before_B1D: Tensor | None = None,
+    ) -> Tensor:
         """`(u * attention(z, v)) W_o + b_o` of normalised input, `[B, N, D]`.
 
         Args:
             places: where the tokens are, shared by all layers of the same `chunk_shift`.
             cache: this layer's decoding state, updated in place.
+            before_B1D: the same input of the token before, where another process holds it.
         """
         if fuses_attention(self, places):
             return self.o_proj(fused_attention(self, x_BND, places, cache))
         u_BNE = self.act_fn(self.u_proj(x_BND))
         v_BNE = self.act_fn(self.v_proj(x_BND))
         z_BNS = self.act_fn(self.z_proj(x_BND))
-        attended_BNE = self.attend(z_BNS, v_BNE, places, cache, self.gates(x_BND))
+        before_B1S = None if before_B1D is None else self.act_fn(self.z_proj(before_B1D))
+        attended_BNE = self.attend(z_BNS, v_BNE, places, cache, self.gates(x_BND), before_B1S)
         return self.o_proj(u_BNE * attended_BNE)
 
     def attend(
@@ -367,6 +375,7 @@ class FlashGatedAttentionUnit(nn.Module):
         places: Places,
         cache: CacheLayerMixin | None,
         gates_BN2: Tensor | None = None,
+        before_B1S: Tensor | None = None,
     ) -> Tensor:
         """Attention over values v with queries and keys made from z, `[B, N, E]`: within whole documents, for one new
         token, or within and across chunks."""
@@ -397,6 +406,8 @@ class FlashGatedAttentionUnit(nn.Module):
         if self.delta:
             qk = qk._replace(gates=layout.split(gates_BN2))
         options |= {"causal": self.is_causal, "chunk_size": self.config.chunk_size, "dropout": dropout}
+        if before_B1S is not None:
+            options["before"] = layout.neighbours.keys_before(self, before_B1S)
         out_BGCE, state = attention(qk, v_BGCE, layout, **continuation(places, cache), **options)
         if cache is not None:
             cache.update(state, places, qk, v_BNE)
@@ -419,6 +430,8 @@ class FlashLayer(GradientCheckpointingLayer):
         checkpointing drops it by name."""
         cache = resolve_cache(cache, past_key_values)
         own = None if cache is None else cache.layers[self.gau.layer_idx]
+        if (neighbours := getattr(places.layout, "neighbours", None)) is not None:
+            return neighbours.compute(self, hidden_states, places, own)
         if fuses_layer(self, hidden_states, places):
             return fused_layer(self, hidden_states, places, own)
         attended = self.gau(normalise(self.norm, hidden_states, places), places, cache=own)
@@ -467,7 +480,7 @@ class FlashPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_record_outputs = {"hidden_states": FlashLayer}
     _can_compile_fullgraph = True
-    # A chunk depends on the state of all tokens before it, so sequences cannot be split over devices.
+    # transformers' own splits attention over keys and values. FLASH's is `flash_hf.parallel.context_parallel`.
     _supports_context_parallel = False
     # Whether language models in training return their loss without logits; see the heads.
     skip_logits = False
@@ -475,6 +488,8 @@ class FlashPreTrainedModel(PreTrainedModel):
     task: str | None = None
     # Whether a head attends in another direction than its configuration says.
     turned = False
+    # How rows are cut over processes (`flash_hf.parallel.context_parallel`); None for whole rows.
+    context = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -610,21 +625,25 @@ class FlashModel(FlashPreTrainedModel):
         if cache is not None:
             check_cache(cache, self.config, self.state_forms, B)
         first = None if cache is None else cache.layers[0]
-        documents = resolve_documents(
-            B,
-            N,
-            inputs_embeds.device,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-            seq_idx=kwargs.get("seq_idx"),
-            cache=first,
-        )
+        layouts = None
+        if self.context is not None:
+            documents, layouts = self.context.piece(self, inputs_embeds)
+        else:
+            documents = resolve_documents(
+                B,
+                N,
+                inputs_embeds.device,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+                seq_idx=kwargs.get("seq_idx"),
+                cache=first,
+            )
         check_single(documents, kwargs.get("single_document", False))
         if torch.compiler.is_exporting() and position_ids is not None:
             # An eager call raises an error instead.
             inputs_embeds = inputs_embeds.masked_fill(misplaced(position_ids, documents)[..., None], math.nan)
-        places = self.places(inputs_embeds, documents, first)
+        places = self.places(inputs_embeds, documents, first, layouts)
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
@@ -662,11 +681,13 @@ class FlashModel(FlashPreTrainedModel):
             return [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
         return [chunk_layout(documents, batch, config.chunk_size, causal=causal, shift=shift) for shift in shifts]
 
-    def places(self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None) -> list[Places]:
-        """The places that layers take in turn; arguments as of `layouts`."""
+    def places(
+        self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None, layouts: list | None = None
+    ) -> list[Places]:
+        """The places that layers take in turn; arguments as of `layouts`, and its result if it is known."""
         config = self.config
         places: list[Places] = []
-        for layout in self.layouts(x_BND.shape[0], documents, cache):
+        for layout in self.layouts(x_BND.shape[0], documents, cache) if layouts is None else layouts:
             if isinstance(layout, ChunkLayout):
                 position, bias_length = layout.position_BGC, layout.position_BGC.shape[2]
             elif isinstance(layout, StepLayout):
@@ -797,21 +818,27 @@ def logits_and_loss(
         skip_logits: no logits, if the loss can be computed without; None: as `model.skip_logits` in training.
     """
     own_loss = hasattr(model, "_loss_function")
+    context = model.context
+    if context is not None and labels is not None:
+        options = context.loss_options(labels, options)
     if skip_logits is None:
         skip_logits = getattr(model, "skip_logits", False) and model.training
+    shifted = options.get("shift_labels") if shift else None
     # A compiler needs shapes that do not depend on the labels, and the user's own loss needs logits.
-    if skip_logits and labels is not None and not (own_loss or "shift_labels" in options or is_tracing()):
-        if can_split(model.lm_head):
-            items = options.get("num_items_in_batch")
-            loss = loss_without_logits(model.lm_head, hidden_BND, labels, shift=shift, num_items_in_batch=items)
-            return None, loss
-    logits = model.lm_head(hidden_BND)
-    if labels is None:
-        return logits, None
-    loss = model.loss_function(logits, labels, model.config.vocab_size, **options)
-    if not own_loss:
-        loss = zero_without_labels(loss, options.get("shift_labels", labels[:, 1:] if shift else labels))
-    return logits, loss
+    if skip_logits and labels is not None and not (own_loss or is_tracing()) and can_split(model.lm_head):
+        wanted, shift = (labels, shift) if shifted is None else (shifted, False)
+        items = options.get("num_items_in_batch")
+        logits = None
+        loss = loss_without_logits(model.lm_head, hidden_BND, wanted, shift=shift, num_items_in_batch=items)
+    else:
+        logits = model.lm_head(hidden_BND)
+        if labels is None:
+            return logits, None
+        loss = model.loss_function(logits, labels, model.config.vocab_size, **options)
+        if not own_loss:
+            wanted = (labels[:, 1:] if shift else labels) if shifted is None else shifted
+            loss = zero_without_labels(loss, wanted)
+    return logits, loss if context is None else context.total(loss)
 
 
 def check_generation(generation_config: GenerationConfig, attention_mask: Tensor | None, num_layers: int) -> None:

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare pieces of rows over 2 and 4 CPU processes with whole rows, and print what differs as JSON.
+
+Forked from one process, since importing the package takes longer than all cases together. Each process computes the
+results of whole rows itself.
+"""
+
+import itertools
+import json
+import os
+import sys
+import tempfile
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+
+from flash_hf import FlashForCausalLM, FlashForMaskedLM
+from flash_hf.parallel import context_parallel, shard_sequence
+from scripts.benchmark.tiny import error_ratio, make_model, random_ids, tiny_config
+
+
+PLUS = {"global_form": "previous_token", "use_scaled_sinusoid": False, "chunk_shift": 4}
+FORMS = {
+    "paper": {},
+    "chunk mean": {"global_normalization": "chunk", "relative_bias": "t5"},
+    "plus": PLUS,
+    "plus, shifted local keys": {**PLUS, "local_key_shift": True, "rope_interleaved": True, "chunk_shift": 3},
+    "shifted local keys": {"local_key_shift": True, "relative_bias": "rotary"},
+    "shifted keys": {"global_form": "previous_token"},
+    "softmax, shifted": {"attention_activation": "softmax", "chunk_shift": 5},
+    "local, shifted": {"attention_type": "local", "chunk_shift": 4},
+    "global": {"attention_type": "global", "use_rope": False, "chunk_shift": 2},
+}
+
+
+def rows(*lengths_of_documents):
+    """positions of packed rows, padded on the right, and their mask."""
+    rows = [torch.cat([torch.arange(length) for length in lengths]) for lengths in lengths_of_documents]
+    width = max(len(row) for row in rows)
+    mask = torch.stack([F.pad(torch.ones(len(row), dtype=torch.long), (0, width - len(row))) for row in rows])
+    return {"position_ids": torch.stack([F.pad(row, (0, width - len(row))) for row in rows]), "attention_mask": mask}
+
+
+def padded(width, *spans):
+    """A mask of rows with real tokens in spans."""
+    mask = torch.zeros(len(spans), width, dtype=torch.long)
+    for row, own in enumerate(spans):
+        for begin, end in own:
+            mask[row, begin:end] = 1
+    return {"attention_mask": mask}
+
+
+def scattered(width, batch, seed):
+    """Padding and documents anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(batch, width, generator=generator) > 0.3).long()
+    mask[0, :20] = 0
+    mask[1, 20:] = 0
+    starts = (torch.rand(batch, width, generator=generator) < 0.1) & (mask > 0)
+    positions = torch.zeros_like(mask)
+    for row in range(batch):
+        count = 0
+        for column in range(width):
+            count = 0 if starts[row, column] else count
+            positions[row, column] = count
+            count += int(mask[row, column])
+    return {"attention_mask": mask, "position_ids": positions}
+
+
+def inputs(size):
+    """Marks of rows, by name; the length is that of a mark or the number."""
+    return {
+        "whole chunks": 64,
+        "odd length": 45,
+        "piece without tokens": 8 * (size + 1) if size > 2 else 9,
+        "left padding": padded(64, [(0, 64)], [(13, 64)], [(40, 64)]),
+        "row ends in the first piece": padded(64, [(0, 64)], [(0, 11)], [(0, 16)]),
+        "padding amid": padded(64, [(0, 10), (30, 64)], [(5, 7), (20, 22), (50, 61)], [(30, 34)]),
+        "documents across the cuts": rows([20, 24, 20], [64], [5, 59], [1] * 64),
+        "documents at the cuts": rows([32, 32], [16, 16, 16, 16], [8, 50]),
+        "few documents": rows([3, 40, 2], [12]),
+        "scattered": scattered(64, 4, 0),
+        "scattered more": scattered(61, 5, 1),
+    }
+
+
+def loss_of(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    """In float64, unlike that of transformers."""
+    wanted = labels if shift_labels is None else shift_labels
+    total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+    return total / ((wanted != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def batch_of(config, marks, causal):
+    """A batch with labels; shifted for the whole row if causal, as the loss above does not."""
+    length = marks if isinstance(marks, int) else marks["attention_mask"].shape[1]
+    count = 2 if isinstance(marks, int) else len(marks["attention_mask"])
+    batch = {"input_ids": random_ids(config, count, length), **({} if isinstance(marks, int) else marks)}
+    labels = random_ids(config, count, length, seed=1)
+    if "attention_mask" in batch:
+        labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, 3] = -100
+    batch["labels"] = labels
+    if causal:
+        batch["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return batch
+
+
+def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, checkpointing=False):
+    """What differs between pieces and whole rows, as a list of sentences."""
+    causal = cls is FlashForCausalLM
+    rank, size = mesh.get_local_rank(), mesh.size()
+    wrong = []
+
+    def same(what, actual, expected, tolerance=tolerance):
+        error = error_ratio(actual, expected) if expected.numel() else 0.0
+        if actual.shape != expected.shape or not error <= tolerance:
+            wrong.append(f"{what}: {error:.2g}, {tuple(actual.shape)} {tuple(expected.shape)}")
+
+    model = make_model(cls, config, dtype=dtype)
+    model.loss_function = loss_of
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    batch = batch_of(config, marks, causal)
+    whole = model(**batch)
+    whole.loss.backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+
+    context_parallel(model, mesh)
+    piece = shard_sequence(batch, mesh)
+    out = model(**piece)
+    out.loss.backward()
+    same("loss", out.loss, whole.loss)
+    length = piece["input_ids"].shape[1]
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    real = F.pad(real, (0, size * length - real.shape[1]))[:, rank * length : (rank + 1) * length]
+    logits = F.pad(whole.logits, (0, 0, 0, size * length - whole.logits.shape[1]))
+    same("logits", out.logits[real], logits[:, rank * length : (rank + 1) * length][real])
+    for name, gradient in gradients(model).items():
+        dist.all_reduce(gradient)
+        same(name, gradient / size, expected[name])
+    if causal:
+        wrong += compare_states(model, batch, mesh, same) or []
+    context_parallel(model, None)
+    return wrong
+
+
+def compare_states(model, batch, mesh, same):
+    """The cache of the last process against that of whole rows, and five tokens after it."""
+    marks = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    model.eval()
+    with torch.no_grad():
+        cache = model(**shard_sequence(marks, mesh), use_cache=True).cache
+        context_parallel(model, None)
+        if mesh.get_local_rank() < mesh.size() - 1:
+            return
+        expected = model(**marks, use_cache=True).cache
+        for ours, theirs in zip(cache.layers, expected.layers, strict=True):
+            if ours.state.total is not None:
+                seen = theirs.state.seen > 0
+                same("total", ours.state.total[seen], theirs.state.total[seen])
+            if not torch.equal(ours.state.seen, theirs.state.seen):
+                return [f"seen: {ours.state.seen.tolist()}, {theirs.state.seen.tolist()}"]
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        columns = int(real.any(0).nonzero().max()) + 1
+        if cache.get_seq_length() != columns:
+            return [f"columns: {cache.get_seq_length()}, {columns}"]
+        new = random_ids(model.config, len(real), 13, seed=3)
+        for part in (new[:, :1], new[:, 1:2], new[:, 2:]):
+            same("next logits", model(part, cache=cache).logits, model(part, cache=expected).logits)
+
+
+def exact(mesh):
+    """Forms and kinds of rows in float64: every pair of the most general form, and a third of the others."""
+    cases = itertools.product(FORMS.items(), (FlashForCausalLM, FlashForMaskedLM), inputs(mesh.size()).items())
+    for index, ((name, changes), cls, (kind, marks)) in enumerate(cases):
+        if name == "plus, shifted local keys" or index % 3 == 0:
+            yield f"{cls.__name__}, {name}, {kind}", compare(cls, tiny_config(**changes), marks, mesh)
+
+
+def others(mesh):
+    """Gradient checkpointing, bfloat16, the losses of transformers, and without logits."""
+    for changes in (FORMS["paper"], PLUS):
+        for kind in ("whole chunks", "scattered"):
+            marks = inputs(mesh.size())[kind]
+            yield (
+                f"checkpointing, {changes}, {kind}",
+                compare(FlashForCausalLM, tiny_config(**changes), marks, mesh, checkpointing=True),
+            )
+    config = tiny_config(**PLUS, vocab_size=61)
+    for cls in (FlashForCausalLM, FlashForMaskedLM):
+        yield f"{cls.__name__}, losses", losses(cls, config, mesh)
+    yield "bfloat16", half(mesh)
+
+
+def losses(cls, config, mesh):
+    """transformers' loss and the one without logits, with and without a given number of items."""
+    wrong = []
+    batch = batch_of(config, inputs(mesh.size())["few documents"], False)
+    model = make_model(cls, config, dtype=torch.float32)
+    for items in (None, torch.tensor(70)):
+        for skip in (False, True):
+            options = {"skip_logits": skip} | ({} if items is None else {"num_items_in_batch": items})
+            whole = model(**batch, **options).loss
+            context_parallel(model, mesh)
+            loss = model(**shard_sequence(batch, mesh), **options).loss
+            context_parallel(model, None)
+            if abs(float(loss / whole) - 1) > 1e-5:
+                wrong.append(f"items {items}, skip_logits {skip}: {float(loss)}, {float(whole)}")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    context_parallel(model, mesh)
+    loss = model(**shard_sequence(batch, mesh)).loss
+    loss.backward()
+    context_parallel(model, None)
+    return wrong + ([] if float(loss) == 0 else [f"no labels: {float(loss)}"])
+
+
+def half(mesh):
+    """bfloat16 is as far from float64 as whole rows are."""
+    config = tiny_config(**PLUS)
+    batch = batch_of(config, inputs(mesh.size())["documents across the cuts"], True)
+    exact = make_model(FlashForCausalLM, config, scale=0.15)
+    model = make_model(FlashForCausalLM, config, dtype=torch.bfloat16, scale=0.15)
+    with torch.no_grad():
+        reference = exact(**batch).logits
+        own = error_ratio(model(**batch).logits, reference)
+        context_parallel(model, mesh)
+        piece = shard_sequence(batch, mesh)
+        length, rank = piece["input_ids"].shape[1], mesh.get_local_rank()
+        found = error_ratio(model(**piece).logits, reference[:, rank * length : (rank + 1) * length])
+    return [] if found <= 2 * own else [f"{found:.2g}, whole rows {own:.2g}"]
+
+
+def refused(mesh):
+    """Errors on one process are raised on all of them, and the next call works."""
+    config = tiny_config()
+    model = make_model(FlashForCausalLM, config)
+    rank, size = mesh.get_local_rank(), mesh.size()
+    context_parallel(model, mesh)
+    whole = {"input_ids": random_ids(config, 2, 64)}
+    piece = shard_sequence(whole, mesh)
+    ids = piece["input_ids"]
+
+    def expect(what, message, call):
+        try:
+            call()
+        except (ValueError, TypeError) as error:
+            return what, [] if message in str(error) else [f"{type(error).__name__}: {error}"]
+        return what, ["nothing was raised"]
+
+    last = rank == size - 1
+    yield expect("ids of one process", "input_ids must lie in", lambda: model(ids + 100 * last))
+    yield expect("different lengths", "`tokens` differs", lambda: model(ids[:, 8:] if last else ids))
+    yield expect("different batches", "`rows` differs", lambda: model(ids[:1] if last else ids))
+    yield expect("not at a border", "border of chunks (chunk_size=8)", lambda: model(ids[:, :-1]))
+    yield expect("labels not shifted", "shift_labels", lambda: model(ids, labels=ids))
+    labels = {"labels": ids, "shift_labels": ids}
+    yield expect("labels on one", "labels` differs", lambda: model(ids, **(labels if last else {})))
+    short = {"labels": ids[:, :4], "shift_labels": ids}
+    yield expect("wrong labels on one", "labels must have the", lambda: model(ids, **(short if last else labels)))
+    yield expect("generate", "generate() cannot run", lambda: model.generate(ids))
+    yield expect("base alone", "not its base alone", lambda: model.model(ids))
+    yield expect("cu_seq_lens", "shard_sequence turns it", lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 16])))
+    yield expect("unknown argument", "cache", lambda: model(ids, mems=1))
+    positions = torch.arange(ids.shape[1]).expand(2, -1) + rank * ids.shape[1] + 3 * last
+    yield expect("positions", "count on over the pieces", lambda: model(ids, position_ids=positions))
+    yield expect("a short row", "fewer than the", lambda: shard_sequence({"input_ids": ids[:, :8]}, mesh))
+    quad = make_model(FlashForCausalLM, tiny_config(attention_type="quadratic"))
+    yield expect("FLASH-Quad", "FLASH-Quad", lambda: context_parallel(quad, mesh))
+    yield expect(
+        "a dictionary for a mesh", "one dimension of a DeviceMesh", lambda: context_parallel(model, {"cp": 2})
+    )
+    context_parallel(model, mesh)
+    with torch.no_grad():
+        model(**piece)
+    context_parallel(model, None)
+    yield "the next call", [] if model.generate(ids, max_new_tokens=2).shape[1] == ids.shape[1] + 2 else ["generate"]
+
+
+def work(rank, size, folder, groups):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group{size}", rank=rank, world_size=size)
+    mesh = init_device_mesh("cpu", (size,))
+    found = {}
+    try:
+        for group in groups:
+            for name, wrong in globals()[group](mesh):
+                found[name] = wrong
+    except Exception:
+        found["crashed"] = [traceback.format_exc()]
+        os.write(2, found["crashed"][0].encode())
+    with open(f"{folder}/{size}-{rank}.json", "w", encoding="utf-8") as file:
+        json.dump(found, file)
+    os._exit(0 if "crashed" not in found else 1)
+
+
+def main(sizes, groups):
+    found = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            context = multiprocessing.get_context("fork")
+            processes = [context.Process(target=work, args=(rank, size, folder, groups)) for rank in range(size)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join()
+            for rank in range(size):
+                with open(f"{folder}/{size}-{rank}.json", encoding="utf-8") as file:
+                    for name, wrong in json.load(file).items():
+                        found[f"{size} processes, process {rank}: {name}"] = wrong
+    wrong = {name: list(map(str, what)) for name, what in found.items() if what}
+    print(json.dumps({"cases": len(found), "wrong": wrong}, indent=1))
+
+
+if __name__ == "__main__":
+    main([int(size) for size in sys.argv[1].split(",")], sys.argv[2].split(","))
