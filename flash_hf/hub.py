@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto import modeling_auto
 
 from .configuration_flash import FlashConfig
-from .modeling_flash import FlashPreTrainedModel
+from .modeling_flash import FlashForMaskedLM, FlashModel, FlashPreTrainedModel
 
 
 # Weights that a push replaces: transformers prefers one file to shards, so an old model.safetensors would win over new
@@ -36,14 +37,8 @@ def registered_classes() -> dict[str, type]:
     return classes
 
 
-def add_code(folder: str | os.PathLike) -> list[Path]:
-    """Make a saved FLASH checkpoint, for example a Trainer's output, loadable without the package.
-
-    Args:
-        folder: A folder with the `config.json` of a FLASH model with any head.
-
-    Returns:
-        The source files, written beside `config.json`, whose `auto_map` names a class for each Auto class.
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The `config.json` of a saved FLASH model with any head.
 
     Raises:
         ValueError: the folder holds no `config.json`, or one of another model.
@@ -57,12 +52,61 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
             f"`folder` must hold a model of type {FlashConfig.model_type!r}, got {config.get('model_type')!r} in "
             f"{path}. Save the FLASH model itself there, not an adapter or another model."
         )
+    return config
+
+
+def write_json(path: Path, value: dict | list) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def add_code(folder: str | os.PathLike) -> list[Path]:
+    """Make a saved FLASH checkpoint, for example a Trainer's output, loadable without the package.
+
+    Args:
+        folder: A folder with the `config.json` of a FLASH model with any head.
+
+    Returns:
+        The source files, written beside `config.json`, whose `auto_map` names a class for each Auto class.
+
+    Raises:
+        ValueError: the folder holds no `config.json`, or one of another model.
+    """
+    config = read_config(folder)
     # Not register_for_auto_class: it would mark the classes as remote code for the rest of the process.
     classes = registered_classes()
     written = {file for cls in classes.values() for file in custom_object_save(cls, folder)}
     config["auto_map"] = {name: f"{cls.__module__.split('.')[-1]}.{cls.__name__}" for name, cls in classes.items()}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "config.json", config)
     return sorted(written)
+
+
+def add_mean_pooling(folder: str | os.PathLike, max_seq_length: int | None = None) -> None:
+    """Make a saved FLASH checkpoint with a tokenizer a model of sentence-transformers: `SentenceTransformer(folder)`
+    then embeds a text as the mean over its tokens, `[hidden_size]`.
+
+    Args:
+        folder: A folder with the `config.json` of a FLASH model with any head.
+        max_seq_length: Tokens that longer texts are cut to; by default the training length,
+            `config.max_position_embeddings`. FLASH takes any length.
+
+    Raises:
+        ValueError: as `add_code`.
+    """
+    config = read_config(folder)
+    # Names that sentence-transformers 5 and 6 read.
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    write_json(
+        Path(folder) / "modules.json",
+        [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for index, (path, name) in enumerate(modules)
+        ],
+    )
+    pooling = {"word_embedding_dimension": config["hidden_size"], "pooling_mode_mean_tokens": True}
+    write_json(Path(folder) / "1_Pooling" / "config.json", pooling)
+    length = config["max_position_embeddings"] if max_seq_length is None else max_seq_length
+    write_json(Path(folder) / "sentence_bert_config.json", {"max_seq_length": length})
 
 
 def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -83,7 +127,8 @@ def save_with_code(
     tokenizer: PreTrainedTokenizerBase | None = None,
     **save_options,
 ) -> list[Path]:
-    """`save_pretrained` of model and tokenizer, with the code to load them without the package.
+    """`save_pretrained` of model and tokenizer, with the code to load them without the package. A bidirectional model,
+    with its masked head or none, also becomes a model of sentence-transformers ([`add_mean_pooling`]).
 
     Args:
         model: A FLASH model with any head.
@@ -109,6 +154,8 @@ def save_with_code(
     model.save_pretrained(folder, **save_options)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+        if isinstance(model, (FlashModel, FlashForMaskedLM)) and not model.config.is_decoder:
+            add_mean_pooling(folder)
     return add_code(folder)
 
 
@@ -151,10 +198,12 @@ def push_with_code(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = sorted(Path(folder).iterdir())
-        operations = [CommitOperationAdd(path.name, path) for path in files]
+        files = {
+            path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()
+        }
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         old = {name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)}
-        operations += [CommitOperationDelete(name) for name in sorted(old - {path.name for path in files})]
+        operations += [CommitOperationDelete(name) for name in sorted(old - files.keys())]
         # Not upload_folder, which with hf_xet splits a long upload into several commits.
         return api.create_commit(
             repo_id, operations, commit_message=commit_message, revision=revision, create_pr=create_pr

@@ -15,8 +15,8 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 import flash_hf
-from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
-from flash_hf.hub import add_code, registered_classes, save_with_code
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashForSequenceClassification, FlashModel
+from flash_hf.hub import add_code, add_mean_pooling, registered_classes, save_with_code
 from helpers import ROOT, make_model, random_ids, run_python, tiny_config
 
 
@@ -62,6 +62,28 @@ def test_saving_leaves_the_classes_as_they_were(tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text(encoding="utf-8"))
 
 
+def test_bidirectional_models_with_a_tokenizer_become_sentence_transformers(tokenizer, tmp_path):
+    files = {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    for number, (cls, changes, embeds) in enumerate(
+        [
+            (FlashForMaskedLM, {}, True),
+            (FlashModel, {}, True),
+            (FlashModel, {"is_decoder": True}, False),
+            (FlashForCausalLM, {}, False),
+            (FlashForSequenceClassification, {}, False),
+        ]
+    ):
+        save_with_code(small_model(cls, **changes), tmp_path / f"{number}", tokenizer)
+        assert {(tmp_path / f"{number}" / file).exists() for file in files} == {embeds}
+    save_with_code(small_model(FlashModel), tmp_path / "without")
+    assert not (tmp_path / "without" / "modules.json").exists()
+    add_mean_pooling(tmp_path / "3", max_seq_length=4000)
+    limit = json.loads((tmp_path / "3" / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    assert limit == {"max_seq_length": 4000}
+    with pytest.raises(ValueError, match="`folder` must hold a saved model"):
+        add_mean_pooling(tmp_path)
+
+
 def test_loaded_by_the_package_and_saved_it_does_not_promise_code(tmp_path):
     """With an auto_map but no files, loading without the package would fail."""
     save_with_code(small_model(FlashForCausalLM), tmp_path / "coded")
@@ -102,13 +124,17 @@ def test_a_class_of_the_users_own_is_not_promised():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder for each Auto class, with the inputs and outputs of the model that was saved there."""
-    root = tmp_path_factory.mktemp("remote")
+def tokenizer():
     words = {f"w{i}": i for i in range(61)}
     tokens = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokens.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="w0", pad_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="w0", pad_token="w1")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tokenizer):
+    """A folder for each Auto class, with the inputs and outputs of the model that was saved there."""
+    root = tmp_path_factory.mktemp("remote")
     for name, cls in registered_classes().items():
         if name == "AutoConfig":
             continue

@@ -36,7 +36,7 @@ from transformers import (
     default_data_collator,
 )
 
-from flash_hf import FlashForCausalLM, push_with_code, training
+from flash_hf import FlashForCausalLM, FlashForMaskedLM, push_with_code, training
 from flash_hf.commands.train import parse_arguments
 from helpers import make_model, random_ids, tiny_config
 
@@ -149,6 +149,17 @@ def test_push_with_code_is_one_commit(model, tokenizer, tmp_path):
     assert same(load("alice/coded", tmp_path, revision="draft"), make(seed=2))
     assert same(load("alice/coded", tmp_path, revision="refs/pr/1"), make(seed=3))
     assert same(load("alice/coded", tmp_path), model) and history("alice/coded")[0] == commit.oid
+
+
+def test_a_pushed_encoder_is_a_sentence_transformer(tokenizer, tmp_path):
+    encoder = make_model(FlashForMaskedLM, CONFIG, dtype=torch.float32)
+    push_with_code(encoder, "alice/encoder", tokenizer)
+    assert {"modules.json", "1_Pooling/config.json"} <= set(API.list_repo_files("alice/encoder"))
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    embedder = sentence_transformers.SentenceTransformer("alice/encoder", cache_folder=str(tmp_path), device="cpu")
+    with torch.no_grad():
+        expected = encoder.model(tokenizer("w5 w6 w7", return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(embedder.encode("w5 w6 w7", convert_to_tensor=True), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(TRANSPORT == "xet", reason="source files travel the same way in both transports")

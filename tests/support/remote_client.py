@@ -107,6 +107,23 @@ def test_pipelines():
         pipeline("text-generation", folder, trust_remote_code=False)
 
 
+def test_sentence_transformers_embeds_the_mean_over_real_tokens(monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    folder = ROOT / "AutoModelForMaskedLM"
+    monkeypatch.setattr("builtins.input", lambda prompt: "n")
+    with pytest.raises((ValueError, OSError), match="trust_remote_code=True"):
+        sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    embedder = sentence_transformers.SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+    assert embedder.max_seq_length == embedder[0].config.max_position_embeddings == 128
+    texts = ["w5 w6 w7", " ".join(["w9", "w4", "w7"] * 60)]  # of 180, 128 are read
+    encoder = load(folder, "AutoModel")
+    for text, found in zip(texts, embedder.encode(texts, convert_to_tensor=True), strict=True):
+        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = encoder(ids[:, :128]).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_saved_again_it_carries_the_code_on(tmp_path):
     stored = load_file(ROOT / "AutoModelForMaskedLM" / "expected.safetensors")
     model = load(ROOT / "AutoModelForMaskedLM", "AutoModelForMaskedLM")
