@@ -16,6 +16,8 @@ COMMANDS = {
     "generate": ("generate", "main", "continue a text with a causal model"),
     "serve": ("serve", "main", "serve a causal model over HTTP with transformers serve"),
     "convert": ("convert", "main", "convert a checkpoint of another FLASH implementation"),
+    "demo": ("demo", "main", "open a page in the browser: continue text, fill masks, look inside"),
+    "env": ("env", "main", "print versions, backend and a self-test, for bug reports"),
 }
 
 
