@@ -1,5 +1,5 @@
-# make test | make vllm | make demo | make cards | make oldest | make newest | make .venv | make clean. A fresh clone needs Python
-# 3.11 or later with pip, and make.
+# make test | make vllm | make demo | make browser | make cards | make oldest | make newest | make .venv | make clean. A
+# fresh clone needs Python 3.11 or later with pip, and make.
 # Another interpreter: make test PYTHON=python3.12. More for pytest: make test PYTEST_ARGS='-k cache'.
 PYTHON ?= python3
 PYTEST_ARGS ?=
@@ -15,7 +15,7 @@ export PYTHONWARNDEFAULTENCODING := 1
 # The stamp is younger than what it depends on exactly when the environment is up to date.
 STAMP := .venv/.stamp
 
-.PHONY: .venv test today demo cards oldest newest vllm clean
+.PHONY: .venv test today demo browser cards oldest newest vllm clean
 
 .venv: $(STAMP)
 
@@ -44,6 +44,12 @@ today: $(STAMP)
 
 demo: $(STAMP)
 	.venv/bin/python scripts/demo.py
+
+# The page of `flash-hf demo` in Chromium (Debian: apt-get install chromium). Without it, `make test` tests the page by
+# gradio's client.
+browser: $(STAMP)
+	.venv/bin/python -m pip install --quiet --no-compile -c constraints.txt playwright
+	HF_HUB_OFFLINE=1 .venv/bin/python -m pytest tests/scripts/test_demo.py
 
 # After a change of results: renders the cards in model_cards/ from them.
 cards: $(STAMP)

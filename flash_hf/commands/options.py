@@ -25,7 +25,7 @@ from ..configuration_flash import FlashConfig
 # Module: the extra in setup.cfg that installs it.
 EXTRAS = {
     "accelerate": "train", "datasets": "train", "evaluate": "train", "matplotlib": "train", "psutil": "train",
-    "tqdm": "train", "yaml": "train", "lm_eval": "eval",
+    "tqdm": "train", "yaml": "train", "lm_eval": "eval", "gradio": "demo", "sentence_transformers": "embed",
 }  # fmt: skip
 
 # Packages whose own `raise` statements report user errors; the same exceptions from elsewhere are bugs.

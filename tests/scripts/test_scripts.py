@@ -202,10 +202,10 @@ def test_a_missing_package_is_named_with_its_extra(fail, monkeypatch):
     code, line = fail("train_clm.py", "--train_file", BOOK, "--output_dir", "run")
     assert code == 1 and line == "train_clm.py: The package matplotlib is missing: pip install 'flash-hf[train]'"
     lines = (ROOT / "setup.cfg").read_text(encoding="utf-8").partition("[options.extras_require]")[2].splitlines()
-    for extra in ("train", "eval"):
+    for extra in ("train", "eval", "embed"):
         begin = lines.index(f"{extra} =") + 1
         end = next(i for i in range(begin, len(lines)) if not lines[i].startswith(" "))
-        names = {"pyyaml": "yaml", "lm-eval": "lm_eval"}
+        names = {"pyyaml": "yaml", "lm-eval": "lm_eval", "sentence-transformers": "sentence_transformers"}
         for package in (line.strip() for line in lines[begin:end]):
             assert package.startswith("flash-hf[") or command_line.EXTRAS[names.get(package, package)] == extra
 
