@@ -67,15 +67,19 @@ class StatePages(MambaBase):
         return StateBackend
 
     def read(self, rows: RequestRows) -> DecodingState:
-        """The states of `rows`, as a copy."""
+        """The states of `rows`: a copy, or the pages themselves where these are adjacent."""
         tensors = dict.fromkeys(field.name for field in fields(DecodingState))
-        pages = zip(self.stored, self.kv_cache, strict=True)
-        tensors |= {name: page.index_select(0, rows.page_B) for name, page in pages}
+        for name, page in zip(self.stored, self.kv_cache, strict=True):
+            tensors[name] = page.index_select(0, rows.page_B) if rows.span is None else page[rows.span]
         return DecodingState(**tensors | {"seen": rows.seen_B.clone()})
 
     def write(self, rows: RequestRows, state: DecodingState) -> None:
         for name, page in zip(self.stored, self.kv_cache, strict=True):
-            page.index_copy_(0, rows.page_B, getattr(state, name))
+            new = getattr(state, name)
+            if rows.span is None:
+                page.index_copy_(0, rows.page_B, new)
+            elif new.data_ptr() != page[rows.span].data_ptr():
+                page[rows.span] = new
 
 
 class PagedCacheLayer(FlashChunkCacheLayer):

@@ -21,12 +21,14 @@ class RequestRows:
         valid_BN: False at padding, on the right, bool `[B, N]`; None without any.
         page_B: vLLM's block of each request, int64 `[B]`.
         seen_B: tokens of each request before this step, int64 `[B]`; None if all requests begin in this step.
+        span: the same blocks, where they are adjacent and the host knows: their states can then be used in place.
     """
 
     token_BN: Tensor
     valid_BN: Tensor | None
     page_B: Tensor
     seen_B: Tensor | None
+    span: slice | None
 
 
 def group_requests(starts: list[int], seen: list[int], page_R: Tensor) -> list[RequestRows]:
@@ -45,7 +47,14 @@ def group_requests(starts: list[int], seen: list[int], page_R: Tensor) -> list[R
 
 
 def _rows(members: list[int], starts: list[int], seen: list[int], page_R: Tensor, fresh: bool) -> RequestRows:
-    device = page_R.device
+    device, span = page_R.device, None
+    # Elsewhere, reading the blocks would wait for the device, and kernels take no states with gaps between them.
+    if device.type == "cpu":
+        pages = page_R.tolist()
+        members = sorted(members, key=lambda request: pages[request])
+        first, last = pages[members[0]], pages[members[-1]]
+        if last - first == len(members) - 1:
+            span = slice(first, last + 1)
     begin_B = torch.tensor([starts[request] for request in members])
     length_B = torch.tensor([starts[request + 1] for request in members]) - begin_B
     longest = int(length_B.max())
@@ -57,6 +66,7 @@ def _rows(members: list[int], starts: list[int], seen: list[int], page_R: Tensor
         valid_BN=None if bool(valid_BN.all()) else valid_BN.to(device, non_blocking=True),
         page_B=page_R[torch.tensor(members, device=device)].long(),
         seen_B=None if fresh else torch.tensor([seen[request] for request in members], device=device),
+        span=span,
     )
 
 
