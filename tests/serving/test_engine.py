@@ -94,6 +94,25 @@ def random_prompts(config: FlashConfig, lengths) -> list[list[int]]:
     return [random_ids(config, length, seed=length).tolist() for length in lengths]
 
 
+def test_requests_are_divided_by_kind_and_length():
+    from flash_hf.vllm.requests import group_requests
+
+    lengths, seen = [1, 40, 0, 1, 33, 64, 2, 1], [5, 0, 0, 9, 0, 0, 7, 0]
+    pages = torch.tensor([4, 6, 9, 3, 5, 7, 8, 2])
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    groups = group_requests(starts, seen, pages)
+    found = {tuple(rows.page_B.tolist()): rows for rows in groups}
+    assert set(found) == {(3, 4), (5, 6, 7), (8,), (2,)}  # the request without tokens is left out
+    steps, prompts = found[3, 4], found[5, 6, 7]
+    assert steps.valid_BN is None and steps.span == slice(3, 5)
+    assert steps.seen_B.tolist() == [9, 5] and steps.token_BN.tolist() == [[starts[3]], [0]]
+    assert prompts.seen_B is None and prompts.valid_BN.sum(1).tolist() == [33, 40, 64]
+    assert prompts.valid_BN.float().mean() > 0.5
+    assert prompts.token_BN[1][prompts.valid_BN[1]].tolist() == list(range(1, 41))
+    (rows,) = group_requests([0, 1, 2], [3, 3], torch.tensor([1, 5]))
+    assert rows.span is None and rows.page_B.tolist() == [1, 5]
+
+
 LENGTHS = [1, 2, 3, 7, 8, 9, 16, 17, 40, 64, 65, 131]
 PLUS = {
     "chunk_shift": 4, "global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent",
@@ -102,6 +121,7 @@ FORMS = {
     "paper": {"tie_word_embeddings": False},
     "plus": PLUS,
     "plus, local keys shifted": {**PLUS, "local_key_shift": True, "tie_word_embeddings": False, "with_code": True},
+    "delta rule": {**PLUS, "local_key_shift": True, "global_state": "delta"},
     "odd sizes": {"query_key_dim": 3, "chunk_size": 5, "hidden_size": 14, "expansion_factor": 1.5, "use_rope": False},
     "global": {"attention_type": "global", "global_normalization": "chunk", "norm_type": "layer_norm"},
     "local": {"attention_type": "local", "attention_activation": "softmax", "chunk_shift": 3, "relative_bias": "t5"},
