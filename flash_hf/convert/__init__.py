@@ -23,32 +23,31 @@ CONVERTERS: dict[str, Callable[..., Converted]] = {
     "junnyu_flash_quad": convert_junnyu_flash_quad,
     "lucidrains": convert_lucidrains,
 }
+# A beginning of a name in the state dict, and why such a checkpoint cannot be converted.
 REFUSED = {
-    "gau_alpha": "it normalizes after each residual sum (post-norm), which no pre-norm layer can imitate, and its "
-    "softmax_plus scales scores by log(keys) / log(512), where FlashConfig's softmax has a constant. Use its own "
-    "code, github.com/ZhuiyiTechnology/GAU-alpha, or train a FlashForMaskedLM with attention_type='quadratic', "
-    "attention_activation='softmax', relative_bias=None",
-    "lucidrains_gau": "it (the standalone GAU of FLASH-pytorch) divides its scores, bias included, by the length of "
-    "the input, which makes it another function at every length, while `attention_divisor` is a constant. Convert "
-    "FLASH or FLASHTransformer modules instead",
+    "gau_alpha.": "GAU-alpha normalizes after each residual sum (post-norm), which no pre-norm layer can imitate, and "
+    "its softmax_plus scales scores by log(keys) / log(512), where FlashConfig's softmax has a constant. Use its own "
+    "code, github.com/ZhuiyiTechnology/GAU-alpha",
+    "offsetscale.gamma": "The standalone GAU of FLASH-pytorch divides its scores, bias included, by the length of the "
+    "input, which makes it another function at every length. Convert FLASH or FLASHTransformer modules instead",
 }
 
 
 def detect_kind(state: Mapping[str, Tensor]) -> str:
-    """The kind of checkpoint, a key of `CONVERTERS` or `REFUSED`, from its parameter names.
+    """The kind of checkpoint, a key of `CONVERTERS`, from its parameter names.
 
     Raises:
-        ValueError: the names fit none of them.
+        ValueError: the names fit none of them, or one of `REFUSED`.
     """
     names = {name.removeprefix("net.") for name in state}
-    prefixes = {"flash_quad.": "junnyu_flash_quad", "gau_alpha.": "gau_alpha", "flash.encoder.": "junnyu_flash"}
-    for prefix, kind in prefixes.items():
+    for prefix, reason in REFUSED.items():
+        if any(name.startswith(prefix) for name in names):
+            raise ValueError(f"This checkpoint cannot be converted exactly. {reason}.")
+    for prefix, kind in {"flash_quad.": "junnyu_flash_quad", "flash.encoder.": "junnyu_flash"}.items():
         if any(name.startswith(prefix) for name in names):
             return kind
     if "qk_offset_scale.gamma" in names or {"token_emb.weight", "abs_pos_emb.scale"} <= names:
         return "lucidrains"
-    if "offsetscale.gamma" in names:
-        return "lucidrains_gau"
     raise ValueError(
         f"The names of the tensors must be those of one of {', '.join(CONVERTERS)}, got {sorted(names)[:6]}... Remove "
         "a prefix that all of them share, or give the --kind to see the first difference."
@@ -68,8 +67,6 @@ def convert(state: Mapping[str, Tensor], *, kind: str | None = None, **options) 
             its kind.
     """
     kind = detect_kind(state) if kind is None else kind
-    if kind in REFUSED:
-        raise ValueError(f"A checkpoint of kind {kind!r} cannot be converted exactly: {REFUSED[kind]}.")
     if kind not in CONVERTERS:
         raise ValueError(f"kind must be one of {', '.join(CONVERTERS)}, got {kind!r}.{nearest(kind, [*CONVERTERS])}")
     for name in sorted(options.keys() - CONVERTERS[kind].__kwdefaults__):

@@ -76,18 +76,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_tokenizer(source: str | os.PathLike, folder: str | os.PathLike) -> bool:
-    """Save the original's tokenizer (BERT's `vocab.txt`, or `tokenizer.json`) with a converted model.
-
-    Args:
-        source: folder of the original, or a file in it.
-        folder: folder of the converted model.
-
-    Returns:
-        Whether the original has a tokenizer.
-
-    Raises:
-        ValueError: the tokenizer has ids beyond the model's embeddings.
-    """
+    """Save the original's tokenizer (BERT's `vocab.txt`, or `tokenizer.json`) with a converted model; False if it has
+    none, ValueError if it has ids beyond the model's embeddings."""
     source = Path(source) if Path(source).is_dir() else Path(source).parent
     if (source / "vocab.txt").is_file():
         tokenizer_class = BertTokenizerFast

@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from ..configuration_flash import FlashConfig
-from .parts import (
-    CLAMP_NOTE,
-    GROUP_SIZE,
-    LAYER_NORM_EPS,
-    Converted,
-    Source,
-    final_layer_norm,
-    fold_decoder,
-    lucidrains_layers,
-)
+from .lucidrains import GROUP_SIZE, JUNNYU_NAMES, LAYER_NORM_EPS, convert_model
+from .parts import Converted, Source
 
 
 def convert_junnyu_flash(
@@ -48,40 +40,27 @@ def convert_junnyu_flash(
     settings = settings or {}
     if padded_length < 0:
         raise ValueError(f"padded_length must be at least 1, or 0 for no padding, got {padded_length}.")
-    source = Source(state, "junnyu_flash")
-    base = "" if encoder_only else "model."
-    tensors, inferred = lucidrains_layers(source, "flash.encoder.layers.", base, ("weight", "bias"))
+    unused = ("flash.embeddings.position_ids", "flash.embeddings.scaledsin_embeddings", *["cls."] * encoder_only)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(unused)}
+    for theirs, ours in JUNNYU_NAMES.items():
+        state = {name.replace(theirs, ours): tensor for name, tensor in state.items()}
     chunk_size = settings.get("group_size", GROUP_SIZE)
-    if padded_length:
-        for name in tensors:
-            if name.endswith(("offset_scale.weight", "offset_scale.bias")):
-                tensors[name][2] *= chunk_size / padded_length  # lin_q
-    embedding_VD = source.take("flash.embeddings.word_embeddings.weight")
-    tensors[f"{base}embed_tokens.weight"] = embedding_VD
-    tensors[f"{base}embed_positions.scale"] = source.take("flash.embeddings.scale").reshape(())
-    source.drop("flash.embeddings.position_ids", "flash.embeddings.scaledsin_embeddings")
-    known = {
-        **inferred,
-        "vocab_size": len(embedding_VD),
+    fields = {
         "chunk_size": chunk_size,
         "attention_divisor": chunk_size,
         "global_normalization": "chunk" if padded_length else "mean",
         "max_position_embeddings": settings.get("max_position_embeddings", 512),
         "pad_token_id": settings.get("pad_token_id", 0),
     }
-    notes = (CLAMP_NOTE,) if inferred["norm_type"] == "scale_norm" else ()
-    if padded_length:
-        notes += (f"The global sum is divided by {padded_length}, as for inputs padded to that length.",)
-    if encoder_only:
-        source.drop(*[name for name in source.left if name.startswith("cls.")])
-        source.finish()
-        return Converted(FlashConfig(**known, final_norm_type="none"), tensors, "FlashModel", notes)
-    names = ("decoder.weight", "decoder.bias", "LayerNorm.weight", "LayerNorm.bias")
-    tensors |= fold_decoder(*[source.take(f"cls.predictions.{name}") for name in names])
-    source.finish()
-    final_norm = final_layer_norm(inferred, settings.get("layer_norm_eps", LAYER_NORM_EPS))
-    config = FlashConfig(**known, **final_norm, tie_word_embeddings=False)
-    return Converted(config, tensors, "FlashForMaskedLM", notes)
+    eps = settings.get("layer_norm_eps", LAYER_NORM_EPS)
+    converted = convert_model(state, "junnyu_flash", fields, encoder_only=encoder_only, eps=eps)
+    if not padded_length:
+        return converted
+    for name, tensor in converted.state_dict.items():
+        if "offset_scale" in name:
+            tensor[2] *= chunk_size / padded_length  # lin_q
+    note = f"The global sum is divided by {padded_length}, as for inputs padded to that length."
+    return converted._replace(notes=(*converted.notes, note))
 
 
 def convert_junnyu_flash_quad(state: Mapping[str, Tensor], *, settings: Mapping | None = None) -> Converted:

@@ -118,6 +118,7 @@ def junnyu_flash_state(norm, layers=2):
     words = draw(V, D)
     state = {
         "flash.embeddings.word_embeddings.weight": words, "flash.embeddings.scale": draw(1, mean=0.5),
+        "flash.embeddings.scaledsin_embeddings": sinusoid(64), "flash.embeddings.position_ids": torch.arange(64)[None],
         "cls.predictions.LayerNorm.weight": draw(D, mean=1.0), "cls.predictions.LayerNorm.bias": draw(D),
         "cls.predictions.decoder.weight": words, "cls.predictions.decoder.bias": draw(V),
     }  # fmt: skip
