@@ -22,10 +22,8 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"  {name:<10} {words}" for name, (_, _, words) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: flash-hf COMMAND [OPTIONS]", "", *lines, "", "Options of a command: flash-hf COMMAND --help"]
-    )
+    lines = "\n".join(f"  {name:<10} {words}" for name, (_, _, words) in COMMANDS.items())
+    return f"usage: flash-hf COMMAND [OPTIONS]\n\n{lines}\n\nOptions of a command: flash-hf COMMAND --help"
 
 
 def main() -> None:

@@ -12,14 +12,6 @@ from ..sources import load_named, read_text
 from .options import OptionParser, find_device, natural, number, seed
 
 
-class TimedStreamer(TextStreamer):
-    """TextStreamer that records the time of each token."""
-
-    def put(self, value):
-        super().put(value)
-        self.times = [*getattr(self, "times", []), time.perf_counter()]
-
-
 def main() -> None:
     parser = OptionParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder or name on the Hub")
@@ -72,21 +64,18 @@ def main() -> None:
     with torch.no_grad():
         model(inputs["input_ids"][:, :1])  # the model's warnings come now, not in the middle of the text
     set_seed(args.seed)
-    streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
     begin = time.perf_counter()
-    model.generate(
+    output = model.generate(
         **inputs,
         **sampling,
         max_new_tokens=args.max_new_tokens,
         repetition_penalty=args.repetition_penalty,
         cache_implementation="static" if args.cache == "static" else None,
         prefill_chunk_size=args.prefill_chunk_size,
-        streamer=streamer,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
-    # The streamer receives the prompt, then one token at a time.
-    first, last, count = streamer.times[1] - begin, streamer.times[-1] - begin, len(streamer.times) - 1
-    speed = f", then {(count - 1) / (last - first):.1f} tokens/s" if count > 1 else ""
+    seconds, read = time.perf_counter() - begin, inputs["input_ids"].shape[1]
+    count = output.shape[1] - read
     print(
-        f"{inputs['input_ids'].shape[1]} prompt tokens, first token after {first:.3f} s{speed} ({count} new tokens)",
-        file=sys.stderr,
+        f"{read} prompt tokens, {count} new ones in {seconds:.2f} s: {count / seconds:.1f} tokens/s", file=sys.stderr
     )

@@ -59,7 +59,7 @@ def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = No
     fields of `FlashConfig`. A first argument that ends in .yaml, .yml or .json stands for `--config`.
 
     Raises:
-        ValueError, FileNotFoundError: the file is missing, is not a mapping, or has a key that is not an option.
+        ValueError, FileNotFoundError: the file is missing, or is not a mapping.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "all" not in arguments:
@@ -73,7 +73,7 @@ def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = No
     if path is not None:
         given = {word[2:].partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
         replaced = given.union(*(ALTERNATIVES.get(name, ()) for name in given))
-        for name, value in read_config(path, parser).items():
+        for name, value in read_config(path).items():
             if name in replaced or value is None:
                 continue
             if isinstance(value, list):
@@ -84,8 +84,8 @@ def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = No
     return parser.parse_args_into_dataclasses([*words, *arguments], look_for_args_file=False)
 
 
-def read_config(path: str | Path, parser: HfArgumentParser) -> dict:
-    """The options in a YAML or JSON file, checked as [`parse_with_config`] says."""
+def read_config(path: str | Path) -> dict:
+    """The options in a YAML or JSON file."""
     import yaml
 
     path = Path(path)

@@ -313,7 +313,7 @@ def test_generate_continues_the_prompt_alike_in_every_arrangement(capsys, model,
     options = ["--greedy", "--max_new_tokens", "40"]  # over two borders of chunks
     out, err = generate(capsys, model, "--prompt", prompt, *options)
     assert out.startswith(prompt) and len(out) > len(prompt) + 40
-    numbers = re.search(r"(\d+) prompt tokens, first token after ([\d.]+) s, then ([\d.]+) tokens/s \(40 new", err)
+    numbers = re.search(r"(\d+) prompt tokens, 40 new ones in ([\d.]+) s: ([\d.]+) tokens/s", err)
     assert int(numbers[1]) > 48 and float(numbers[2]) > 0 and float(numbers[3]) > 1
 
     (tmp_path / "prompt.txt").write_text(prompt, encoding="utf-8")
