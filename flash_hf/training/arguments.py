@@ -76,14 +76,11 @@ class DataArguments:
         "each document, and attention stays within documents.",
     )
     mlm_probability: float = HfArg(default=0.15, help="Fraction of tokens to mask, for masked models.")
-    num_proc: int | None = HfArg(default=None, help="Processes for tokenization.")
 
     def __post_init__(self):
         if (self.train_file is None) == (self.dataset_name is None):
             raise ValueError("Training text must come from either --train_file or --dataset_name: give exactly one.")
-        check_least(self, shuffle_buffer=0, block_size=2, max_train_documents=1, max_eval_documents=1, num_proc=1)
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be above 0 and below 1, got {self.validation_fraction}.")
+        check_least(self, shuffle_buffer=0, block_size=2, max_train_documents=1, max_eval_documents=1)
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"mlm_probability must be above 0 and at most 1, got {self.mlm_probability}.")
 
@@ -163,12 +160,7 @@ class FlashTrainingArguments(TrainingArguments):
 
 
 def config_fields(model_args: ModelArguments) -> dict:
-    """The fields of `--preset` and, over them, of `--model_config` and `--config_overrides` (JSON, else strings).
-
-    Raises:
-        ValueError: `--model_config` is not a mapping in JSON; an override is not `name=value`; fields are given with
-            `--model`, or are refused by `FlashConfig.plus`.
-    """
+    """The fields of `--preset` and, over them, of `--model_config` and `--config_overrides` (JSON, else strings)."""
     try:
         fields = json.loads(model_args.model_config or "{}")
     except json.JSONDecodeError as error:
@@ -198,13 +190,10 @@ def config_fields(model_args: ModelArguments) -> dict:
 
 
 def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> None:
-    """Refuse options that would end the training midway, before any work is done.
+    """Raise a ValueError for options that would end the training midway, before any work is done.
 
     Args:
         metrics: names of the validation metrics, without `eval_`.
-
-    Raises:
-        ValueError: a value out of range, or options that exclude each other.
     """
     check_least(
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
@@ -230,11 +219,7 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
 
 
 def set_batch(args: FlashTrainingArguments, block_size: int) -> None:
-    """Convert batch sizes in tokens to rows per device and to gradient accumulation steps.
-
-    Raises:
-        ValueError: a size is not a multiple of whole rows, or of whole batches.
-    """
+    """Convert batch sizes in tokens to rows per device and to gradient accumulation steps."""
     if args.per_device_batch_tokens is not None:
         args.per_device_train_batch_size = whole("per_device_batch_tokens", args.per_device_batch_tokens, block_size)
     if args.batch_tokens is not None:
@@ -254,11 +239,7 @@ def whole(name: str, tokens: int, unit: int) -> int:
 
 
 def warmup_length(step: int, *, steps: int, start: int, block_size: int) -> int:
-    """Tokens per row at a step of the sequence-length warm-up: the doubled `start` below a straight line to the end.
-
-    Raises:
-        ValueError: doubling `start` never gives `block_size`.
-    """
+    """Tokens per row at a step of the sequence warm-up: the doubled `start` below a straight line to the end."""
     lengths = [start]
     while 0 < lengths[-1] < block_size:
         lengths.append(2 * lengths[-1])

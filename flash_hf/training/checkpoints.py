@@ -45,26 +45,20 @@ def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume:
 
 
 def is_complete(folder: Path, *, streaming: bool = False) -> bool:
-    """Whether a folder is a checkpoint to resume from. Trainer writes its state after all other files.
-
-    Args:
-        streaming: whether a checkpoint needs the state of a stream, too.
-    """
+    """Whether a folder is a checkpoint to resume from, with the state of a stream if `streaming`. Trainer writes its
+    own state after all other files."""
     try:
-        for name in (TRAINER_STATE_NAME, *([STREAM_STATE] if streaming else [])):
-            json.loads((folder / name).read_text(encoding="utf-8"))
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return any(folder.glob("rng_state*.pth"))  # not in output_dir itself, or with save_only_model
+    # No random state: output_dir itself, or save_only_model.
+    return any(folder.glob("rng_state*.pth")) and (not streaming or (folder / STREAM_STATE).is_file())
 
 
 def find_checkpoint(
     resume_from_checkpoint: str | None, output_dir: str | Path, *, streaming: bool = False
 ) -> Path | None:
     """The checkpoint to resume from: a folder, or `"last"` (also `"true"`) for the last complete one in `output_dir`.
-
-    Args:
-        streaming: whether the training text is a stream.
 
     Raises:
         ValueError: it is not a complete checkpoint; the message lists the complete ones in `output_dir`.

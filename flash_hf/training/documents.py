@@ -144,7 +144,12 @@ def _read_texts(files: list[tuple], text_column: str, sample_by: str, version: i
     """Documents of `files`: tuples of a path, and its time and size, by which `datasets` detects changes."""
     for path, *_ in files:
         if FILE_TYPES[suffix_of(path)] == "text":
-            yield from ({"text": text} for text in _split_text(path, sample_by))
+            with open_text(path) as file:
+                if sample_by == "line":
+                    texts = (line.removesuffix("\n") for line in file)
+                else:
+                    texts = file.read().split("\n\n") if sample_by == "paragraph" else [file.read()]
+                yield from ({"text": text} for text in texts)
             continue
         for place, row in read_rows(path, {text_column: TEXT_ADVICE}):
             text, place = row[text_column], f"{place}, column {text_column!r}"
@@ -153,15 +158,6 @@ def _read_texts(files: list[tuple], text_column: str, sample_by: str, version: i
             if half := re.search("[\ud800-\udfff]", text or ""):
                 raise ValueError(f"{place} must hold text; character {half.start()} is half of a surrogate pair.")
             yield {"text": text}
-
-
-def _split_text(path: str, sample_by: str) -> Iterator[str]:
-    with open_text(path) as file:
-        if sample_by == "line":
-            yield from (line.removesuffix("\n") for line in file)
-        else:
-            text = file.read()
-            yield from text.split("\n\n") if sample_by == "paragraph" else [text]
 
 
 def load_documents(
@@ -195,8 +191,6 @@ def load_documents(
     """
     if (files is None) == (dataset_name is None):
         raise ValueError(f"Documents must come from either files or dataset_name, got {files=} and {dataset_name=}.")
-    if max_documents is not None and max_documents < 1:
-        raise ValueError(f"max_documents must be at least 1, got {max_documents}.")
     paths = [Path(file) for file in ([files] if isinstance(files, (str, Path)) else files or ())]
     source = dataset_name or ", ".join(map(str, paths))
     try:

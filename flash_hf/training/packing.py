@@ -94,11 +94,7 @@ class Packer:
 def packing_options(
     tokenizer: PreTrainedTokenizerBase, *, block_size: int, causal: bool, packing: Packing
 ) -> dict[str, int | bool | str]:
-    """Checked arguments of [`Packer`] for a tokenizer.
-
-    Raises:
-        ValueError: block_size below 2, an unknown packing.
-    """
+    """Checked arguments of [`Packer`] for a tokenizer."""
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2 (one token to see, one to predict), got {block_size}.")
     if packing not in ("concatenate", "documents"):

@@ -86,12 +86,7 @@ def check_sources(model_args: ModelArguments) -> None:
 def load_model(
     kind: Kind, model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, resume: Path | None
 ) -> PreTrainedModel:
-    """A new model, the model `--model`, or a model for the weights that Trainer will load from `resume`.
-
-    Raises:
-        ValueError: a misspelt or invalid field, a vocabulary smaller than the tokenizer's, fields that contradict the
-            checkpoint.
-    """
+    """A new model, the model `--model`, or a model for the weights that Trainer will load from `resume`."""
     auto = AutoModelForCausalLM if kind == "causal" else AutoModelForMaskedLM
     fields = config_fields(model_args)
     if resume is not None:
@@ -148,12 +143,8 @@ def load_or_train_tokenizer(
     *,
     first: bool = True,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, else `--tokenizer`, else that of `--model`, else a new one. For causal models
-    it pads on the left.
-
-    Args:
-        first: whether this is the first process, which trains a new tokenizer for all of them.
-    """
+    """The tokenizer of the checkpoint, else `--tokenizer`, else that of `--model`, else a new one, which the `first`
+    process trains for all. For causal models it pads on the left."""
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
         tokenizer = load_tokenizer(str(source), masked=kind == "masked")
@@ -180,7 +171,7 @@ def build_trainer(
     """Tokenize and pack the documents, and make a trainer with metrics, collator and callbacks."""
     causal = kind == "causal"
     with args.main_process_first(desc="tokenizing and packing"):
-        tokenize = partial(tokenize_documents, tokenizer=tokenizer, num_proc=data_args.num_proc)
+        tokenize = partial(tokenize_documents, tokenizer=tokenizer)
         pack = {"tokenizer": tokenizer, "block_size": data_args.block_size, "packing": data_args.packing}
         if isinstance(train, IterableDataset):
             train_blocks = BlockStream(

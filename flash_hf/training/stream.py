@@ -9,12 +9,9 @@ and the state names the batch and the window to begin with. Those two are read a
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -168,10 +165,3 @@ class BlockStream(torch.utils.data.IterableDataset):
                 raise ValueError(f"{self.source} has no text: every document is empty or blank.")
             state = None
             logger.info(f"{self.source} has been read {number + 1} time(s).")
-
-
-def write_state(state: dict, folder: str | Path) -> None:
-    """Write the state of a stream into a checkpoint atomically."""
-    path = Path(folder) / STREAM_STATE
-    path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)

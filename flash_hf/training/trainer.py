@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..configuration_flash import FlashConfig
@@ -30,7 +29,7 @@ from .budget import TimeBudget
 from .checkpoints import is_complete
 from .graphs import GraphedBackward
 from .packing import MaskingCollator, cut_rows
-from .stream import STREAM_STATE, BlockStream, write_state
+from .stream import STREAM_STATE, BlockStream
 from .throughput import SpeedBar, SpeedMeter, device_peak, training_flops
 
 
@@ -93,16 +92,6 @@ class FlashTrainer(Trainer):
         self.args.ignore_data_skip = True
         self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8")))
         self._resumed_from = str(checkpoint)
-
-    def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        if has_length(loader) and not len(loader):
-            rows = f"{len(self.train_dataset)} rows" if has_length(self.train_dataset) else "the data"
-            raise ValueError(
-                f"dataloader_drop_last must be left out for {rows}, less than a batch of {self.args.train_batch_size} "
-                "on each device. Or reduce per_device_train_batch_size."
-            )
-        return loader
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
         """Evaluation sees the whole set in order: transformers applies `dataloader_drop_last` and `group_by_length` to
@@ -198,7 +187,8 @@ class FlashTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if isinstance(self.train_dataset, BlockStream) and self.args.process_index == 0:
             used = self._batches_used * self.args.train_batch_size * self.args.world_size
-            write_state(self.train_dataset.state_at(self.train_dataset.first_row + used), output_dir)
+            state = self.train_dataset.state_at(self.train_dataset.first_row + used)
+            Path(output_dir, STREAM_STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None):
         """The schedule of the arguments, or by the clock with `max_minutes`."""

@@ -157,8 +157,6 @@ def test_wrong_sources_are_refused(tmp_path):
         load_documents()
     with pytest.raises(ValueError, match="either files or dataset_name"):
         load_documents(good, dataset_name="x/y")
-    with pytest.raises(ValueError, match="max_documents must be at least 1, got 0"):
-        load_documents(good, max_documents=0)
     with pytest.raises(ValueError, match="Parquet"):
         load_documents(write(tmp_path / "a.parquet", "x"))
 

@@ -263,7 +263,7 @@ def test_a_checkpoint_without_its_stream_is_none(files, tmp_path):
     (tmp_path / "run" / "checkpoint-12" / STREAM_STATE).unlink()
     find = partial(find_checkpoint, "last", tmp_path / "run")
     assert find(streaming=True).name == "checkpoint-6" and find().name == "checkpoint-12"
-    (tmp_path / "run" / "checkpoint-6" / STREAM_STATE).write_text('{"rows": 1', encoding="utf-8")
+    (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").write_text('{"epoch": 1', encoding="utf-8")
     with pytest.raises(ValueError, match="Complete checkpoints in .*: none"):
         find(streaming=True)
 
@@ -288,8 +288,7 @@ def test_a_full_disk_costs_no_checkpoint(what, files, tmp_path, monkeypatch):
         elif trainer.state.global_step == 8:
             folder = tmp_path / "run" / "checkpoint-8"
             folder.mkdir()
-            name = Path(what).with_suffix(".tmp").name if what == STREAM_STATE else what
-            (folder / name).symlink_to("/dev/full")
+            (folder / what).symlink_to("/dev/full")
         save(trainer, model, trial)
 
     with monkeypatch.context() as patch:
