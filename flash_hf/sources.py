@@ -27,8 +27,9 @@ def load_named(load: Callable, source: str | Path, /, *, option: str, **options)
         return load(str(path), **options)
     if path.is_file():
         raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; {source} is a file.")
-    beside = "/" in str(source) and path.parent.is_dir()  # not on the Hub: a misspelt folder among others
-    if beside or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
+    # Not worth a request: a misspelt folder among others, or a model without an owner.
+    misspelt = path.parent.is_dir() if "/" in str(source) else option == "--model"
+    if misspelt or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
         raise FileNotFoundError(f"{option} must be a folder or a name on the Hub; there is no folder {source}.")
     try:
         return load(str(source), **options)

@@ -111,6 +111,7 @@ def fail(capsys, monkeypatch, tmp_path):
         (["generate.py", "--modle", "a", "--prompt", "b"], 2, "Did you mean --model?"),
         (["generate.py", "--model", "./none", "--prompt", "b"], 1, "there is no folder ./none"),
         (["generate.py", "--model", "here/none", "--prompt", "b"], 1, "there is no folder here/none"),
+        (["generate.py", "--model", "none", "--prompt", "b"], 1, "there is no folder none"),
         (["generate.py", "--model", "here", "--prompt", "b"], 2, "here has no config.json"),
         (["generate.py", "--model", CARD, "--prompt", " "], 2, "the prompt is empty: give at least one word"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--device", "gpu"], 1, "--device must be a device"),
