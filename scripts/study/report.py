@@ -437,7 +437,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     def save(figure, name: str) -> None:
         figure.tight_layout()
         written.append(folder / f"{name}.png")
-        figure.savefig(written[-1], dpi=80, metadata={"Software": None})
+        figure.savefig(written[-1], dpi=80, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
 
     for task in sorted({task for _, task, _ in best if task not in RECALL_TASKS}):
@@ -462,18 +462,23 @@ def draw(results: Results, folder: Path) -> list[Path]:
     cells = [cell for cell in passed(results) if cell.tokens == grid.ONE_PASS]
     contexts = sorted({cell.context for cell in cells})
     if cells:
-        colours = {model: f"C{index}" for index, model in enumerate(grid.PASSED[min(grid.PASSED)])}
-        figure, axes = plt.subplots(1, len(contexts), figsize=(4.8 * len(contexts), 3.4), squeeze=False, sharey=True)
-        for axis, context in zip(axes[0], contexts, strict=True):
+        colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(cell.model for cell in cells))}
+        figure, axes = plt.subplots(2, len(contexts), figsize=(4.8 * len(contexts), 7.5), squeeze=False, sharey=True)
+        for (tokens, seconds), context in zip(axes.T, contexts, strict=True):
             for cell in (cell for cell in cells if cell.context == context):
-                curve = results[cell]["valid_curve"][1:]
-                millions = results[cell]["tokens_per_step"] / 1e6
-                axis.plot([step * millions for step, _ in curve], [loss for _, loss in curve],
-                          color=colours.get(cell.model), label=MODELS[cell.model].title)  # fmt: skip
-            axis.set(title=f"all text, one pass, context {context:,}", xlabel="million tokens")
-            axis.legend(fontsize=7)
+                steps, losses = zip(*results[cell]["valid_curve"][1:], strict=True)
+                look = {"color": colours[cell.model], "label": MODELS[cell.model].title}
+                tokens.plot([step * results[cell]["tokens_per_step"] / 1e6 for step in steps], losses, **look)
+                ms = timed(results)[*timed_as(cell), results[cell]["machine"]]["step"]["median"]
+                seconds.plot([step * ms / 1e3 for step in steps], losses, **look)
+            tokens.set(title=f"all text, one pass, context {context:,}", xlabel="million tokens")
+            seconds.set(xlabel="seconds, alone on the " + results[cells[0]]["machine"].removeprefix("NVIDIA "))
+        for axis in axes.flat:
             axis.grid(alpha=0.3)
-        axes[0][0].set_ylabel("validation loss, nats per token")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("validation loss, nats per token")
+        named = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+        figure.legend(named.values(), named.keys(), fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0))
         save(figure, "one-pass")
 
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
