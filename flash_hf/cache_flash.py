@@ -41,10 +41,8 @@ def resolve_cache(cache: Cache | None, past_key_values: Cache | None, **options:
         ValueError: two different caches, or a cache under another name.
     """
     for name, value in options.items():
-        looks_like_one = name in ("mems", "state") or "cache" in name or "past" in name
-        if name in ("use_cache", "cache_position") or value is None:
-            continue
-        if looks_like_one or isinstance(value, Cache):
+        looks_like_one = name in ("mems", "state") or "cache" in name or "past" in name or isinstance(value, Cache)
+        if looks_like_one and value is not None and name not in ("use_cache", "cache_position"):
             raise ValueError(
                 f"Unknown argument `{name}`: the decoding state is passed as `cache` (or `past_key_values`), as a "
                 f"transformers Cache; got {type(value).__name__}."
@@ -200,7 +198,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             self.lazy_initialization(state.value)
         if self.record_past:
             keys = _each(places.layout.merge, (qk.quad_k, qk.lin_k, qk.gates))
-            self._record(*keys, value_BNE, places.documents)
+            self._record(keys, value_BNE, places.documents)
         self._set(state)
         self.cumulative_length += places.documents.position_BN.shape[1]
 
@@ -209,7 +207,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(value_B1E)
         if self.record_past:
-            self._record(qk.quad_k, qk.lin_k, qk.gates, value_B1E, places.documents)
+            self._record((qk.quad_k, qk.lin_k, qk.gates), value_B1E, places.documents)
             if self._snapshot is self.state:
                 # The step overwrites the state, but not the snapshot.
                 self.state = DecodingState(*_each(torch.clone, self.state))
@@ -223,16 +221,9 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def _record(
-        self,
-        quad_k: Tensor | None,
-        lin_k: Tensor | None,
-        gates: Tensor | None,
-        value_BNE: Tensor,
-        documents: Documents,
-    ) -> None:
+    def _record(self, keys: tuple, value_BNE: Tensor, documents: Documents) -> None:
         self._snapshot = self.state if self._snapshot is None else self._snapshot
-        entry = (quad_k, lin_k, value_BNE, documents.valid_BN, documents.start_BN, gates)
+        entry = (*keys, value_BNE, documents.valid_BN, documents.start_BN)
         self._recorded.append(tuple(_each(torch.detach, entry)))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -247,7 +238,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
                 f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}. A length to "
                 "keep is not supported."
             )
-        recorded = sum(entry[2].shape[1] for entry in self._recorded)
+        recorded = sum(entry[3].shape[1] for entry in self._recorded)
         if -tokens_to_remove > recorded:
             raise RuntimeError(
                 f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be removed, "
@@ -265,34 +256,24 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         B, C = self._snapshot.value.shape[:2]
         device = self._snapshot.value.device
 
-        def joined(index: int, fill: bool | None = None) -> Tensor | None:
-            parts = [entry[index] for entry in self._recorded]
+        def joined(parts: tuple, fill: bool | None = None) -> Tensor | None:
             if all(part is None for part in parts):
                 return None
-            for i, entry in enumerate(self._recorded):
-                if parts[i] is None:
-                    parts[i] = torch.full(entry[2].shape[:2], fill, device=device)
+            shapes = [value.shape[:2] for value in values]
+            pairs = zip(parts, shapes, strict=True)
+            parts = [torch.full(shape, fill, device=device) if part is None else part for part, shape in pairs]
             return torch.cat(parts, 1)[:, :keep]
 
-        quad_k, lin_k, value = joined(0), joined(1), joined(2)
-        documents = count_positions(B, keep, device, joined(3, True), joined(4, False), self._snapshot.seen)
-        layout = chunk_layout(documents, B, C, causal=True, shift=self.form.shift)
-        quad_k, lin_k, value, gates = _each(layout.split, (quad_k, lin_k, value, joined(5)))
-        attention = delta_chunk_attention if self.form.delta else mixed_chunk_attention
-        return attention(
-            QueryKeys(None, quad_k, lin_k, lin_k, gates),  # any queries will do, since the output is dropped
-            value,
-            layout,
-            causal=True,
-            chunk_size=C,
-            divisor=1.0,
-            previous_key=self.form.previous_key,
-            shifted_S=shifted_dims(self.form.key_dim, self.form.interleaved, device)
-            if self.form.local_key_shift
-            else None,
-            state=self._snapshot,
-            return_state=True,
-        )[1]
+        quad_ks, lin_ks, gates, values, valid, starts = zip(*self._recorded, strict=True)
+        documents = count_positions(B, keep, device, joined(valid, True), joined(starts, False), self._snapshot.seen)
+        form = self.form
+        layout = chunk_layout(documents, B, C, causal=True, shift=form.shift)
+        quad_k, lin_k, gate, value = _each(layout.split, tuple(map(joined, (quad_ks, lin_ks, gates, values))))
+        qk = QueryKeys(None, quad_k, lin_k, lin_k, gate)  # any queries will do, since the output is dropped
+        shifted_S = shifted_dims(form.key_dim, form.interleaved, device) if form.local_key_shift else None
+        options = {"chunk_size": C, "divisor": 1.0, "previous_key": form.previous_key, "shifted_S": shifted_S}
+        attention = delta_chunk_attention if form.delta else mixed_chunk_attention
+        return attention(qk, value, layout, causal=True, state=self._snapshot, return_state=True, **options)[1]
 
     # -- transformers' interface
     def get_seq_length(self) -> int | Tensor:
@@ -327,7 +308,6 @@ class Irreversible:
     @property
     def keys(self) -> Tensor:
         if self._keys is None:
-            # These recipes would export a program without the state, which forgets every token.
             raise AttributeError(
                 "FLASH's cache has no keys before its first call. transformers' recipes for ExecuTorch "
                 "(convert_and_export_with_cache, TorchExportableModuleForDecoderOnlyLM) only keep keys and values: "
@@ -371,9 +351,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
 
     def _pin(self) -> None:
         if not is_tracing():
-            for tensor in (*self.state, self.cumulative_length):
-                if tensor is not None:
-                    torch._dynamo.mark_static_address(tensor)
+            _each(torch._dynamo.mark_static_address, (*self.state, self.cumulative_length))
 
     def _set(self, state: DecodingState) -> None:
         for mine, new in zip(self.state, state, strict=True):
@@ -382,9 +360,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
 
     def reset(self) -> None:
         if self.is_initialized:
-            for tensor in (*self.state, self.cumulative_length):
-                if tensor is not None:
-                    tensor.zero_()
+            _each(torch.Tensor.zero_, (*self.state, self.cumulative_length))
 
     def _map(self, change) -> None:
         if not self.is_initialized:
@@ -476,8 +452,7 @@ class FlashStaticQuadraticCacheLayer(Irreversible, CountsDocuments, StaticLayer)
         self.position = torch.zeros(shape, dtype=torch.long, device=key_states.device)
         self.document = torch.full(shape, -1, dtype=torch.long, device=key_states.device)
         if not is_tracing():
-            torch._dynamo.mark_static_address(self.position)
-            torch._dynamo.mark_static_address(self.document)
+            _each(torch._dynamo.mark_static_address, (self.position, self.document))
 
     def _next(self, length: int) -> Tensor:
         """Where the next `length` tokens go, int64 `[length]`."""
@@ -529,11 +504,9 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
         ValueError: a cache of another kind of model, of another shape, or of another batch size.
     """
     wanted = LAYER_KINDS[config.layer_types[0]]
+    wrong = "`cache` (or `past_key_values`) must be a cache of this model"
     if not isinstance(cache, Cache):
-        raise ValueError(
-            f"`cache` (or `past_key_values`) must be a transformers Cache, got {type(cache).__name__}. Use "
-            "DynamicCache(config=model.config)."
-        )
+        raise ValueError(f"{wrong}, got {type(cache).__name__}. Use DynamicCache(config=model.config).")
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(wanted[0]() for _ in range(config.num_hidden_layers))
         cache.layer_class_to_replicate = None
@@ -542,11 +515,10 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
     if len(cache.layers) != config.num_hidden_layers or not all(isinstance(layer, wanted) for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
-            "`cache` (or `past_key_values`) must be a cache of this model "
-            f"({config.num_hidden_layers} layers, attention_type {config.attention_type!r}), got "
-            f"{len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build "
-            "it with DynamicCache(config=model.config) or StaticCache(config=model.config, max_cache_len=...). FLASH "
-            "cannot take the keys and values of PEFT's prefix tuning: use prompt tuning, p-tuning or LoRA."
+            f"{wrong} ({config.num_hidden_layers} layers, attention_type {config.attention_type!r}), got "
+            f"{len(cache.layers)} layers of {', '.join(kinds) or 'no kind'}. Build it with DynamicCache(config="
+            "model.config) or StaticCache(config=model.config, max_cache_len=...). FLASH cannot take the keys and "
+            "values of PEFT's prefix tuning: use prompt tuning, p-tuning or LoRA."
         )
     layer = cache.layers[0]
     if not layer.is_initialized:

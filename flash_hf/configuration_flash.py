@@ -1,17 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 The flash-hf contributors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """`FlashConfig`: every choice that changes the function FLASH computes; the defaults are the paper's base model."""
 
 import difflib
@@ -27,15 +14,18 @@ from transformers.utils import auto_docstring, logging
 
 logger = logging.get_logger(__name__)
 
-ATTENTION_TYPES = ("mixed_chunk", "quadratic", "local", "global")
-ATTENTION_ACTIVATIONS = ("relu2", "softmax", "laplace")
-RELATIVE_BIASES = ("toeplitz", "rotary", "t5", None)
-NORM_TYPES = ("scale_norm", "layer_norm", "rms_norm")
-GLOBAL_NORMALIZATIONS = ("mean", "chunk")
-GLOBAL_FORMS = ("paper", "previous_token")
-GLOBAL_STATES = ("mean", "delta")
-ATTENTION_INITS = ("normal", "recent")
-BACKENDS = ("auto", "torch", "triton")
+CHOICES = {
+    "attention_type": ("mixed_chunk", "quadratic", "local", "global"),
+    "attention_activation": ("relu2", "softmax", "laplace"),
+    "relative_bias": ("toeplitz", "rotary", "t5", None),
+    "norm_type": ("scale_norm", "layer_norm", "rms_norm"),
+    "final_norm_type": ("scale_norm", "layer_norm", "rms_norm", "none", None),
+    "global_normalization": ("mean", "chunk"),
+    "global_form": ("paper", "previous_token"),
+    "global_state": ("mean", "delta"),
+    "attention_init": ("normal", "recent"),
+    "backend": ("auto", "torch", "triton"),
+}
 
 # FLASH+ beside a `chunk_shift` of half a chunk, see `FlashConfig.plus`.
 PLUS = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
@@ -60,6 +50,12 @@ HOST_KEYS = {
     "name_or_path", "torch_dtype", "num_labels", "output_attentions", "attn_implementation", "experts_implementation",
     "rope_theta", "rope_scaling", "partial_rotary_factor", "tie_last_hidden_states", "model_type", "auto_map",
     "tokenizer_class", "task_specific_params", "quantization_config", "custom_pipelines", "transformers_weights",
+}  # fmt: skip
+
+# What other models call these fields.
+FOREIGN = {
+    "intermediate_size": "expansion_factor", "d_model": "hidden_size", "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "num_heads": "num_attention_heads",
 }  # fmt: skip
 
 
@@ -248,15 +244,12 @@ class FlashConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # A file may come from another version: unknown keys are kept as attributes.
-        known = cls._known_keys()
-        config_dict = cls._without_foreign_choices(config_dict)
+        config_dict, known = cls._without_foreign_choices(config_dict), cls._known_keys()
         extra = {key: value for key, value in config_dict.items() if key not in known and not key.startswith("_")}
-        unused = kwargs.pop("return_unused_kwargs", False)
         config_dict = {key: value for key, value in config_dict.items() if key not in extra}
+        unused = kwargs.pop("return_unused_kwargs", False)
         config, kwargs = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        if extra:
-            logger.info(f"FlashConfig keeps unknown keys as plain attributes: {sorted(extra)}")
+        # A file may come from another version: unknown keys are kept as attributes.
         for key, value in extra.items():
             if not hasattr(config, key):
                 setattr(config, key, value)
@@ -305,7 +298,7 @@ class FlashConfig(PreTrainedConfig):
                 names = [field.name for field in fields(self)]
                 raise ValueError(
                     f"FlashConfig: unknown field `{key}` (value {value!r}); only declared fields are accepted."
-                    f"{nearest(key, names)} Valid fields: {', '.join(sorted(names))}."
+                    f"{nearest(FOREIGN.get(key, key), names)} Valid fields: {', '.join(sorted(names))}."
                 )
 
     @property
@@ -374,27 +367,15 @@ class FlashConfig(PreTrainedConfig):
                 refuse(name, "a probability in [0, 1)")
         if not self.initializer_range >= 0:
             refuse("initializer_range", "0 or more")
-        for name, valid in (
-            ("attention_type", ATTENTION_TYPES),
-            ("attention_activation", ATTENTION_ACTIVATIONS),
-            ("relative_bias", RELATIVE_BIASES),
-            ("norm_type", NORM_TYPES),
-            ("final_norm_type", (*NORM_TYPES, "none", None)),
-            ("global_normalization", GLOBAL_NORMALIZATIONS),
-            ("global_form", GLOBAL_FORMS),
-            ("global_state", GLOBAL_STATES),
-            ("attention_init", ATTENTION_INITS),
-            ("backend", BACKENDS),
-        ):
+        for name, valid in CHOICES.items():
             value = getattr(self, name)
             if value not in valid:
                 refuse(name, f"one of {', '.join(map(repr, valid))}", nearest(value, valid))
         from transformers.activations import ACT2CLS
 
         if self.hidden_act not in ACT2CLS:
-            refuse(
-                "hidden_act", "an activation of transformers.activations.ACT2FN", nearest(self.hidden_act, [*ACT2CLS])
-            )
+            cure = nearest(self.hidden_act, [*ACT2CLS])
+            refuse("hidden_act", "an activation of transformers.activations.ACT2FN", cure)
         if abs(self.hidden_size * self.expansion_factor - self.intermediate_size) > 1e-6 or self.intermediate_size < 1:
             refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
         if self.global_form != "paper" and self.attention_type in ("local", "quadratic"):
@@ -404,10 +385,7 @@ class FlashConfig(PreTrainedConfig):
         if self.global_state == "delta" and self.global_normalization != "mean":
             refuse("global_normalization", "'mean', its default, with global_state='delta', which is not normalised")
         if self.local_key_shift and self.attention_type in ("global", "quadratic"):
-            refuse(
-                "local_key_shift",
-                f"False where there are no chunks with keys (attention_type={self.attention_type!r})",
-            )
+            refuse("local_key_shift", f"False where no chunks have keys (attention_type={self.attention_type!r})")
         if self.local_key_shift and self.use_rope and not self.rope_interleaved and self.rotary_dim % 4:
             refuse("local_key_shift", f"False unless RoPE turns a multiple of 4 dimensions (here {self.rotary_dim})")
         if self.attention_init == "recent" and (self.relative_bias != "toeplitz" or self.attention_type == "global"):
@@ -421,11 +399,7 @@ class FlashConfig(PreTrainedConfig):
         D, E = self.hidden_size, self.intermediate_size
         parameters = self.vocab_size * D + self.num_hidden_layers * (3 * D * E + D * self.query_key_dim)
         if parameters > MAX_PARAMETERS:
-            raise ValueError(
-                f"FlashConfig: `hidden_size` ({D}), `expansion_factor`, `num_hidden_layers` "
-                f"({self.num_hidden_layers}) and `vocab_size` must together stay below {MAX_PARAMETERS} parameters, "
-                f"got {parameters}."
-            )
+            refuse("hidden_size", f"such that the model has at most {MAX_PARAMETERS} parameters, not {parameters}")
         for name, value in (self.rope_parameters or {}).items():
             wrong_type = name == "rope_type" and value != "default" and value not in ROPE_INIT_FUNCTIONS
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e30
@@ -433,11 +407,8 @@ class FlashConfig(PreTrainedConfig):
                 refuse("rope_parameters", f"transformers' RoPE settings, with numbers above 0 (`{name}` is not)")
         if self.use_rope or self.relative_bias == "rotary":
             if self.query_key_dim % 2:
-                refuse(
-                    "query_key_dim",
-                    "even, since RoPE turns pairs",
-                    " Or set use_rope=False and another relative_bias.",
-                )
+                cure = " Or set use_rope=False and another relative_bias."
+                refuse("query_key_dim", "even, since RoPE turns pairs", cure)
             if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.query_key_dim:
                 refuse(
                     "rope_parameters",

@@ -1,17 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# Copyright 2026 The flash-hf contributors. All rights reserved.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """FLASH for transformers: the gated attention unit, the model, and its language-model heads.
 
 Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
@@ -96,9 +83,7 @@ from .loss_flash import IGNORE, can_split, loss_without_logits, may_wait, zero_w
 logger = logging.get_logger(__name__)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Norms and positions
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Norms and positions ----
 class FlashScaleNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * g` with one learnt scalar (arXiv 1910.05895); statistics in float32."""
 
@@ -130,17 +115,7 @@ class FlashLayerNorm(nn.LayerNorm):
         super().__init__(config.hidden_size, eps=config.norm_eps if eps is None else eps)
 
 
-class FlashNoNorm(nn.Module):
-    """The input as it is, for checkpoints whose encoder ends without a norm."""
-
-    def __init__(self, config: FlashConfig, eps: float | None = None):
-        super().__init__()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-NORMS = {"scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm, "none": FlashNoNorm}
+NORMS = {"scale_norm": FlashScaleNorm, "rms_norm": FlashRMSNorm, "layer_norm": FlashLayerNorm, "none": nn.Identity}
 
 
 class FlashScaledSinusoid(nn.Module):
@@ -196,9 +171,7 @@ class FlashRotaryEmbedding(nn.Module):
         return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Relative biases: each returns a vector over the offsets -(length - 1) ... length - 1
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Relative biases: each returns a vector over the offsets -(length - 1) ... length - 1 ----
 class FlashToeplitzBias(nn.Module):
     """One weight per offset of a span: `b[i, j] = w[j - i + span - 1]`."""
 
@@ -265,9 +238,7 @@ class FlashT5Bias(nn.Module):
 BIASES = {"toeplitz": FlashToeplitzBias, "rotary": FlashRotaryBias, "t5": FlashT5Bias, None: None}
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The layer
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The layer ----
 class FlashOffsetScale(nn.Module):
     """Queries and keys `RoPE(gamma_h * z + beta_h)` (eq. 3); rows h are quad_q, quad_k, lin_q, lin_k, without those of
     an absent branch."""
@@ -440,9 +411,7 @@ class FlashLayer(GradientCheckpointingLayer):
         return hidden_states + attended
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Models
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Models ----
 # transformers looks up class names here, and registering with the Auto classes adds none: Trainer shifts labels for
 # label smoothing only for names in the first table; pipelines and model cards read all tables.
 NAMES_BY_TASK = {
@@ -629,17 +598,15 @@ class FlashModel(FlashPreTrainedModel):
         if self.context is not None:
             documents, layouts = self.context.piece(self, inputs_embeds)
         else:
-            documents = resolve_documents(
-                B,
-                N,
-                inputs_embeds.device,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-                seq_idx=kwargs.get("seq_idx"),
-                cache=first,
-            )
+            packing = {"cu_seq_lens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
+            marks = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
+            documents = resolve_documents(B, N, inputs_embeds.device, cache=first, **marks)
         check_single(documents, kwargs.get("single_document", False))
+        if kwargs.get("output_attentions", self.config.output_attentions) and not is_tracing():
+            logger.warning_once(
+                "output_attentions has no effect: FLASH never builds a map of all tokens by all tokens. "
+                "flash_hf.inspection.look_inside computes one for a text."
+            )
         if torch.compiler.is_exporting() and position_ids is not None:
             # An eager call raises an error instead.
             inputs_embeds = inputs_embeds.masked_fill(misplaced(position_ids, documents)[..., None], math.nan)
@@ -753,18 +720,13 @@ def check_inputs(
         )
     if input_ids is None:
         tokens, D = inputs_embeds, config.hidden_size
-        if tokens.ndim != 3 or tokens.shape[2] != D or not tokens.is_floating_point():
-            raise ValueError(
-                f"inputs_embeds must be a floating-point tensor (batch, tokens, {D}), got {tuple(tokens.shape)} of "
-                f"{tokens.dtype}."
-            )
+        rule = f"inputs_embeds must be a floating-point tensor (batch, tokens, {D})"
+        fits = tokens.ndim == 3 and tokens.shape[2] == D and tokens.is_floating_point()
     else:
-        tokens = input_ids
-        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"input_ids must be an int64 or int32 tensor (batch, tokens), got {tuple(tokens.shape)} of "
-                f"{tokens.dtype}."
-            )
+        tokens, rule = input_ids, "input_ids must be an int64 or int32 tensor (batch, tokens)"
+        fits = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32)
+    if not fits:
+        raise ValueError(f"{rule}, got {tuple(tokens.shape)} of {tokens.dtype}.")
     if is_tracing():
         return
     if 0 in tokens.shape[:2]:
@@ -925,15 +887,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         ```"""
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, logits_to_keep)
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=resolve_cache(cache, past_key_values, **kwargs),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        memory = {"cache": resolve_cache(cache, past_key_values, **kwargs), "use_cache": use_cache}
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **memory, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = logits_and_loss(
             self, outputs.last_hidden_state[:, keep, :], labels, kwargs, shift=True, skip_logits=skip_logits
@@ -1089,13 +1044,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0)
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:
             hidden_states = self.transform(hidden_states)
@@ -1103,9 +1052,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Heads for fine-tuning, in the direction of the checkpoint they start from
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Heads for fine-tuning, in the direction of the checkpoint they start from ----
 def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
     """One vector per row, `[B, D]`: the last real token's, which has seen all others, or the mean if bidirectional."""
     if attention_mask is None:
@@ -1118,40 +1065,10 @@ def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Ten
     return (total_BD / real_BN.sum(1, keepdim=True).clamp(min=1)).to(hidden_BND.dtype)
 
 
-def share(labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
-    """The fraction of an accumulated batch's labels, as counted by Trainer (without -100), in this micro-batch."""
-    return (labels != IGNORE).sum() / num_items_in_batch
-
-
-def per_item(mean_loss: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """`mean_loss` weighted by `share`; 0 without any label."""
-    if num_items_in_batch is not None:
-        mean_loss = mean_loss * share(labels, num_items_in_batch).to(mean_loss.device)
-    return zero_without_labels(mean_loss, labels)
-
-
-def padding_mask(
-    model: PreTrainedModel, input_ids: Tensor | None, attention_mask: Tensor | None, marks: list[Tensor | None]
-) -> Tensor | None:
-    """`attention_mask`, or without one a mask of `pad_token_id`, as in transformers' own heads; except while a CUDA
-    graph is recorded.
-
-    Args:
-        marks: positions or documents; if any are given, rows are taken as they are.
-    """
-    config = model.config
-    pad = config.pad_token_id
-    if attention_mask is not None or input_ids is None or pad is None or any(mark is not None for mark in marks):
-        return attention_mask
-    if pad in (config.bos_token_id, config.eos_token_id):
-        model.warn_if_padding_and_no_attention_mask(input_ids, None)
-        return None
-    if is_tracing():
-        return input_ids != pad
-    if not may_wait(input_ids):
-        return None
-    real_BN = input_ids != pad
-    return None if bool(real_BN.all()) else real_BN
+def weighted(mean_loss: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
+    """`mean_loss` times the fraction of an accumulated batch's `items` labels (counted by Trainer, without -100) that
+    this micro-batch has."""
+    return mean_loss if items is None else mean_loss * ((labels != IGNORE).sum() / items).to(mean_loss.device)
 
 
 @auto_docstring
@@ -1159,6 +1076,9 @@ class FlashTaskModel(FlashPreTrainedModel):
     """The base with dropout and one linear layer, named as transformers and PEFT expect."""
 
     head_name = "score"
+    # Whether the head gives one answer per row, which may then not hold several documents.
+    pools = True
+    output_class: type = SequenceClassifierOutput
 
     def __init__(self, config: FlashConfig):
         super().__init__(config)
@@ -1171,6 +1091,19 @@ class FlashTaskModel(FlashPreTrainedModel):
     def head_width(self) -> int:
         return self.num_labels
 
+    def padding_mask(self, input_ids: Tensor) -> Tensor | None:
+        """A mask of `pad_token_id`, as in transformers' own heads; None while a CUDA graph is recorded."""
+        config, pad = self.config, self.config.pad_token_id
+        if pad is None:
+            return None
+        if pad in (config.bos_token_id, config.eos_token_id):
+            self.warn_if_padding_and_no_attention_mask(input_ids, None)
+            return None
+        real_BN = input_ids != pad
+        if is_tracing():
+            return real_BN
+        return None if not may_wait(input_ids) or bool(real_BN.all()) else real_BN
+
     def encode(
         self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool
     ) -> tuple[BaseModelOutputWithPast, Tensor | None]:
@@ -1179,43 +1112,14 @@ class FlashTaskModel(FlashPreTrainedModel):
         Args:
             single: refuse packed rows, since the head gives one answer per row.
         """
-        marks = [position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")]
-        attention_mask = padding_mask(self, input_ids, attention_mask, marks)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **{**kwargs, "use_cache": False, "single_document": single},
-        )
+        marks = attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+        if input_ids is not None and all(mark is None for mark in marks):
+            attention_mask = self.padding_mask(input_ids)
+        kwargs = {**kwargs, "use_cache": False, "single_document": single}
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         # With a cache, the mask begins before this call.
         length = outputs.last_hidden_state.shape[1]
         return outputs, None if attention_mask is None else attention_mask[:, -length:]
-
-
-def class_loss(model: PreTrainedModel, logits: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
-    """The loss of a classifier or regressor on whole rows: the mean over the labels.
-
-    Args:
-        items: labels of an accumulated batch, as counted by Trainer (without -100).
-    """
-    config = model.config
-    loss = model.loss_function(labels=labels, pooled_logits=logits, config=config)  # also sets problem_type
-    if config.problem_type == "regression":
-        # -100 is a value here, but Trainer does not count it.
-        return loss if items is None else loss * share(labels, items).to(loss.device)
-    if config.problem_type == "multi_label_classification" and not hasattr(model, "_loss_function"):
-        known = labels != IGNORE
-        losses = F.binary_cross_entropy_with_logits(logits, labels.masked_fill(~known, 0.0), reduction="none")
-        loss = losses.masked_fill(~known, 0.0).sum() / known.sum()
-    return per_item(loss, labels, items)
-
-
-@auto_docstring
-class FlashForSequenceClassification(FlashTaskModel):
-    """FLASH with a classifier or regressor on the whole sequence (see `pool`)."""
-
-    task = "ForSequenceClassification"
 
     @can_return_tuple
     @auto_docstring
@@ -1229,50 +1133,90 @@ class FlashForSequenceClassification(FlashTaskModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         r"""
-        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-            Classes (int64), or 0.0 or 1.0 for each class, with -100 where there is no label; or the values of a
-            regression (float), where -100 is an ordinary value.
+        labels (`torch.Tensor`, *optional*):
+            The right answers, as described in the head's class.
         """
         outputs, attention_mask = self.encode(
-            input_ids, attention_mask, position_ids, inputs_embeds, kwargs, single=True
+            input_ids, attention_mask, position_ids, inputs_embeds, kwargs, single=self.pools
         )
-        pooled = pool(outputs.last_hidden_state, attention_mask, self.model.is_causal)
-        logits = self.score(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = class_loss(self, logits, labels, kwargs.get("num_items_in_batch"))
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        hidden = outputs.last_hidden_state
+        if self.pools:
+            hidden = pool(hidden, attention_mask, self.model.is_causal)
+        logits = self.score(self.dropout(hidden))
+        if self.pools:  # one row of scores for each row of the input, also of several choices
+            logits = logits.view(len(inputs_embeds if input_ids is None else input_ids), -1)
+        loss = None if labels is None else self.head_loss(logits, labels, kwargs)
+        return self.output_class(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    def head_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        """The loss in nats; 0 without any label."""
+        raise NotImplementedError
+
+
+@auto_docstring
+class FlashForSequenceClassification(FlashTaskModel):
+    """FLASH with a classifier or regressor on the whole sequence (see `pool`).
+
+    `labels` are classes, int64 `(batch_size,)`; or 0.0 or 1.0 for each class, `(batch_size, num_labels)`, with -100
+    where there is no label; or the values of a regression (float), where -100 is an ordinary value.
+    """
+
+    task = "ForSequenceClassification"
+
+    def head_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        config, items = self.config, options.get("num_items_in_batch")
+        loss = self.loss_function(labels=labels, pooled_logits=logits, config=config)  # also sets problem_type
+        if config.problem_type == "regression":
+            return weighted(loss, labels, items)  # -100 is a value here, but Trainer does not count it
+        if config.problem_type == "multi_label_classification" and not hasattr(self, "_loss_function"):
+            known = labels != IGNORE
+            losses = F.binary_cross_entropy_with_logits(logits, labels.masked_fill(~known, 0.0), reduction="none")
+            loss = losses.masked_fill(~known, 0.0).sum() / known.sum()
+        return zero_without_labels(weighted(loss, labels, items), labels)
 
 
 @auto_docstring
 class FlashForTokenClassification(FlashTaskModel):
-    """FLASH with a classifier on every token."""
+    """FLASH with a classifier on every token.
+
+    `labels` are classes, int64 `(batch_size, sequence_length)`, with -100 where there is none (padding, later pieces
+    of a word).
+    """
 
     task = "ForTokenClassification"
+    pools = False
+    output_class = TokenClassifierOutput
 
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        r"""
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Classes, with -100 where there is none (padding, later pieces of a word).
-        """
-        if labels is not None:
-            check_labels(labels, input_ids, inputs_embeds, 0)
-        outputs, _ = self.encode(input_ids, attention_mask, position_ids, inputs_embeds, kwargs, single=False)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = zero_without_labels(self.loss_function(logits, labels, self.config, **kwargs), labels)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    def head_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        check_labels(labels, None, logits)
+        return zero_without_labels(self.loss_function(logits, labels, self.config, **options), labels)
+
+
+@auto_docstring
+class FlashForMultipleChoice(FlashTaskModel):
+    """FLASH with a score for each of several continuations of a question.
+
+    `input_ids` are `(batch_size, num_choices, sequence_length)`; the other inputs have the same leading dimensions.
+    `labels` are the right choices, int64 `(batch_size,)`, or -100 where it is unknown.
+    """
+
+    task = "ForMultipleChoice"
+    output_class = MultipleChoiceModelOutput
+
+    def head_width(self) -> int:
+        return 1
+
+    def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or given.ndim != (4 if input_ids is None else 3):
+            shape = None if given is None else tuple(given.shape)
+            raise ValueError(f"input_ids of a multiple choice must have shape (batch, choices, tokens), got {shape}.")
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds
+        return super().encode(*(None if x is None else x.flatten(0, 1) for x in inputs), kwargs, single=single)
+
+    def head_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        loss = weighted(F.cross_entropy(logits.float(), labels), labels, options.get("num_items_in_batch"))
+        return zero_without_labels(loss, labels)
 
 
 def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, width: int) -> Tensor:
@@ -1349,49 +1293,6 @@ class FlashForQuestionAnswering(FlashTaskModel):
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_logits, end_logits=end_logits, hidden_states=outputs.hidden_states
         )
-
-
-@auto_docstring
-class FlashForMultipleChoice(FlashTaskModel):
-    """FLASH with a score for each of several continuations of a question."""
-
-    task = "ForMultipleChoice"
-
-    def head_width(self) -> int:
-        return 1
-
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MultipleChoiceModelOutput:
-        r"""
-        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
-            Token ids of every choice; the other inputs have the same leading dimensions.
-        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            The right choice, or -100 where it is unknown.
-        """
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or given.ndim != (4 if input_ids is None else 3):
-            shape = None if given is None else tuple(given.shape)
-            raise ValueError(f"input_ids of a multiple choice must have shape (batch, choices, tokens), got {shape}.")
-        B, choices = given.shape[:2]
-        flat = [
-            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
-        ]
-        outputs, mask = self.encode(*flat, kwargs, single=True)
-        pooled = pool(outputs.last_hidden_state, mask, self.model.is_causal)
-        logits = self.score(self.dropout(pooled)).view(B, choices)
-        loss = None
-        if labels is not None:
-            loss = per_item(F.cross_entropy(logits.float(), labels), labels, kwargs.get("num_items_in_batch"))
-        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 __all__ = [
