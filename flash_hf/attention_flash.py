@@ -75,9 +75,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Positions, queries and keys
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Positions, queries and keys ----
 def scaled_sinusoid(position_BN: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Sinusoidal positions, sine half then cosine half, `[B, N, width]`, before the learnt scalar (eq. 0)."""
     angle_dtype = wide(dtype)
@@ -114,9 +112,7 @@ def offset_scale(z: Tensor, gamma_HS: Tensor, beta_HS: Tensor, rotary, *, interl
     return rotate(scaled, rotary[0][..., None, :], rotary[1][..., None, :], interleaved=interleaved)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The quadratic part: scores -> weights
-# ------------------------------------------------------------------------------------------------------------------
+# ---- The quadratic part: scores -> weights ----
 def activate(scores: Tensor, activation: Activation) -> Tensor:
     """Attention weights from scores; a score of -inf gives a weight of exactly 0 (eq. 4)."""
     if activation == "relu2":
@@ -155,9 +151,7 @@ def scores_of(q_XQS: Tensor, k_XMS: Tensor, scale: float, bias: Tensor | None) -
     return torch.baddbmm(bias, q_XQS, k_XMS.transpose(1, 2), alpha=scale)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Mixed chunk attention
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Mixed chunk attention ----
 def local_attention(
     quad_q_BGCS: Tensor,
     quad_k_BGCS: Tensor,
@@ -475,9 +469,7 @@ def mixed_chunk_step(
     return out if remote_B1E is None else out + remote_B1E
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# FLASH-Quad
-# ------------------------------------------------------------------------------------------------------------------
+# ---- FLASH-Quad ----
 def quadratic_attention(
     q_BNS: Tensor,
     k_BMS: Tensor,

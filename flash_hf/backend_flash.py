@@ -109,9 +109,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Once per forward
-# ------------------------------------------------------------------------------------------------------------------
+# ---- Once per forward ----
 def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dropout: bool, cache) -> list[Places]:
     """`places` with what the kernels need, where they can compute this call.
 
@@ -149,21 +147,14 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
     amid = layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any()))
     if amid and (is_tracing() or torch.is_grad_enabled()):
         return places
+    sizes = {"width": config.intermediate_size, "chunk_size": config.chunk_size}
     plan = kernels.chunk_plan(
-        layout,
-        batch,
-        causal=causal,
-        width=config.intermediate_size,
-        normalization=config.global_normalization,
-        chunk_size=config.chunk_size,
-        amid=amid,
+        layout, batch, causal=causal, normalization=config.global_normalization, amid=amid, **sizes
     )
     return replace(places, fused=True, plan=plan)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# In every layer
-# ------------------------------------------------------------------------------------------------------------------
+# ---- In every layer ----
 def normalise(norm: nn.Module, x: Tensor, places: Places) -> Tensor:
     """`norm(x)`, by a kernel if kernels compute this call and have this norm."""
     if places.fused and has_kernel(norm):

@@ -216,35 +216,26 @@ def misplaced(position_ids: Tensor, documents: Documents) -> Tensor:
 # with fullgraph=True) instead of compiling a layout that may not fit the next batch.
 @torch.compiler.disable
 def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_lens, seq_idx, seen_B) -> Documents:
-    starts = []
     ones_BN = torch.ones(batch, length, dtype=torch.bool, device=device) if valid_BN is None else valid_BN
+    start_BN = torch.zeros_like(ones_BN)
     if position_ids is not None:
         position_ids = _check_marks("position_ids", position_ids, batch, length).to(device)
-        starts.append(ones_BN & (position_ids == 0))
+        start_BN |= position_ids == 0
     if seq_idx is not None:
         seq_idx = _check_marks("seq_idx", seq_idx, batch, length).to(device)
-        starts.append(F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True) & ones_BN)
+        start_BN |= F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
     if cu_seq_lens is not None:
         if batch != 1:
-            raise ValueError(
-                f"cu_seq_lens_q describes one packed row; the batch has {batch}. Use position_ids instead."
-            )
+            raise ValueError(f"cu_seq_lens_q is for one packed row; the batch has {batch}. Use position_ids instead.")
         borders = cu_seq_lens.flatten().tolist()
-        if borders[0] != 0 or borders[-1] != length or any(a > b for a, b in zip(borders, borders[1:], strict=False)):
-            raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to the number of tokens ({length}), got {borders[:3]} ... "
-                f"{borders[-1]}."
-            )
-        start = torch.zeros(1, length, dtype=torch.bool, device=device)
-        start[0, [border for border in borders[:-1] if border < length]] = True
-        starts.append(start & ones_BN)
-    start_BN = starts[0]
-    for other in starts[1:]:
-        start_BN = start_BN | other
+        if borders[0] != 0 or borders[-1] != length or borders != sorted(borders):
+            got = f"{borders[:3]} ... {borders[-1]}"
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to the number of tokens ({length}), got {got}.")
+        start_BN[:, [border for border in borders[:-1] if border < length]] = True
+    start_BN &= ones_BN
 
     # The first real token of a row opens a document anyway: its mark does not make the row packed.
-    count_BN = ones_BN.cumsum(1)
-    first_BN = ones_BN & (count_BN == 1)
+    first_BN = ones_BN & (ones_BN.cumsum(1) == 1)
     if seen_B is not None:
         first_BN = first_BN & (seen_B == 0)[:, None]
     if not bool((start_BN & ~first_BN).any()):
@@ -254,12 +245,11 @@ def _documents_from_marks(batch, length, device, valid_BN, position_ids, cu_seq_
         wrong = ones_BN & (position_ids != documents.position_BN)
         if bool(wrong.any()):
             row, column = (int(index) for index in wrong.nonzero()[0])
+            got, expected = (int(x.expand(batch, -1)[row, column]) for x in (position_ids, documents.position_BN))
             raise ValueError(
                 "position_ids must count the real tokens of a document (0, 1, 2, ...; 0 begins a new packed document) "
-                f"and agree with attention_mask, cu_seq_lens_q and the cache: row {row}, token {column} has "
-                f"{int(position_ids.expand(batch, -1)[row, column])}, expected "
-                f"{int(documents.position_BN.expand(batch, -1)[row, column])}. Leave out position_ids to have them "
-                "counted."
+                f"and agree with attention_mask, cu_seq_lens_q and the cache: row {row}, token {column} has {got}, "
+                f"expected {expected}. Leave out position_ids to have them counted."
             )
     return documents
 
@@ -399,25 +389,17 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
         C, shift, skipped = N, 0, shift
     if documents.is_plain:
         G = _number_of_chunks(N + shift, C)
-        final_B = None
-        if torch.compiler.is_exporting():
-            final_B = torch.full((batch,), (N + shift - 1) // C, device=device)
+        exporting = torch.compiler.is_exporting()
+        final_B = torch.full((batch,), (N + shift - 1) // C, device=device) if exporting else None
         position_BGC = torch.arange(-shift, G * C - shift, device=device).view(1, G, C)
         occupied_BGC = (position_BGC >= 0) & (position_BGC < N)
         count_BG = torch.full((1, 1), N, dtype=torch.long, device=device)
         return ChunkLayout(
-            token_BN=position_BN,
-            position_BGC=position_BGC.clamp(min=0),
-            occupied_BGC=occupied_BGC,
-            seen_after_B=count_BG[0],
-            count_BG=count_BG,
-            final_B=final_B,
-            shift=shift,
-            skipped=skipped,
-        )
+            position_BN, position_BGC.clamp(min=0), occupied_BGC, seen_after_B=count_BG[0], count_BG=count_BG,
+            final_B=final_B, shift=shift, skipped=skipped,
+        )  # fmt: skip
 
-    seen_B, start_BN = documents.seen_B, documents.start_BN
-    valid_BN = documents.valid_BN
+    seen_B, start_BN, valid_BN = documents.seen_B, documents.start_BN, documents.valid_BN
     if valid_BN is None:
         valid_BN = torch.ones(batch, N, dtype=torch.bool, device=device)
     position_BN = position_BN.expand(batch, N)
@@ -475,21 +457,10 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
         count_BG = end_BG.gather(1, last_BG) if last_BG is not None else end_BG.amax(1, keepdim=True)
 
     return ChunkLayout(
-        token_BN=documents.position_BN,
-        position_BGC=position_BGC,
-        occupied_BGC=occupied_BGC,
-        seen_after_B=seen_after_B,
-        source_BK=source_BK,
-        slot_BN=flat_BN,
-        count_BG=count_BG,
-        first_BG=first_BG,
-        last_BG=last_BG,
-        phase_B=phase_B,
-        continues_B=continues_B,
-        final_B=chunk_BN[:, -1].clamp(min=0),
-        shift=shift,
-        skipped=skipped,
-    )
+        documents.position_BN, position_BGC, occupied_BGC, seen_after_B, source_BK=source_BK, slot_BN=flat_BN,
+        count_BG=count_BG, first_BG=first_BG, last_BG=last_BG, phase_B=phase_B, continues_B=continues_B,
+        final_B=chunk_BN[:, -1].clamp(min=0), shift=shift, skipped=skipped,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -130,13 +130,6 @@ def chunk_plan(
             slot = torch.arange(C, device=device)
             source[:, :C] = torch.where(layout.cached_BC, first + slot, source[:, :C])
         source = source.flatten().int()
-    index = ChunkIndex(
-        factor_G=factor.expand(batch, G).reshape(-1).contiguous(),
-        group_G=group.int(),
-        piece_begin=piece_begin.int(),
-        piece_end=piece_end.int(),
-        document_begin=document_begin.int(),
-        document_end=document_end.int(),
-        opens_G=starts_document.int(),
-    )
+    borders = (x.int() for x in (group, piece_begin, piece_end, document_begin, document_end, starts_document))
+    index = ChunkIndex(factor.expand(batch, G).reshape(-1).contiguous(), *borders)
     return ChunkPlan(tokens=N, cached=cached, chunks=G, chunk_size=C, shift=layout.shift, source_K=source, index=index)
