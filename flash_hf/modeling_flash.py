@@ -1076,6 +1076,8 @@ class FlashTaskModel(FlashPreTrainedModel):
     """The base with dropout and one linear layer, named as transformers and PEFT expect."""
 
     head_name = "score"
+    # Outputs of the linear layer; None: `config.num_labels`.
+    head_width: int | None = None
     # Whether the head gives one answer per row, which may then not hold several documents.
     pools = True
     output_class: type = SequenceClassifierOutput
@@ -1085,11 +1087,8 @@ class FlashTaskModel(FlashPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = FlashModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        setattr(self, self.head_name, nn.Linear(config.hidden_size, self.head_width()))
+        setattr(self, self.head_name, nn.Linear(config.hidden_size, self.head_width or config.num_labels))
         self.post_init()
-
-    def head_width(self) -> int:
-        return self.num_labels
 
     def padding_mask(self, input_ids: Tensor) -> Tensor | None:
         """A mask of `pad_token_id`, as in transformers' own heads; None while a CUDA graph is recorded."""
@@ -1201,10 +1200,8 @@ class FlashForMultipleChoice(FlashTaskModel):
     """
 
     task = "ForMultipleChoice"
+    head_width = 1
     output_class = MultipleChoiceModelOutput
-
-    def head_width(self) -> int:
-        return 1
 
     def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool):
         given = inputs_embeds if input_ids is None else input_ids
@@ -1247,9 +1244,7 @@ class FlashForQuestionAnswering(FlashTaskModel):
 
     task = "ForQuestionAnswering"
     head_name = "qa_outputs"
-
-    def head_width(self) -> int:
-        return 2
+    head_width = 2
 
     @can_return_tuple
     @auto_docstring

@@ -507,30 +507,34 @@ class TransformerPPForMaskedLM(TransformerPPForCausalLM):
 class TransformerPPTaskModel(TransformerPPPreTrainedModel):
     """The base with dropout and one linear layer on top."""
 
-    head_name = "score"
+    head_name, head_width, pools = FlashTaskModel.head_name, FlashTaskModel.head_width, FlashTaskModel.pools
+    output_class = FlashTaskModel.output_class
 
     def __init__(self, config: TransformerPPConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = TransformerPPModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        setattr(self, self.head_name, nn.Linear(config.hidden_size, self.head_width()))
+        setattr(self, self.head_name, nn.Linear(config.hidden_size, self.head_width or config.num_labels))
         self.post_init()
 
-    head_width = FlashTaskModel.head_width
+    padding_mask = FlashTaskModel.padding_mask
     encode = FlashTaskModel.encode
+    forward = FlashTaskModel.forward
 
 
 class TransformerPPForSequenceClassification(TransformerPPTaskModel):
     """Transformer++ with a classifier or regressor on the whole sequence."""
 
-    forward = FlashForSequenceClassification.forward
+    head_loss = FlashForSequenceClassification.head_loss
 
 
 class TransformerPPForTokenClassification(TransformerPPTaskModel):
     """Transformer++ with a classifier on every token."""
 
-    forward = FlashForTokenClassification.forward
+    pools = FlashForTokenClassification.pools
+    output_class = FlashForTokenClassification.output_class
+    head_loss = FlashForTokenClassification.head_loss
 
 
 class TransformerPPForQuestionAnswering(TransformerPPTaskModel):
