@@ -128,30 +128,21 @@ def compare_with_cache(
     """Compare the mask and positions of generate() with a cache, which counts by itself.
 
     Args:
-        attention_mask, position_ids: as in [`resolve_documents`], or of all columns; generate() makes the positions
-            from the mask or, without one, from the columns.
+        attention_mask, position_ids: of the new tokens, or of all; generate() makes the positions from the mask.
         length: tokens of this call.
         seen_B, past_length: as in `contradiction`.
 
     Returns:
         The positions if they are the user's own, still to be checked, and the error message of `contradiction`.
     """
-    batch, device = seen_B.shape[0], seen_B.device
-    valid_BN = torch.ones(batch, length, dtype=torch.bool, device=device)
-    counted_B = None
-    if attention_mask is not None:
-        attention_mask = attention_mask.to(device)
-        valid_BN = attention_mask[:, -length:] != 0
-        if attention_mask.shape[1] == past_length + length:
-            counted_B = (attention_mask[:, :past_length] != 0).sum(1)
-    if position_ids is None or position_ids.shape[-1] < length:
-        return position_ids, None if counted_B is None else contradiction(counted_B, seen_B, past_length)
-    before_BN = position_ids.to(device)[..., -length:].expand(batch, -1) - (valid_BN.cumsum(1) - 1)
-    made_B = counted_B if counted_B is not None else torch.full_like(seen_B, past_length)
-    if bool((before_BN == made_B[:, None])[valid_BN].all()):
-        position_ids = None
-    if counted_B is None:
-        counted_B = torch.where(valid_BN, before_BN, past_length).amin(1)
+    columns = past_length + length
+    mask = seen_B.new_ones(len(seen_B), columns) if attention_mask is None else attention_mask.to(seen_B.device)
+    real = F.pad(mask, (columns - mask.shape[1], 0), value=1) != 0
+    counted_B, valid_BN = real[:, :past_length].sum(1), real[:, past_length:]
+    if position_ids is not None and position_ids.shape[-1] >= length:
+        expected_BN = counted_B[:, None] + valid_BN.cumsum(1) - 1
+        same_BN = position_ids[..., -length:].to(seen_B.device) == expected_BN
+        position_ids = None if bool((same_BN | ~valid_BN).all()) else position_ids
     return position_ids, contradiction(counted_B, seen_B, past_length)
 
 

@@ -216,12 +216,6 @@ class FlashConfig(PreTrainedConfig):
             **overrides: Fields of [`FlashConfig`]; each takes precedence over FLASH+'s value. `chunk_shift` is half of
                 the `chunk_size` given here.
 
-        Returns:
-            `FlashConfig`: a plain configuration; the name FLASH+ is not stored.
-
-        Raises:
-            ValueError, StrictDataclassError: as for [`FlashConfig`].
-
         ```python
         >>> from flash_hf import FlashConfig
 

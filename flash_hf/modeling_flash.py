@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -578,9 +578,7 @@ class FlashModel(FlashPreTrainedModel):
             The same argument under the name that transformers had for it until 5.23.
         """
         cache = resolve_cache(cache, past_key_values, **kwargs)
-        # Not config.vocab_size: set_input_embeddings leaves it as it is.
-        vocab_size = getattr(self.embed_tokens, "num_embeddings", self.config.vocab_size)
-        check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal, vocab_size)
+        check_inputs(self, input_ids, inputs_embeds, kwargs.get("is_causal"))
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         B, N = inputs_embeds.shape[:2]
@@ -693,18 +691,9 @@ class FlashModel(FlashPreTrainedModel):
 
 
 def check_inputs(
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    config: FlashConfig,
-    asked_causal: bool | None,
-    is_causal: bool,
-    vocab_size: int | None = None,
+    model: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None, asked_causal: bool | None
 ) -> None:
-    """Check the input before anything is computed.
-
-    Args:
-        asked_causal: the call's `is_causal`, if any.
-        vocab_size: rows of the embedding; by default `config.vocab_size`.
+    """Check the input of a base model before anything is computed; `asked_causal` is the call's `is_causal`, if any.
 
     Raises:
         ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or
@@ -713,13 +702,13 @@ def check_inputs(
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
-    if asked_causal is not None and asked_causal != is_causal:
+    if asked_causal is not None and asked_causal != model.is_causal:
         raise ValueError(
-            f"is_causal={asked_causal} contradicts this model, which was built with is_causal={is_causal}. Load the "
-            "checkpoint with FlashModel and config.is_decoder set as needed."
+            f"is_causal={asked_causal} contradicts this model, which was built with is_causal={model.is_causal}. Load "
+            "the checkpoint with FlashModel and config.is_decoder set as needed."
         )
     if input_ids is None:
-        tokens, D = inputs_embeds, config.hidden_size
+        tokens, D = inputs_embeds, model.config.hidden_size
         rule = f"inputs_embeds must be a floating-point tensor (batch, tokens, {D})"
         fits = tokens.ndim == 3 and tokens.shape[2] == D and tokens.is_floating_point()
     else:
@@ -733,7 +722,8 @@ def check_inputs(
         raise ValueError(f"The input must hold at least one row and one token, got shape {tuple(tokens.shape)}.")
     if input_ids is not None and input_ids.device.type == "cpu":
         low, high = (int(value) for value in input_ids.aminmax())
-        vocab_size = config.vocab_size if vocab_size is None else vocab_size
+        # Not config.vocab_size: set_input_embeddings leaves it as it is.
+        vocab_size = getattr(model.embed_tokens, "num_embeddings", model.config.vocab_size)
         if low < 0 or high >= vocab_size:
             raise ValueError(
                 f"input_ids must lie in [0, vocab_size = {vocab_size}), got {low if low < 0 else high}. Does "
@@ -801,28 +791,6 @@ def logits_and_loss(
             wanted = (labels[:, 1:] if shift else labels) if shifted is None else shifted
             loss = zero_without_labels(loss, wanted)
     return logits, loss if context is None else context.total(loss)
-
-
-def check_generation(generation_config: GenerationConfig, attention_mask: Tensor | None, num_layers: int) -> None:
-    """Refuse (ValueError) a prompt that ends in padding, or an early exit at no layer, before anything is computed."""
-    depth = generation_config.assistant_early_exit
-    if depth is not None and not 1 <= depth <= num_layers:
-        raise ValueError(
-            f"assistant_early_exit must be a number of layers from 1 to num_hidden_layers = {num_layers}, got {depth}."
-        )
-    if attention_mask is None or attention_mask.ndim != 2 or not attention_mask.shape[1]:
-        return
-    real_BN = attention_mask != 0
-    # A row of padding alone is an empty prompt, which does not affect the others.
-    wrong_B = real_BN.any(1) & ~real_BN[:, -1]
-    # The model refuses masks with other values than 0 and 1.
-    if bool((real_BN == attention_mask).all() & wrong_B.any()):
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        raise ValueError(
-            f"The prompt of row {int(wrong_B.nonzero()[0]) // copies} ends in padding (by attention_mask, or by "
-            "pad_token_id), so that the next token would be predicted from padding. Pad on the left: set "
-            "tokenizer.padding_side = 'left' before tokenizing."
-        )
 
 
 def with_direction(config: FlashConfig, is_decoder: bool) -> FlashConfig:
@@ -974,7 +942,22 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         # Every mode of generate() calls this once, with the mask of the whole prompt.
-        check_generation(generation_config, model_kwargs.get("attention_mask"), self.config.num_hidden_layers)
+        depth, num_layers = generation_config.assistant_early_exit, self.config.num_hidden_layers
+        if depth is not None and not 1 <= depth <= num_layers:
+            raise ValueError(f"assistant_early_exit must be from 1 to num_hidden_layers = {num_layers}, got {depth}.")
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and mask.shape[1]:
+            real_BN = mask != 0
+            # A row of padding alone is an empty prompt, which does not affect the others.
+            wrong_B = real_BN.any(1) & ~real_BN[:, -1]
+            # The model refuses masks with other values than 0 and 1.
+            if bool((real_BN == mask).all() & wrong_B.any()):
+                copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+                raise ValueError(
+                    f"The prompt of row {int(wrong_B.nonzero()[0]) // copies} ends in padding (by attention_mask, or "
+                    "by pad_token_id), so that the next token would be predicted from padding. Pad on the left: set "
+                    "tokenizer.padding_side = 'left' before tokenizing."
+                )
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -421,7 +421,7 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
         Raises:
             ValueError: a cache is given, which this baseline does not support; or [`check_inputs`] refuses the inputs.
         """
-        check_inputs(input_ids, inputs_embeds, self.config, kwargs.get("is_causal"), self.is_causal)
+        check_inputs(self, input_ids, inputs_embeds, kwargs.get("is_causal"))
         if resolve_cache(cache, past_key_values, **kwargs) is not None:
             raise ValueError(
                 "`cache` (or `past_key_values`) must be None: the Transformer++ baseline has no decoding cache."

@@ -85,7 +85,9 @@ def test_divisor_is_a_stored_constant(tmp_path):
     [
         ({"chunksize": 99}, ["chunksize", "99", "Did you mean 'chunk_size'"]),
         ({"atention_type": "local"}, ["atention_type", "Did you mean 'attention_type'"]),
-        ({"intermediate_size": 99}, ["intermediate_size", "99"]),
+        ({"intermediate_size": 99}, ["intermediate_size", "99", "Did you mean 'expansion_factor'"]),
+        ({"num_heads": 4}, ["num_heads", "4", "Did you mean 'num_attention_heads'"]),
+        ({"n_layer": 4}, ["n_layer", "4", "Did you mean 'num_hidden_layers'"]),
         ({"chunk_size": 0}, ["chunk_size", "at least 1", "0"]),
         ({"chunk_size": "256"}, ["chunk_size", "int", "256"]),
         ({"hidden_size": -8}, ["hidden_size", "at least 1", "-8"]),

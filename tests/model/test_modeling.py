@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, StaticCache
+from transformers.utils import logging
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
 from helpers import assert_close, error_ratio, make_model, random_ids, tiny_config
@@ -45,6 +46,14 @@ def test_the_base_of_a_saved_head_keeps_its_direction(tmp_path):
 def test_a_contradicting_direction_is_refused():
     with pytest.raises(ValueError, match="is_causal=False contradicts"):
         make_model(FlashForCausalLM, tiny_config())(random_ids(tiny_config(), 1, 5), is_causal=False)
+
+
+@pytest.mark.parametrize("by_config", [True, False])
+def test_output_attentions_warns_that_there_is_no_map(by_config, caplog):
+    logging.warning_once.cache_clear()
+    model = make_model(FlashForCausalLM, tiny_config(output_attentions=by_config))
+    output = model(random_ids(model.config, 1, 5), **({} if by_config else {"output_attentions": True}))
+    assert output.attentions is None and caplog.text.count("output_attentions has no effect") == 1
 
 
 # -- outputs and losses
