@@ -494,7 +494,7 @@ class Context:
         given = self._signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         ids, embeds, labels = (given.get(name) for name in ("input_ids", "inputs_embeds", "labels"))
-        check_inputs(ids, embeds, model.config, given.get("is_causal"), self.causal)
+        check_inputs(model.base_model, ids, embeds, given.get("is_causal"))
         tokens = embeds if ids is None else ids
         (B, N), device = tokens.shape[:2], tokens.device
         if is_tracing():
