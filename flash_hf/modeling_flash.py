@@ -770,7 +770,7 @@ def logits_and_loss(
         skip_logits: no logits, if the loss can be computed without; None: as `model.skip_logits` in training.
     """
     own_loss = hasattr(model, "_loss_function")
-    context = model.context
+    context = getattr(model, "context", None)
     if context is not None and labels is not None:
         options = context.loss_options(labels, options)
     if skip_logits is None:
