@@ -50,18 +50,7 @@ for _auto, _model in AUTO_CLASSES.items():
     _auto.register(FlashConfig, _model, exist_ok=True)
 
 __all__ = [
-    "AUTO_CLASSES",
-    "FlashConfig",
-    "FlashForCausalLM",
-    "FlashForMaskedLM",
-    "FlashForMultipleChoice",
-    "FlashForQuestionAnswering",
-    "FlashForSequenceClassification",
-    "FlashForTokenClassification",
-    "FlashModel",
-    "FlashPreTrainedModel",
-    "LORA_TARGET_MODULES",
-    "__version__",
-    "push_with_code",
-    "save_with_code",
-]
+    "AUTO_CLASSES", "FlashConfig", "FlashForCausalLM", "FlashForMaskedLM", "FlashForMultipleChoice",
+    "FlashForQuestionAnswering", "FlashForSequenceClassification", "FlashForTokenClassification", "FlashModel",
+    "FlashPreTrainedModel", "LORA_TARGET_MODULES", "__version__", "push_with_code", "save_with_code",
+]  # fmt: skip

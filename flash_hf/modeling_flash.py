@@ -1274,13 +1274,7 @@ class FlashForQuestionAnswering(FlashTaskModel):
 
 
 __all__ = [
-    "FlashForCausalLM",
-    "FlashForMaskedLM",
-    "FlashForMultipleChoice",
-    "FlashForQuestionAnswering",
-    "FlashForSequenceClassification",
-    "FlashForTokenClassification",
-    "FlashGatedAttentionUnit",
-    "FlashModel",
+    "FlashForCausalLM", "FlashForMaskedLM", "FlashForMultipleChoice", "FlashForQuestionAnswering",
+    "FlashForSequenceClassification", "FlashForTokenClassification", "FlashGatedAttentionUnit", "FlashModel",
     "FlashPreTrainedModel",
-]
+]  # fmt: skip
