@@ -504,7 +504,7 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
         ValueError: a cache of another kind of model, of another shape, or of another batch size.
     """
     wanted = LAYER_KINDS[config.layer_types[0]]
-    wrong = "`cache` (or `past_key_values`) must be a cache of this model"
+    wrong = "`cache` (or `past_key_values`) must be a transformers Cache, and a cache of this model"
     if not isinstance(cache, Cache):
         raise ValueError(f"{wrong}, got {type(cache).__name__}. Use DynamicCache(config=model.config).")
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
