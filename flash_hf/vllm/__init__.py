@@ -9,16 +9,27 @@ The chunked forms do not end at their training length (`max_position_embeddings`
 asks for VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment.
 """
 
+from transformers.utils import logging
+
 from .. import AUTO_CLASSES
 
 
+logger = logging.get_logger(__name__)
+
+
 def register() -> None:
-    """Tell vLLM about FLASH's configuration and classes."""
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    """Tell vLLM about FLASH's configuration and classes.
 
-    from .checks import FlashChecks
+    vLLM calls this for every model, so that a version without what the plugin imports only causes a warning.
+    """
+    try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+        from .checks import FlashChecks
+    except ImportError as error:
+        logger.warning(f"vLLM cannot serve FLASH: flash_hf's plugin needs vLLM 0.32 ({error}).")
+        return
     for model in AUTO_CLASSES.values():  # also those that FlashChecks refuses, which vLLM would convert otherwise
         ModelRegistry.register_model(model.__name__, f"{__name__}.model:FlashServed")
         MODELS_CONFIG_MAP[model.__name__] = FlashChecks

@@ -34,8 +34,10 @@ class FlashChecks(MambaModelConfig):
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Refuse (ValueError) settings of the engine that FLASH does not have."""
         parallel = vllm_config.parallel_config
+        cache = vllm_config.cache_config
         refused = {
-            "prefix caching (--enable-prefix-caching)": vllm_config.cache_config.enable_prefix_caching,
+            "prefix caching (--enable-prefix-caching)": cache.enable_prefix_caching,
+            "quantised cache (--kv-cache-dtype)": cache.cache_dtype != "auto",
             "speculative decoding (--speculative-config)": vllm_config.speculative_config,
             "LoRA adapters (--enable-lora; merge them with PEFT's merge_and_unload)": vllm_config.lora_config,
             "tensor parallelism": parallel.tensor_parallel_size > 1,

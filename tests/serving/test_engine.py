@@ -5,6 +5,7 @@ requests."""
 import contextlib
 import gc
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flash_hf
+import flash_hf.vllm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from helpers import ROOT, TEXT, make_model, random_ids, tiny_config
 
@@ -90,6 +92,17 @@ def save(folder, *, with_code: bool = False, **changes) -> FlashForCausalLM:
     return model
 
 
+@torch.no_grad()
+def check_prompt_logprobs(llm, model, prompt: list[int]) -> None:
+    """Fail unless the prompt's own tokens have the model's log probabilities, which shows every hidden state."""
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
+    logits = model(torch.tensor([prompt]), use_cache=False).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-3, rtol=1e-4)
+
+
 def random_prompts(config: FlashConfig, lengths) -> list[list[int]]:
     return [random_ids(config, length, seed=length).tolist() for length in lengths]
 
@@ -135,6 +148,7 @@ def test_every_form_in_pieces_of_a_prompt(form, tmp_path):
     prompts = random_prompts(model.config, LENGTHS)
     with engine(tmp_path, skip_tokenizer_init=True, max_num_batched_tokens=13, max_num_seqs=8) as llm:
         check_greedy(model, prompts, generate(llm, prompts, 20), 20)
+        check_prompt_logprobs(llm, model, prompts[-1])
 
 
 def test_arrivals_while_others_decode_and_preemption(tmp_path):
@@ -217,6 +231,14 @@ def test_bfloat16_and_what_vllm_chooses_itself(card):
             assert (logits.amax(1) - chosen).max() < 0.15  # rounding to bfloat16
 
 
+def test_another_version_of_vllm_goes_on_without_flash(monkeypatch):
+    said = []
+    monkeypatch.setattr(flash_hf.vllm.logger, "warning", said.append)
+    monkeypatch.setitem(sys.modules, "flash_hf.vllm.checks", None)
+    flash_hf.vllm.register()
+    assert len(said) == 1 and said[0].startswith("vLLM cannot serve FLASH: flash_hf's plugin needs vLLM 0.32 (")
+
+
 def refusal(folder, **options) -> str:
     with pytest.raises(Exception) as caught:
         vllm.EngineArgs(str(folder), skip_tokenizer_init=True, **ENGINE | options).create_engine_config()
@@ -229,6 +251,7 @@ def refusal(folder, **options) -> str:
         ({"enable_prefix_caching": True}, "prefix caching"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding"),
         ({"enable_lora": True}, "LoRA"),
+        ({"kv_cache_dtype": "fp8"}, "quantised cache"),
         ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"quantization": "fp8"}, "quantised weights"),
     ],
