@@ -97,7 +97,8 @@ vllm: .venv-vllm/.stamp
 .venv-vllm/.stamp: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --no-compile --upgrade pip
-	.venv-vllm/bin/python -m pip install --quiet --no-compile $(VLLM) pytest -e ".[serve]"
+	.venv-vllm/bin/python -m pip install --quiet --no-compile $(VLLM) pytest \
+		$(shell grep '^triton==' constraints.txt) -e ".[serve]"
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

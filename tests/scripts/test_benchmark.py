@@ -4,6 +4,7 @@
 import argparse
 import csv
 import dataclasses
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from flash_hf import attention_flash
 from helpers import ROOT, assert_close
 from scripts.baselines import TransformerPPConfig, TransformerPPModel
-from scripts.benchmark import cases, models, report, sizes
+from scripts.benchmark import cases, models, report, serving, sizes
 from scripts.benchmark import gate as gates
 from scripts.benchmark import timing as timer
 from scripts.benchmark.lean import LeanTransformer
@@ -433,6 +434,7 @@ CONTEXTS = (512, 2048, 8192, 32_768, 65_536, 131_072)
 def test_the_document_shows_what_the_kept_results_give():
     kept = "scripts/results/benchmark"
     readme = (ROOT / "scripts" / "results" / "README.md").read_text(encoding="utf-8")
+    assert serving.table(json.loads((ROOT / "scripts/results/serving.json").read_text(encoding="utf-8"))) in readme
     results = report.read(sorted((ROOT / kept).glob("*.csv")))
     assert report.target_table(results) in readme and kept in readme
     for model, title in (("flash", "FLASH"), ("transformer++", "Transformer++")):

@@ -6,6 +6,8 @@ import contextlib
 import gc
 import json
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import flash_hf
 import flash_hf.vllm
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
+from flash_hf.backend_flash import load_kernels
 from helpers import ROOT, TEXT, make_model, random_ids, tiny_config
 
 
 vllm = pytest.importorskip("vllm")
+requests = pytest.importorskip("flash_hf.vllm.requests")
 pytestmark = pytest.mark.slow
 
 CARD = ROOT / "model_cards" / "flash-7m-causal"
@@ -108,12 +112,10 @@ def random_prompts(config: FlashConfig, lengths) -> list[list[int]]:
 
 
 def test_requests_are_divided_by_kind_and_length():
-    from flash_hf.vllm.requests import group_requests
-
     lengths, seen = [1, 40, 0, 1, 33, 64, 2, 1], [5, 0, 0, 9, 0, 0, 7, 0]
     pages = torch.tensor([4, 6, 9, 3, 5, 7, 8, 2])
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    groups = group_requests(starts, seen, pages)
+    groups = requests.group_requests(starts, seen, pages)
     found = {tuple(rows.page_B.tolist()): rows for rows in groups}
     assert set(found) == {(3, 4), (5, 6, 7), (8,), (2,)}  # the request without tokens is left out
     steps, prompts = found[3, 4], found[5, 6, 7]
@@ -122,7 +124,7 @@ def test_requests_are_divided_by_kind_and_length():
     assert prompts.seen_B is None and prompts.valid_BN.sum(1).tolist() == [33, 40, 64]
     assert prompts.valid_BN.float().mean() > 0.5
     assert prompts.token_BN[1][prompts.valid_BN[1]].tolist() == list(range(1, 41))
-    (rows,) = group_requests([0, 1, 2], [3, 3], torch.tensor([1, 5]))
+    (rows,) = requests.group_requests([0, 1, 2], [3, 3], torch.tensor([1, 5]))
     assert rows.span is None and rows.page_B.tolist() == [1, 5]
 
 
@@ -151,24 +153,53 @@ def test_every_form_in_pieces_of_a_prompt(form, tmp_path):
         check_prompt_logprobs(llm, model, prompts[-1])
 
 
-def test_arrivals_while_others_decode_and_preemption(tmp_path):
+def test_with_kernels_as_on_a_gpu(tmp_path, monkeypatch):
+    """In Triton's interpreter, with states copied as on devices whose host does not know which blocks are adjacent."""
+    pytest.importorskip("triton")
+    kernels, calls = load_kernels()[0], Counter()
+    for name in ("layer", "gated_attention", "attention_step"):
+        original = getattr(kernels, name)
+
+        def counted(*args, name=name, original=original, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kernels, name, counted)
+    original_rows = requests._rows
+    monkeypatch.setattr(requests, "_rows", lambda *args: replace(original_rows(*args), span=None))
+    model = save(tmp_path, **PLUS, backend="triton", query_key_dim=16, hidden_size=16, num_hidden_layers=2)
+    prompts = random_prompts(model.config, [1, 8, 19])
+    with engine(tmp_path, skip_tokenizer_init=True, max_num_batched_tokens=13, max_num_seqs=4) as llm:
+        check_greedy(model, prompts, generate(llm, prompts, 4), 4)
+    assert min(calls[name] for name in ("layer", "gated_attention", "attention_step")) > 0
+
+
+def test_arrivals_while_others_decode_and_preemption(tmp_path, monkeypatch):
+    original, adjacent = requests._rows, Counter()
+
+    def rows_of(*args):
+        rows = original(*args)
+        adjacent[rows.span is not None] += 1
+        return rows
+
+    monkeypatch.setattr(requests, "_rows", rows_of)
     model = save(tmp_path, **PLUS)
     prompts = random_prompts(model.config, LENGTHS)
     with engine(tmp_path, skip_tokenizer_init=True, max_num_batched_tokens=48, max_num_seqs=5) as llm:
-        requests, answers, preempted = llm.llm_engine, {}, 0
+        server, answers, preempted = llm.llm_engine, {}, 0
         for step in range(200):
             if step % 3 == 0 and step // 3 < len(prompts):
                 index = step // 3
-                requests.add_request(str(index), {"prompt_token_ids": prompts[index]}, greedy(20))
+                server.add_request(str(index), {"prompt_token_ids": prompts[index]}, greedy(20))
             if step in (4, 11, 12, 25):
                 preempted += len(scheduler(llm).running)
-                requests.reset_prefix_cache(reset_running_requests=True)
-            for output in requests.step():
+                server.reset_prefix_cache(reset_running_requests=True)
+            for output in server.step():
                 if output.finished:
                     answers[int(output.request_id)] = list(output.outputs[0].token_ids)
             if len(answers) == len(prompts):
                 break
-        assert preempted >= 8
+        assert preempted >= 8 and min(adjacent[True], adjacent[False]) > 5
         check_greedy(model, prompts, [answers[index] for index in range(len(prompts))], 20)
 
 
