@@ -8,7 +8,7 @@ Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -55,6 +55,8 @@ class DecodingState:
         opened, since: only with the delta rule: its state before the open chunk, `[B, S, E]`, and the sum of log
             decays in that chunk, `[B]`; both of the type of `total`, which is then the state after all tokens. At
             phase 0 the next chunk starts from `total`. `lin_k` is the newest token's key, `[B, 1, S]`, if shifted.
+        previous_k, previous_value: only with a window of two chunks: keys and values of the chunk before the open one,
+            `[B, C, S]` and `[B, C, E]`. At phase 0 they are still in the open chunk's place.
     """
 
     quad_k: Tensor | None
@@ -64,10 +66,12 @@ class DecodingState:
     seen: Tensor
     opened: Tensor | None = None
     since: Tensor | None = None
+    previous_k: Tensor | None = None
+    previous_value: Tensor | None = None
 
     # Not a NamedTuple: transformers' exporters cannot rebuild one.
     def __iter__(self):
-        return iter((self.quad_k, self.lin_k, self.value, self.total, self.seen, self.opened, self.since))
+        return iter(getattr(self, field.name) for field in fields(self))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -163,25 +167,78 @@ def local_attention(
     divisor: float,
     bias_R: Tensor | None = None,
     dropout: float = 0.0,
+    previous: PreviousChunks | None = None,
 ) -> Tensor:
-    """Quadratic attention inside each chunk (eq. 4), `[B, G, C, E]`.
+    """Quadratic attention inside each chunk (eq. 4), and to the chunk before it if that is given, `[B, G, C, E]`.
 
     Args:
-        bias_R: relative bias of offsets `-(C-1) ... C-1`, `[2 * C - 1]`, or None.
+        bias_R: relative bias of offsets `-(C-1) ... C-1`, `[2 * C - 1]`, or None; with `previous` of as many more to
+            both sides.
         dropout: probability on the attention weights.
     """
     B, G, C, S = quad_q_BGCS.shape
-    scale = score_scale(activation, divisor, S)
+    scale, queries = score_scale(activation, divisor, S), quad_q_BGCS.flatten(0, 1)
+    previous_bias_CC = None
+    if bias_R is not None and bias_R.shape[0] > 2 * C - 1:
+        length = (bias_R.shape[0] + 1) // 2
+        if previous is not None:
+            previous_bias_CC = toeplitz(bias_R, length)[length - C :, length - 2 * C : length - C].to(queries.dtype)
+        bias_R = bias_R[length - C : length + C - 1]
     bias_CC = score_bias(bias_R, C, causal, quad_q_BGCS)
-    scores = scores_of(quad_q_BGCS.flatten(0, 1), quad_k_BGCS.flatten(0, 1), scale, bias_CC).view(B, G, C, C)
+    scores = scores_of(queries, quad_k_BGCS.flatten(0, 1), scale, bias_CC).view(B, G, C, C)
     if activation == "softmax":
         # Other activations need no mask, since empty slots have value 0; in a softmax they would still take a share.
         # Not -inf: a query without keys (an empty slot) must stay finite, in the backward too.
         scores = scores.masked_fill(~layout.occupied_BGC[:, :, None, :], torch.finfo(scores.dtype).min)
+    if previous is not None:
+        before = scores_of(queries, previous.k_BGCS.flatten(0, 1), scale, previous_bias_CC).view(B, G, C, C)
+        hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
+        scores = torch.cat([before.masked_fill(~previous.visible_BGC[:, :, None, :], hidden), scores], -1)
     weights = activate(scores, activation)
     if dropout:
         weights = F.dropout(weights, dropout)
-    return weights @ value_BGCE
+    if previous is None:
+        return weights @ value_BGCE
+    return weights[..., :C] @ previous.value_BGCE + weights[..., C:] @ value_BGCE
+
+
+class PreviousChunks(NamedTuple):
+    """The chunk before each chunk of a grid; `visible_BGC` is False at empty slots and those of other documents."""
+
+    k_BGCS: Tensor
+    value_BGCE: Tensor
+    visible_BGC: Tensor
+
+
+def previous_chunks(
+    k_BGCS: Tensor, value_BGCE: Tensor, layout: ChunkLayout, state: DecodingState | None
+) -> PreviousChunks:
+    """Keys and values of the chunk before each, from the cache for a row's first chunk."""
+    B, G, C, _ = value_BGCE.shape
+    if state is None:
+        first_k, first_value = torch.zeros_like(k_BGCS[:, 0]), torch.zeros_like(value_BGCE[:, 0])
+        visible_BC = torch.zeros(B, C, dtype=torch.bool, device=k_BGCS.device)
+    else:
+        opens_B11 = (layout.phase_B == 0)[:, None, None]
+        first_k = torch.where(opens_B11, state.quad_k[:, :C], state.previous_k).to(k_BGCS.dtype)
+        first_value = torch.where(opens_B11, state.value, state.previous_value).to(value_BGCE.dtype)
+        visible_BC = held_before(state.seen - layout.phase_B, C) & layout.continues_B[:, None]
+
+    def before(first_BXF: Tensor, x_BGXF: Tensor) -> Tensor:
+        if is_tracing():  # slices of length G - 1 would fix it
+            return torch.cat([first_BXF[:, None], x_BGXF], 1)[:, :-1]
+        return torch.cat([first_BXF[:, None], x_BGXF[:, :-1]], 1)
+
+    visible_BGC = before(visible_BC, layout.occupied_BGC.expand(B, -1, -1))
+    if layout.first_BG is not None:
+        chunk_G = torch.arange(G, device=k_BGCS.device)
+        visible_BGC = visible_BGC & ((layout.first_BG < chunk_G) | (chunk_G == 0))[..., None]
+    return PreviousChunks(before(first_k, k_BGCS), before(first_value, value_BGCE), visible_BGC)
+
+
+def held_before(closed_B: Tensor, chunk_size: int) -> Tensor:
+    """Which slots of the chunk before the open one hold tokens, bool `[B, C]`, after `closed_B` in closed chunks."""
+    return torch.arange(chunk_size, device=closed_B.device) >= chunk_size - closed_B[:, None]
 
 
 def chunk_products(lin_k_BGCS: Tensor, value_BGCE: Tensor) -> Tensor:
@@ -244,6 +301,7 @@ def mixed_chunk_attention(
     previous_key: bool = False,
     shifted_S: Tensor | None = None,
     before: QueryKeys | None = None,
+    window: int = 1,
     state: DecodingState | None = None,
     return_state: bool = False,
 ) -> tuple[Tensor, DecodingState | None]:
@@ -253,10 +311,11 @@ def mixed_chunk_attention(
         qk: on the grid of `layout`, each `[B, G, C, S]`.
         value_BGCE: values, 0 at empty slots.
         chunk_size: the configured C; a short input has a shorter chunk.
-        bias_R: relative bias `[2 * C - 1]` for the grid's C, or None.
+        bias_R: relative bias `[2 * window * C - 1]` for the grid's C, or None.
         previous_key: store values under shifted keys in the global sum.
         shifted_S: dimensions of local keys to take from the token before ([`shifted_dims`]), or None.
         before: keys of the token before a row's first slot, each `[B, S]`, where another process holds it.
+        window: chunks of keys that the local part sees: its own, or with 2 the one before it, too.
         state: decoding state to continue; causal only.
         return_state: also return the state after these tokens, detached from the graph.
 
@@ -296,10 +355,12 @@ def mixed_chunk_attention(
         product = chunk_products(stored_k, value_BGCE)
         if layout.neighbours is not None:
             exchange = layout.neighbours.start_exchange(product)
-    out = None
+    out = previous = None
+    if quad_k is not None and window > 1 and (G > 1 or state is not None or return_state or torch.jit.is_tracing()):
+        previous = previous_chunks(quad_k, value_BGCE, layout, state)
     if quad_q is not None:
         options = {"activation": activation, "divisor": divisor, "bias_R": bias_R, "dropout": dropout}
-        out = local_attention(quad_q, quad_k, value_BGCE, layout, causal=causal, **options)
+        out = local_attention(quad_q, quad_k, value_BGCE, layout, causal=causal, previous=previous, **options)
     if needs_lin:
         if exchange is not None:
             product, initial = exchange()
@@ -341,11 +402,22 @@ def mixed_chunk_attention(
             open_grids[index] = torch.cat([open_grids[index], newest_BS[:, None]], 1)
     # Copies, since views would keep the whole grid alive as long as the cache.
     behind = chunk_size - C - layout.skipped
-    quad_k, lin_k, value = (
-        None if grid is None else F.pad(grid.detach(), (0, 0, layout.skipped, behind)).clone() for grid in open_grids
+    closed_grids = [None, None] if previous is None else [at_final(grid, layout) for grid in previous[:2]]
+    if previous is not None and state is not None:
+        # A row of padding at the border of a chunk: the closed chunk stays in the open one's place.
+        empty_B11 = ~at_final(layout.occupied_BGC.expand(B, -1, -1)[..., None], layout).any(1, keepdim=True)
+        for index, closed in ((0, closed_grids[0]), (2, closed_grids[1])):
+            held = torch.where(empty_B11, closed, open_grids[index][:, :C])
+            open_grids[index] = torch.cat([held, open_grids[index][:, C:]], 1)
+    quad_k, lin_k, value, previous_k, previous_value = (
+        None if grid is None else F.pad(grid.detach(), (0, 0, layout.skipped, behind)).clone()
+        for grid in (*open_grids, *closed_grids)
     )
     total = None if total is None else total.detach().clone()
-    return out, DecodingState(quad_k, lin_k, value, total, layout.seen_after_B.expand(B).clone())
+    seen_B = layout.seen_after_B.expand(B).clone()
+    return out, DecodingState(
+        quad_k, lin_k, value, total, seen_B, previous_k=previous_k, previous_value=previous_value
+    )
 
 
 def _continue_chunk(new_BGCF: Tensor, old_BCF: Tensor, layout: ChunkLayout) -> Tensor:
@@ -386,6 +458,7 @@ def mixed_chunk_step(
     normalization: Normalization = "mean",
     previous_key: bool = False,
     shifted_S: Tensor | None = None,
+    window: int = 1,
 ) -> Tensor:
     """Mixed chunk attention for one token per row, which advances the state in place: no branch on values, and the
     same cost at any length.
@@ -396,7 +469,7 @@ def mixed_chunk_step(
     Args:
         qk: each `[B, 1, S]`, or None.
         value_B1E: `[B, 1, E]`.
-        bias_R: relative bias `[2 * C - 1]`, or None.
+        bias_R: relative bias `[2 * window * C - 1]`, or None.
 
     Returns:
         `[B, 1, E]`; any finite values where the token is padding, which leaves the state as it is.
@@ -431,6 +504,10 @@ def mixed_chunk_step(
         return before_B1S
 
     quad_k, key_B1S = qk.quad_k, qk.lin_k
+    if window > 1:
+        opens_B11 = (phase_B == 0)[:, None, None]
+        state.previous_k.copy_(torch.where(opens_B11, state.quad_k[:, :C], state.previous_k))
+        state.previous_value.copy_(torch.where(opens_B11, state.value, state.previous_value))
     if quad_k is not None and shifted_S is not None:
         quad_k = torch.where(shifted_S, shift(state.quad_k, quad_k).to(quad_k.dtype), quad_k)
     if key_B1S is not None and previous_key:
@@ -443,13 +520,17 @@ def mixed_chunk_step(
     weights_B1C = None
     if qk.quad_q is not None:
         scale = score_scale(activation, divisor, qk.quad_q.shape[-1])
-        bias_B1C = torch.zeros_like(visible_BC, dtype=qk.quad_q.dtype)[:, None]
+        keys, offset_BW = state.quad_k[:, :C], slot_C - phase_B[:, None]
+        if window > 1:
+            keys, offset_BW = torch.cat([state.previous_k, keys], 1), torch.cat([offset_BW - C, offset_BW], 1)
+            visible_BC = torch.cat([held_before(closed_B, C), visible_BC], 1)
+        bias_B1W = torch.zeros_like(offset_BW, dtype=qk.quad_q.dtype)[:, None]
         if bias_R is not None:
-            bias_B1C = bias_R.to(qk.quad_q.dtype)[(slot_C - phase_B[:, None]) + C - 1][:, None]
-        bias_B1C = bias_B1C.masked_fill(~visible_BC[:, None], -math.inf)
-        weights_B1C = activate(
-            scores_of(qk.quad_q, state.quad_k[:, :C].to(qk.quad_q.dtype), scale, bias_B1C), activation
-        )
+            bias_B1W = bias_R.to(qk.quad_q.dtype)[offset_BW + window * C - 1][:, None]
+        bias_B1W = bias_B1W.masked_fill(~visible_BC[:, None], -math.inf)
+        weights_B1C = activate(scores_of(qk.quad_q, keys.to(qk.quad_q.dtype), scale, bias_B1W), activation)
+        if window > 1:
+            before_B1C, weights_B1C = weights_B1C.to(dtype).split(C, -1)
     remote_B1E = None
     if qk.lin_q is not None:
         scale_B = global_scale(closed_B, normalization, C, state.total.dtype)
@@ -465,6 +546,8 @@ def mixed_chunk_step(
             state.total.baddbmm_(key, value_B1E.detach().to(query.dtype))
         weights_B1C = (0 if weights_B1C is None else weights_B1C) - inside_B1C.to(dtype)
     out = torch.bmm(weights_B1C.to(dtype), state.value.to(dtype))
+    if window > 1:
+        out = torch.baddbmm(out, before_B1C, state.previous_value.to(dtype))
     state.seen.add_(1 if valid_B1 is None else valid_B1[:, 0].to(state.seen.dtype))
     return out if remote_B1E is None else out + remote_B1E
 

@@ -83,6 +83,7 @@ class StateForm:
     local_key_shift: bool
     delta: bool
     interleaved: bool
+    window: int
     shift: int
 
     @classmethod
@@ -90,7 +91,8 @@ class StateForm:
         """The forms that layers have in turn."""
         branches = config.has_quad, config.has_lin, config.previous_key, config.local_key_shift
         delta = config.global_state == "delta"
-        fields = config.chunk_size, config.query_key_dim, *branches, delta, config.rope_interleaved
+        rest = config.rope_interleaved, config.local_window
+        fields = config.chunk_size, config.query_key_dim, *branches, delta, *rest
         return [cls(*fields, shift=config.shift_of(index)) for index in range(2)]
 
 
@@ -180,6 +182,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             seen=zeros(dtype=torch.long),
             opened=zeros(S, E, dtype=wide(dtype)) if form.delta else None,
             since=zeros(dtype=wide(dtype)) if form.delta else None,
+            previous_k=zeros(C, S) if form.window > 1 else None,
+            previous_value=zeros(C, E) if form.window > 1 else None,
         )
         self.device, self.dtype = device, dtype
         self.is_initialized = True
@@ -272,6 +276,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         qk = QueryKeys(None, quad_k, lin_k, lin_k, gate)  # any queries will do, since the output is dropped
         shifted_S = shifted_dims(form.key_dim, form.interleaved, device) if form.local_key_shift else None
         options = {"chunk_size": C, "divisor": 1.0, "previous_key": form.previous_key, "shifted_S": shifted_S}
+        options["window"] = form.window
         attention = delta_chunk_attention if form.delta else mixed_chunk_attention
         return attention(qk, value, layout, causal=True, state=self._snapshot, return_state=True, **options)[1]
 

@@ -119,6 +119,8 @@ class FlashConfig(PreTrainedConfig):
     global_state (`str`, defaults to `"mean"`): What global queries read: `"mean"`, or `"delta"`: the state of the
         gated delta rule (arXiv 2412.06464), in which a value replaces what its key returned before, with a decay and
         a strength learnt per token. Causal models only. Computed by PyTorch: there are no kernels for it yet.
+    local_window (`int`, defaults to 1): Chunks of keys that a token's local attention sees: its own, or with 2 the one
+        before it, too. Causal models only. Computed by PyTorch: there are no kernels for it yet.
     local_key_shift (`bool`, defaults to `False`): Local keys take every second pair of dimensions from the key of the
         token before them (0 at a document's first token), so that one layer can find what followed an earlier
         occurrence of a token in its chunk. There are kernels for training, but none that use a cache.
@@ -180,6 +182,7 @@ class FlashConfig(PreTrainedConfig):
     global_normalization: str = "mean"
     global_form: str = "paper"
     global_state: str = "mean"
+    local_window: int = 1
     local_key_shift: bool = False
     hidden_dropout: int | float = 0.0
     attention_dropout: int | float = 0.0
@@ -378,6 +381,10 @@ class FlashConfig(PreTrainedConfig):
             refuse("global_state", f"'mean' where there is no global branch (attention_type={self.attention_type!r})")
         if self.global_state == "delta" and self.global_normalization != "mean":
             refuse("global_normalization", "'mean', its default, with global_state='delta', which is not normalised")
+        if self.local_window not in (1, 2):
+            refuse("local_window", "1 or 2")
+        if self.local_window > 1 and self.attention_type in ("global", "quadratic"):
+            refuse("local_window", f"1 where there are no chunks with keys (attention_type={self.attention_type!r})")
         if self.local_key_shift and self.attention_type in ("global", "quadratic"):
             refuse("local_key_shift", f"False where no chunks have keys (attention_type={self.attention_type!r})")
         if self.local_key_shift and self.use_rope and not self.rope_interleaved and self.rotary_dim % 4:

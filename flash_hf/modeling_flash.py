@@ -180,8 +180,8 @@ class FlashToeplitzBias(nn.Module):
 
     def __init__(self, config: FlashConfig, causal: bool):
         super().__init__()
-        self.span = config.span
-        self.weight = nn.Parameter(torch.empty(2 * config.span - 1))
+        self.span = config.span * config.local_window
+        self.weight = nn.Parameter(torch.empty(2 * self.span - 1))
 
     def recent(self) -> Tensor:
         """The weights with those of the nearest tokens raised."""
@@ -269,7 +269,8 @@ class FlashGatedAttentionUnit(nn.Module):
     1. `n = norm(x)`;
     2. `u, v, z = SiLU(n W_u + b_u), SiLU(n W_v + b_v), SiLU(n W_z + b_z)`, of widths E, E, S;
     3. queries and keys from one z: `RoPE(gamma_h * z + beta_h)` for h = quad_q, quad_k, lin_q, lin_k;
-    4. local, inside each chunk: `A = relu(quad_q quad_k^T / C + b)^2`, lower triangular if causal; `local = A v`;
+    4. local, inside each chunk: `A = relu(quad_q quad_k^T / C + b)^2`, lower triangular if causal; `local = A v`; with
+       `local_window=2` the keys of the chunk before are seen, too;
     5. global, across chunks: `lin_q (sum of lin_k v^T) / count` over the document, or earlier chunks if causal; with
        `global_state="delta"` see delta_flash.py;
     6. `y = x + (u * (local + global)) W_o + b_o`.
@@ -290,6 +291,7 @@ class FlashGatedAttentionUnit(nn.Module):
         # Attributes of a configuration are slow to look up, and each decoding step reads these in each layer.
         self.has_quad, self.has_lin, self.previous_key = config.has_quad, config.has_lin, config.previous_key
         self.local_key_shift, self.delta = config.local_key_shift, config.global_state == "delta"
+        self.window = config.local_window
         self.activation, self.divisor = config.attention_activation, config.attention_divisor
         self.normalization, self.interleaved = config.global_normalization, config.rope_interleaved
         self.kernel_activation = config.hidden_act in SILU
@@ -360,7 +362,7 @@ class FlashGatedAttentionUnit(nn.Module):
                 key, value = cache.extend(key, value, layout)
             return quadratic_attention(q_BNS, key, value, layout, causal=self.is_causal, dropout=dropout, **options)
 
-        options["previous_key"] = self.previous_key
+        options |= {"previous_key": self.previous_key, "window": self.window}
         step, attention = mixed_chunk_step, mixed_chunk_attention
         # CODEPATH: no released checkpoint has global_state="delta" yet.
         if self.delta:
@@ -534,11 +536,13 @@ class FlashModel(FlashPreTrainedModel):
 
     def __init__(self, config: FlashConfig):
         super().__init__(config)
-        if config.global_state == "delta" and not config.is_decoder:
-            raise ValueError(
-                "FlashConfig: `global_state` must be 'mean' in a bidirectional model, got 'delta', whose state goes "
-                "from left to right. Use FlashForCausalLM, or is_decoder=True with FlashModel or a classifier."
-            )
+        for name, plain in (("global_state", "mean"), ("local_window", 1)):
+            value = getattr(config, name)
+            if value != plain and not config.is_decoder:
+                raise ValueError(
+                    f"FlashConfig: `{name}` must be {plain!r} in a bidirectional model, got {value!r}, which goes "
+                    "from left to right. Use FlashForCausalLM, or is_decoder=True with FlashModel or a classifier."
+                )
         load_kernels()  # before a compiler traces
         self.is_causal = config.is_decoder
         # No padding_idx: padding affects no result, and it would freeze the end-of-text token where that also pads.
@@ -654,9 +658,9 @@ class FlashModel(FlashPreTrainedModel):
         places: list[Places] = []
         for layout in self.layouts(x_BND.shape[0], documents, cache) if layouts is None else layouts:
             if isinstance(layout, ChunkLayout):
-                position, bias_length = layout.position_BGC, layout.position_BGC.shape[2]
+                position, bias_length = layout.position_BGC, layout.position_BGC.shape[2] * config.local_window
             elif isinstance(layout, StepLayout):
-                position, bias_length = layout.position_BN, config.chunk_size
+                position, bias_length = layout.position_BN, config.chunk_size * config.local_window
             else:
                 position, bias_length = layout.position_BN, self.quadratic_span(layout)
             rotary = bias_rotary = None

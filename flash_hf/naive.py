@@ -65,7 +65,8 @@ def naive_relative_bias(offset_NN, weights, config, *, causal):
     w = weights["gau.relative_bias.weight"]
     if config.relative_bias == "toeplitz":  # b[i, j] = w[(j - i) + span - 1]
         # A shorter input reads the centre of w. index_select: w[...] would wrap an offset beyond the span around.
-        span = config.max_position_embeddings if config.attention_type == "quadratic" else config.chunk_size
+        span = config.chunk_size * config.local_window
+        span = config.max_position_embeddings if config.attention_type == "quadratic" else span
         return w.index_select(0, (offset_NN + span - 1).flatten()).view_as(offset_NN)
     if config.relative_bias == "rotary":  # b[m, n] = <RoPE_m(a), RoPE_n(b)>, a function of n - m only
         N = offset_NN.shape[0]
@@ -103,7 +104,7 @@ def naive_attention(heads_HNS, v_NE, weights, config, *, causal, shift=0, gates_
         if config.local_key_shift:  # every second pair of dimensions from the token before
             pair_S = torch.arange(k_NS.shape[1]) // (2 if config.rope_interleaved else 1)
             k_NS = torch.where(pair_S % 2 == 1, torch.cat((0 * k_NS[:1], k_NS[:-1])), k_NS)
-        visible_NN = chunk_N[:, None] == chunk_N[None, :]
+        visible_NN = (chunk_N[:, None] - chunk_N[None, :]).abs() < config.local_window  # own chunk, or one before it
         visible_NN = visible_NN & (offset_NN <= 0) if causal else visible_NN
         softmax = config.attention_activation == "softmax"
         # A CONSTANT divisor: the tensor's length would change the function on short inputs and in cached decoding.

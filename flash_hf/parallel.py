@@ -412,6 +412,11 @@ class Context:
                 f"context_parallel exchanges sums, and the state of global_state={config.global_state!r} is none: "
                 "each write depends on those before it. Use global_state='mean', or whole rows on each process."
             )
+        if config.local_window != 1:
+            raise ValueError(
+                f"context_parallel does not send the values of the chunk before, which local_window={config.local_window} "
+                "reads. Use local_window=1, or whole rows on each process."
+            )
         rope_type = (config.rope_parameters or {}).get("rope_type", "default")
         if config.use_rope and rope_type in ("dynamic", "longrope"):
             raise ValueError(

@@ -36,6 +36,8 @@ def unsupported(config, device: torch.device) -> str | None:
     """Why kernels cannot compute this configuration on this device, or None."""
     if config.attention_activation != "relu2" and config.attention_type != "global":
         return f"attention_activation={config.attention_activation!r} has no kernels"
+    if config.local_window > 1:
+        return f"local_window={config.local_window} has no kernels"
     if config.global_state == "delta":
         return "global_state='delta' has no kernels"
     if config.global_form == "previous_token" and config.chunk_size == 1:

@@ -68,8 +68,6 @@ class GAUConfig(FlashConfig):
         token_shift (`bool`, defaults to `False`): Take the first half of the channels of the unit's normalised input
             from the token before (0 at the first of a document); documents without padding inside.
         wide_every, wide_chunk (`int`, default to 0): Every `wide_every`-th layer has chunks of `wide_chunk` tokens.
-        local_window (`int`, defaults to 1): Chunks of keys visible to the local part: the token's own and those before
-            it. With 2 a token sees at least a whole chunk, where the document has one. Causal models only.
         local_heads (`int`, defaults to 1): Heads of the local part, each with its own scales of the whole basis, its
             own relative bias and its part of the values.
         gated_mean (`bool`, defaults to `False`): Global queries read a mean with learnt weights and decays, see
@@ -94,7 +92,6 @@ class GAUConfig(FlashConfig):
     token_shift: bool = False
     wide_every: int = 0
     wide_chunk: int = 0
-    local_window: int = 1
     local_heads: int = 1
     gated_mean: bool = False
     global_gates: int = 8
@@ -137,8 +134,8 @@ class GAUConfig(FlashConfig):
             refuse("global_gates", "a divisor of the width of the values")
         if self.global_features and not self.gated_mean:
             refuse("global_features", "False without gated_mean=True")
-        if self.local_window < 1 or (self.local_window > 1 and not self.is_decoder):
-            refuse("local_window", "1, or with is_decoder=True the chunks that the local part sees")
+        if self.local_window > 1 and not self.is_decoder:
+            refuse("local_window", "1 unless is_decoder=True")
         if self.local_heads < 1 or self.intermediate_size % self.local_heads:
             refuse("local_heads", "a divisor of the width of the values")
         for name, plain in (("local_window", 1), ("local_heads", 1), ("local_key_shift", False)):

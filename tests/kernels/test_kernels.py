@@ -581,6 +581,7 @@ def test_falls_back_once_and_says_why(caplog, capsys):
     ("changes", "reason"),
     [
         ({"global_state": "delta"}, "global_state"),
+        ({"local_window": 2}, "local_window=2"),
         ({"attention_activation": "laplace"}, "laplace"),
         ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),
         ({"chunk_size": 1024}, "chunk_size"),

@@ -24,6 +24,13 @@ DELTA = [
     {"global_state": "delta", "chunk_shift": 5, "global_form": "previous_token", "local_key_shift": True},
     {"global_state": "delta", "attention_type": "global", "chunk_shift": 3},
 ]
+WINDOW = [
+    {"local_window": 2},
+    {"local_window": 2, "chunk_shift": 5, "attention_activation": "softmax", "relative_bias": "rotary"},
+    {"local_window": 2, "attention_type": "local", "attention_activation": "laplace", "relative_bias": "t5"},
+    {"local_window": 2, "local_key_shift": True, "relative_bias": None, **DELTA[0]},
+]
+CAUSAL = [*DELTA, *WINDOW]
 HEADS = {True: FlashForCausalLM, False: FlashForMaskedLM}
 
 
@@ -68,7 +75,7 @@ def test_model_equals_naive(attention_type, causal):
         {"local_key_shift": True},
         {"local_key_shift": True, "chunk_shift": 5, "global_form": "previous_token"},
         {"local_key_shift": True, "attention_type": "local", "rope_interleaved": True},
-        *DELTA,
+        *CAUSAL,
         {"use_rope": False},
         {"use_rope": False, "relative_bias": "rotary"},
         {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}},
@@ -85,8 +92,8 @@ def test_model_equals_naive(attention_type, causal):
 )
 def test_every_option_equals_naive(changes, causal):
     config = tiny_config(**changes)
-    if not causal and config.global_state == "delta":
-        with pytest.raises(ValueError, match="global_state.*bidirectional.*left to right"):
+    if not causal and changes in CAUSAL:
+        with pytest.raises(ValueError, match="(global_state|local_window).*bidirectional.*left to right"):
             make_model(HEADS[causal], config)
         return
     model = make_model(HEADS[causal], config)
@@ -115,14 +122,14 @@ def test_float32_equals_naive_in_float64(attention_type, causal):
         {"chunk_shift": 6, "attention_type": "local"},
         {"chunk_shift": 5, "global_form": "previous_token"},
         {"local_key_shift": True, "chunk_shift": 5, "global_form": "previous_token"},
-        *DELTA,
+        *CAUSAL,
         {"chunk_shift": 1, "global_form": "previous_token", "attention_type": "global"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_all_gradients_equal_naive(changes, causal):
     config = tiny_config(num_hidden_layers=2, **changes)
-    if not causal and config.global_state == "delta":
+    if not causal and changes in CAUSAL:
         pytest.skip("causal only")
     model = make_model(HEADS[causal], config)
     ids = random_ids(config, 1, 3 * C + 5)
@@ -140,7 +147,7 @@ def test_all_gradients_equal_naive(changes, causal):
 @pytest.mark.parametrize("length", [1, 3 * C + 5])
 @pytest.mark.parametrize(
     "changes",
-    [*({"attention_type": attention_type} for attention_type in TYPES), *DELTA],
+    [*({"attention_type": attention_type} for attention_type in TYPES), *CAUSAL],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_a_cache_does_not_change_gradients(changes, length):

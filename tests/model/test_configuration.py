@@ -109,6 +109,8 @@ def test_divisor_is_a_stored_constant(tmp_path):
         ({"chunk_shift": -1}, ["chunk_shift", "0 or more", "got -1"]),
         ({"chunk_shift": 4, "attention_type": "quadratic"}, ["chunk_shift", "no chunks", "got 4"]),
         ({"local_key_shift": True, "attention_type": "quadratic"}, ["local_key_shift", "no chunks", "'quadratic'"]),
+        ({"local_window": 3}, ["local_window", "1 or 2", "got 3"]),
+        ({"local_window": 2, "attention_type": "global"}, ["local_window", "no chunks with keys", "'global'"]),
         ({"global_state": "detla"}, ["global_state", "'mean', 'delta'", "Did you mean 'delta'"]),
         ({"global_state": "delta", "attention_type": "local"}, ["global_state", "no global branch", "'local'"]),
         ({"global_state": "delta", "global_normalization": "chunk"}, ["global_normalization", "'mean'", "'chunk'"]),

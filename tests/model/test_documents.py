@@ -20,9 +20,9 @@ CASES = [
     for attention_type, activation in (
         ("mixed_chunk", "relu2"), ("mixed_chunk", "softmax"), ("mixed_chunk", "laplace"), ("quadratic", "relu2"),
         ("quadratic", "softmax"), ("local", "softmax"), ("global", "relu2"), ("shifted", "relu2"),
-        ("shifted", "softmax"), ("delta", "relu2"),
+        ("shifted", "softmax"), ("delta", "relu2"), ("window", "relu2"), ("window", "softmax"),
     )
-    if attention_type != "delta" or cls is FlashForCausalLM
+    if attention_type not in ("delta", "window") or cls is FlashForCausalLM
 ]  # fmt: skip
 
 
@@ -35,6 +35,8 @@ def build(cls, attention_type, activation, dtype=torch.float64):
     changes = {"attention_type": attention_type}
     if attention_type == "shifted":
         changes = {"chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True}
+    if attention_type == "window":
+        changes = {"chunk_shift": 3, "local_window": 2, "local_key_shift": True}
     if attention_type == "delta":
         changes = {"chunk_shift": 3, "global_form": "previous_token", "global_state": "delta"}
     config = tiny_config(attention_activation=activation, **changes)

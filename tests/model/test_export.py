@@ -31,7 +31,7 @@ CASES = {
     ),
     "causal, delta": (
         FlashForCausalLM,
-        {"num_hidden_layers": 1, "global_form": "previous_token", "global_state": "delta"},
+        {"num_hidden_layers": 1, "global_form": "previous_token", "global_state": "delta", "local_window": 2},
         "mask positions",
     ),
     "masked": (FlashForMaskedLM, {"num_hidden_layers": 1, "relative_bias": "rotary"}, "mask"),
@@ -242,7 +242,7 @@ def generation_exporter(name):
             C - 3,
             "dynamic",
             True,
-            {"num_hidden_layers": 1, "global_form": "previous_token", "global_state": "delta"},
+            {"num_hidden_layers": 1, "global_form": "previous_token", "global_state": "delta", "local_window": 2},
         ),
         ("dynamo", 2 * C + 4, "dynamic", True, {"num_hidden_layers": 1}),
         ("dynamo", 2 * C + 4, "static", False, {"num_hidden_layers": 1}),

@@ -20,6 +20,8 @@ FORMS = {
     "shifted": {"chunk_shift": 3},
     "shifted previous_token": {"chunk_shift": 5, "global_form": "previous_token"},
     "local keys": {"local_key_shift": True, "chunk_shift": 5, "global_form": "previous_token"},
+    "window": {"local_window": 2},
+    "window, local keys": {"local_window": 2, "local_key_shift": True, "chunk_shift": 3},
     "delta": {"global_state": "delta"},
     "delta previous_token": {"global_state": "delta", "chunk_shift": 5, "global_form": "previous_token"},
 }
@@ -98,6 +100,9 @@ def test_any_split_equals_the_whole(attention_type, activation, dtype, ratio, ca
     {"chunk_shift": 1, "chunk_size": 2, "global_form": "previous_token"},
     {"local_key_shift": True, "chunk_size": 1}, {"local_key_shift": True, "attention_type": "local"},
     {"local_key_shift": True, "rope_interleaved": True, "relative_bias": None},
+    {"local_window": 2, "chunk_size": 1}, {"local_window": 2, "attention_type": "local", "relative_bias": "rotary"},
+    {"local_window": 2, "chunk_size": 2, "local_key_shift": True, "chunk_shift": 1, "relative_bias": "t5"},
+    {"local_window": 2, "chunk_shift": 5, "global_form": "previous_token", "global_state": "delta"},
     {"global_state": "delta", "chunk_size": 1}, {"global_state": "delta", "attention_type": "global"},
     {"global_state": "delta", "chunk_shift": 1, "chunk_size": 2, "global_form": "previous_token"},
     {"global_state": "delta", "chunk_shift": 3, "global_form": "previous_token", "local_key_shift": True},
@@ -293,9 +298,9 @@ def test_cache_bytes_do_not_grow(attention_type):
     config = model.config
     S, E, width = config.query_key_dim, config.intermediate_size, config.chunk_size
     quad, lin = attention_type != "global", attention_type != "local"
-    delta = config.global_state == "delta"
-    keys = width * (quad + lin - delta) + (config.global_form == "previous_token") + config.local_key_shift
-    expected = 3 * 2 * (4 * (width * E + keys * S + (lin + delta) * S * E + delta) + 8)
+    delta, window = config.global_state == "delta", config.local_window
+    keys = width * (quad * window + lin - delta) + (config.global_form == "previous_token") + config.local_key_shift
+    expected = 3 * 2 * (4 * (window * width * E + keys * S + (lin + delta) * S * E + delta) + 8)
     assert set(sizes.values()) == {expected} and cache_bytes(out.past_key_values) == expected
 
 
@@ -386,6 +391,7 @@ def test_caches_that_cannot_fit_are_refused():
         {"chunk_shift": 2},
         {"global_form": "previous_token"},
         {"global_state": "delta"},
+        {"local_window": 2},
     ):
         with pytest.raises(ValueError, match="another shape"):
             build(**changes)(ids, past_key_values=cache)

@@ -362,7 +362,7 @@ def test_autocast(cls):
 
 # -- compilation
 OURS = {"chunk_shift": 5, "global_form": "previous_token", "local_key_shift": True}
-DELTA = {"chunk_shift": 5, "global_form": "previous_token", "global_state": "delta"}
+DELTA = {"chunk_shift": 5, "global_form": "previous_token", "global_state": "delta", "local_window": 2}
 forms = pytest.mark.parametrize("form", [{}, OURS, DELTA], ids=str)
 
 

@@ -28,7 +28,7 @@ def toy(**changes):
         "relative_bias": None, "t5_num_buckets": 32, "t5_max_distance": 128, "norm_type": "scale_norm",
         "norm_eps": 1e-5, "hidden_act": "silu", "rope_parameters": None, "rope_interleaved": False,
         "global_normalization": "mean", "global_form": "paper", "global_state": "mean", "local_key_shift": False,
-        "use_scaled_sinusoid": True, "num_hidden_layers": 2, "tie_word_embeddings": True,
+        "local_window": 1, "use_scaled_sinusoid": True, "num_hidden_layers": 2, "tie_word_embeddings": True,
     }  # fmt: skip
     unknown = set(changes) - set(fields)
     assert not unknown, unknown
@@ -400,7 +400,8 @@ def py_layer(x, w, config, causal, positions=None, shift=0):
     attended = [[0.0] * e for _ in range(n)]
     if config.attention_type != "global":
         for t, start, stop in [(t, a, b) for a, b in zip(starts, ends, strict=True) for t in range(a, b)]:
-            keys = list(range(start, t + 1 if causal else stop))
+            begin = start if config.local_window == 1 else max([0, *(s for s in starts if s < start)])
+            keys = list(range(begin, t + 1 if causal else stop))
             scores = [
                 py_dot(heads[0][t], heads[1][j]) / divisor + py_bias(t - start, j - start, w, config, causal)
                 for j in keys
@@ -473,7 +474,8 @@ def layer_weights(rng, config):
     for name, shape in shapes.items():
         weights[f"gau.{name}.weight"] = random_values(rng, *shape)
         weights[f"gau.{name}.bias"] = random_values(rng, *(shape if name == "offset_scale" else shape[:1]))
-    span = config.max_position_embeddings if config.attention_type == "quadratic" else config.chunk_size
+    span = config.chunk_size * config.local_window
+    span = config.max_position_embeddings if config.attention_type == "quadratic" else span
     bias = {"toeplitz": (2 * span - 1,), "rotary": (2, s), "t5": (config.t5_num_buckets, 1), None: None}
     if config.global_state == "delta":
         weights["gau.gate_proj.weight"], weights["gau.gate_bias"] = random_values(rng, 2, d), random_values(rng, 2)
@@ -500,6 +502,7 @@ VARIANTS = [
     {"rope_interleaved": True, "relative_bias": "rotary"},
     {"global_normalization": "chunk"}, {"global_normalization": "chunk", "attention_type": "global"},
     {"global_form": "previous_token"}, {"global_form": "previous_token", "attention_type": "global"},
+    {"local_window": 2}, {"local_window": 2, "relative_bias": "rotary", "attention_activation": "softmax"},
     {"global_state": "delta"}, {"global_state": "delta", "attention_type": "global"},
     {"global_state": "delta", "global_form": "previous_token"},
     {"local_key_shift": True, "query_key_dim": 8}, {"local_key_shift": True, "rope_interleaved": True},
@@ -512,7 +515,7 @@ directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bi
 @variants
 @pytest.mark.parametrize("n", [1, 2, 3, 7])  # inside the first chunk, one full chunk, two chunks and a part
 def test_layer_equals_plain_python(changes, causal, n):
-    if "global_state" in changes and not causal:
+    if not causal and {"global_state", "local_window"} & set(changes):
         pytest.skip("causal only")
     rng, config = random.Random(0), toy(**{**FULL, **changes})
     weights, x = layer_weights(rng, config), random_values(rng, n, 4)
@@ -575,7 +578,9 @@ def test_causal_layers_do_not_look_ahead(changes):
         # A prefix alone gives the same too (up to the order of summation): no length enters the function.
         prefix = naive.naive_layer(x[:cut], weights, config, causal=True)
         torch.testing.assert_close(prefix, out[:cut], rtol=0, atol=1e-13)
-        if changes.get("attention_type") not in ("local", "global") and "global_state" not in changes:
+        if changes.get("attention_type") not in ("local", "global") and not {"global_state", "local_window"} & set(
+            changes
+        ):
             both = [naive.naive_layer(y, weights, config, causal=False) for y in (x, mixed)]
             assert not torch.equal(both[0][:cut], both[1][:cut])
 

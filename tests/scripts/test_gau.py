@@ -37,7 +37,7 @@ VARIANTS = {
     "convolved, quadratic": {"conv_size": 4, "attention_type": "quadratic"},
     "softmax": {"attention_activation": "softmax", "chunk_shift": 4, "key_shift": True, "global_rope": False},
     "window": {"local_window": 2},
-    "window, softmax, local": {"local_window": 3, "attention_activation": "softmax", "attention_type": "local"},
+    "window, softmax, local": {"local_window": 2, "attention_activation": "softmax", "attention_type": "local"},
     "window, shifted": {"local_window": 2, "chunk_shift": 3, "attention_activation": "softmax"},
     "local heads": {"local_heads": 3, "chunk_shift": 3, "local_window": 2},
     "local heads, softmax": {"local_heads": 2, "attention_activation": "softmax"},
