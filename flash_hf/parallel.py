@@ -414,8 +414,8 @@ class Context:
             )
         if config.local_window != 1:
             raise ValueError(
-                f"context_parallel does not send the values of the chunk before, which local_window={config.local_window} "
-                "reads. Use local_window=1, or whole rows on each process."
+                f"context_parallel does not send a chunk's values, which local_window={config.local_window} needs for "
+                "the next chunk. Use local_window=1, or whole rows on each process."
             )
         rope_type = (config.rope_parameters or {}).get("rope_type", "default")
         if config.use_rope and rope_type in ("dynamic", "longrope"):

@@ -271,6 +271,9 @@ def refused(mesh):
     yield expect("generate", "generate() cannot run", lambda: model.generate(ids))
     yield expect("base alone", "not its base alone", lambda: model.model(ids))
     yield expect("cu_seq_lens", "shard_sequence turns it", lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 16])))
+    for form in ({"local_window": 2}, {"global_state": "delta"}):
+        other = make_model(FlashForCausalLM, tiny_config(**form))
+        yield expect(str(form), next(iter(form)), lambda other=other: context_parallel(other, mesh))
     yield expect("unknown argument", "cache", lambda: model(ids, mems=1))
     positions = torch.arange(ids.shape[1]).expand(2, -1) + rank * ids.shape[1] + 3 * last
     yield expect("positions", "count on over the pieces", lambda: model(ids, position_ids=positions))
