@@ -119,13 +119,16 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
         cache: the first layer's cache, or None.
     """
     kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
-    if kernels is None or getattr(places[0].layout, "neighbours", None) is not None:
+    if kernels is None:
         return places
     return [_with_plan(each, kernels, config, len(x_BND), causal, cache) for each in places]
 
 
 def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
     layout = places.layout
+    neighbours = getattr(layout, "neighbours", None)
+    if neighbours is not None and not neighbours.fused:
+        return places
     # CODEPATH: FLASHQuad checkpoints. To the kernels, a row that is one document is one chunk.
     if isinstance(layout, QuadraticLayout):
         length = layout.position_BN.shape[1]

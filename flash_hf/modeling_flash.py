@@ -598,7 +598,7 @@ class FlashModel(FlashPreTrainedModel):
         first = None if cache is None else cache.layers[0]
         layouts = None
         if self.context is not None:
-            documents, layouts = self.context.piece(self, inputs_embeds)
+            documents, layouts = self.context.piece(self, inputs_embeds, cached=cache is not None)
         else:
             packing = {"cu_seq_lens": kwargs.get("cu_seq_lens_q"), "seq_idx": kwargs.get("seq_idx")}
             marks = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}

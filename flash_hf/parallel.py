@@ -28,9 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .attention_flash import QueryKeys
-from .backend_flash import normalise
+from .backend_flash import compute_dtype, fused_layer, fuses_layer, is_bare, kernels_for, normalise
 from .chunking_flash import (
     ChunkLayout,
     Documents,
@@ -52,6 +53,8 @@ from .modeling_flash import (
     check_labels,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -304,11 +307,13 @@ class Neighbours:
         left_BH, right_BH, before_B1: the halo's tokens, and the one before, among those of all processes,
             int64 `[B, ..]` into `size * K`; -1 for none.
         before_rotary: cos and sin of the position of the token before.
+        crossed: whether that is so for all rows (which are plain, for kernels).
         open_B: whether the last chunk of a row's grid goes on in another piece, which then counts it, bool `[B]`.
         final_B: that chunk, int64 `[B]`.
         sum_KBG: chunks whose sum goes to others, float `[1 or 2, B, G]`: of the first and last document.
         left_weight, right_weight: which sums of other processes to take, float `[size, B, 1, 1]`.
         columns: columns of the rows up to the end of this piece, without padding behind the last row's end.
+        fused: whether kernels compute this; see `fused_layout`.
     """
 
     group: dist.ProcessGroup
@@ -320,12 +325,14 @@ class Neighbours:
     right_BH: Tensor | None
     before_B1: Tensor | None
     before_rotary: tuple[Tensor, Tensor] | None
+    crossed: bool
     open_B: Tensor
     final_B: Tensor
     sum_KBG: Tensor
     left_weight: Tensor
     right_weight: Tensor
     columns: int
+    fused: bool
 
     def gather(self, x: Tensor) -> tuple[Tensor, Callable[[], Any]]:
         """`[size, ...]` of all processes, and what to call before reading it."""
@@ -348,11 +355,16 @@ class Neighbours:
     def compute(self, layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
         """A `FlashLayer`'s output for the own tokens, `[B, N, D]`."""
         x_BMD, before_B1D = self.extend(x_BND)
+        own = slice(self.left, self.left + x_BND.shape[1])
+        if fuses_layer(layer, x_BMD, places):
+            out_BND = fused_layer(layer, x_BMD, places, cache)[:, own]
+            if cache is not None:
+                cache.cumulative_length = self.columns
+            return out_BND
         if before_B1D is not None:
             before_B1D = layer.norm(before_B1D)
         normed_BMD = normalise(layer.norm, x_BMD, places)
-        attended_BMD = layer.gau(normed_BMD, places, cache=cache, before_B1D=before_B1D)
-        attended_BND = attended_BMD[:, self.left : self.left + x_BND.shape[1]]
+        attended_BND = layer.gau(normed_BMD, places, cache=cache, before_B1D=before_B1D)[:, own]
         if cache is not None:
             cache.cumulative_length = self.columns
         if layer.training:
@@ -387,6 +399,61 @@ class Neighbours:
             return whole.index_put((row_B, torch.zeros_like(row_B)), left_BSE, accumulate=True), None
 
         return finish
+
+    # -- for kernels, whose sums are over runs of a row's chunks, one after the other: see `flash_hf.kernels.plan`
+    def piece_borders(self, chunks: int, longest: int) -> list[int]:
+        """Where a row's runs of at most `longest` chunks begin, and the last one ends. The first and the last chunk of
+        a `fused_layout` are runs of their own, and one that goes on in another process."""
+        end = chunks - 1 - self.crossed
+        return [0, *range(1, end, longest), end, *[chunks - 1] * self.crossed, chunks]
+
+    def given_runs(self, x_PSE: Tensor) -> Tensor:
+        """What belongs to runs whose sums go to other processes, `[B, runs, S, E]`, a view."""
+        runs_BPSE = x_PSE.view(len(self.open_B), -1, *x_PSE.shape[1:])
+        return runs_BPSE[:, : runs_BPSE.shape[1] - 1 - self.crossed]
+
+    def sums_before(self, total_PSE: Tensor) -> Tensor:
+        """The sums before rows, float32 `[B, S, E]`, from those over runs."""
+        given = self.given_runs(total_PSE).sum(1)
+        taken = given.new_empty(self.left_weight.shape[0], *given.shape)
+        _all_gather(taken.view(-1), given.view(-1), group=self.group)
+        return (taken * self.left_weight).sum(0)
+
+    def add_gradients(self, d_total_PSE: Tensor, d_carry_PSE: Tensor, scale: float) -> None:
+        """Add to the gradients behind runs what other processes return for the sums given to them, and return theirs.
+
+        Args:
+            d_total_PSE: gradients of `sums_before` over `scale`, by runs.
+        """
+        d_initial = d_total_PSE.view(len(self.open_B), -1, *d_total_PSE.shape[1:]).sum(1) * scale
+        d_given = torch.empty_like(d_initial)
+        _reduce_scatter(d_given.view(-1), (d_initial * self.left_weight).view(-1), group=self.group)
+        self.given_runs(d_carry_PSE).add_(d_given[:, None])
+
+
+def fused_layout(
+    length: int, first: int, chunk_size: int, shift: int, batch: int, device: torch.device
+) -> ChunkLayout:
+    """The layout of plain rows for kernels, with a chunk more at either end of a row. A row's first chunk has nothing
+    before it, and its last nothing behind it: so sums before and behind the real chunks may come from other processes.
+    The first chunk's last slot holds the token before, if any: its value, under no key, adds nothing.
+
+    Args:
+        length: tokens with the halo. first: position of the first one.
+        shift: empty slots before a document's first token.
+    """
+    C, slot = chunk_size, (first + shift) % chunk_size
+    before = slot if first and slot == C - 1 else C + slot
+    G = -(-(before + length) // C) + 1
+    position_K = torch.arange(-before, G * C - before, device=device)
+    return ChunkLayout(
+        token_BN=torch.arange(length, device=device)[None],
+        position_BGC=(position_K + first).clamp(min=0).view(1, G, C),
+        occupied_BGC=((position_K >= 0) & (position_K < length)).view(1, G, C),
+        seen_after_B=torch.full((1,), first + length, device=device),
+        final_B=torch.full((batch,), G - 2, device=device),
+        shift=before,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -549,11 +616,12 @@ class Context:
     def _end(self, *_) -> None:
         self._own = self._call = None
 
-    def piece(self, model: FlashModel, x_BND: Tensor) -> tuple[Documents, list[ChunkLayout]]:
+    def piece(self, model: FlashModel, x_BND: Tensor, *, cached: bool) -> tuple[Documents, list[ChunkLayout]]:
         """The documents of this process's tokens, and the layouts that layers take in turn.
 
         Args:
             x_BND: the embedded tokens.
+            cached: whether the call fills a cache.
         """
         if self._call is None:
             raise ValueError("Call the model that context_parallel was given, not its base alone.")
@@ -570,9 +638,31 @@ class Context:
             documents = count_positions(B, N, device, valid_BN, start_BN, seen_B)
         config = model.config
         shifts = (0, config.chunk_shift) if config.chunk_shift else (0,)
-        return documents, [self._layout(model, x_BND, cuts, documents, shift) for shift in shifts]
+        fused = self._fuses(model, x_BND, cuts, cached)
+        return documents, [self._layout(model, x_BND, cuts, documents, shift, fused) for shift in shifts]
 
-    def _layout(self, model: FlashModel, x_BND: Tensor, cuts: Cuts, own: Documents, shift: int) -> ChunkLayout:
+    def _fuses(self, model: FlashModel, x_BND: Tensor, cuts: Cuts, cached: bool) -> bool:
+        """Whether kernels compute this call; the same on all processes."""
+        config, device = model.config, x_BND.device
+        dropout = bool(config.attention_dropout) and model.training
+        if kernels_for(config, device, compute_dtype(x_BND), dropout=dropout) is None:
+            return False
+        fits = (
+            self.causal
+            and cuts.is_plain(x_BND.shape[1])
+            and not (cached and config.local_key_shift)
+            and all(is_bare(layer.gau.offset_scale) for layer in model.layers)
+        )
+        if not fits:
+            logger.warning_once(
+                "Kernels compute context parallelism for causal rows of one document without padding; other rows are "
+                "computed in plain torch."
+            )
+        return fits
+
+    def _layout(
+        self, model: FlashModel, x_BND: Tensor, cuts: Cuts, own: Documents, shift: int, fused: bool
+    ) -> ChunkLayout:
         """The layout of this process's tokens and their halo, in layers whose chunks begin `shift` slots early."""
         (B, N), device, config = x_BND.shape[:2], x_BND.device, model.config
         C, rank, size, causal = self.chunk_size, self.rank, self.size, self.causal
@@ -605,13 +695,18 @@ class Context:
                 before = before + count
             return place
 
+        if fused:  # the token before is in the grid
+            left, earlier = left + earlier, torch.zeros_like(earlier)
         own_left, own_right = left[rank][:, None], right[rank + 1][:, None] * (rank + 1 < size)
         before_H = torch.arange(int(own_left.max()), 0, -1).expand(B, -1)
         behind_H = torch.arange(int(own_right.max())).expand(B, -1)
         first_B1 = cuts.seen[rank][:, None] - own_left  # position of the first token with its halo
         total_B1 = (cuts.seen + cuts.rest)[rank + 1][:, None]
 
-        if cuts.is_plain(N):
+        if fused:
+            first, length = int(first_B1[0]), int(own_left[0]) + N
+            layout = fused_layout(length, first, C, shift, B, device)
+        elif cuts.is_plain(N):
             # A reshape, as of whole rows.
             length = before_H.shape[1] + N + behind_H.shape[1]
             documents = Documents(torch.arange(length, device=device)[None])
@@ -674,12 +769,14 @@ class Context:
             right_BH=torch.where(behind_H < own_right, from_right(behind_H), -1).to(device),
             before_B1=before_B1,
             before_rotary=before_rotary,
+            crossed=bool(crossed[rank + 1].all()),
             open_B=crossed_B,
             final_B=final_B,
             sum_KBG=sums_KBG,
             left_weight=weight * side,
             right_weight=weight * ~side,
             columns=max(1, max(q * N + int(cuts.end[q].max()) for q in range(rank + 1) if cuts.end[q].any() or not q)),
+            fused=fused,
         )
         return replace(layout, neighbours=neighbours)
 

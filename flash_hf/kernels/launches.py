@@ -52,6 +52,20 @@ def launch_carry(shape: Shape, index: ChunkIndex, total: Tensor, initial, carrie
     return carry, last
 
 
+def launch_shared_carry(
+    shape: Shape, index: ChunkIndex, total: Tensor, initial, carried: bool, final: str, reverse: bool, exchange
+):  # fmt: skip
+    """`launch_carry`, with the sums that come from pieces of rows on other processes (`parallel.Neighbours`), if
+    `exchange` is not None."""
+    if exchange is None:
+        return launch_carry(shape, index, total, initial, carried, final, reverse)
+    if not reverse:
+        return launch_carry(shape, index, total, exchange.sums_before(total), carried, final, reverse)
+    carry, last = launch_carry(shape, index, total, None, carried, final, reverse)
+    exchange.add_gradients(total, carry, 1.0 / shape.C)
+    return carry, last
+
+
 def piece_launch(shape: Shape, inputs: Inputs) -> dict:
     """Constants that both passes over pieces share."""
     t = shape.tiles
@@ -103,7 +117,9 @@ def launch_states(
     )  # fmt: skip
 
 
-def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False) -> Tensor:
+def launch_totals(
+    shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False, exchange=None
+) -> Tensor:  # fmt: skip
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
     `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`."""
     index, E = inputs.index, shape.E
@@ -119,7 +135,8 @@ def launch_totals(shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back
     )  # fmt: skip
     if whole:
         return total
-    before, state = launch_carry(shape, index, total, None, shape.causal, "" if shape.causal else "state", back)
+    kept = "" if shape.causal else "state"
+    before, state = launch_shared_carry(shape, index, total, None, shape.causal, kept, back, exchange)
     return before if shape.causal else state
 
 
@@ -287,8 +304,10 @@ def launch_chunk_outputs(
     )  # fmt: skip
 
 
-def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: bool) -> AttentionResults:
-    """Heads, attention and the gate."""
+def launch_forward(
+    shape: Shape, inputs: Inputs, cached: Cached, want_final: bool, exchange=None
+) -> AttentionResults:  # fmt: skip
+    """Heads, attention and the gate; `exchange` as of `launch_shared_carry`."""
     new, index, row = inputs.v.new_empty, inputs.index, shape.lin_row
 
     def nothing() -> Tensor:
@@ -298,8 +317,8 @@ def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: boo
     heads = launch_heads(shape, inputs, cached)
     if cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
         out, prefix = new((shape.T, shape.E)), new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
-        split = not shape.causal or choice.splits(shape) and has_carry(shape, index, False)
-        before = launch_totals(shape, inputs, heads[row + 1], inputs.v) if split else None
+        split = not shape.causal or (exchange or choice.splits(shape)) and has_carry(shape, index, False)
+        before = launch_totals(shape, inputs, heads[row + 1], inputs.v, exchange=exchange) if split else None
         biases = inputs.bias_v, inputs.bias_u
         weights = launch_scores(shape, inputs, heads)
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
@@ -311,7 +330,7 @@ def launch_forward(shape: Shape, inputs: Inputs, cached: Cached, want_final: boo
         prefix, total = state_buffers(shape, index, new, carried or bool(kept))
         value = new((shape.T, shape.E)) if shape.silu else inputs.v
         launch_states(shape, inputs, heads[row + 1], total, prefix if shape.causal else None, value)
-        carry, final = launch_carry(shape, index, total, cached.initial, carried, kept, False)
+        carry, final = launch_shared_carry(shape, index, total, cached.initial, carried, kept, False, exchange)
         if not shape.causal:
             carry, final = final, nothing()
     else:
@@ -390,7 +409,8 @@ def launch_gate_states(
 
 
 def launch_attention_gradients(
-    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool
+    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool,
+    exchange=None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Fill u and v of `d_h`, and `d_heads`; otherwise as `launch_backward`.
 
@@ -415,7 +435,7 @@ def launch_attention_gradients(
                 shape, inputs, heads[row], gated, d_out, d_attended, d_h.u, value, d_prefix, total
             )
             kept = "" if shape.causal else "state"
-            d_carry, final = launch_carry(shape, inputs.index, total, None, carried, kept, True)
+            d_carry, final = launch_shared_carry(shape, inputs.index, total, None, carried, kept, True, exchange)
             d_carry = d_carry if shape.causal else final
         else:
             d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, value)
@@ -494,7 +514,8 @@ def launch_quadratic_heads_gradient(
 
 
 def launch_scan_gradients(
-    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool
+    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool,
+    exchange=None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """`launch_attention_gradients` by the kernels of scan.py."""
     heads, prefix, carry = saved.heads, saved.prefix, saved.carry
@@ -503,13 +524,13 @@ def launch_scan_gradients(
     new = gated.new_empty
     weights = launch_scores(shape, inputs, heads)
     d_scores = torch.empty_like(weights)
-    split = not shape.causal or choice.splits(shape) and has_carry(shape, inputs.index, False)
+    split = not shape.causal or (exchange or choice.splits(shape)) and has_carry(shape, inputs.index, False)
     if isinstance(d_out, Product):
         d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
     else:
         d_attended = d_out if reuse else new((T, E))
         d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
-    behind = launch_totals(shape, inputs, heads[row], d_attended, back=True) if split else None
+    behind = launch_totals(shape, inputs, heads[row], d_attended, back=True, exchange=exchange) if split else None
     value, d_prefix = new((T, E)), torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v
@@ -545,7 +566,7 @@ class PartialSums(NamedTuple):
 
 
 def launch_backward(
-    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, reuse: bool
+    shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, reuse: bool, exchange=None
 ) -> PartialSums:  # fmt: skip
     """Gradients of the projections' outputs, written to `d_h`, and of parameters.
 
@@ -553,6 +574,7 @@ def launch_backward(
         saved: has heads, prefix, carry, out and, if `Shape.keeps_attended`, attended of the forward. The weights are
             computed again, which is cheaper than their memory.
         d_out: gradient of the output, `[T, E]`, or the product that gives it; overwritten with `reuse`.
+        exchange: as of `launch_shared_carry`.
     """
     heads = saved.heads
     # Branches that a first chunk alone does not need have no gradient.
@@ -563,7 +585,7 @@ def launch_backward(
     if isinstance(d_out, Product) and not choice.multiplies(shape, inputs.source, scanned, heads.device):
         d_out = torch.mm(*d_out)
     launch = launch_scan_gradients if scanned else launch_attention_gradients
-    d_bias_u, d_bias_v, squares = launch(shape, inputs, saved, d_out, d_h, d_heads, reuse)
+    d_bias_u, d_bias_v, squares = launch(shape, inputs, saved, d_out, d_h, d_heads, reuse, exchange)
     d_gamma_beta = launch_heads_gradient(shape, inputs, d_heads, d_h.z)
     return PartialSums(u=d_bias_u, v=d_bias_v, heads=d_gamma_beta, norm=None, squares=squares)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from operator import itemgetter
 from typing import NamedTuple, get_type_hints
 
@@ -150,11 +151,11 @@ def register(operation: type) -> Callable:
     place = {name: i for i, name in enumerate(Tensors._fields + Results._fields)}
     pick_saved = itemgetter(*(place[name] for name in Saved._fields))
 
-    def save(ctx, tensors, shape: Shape, results):
+    def save(ctx, tensors, shape: Shape, results, exchange=None):
         saved = Saved(*pick_saved((*operation.to_save(tensors, results), *results)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved[:-1], *saved.index)
-        ctx.shape = shape
+        ctx.shape, ctx.exchange = shape, exchange
 
     def gradients(backward: Callable, ctx, d_out: Tensor | None):
         if d_out is None:
@@ -183,17 +184,19 @@ def register(operation: type) -> Callable:
         def forward(ctx, shape, options, *tensors):
             tensors = Tensors(*tensors)
             results = operation.forward(tensors, shape, **options)
-            save(ctx, tensors, shape, results)
+            save(ctx, tensors, shape, results, options.get("exchange"))
             ctx.mark_non_differentiable(*results[1:])
             return tuple(results)
 
         @staticmethod
         @once_differentiable
         def backward(ctx, d_out, *_):
-            return None, None, *gradients(operation.backward, ctx, d_out)
+            return None, None, *gradients(partial(operation.backward, exchange=ctx.exchange), ctx, d_out)
 
     def call(tensors, shape: Shape, **options):
-        if is_watched(tensors):
+        # An operator cannot take the processes that hold the other parts of rows.
+        if options.get("exchange") is None and is_watched(tensors):
+            options.pop("exchange", None)
             return Results(*forward_op(*plain(tensors), **by_name(shape), **options))
         if torch.is_grad_enabled():
             return Results(*Direct.apply(shape, options, *tensors))
@@ -264,10 +267,10 @@ class GatedAttention:
     options = {"want_final": bool}
 
     @staticmethod
-    def forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool) -> AttentionResults:
+    def forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool, exchange=None) -> AttentionResults:
         inputs = inputs_of(tensors, tensors.u, tensors.v, tensors.z)
         with on_device(tensors.u):
-            return launch_forward(shape, inputs, cached_of(tensors), want_final)
+            return launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
 
     @staticmethod
     def fake_forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool) -> AttentionResults:
@@ -278,13 +281,13 @@ class GatedAttention:
         return tensors
 
     @staticmethod
-    def backward(d_out: Tensor, saved: SavedAttention, shape: Shape) -> list[Tensor]:
+    def backward(d_out: Tensor, saved: SavedAttention, shape: Shape, exchange=None) -> list[Tensor]:
         # Padding is in no chunk, and no kernel writes its gradient.
         make = torch.empty if saved.source is None else torch.zeros
         d_h = Projections(*(make(x.shape, dtype=x.dtype, device=x.device) for x in (saved.u, saved.v, saved.z)))
         inputs = inputs_of(saved, saved.u, saved.v, saved.z)
         with on_device(saved.u):
-            parts = launch_backward(shape, inputs, saved, d_out, d_h, reuse=False)
+            parts = launch_backward(shape, inputs, saved, d_out, d_h, False, exchange)
             small = launch_sums(shape, Sums.of(shape, saved.bias_R is not None), parts, torch.float32)
         return [*d_h, small]
 
@@ -346,7 +349,9 @@ class Layer:
     options = {"eps": float, "want_final": bool}
 
     @staticmethod
-    def forward(tensors: LayerTensors, shape: Shape, *, eps: float, want_final: bool) -> LayerResults:
+    def forward(
+        tensors: LayerTensors, shape: Shape, *, eps: float, want_final: bool, exchange=None
+    ) -> LayerResults:  # fmt: skip
         x, dtype = tensors.x, shape.dtype
         casts = x.dtype != dtype
         rms = x.new_empty(shape.T, dtype=torch.float32)
@@ -356,7 +361,7 @@ class Layer:
             w = torch.cat([tensors.w_u, tensors.w_v, tensors.w_z]).to(dtype)
             h = torch.mm(cast if casts else x, w.t())
             inputs = layer_inputs(tensors, h, rms, shape.E)
-            attention = launch_forward(shape, inputs, cached_of(tensors), want_final)
+            attention = launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
             y = launch_residual(x, attention.out, tensors.w_o.to(dtype), tensors.b_o)
         return layer_results(attention, y=y, rms=rms, cast=cast, h=h, w=w)
 
@@ -377,7 +382,7 @@ class Layer:
         return tensors if tensors.x.dtype == results.h.dtype else tensors._replace(x=results.cast)
 
     @staticmethod
-    def backward(d_out: Tensor, saved: SavedLayer, shape: Shape) -> list[Tensor]:
+    def backward(d_out: Tensor, saved: SavedLayer, shape: Shape, exchange=None) -> list[Tensor]:
         d_y, x, h = d_out, saved.x, saved.h
         raw_dy = d_y.to(h.dtype)
         with on_device(d_y):
@@ -385,7 +390,8 @@ class Layer:
             d_w_o = torch.mm(raw_dy.t(), saved.out)
             inputs = layer_inputs(saved, h, saved.rms, shape.E)
             d_attention = Product(raw_dy, saved.w_o.to(h.dtype))
-            parts = launch_backward(shape, inputs, saved, d_attention, split_columns(d_h, shape.E), reuse=True)
+            d_projections = split_columns(d_h, shape.E)
+            parts = launch_backward(shape, inputs, saved, d_attention, d_projections, True, exchange)
             p = torch.mm(d_h, saved.w)
             d_w = torch.mm(d_h.t(), x)
             del d_h

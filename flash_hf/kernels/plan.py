@@ -99,7 +99,15 @@ def chunk_plan(
     longest = min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
 
     chunk = torch.arange(chunks, dtype=torch.int32, device=device)
-    if layout.first_BG is None:
+    if layout.neighbours is not None:
+        borders = layout.neighbours.piece_borders(G, longest)
+        per_row, border = len(borders) - 1, torch.tensor(borders, dtype=torch.int32, device=device)
+        row = torch.arange(batch, dtype=torch.int32, device=device)
+        piece_begin, piece_end = ((row[:, None] * G + x).flatten() for x in (border[:-1], border[1:]))
+        document_begin, document_end = row * per_row, (row + 1) * per_row
+        group = (chunk // G) * per_row + torch.bucketize(chunk % G, border[1:], right=True)
+        starts_document = chunk % G == 0
+    elif layout.first_BG is None:
         per_row = triton.cdiv(G, longest)
         piece = torch.arange(batch * per_row, dtype=torch.int32, device=device)
         row, part = piece // per_row, piece % per_row

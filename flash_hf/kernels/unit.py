@@ -130,7 +130,7 @@ def gated_attention(
     )
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
     tensors = ops.AttentionTensors(u=u, v=v, z=z, **tensors)
-    results = ops.gated_attention(tensors, shape, want_final=return_state and shape.lin)
+    results = ops.gated_attention(tensors, shape, want_final=return_state and shape.lin, exchange=layout.neighbours)
     new_state = None
     if return_state:
 
@@ -210,7 +210,9 @@ def layer(
         x=x_BND.reshape(B * N, D).contiguous(), gain=gain, w_u=u_proj.weight, b_u=u_proj.bias, w_v=v_proj.weight,
         b_v=v_proj.bias, w_z=z_proj.weight, b_z=z_proj.bias, w_o=o_proj.weight, b_o=o_proj.bias, **tensors,
     )  # fmt: skip
-    results = ops.layer(tensors, shape, eps=block.norm.eps, want_final=return_state and shape.lin)
+    results = ops.layer(
+        tensors, shape, eps=block.norm.eps, want_final=return_state and shape.lin, exchange=places.layout.neighbours
+    )
     new_state = None
     if return_state:
         with torch.no_grad():

@@ -19,7 +19,7 @@ from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
-from flash_hf.parallel import context_parallel, shard_sequence
+from flash_hf.parallel import Neighbours, context_parallel, shard_sequence
 from scripts.benchmark.tiny import error_ratio, make_model, random_ids, tiny_config
 
 
@@ -114,7 +114,7 @@ def batch_of(config, marks, causal):
     return batch
 
 
-def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, checkpointing=False):
+def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, checkpointing=False, reference=None):
     """What differs between pieces and whole rows, as a list of sentences."""
     causal = cls is FlashForCausalLM
     rank, size = mesh.get_local_rank(), mesh.size()
@@ -131,10 +131,12 @@ def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, ch
         model.train()
         model.gradient_checkpointing_enable()
     batch = batch_of(config, marks, causal)
+    backend, model.config.backend = model.config.backend, reference or model.config.backend
     whole = model(**batch)
     whole.loss.backward()
     expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
+    model.config.backend = backend
 
     context_parallel(model, mesh)
     piece = shard_sequence(batch, mesh)
@@ -201,6 +203,25 @@ def others(mesh):
     for cls in (FlashForCausalLM, FlashForMaskedLM):
         yield f"{cls.__name__}, losses", losses(cls, config, mesh)
     yield "bfloat16", half(mesh)
+
+
+def kernels(mesh):
+    """Triton's interpreter, in float32, against plain torch: training in whole layers and between the projections."""
+    forms = {
+        "paper": {}, "plus": PLUS, "plus, shifted local keys": {**PLUS, "local_key_shift": True},
+        "local, shifted": FORMS["local, shifted"], "global": FORMS["global"],
+        "layer norm": {"norm_type": "layer_norm"},
+    }  # fmt: skip
+    calls = []
+    exchange = Neighbours.sums_before
+    Neighbours.sums_before = lambda self, total: calls.append(self.group) or exchange(self, total)
+    for name, changes in forms.items():
+        changes = {"hidden_size": 32, "query_key_dim": 16, "num_hidden_layers": 2, "chunk_size": 16, **changes}
+        config = tiny_config(**changes, backend="triton")
+        options = {"dtype": torch.float32, "tolerance": 2e-4, "reference": "torch"}
+        yield f"kernels, {name}", compare(FlashForCausalLM, config, 64, mesh, **options)
+    yield "kernels ran", [] if calls else ["only torch"]
+    Neighbours.sums_before = exchange
 
 
 def losses(cls, config, mesh):

@@ -9,9 +9,13 @@ from helpers import ROOT, run_python
 
 
 @pytest.mark.slow
-def test_pieces_give_what_whole_rows_give():
+@pytest.mark.parametrize(("cases", "sizes", "least"), [("exact,others,refused", "2,4", 400), ("kernels", "2", 10)])
+def test_pieces_give_what_whole_rows_give(cases, sizes, least):
     """Loss, logits, every gradient and the decoding state, float64 to 1e-9: see parallel_client.py."""
-    done = run_python(ROOT / "tests" / "support" / "parallel_client.py", "2,4", "exact,others,refused")
+    if cases == "kernels":
+        pytest.importorskip("triton", reason="the kernels need triton")
+    program = ROOT / "tests" / "support" / "parallel_client.py"
+    done = run_python(program, sizes, cases, TRITON_INTERPRET="1")
     found = json.loads(done.stdout[done.stdout.index("{") :])
     assert not found["wrong"]
-    assert found["cases"] > 400
+    assert found["cases"] > least
