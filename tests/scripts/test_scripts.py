@@ -142,6 +142,7 @@ def fail(capsys, monkeypatch, tmp_path):
         (["scripts.study.finetune", "--worker", "3"], 2, "Did you mean --workers?"),
         (["scripts.benchmark.profile", "--tokens", "3"], 2, "--tokens must be at least --context=8192, got 3"),
         (["scripts.benchmark.profile", "--layer", "3"], 2, "Did you mean --layers?"),
+        (["scripts.benchmark.length", "--parts", "scaling"], 2, "need several processes: torchrun"),
         (["scripts.evaluation.lm_eval_tasks.make_tasks", "--books", "none.txt"], 1, "none.txt does not exist"),
     ],
 )  # fmt: skip
@@ -402,6 +403,17 @@ def test_profile_step_in_small(capsys, monkeypatch):
     total = float(re.search(r"^operators: ([\d.]+) ms per step$", out, re.M).group(1))
     rows = [float(value) for value in re.findall(r"^ +([\d.]+) ms  x +\d+  ", out, re.M)]
     assert 0 < sum(rows) <= total * 1.01 and rows == sorted(rows, reverse=True)
+
+
+@pytest.mark.slow
+def test_long_contexts_in_small(tmp_path, monkeypatch):
+    """Every measurement succeeds, and the state has one size at any context."""
+    monkeypatch.chdir(ROOT)
+    run_here(*first_line("scripts.benchmark.length")[:-2], "--output", tmp_path / "length.json")
+    rows = json.loads((tmp_path / "length.json").read_text(encoding="utf-8"))["rows"]
+    assert not [row for row in rows if "note" in row]
+    assert {row["part"] for row in rows} == {"train", "prefill", "decode"}
+    assert len({row["cache_bytes"] for row in rows if row.get("form") == "plus" and row["part"] == "decode"}) == 1
 
 
 def test_no_script_hides_a_package():
