@@ -1,4 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The flash-hf contributors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """FLASH for transformers: the gated attention unit, the model, and its language-model heads.
 
 Functions of attention_flash.py hold the maths, modules here hold parameters, models hold plumbing.
@@ -1130,7 +1143,8 @@ class FlashTaskModel(FlashPreTrainedModel):
             hidden = pool(hidden, attention_mask, self.model.is_causal)
         logits = self.score(self.dropout(hidden))
         if self.pools:  # one row of scores for each row of the input, also of several choices
-            logits = logits.view(len(inputs_embeds if input_ids is None else input_ids), -1)
+            # Not len: it would fix the batch size of an exported program.
+            logits = logits.view((inputs_embeds if input_ids is None else input_ids).shape[0], -1)
         loss = None if labels is None else self.head_loss(logits, labels, kwargs)
         return self.output_class(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
