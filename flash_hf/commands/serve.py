@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve a causal model with an OpenAI-compatible API: `transformers serve`, which does not know FLASH by itself."""
+"""Serve a causal model with an OpenAI-compatible API: `transformers serve` with FLASH's classes registered."""
 
 import transformers
 
@@ -11,7 +11,7 @@ def main() -> None:
     import typer  # comes with transformers
     from transformers.cli.serve import Serve
 
-    for model in AUTO_CLASSES.values():  # the server looks for a checkpoint's class in transformers itself
+    for model in AUTO_CLASSES.values():  # where the server looks up the class of a checkpoint
         setattr(transformers, model.__name__, model)
     app = typer.Typer(add_completion=False)
     app.command()(Serve)

@@ -5,8 +5,8 @@ vLLM calls [`register`] in each of its processes, through the entry point in set
 be served, `requests.py` divides the tokens of a step into batches, and `model.py` runs the library's model on them,
 with decoding states in vLLM's cache. It has been run on CPUs only.
 
-The chunked forms do not end at their training length (`max_position_embeddings`); for a longer `--max-model-len`, vLLM
-asks for VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment.
+The chunked forms take any length. For a `--max-model-len` above the training length (`max_position_embeddings`), vLLM
+requires VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment.
 """
 
 from transformers.utils import logging
@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 def register() -> None:
     """Tell vLLM about FLASH's configuration and classes.
 
-    vLLM calls this for every model, so that a version without what the plugin imports only causes a warning.
+    vLLM calls this whatever model it serves. In a version that lacks what the plugin imports, it only warns.
     """
     try:
         from vllm import ModelRegistry

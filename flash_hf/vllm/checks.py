@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM offers and FLASH cannot have, refused before anything is loaded."""
+"""Features of vLLM that FLASH lacks, and checkpoints without a constant state: refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ class FlashChecks(MambaModelConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Refuse (ValueError) settings of the engine that FLASH does not have."""
-        parallel = vllm_config.parallel_config
-        cache = vllm_config.cache_config
+        """Refuse (ValueError) features of the engine that FLASH lacks."""
+        parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         refused = {
             "prefix caching (--enable-prefix-caching)": cache.enable_prefix_caching,
             "quantised cache (--kv-cache-dtype)": cache.cache_dtype != "auto",
@@ -44,7 +43,7 @@ class FlashChecks(MambaModelConfig):
             "pipeline parallelism": parallel.pipeline_parallel_size > 1,
             "transfer of states between engines (--kv-transfer-config)": vllm_config.kv_transfer_config,
         }
-        for feature, asked in refused.items():
-            if asked:
+        for feature, requested in refused.items():
+            if requested:
                 raise ValueError(f"FLASH in vLLM has no {feature}: leave it out.")
         super().verify_and_update_config(vllm_config)

@@ -24,7 +24,7 @@ from ..modeling_flash import FlashForCausalLM
 from .requests import RequestRows, StateBackend
 
 
-# Bytes that the page of a request and a layer is a multiple of, so that its tensors are aligned.
+# The state of a request and layer takes a multiple of so many bytes, so that its tensors are aligned.
 ALIGNMENT = 64
 
 
@@ -40,7 +40,7 @@ def stored_tensors(config: FlashConfig, form: StateForm, dtype: torch.dtype) -> 
 
 
 class StatePages(MambaBase):
-    """One layer's states of all requests, in blocks that vLLM's cache manager gives to requests and takes back.
+    """One layer's states of all requests: one block of vLLM's cache per request, given and taken by its manager.
 
     Attributes:
         stored: see `stored_tensors`.
@@ -83,10 +83,10 @@ class StatePages(MambaBase):
 
 
 class PagedCacheLayer(FlashChunkCacheLayer):
-    """A layer of the library's cache for one forward of some requests: reads their states when the layer needs them,
-    and writes them back when it is done, so that the copies of one layer exist at a time."""
+    """A layer of the library's cache for one forward of some requests. It reads their states at first use and writes
+    them back after the layer, so that only one layer's copies exist at a time."""
 
-    _layer_type = None  # transformers is to go on building caches from the base class
+    _layer_type = None  # else DynamicCache would build its layers from this class
 
     def __init__(self, pages: StatePages, rows: RequestRows, form: StateForm, before: PagedCacheLayer | None):
         self._copy: DecodingState | None = None
@@ -160,13 +160,12 @@ class FlashServed(nn.Module, HasInnerState, IsAttentionFree):
         library counts them from the tokens seen."""
         name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
         metadata = get_forward_context().attn_metadata
-        if metadata is None:  # vLLM measures a step's memory
+        if metadata is None:  # a trial run, in which vLLM measures memory
             return self.flash.model(**{name: tokens[None]}, use_cache=False).last_hidden_state[0]
-        hidden_TD = None
+        embedding = self.flash.model.embed_tokens.weight
+        hidden_TD = embedding.new_zeros(len(tokens), embedding.shape[1])  # vLLM may pad the tokens
         for rows in metadata[self.first_layer]:
             hidden_BND = self.run(rows, **{name: tokens[rows.token_BN]})
-            if hidden_TD is None:
-                hidden_TD = hidden_BND.new_zeros(len(tokens), hidden_BND.shape[-1])
             if rows.valid_BN is None:
                 hidden_TD[rows.token_BN] = hidden_BND
             else:

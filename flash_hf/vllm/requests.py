@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From vLLM's flat batches to rows: which requests of a step go through the model together."""
+"""From vLLM's flat batches to rows: the requests of a step that go through the model together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RequestRows:
         valid_BN: False at padding, on the right, bool `[B, N]`; None without any.
         page_B: vLLM's block of each request, int64 `[B]`.
         seen_B: tokens of each request before this step, int64 `[B]`; None if all requests begin in this step.
-        span: the same blocks, where they are adjacent and the host knows: their states can then be used in place.
+        span: the same blocks as a slice, if they are known to be adjacent: their states are then used in place.
     """
 
     token_BN: Tensor
@@ -32,7 +33,7 @@ class RequestRows:
 
 
 def group_requests(starts: list[int], seen: list[int], page_R: Tensor) -> list[RequestRows]:
-    """Divide a flat batch: single tokens, and prompts of similar lengths, of which padding is less than half.
+    """Divide a flat batch into single tokens, and prompts of similar lengths with less than half of padding.
 
     Args:
         starts: the first token of each request in the flat batch, and the end of the last one.
@@ -48,7 +49,7 @@ def group_requests(starts: list[int], seen: list[int], page_R: Tensor) -> list[R
 
 def _rows(members: list[int], starts: list[int], seen: list[int], page_R: Tensor, fresh: bool) -> RequestRows:
     device, span = page_R.device, None
-    # Elsewhere, reading the blocks would wait for the device, and kernels take no states with gaps between them.
+    # On a GPU, reading the blocks would wait for the device, and kernels take contiguous states only.
     if device.type == "cpu":
         pages = page_R.tolist()
         members = sorted(members, key=lambda request: pages[request])
@@ -71,7 +72,7 @@ def _rows(members: list[int], starts: list[int], seen: list[int], page_R: Tensor
 
 
 class StepBuilder(AttentionMetadataBuilder[list[RequestRows]]):
-    """What vLLM calls once per step."""
+    """Called by vLLM once per step; its result is the metadata that the model reads."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):  # abstract in the base class
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -87,25 +88,17 @@ class StepBuilder(AttentionMetadataBuilder[list[RequestRows]]):
         starts_R1 = batch.query_start_loc_cpu[: R + 1]
         # An upper bound only for speculative decoding, which is refused.
         seen_R = batch.seq_lens_cpu_upper_bound[:R] - starts_R1.diff()
-        # A request has one block for its whole life.
+        # A request keeps one block until it ends or is preempted.
         return group_requests(starts_R1.tolist(), seen_R.tolist(), batch.block_table_tensor[:R, 0])
 
 
-class StateBackend(AttentionBackend):
-    """vLLM's handle for layers that keep a state; there is no attention implementation of vLLM's behind it."""
+class StateBackend(LinearAttentionBackend):
+    """Tells vLLM which builder belongs to layers that keep a state."""
 
     @staticmethod
     def get_name() -> str:
         return "FLASH_STATE"
 
     @staticmethod
-    def get_impl_cls():
-        raise NotImplementedError
-
-    @staticmethod
     def get_builder_cls() -> type[StepBuilder]:
         return StepBuilder
-
-    @classmethod
-    def is_ssm(cls) -> bool:
-        return True

