@@ -27,14 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_flash import (
-    DecodingState,
-    QueryKeys,
-    at_final,
-    mixed_chunk_attention,
-    mixed_chunk_step,
-    previous_keys,
-)
+from .attention_flash import DecodingState, QueryKeys, at_final, mixed_chunk_attention, mixed_chunk_step, previous_keys
 from .chunking_flash import ChunkLayout, StepLayout
 
 

@@ -332,11 +332,7 @@ class FlashGatedAttentionUnit(nn.Module):
         return None if self.relative_bias is None else self.relative_bias(places.bias_length, places.bias_rotary)
 
     def forward(
-        self,
-        x_BND: Tensor,
-        places: Places,
-        cache: CacheLayerMixin | None = None,
-        before_B1D: Tensor | None = None,
+        self, x_BND: Tensor, places: Places, cache: CacheLayerMixin | None = None, before_B1D: Tensor | None = None
     ) -> Tensor:
         """`(u * attention(z, v)) W_o + b_o` of normalised input, `[B, N, D]`.
 

@@ -19,18 +19,7 @@ import transformers
 from ..provenance import commit, processor, triton_version
 from .models import MODELS, Candidate, Unsupported, build, first_layers, parameter_count
 from .sizes import BASE, SMALL, SMOKE, Size, model_flops, utilisation
-from .timing import (
-    Timing,
-    capture,
-    clean,
-    copy_rate,
-    matmul_rate,
-    measure,
-    once,
-    peak_gib,
-    quartiles,
-    training_step,
-)
+from .timing import Timing, capture, clean, copy_rate, matmul_rate, measure, once, peak_gib, quartiles, training_step
 
 
 GROUPS = ("matmul", "train", "decode", "prefill", "layer", "forward", "cpu")

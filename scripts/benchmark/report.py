@@ -208,7 +208,7 @@ def tables(results: Results) -> str:
     parts = [
         f"Measured on {values('gpu')} (machine {values('machine')}), commit {values('commit')}, torch "
         f"{values('torch')}, triton {values('triton')}, transformers {values('transformers')}, "
-        f"{min(row['date'] for row in rows)} to {max(row['date'] for row in rows)}. Medians.",
+        f"{min(row['date'] for row in rows)} to {max(row['date'] for row in rows)}. Medians."
     ]
     for key, result in results.items():
         if key[0] == "device":

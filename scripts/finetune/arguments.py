@@ -45,8 +45,7 @@ class TaskArguments:
         default=None, metadata={"help": "Column names of .csv and .tsv files without a header."}
     )
     quoting: Literal["auto", "standard", "none"] = field(
-        default="auto",
-        metadata={"help": "Whether quotes enclose fields. auto: yes in .csv, no in .tsv (as in GLUE)."},
+        default="auto", metadata={"help": "Whether quotes enclose fields. auto: yes in .csv, no in .tsv (as in GLUE)."}
     )
     text_column: str = field(default="text", metadata={"help": "Classification: column of the text."})
     text_pair_column: str | None = field(

@@ -256,10 +256,7 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
     )
     start = best_pretraining(options, name)
     result = run_finetuning(
-        training.ModelArguments(model=str(work / "models" / start)),
-        TaskArguments(**chosen),
-        args,
-        plot=False,
+        training.ModelArguments(model=str(work / "models" / start)), TaskArguments(**chosen), args, plot=False
     )
     shutil.rmtree(args.output_dir)  # one model per cell would fill the disk
     return {**result, "kind": "tune", "model": name, "data": task, "pretraining": start}

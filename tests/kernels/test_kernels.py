@@ -214,10 +214,7 @@ def test_a_cache_of_shifted_local_keys_is_the_torch_tiers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout, causal, form",
-    [("odd", True, "paper"), ("padded", False, "ours")],
-)
+@pytest.mark.parametrize("layout, causal, form", [("odd", True, "paper"), ("padded", False, "ours")])
 def test_several_tiles_of_a_chunk(layout, causal, form):
     form = {"num_hidden_layers": 1} if form == "paper" else {**FORMS[form], "chunk_shift": 130}
     compare(config_of(is_decoder=causal, chunk_size=150, **form), layout, length=333)

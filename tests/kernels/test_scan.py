@@ -65,9 +65,7 @@ def test_what_the_kernels_over_whole_rows_are_not_for(changes, monkeypatch):
 
 @pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
 @pytest.mark.parametrize(
-    "changes",
-    [{"D": 0}, {"D": 128}, {"D": 772}, {"silu": False}, {"E": 1600}, {"dtype": torch.float32}],
-    ids=str,
+    "changes", [{"D": 0}, {"D": 128}, {"D": 772}, {"silu": False}, {"E": 1600}, {"dtype": torch.float32}], ids=str
 )
 def test_what_the_gates_product_is_not_for(changes, monkeypatch):
     monkeypatch.setattr(choice, "scan_for", lambda device: True)

@@ -18,11 +18,7 @@ from helpers import DATA, ROOT, Trap, assert_close, first_line, run_here
 
 
 SCRIPT = ROOT / "scripts" / "convert_checkpoint.py"
-STORED = {
-    "causal": {"causal": True},
-    "bidirectional": {"causal": False},
-    "laplace": {"causal": True, "laplace": True},
-}
+STORED = {"causal": {"causal": True}, "bidirectional": {"causal": False}, "laplace": {"causal": True, "laplace": True}}
 V, D, E, S = 31, 16, 32, 40
 LUCIDRAINS = {"causal": True, "shift": False, "chunk_size": 24}
 

@@ -104,12 +104,7 @@ def test_ragged_batch_of_packed_rows_with_padding(cls, attention_type, activatio
     model = build(cls, attention_type, activation)
     a, b, c, d = (random_ids(model.config, 1, n, seed=n) for n in (3 * C + 5, 9, 17, 2))
     fill = random_ids(model.config, 1, 60, seed=9)
-    rows = [
-        (0, [a]),
-        (3, [b, c]),
-        (11, [d, c, b]),
-        (0, []),
-    ]
+    rows = [(0, [a]), (3, [b, c]), (11, [d, c, b]), (0, [])]
     width = 40
     ids, mask, positions = fill[:, :width].repeat(4, 1), torch.zeros(4, width, dtype=torch.long), []
     for row, (left, parts) in enumerate(rows):

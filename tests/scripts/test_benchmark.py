@@ -219,9 +219,7 @@ def test_a_red_gate_refuses_to_report(monkeypatch, tmp_path, capfd, wrong):
 def test_the_gate_on_kernels_compares_both_backends(monkeypatch):
     """Without a GPU: the kernels' place is taken by the torch tier, right and wrong."""
     monkeypatch.setattr(
-        gates,
-        "flash_config",
-        lambda size, causal, backend, **changes: FLASH_CONFIG(size, causal, None, **changes),
+        gates, "flash_config", lambda size, causal, backend, **changes: FLASH_CONFIG(size, causal, None, **changes)
     )
     size = dataclasses.replace(SMOKE, layers=2)
     checks = gates.check_kernels(size, "cpu", 3 * size.chunk_size + 7)
