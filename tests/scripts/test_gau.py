@@ -340,16 +340,29 @@ def test_the_studys_forms_do_not_look_ahead_at_any_border(name):
             assert not torch.allclose(other[at], whole[at])
 
 
-def test_flash_plus_as_a_variant_is_flash_plus():
-    """So differences to FLASH+'s cells are those of the change."""
-    ours = variant(key_shift=True, global_rope=False, chunk_shift=4, use_scaled_sinusoid=False)
-    plain = tiny_config(global_form="previous_token", chunk_shift=4, use_scaled_sinusoid=False)
-    model, flash = make_model(GAUForCausalLM, ours), make_model(FlashForCausalLM, plain)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"local_window": 2},
+        {"global_state": "delta"},
+        {"local_window": 2, "local_key_shift": True, "global_state": "delta"},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_flash_plus_as_a_variant_is_flash_plus(changes):
+    """So differences to FLASH+'s cells are those of the change, and the library's forms are the study's."""
+    shared = {"chunk_shift": 4, "use_scaled_sinusoid": False, **changes}
+    plain = tiny_config(global_form="previous_token", **shared)
+    model = make_model(GAUForCausalLM, variant(key_shift=True, global_rope=False, is_decoder=True, **shared))
+    flash = make_model(FlashForCausalLM, plain)
     with torch.no_grad():
         for layer in flash.model.layers:
             # A document's first key is an offset here and 0 there.
             layer.gau.offset_scale.bias[-1].zero_()
-        model.load_state_dict(flash.state_dict())
+        own = model.state_dict()
+        # Biases of a window have heads, those of gates their number.
+        model.load_state_dict({name: x.view(own[name].shape) for name, x in flash.state_dict().items()})
         ids = random_ids(plain, 2, LENGTH)
         assert_close(model(ids).logits, flash(ids).logits, 1e-12)
 
