@@ -46,6 +46,11 @@ def copied(state):
     return DecodingState(*(None if x is None else x.clone() for x in state))
 
 
+def without_nan(state: DecodingState) -> DecodingState:
+    """A copy with 0 instead of what was never written."""
+    return DecodingState(*(None if x is None else x.nan_to_num(0) for x in state))
+
+
 def converted(state, dtype):
     return DecodingState(
         *(x if x is None or x.dtype == torch.long else x.to(wide(dtype) if x is state.total else dtype) for x in state)
@@ -130,7 +135,7 @@ def stored(state, shift=0):
 
 def assert_same(case, steps, ratio=1e-5, valids=None):
     """Kernel and torch tier step by step, from one state each; the torch tier's leftovers must be finite."""
-    mine, theirs = case.state, DecodingState(*(None if x is None else x.nan_to_num(0) for x in copied(case.state)))
+    mine, theirs = case.state, without_nan(case.state)
     for index in range(steps):
         valid = None if valids is None else valids[:, index : index + 1].to(DEVICE)
         token = case.token()
@@ -224,7 +229,7 @@ def test_padding_at_a_position_that_is_not_seen():
     out = step(u, v, z, gamma, beta, rotary, position + 2, valid, state, **case.settings)
     assert (out == 0).all()
     for old, new in zip(before, case.state, strict=True):
-        assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))
+        assert old is None or torch.equal(old.nan_to_num(7), new.nan_to_num(7))
 
 
 @forms
@@ -232,9 +237,7 @@ def test_padding_at_a_position_that_is_not_seen():
 def test_low_precision_error_is_at_most_twice_torchs(dtype, shift, previous):
     case = Case(dtype=dtype, B=2, C=8, E=64, S=32, shift=shift, previous=previous)
     mine, theirs, exact = case.state, copied(case.state), copied(case.state)
-    theirs, exact = (
-        DecodingState(*(None if x is None else x.nan_to_num(0) for x in state)) for state in (theirs, exact)
-    )
+    theirs, exact = map(without_nan, (theirs, exact))
     exact = converted(exact, torch.float64)
     errors = []
     for _ in range(18):
@@ -270,7 +273,7 @@ def test_parameters_of_another_type_and_one_position_for_all_rows():
     case.gamma, case.beta = case.gamma.float(), case.beta.float()
     u, v, z, *_ = case.arguments(case.state)
     position = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
-    theirs = DecodingState(*(x.nan_to_num(0) for x in copied(case.state)))
+    theirs = without_nan(case.state)
     rest = (case.gamma, case.beta, angles(position, 4), position, None)
     out = step(u, v, z, *rest, case.state, **case.settings)
     settings = {**case.settings, "bias_R": case.settings["bias_R"].float()}
@@ -299,7 +302,8 @@ def op_arguments(case, valid=None):
     u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state, valid)
     cos, sin = rotary or (None, None)
     forms = case.settings["shift"], case.settings["previous_key"]
-    tensors = u, v, z, gamma, beta, cos, sin, position, valid, *state, case.settings["bias_R"]
+    own = state.quad_k, state.lin_k, state.value, state.total, state.seen
+    tensors = u, v, z, gamma, beta, cos, sin, position, valid, *own, case.settings["bias_R"]
     return (*tensors, 2.0, True, False, True, *forms)
 
 
@@ -321,14 +325,14 @@ def test_compiles_in_one_graph(shift, previous):
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     mine, theirs = copied(case.state), case.state
-    addresses = [x.data_ptr() for x in mine]
+    addresses = [x.data_ptr() for x in mine if x is not None]
     for _ in range(6):
         token = case.token()
         out = compiled(*case.arguments(mine, token=token), **case.settings)
         assert torch.equal(out, step(*case.arguments(theirs, token=token), **case.settings))
         for (name, x), (_, y) in zip(stored(mine, shift), stored(theirs, shift), strict=True):
             assert torch.equal(x, y), name
-    assert addresses == [x.data_ptr() for x in mine]
+    assert addresses == [x.data_ptr() for x in mine if x is not None]
 
 
 @pytest.mark.gpu
@@ -343,7 +347,7 @@ def test_full_size_in_a_cuda_graph(dtype, B, shift, previous):
     arguments = case.arguments(state)
     # Compiled outside of the capture, on another state.
     step(*arguments[:-1], copied(state), **case.settings)
-    theirs = converted(DecodingState(*(x.nan_to_num(0) for x in copied(state))), torch.float32)
+    theirs = converted(without_nan(state), torch.float32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(*arguments, **case.settings)
@@ -374,4 +378,4 @@ def test_two_runs_are_bit_equal(shift, previous):
         outs = [step(*case.arguments(case.state), **case.settings) for case in (first, second)]
         assert torch.equal(*outs)
     for one, other in zip(first.state, second.state, strict=True):
-        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+        assert one is None or torch.equal(one.nan_to_num(7), other.nan_to_num(7))
