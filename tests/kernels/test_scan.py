@@ -381,8 +381,8 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(choice.scan, "tokens", lambda x, B, N, *block: x)
     launch_forward = ops.launch_forward
 
-    def as_fake_tensors_say(shape, inputs, cached, want_final):
-        results = launch_forward(shape, inputs, cached, want_final)
+    def as_fake_tensors_say(shape, inputs, cached, want_final, exchange):
+        results = launch_forward(shape, inputs, cached, want_final, exchange)
         tensors = SimpleNamespace(**vars(inputs), **cached._asdict())
         assert [x.shape for x in results] == [x.shape for x in ops.fake_attention(tensors, shape, want_final)]
         assert len(set(map(id, results))) == len(results)  # an operator must not return a tensor twice
