@@ -21,7 +21,7 @@ from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, i
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 4
+KERNEL_INTERFACE = 5
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
@@ -71,6 +71,8 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
         reason = kernels.unavailable(device, dtype) or kernels.unsupported(config, device)
         if reason is None and dropout:
             reason = "attention_dropout has no kernels"
+        if reason is None and config.global_state == "delta" and dtype != torch.bfloat16 and config.backend == "auto":
+            reason = "with global_state='delta' its kernels are for bfloat16, unless backend='triton'"
         if reason is None and device.type == "cpu" and config.backend == "auto":
             reason = "the device is a CPU"  # the interpreter is for tests that ask for it
     if not reason:
@@ -99,12 +101,12 @@ def is_bare(module: nn.Module) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a projection is a stock linear layer with a bias: not replaced (LoRA), hooked, quantised or sharded."""
+def is_plain_linear(module: nn.Module, *, bias: bool = True) -> bool:
+    """Whether a projection is a stock linear layer: not replaced (LoRA), hooked, quantised or sharded."""
     return (
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, Tensor)
-        and type(module.bias) in (nn.Parameter, Tensor)
+        and type(module.bias) in ((nn.Parameter, Tensor) if bias else (type(None),))
         and is_bare(module)
     )
 
@@ -136,8 +138,10 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
             return places
         layout = chunk_layout(places.documents, batch, length, causal=causal)
         places = replace(places, layout=layout, bias_length=length)
-    # A rollback needs the keys of each token, and kernels neither read nor fill a state with shifted local keys.
-    if cache is not None and (cache.record_past or config.local_key_shift):
+    delta = config.global_state == "delta"
+    # A rollback needs the keys of each token, and kernels neither read nor fill a state with shifted local keys, or of
+    # the delta rule.
+    if cache is not None and (cache.record_past or config.local_key_shift or delta):
         return places
     if isinstance(layout, StepLayout):
         state = cache.state
@@ -152,7 +156,7 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
         return places
     sizes = {"width": config.intermediate_size, "chunk_size": config.chunk_size}
     plan = kernels.chunk_plan(
-        layout, batch, causal=causal, normalization=config.global_normalization, amid=amid, **sizes
+        layout, batch, causal=causal, normalization=config.global_normalization, amid=amid, delta=delta, **sizes
     )
     return replace(places, fused=True, plan=plan)
 
@@ -182,12 +186,14 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
     silu = unit.kernel_activation
     if not silu:
         u_BNE, v_BNE, z_BNS = unit.act_fn(u_BNE), unit.act_fn(v_BNE), unit.act_fn(z_BNS)
-    options = {"bias_R": unit.bias(places), "silu": silu}
+    options: dict[str, Any] = {"bias_R": unit.bias(places), "silu": silu}
     if isinstance(places.layout, StepLayout):
         return kernels.attention_step(
             unit, u_BNE, v_BNE, z_BNS, places, state=cache.begin_step(v_BNE, places), **options
         )
     options |= continuation(places, cache)
+    if unit.delta:
+        options["gates_BN2"] = unit.gate_proj(x_BND)
     out_BNE, state = kernels.gated_attention(unit, u_BNE, v_BNE, z_BNS, places, **options)
     if cache is not None:
         cache.update(state, places)
@@ -213,6 +219,7 @@ def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
         and is_bare(unit)
         and is_bare(unit.offset_scale)
         and all(is_plain_linear(module) for module in (unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj))
+        and (not unit.delta or is_plain_linear(unit.gate_proj, bias=False))
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backward, choice, forward, residual
+from . import backward, choice, delta, forward, residual
 from .choice import gate, quadratic, scan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
@@ -24,10 +24,11 @@ def has_carry(shape: Shape, index: ChunkIndex, initial: bool) -> bool:
 
 
 def state_buffers(shape: Shape, index: ChunkIndex, new, total: bool) -> tuple[Tensor, Tensor]:
-    """Buffers `(prefix, total)`: sums before each chunk (causal) and, with `total`, over each piece in float32."""
+    """Buffers `(prefix, total)`: sums before each chunk (causal) and, with `total`, over each piece in float32. The
+    delta rule has only these, over single chunks."""
     size = (shape.tiles.SP, shape.E)
-    prefix = new((shape.GT, *size)) if shape.causal else new((0,))
-    return prefix, new((index.pieces if total else 0, *size), dtype=torch.float32)
+    prefix = new((shape.GT, *size)) if shape.causal and not shape.delta else new((0,))
+    return prefix, new((index.pieces if total or shape.delta else 0, *size), dtype=torch.float32)
 
 
 def launch_carry(shape: Shape, index: ChunkIndex, total: Tensor, initial, carried: bool, final: str, reverse: bool):
@@ -72,7 +73,7 @@ def piece_launch(shape: Shape, inputs: Inputs) -> dict:
     block_e = t.block_e if t.SP <= 128 else t.block_e // 2
     return {
         "CP": t.CP, "SP": t.SP, **switches(shape, inputs), "EVEN_E": shape.E % block_e == 0,
-        "TMA": shape.tma(inputs), "PREFIX": shape.causal, "BLOCK_E": block_e, "BLOCK_K": t.block_k,
+        "TMA": shape.tma(inputs), "PREFIX": shape.causal and not shape.delta, "BLOCK_E": block_e, "BLOCK_K": t.block_k,
         "PRECISION": dot_precision(shape.dtype), "num_warps": t.warps,
     }  # fmt: skip
 
@@ -98,22 +99,21 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
 
 
 def launch_states(
-    shape: Shape, inputs: Inputs, keys: Tensor, total: Tensor, prefix: Tensor | None, value: Tensor
+    shape: Shape, inputs: Inputs, keys: Tensor, total: Tensor, prefix: Tensor, value: Tensor
 ) -> None:  # fmt: skip
     """Fill `value`, and sums of `keys^T values` over pieces; see `states_kernel`.
 
     Args:
         total: float32 sums to be filled, unless it is empty.
-        prefix: states before each chunk to be filled, or None.
+        prefix: states before each chunk to be filled (causal, not with the delta rule).
     """
     options = piece_launch(shape, inputs)
     tma, block_e, block_k = options["TMA"], options["BLOCK_E"], options["BLOCK_K"]
     forward.states_kernel(
         (inputs.index.pieces, cdiv(shape.E, block_e)),
         tiled(keys, tma, block_k, shape.tiles.SP), shape.tokens(inputs.v, tma, block_k, block_e), inputs.v.stride(0),
-        *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end, value,
-        value if prefix is None else prefix, total, *shape.grid, shape.E, **{**options, "PREFIX": prefix is not None},
-        TOTAL=total.numel() > 0, STAGES=2 if shape.dtype == torch.float32 else 3,
+        *inputs.norm("bias_v"), inputs.tokens, inputs.index.piece_begin, inputs.index.piece_end, value, prefix, total,
+        *shape.grid, shape.E, **options, TOTAL=total.numel() > 0, STAGES=2 if shape.dtype == torch.float32 else 3,
     )  # fmt: skip
 
 
@@ -121,10 +121,11 @@ def launch_totals(
     shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False, exchange=None
 ) -> Tensor:  # fmt: skip
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
-    `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`."""
+    `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`; with the delta
+    rule that of each piece itself, a chunk."""
     index, E = inputs.index, shape.E
     # A row of one piece needs no second pass.
-    whole = not shape.causal and index.pieces == index.documents
+    whole = shape.delta or not shape.causal and index.pieces == index.documents
     total = x.new_empty((index.pieces, shape.tiles.SP, E), dtype=shape.dtype if whole else torch.float32)
     tasks = index.pieces * (E // 128)
     scan.totals_kernel(
@@ -193,7 +194,7 @@ def launch_heads(shape: Shape, inputs: Inputs, cached: Cached) -> Tensor:
     """Queries and keys on the chunk grid, `[H, GT, CP, SP]`."""
     t, S, v = shape.tiles, shape.S, inputs.v
     cos, sin, table_rows = inputs.tables
-    size = (shape.H, shape.GT, t.CP, t.SP)
+    size = (shape.rows, shape.GT, t.CP, t.SP)
     heads = v.new_empty(size) if t.SP == S else v.new_zeros(size)
     block = min(t.block, 32)
     forward.heads_kernel(
@@ -315,29 +316,40 @@ def launch_forward(
         return new((0,))
 
     heads = launch_heads(shape, inputs, cached)
+    own = delta.launch_prepare(shape, inputs, heads) if shape.delta else [nothing() for _ in delta.Prepared._fields]
     if cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
-        out, prefix = new((shape.T, shape.E)), new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
-        split = not shape.causal or (exchange or choice.splits(shape)) and has_carry(shape, index, False)
+        out = new((shape.T, shape.E))
+        split = shape.delta or not shape.causal
+        split = split or (exchange or choice.splits(shape)) and has_carry(shape, index, False)
         before = launch_totals(shape, inputs, heads[row + 1], inputs.v, exchange=exchange) if split else None
+        if shape.delta:
+            # The scan writes what it reads, chunk by chunk.
+            prefix = before = delta.launch_states(shape, inputs, before, own, scaled=True)
+        else:
+            prefix = new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
         biases = inputs.bias_v, inputs.bias_u
         weights = launch_scores(shape, inputs, heads)
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
-        return AttentionResults(out, heads, prefix, nothing() if shape.causal else before, nothing(), nothing())
+        carry = nothing() if shape.causal else before
+        return AttentionResults(out, heads, prefix, carry, nothing(), nothing(), *own)
     prefix, carry, final = nothing(), nothing(), nothing()
     if shape.lin:
         carried = has_carry(shape, index, cached.initial is not None)
         kept = "total" if want_final else "" if shape.causal else "state"
         prefix, total = state_buffers(shape, index, new, carried or bool(kept))
         value = new((shape.T, shape.E)) if shape.silu else inputs.v
-        launch_states(shape, inputs, heads[row + 1], total, prefix if shape.causal else None, value)
-        carry, final = launch_shared_carry(shape, index, total, cached.initial, carried, kept, False, exchange)
+        launch_states(shape, inputs, heads[row + 1], total, prefix, value)
+        if shape.delta:
+            prefix = delta.launch_states(shape, inputs, total, own)
+        else:
+            carry, final = launch_shared_carry(shape, index, total, cached.initial, carried, kept, False, exchange)
         if not shape.causal:
             carry, final = final, nothing()
     else:
         value = launch_values(shape, inputs)
     skip = shape.causal and cached.initial is None
     out, attended = launch_output(shape, inputs, heads, prefix, carry, value, skip)
-    return AttentionResults(out, heads, prefix, carry, attended, final)
+    return AttentionResults(out, heads, prefix, carry, attended, final, *own)
 
 
 def launch_gate(
@@ -411,11 +423,11 @@ def launch_gate_states(
 def launch_attention_gradients(
     shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool,
     exchange=None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Fill u and v of `d_h`, and `d_heads`; otherwise as `launch_backward`.
 
     Returns:
-        `(d_bias_u, d_bias_v, squares)`, see `PartialSums`.
+        `(d_bias_u, d_bias_v, squares)`, see `PartialSums`, and the gradients of the states behind each chunk, over C.
     """
     heads, prefix, carry = saved.heads, saved.prefix, saved.carry
     gated = saved.attended if shape.keeps_attended else saved.out
@@ -434,9 +446,12 @@ def launch_attention_gradients(
             d_bias_u = launch_gate_states(
                 shape, inputs, heads[row], gated, d_out, d_attended, d_h.u, value, d_prefix, total
             )
-            kept = "" if shape.causal else "state"
-            d_carry, final = launch_shared_carry(shape, inputs.index, total, None, carried, kept, True, exchange)
-            d_carry = d_carry if shape.causal else final
+            if shape.delta:
+                d_prefix = delta.launch_states(shape, inputs, total, saved, reverse=True)
+            else:
+                kept = "" if shape.causal else "state"
+                d_carry, final = launch_shared_carry(shape, inputs.index, total, None, carried, kept, True, exchange)
+                d_carry = d_carry if shape.causal else final
         else:
             d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, value)
 
@@ -461,7 +476,7 @@ def launch_attention_gradients(
             # One square for all parts: it is as large as a row's attention weights.
             own_squares = own_squares.sum(0, keepdim=True)
         squares = own_squares if squares is None else squares.add_(own_squares)
-    return d_bias_u, d_bias_v, squares
+    return d_bias_u, d_bias_v, squares, d_prefix
 
 
 def launch_chunk_gradients(
@@ -516,7 +531,7 @@ def launch_quadratic_heads_gradient(
 def launch_scan_gradients(
     shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool,
     exchange=None,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """`launch_attention_gradients` by the kernels of scan.py."""
     heads, prefix, carry = saved.heads, saved.prefix, saved.carry
     gated = saved.attended if shape.keeps_attended else saved.out
@@ -524,14 +539,17 @@ def launch_scan_gradients(
     new = gated.new_empty
     weights = launch_scores(shape, inputs, heads)
     d_scores = torch.empty_like(weights)
-    split = not shape.causal or (exchange or choice.splits(shape)) and has_carry(shape, inputs.index, False)
+    split = shape.delta or not shape.causal
+    split = split or (exchange or choice.splits(shape)) and has_carry(shape, inputs.index, False)
     if isinstance(d_out, Product):
         d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
     else:
         d_attended = d_out if reuse else new((T, E))
         d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
     behind = launch_totals(shape, inputs, heads[row], d_attended, back=True, exchange=exchange) if split else None
-    value, d_prefix = new((T, E)), torch.empty_like(prefix)
+    if shape.delta:
+        behind = delta.launch_states(shape, inputs, behind, saved, scaled=True, reverse=True)
+    value, d_prefix = new((T, E)), behind if shape.delta else torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v
     launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, value, d_bias_v)
@@ -545,7 +563,7 @@ def launch_scan_gradients(
         inputs.index.factor_G, shape.G, shape.shift, E, tasks, CAUSAL=shape.causal, BLOCK_K=block_k,
         STAGES=scan.REDUCE_STAGES, num_warps=8,
     )  # fmt: skip
-    return d_bias_u, d_bias_v, launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads)
+    return d_bias_u, d_bias_v, launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads), d_prefix
 
 
 class PartialSums(NamedTuple):
@@ -556,6 +574,7 @@ class PartialSums(NamedTuple):
         heads: of gammas, betas and z's bias, `2 H + 1` rows of S.
         norm: of the output bias and the norm's gain, `D + 1`; None outside of a whole layer.
         squares: of the scores, `CP x CP`, for the relative bias; None where there is none.
+        gates: of the bias of the delta rule's gates, 2; None where there are none.
     """
 
     u: Tensor
@@ -563,6 +582,7 @@ class PartialSums(NamedTuple):
     heads: Tensor
     norm: Tensor | None
     squares: Tensor | None
+    gates: Tensor | None
 
 
 def launch_backward(
@@ -571,8 +591,8 @@ def launch_backward(
     """Gradients of the projections' outputs, written to `d_h`, and of parameters.
 
     Args:
-        saved: has heads, prefix, carry, out and, if `Shape.keeps_attended`, attended of the forward. The weights are
-            computed again, which is cheaper than their memory.
+        saved: has heads, prefix, carry, out, the fields of `delta.Prepared` and, if `Shape.keeps_attended`, attended
+            of the forward. The weights are computed again, which is cheaper than their memory.
         d_out: gradient of the output, `[T, E]`, or the product that gives it; overwritten with `reuse`.
         exchange: as of `launch_shared_carry`.
     """
@@ -585,9 +605,14 @@ def launch_backward(
     if isinstance(d_out, Product) and not choice.multiplies(shape, inputs.source, scanned, heads.device):
         d_out = torch.mm(*d_out)
     launch = launch_scan_gradients if scanned else launch_attention_gradients
-    d_bias_u, d_bias_v, squares = launch(shape, inputs, saved, d_out, d_h, d_heads, reuse, exchange)
+    d_bias_u, d_bias_v, squares, d_prefix = launch(shape, inputs, saved, d_out, d_h, d_heads, reuse, exchange)
+    gates = None
+    if shape.delta:
+        gates = delta.launch_prepare_gradient(
+            shape, inputs, heads, saved, d_heads, saved.prefix, d_prefix, d_h.gates
+        )  # fmt: skip
     d_gamma_beta = launch_heads_gradient(shape, inputs, d_heads, d_h.z)
-    return PartialSums(u=d_bias_u, v=d_bias_v, heads=d_gamma_beta, norm=None, squares=squares)
+    return PartialSums(u=d_bias_u, v=d_bias_v, heads=d_gamma_beta, norm=None, squares=squares, gates=gates)
 
 
 def launch_heads_gradient(shape: Shape, inputs: Inputs, d_heads: Tensor, d_z: Tensor) -> Tensor:
@@ -665,7 +690,7 @@ class Sums(NamedTuple):
 def launch_sums(shape: Shape, sums: Sums, parts: PartialSums, dtype: torch.dtype) -> Tensor:
     """The gradients that are sums over tokens, laid out as in `Sums`."""
     blocks = sums.blocks
-    u, v, heads, norm, squares = (parts.heads if x is None else x for x in parts)
+    u, v, heads, norm, squares = (parts.heads if x is None else x for x in parts[:-1])
     out = heads.new_empty((sum(blocks) * SUM_BLOCK,), dtype=dtype)
     backward.sums_kernel(
         (sum(blocks),),

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from . import choice
+from . import choice, delta
 from .launches import (
     Product,
     Sums,
@@ -209,22 +209,27 @@ def register(operation: type) -> Callable:
 # ------------------------------------------------------------------------------------------------------------------
 # Gated attention, between the projections
 # ------------------------------------------------------------------------------------------------------------------
-# What both operations read besides the projections: offset-scale `[H, S]`, relative bias `[2 C - 1]`, cos and sin of
-# the slots' positions `[slots, r / 2]`, the plan's source, and what a cache brings, see `Cached`.
-HEADS, OPTIONAL, CACHED = "gamma beta", "bias_R cos sin source", "initial kept kept_mask"
-STATES = "heads prefix carry out"
+# What both operations read besides the projections: offset-scale `[H, S]`, the bias of the delta rule's gates `[2]`,
+# relative bias `[2 C - 1]`, cos and sin of the slots' positions `[slots, r / 2]`, the plan's source, and what a cache
+# brings, see `Cached`.
+HEADS, OPTIONAL, CACHED = "gamma beta", "gate_bias bias_R cos sin source", "initial kept kept_mask"
+STATES = "heads prefix carry out slots inverse erase decay"
 
 
 def cached_of(tensors) -> Cached:
     return Cached(initial=tensors.initial, kept=tensors.kept, kept_mask=tensors.kept_mask)
 
 
-def inputs_of(x, u: Tensor, v: Tensor, z: Tensor, **norm) -> Inputs:
+def inputs_of(x, projections: Projections, **norm) -> Inputs:
     """The inputs of launches, from an operation's tensors or from what it saved."""
     return Inputs(
-        u=u, v=v, z=z, gamma=x.gamma, beta=x.beta, bias_R=x.bias_R, cos=x.cos, sin=x.sin, source=x.source,
-        index=x.index, **norm,
+        **projections._asdict(), gamma=x.gamma, beta=x.beta, bias_R=x.bias_R, cos=x.cos, sin=x.sin, source=x.source,
+        index=x.index, gate_bias=x.gate_bias, **norm,
     )  # fmt: skip
+
+
+def projections_of(x) -> Projections:
+    return Projections(x.u, x.v, x.z, x.gates)
 
 
 def fake_attention(tensors, shape: Shape, want_final: bool) -> AttentionResults:
@@ -242,23 +247,30 @@ def fake_attention(tensors, shape: Shape, want_final: bool) -> AttentionResults:
             prefix = shape.GT, t.SP, E
         if not shape.causal:
             carry = documents, t.SP, E
+        elif shape.delta:
+            pass
         elif (pieces > documents or initial) and (initial or want_final or not scanned):
             carry = pieces, t.SP, E
         if want_final:
             final = documents, t.SP, E
+    own = delta.sizes(shape) if shape.delta else delta.Prepared((0,), (0,), (0,), (0,))
     return AttentionResults(
         out=new(shape.T, E),
-        heads=new(shape.H, shape.GT, t.CP, t.SP),
+        heads=new(shape.rows, shape.GT, t.CP, t.SP),
         prefix=new(*prefix),
         carry=new(*carry),
         attended=new(shape.T, E) if shape.keeps_attended else new(0),
         final=new(*final, dtype=torch.float32 if want_final else shape.dtype),
+        slots=new(*own.slots, dtype=torch.float32),
+        inverse=new(*own.inverse, dtype=torch.float32),
+        erase=new(*own.erase),
+        decay=new(*own.decay, dtype=torch.float32),
     )
 
 
-# u, v and z are outputs of the projections, `[T, E]`, `[T, E]` and `[T, S]`.
-AttentionTensors = group("AttentionTensors", f"u v z {HEADS}", f"{OPTIONAL} {CACHED}")
-SavedAttention = group("SavedAttention", f"u v z {HEADS} {STATES} attended", OPTIONAL)
+# u, v, z and gates are outputs of the projections, see `Projections`.
+AttentionTensors = group("AttentionTensors", f"u v z {HEADS}", f"gates {OPTIONAL} {CACHED}")
+SavedAttention = group("SavedAttention", f"u v z {HEADS} {STATES} attended", f"gates {OPTIONAL}")
 
 
 class GatedAttention:
@@ -268,7 +280,7 @@ class GatedAttention:
 
     @staticmethod
     def forward(tensors: AttentionTensors, shape: Shape, *, want_final: bool, exchange=None) -> AttentionResults:
-        inputs = inputs_of(tensors, tensors.u, tensors.v, tensors.z)
+        inputs = inputs_of(tensors, projections_of(tensors))
         with on_device(tensors.u):
             return launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
 
@@ -284,24 +296,27 @@ class GatedAttention:
     def backward(d_out: Tensor, saved: SavedAttention, shape: Shape, exchange=None) -> list[Tensor]:
         # Padding is in no chunk, and no kernel writes its gradient.
         make = torch.empty if saved.source is None else torch.zeros
-        d_h = Projections(*(make(x.shape, dtype=x.dtype, device=x.device) for x in (saved.u, saved.v, saved.z)))
-        inputs = inputs_of(saved, saved.u, saved.v, saved.z)
+        own = projections_of(saved)
+        d_h = Projections(*(None if x is None else make(x.shape, dtype=x.dtype, device=x.device) for x in own))
+        inputs = inputs_of(saved, own)
         with on_device(saved.u):
             parts = launch_backward(shape, inputs, saved, d_out, d_h, False, exchange)
             small = launch_sums(shape, Sums.of(shape, saved.bias_R is not None), parts, torch.float32)
-        return [*d_h, small]
+        return [*d_h[:3], small, *([d_h.gates, parts.gates.sum(0)] if shape.delta else [])]
 
     @staticmethod
     def fake_backward(d_out: Tensor, saved: SavedAttention, shape: Shape) -> list[Tensor]:
         size = Sums.of(shape, saved.bias_R is not None).size
         d_h = (x.new_empty(x.shape) for x in (saved.u, saved.v, saved.z))
-        return [*d_h, d_out.new_empty((size,), dtype=torch.float32)]
+        small = d_out.new_empty((size,), dtype=torch.float32)
+        gates = [saved.gates.new_empty(saved.gates.shape), small.new_empty(2)] if shape.delta else []
+        return [*d_h, small, *gates]
 
     @staticmethod
     def gradients(results: list[Tensor], saved: SavedAttention, shape: Shape) -> dict[str, Tensor]:
-        d_u, d_v, d_z, small = results
+        d_u, d_v, d_z, small, *gates = results
         sums = Sums.of(shape, saved.bias_R is not None).split(small, shape)
-        return {"u": d_u, "v": d_v, "z": d_z, **sums}
+        return {"u": d_u, "v": d_v, "z": d_z, **sums, **dict(zip(("gates", "gate_bias"), gates, strict=False))}
 
 
 gated_attention = register(GatedAttention)
@@ -311,29 +326,46 @@ gated_attention = register(GatedAttention)
 # The whole layer
 # ------------------------------------------------------------------------------------------------------------------
 # x is the layer's input `[T, D]`; gain is of its norm; w and b are weights and biases of projections.
-LayerTensors = group("LayerTensors", f"x gain w_u b_u w_v b_v w_z b_z w_o b_o {HEADS}", f"{OPTIONAL} {CACHED}")
+LayerTensors = group("LayerTensors", f"x gain w_u b_u w_v b_v w_z b_z w_o b_o {HEADS}", f"w_gates {OPTIONAL} {CACHED}")
 # y is the layer's output; rms is `1 / sqrt(mean(x^2) + eps)` per token; cast is x in the products' type, or empty if x
-# has that type; h is `x w^T`, where w joins the weights of u, v and z; the others are as in `AttentionResults`.
+# has that type; h is `x w^T`, where w joins the weights of u, v, z and the gates; the others are as in
+# `AttentionResults`.
 LayerResults = NamedTuple("LayerResults", [(name, Tensor) for name in f"y rms cast h w {STATES} final".split()])
 # Here x is in the products' type.
 SavedLayer = group("SavedLayer", f"x gain w b_u b_v b_z w_o b_o rms h {HEADS} {STATES}", OPTIONAL)
 
 
-def layer_inputs(x, h: Tensor, rms: Tensor, E: int) -> Inputs:
+# Columns of the gates in h: two, and zeros that keep its rows aligned to 16 bytes.
+GATE_COLUMNS = 8
+
+
+def layer_inputs(x, h: Tensor, rms: Tensor, shape: Shape) -> Inputs:
     return inputs_of(
-        x, *split_columns(h, E), rms=rms, gain=x.gain, bias_u=x.b_u, bias_v=x.b_v, bias_z=x.b_z,
+        x, split_columns(h, shape), rms=rms, gain=x.gain, bias_u=x.b_u, bias_v=x.b_v, bias_z=x.b_z,
     )  # fmt: skip
 
 
 def layer_results(attention: AttentionResults, **others: Tensor) -> LayerResults:
     return LayerResults(
-        heads=attention.heads, prefix=attention.prefix, carry=attention.carry, out=attention.out,
-        final=attention.final, **others,
+        **others, **{name: getattr(attention, name) for name in LayerResults._fields if name not in others}
     )  # fmt: skip
 
 
-def split_columns(h: Tensor, E: int) -> Projections:
-    return Projections(h[:, :E], h[:, E : 2 * E], h[:, 2 * E :])
+def columns(shape: Shape) -> list[int]:
+    """Widths of u, v, z and, if there are any, gates in h."""
+    return [shape.E, shape.E, shape.S, *[GATE_COLUMNS] * shape.delta]
+
+
+def split_columns(h: Tensor, shape: Shape) -> Projections:
+    return Projections(*h.split(columns(shape), 1))
+
+
+def joined_weights(tensors: LayerTensors, shape: Shape) -> Tensor:
+    weights = [tensors.w_u, tensors.w_v, tensors.w_z]
+    if shape.delta:
+        w = tensors.w_gates
+        weights += [w, w.new_zeros((GATE_COLUMNS - w.shape[0], w.shape[1]))]
+    return torch.cat(weights).to(shape.dtype)
 
 
 def sums_dtype(saved: SavedLayer) -> torch.dtype:
@@ -358,23 +390,23 @@ class Layer:
         cast = x.new_empty(x.shape if casts else (0,), dtype=dtype)
         with on_device(x):
             launch_norm(x, tensors.gain, eps, rms, cast, cast=casts, scale=False)
-            w = torch.cat([tensors.w_u, tensors.w_v, tensors.w_z]).to(dtype)
+            w = joined_weights(tensors, shape)
             h = torch.mm(cast if casts else x, w.t())
-            inputs = layer_inputs(tensors, h, rms, shape.E)
+            inputs = layer_inputs(tensors, h, rms, shape)
             attention = launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
             y = launch_residual(x, attention.out, tensors.w_o.to(dtype), tensors.b_o)
         return layer_results(attention, y=y, rms=rms, cast=cast, h=h, w=w)
 
     @staticmethod
     def fake_forward(tensors: LayerTensors, shape: Shape, *, eps: float, want_final: bool) -> LayerResults:
-        x, columns = tensors.x, 2 * shape.E + shape.S
+        x, width = tensors.x, sum(columns(shape))
         return layer_results(
             fake_attention(tensors, shape, want_final),
             y=torch.empty_like(x),
             rms=x.new_empty(x.shape[0], dtype=torch.float32),
             cast=x.new_empty(x.shape if x.dtype != shape.dtype else (0,), dtype=shape.dtype),
-            h=x.new_empty((x.shape[0], columns), dtype=shape.dtype),
-            w=x.new_empty((columns, x.shape[1]), dtype=shape.dtype),
+            h=x.new_empty((x.shape[0], width), dtype=shape.dtype),
+            w=x.new_empty((width, x.shape[1]), dtype=shape.dtype),
         )
 
     @staticmethod
@@ -388,9 +420,9 @@ class Layer:
         with on_device(d_y):
             d_h = h.new_empty(h.shape) if saved.source is None else h.new_zeros(h.shape)
             d_w_o = torch.mm(raw_dy.t(), saved.out)
-            inputs = layer_inputs(saved, h, saved.rms, shape.E)
+            inputs = layer_inputs(saved, h, saved.rms, shape)
             d_attention = Product(raw_dy, saved.w_o.to(h.dtype))
-            d_projections = split_columns(d_h, shape.E)
+            d_projections = split_columns(d_h, shape)
             parts = launch_backward(shape, inputs, saved, d_attention, d_projections, True, exchange)
             p = torch.mm(d_h, saved.w)
             d_w = torch.mm(d_h.t(), x)
@@ -399,20 +431,23 @@ class Layer:
             norm = launch_norm_gradient(p, x, d_y, saved.rms, saved.gain, d_x)
             sums = Sums.of(shape, saved.bias_R is not None)
             small = launch_sums(shape, sums, parts._replace(norm=norm), sums_dtype(saved))
-        return [d_x, d_w, d_w_o, small]
+        return [d_x, d_w, d_w_o, small, *([parts.gates.sum(0)] if shape.delta else [])]
 
     @staticmethod
     def fake_backward(d_out: Tensor, saved: SavedLayer, shape: Shape) -> list[Tensor]:
         sums = Sums.of(shape, saved.bias_R is not None)
         small = d_out.new_empty((sums.size,), dtype=sums_dtype(saved))
         w_o = saved.h.new_empty((d_out.shape[1], shape.E))
-        return [torch.empty_like(d_out), torch.empty_like(saved.w), w_o, small]
+        gates = [small.new_empty(2, dtype=torch.float32)] if shape.delta else []
+        return [torch.empty_like(d_out), torch.empty_like(saved.w), w_o, small, *gates]
 
     @staticmethod
     def gradients(results: list[Tensor], saved: SavedLayer, shape: Shape) -> dict[str, Tensor]:
-        d_x, d_w, d_w_o, small = results
-        d_w_u, d_w_v, d_w_z = d_w.split((shape.E, shape.E, shape.S))
+        d_x, d_w, d_w_o, small, *d_gate_bias = results
+        d_w_u, d_w_v, d_w_z, *d_w_gates = d_w.split(columns(shape))
         sums = Sums.of(shape, saved.bias_R is not None).split(small, shape)
+        if shape.delta:
+            sums |= {"w_gates": d_w_gates[0][:2], "gate_bias": d_gate_bias[0]}
         return {"x": d_x, "w_u": d_w_u, "w_v": d_w_v, "w_z": d_w_z, "w_o": d_w_o, **sums}
 
 

@@ -82,6 +82,7 @@ def chunk_plan(
     normalization: Normalization,
     chunk_size: int,
     amid: bool = False,
+    delta: bool = False,
 ) -> ChunkPlan:
     """The plan for `layout`, on its device. Packed rows are read on the host once; others are not.
 
@@ -89,6 +90,7 @@ def chunk_plan(
         width: E, from which follows how many chunks a piece should have.
         chunk_size: the configured C, which `normalization="chunk"` divides by.
         amid: whether some row goes on inside of a cached chunk, whose slots then are tokens, too.
+        delta: whether the state is that of the gated delta rule: pieces are single chunks, and nothing is divided.
     """
     G, C = layout.position_BGC.shape[1:]
     cached = C if amid else 0
@@ -96,7 +98,7 @@ def chunk_plan(
     device = layout.position_BGC.device
     chunks = batch * G
     fits = max(1, chunks * triton.cdiv(width, 128) // PROGRAMS)
-    longest = min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
+    longest = 1 if delta else min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
 
     chunk = torch.arange(chunks, dtype=torch.int32, device=device)
     if layout.neighbours is not None:
@@ -130,6 +132,8 @@ def chunk_plan(
 
     count_BG = layout.before_BG if causal else layout.count_BG
     factor = global_scale(count_BG, normalization, chunk_size, torch.float32) * C
+    if delta:
+        factor = torch.full_like(factor, C)
     source = None
     if layout.source_BK is not None:
         first = torch.arange(batch, device=device)[:, None] * N

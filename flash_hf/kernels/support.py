@@ -38,17 +38,18 @@ def unsupported(config, device: torch.device) -> str | None:
         return f"attention_activation={config.attention_activation!r} has no kernels"
     if config.local_window > 1:
         return f"local_window={config.local_window} has no kernels"
-    if config.global_state == "delta":
-        return "global_state='delta' has no kernels"
+    if config.global_state == "delta" and config.query_key_dim > 128:
+        return "global_state='delta' has kernels for query_key_dim up to 128"
     if config.global_form == "previous_token" and config.chunk_size == 1:
         return "global_form='previous_token' has kernels for chunks of at least 2 tokens"
     chunked = config.attention_type != "quadratic"
     if (chunked and config.chunk_size > MAX_CHUNK) or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"
-    if config.query_key_dim > 128 and device.type == "cuda":
+    fits = 64 if config.global_state == "delta" else 128
+    if config.query_key_dim > fits and device.type == "cuda":
         shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
         if shared < LARGE_SHARED:
-            return f"query_key_dim above 128 needs {LARGE_SHARED} bytes of shared memory, the GPU has {shared}"
+            return f"query_key_dim above {fits} needs {LARGE_SHARED} bytes of shared memory, the GPU has {shared}"
     if config.intermediate_size % 16:
         return f"the width of the values ({config.intermediate_size}) is not a multiple of 16"
     return None

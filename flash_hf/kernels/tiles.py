@@ -85,6 +85,8 @@ class Shape:
         D, E, S: widths of the layer (0 for gated attention alone), of values, and of queries and keys. H: heads.
         quad, lin: the branches. previous: values go under the key of the token before them.
         local_shift: every second pair of dimensions of the local keys comes from the token before.
+        delta: the state is that of the gated delta rule, see delta.py. Then two rows follow the H heads, those that
+            states are read and made with.
         silu: the kernels apply SiLU to u, v and z.
         interleaved, rotary_dim: how RoPE pairs dimensions, and how many it rotates.
         scale: factor of the scores. dtype: of products.
@@ -104,6 +106,7 @@ class Shape:
     lin: bool
     previous: bool
     local_shift: bool
+    delta: bool
     silu: bool
     interleaved: bool
     rotary_dim: int
@@ -135,9 +138,14 @@ class Shape:
         return self.N, self.G, self.C, self.shift
 
     @property
+    def rows(self) -> int:
+        """Rows of the heads."""
+        return self.H + 2 * self.delta
+
+    @property
     def lin_row(self) -> int:
-        """Row of the linear query among the heads, or -1."""
-        return self.H - 2 if self.lin else -1
+        """Row of the query that reads states, before that of the key that makes them, or -1."""
+        return self.rows - 2 if self.lin else -1
 
     @property
     def key_rows(self) -> list[int]:
@@ -213,11 +221,13 @@ def tiled(x: Tensor, tma: int, *block: int):
 
 
 class Projections(NamedTuple):
-    """Outputs of the projections, or their gradients: `[T, E]`, `[T, E]` and `[T, S]`."""
+    """Outputs of the projections, or their gradients: `[T, E]`, `[T, E]` and `[T, S]`; with `Shape.delta` also the
+    gates', `[T, 2 or more]`, in the first two columns."""
 
     u: Tensor
     v: Tensor
     z: Tensor
+    gates: Tensor | None = None
 
 
 class Cached(NamedTuple):
@@ -239,11 +249,12 @@ class AttentionResults(NamedTuple):
 
     Attributes:
         out: `silu(u)` times the attended value, `[T, E]`.
-        heads: queries and keys on the chunk grid, `[H, GT, CP, SP]`.
+        heads: queries and keys on the chunk grid, `[Shape.rows, GT, CP, SP]`.
         prefix: the state before each chunk within its piece, over C, `[GT, SP, E]` (causal).
         carry: the same before each piece, `[pieces, SP, E]`; of bidirectional models that of each document.
         attended: the attended value, `[T, E]`, if `Shape.keeps_attended`.
         final: the sum over each document, float32 `[documents, SP, E]`, on request.
+        slots, inverse, erase, decay: with `Shape.delta`, see `delta.Prepared`.
     """
 
     out: Tensor
@@ -252,11 +263,16 @@ class AttentionResults(NamedTuple):
     carry: Tensor
     attended: Tensor
     final: Tensor
+    slots: Tensor
+    inverse: Tensor
+    erase: Tensor
+    decay: Tensor
 
 
 @dataclass
 class Inputs:
-    """Tensors that the launches of attention read. Those from `rms` on are there if `Shape.scaled`."""
+    """Tensors that the launches of attention read. The gates are there if `Shape.delta`, those from `rms` on if
+    `Shape.scaled`."""
 
     u: Tensor
     v: Tensor
@@ -268,6 +284,8 @@ class Inputs:
     sin: Tensor | None
     source: Tensor | None
     index: ChunkIndex
+    gates: Tensor | None = None
+    gate_bias: Tensor | None = None
     rms: Tensor | None = None
     gain: Tensor | None = None
     bias_u: Tensor | None = None

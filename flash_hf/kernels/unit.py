@@ -38,15 +38,17 @@ def _shape_and_tensors(
     cached = _from_cache(unit, places, state)
     # Within a first chunk the causal global part is zero.
     needs_lin = not causal or plan.chunks > 1 or cached.initial is not None or return_state or not unit.has_quad
+    lin = unit.has_lin and needs_lin
     shape = Shape(
         N=plan.tokens, G=plan.chunks, C=plan.chunk_size, shift=plan.shift, S=S, H=H, causal=causal,
-        quad=unit.has_quad, lin=unit.has_lin and needs_lin, previous=config.previous_key,
-        local_shift=config.local_key_shift, interleaved=config.rope_interleaved, rotary_dim=rotary_dim,
+        quad=unit.has_quad, lin=lin, previous=config.previous_key, local_shift=config.local_key_shift,
+        delta=unit.delta and lin, interleaved=config.rope_interleaved, rotary_dim=rotary_dim,
         scale=score_scale("relu2", config.attention_divisor, S), **others,
     )  # fmt: skip
     return shape, {
-        "gamma": gamma_HS, "beta": beta_HS, "bias_R": bias_R, "cos": cos, "sin": sin, "source": plan.source_K,
-        "index": plan.index, "initial": cached.initial, "kept": cached.kept, "kept_mask": cached.kept_mask,
+        "gamma": gamma_HS, "beta": beta_HS, "gate_bias": unit.gate_bias if shape.delta else None, "bias_R": bias_R,
+        "cos": cos, "sin": sin, "source": plan.source_K, "index": plan.index, "initial": cached.initial,
+        "kept": cached.kept, "kept_mask": cached.kept_mask,
     }  # fmt: skip
 
 
@@ -103,6 +105,7 @@ def gated_attention(
     silu: bool,
     state: DecodingState | None,
     return_state: bool,
+    gates_BN2: Tensor | None = None,
 ) -> tuple[Tensor, DecodingState | None]:
     """`u * mixed_chunk_attention(queries and keys of z, v)` between the projections, `[B, N, E]`, and the state.
 
@@ -114,6 +117,7 @@ def gated_attention(
         silu: whether to apply SiLU to u, v and z.
         state: the cache's, at a chunk border in every row unless the plan has `cached` slots; or None.
         return_state: also return the state after these tokens.
+        gates_BN2: output of the projection of the delta rule's gates.
     """
     layout: ChunkLayout = places.layout
     plan: ChunkPlan = places.plan
@@ -129,7 +133,8 @@ def gated_attention(
         unit, places, bias_R, state, return_state, B=B, D=0, E=E, silu=silu, dtype=v_BNE.dtype
     )
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
-    tensors = ops.AttentionTensors(u=u, v=v, z=z, **tensors)
+    gates = _rows(gates_BN2) if shape.delta else None
+    tensors = ops.AttentionTensors(u=u, v=v, z=z, gates=gates, **tensors)
     results = ops.gated_attention(tensors, shape, want_final=return_state and shape.lin, exchange=layout.neighbours)
     new_state = None
     if return_state:
@@ -208,7 +213,8 @@ def layer(
     )
     tensors = ops.LayerTensors(
         x=x_BND.reshape(B * N, D).contiguous(), gain=gain, w_u=u_proj.weight, b_u=u_proj.bias, w_v=v_proj.weight,
-        b_v=v_proj.bias, w_z=z_proj.weight, b_z=z_proj.bias, w_o=o_proj.weight, b_o=o_proj.bias, **tensors,
+        b_v=v_proj.bias, w_z=z_proj.weight, b_z=z_proj.bias, w_o=o_proj.weight, b_o=o_proj.bias,
+        w_gates=unit.gate_proj.weight if shape.delta else None, **tensors,
     )  # fmt: skip
     results = ops.layer(
         tensors, shape, eps=block.norm.eps, want_final=return_state and shape.lin, exchange=places.layout.neighbours

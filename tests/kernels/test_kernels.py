@@ -341,13 +341,13 @@ def test_operators_pass_opcheck(causal, lin):
     x, gain = new(2 * N, D), new()
     u, v, z = new(2 * N, E), new(2 * N, E), new(2 * N, S)
     H = 4 if lin else 2
-    heads = new(H, S), new(H, S), new(2 * C - 1)
+    heads, bias, no_gates = (new(H, S), new(H, S)), new(2 * C - 1), (None, None)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
     cached = None, None, None
-    tables = *heads, angle.cos(), angle.sin(), None, *cached, list(plan.index)
+    tables = *heads, *no_gates, bias, angle.cos(), angle.sin(), None, *cached, list(plan.index)
     options = dict(
         B=2, N=N, G=plan.chunks, C=C, shift=plan.shift, E=E, S=S, H=H, causal=causal, quad=True, lin=lin,
-        previous=False, local_shift=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C,
+        previous=False, local_shift=False, delta=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C,
         dtype=torch.float32, want_final=False,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -577,7 +577,7 @@ def test_falls_back_once_and_says_why(caplog, capsys):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"global_state": "delta"}, "global_state"),
+        ({"global_state": "delta", "query_key_dim": 256}, "global_state"),
         ({"local_window": 2}, "local_window=2"),
         ({"attention_activation": "laplace"}, "laplace"),
         ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),

@@ -22,7 +22,7 @@ needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute cap
 
 SHAPE = tiles.Shape(
     B=2, N=700, G=3, C=256, shift=0, D=768, E=1536, S=128, H=4, causal=True, quad=True, lin=True, previous=False,
-    local_shift=False, silu=True, interleaved=False, rotary_dim=128, scale=1 / 256, dtype=torch.bfloat16,
+    local_shift=False, delta=False, silu=True, interleaved=False, rotary_dim=128, scale=1 / 256, dtype=torch.bfloat16,
 )  # fmt: skip
 
 
@@ -186,8 +186,10 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
 
 FORMS = {
     "paper": {}, "half shift": {"chunk_shift": 128, "global_form": "previous_token"}, "odd shift": {"chunk_shift": 77},
+    "delta": {"chunk_shift": 128, "global_form": "previous_token", "global_state": "delta"},
 }  # fmt: skip
 forms = pytest.mark.parametrize("form", FORMS)
+both_ways = pytest.mark.parametrize("form", [form for form in FORMS if form != "delta"])
 
 
 def hopper_config(**changes):
@@ -404,6 +406,7 @@ no_gpu = pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs th
         (300, "half shift", False, True, 64),
         (600, "odd shift", True, False, 64),
         (300, "paper", False, False, 192),
+        (600, "delta", True, True, 64),
     ],
 )
 def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, width, in_torch, monkeypatch):
@@ -457,7 +460,7 @@ def test_error_is_at_most_twice_the_torch_tiers(length, split, form, scans, monk
 
 @needs_hopper
 @pytest.mark.gpu
-@forms
+@both_ways
 @pytest.mark.parametrize("length", [512, 300, 777, 2560])
 def test_bidirectional_error_is_at_most_twice_the_torch_tiers(length, form, scans):
     config = hopper_config(is_decoder=False, **FORMS[form])

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of the gated delta rule: against a statement token by token in float64, and in layers against the torch
+tier."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flash_hf import FlashModel
+from flash_hf.backend_flash import fuses_layer
+from helpers import assert_close, error_ratio, make_model
+from test_kernels import DEVICE, LAYOUTS, compare, config_of, through
+
+
+pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
+from flash_hf.kernels import delta, tiles  # noqa: E402
+
+
+pytestmark = pytest.mark.usefixtures("exact_float32")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The parts
+# ------------------------------------------------------------------------------------------------------------------
+def shape_of(B, N, C, S, E, shift, dtype):
+    return tiles.Shape(
+        B=B, N=N, G=-(-(N + shift) // C), C=C, shift=shift, D=0, E=E, S=S, H=4, causal=True, quad=True, lin=True,
+        previous=False, local_shift=False, delta=True, silu=False, interleaved=False, rotary_dim=0, scale=1.0,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def naive_states(k_NS, v_NE, log_a_N, w_N, C):
+    """The state before each chunk and behind the last, token by token."""
+    state, states = v_NE.new_zeros(k_NS.shape[1], v_NE.shape[1]), []
+    for t, (k, v) in enumerate(zip(k_NS, v_NE, strict=True)):
+        if t % C == 0:
+            states.append(state)
+        decay = log_a_N[t].exp()
+        state = decay * state - w_N[t] * torch.outer(k, decay * (k @ state) - v)
+    return torch.stack([*states, state])
+
+
+def errors(B, N, C, S, E, shift=0, dtype=torch.float32, likeness=2.0, forget=1.0):
+    """Errors of what the kernels make of random keys, weights and decays, and of every gradient.
+
+    Args:
+        likeness: of the keys, by a vector that they share: the larger, the farther from the identity is what a chunk
+            does to the state.
+        forget: added to the input of the forget gate.
+    """
+    shape = shape_of(B, N, C, S, E, shift, dtype)
+    G, CP, SP, GT = shape.G, shape.tiles.CP, shape.tiles.SP, shape.GT
+    slot = torch.arange(G * C) - shift
+    real = ((slot >= 0) & (slot < N)).view(G, C).repeat(B, 1).double()
+    heads = torch.full((shape.rows, GT, CP, SP), torch.nan)
+    heads[2:4] = 0.0
+    raw = torch.randn(2, GT, C, S) + torch.tensor([0.0, likeness])[:, None, None, None] * torch.randn(S)
+    heads[2:4, :, :C, :S] = raw * real[..., None]
+    heads = heads.to(DEVICE, dtype)
+    gates, bias = torch.randn(B * N, 2).to(DEVICE, dtype), torch.tensor([forget, 0.3]).to(DEVICE)
+    value = (torch.randn(GT, C, E) * real[..., None]).to(DEVICE, dtype)
+    d_out = (torch.randn(GT, C, E) * real[..., None]).to(DEVICE, dtype)
+    inputs = tiles.Inputs(*[None] * 10, gates=gates, gate_bias=bias)
+    inputs.u, inputs.index = gates, type("Index", (), {"group_G": gates})
+
+    made = delta.launch_prepare(shape, inputs, heads)
+    own = (slice(None), slice(C), slice(S))
+    begin, end = delta.rows_of(B, G, heads.device)
+    enter, read = heads[shape.lin_row + 1][own], heads[shape.lin_row][own]
+    added = F.pad(enter.float().transpose(1, 2) @ value.float(), (0, 0, 0, SP - S)).contiguous()
+    states, final = delta.launch_chain(added, made.erase, made.decay, begin, end, 1 / C, 1 / C, final=True)
+    low = states[:, :S].float()
+    out = read.float() @ low
+    total = F.pad(read.float().transpose(1, 2) @ d_out.float(), (0, 0, 0, SP - S)).contiguous()
+    after, _ = delta.launch_chain(total, made.erase, made.decay, begin, end, 1 / C, 1 / C, reverse=True)
+    d_heads = torch.full_like(heads, torch.nan)
+    d_heads[shape.lin_row :] = 0
+    d_heads[shape.lin_row][own] = (C * d_out.float() @ low.transpose(1, 2)).to(dtype)
+    d_heads[shape.lin_row + 1][own] = (value.float() @ after[:, :S].float().transpose(1, 2)).to(dtype)
+    d_value = enter.float() @ after[:, :S].float()
+    d_gates = torch.full_like(gates, torch.nan)
+    d_bias = delta.launch_prepare_gradient(shape, inputs, heads, made, d_heads, states, after, d_gates).sum(0)
+
+    q, k, v, g, b = (
+        x.double().cpu().requires_grad_() for x in (heads[2][own], heads[3][own], value, gates, bias)
+    )  # fmt: skip
+    inputs_BK2 = F.pad((g + b).view(B, N, 2), (0, 0, shift, G * C - N - shift))
+    log_a, w = F.logsigmoid(inputs_BK2[..., 0]) * real.view(B, -1), inputs_BK2[..., 1].sigmoid() * real.view(B, -1)
+    found = [
+        naive_states(F.normalize(k_, dim=-1), v_, a_, w_, C)
+        for k_, v_, a_, w_ in zip(k.view(B, G * C, S), v.view(B, G * C, E), log_a, w, strict=True)
+    ]
+    before = torch.stack([x[:-1] for x in found]).view(GT, S, E)
+    since = log_a.view(GT, C, 1).cumsum(1)
+    expected = since.exp() * F.normalize(q, dim=-1) @ before
+    (expected * d_out.double().cpu()).sum().backward()
+    pairs = {
+        "out": (out, expected), "final": (final[:, :S], torch.stack([x[-1] for x in found])),
+        "d_q": (d_heads[2][own], q.grad), "d_k": (d_heads[3][own], k.grad), "d_v": (d_value, v.grad),
+        "d_gates": (d_gates, g.grad), "d_bias": (d_bias, b.grad),
+    }  # fmt: skip
+    return {name: error_ratio(ours.cpu(), exact) for name, (ours, exact) in pairs.items()}
+
+
+SIZES = {
+    "whole": (2, 48, 16, 16, 24), "odd": (1, 45, 11, 10, 16, 5), "blocks": (1, 300, 128, 16, 16),
+    "padded blocks": (1, 210, 100, 20, 16, 50),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parts_equal_a_statement_token_by_token(size):
+    for likeness in (0.0, 2.0, 20.0):
+        found = errors(*SIZES[size], likeness=likeness)
+        assert all(error < (2e-4 if name == "d_bias" else 2e-5) for name, error in found.items()), (likeness, found)
+
+
+def test_parts_in_16_bits():
+    found = errors(*SIZES["odd"], dtype=torch.float16)
+    assert all(error < 5e-3 for error in found.values()), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 0.02), (torch.float16, 4e-3), (torch.float32, 5e-5)])
+@pytest.mark.parametrize("forget", [1.0, 9.0])
+def test_parts_on_a_gpu(dtype, limit, forget):
+    large = (2, 1000, 256, 128, 256, 128) if dtype != torch.float32 else (1, 300, 128, 32, 64)
+    for size in (large, (1, 90, 32, 32, 48)):
+        found = errors(*size, dtype=dtype, forget=forget)
+        assert all(error < limit * (5 if name == "d_bias" else 1) for name, error in found.items()), found
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The chain as an operator
+# ------------------------------------------------------------------------------------------------------------------
+def test_the_chain_has_the_gradients_of_a_loop():
+    B, G, C, S, E = 2, 4, 8, 10, 12
+    tensors = [torch.randn(B, G, C, S), torch.randn(B, G, C, E), 0.3 * torch.randn(B, G, S, S), torch.rand(B, G)]
+    weight = torch.randn(B, G, S, E)
+
+    def loop(entering, value, erased, decay):
+        state, states = entering.new_zeros(B, S, E), []
+        for g in range(G):
+            states.append(state)
+            state = decay[:, g, None, None] * state - erased[:, g] @ state
+            state = state + entering[:, g].transpose(1, 2) @ value[:, g]
+        return torch.stack(states, 1)
+
+    ours = [x.to(DEVICE, copy=True).requires_grad_() for x in tensors]
+    exact = [x.double().requires_grad_() for x in tensors]
+    states, expected = torch.ops.flash_hf.chain(*ours), loop(*exact)
+    (states * weight.to(DEVICE)).sum().backward()
+    (expected * weight).sum().backward()
+    assert_close(states.cpu(), expected, 1e-6)
+    for mine, other in zip(ours, exact, strict=True):
+        assert_close(mine.grad.cpu(), other.grad, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Layers
+# ------------------------------------------------------------------------------------------------------------------
+FORMS = {"rotated": {}, "plus": {"chunk_shift": 6, "global_form": "previous_token", "local_key_shift": True}}
+
+
+def delta_config(**changes):
+    return config_of(**{"global_state": "delta", "num_hidden_layers": 1, **changes})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_equal_the_torch_tier(layout, form):
+    compare(delta_config(**FORMS[form]), layout, whole=(layout != "padded") == (form == "plus"))
+
+
+@pytest.mark.parametrize("changes", [{"attention_type": "global"}, {"chunk_size": 11, "hidden_act": "relu"}], ids=str)
+def test_variants_equal_the_torch_tier(changes):
+    compare(delta_config(**changes), "odd")
+
+
+def test_a_layer_is_one_call():
+    model = make_model(FlashModel, delta_config(), dtype=torch.float32).to(DEVICE)
+    fused, layer = [], model.layers[0]
+    layer.register_forward_pre_hook(lambda _, inputs: fused.append(fuses_layer(layer, *inputs[:2])))
+    with torch.no_grad():
+        model(inputs_embeds=torch.randn(2, 45, 32, device=DEVICE), use_cache=False)
+    assert fused == [True]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
+def test_operators_know_their_shapes(whole):
+    """Under fake tensors, with gradients: the graph of a compiled model gives what the eager one does."""
+    model = make_model(FlashModel, delta_config(num_hidden_layers=2), dtype=torch.float32).to(DEVICE)
+    if not whole:
+        for layer in model.layers:
+            layer.gau.u_proj = torch.nn.Sequential(layer.gau.u_proj)
+    x = torch.randn(2, 45, 32, device=DEVICE)
+    expected = through(model, x, {}, 1.0)
+    got = through(torch.compile(model, fullgraph=True, backend="aot_eager"), x, {}, 1.0)
+    assert torch.equal(got[0], expected[0])
+    torch.testing.assert_close({name.removeprefix("_orig_mod."): grad for name, grad in got[1].items()}, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("whole", [True, False], ids=["layer", "attention"])
+def test_error_on_a_gpu_is_at_most_twice_the_torch_tiers(layout, form, whole):
+    changes = {**FORMS[form], "hidden_size": 64, "chunk_size": 64, "query_key_dim": 32}
+    compare(delta_config(**changes), layout, torch.bfloat16, whole=whole, length=333, scale=0.1, draws=3)
+
+
+@pytest.mark.gpu
+def test_two_runs_are_bit_equal():
+    changes = {"hidden_size": 256, "chunk_size": 256, "query_key_dim": 128, "num_hidden_layers": 2}
+    model = make_model(FlashModel, delta_config(**changes), dtype=torch.bfloat16, scale=0.06).to(DEVICE)
+    x = torch.randn(6, 1100, 256, device=DEVICE, dtype=torch.bfloat16)
+    first = through(model, x, {}, 1.0)
+    for _ in range(4):
+        again = through(model, x, {}, 1.0)
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
