@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .common import dot_precision, row_gain, token_rows
 from .dispatch import kernel
-from .tiles import Inputs, Shape, cdiv, on_device
+from .tiles import Inputs, Shape, cdiv
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -184,14 +184,11 @@ def prepare_kernel(
 @kernel
 @triton.jit
 def chain_kernel(
-    added_ptr, erase_ptr, decay_ptr, initial_ptr, begin_ptr, end_ptr, states_ptr, final_ptr, E, scale, added_scale,
-    SP: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    added_ptr, erase_ptr, decay_ptr, begin_ptr, end_ptr, states_ptr, E, added_scale,
+    SP: tl.constexpr, REVERSE: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`S' = decay S - erase S + added` from chunk to chunk of a document: the state before each chunk, and with FINAL
-    that behind the last. REVERSE: from the last chunk to the first, with `erase^T`: the gradient of the state behind
-    each chunk. States are kept times `scale`, in which the products read them, and `added` is times `added_scale`;
-    `initial` and `final` are not scaled."""
+    """`S' = decay S - erase S + added_scale added` from chunk to chunk of a document: the state before each chunk.
+    REVERSE: from the last chunk to the first, with `erase^T`: the gradient of the state behind each chunk."""
     document = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     s = tl.arange(0, SP)
@@ -205,9 +202,6 @@ def chain_kernel(
     end = tl.load(end_ptr + document)
     dtype = states_ptr.dtype.element_ty
     state = tl.zeros((SP, BLOCK_E), tl.float32)
-    whole = document.to(tl.int64) * (SP * E) + place
-    if INITIAL:
-        state += tl.load(initial_ptr + whole, mask=mask, other=0.0).to(tl.float32) * scale
     for step in tl.range(0, end - begin, num_stages=STAGES):
         chunk = (end - 1 - step if REVERSE else begin + step).to(tl.int64)
         erase = tl.load(erase_ptr + chunk * (SP * SP) + square)
@@ -216,8 +210,6 @@ def chain_kernel(
         tl.store(states_ptr + chunk * (SP * E) + place, low, mask=mask)
         state = state * tl.load(decay_ptr + chunk) + added * added_scale
         state -= tl.dot(erase, low, input_precision=PRECISION)
-    if FINAL:
-        tl.store(final_ptr + whole, state / scale, mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -468,43 +460,25 @@ def launch_prepare(shape: Shape, inputs: Inputs, heads: Tensor) -> Prepared:
     return Prepared(slots, inverse, erase, decay)
 
 
-def launch_chain(
-    added: Tensor, erase: Tensor, decay: Tensor, begin: Tensor, end: Tensor, scale: float, added_scale: float, *,
-    initial: Tensor | None = None, final: bool = False, reverse: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`(states, final)`, see `chain_kernel`: states `[chunks, SP, E]` in the type of `erase`, and the float32 states
-    behind the documents, `[documents, SP, E]`, empty unless asked for.
-
-    Args:
-        added: `[chunks, SP, E]`. begin, end: chunks of each document, int32.
-    """
-    SP, E, documents = added.shape[1], added.shape[2], begin.shape[0]
-    states = torch.empty_like(added, dtype=erase.dtype)
-    last = added.new_empty((documents, SP, E) if final else (0,), dtype=torch.float32)
-    narrow = erase.dtype == torch.float32
-    block_e = 64 if documents * cdiv(E, 64) >= FEW_CHAINS and not narrow else 32
-    chain_kernel(
-        (documents, cdiv(E, block_e)),
-        added, erase, decay, decay if initial is None else initial, begin, end, states, last, E, scale, added_scale,
-        SP=SP, INITIAL=initial is not None, FINAL=final, REVERSE=reverse, BLOCK_E=block_e,
-        PRECISION=dot_precision(erase.dtype), STAGES=2 if narrow else 3, num_warps=8 if narrow else 4,
-    )  # fmt: skip
-    return states, last
-
-
 def launch_states(
     shape: Shape, inputs: Inputs, added: Tensor, prepared, *, scaled: bool = False, reverse: bool = False
 ) -> Tensor:
     """The state before each chunk, or with `reverse` the gradient of that behind it, over C, `[GT, SP, E]`.
 
     Args:
-        added: what each chunk adds, with `scaled` over C. prepared: has the fields of `Prepared`.
+        added: what each chunk adds, `[GT, SP, E]`, with `scaled` over C. prepared: has the fields of `Prepared`.
     """
-    begin, end = inputs.index.document_begin, inputs.index.document_end  # pieces are chunks
-    scale = 1.0 / shape.C
-    return launch_chain(
-        added, prepared.erase, prepared.decay, begin, end, scale, 1.0 if scaled else scale, reverse=reverse
-    )[0]  # fmt: skip
+    E, index, wide = shape.E, inputs.index, shape.dtype == torch.float32
+    states = torch.empty_like(added, dtype=shape.dtype)
+    block_e = 64 if index.documents * cdiv(E, 64) >= FEW_CHAINS and not wide else 32
+    chain_kernel(
+        (index.documents, cdiv(E, block_e)),
+        # Pieces are chunks.
+        added, prepared.erase, prepared.decay, index.document_begin, index.document_end, states, E,
+        1.0 if scaled else 1.0 / shape.C, SP=shape.tiles.SP, REVERSE=reverse, BLOCK_E=block_e,
+        PRECISION=dot_precision(shape.dtype), STAGES=2 if wide else 3, num_warps=8 if wide else 4,
+    )  # fmt: skip
+    return states
 
 
 def launch_prepare_gradient(
@@ -545,71 +519,3 @@ def launch_prepare_gradient(
         num_warps=4,
     )  # fmt: skip
     return d_bias
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The chain as an operator, for attention in plain torch
-# ------------------------------------------------------------------------------------------------------------------
-def rows_of(B: int, G: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    edge = torch.arange(B + 1, dtype=torch.int32, device=device) * G
-    return edge[:-1], edge[1:]
-
-
-def _chain(added: Tensor, erased: Tensor, decay: Tensor, reverse: bool) -> Tensor:
-    """States of rows of chunks, `[B, G, S, E]`, in the type of `added`."""
-    B, G, S, E = added.shape
-    SP = max(16, triton.next_power_of_2(S))
-    if SP != S:
-        added = torch.nn.functional.pad(added, (0, 0, 0, SP - S))
-        erased = torch.nn.functional.pad(erased, (0, SP - S, 0, SP - S))
-    flat = added.flatten(0, 1), erased.to(added.dtype).flatten(0, 1), decay.float().flatten()
-    with on_device(added):
-        states, _ = launch_chain(
-            *(x.contiguous() for x in flat), *rows_of(B, G, added.device), 1.0, 1.0, reverse=reverse
-        )
-    return states.view(B, G, SP, E)[:, :, :S].contiguous()
-
-
-@torch.library.custom_op("flash_hf::chain", mutates_args=())
-def chain_op(entering: Tensor, value: Tensor, erased: Tensor, decay: Tensor) -> Tensor:
-    """States before each chunk, `[B, G, S, E]`, in the values' type: from 0, `S' = decay S - erased S + entering^T
-    value`, in float32.
-
-    Args:
-        entering: `[B, G, C, S]`. value: `[B, G, C, E]`. Both bfloat16, float16 or float32, as is the state where
-            products read it.
-        erased: `[B, G, S, S]`. decay: `[B, G]`. Both float32.
-    """
-    return _chain(entering.transpose(2, 3) @ value, erased, decay, False)
-
-
-@chain_op.register_fake
-def _(entering, value, erased, decay):
-    B, G, _, S = entering.shape
-    return value.new_empty((B, G, S, value.shape[3]))
-
-
-@torch.library.custom_op("flash_hf::chain_backward", mutates_args=())
-def chain_backward_op(d_states: Tensor, erased: Tensor, decay: Tensor) -> Tensor:
-    """Gradients of the states behind each chunk, from those of the states before, `[B, G, S, E]`."""
-    return _chain(d_states, erased, decay, True)
-
-
-@chain_backward_op.register_fake
-def _(d_states, erased, decay):
-    return torch.empty_like(d_states, memory_format=torch.contiguous_format)
-
-
-def _save_chain(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output)
-
-
-def _chain_backward(ctx, d_states: Tensor):
-    entering, value, erased, decay, states = ctx.saved_tensors
-    after = torch.ops.flash_hf.chain_backward(d_states.contiguous(), erased, decay)
-    d_erased = -(after @ states.transpose(2, 3)).to(erased.dtype)
-    d_decay = (after.to(decay.dtype) * states).sum((2, 3))
-    return value @ after.transpose(2, 3), entering @ after, d_erased, d_decay
-
-
-chain_op.register_autograd(_chain_backward, setup_context=_save_chain)

@@ -2,17 +2,20 @@
 """The kernels of the gated delta rule: against a statement token by token in float64, and in layers against the torch
 tier."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from flash_hf import FlashModel
-from flash_hf.backend_flash import fuses_layer
-from helpers import assert_close, error_ratio, make_model
+from flash_hf.backend_flash import fuses_layer, kernels_for
+from helpers import error_ratio, make_model
 from test_kernels import DEVICE, LAYOUTS, compare, config_of, through
 
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
+from flash_hf import kernels  # noqa: E402
 from flash_hf.kernels import delta, tiles  # noqa: E402
 
 
@@ -31,14 +34,14 @@ def shape_of(B, N, C, S, E, shift, dtype):
 
 
 def naive_states(k_NS, v_NE, log_a_N, w_N, C):
-    """The state before each chunk and behind the last, token by token."""
+    """The state before each chunk, token by token."""
     state, states = v_NE.new_zeros(k_NS.shape[1], v_NE.shape[1]), []
     for t, (k, v) in enumerate(zip(k_NS, v_NE, strict=True)):
         if t % C == 0:
             states.append(state)
         decay = log_a_N[t].exp()
         state = decay * state - w_N[t] * torch.outer(k, decay * (k @ state) - v)
-    return torch.stack([*states, state])
+    return torch.stack(states)
 
 
 def errors(B, N, C, S, E, shift=0, dtype=torch.float32, likeness=2.0, forget=1.0):
@@ -62,18 +65,19 @@ def errors(B, N, C, S, E, shift=0, dtype=torch.float32, likeness=2.0, forget=1.0
     value = (torch.randn(GT, C, E) * real[..., None]).to(DEVICE, dtype)
     d_out = (torch.randn(GT, C, E) * real[..., None]).to(DEVICE, dtype)
     inputs = tiles.Inputs(*[None] * 10, gates=gates, gate_bias=bias)
-    inputs.u, inputs.index = gates, type("Index", (), {"group_G": gates})
+    edge = torch.arange(B + 1, dtype=torch.int32, device=DEVICE) * G
+    inputs.u = gates
+    inputs.index = SimpleNamespace(group_G=gates, documents=B, document_begin=edge[:-1], document_end=edge[1:])
 
     made = delta.launch_prepare(shape, inputs, heads)
     own = (slice(None), slice(C), slice(S))
-    begin, end = delta.rows_of(B, G, heads.device)
     enter, read = heads[shape.lin_row + 1][own], heads[shape.lin_row][own]
     added = F.pad(enter.float().transpose(1, 2) @ value.float(), (0, 0, 0, SP - S)).contiguous()
-    states, final = delta.launch_chain(added, made.erase, made.decay, begin, end, 1 / C, 1 / C, final=True)
+    states = delta.launch_states(shape, inputs, added, made)
     low = states[:, :S].float()
     out = read.float() @ low
     total = F.pad(read.float().transpose(1, 2) @ d_out.float(), (0, 0, 0, SP - S)).contiguous()
-    after, _ = delta.launch_chain(total, made.erase, made.decay, begin, end, 1 / C, 1 / C, reverse=True)
+    after = delta.launch_states(shape, inputs, total, made, reverse=True)
     d_heads = torch.full_like(heads, torch.nan)
     d_heads[shape.lin_row :] = 0
     d_heads[shape.lin_row][own] = (C * d_out.float() @ low.transpose(1, 2)).to(dtype)
@@ -91,12 +95,12 @@ def errors(B, N, C, S, E, shift=0, dtype=torch.float32, likeness=2.0, forget=1.0
         naive_states(F.normalize(k_, dim=-1), v_, a_, w_, C)
         for k_, v_, a_, w_ in zip(k.view(B, G * C, S), v.view(B, G * C, E), log_a, w, strict=True)
     ]
-    before = torch.stack([x[:-1] for x in found]).view(GT, S, E)
+    before = torch.stack(found).view(GT, S, E)
     since = log_a.view(GT, C, 1).cumsum(1)
     expected = since.exp() * F.normalize(q, dim=-1) @ before
     (expected * d_out.double().cpu()).sum().backward()
     pairs = {
-        "out": (out, expected), "final": (final[:, :S], torch.stack([x[-1] for x in found])),
+        "out": (out, expected),
         "d_q": (d_heads[2][own], q.grad), "d_k": (d_heads[3][own], k.grad), "d_v": (d_value, v.grad),
         "d_gates": (d_gates, g.grad), "d_bias": (d_bias, b.grad),
     }  # fmt: skip
@@ -132,32 +136,6 @@ def test_parts_on_a_gpu(dtype, limit, forget):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The chain as an operator
-# ------------------------------------------------------------------------------------------------------------------
-def test_the_chain_has_the_gradients_of_a_loop():
-    B, G, C, S, E = 2, 4, 8, 10, 12
-    tensors = [torch.randn(B, G, C, S), torch.randn(B, G, C, E), 0.3 * torch.randn(B, G, S, S), torch.rand(B, G)]
-    weight = torch.randn(B, G, S, E)
-
-    def loop(entering, value, erased, decay):
-        state, states = entering.new_zeros(B, S, E), []
-        for g in range(G):
-            states.append(state)
-            state = decay[:, g, None, None] * state - erased[:, g] @ state
-            state = state + entering[:, g].transpose(1, 2) @ value[:, g]
-        return torch.stack(states, 1)
-
-    ours = [x.to(DEVICE, copy=True).requires_grad_() for x in tensors]
-    exact = [x.double().requires_grad_() for x in tensors]
-    states, expected = torch.ops.flash_hf.chain(*ours), loop(*exact)
-    (states * weight.to(DEVICE)).sum().backward()
-    (expected * weight).sum().backward()
-    assert_close(states.cpu(), expected, 1e-6)
-    for mine, other in zip(ours, exact, strict=True):
-        assert_close(mine.grad.cpu(), other.grad, 1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # Layers
 # ------------------------------------------------------------------------------------------------------------------
 FORMS = {"rotated": {}, "plus": {"chunk_shift": 6, "global_form": "previous_token", "local_key_shift": True}}
@@ -176,6 +154,17 @@ def test_layers_equal_the_torch_tier(layout, form):
 @pytest.mark.parametrize("changes", [{"attention_type": "global"}, {"chunk_size": 11, "hidden_act": "relu"}], ids=str)
 def test_variants_equal_the_torch_tier(changes):
     compare(delta_config(**changes), "odd")
+
+
+def test_kernels_are_chosen_for_bfloat16(monkeypatch):
+    """In which they have run on a GPU; other types where they are asked for."""
+    monkeypatch.setattr(kernels, "unavailable", lambda *arguments: None)
+    monkeypatch.setattr(kernels, "unsupported", lambda *arguments: None)
+    for backend, dtype, chosen in (
+        ("auto", torch.bfloat16, True), ("auto", torch.float32, False), ("triton", torch.float32, True)
+    ):  # fmt: skip
+        config = delta_config(backend=backend)
+        assert (kernels_for(config, torch.device("cuda"), dtype, dropout=False) is kernels) == chosen
 
 
 def test_a_layer_is_one_call():
