@@ -11,7 +11,7 @@ The study behind scripts/results/study. Three steps, on different machines if ne
    (later rates and seeds depend on finished cells), several in parallel on all GPUs, for up to `--minutes`; an
    interrupted training resumes from WORK/states, at most a minute back.
    `--bundle FILE` also writes the finished cells into one file, and `--unbundle FILE` adds such a file to FOLDER.
-3. `--report --fill scripts/results/study/README.md` renders its tables from FOLDER; `--figures FOLDER` draws.
+3. `--report --fill scripts/results/study/TABLES.md` renders its tables from FOLDER; `--figures FOLDER` draws.
 """
 
 import argparse

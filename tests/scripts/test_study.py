@@ -605,7 +605,7 @@ def test_results_are_filled_in_between_their_marks():
 
 
 def test_the_studys_document_is_what_the_kept_cells_say():
-    document = (KEPT / "README.md").read_text(encoding="utf-8")
+    document = (KEPT / "TABLES.md").read_text(encoding="utf-8")
     results = grid.load_results(KEPT)
     assert results and report.fill(document, results) == document
     assert all(f"<!-- study: {name} -->" in document for name in report.SECTIONS)
