@@ -5,8 +5,6 @@ whole documents, and for one decoding step. Equations are numbered as in `FlashG
 Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width, E value width, S query/key width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
@@ -156,6 +154,14 @@ def scores_of(q_XQS: Tensor, k_XMS: Tensor, scale: float, bias: Tensor | None) -
 
 
 # ---- Mixed chunk attention ----
+class PreviousChunks(NamedTuple):
+    """The chunk before each chunk of a grid; `visible_BGC` is False at empty slots and those of other documents."""
+
+    k_BGCS: Tensor
+    value_BGCE: Tensor
+    visible_BGC: Tensor
+
+
 def local_attention(
     quad_q_BGCS: Tensor,
     quad_k_BGCS: Tensor,
@@ -200,14 +206,6 @@ def local_attention(
     if previous is None:
         return weights @ value_BGCE
     return weights[..., :C] @ previous.value_BGCE + weights[..., C:] @ value_BGCE
-
-
-class PreviousChunks(NamedTuple):
-    """The chunk before each chunk of a grid; `visible_BGC` is False at empty slots and those of other documents."""
-
-    k_BGCS: Tensor
-    value_BGCE: Tensor
-    visible_BGC: Tensor
 
 
 def previous_chunks(

@@ -5,8 +5,6 @@ The choice is made once per forward (`with_plans`), for the device, the configur
 (`fuses_layer`, `fuses_attention`, `normalise`), whose modules may be hooked, quantised or replaced.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import ModuleType
 from typing import Any

@@ -6,8 +6,6 @@ that sets `_layer_type` registers itself. Each sequence has its own phase (token
 batch decodes exactly as its sequences would alone.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +85,7 @@ class StateForm:
     shift: int
 
     @classmethod
-    def pair(cls, config: FlashConfig) -> list[StateForm]:
+    def pair(cls, config: FlashConfig) -> list["StateForm"]:
         """The forms that layers have in turn."""
         branches = config.has_quad, config.has_lin, config.previous_key, config.local_key_shift
         delta = config.global_state == "delta"

@@ -8,8 +8,6 @@ Alphabet: B rows (each one or several packed documents), N tokens of this call, 
 quadratic attention, F any features.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Any
 

@@ -22,10 +22,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
-from transformers.utils import auto_docstring, logging
+from transformers.utils import auto_docstring
 
-
-logger = logging.get_logger(__name__)
 
 CHOICES = {
     "attention_type": ("mixed_chunk", "quadratic", "local", "global"),

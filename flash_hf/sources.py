@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models, tokenizers, data sets and files that a user names, with errors that name the option or file."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

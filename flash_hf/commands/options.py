@@ -5,8 +5,6 @@ A user error ends with one sentence on stderr and exit code 2 (an option that do
 (a value that cannot be used). Bugs keep their traceback, as does every error under `FLASH_TRACEBACK=1`.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import dis

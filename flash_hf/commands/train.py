@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a new language model on text, or continue training one (--model). Try --max_steps 20 first."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading original checkpoints from files, and copying their tokenizers."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

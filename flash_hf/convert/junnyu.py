@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """JunnYu's ports, FLASH and FLASHQuad."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLASH-pytorch (lucidrains), and JunnYu's FLASH, which has the same layers under other names."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the trainings, and checks of them before any work is done."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Collection

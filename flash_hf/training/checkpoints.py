@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of output folders and of checkpoints to resume from."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

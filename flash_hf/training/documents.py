@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading documents from files, from data sets on the Hub and as streams, and holding some out for validation."""
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import csv

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation metrics of language models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing tokenized documents into blocks, and collating blocks into batches."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterable
 from functools import cached_property

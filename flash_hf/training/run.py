@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From text to checkpoint: `run_training("causal", ...)` and `run_training("masked", ...)`."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

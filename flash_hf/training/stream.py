@@ -6,8 +6,6 @@ done here in a way that needs no saved contents: documents are tokenized in batc
 and the state names the batch and the window to begin with. Those two are read again, which takes seconds.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Iterator

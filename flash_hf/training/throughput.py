@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens per second and model FLOP utilization (MFU), and the progress bar that shows them."""
 
-from __future__ import annotations
-
 import sys
 import time
 from functools import partial

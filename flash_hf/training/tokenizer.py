@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and loading tokenizers, and tokenizing documents."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from functools import partial
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Trainer of transformers for FLASH, and its callbacks."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
