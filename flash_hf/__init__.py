@@ -4,16 +4,7 @@
 Importing this package registers its classes with the Auto classes of transformers under the model type `"flash_gau"`.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
 
 from .configuration_flash import FlashConfig
 from .hub import push_with_code, save_with_code
@@ -36,16 +27,16 @@ __version__ = "0.1.0"
 LORA_TARGET_MODULES = ["u_proj", "v_proj", "z_proj", "o_proj", "gate_proj"]
 
 AUTO_CLASSES = {
-    AutoModel: FlashModel,
-    AutoModelForCausalLM: FlashForCausalLM,
-    AutoModelForMaskedLM: FlashForMaskedLM,
-    AutoModelForMultipleChoice: FlashForMultipleChoice,
-    AutoModelForQuestionAnswering: FlashForQuestionAnswering,
-    AutoModelForSequenceClassification: FlashForSequenceClassification,
-    AutoModelForTokenClassification: FlashForTokenClassification,
+    transformers.AutoModel: FlashModel,
+    transformers.AutoModelForCausalLM: FlashForCausalLM,
+    transformers.AutoModelForMaskedLM: FlashForMaskedLM,
+    transformers.AutoModelForMultipleChoice: FlashForMultipleChoice,
+    transformers.AutoModelForQuestionAnswering: FlashForQuestionAnswering,
+    transformers.AutoModelForSequenceClassification: FlashForSequenceClassification,
+    transformers.AutoModelForTokenClassification: FlashForTokenClassification,
 }
 
-AutoConfig.register(FlashConfig.model_type, FlashConfig, exist_ok=True)
+transformers.AutoConfig.register(FlashConfig.model_type, FlashConfig, exist_ok=True)
 for _auto, _model in AUTO_CLASSES.items():
     _auto.register(FlashConfig, _model, exist_ok=True)
 

@@ -52,15 +52,8 @@ def _import_kernels() -> tuple[ModuleType | None, str]:
 
 
 def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bool) -> ModuleType | None:
-    """The kernels, if `config.backend` allows them and they can run; else None, and torch computes.
-
-    Args:
-        dtype: what products are computed in.
-        dropout: whether attention dropout is active.
-
-    Raises:
-        ValueError: `backend="triton"` was asked for where it cannot run.
-    """
+    """The kernels, if `config.backend` allows them and they can run; else None, and torch computes. `dtype` is what
+    products are computed in, `dropout` whether attention dropout is active."""
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
     if config.backend == "torch" or (config.backend == "auto" and exporting):
         return None  # an exported graph is to run where there is no flash_hf
@@ -111,13 +104,8 @@ def is_plain_linear(module: nn.Module, *, bias: bool = True) -> bool:
 
 # ---- Once per forward ----
 def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dropout: bool, cache) -> list[Places]:
-    """`places` with what the kernels need, where they can compute this call.
-
-    Args:
-        x_BND: the embedded tokens.
-        dropout: whether attention dropout is active.
-        cache: the first layer's cache, or None.
-    """
+    """`places` with what the kernels need, where they can compute this call: embedded tokens `x_BND`, with active
+    attention dropout or not, and the first layer's cache or None."""
     kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
     if kernels is None:
         return places

@@ -30,14 +30,8 @@ if CACHE_NAME not in BaseModelOutputWithPast.__dataclass_fields__:
 
 
 def resolve_cache(cache: Cache | None, past_key_values: Cache | None, **options: Any) -> Cache | None:
-    """The cache, under whichever of its two names it was passed.
-
-    Args:
-        options: the call's other keyword arguments, where a cache would be silently ignored.
-
-    Raises:
-        ValueError: two different caches, or a cache under another name.
-    """
+    """The cache, under whichever of its two names it was passed. One under another name, among the call's other
+    `options`, would be silently ignored: it is refused, as are two different caches."""
     for name, value in options.items():
         looks_like_one = name in ("mems", "state") or "cache" in name or "past" in name or isinstance(value, Cache)
         if looks_like_one and value is not None and name not in ("use_cache", "cache_position"):
@@ -189,13 +183,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     def update(
         self, state: DecodingState, places: Places, qk: QueryKeys | None = None, value_BNE: Tensor | None = None
     ) -> None:
-        """Store the state after a call of several tokens.
-
-        Args:
-            state: from `mixed_chunk_attention(..., return_state=True)`.
-            qk, value_BNE: the call's keys on the grid of `places.layout` and its values `[B, N, E]`; only needed with
-                `record_past`.
-        """
+        """Store the state after a call of several tokens. With `record_past` it needs their keys, on the grid of
+        `places.layout`, and their values `[B, N, E]`."""
         if not self.is_initialized:
             self.lazy_initialization(state.value)
         if self.record_past:
@@ -229,12 +218,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         self._recorded.append(tuple(_each(torch.detach, entry)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` columns of input; 0 keeps all that was recorded.
-
-        Raises:
-            ValueError: for a positive number.
-            RuntimeError: if fewer columns were recorded since `activate_past_recording` or the last `crop`.
-        """
+        """Remove the last `-tokens_to_remove` columns of input, of those recorded since `activate_past_recording` or
+        the last `crop`; 0 keeps all."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}. A length to "
@@ -428,9 +413,8 @@ class FlashQuadraticCacheLayer(CountsDocuments, BatchOperations, DynamicLayer):
 
     def _map(self, change) -> None:
         if self.is_initialized:
-            self.keys, self.values, self.position, self.document = _each(
-                change, (self.keys, self.values, self.position, self.document)
-            )
+            tensors = self.keys, self.values, self.position, self.document
+            self.keys, self.values, self.position, self.document = _each(change, tensors)
 
     def reset(self) -> None:
         self.keys = self.values = self.position = self.document = None
@@ -498,14 +482,8 @@ LAYER_KINDS = {
 
 
 def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch: int) -> None:
-    """Check that `cache` can hold this model's state, and prepare an empty one for it.
-
-    Args:
-        forms: `StateForm.pair(config)`, which is not made again for every token.
-
-    Raises:
-        ValueError: a cache of another kind of model, of another shape, or of another batch size.
-    """
+    """Check that `cache` can hold this model's state for `batch` rows (else a ValueError), and prepare an empty one
+    for it. `forms` is `StateForm.pair(config)`, which is not made again for every token."""
     wanted = LAYER_KINDS[config.layer_types[0]]
     wrong = "`cache` (or `past_key_values`) must be a transformers Cache, and a cache of this model"
     if not isinstance(cache, Cache):

@@ -60,12 +60,7 @@ class Documents(Movable):
 def check_mask(
     attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor, seen_B: Tensor | None = None
 ) -> Tensor | None:
-    """The part `[B, N]` of the 2-D padding mask for the tokens of this call, as bool; None if all are real.
-
-    Raises:
-        ValueError: not a 2-D tensor, of another shape, with values other than 0 and 1, or with fewer real tokens than
-            the cache has seen.
-    """
+    """The part `[B, N]` of the 2-D padding mask for the tokens of this call, as bool; None if all are real."""
     is_tensor = isinstance(attention_mask, Tensor)
     if not is_tensor or attention_mask.ndim != 2:
         got = f"{attention_mask.ndim} dimensions" if is_tensor else type(attention_mask).__name__
@@ -101,13 +96,8 @@ def check_mask(
 
 
 def contradiction(counted_B: Tensor, seen_B: Tensor, past_length: int | Tensor) -> str | None:
-    """An error message if the caller and the cache count different numbers of real tokens, else None. A caller that
-    counts every cached column may just not know about padding or earlier documents: no contradiction.
-
-    Args:
-        counted_B, seen_B: real tokens of each row as counted by the caller and by the cache, int64 `[B]`.
-        past_length: columns that went into the cache.
-    """
+    """An error message if the caller and the cache count different numbers of real tokens, int64 `[B]`, else None. A
+    caller that counts all `past_length` cached columns may just not know about padding or earlier documents."""
     wrong_B = (counted_B < seen_B) | ((counted_B > seen_B) & (counted_B < past_length))
     if not bool(wrong_B.any()):
         return None
@@ -123,16 +113,8 @@ def contradiction(counted_B: Tensor, seen_B: Tensor, past_length: int | Tensor) 
 def compare_with_cache(
     attention_mask: Tensor | None, position_ids: Tensor | None, length: int, seen_B: Tensor, past_length: int
 ) -> tuple[Tensor | None, str | None]:
-    """Compare the mask and positions of generate() with a cache, which counts by itself.
-
-    Args:
-        attention_mask, position_ids: of the new tokens, or of all; generate() makes the positions from the mask.
-        length: tokens of this call.
-        seen_B, past_length: as in `contradiction`.
-
-    Returns:
-        The positions if they are the user's own, still to be checked, and the error message of `contradiction`.
-    """
+    """Compare the mask and positions of generate(), for `length` new tokens or for all, with a cache, which counts by
+    itself. Returns the positions if they are not made from the mask, and the error message of `contradiction`."""
     columns = past_length + length
     mask = seen_B.new_ones(len(seen_B), columns) if attention_mask is None else attention_mask.to(seen_B.device)
     real = F.pad(mask, (columns - mask.shape[1], 0), value=1) != 0
@@ -163,9 +145,6 @@ def resolve_documents(
         cu_seq_lens: cumulative lengths of packed documents, int `[documents + 1]`, for one row (`B == 1`).
         seq_idx: document number of every token, int `[B or 1, N]`.
         cache: the first layer's, which counts its columns and the tokens of each open document.
-
-    Raises:
-        ValueError: for wrong shapes, a mask that contradicts the cache, or positions that contradict either.
     """
     seen_B, past_length = None, 0
     if cache is not None and cache.seen_B is not None:
@@ -496,13 +475,8 @@ def quadratic_layout(
     past_document_BM: Tensor | None = None,
     write_N: Tensor | None = None,
 ) -> QuadraticLayout:
-    """Lay out attention over whole documents.
-
-    Args:
-        cached: whether the new tokens go into a cache.
-        past_position_BM, past_document_BM: of the cached keys, int64 `[B, M]`; document -1 at padding and free slots.
-        write_N: slots of the new keys in a preallocated cache, int64 `[N]`; None to append them.
-    """
+    """Lay out attention over whole documents. Keys of a cache have positions and documents, int64 `[B, M]`, -1 at
+    padding and free slots; `write_N` are the new tokens' slots in a preallocated one, None to append."""
     position_BN = documents.position_BN
     if documents.is_plain and not cached:
         return QuadraticLayout(position_BN)

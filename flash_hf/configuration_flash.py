@@ -266,11 +266,7 @@ class FlashConfig(PreTrainedConfig):
 
     @classmethod
     def _without_foreign_choices(cls, config_dict: dict) -> dict:
-        """The keys of a file without those that choose kernels to download, or code that the file comes without.
-
-        Raises:
-            ValueError: `transformers_weights` is not a plain file name, or `quantization_config` not a dictionary.
-        """
+        """The keys of a file without those that choose kernels to download, or code that the file comes without."""
         weights = config_dict.get("transformers_weights")
         if weights is not None and (not isinstance(weights, str) or weights != os.path.basename(weights)):
             raise ValueError(f"FlashConfig: `transformers_weights` must be a file name without path, got {weights!r}.")
@@ -386,10 +382,9 @@ class FlashConfig(PreTrainedConfig):
             refuse("hidden_act", "an activation of transformers.activations.ACT2FN", cure)
         if abs(self.hidden_size * self.expansion_factor - self.intermediate_size) > 1e-6 or self.intermediate_size < 1:
             refuse("expansion_factor", f"such that hidden_size ({self.hidden_size}) times it is a whole number")
-        if self.global_form != "paper" and self.attention_type in ("local", "quadratic"):
-            refuse("global_form", f"'paper' where there is no global branch (attention_type={self.attention_type!r})")
-        if self.global_state != "mean" and self.attention_type in ("local", "quadratic"):
-            refuse("global_state", f"'mean' where there is no global branch (attention_type={self.attention_type!r})")
+        for name, plain in (("global_form", "paper"), ("global_state", "mean")):
+            if getattr(self, name) != plain and not self.has_lin:
+                refuse(name, f"{plain!r} where there is no global branch (attention_type={self.attention_type!r})")
         if self.global_state == "delta" and self.global_normalization != "mean":
             refuse("global_normalization", "'mean', its default, with global_state='delta', which is not normalised")
         if self.local_window not in (1, 2):

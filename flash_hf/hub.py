@@ -38,11 +38,7 @@ def registered_classes() -> dict[str, type]:
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:
-    """The `config.json` of a saved FLASH model with any head.
-
-    Raises:
-        ValueError: the folder holds no `config.json`, or one of another model.
-    """
+    """The `config.json` of a saved FLASH model with any head; ValueError for another folder."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"`folder` must hold a saved model, but {path} does not exist. Call save_pretrained first.")
@@ -95,14 +91,11 @@ def add_mean_pooling(folder: str | os.PathLike, max_seq_length: int | None = Non
     """
     config = read_config(folder)
     # Names that sentence-transformers 5 and 6 read.
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    write_json(
-        Path(folder) / "modules.json",
-        [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for index, (path, name) in enumerate(modules)
-        ],
-    )
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for index, (path, name) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])
+    ]
+    write_json(Path(folder) / "modules.json", modules)
     pooling = {"word_embedding_dimension": config["hidden_size"], "pooling_mode_mean_tokens": True}
     write_json(Path(folder) / "1_Pooling" / "config.json", pooling)
     length = config["max_position_embeddings"] if max_seq_length is None else max_seq_length
@@ -198,9 +191,8 @@ def push_with_code(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = {
-            path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()
-        }
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path for path in paths}
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
         old = {name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)}
         operations += [CommitOperationDelete(name) for name in sorted(old - files.keys())]

@@ -640,11 +640,7 @@ class FlashModel(FlashPreTrainedModel):
     def layouts(
         self, batch: int, documents: Documents, cache: CacheLayerMixin | None
     ) -> list[ChunkLayout | StepLayout | QuadraticLayout]:
-        """The layouts that layers take in turn: two with `chunk_shift`, else one.
-
-        Args:
-            cache: the first layer's.
-        """
+        """The layouts that layers take in turn: two with `chunk_shift`, else one. The cache is the first layer's."""
         config, causal = self.config, self.is_causal
         # CODEPATH: FLASHQuad checkpoints; FLASH checkpoints have chunks.
         if config.attention_type == "quadratic":
@@ -707,11 +703,7 @@ def check_inputs(
     model: PreTrainedModel, input_ids: Tensor | None, inputs_embeds: Tensor | None, asked_causal: bool | None
 ) -> None:
     """Check the input of a base model before anything is computed; `asked_causal` is the call's `is_causal`, if any.
-
-    Raises:
-        ValueError: both or neither of ids and embeddings, empty or wrongly shaped input, ids of a wrong type or
-            (checked on the CPU; CUDA has its own device-side assert) outside of the vocabulary.
-    """
+    The range of ids is checked on the CPU; CUDA has its own device-side assert."""
     if (input_ids is None) == (inputs_embeds is None):
         got = "neither" if input_ids is None else "both"
         raise ValueError(f"Exactly one of input_ids and inputs_embeds must be given, got {got}.")
@@ -775,13 +767,8 @@ def logits_and_loss(
     skip_logits: bool | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Logits of a language-model head, and with labels the loss in nats: transformers' own, but 0 without any label,
-    or the user's.
-
-    Args:
-        options: further arguments of the loss.
-        shift: whether the labels are the input's tokens, shifted in the loss.
-        skip_logits: no logits, if the loss can be computed without; None: as `model.skip_logits` in training.
-    """
+    or the user's. `options` are further arguments of the loss, `shift` whether it shifts the labels. `skip_logits`:
+    no logits, if the loss can be computed without; None: as `model.skip_logits` in training."""
     own_loss = hasattr(model, "_loss_function")
     context = getattr(model, "context", None)
     if context is not None and labels is not None:
@@ -897,9 +884,6 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         The state cannot forget single tokens. If the mask calls some of them padding (generate() feeds `pad_token_id`
         to a sequence that ends before others), the state is dropped and the whole sequences are read again, as
         generate() without a cache does.
-
-        Raises:
-            ValueError: the input is not longer than the cache, or the whole sequences are needed but were not passed.
         """
         cache = resolve_cache(cache, past_key_values)
         tokens = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
@@ -1102,11 +1086,8 @@ class FlashTaskModel(FlashPreTrainedModel):
     def encode(
         self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool
     ) -> tuple[BaseModelOutputWithPast, Tensor | None]:
-        """The base's outputs, and this call's attention mask. A cache is used if given, but none is made.
-
-        Args:
-            single: refuse packed rows, since the head gives one answer per row.
-        """
+        """The base's outputs, and this call's attention mask. A cache is used if given, but none is made. `single`
+        refuses packed rows, since the head gives one answer per row."""
         marks = attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
         if input_ids is not None and all(mark is None for mark in marks):
             attention_mask = self.padding_mask(input_ids)

@@ -9,17 +9,8 @@ from typing import Any
 
 
 def load_named(load: Callable, source: str | Path, /, *, option: str, **options) -> Any:
-    """`load(source, **options)`, with errors that name the option.
-
-    Args:
-        load: `from_pretrained` of a class, or `load_dataset`.
-        source: a folder, or a name on the Hub.
-        option: where `source` comes from, for instance `--model`.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and no name on the Hub looks like this.
-        OSError: neither the Hub nor its cache has it.
-    """
+    """`load(source, **options)` (`from_pretrained` of a class, or `load_dataset`) of a folder or a name on the Hub. An
+    OSError names the `option` that it comes from, for instance `--model`."""
     path = Path(source).expanduser()
     if path.is_dir():
         return load(str(path), **options)
@@ -37,12 +28,7 @@ def load_named(load: Callable, source: str | Path, /, *, option: str, **options)
 
 
 def read_text(path: str | Path) -> str:
-    """The text in a UTF-8 file.
-
-    Raises:
-        ValueError: the file is not UTF-8.
-        OSError: the file cannot be read.
-    """
+    """The text in a file; ValueError if it is not UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -51,15 +37,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path, kind: type) -> Any:
-    """The value in a JSON file.
-
-    Args:
-        kind: its type, dict or list.
-
-    Raises:
-        ValueError: the file is not JSON, or holds another type.
-        OSError: the file cannot be read.
-    """
+    """The value of type `kind`, dict or list, in a JSON file; ValueError if it holds anything else."""
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:

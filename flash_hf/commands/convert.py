@@ -18,12 +18,8 @@ def main() -> None:
     parser.add_argument("input", help="original weights: .bin, .pt or .safetensors, or a folder with one of them")
     parser.add_argument("output", help="folder for config, weights and tokenizer")
     parser.add_argument("--kind", choices=tuple(CONVERTERS), help="kind of checkpoint; default: detected")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of the output; default: %(default)s",
-    )
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of the output; default: %(default)s")
     parser.add_argument("--encoder_only", action="store_true", help="make a FlashModel, without language-model head")
     junnyu = parser.add_argument_group("JunnYu's FLASH")
     junnyu.add_argument(

@@ -23,12 +23,7 @@ def main() -> None:
         ("max_new_tokens", natural, 200, "tokens to generate"),
         ("temperature", number(float, above=0), 0.8, "of sampling; below 1 favors likely tokens"),
         ("top_k", number(int, least=0), 50, "sample from this many most likely tokens, 0 for all"),
-        (
-            "top_p",
-            number(float, above=0, most=1),
-            0.95,
-            "sample from the most likely tokens with this total probability",
-        ),
+        ("top_p", number(float, above=0, most=1), 0.95, "sample from the most likely tokens, of this probability"),
         ("repetition_penalty", number(float, above=0), 1.0, "above 1 makes repetitions less likely"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{words}; default: %(default)s")
@@ -36,12 +31,6 @@ def main() -> None:
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the weights; default: auto, as saved")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ...; default: the accelerator, if any")
-    parser.add_argument(
-        "--cache", choices=("dynamic", "static"), default="dynamic", help="cache_implementation; default: %(default)s"
-    )
-    parser.add_argument(
-        "--prefill_chunk_size", type=natural, default=None, help="process the prompt in pieces of this many tokens"
-    )
     args = parser.parse_args()
 
     if args.prompt is not None:
@@ -65,17 +54,9 @@ def main() -> None:
         model(inputs["input_ids"][:, :1])  # the model's warnings come now, not in the middle of the text
     set_seed(args.seed)
     begin = time.perf_counter()
-    output = model.generate(
-        **inputs,
-        **sampling,
-        max_new_tokens=args.max_new_tokens,
-        repetition_penalty=args.repetition_penalty,
-        cache_implementation="static" if args.cache == "static" else None,
-        prefill_chunk_size=args.prefill_chunk_size,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-    )
+    options = {"max_new_tokens": args.max_new_tokens, "repetition_penalty": args.repetition_penalty, **sampling}
+    output = model.generate(**inputs, **options, streamer=TextStreamer(tokenizer, skip_special_tokens=True))
     seconds, read = time.perf_counter() - begin, inputs["input_ids"].shape[1]
     count = output.shape[1] - read
-    print(
-        f"{read} prompt tokens, {count} new ones in {seconds:.2f} s: {count / seconds:.1f} tokens/s", file=sys.stderr
-    )
+    speed = f"{count / seconds:.1f} tokens/s"
+    print(f"{read} prompt tokens, {count} new ones in {seconds:.2f} s: {speed}", file=sys.stderr)

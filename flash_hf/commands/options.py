@@ -140,11 +140,8 @@ def explain(error: BaseException) -> str | None:
         cause = cause.__cause__
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else str(error)
-    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError, StrictDataclassError)) and is_deliberate(
-        error
-    ):
-        return " ".join(str(error).split())
-    return None
+    reported = isinstance(error, (ValueError, OSError, ImportError, RuntimeError, StrictDataclassError))
+    return " ".join(str(error).split()) if reported and is_deliberate(error) else None
 
 
 def is_deliberate(error: BaseException) -> bool:
@@ -157,11 +154,7 @@ def is_deliberate(error: BaseException) -> bool:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device named by `--device`; None selects the accelerator if there is one, else the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """The device named by `--device`; None selects the accelerator if there is one, else the CPU."""
     if name is None:
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:

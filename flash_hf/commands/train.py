@@ -55,9 +55,6 @@ def parse_with_config(parser: HfArgumentParser, arguments: list[str] | None = No
 
     The file is YAML or JSON: a mapping of options, without their dashes, to values; `model_config` is a mapping of
     fields of `FlashConfig`. A first argument that ends in .yaml, .yml or .json stands for `--config`.
-
-    Raises:
-        ValueError, FileNotFoundError: the file is missing, or is not a mapping.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "all" not in arguments:

@@ -34,11 +34,7 @@ REFUSED = {
 
 
 def detect_kind(state: Mapping[str, Tensor]) -> str:
-    """The kind of checkpoint, a key of `CONVERTERS`, from its parameter names.
-
-    Raises:
-        ValueError: the names fit none of them, or one of `REFUSED`.
-    """
+    """The kind of checkpoint, a key of `CONVERTERS`, from its parameter names; ValueError if they fit none."""
     names = {name.removeprefix("net.") for name in state}
     for prefix, reason in REFUSED.items():
         if any(name.startswith(prefix) for name in names):

@@ -28,12 +28,6 @@ def convert_junnyu_flash(
             original returns for it padded to 512. 0 divides by the number of real tokens instead, as the original
             does without padding.
         encoder_only: convert embeddings and layers to a FlashModel, without the masked-LM head.
-
-    Returns:
-        A FlashForMaskedLM with the original's logits, or a FlashModel.
-
-    Raises:
-        ValueError: a tensor is missing or unexpected, or `padded_length` is below 0.
     """
     settings = settings or {}
     if padded_length < 0:
@@ -67,12 +61,6 @@ def convert_junnyu_flash_quad(state: Mapping[str, Tensor], *, settings: Mapping 
     Args:
         state: `model.state_dict()` of FLASHQuadForMaskedLM.
         settings: contents of the checkpoint's `config.json`; without it `layer_norm_eps` is 1e-5, `hidden_act` silu.
-
-    Returns:
-        A FlashForMaskedLM with the original's logits for token type 0.
-
-    Raises:
-        ValueError: a tensor is missing or unexpected.
     """
     settings = settings or {}
     source = Source(state, "junnyu_flash_quad")
@@ -115,25 +103,15 @@ def convert_junnyu_flash_quad(state: Mapping[str, Tensor], *, settings: Mapping 
     for kind in ("weight", "bias"):
         tensors[f"transform.dense.{kind}"] = source.take(f"{head}transform.dense.{kind}")
     source.finish()
+    sizes = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": count, "query_key_dim": S}
     config = FlashConfig(
-        vocab_size=V,
-        hidden_size=D,
-        num_hidden_layers=count,
-        expansion_factor=E / D,
-        query_key_dim=S,
-        attention_type="quadratic",
-        relative_bias="toeplitz" if span <= 512 else "rotary",
-        max_position_embeddings=span,
+        **sizes, expansion_factor=E / D, attention_type="quadratic", max_position_embeddings=span,
         attention_divisor=span,  # the length in training, for inputs of any length
+        relative_bias="toeplitz" if span <= 512 else "rotary",
         norm_type="layer_norm" if layer_norm else "scale_norm",
-        norm_eps=settings.get("layer_norm_eps", LAYER_NORM_EPS),
-        hidden_act=settings.get("hidden_act", "silu"),
-        pad_token_id=settings.get("pad_token_id", 0),
-        tie_word_embeddings=False,
-        embedding_norm=True,
-        final_norm_type="none",
-        mlm_transform=True,
-        lm_head_bias=True,
-    )
+        norm_eps=settings.get("layer_norm_eps", LAYER_NORM_EPS), hidden_act=settings.get("hidden_act", "silu"),
+        pad_token_id=settings.get("pad_token_id", 0), tie_word_embeddings=False, embedding_norm=True,
+        final_norm_type="none", mlm_transform=True, lm_head_bias=True,
+    )  # fmt: skip
     note = "Inputs of token type 0 only; the other types are dropped."
     return Converted(config, tensors, "FlashForMaskedLM", (note,))

@@ -59,11 +59,8 @@ ROWS = [0, 2, 1, 3]
 
 
 def convert_layer(source: Source, theirs: str, ours: str) -> tuple[dict, dict]:
-    """One layer's tensors under our names, and the configuration fields that follow from their shapes and names.
-
-    Args:
-        theirs, ours: prefixes of the parameter names, with their dots.
-    """
+    """One layer's tensors under our names, and the configuration fields that follow from their shapes and names;
+    `theirs` and `ours` are prefixes of the names, with their dots."""
     layer_norm = f"{theirs}norm.weight" in source
     tensors = source.take_norm(f"{theirs}norm", "norm", "g")
     for kind, scale in (("weight", "gamma"), ("bias", "beta")):
@@ -98,13 +95,8 @@ def convert_layer(source: Source, theirs: str, ours: str) -> tuple[dict, dict]:
 def convert_model(
     state: Mapping[str, Tensor], kind: str, fields: dict, *, encoder_only: bool, eps: float = LAYER_NORM_EPS
 ) -> Converted:
-    """Convert a state dict under FLASH-pytorch's names.
-
-    Args:
-        fields: configuration fields that do not follow from shapes and names.
-        encoder_only: convert to a FlashModel, without the final norm and the logits.
-        eps: of the final LayerNorm.
-    """
+    """Convert a state dict under FLASH-pytorch's names, with the `fields` of the configuration that do not follow from
+    shapes and names; `eps` is that of the final LayerNorm."""
     source, single = Source(state, kind), "token_emb.weight" not in state
     source.drop("abs_pos_emb.inv_freq")  # always 10000^(-2i/D)
     if encoder_only:
@@ -150,14 +142,8 @@ def convert_lucidrains(
         state: `model.state_dict()`.
         causal, shift, chunk_size, laplace, separate_groups: what the original was built with: `causal`,
             `shift_tokens`, `group_size`, `laplace_attn_fn`, and the opposite of `reduce_group_non_causal_attn`.
-        encoder_only: convert embeddings and layers to a FlashModel, without the final norm and the logits.
-
-    Returns:
-        A FlashForCausalLM or FlashForMaskedLM with the original's logits, or a FlashModel. That of a single module
-        has one layer, no positions at the input and a vocabulary of 1, to be called with `inputs_embeds`.
-
-    Raises:
-        ValueError: an argument is missing, or FlashConfig cannot express the model.
+        encoder_only: convert embeddings and layers to a FlashModel, without the final norm and the logits. That of a
+            single module has one layer, no positions and a vocabulary of 1, to be called with `inputs_embeds`.
     """
     if causal is None or shift is None:
         raise ValueError(

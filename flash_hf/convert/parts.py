@@ -27,11 +27,7 @@ class Converted(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def build(self) -> modeling_flash.FlashPreTrainedModel:
-        """The model in eval mode, with every parameter taken from `state_dict`.
-
-        Raises:
-            RuntimeError: a tensor has another shape than the configuration gives it.
-        """
+        """The model in eval mode, with every parameter taken from `state_dict`."""
         model = getattr(modeling_flash, self.architecture)(self.config)
         model.to(next(iter(self.state_dict.values())).dtype)
         model.load_state_dict(self.state_dict)
@@ -74,9 +70,8 @@ class Source:
 
     def layers(self, prefix: str) -> int:
         """The number of layers under `prefix`."""
-        return 1 + max(
-            (int(name[len(prefix) :].split(".")[0]) for name in self.left if name.startswith(prefix)), default=0
-        )
+        numbers = [int(name[len(prefix) :].split(".")[0]) for name in self.left if name.startswith(prefix)]
+        return 1 + max(numbers, default=0)
 
     def finish(self) -> None:
         """Check that every tensor has been used."""

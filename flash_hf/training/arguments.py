@@ -188,11 +188,8 @@ def config_fields(model_args: ModelArguments) -> dict:
 
 
 def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> None:
-    """Raise a ValueError for options that would end the training midway, before any work is done.
-
-    Args:
-        metrics: names of the validation metrics, without `eval_`.
-    """
+    """Raise a ValueError for options that would end the training midway, before any work is done. `metrics` are names
+    of the validation metrics, without `eval_`."""
     check_least(
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
         num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0,
@@ -242,8 +239,6 @@ def warmup_length(step: int, *, steps: int, start: int, block_size: int) -> int:
     while 0 < lengths[-1] < block_size:
         lengths.append(2 * lengths[-1])
     if lengths[-1] != block_size:
-        raise ValueError(
-            f"sequence_warmup_start must give block_size={block_size} when doubled repeatedly, got {start}."
-        )
+        raise ValueError(f"sequence_warmup_start must give block_size={block_size} when doubled, got {start}.")
     line = start + (block_size - start) * step / steps if step < steps else block_size
     return max(length for length in lengths if length <= line)

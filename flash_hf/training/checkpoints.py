@@ -16,12 +16,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_output_dir(output_dir: str | Path, *, overwrite: bool = False, resume: Path | None = None) -> None:
-    """Make the output folder, and check that it is writable and holds no other run.
-
-    Raises:
-        FileExistsError: the folder holds an earlier run that is neither resumed nor to be overwritten.
-        OSError: the folder cannot be made or written to.
-    """
+    """Make the output folder; OSError unless it can be written to, and holds no run but one to resume or overwrite."""
     output_dir = Path(output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -56,11 +51,8 @@ def is_complete(folder: Path, *, streaming: bool = False) -> bool:
 def find_checkpoint(
     resume_from_checkpoint: str | None, output_dir: str | Path, *, streaming: bool = False
 ) -> Path | None:
-    """The checkpoint to resume from: a folder, or `"last"` (also `"true"`) for the last complete one in `output_dir`.
-
-    Raises:
-        ValueError: it is not a complete checkpoint; the message lists the complete ones in `output_dir`.
-    """
+    """The checkpoint to resume from: a folder, or `"last"` (also `"true"`) for the last complete one in `output_dir`;
+    ValueError, with a list of these, for an incomplete one."""
     if resume_from_checkpoint is None:
         return None
     folder, last = Path(resume_from_checkpoint), str(resume_from_checkpoint).lower() in ("last", "true")

@@ -40,11 +40,7 @@ def suffix_of(path: Path | str) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path | str, newline: str | None = None) -> Iterator[IO[str]]:
-    """Open a UTF-8 file, compressed or not, and skip a byte-order mark.
-
-    Raises:
-        ValueError: what is read is not UTF-8, or a compressed file is damaged.
-    """
+    """Open a UTF-8 file, compressed or not, and skip a byte-order mark; ValueError for other or damaged contents."""
     try:
         opener = DECOMPRESSORS.get(Path(path).suffix, open)
         with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
@@ -70,10 +66,7 @@ def read_rows(
 
     Yields:
         The location of a row, for messages ("a.jsonl, line 3"), and its values: strings from a table; from JSON, None
-        for a missing column.
-
-    Raises:
-        ValueError: the file or a row is malformed, or a column is missing everywhere.
+        for a missing column. A ValueError if it is missing everywhere.
     """
     missing, found, table = dict(columns), {}, suffix_of(path) in (".csv", ".tsv")
     with open_text(path, newline="" if table else None) as file:
@@ -236,9 +229,7 @@ def _load_files(
     for name in names:  # up to the first text, for errors that a stream would raise late
         if not any((row["text"] or "").strip() for row in _read_texts([(name,)], **options)):
             raise ValueError(f"{name} must hold text, but has none.")
-    options["files"] = [
-        (name, path.stat().st_mtime_ns, path.stat().st_size) for name, path in zip(names, paths, strict=True)
-    ]
+    options["files"] = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
     if streaming:
         return IterableDataset.from_generator(_read_texts, features=TEXT, gen_kwargs=options), "text"
     # writer_batch_size is small because documents may be whole books.

@@ -137,32 +137,15 @@ def pack_documents(
             blocks += packer.rest()
         return {name: np.stack([block[name] for block in blocks]) if blocks else [] for name in features}
 
-    blocks = (
-        tokenized.select_columns(["input_ids"])
-        .with_format("numpy")
-        .map(
-            pack,
-            with_indices=True,
-            batched=True,
-            batch_size=32,  # documents may be whole books
-            remove_columns=["input_ids"],
-            features=features,
-            desc="Pack",
-        )
-    )
+    ids = tokenized.select_columns(["input_ids"]).with_format("numpy")
+    options = {"with_indices": True, "batched": True, "batch_size": 32}  # documents may be whole books
+    blocks = ids.map(pack, **options, remove_columns=["input_ids"], features=features, desc="Pack")
     return blocks.with_format(None)
 
 
 def cut_rows(batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Cut each row of a batch of blocks into independent rows of `length` tokens.
-
-    Args:
-        batch: `[B, N]` each; `position_ids` restart at 0 at each document.
-        length: a divisor of N.
-
-    Returns:
-        `[B * N / length, length]` each; `position_ids` also restart at the beginning of each row.
-    """
+    """Cut each row of a batch of blocks, `[B, N]` each, into independent rows of `length` tokens, a divisor of N:
+    `[B * N / length, length]` each, whose `position_ids` also restart at the beginning of each row."""
     cut = {name: values.reshape(-1, length) for name, values in batch.items()}
     if "position_ids" in cut:
         index = torch.arange(length, device=cut["position_ids"].device).expand_as(cut["position_ids"])

@@ -7,6 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from transformers import (
@@ -134,14 +135,9 @@ def new_config(kind: Kind, fields: dict, tokenizer: PreTrainedTokenizerBase | No
 
 
 def load_or_train_tokenizer(
-    kind: Kind,
-    model_args: ModelArguments,
-    train: Dataset | IterableDataset,
-    resume: Path | None,
-    *,
-    first: bool = True,
+    kind: Kind, model_args: ModelArguments, train: Dataset | IterableDataset, resume: Path | None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the checkpoint, else `--tokenizer`, else that of `--model`, else a new one, which the `first`
+    """The tokenizer of the checkpoint, else `--tokenizer`, else that of `--model`, else a new one, which the first
     process trains for all. For causal models it pads on the left."""
     source = resume or model_args.tokenizer or model_args.model
     if source is not None:
@@ -151,7 +147,7 @@ def load_or_train_tokenizer(
         return tokenizer
     logger.info(f"Training a tokenizer with {model_args.tokenizer_vocab_size} tokens.")
     tokenizer = [None]
-    if first:
+    if PartialState().is_main_process:
         tokenizer = [train_tokenizer(train, model_args.tokenizer_vocab_size, causal=kind == "causal")]
     broadcast_object_list(tokenizer)
     return tokenizer[0]
@@ -172,14 +168,9 @@ def build_trainer(
         tokenize = partial(tokenize_documents, tokenizer=tokenizer)
         pack = {"tokenizer": tokenizer, "block_size": data_args.block_size, "packing": data_args.packing}
         if isinstance(train, IterableDataset):
-            train_blocks = BlockStream(
-                train,
-                **pack,
-                causal=causal,
-                shuffle_buffer=data_args.shuffle_buffer,
-                seed=args.data_seed,
-                source=data_args.dataset_name or ", ".join(data_args.train_file),
-            )
+            source = data_args.dataset_name or ", ".join(data_args.train_file)
+            order = {"shuffle_buffer": data_args.shuffle_buffer, "seed": args.data_seed}
+            train_blocks = BlockStream(train, **pack, **order, causal=causal, source=source)
         else:
             train_blocks = pack_documents(tokenize(train), causal=causal, **pack)
         tokenized = tokenize(validation)
@@ -240,9 +231,9 @@ def check_run(
 def outline(kind: Kind, trainer: FlashTrainer, block_size: int) -> str:
     """What is about to be trained, in one line."""
     args, rows = trainer.args, trainer.get_total_train_batch_size(trainer.args)
-    steps = (
-        args.max_steps if args.max_steps > 0 else math.ceil(len(trainer.train_dataset) / rows * args.num_train_epochs)
-    )
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(len(trainer.train_dataset) / rows * args.num_train_epochs)
     length = f"{steps:,} steps" if args.max_minutes is None else f"{args.max_minutes:g} minutes of steps"
     millions = trainer.model.num_parameters() / 1e6
     return (
@@ -270,7 +261,7 @@ def run_training(
     set_batch(args, data_args.block_size)
     set_seed(args.seed)
     train, validation = load_text(data_args)
-    tokenizer = load_or_train_tokenizer(kind, model_args, train, resume, first=args.process_index == 0)
+    tokenizer = load_or_train_tokenizer(kind, model_args, train, resume)
     model = load_model(kind, model_args, tokenizer, resume)
     trainer = build_trainer(kind, model, tokenizer, train, validation, data_args, args)
     if args.overwrite_output_dir and resume is None and args.should_save:

@@ -86,11 +86,7 @@ class BlockStream(torch.utils.data.IterableDataset):
         return {**state, "offset": rows - state["rows"], "settings": self.settings}
 
     def load_state_dict(self, state: dict) -> None:
-        """Begin the next iteration where [`state_at`] returned this state.
-
-        Raises:
-            ValueError: the state belongs to a stream with other settings.
-        """
+        """Begin the next iteration where [`state_at`] returned this state; ValueError if the settings differ."""
         for name, value in self.settings.items():
             if state["settings"][name] != value:
                 raise ValueError(

@@ -42,12 +42,8 @@ def training_flops(config: FlashConfig, context: int, *, causal: bool, head: boo
 
 
 def device_peak(*, half: bool, peak_tflops: float | None = None) -> float | None:
-    """Peak FLOP/s of a device: `peak_tflops`, else that of the current GPU from `PEAK_TFLOPS`, else None.
-
-    Args:
-        half: whether the training computes in bfloat16 or float16, which the table is for.
-        peak_tflops: given by the user, in TFLOP/s.
-    """
+    """Peak FLOP/s of a device: the user's `peak_tflops`, else that of the current GPU from `PEAK_TFLOPS`, which is for
+    bfloat16 and float16 (`half`), else None."""
     if peak_tflops is None and half and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
         peak_tflops = next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
@@ -55,11 +51,8 @@ def device_peak(*, half: bool, peak_tflops: float | None = None) -> float | None
 
 
 class SpeedMeter:
-    """Tokens per second and MFU between two readings, without the time for validating and saving.
-
-    Args:
-        peak: peak FLOP/s of all devices together; None leaves out MFU.
-    """
+    """Tokens per second and MFU between two readings, without the time for validating and saving. Without the peak
+    FLOP/s of all devices together, there is no MFU."""
 
     def __init__(self, peak: float | None = None):
         self.peak = peak

@@ -84,12 +84,8 @@ def train_tokenizer(
         [pre_tokenizers.Split(Regex(LONG_RUN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts(),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(texts(), trainers.BpeTrainer(vocab_size=vocab_size, **options))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, tokenizer.token_to_id(end))]
     )
@@ -97,26 +93,16 @@ def train_tokenizer(
         logger.warning(
             f"The text yields only {tokenizer.get_vocab_size()} tokens, fewer than --tokenizer_vocab_size={vocab_size}"
         )
+    tokens = {"bos_token": end, "eos_token": end, "pad_token": pad, "mask_token": special[2]}
     return PreTrainedTokenizerFast(
-        padding_side="left" if causal else "right",
-        chat_template=CHAT_TEMPLATE if causal else None,
-        tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        pad_token=pad,
-        mask_token=special[2],
-        model_input_names=["input_ids", "attention_mask"],
+        **tokens, tokenizer_object=tokenizer, padding_side="left" if causal else "right",
+        chat_template=CHAT_TEMPLATE if causal else None, model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-    )
+    )  # fmt: skip
 
 
 def load_tokenizer(name_or_path: str, *, masked: bool) -> PreTrainedTokenizerBase:
-    """Load a tokenizer by Hub name or folder, and check that it has the special tokens for training.
-
-    Raises:
-        ValueError: it has no token to end documents, or none to mask with.
-        OSError: there is no such tokenizer.
-    """
+    """Load a tokenizer by Hub name or folder; ValueError if it has no token to end documents, or none to mask with."""
     tokenizer = load_named(AutoTokenizer.from_pretrained, name_or_path, option="--tokenizer")
     if document_end(tokenizer) is None:
         raise ValueError(f"The tokenizer {name_or_path} must have an eos_token or sep_token to end documents with.")
@@ -144,16 +130,10 @@ def tokenize_documents(
 ) -> Dataset:
     """Replace the column `text` by `input_ids` (without special tokens), `n_bytes` (in UTF-8), `n_words` (separated by
     whitespace) and `n_unknown`. Blank documents are dropped."""
-    return documents.map(
-        partial(_tokenize, tokenizer=tokenizer),
-        batched=True,
-        batch_size=32,  # documents may be whole books
-        remove_columns=["text"],
-        features=TOKENIZED,
-        num_proc=num_proc,
-        desc="Tokenize",
-        writer_batch_size=32,
-    )
+    batches = {"batched": True, "batch_size": 32, "writer_batch_size": 32}  # documents may be whole books
+    tokenize = partial(_tokenize, tokenizer=tokenizer)
+    options = {"remove_columns": ["text"], "features": TOKENIZED, "num_proc": num_proc, "desc": "Tokenize"}
+    return documents.map(tokenize, **batches, **options)
 
 
 def _tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase) -> dict:

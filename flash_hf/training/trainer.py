@@ -37,11 +37,7 @@ logger = logging.get_logger(__name__)
 @dataclass
 class FlashLabelSmoother(LabelSmoother):
     """Trainer's label smoothing, but 0 for a batch without labels, and shifted for causal models even if compiled:
-    Trainer decides by the name of the outermost class, which is then torch.compile's.
-
-    Args:
-        causal: whether labels are shifted by one token.
-    """
+    Trainer decides by the name of the outermost class, which is then torch.compile's."""
 
     causal: bool = False
 
@@ -195,14 +191,10 @@ class FlashTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weights of linear layers and embeddings.
-
-        Trainer's rule, by names, would also decay offset scales, the sinusoid's scale, ScaleNorm's gain and relative
-        biases, which are scalars and vectors.
-        """
-        return [
-            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))
-        ]
+        """Weights of linear layers and embeddings. Trainer's rule, by names, would also decay offset scales, the
+        sinusoid's scale, ScaleNorm's gain and relative biases, which are scalars and vectors."""
+        modules = dict(model.named_modules())
+        return [f"{name}.weight" for name in modules if isinstance(modules[name], (nn.Linear, nn.Embedding))]
 
 
 class LogPrinter(PrinterCallback):

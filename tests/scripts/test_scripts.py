@@ -323,8 +323,6 @@ def test_generate_continues_the_prompt_alike_in_every_arrangement(capsys, model,
     for other in (
         ["--prompt_file", str(tmp_path / "prompt.txt")],
         ["--prompt_file", "-"],
-        ["--prompt", prompt, "--cache", "static"],
-        ["--prompt", prompt, "--prefill_chunk_size", "7"],
         ["--prompt", prompt, "--dtype", "float32"],
     ):
         assert generate(capsys, model, *other, *options)[0] == out
@@ -340,7 +338,7 @@ def test_generate_samples_by_seed(capsys, model):
 
 
 def test_generate_refuses_bad_options(capsys, model):
-    for options in ([], ["--prompt", "a", "--prompt_file", "b"], ["--prompt", "a", "--cache", "none"]):
+    for options in ([], ["--prompt", "a", "--prompt_file", "b"], ["--prompt", "a", "--dtype", "none"]):
         with pytest.raises(SystemExit):
             generate(capsys, model, *options)
     with pytest.raises(SystemExit):
