@@ -33,7 +33,8 @@ def versions() -> dict[str, str]:
     root = Path(__file__).parents[2]
     found = {"flash-hf": __version__}
     if (root / ".git").exists():  # a clone
-        done = subprocess.run(["git", "-C", root, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        words = ["git", "-C", root, "rev-parse", "--short=10", "HEAD"]
+        done = subprocess.run(words, capture_output=True, encoding="utf-8")
         found["flash-hf"] += f", commit {done.stdout.strip()}"
     found |= {"python": sys.version.split()[0], "platform": platform.platform()}
     missing = []
