@@ -78,12 +78,20 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---- Positions, queries and keys ----
-def scaled_sinusoid(position_BN: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Sinusoidal positions, sine half then cosine half, `[B, N, width]`, before the learnt scalar (eq. 0)."""
-    angle_dtype = wide(dtype)
-    steps = torch.arange(width // 2, device=position_BN.device, dtype=angle_dtype)
-    angle = position_BN[..., None].to(angle_dtype) * torch.exp(steps * (-math.log(10000.0) / (width // 2)))
-    return torch.cat([angle.sin(), angle.cos()], -1).to(dtype)
+def angle_dtype(x: Tensor) -> torch.dtype:
+    """The type of angles, position times frequency: float64, since float32 rounds angles of the millionth token by up
+    to 0.03. Exported programs (some runtimes have no float64 sine) and Apple GPUs keep float32."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return wide(x.dtype) if exporting or x.device.type == "mps" else torch.float64
+
+
+def scaled_sinusoid(position_BN: Tensor, like: Tensor) -> Tensor:
+    """Sinusoidal positions, sine half then cosine half, `[B, N, D]` in the type and width of `like`, before the learnt
+    scalar (eq. 0)."""
+    half, dtype = like.shape[-1] // 2, angle_dtype(like)
+    steps = torch.arange(half, device=position_BN.device, dtype=dtype)
+    angle = position_BN[..., None].to(dtype) * torch.exp(steps * (-math.log(10000.0) / half))
+    return torch.cat([angle.sin().to(like.dtype), angle.cos().to(like.dtype)], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

@@ -54,6 +54,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_flash import (
     QueryKeys,
+    angle_dtype,
     mixed_chunk_attention,
     mixed_chunk_step,
     offset_scale,
@@ -139,7 +140,7 @@ class FlashScaledSinusoid(nn.Module):
         self.scale = nn.Parameter(torch.tensor(config.hidden_size**-0.5))
 
     def forward(self, x_BND: Tensor, position_BN: Tensor) -> Tensor:
-        return scaled_sinusoid(position_BN, x_BND.shape[-1], x_BND.dtype) * self.scale.to(x_BND.dtype)
+        return scaled_sinusoid(position_BN, x_BND) * self.scale.to(x_BND.dtype)
 
 
 class FlashRotaryEmbedding(nn.Module):
@@ -179,9 +180,9 @@ class FlashRotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each `[..., r / 2]` for positions `[...]`, at least float32, on x's device."""
-        dtype = wide(x.dtype)
-        angle = position_ids[..., None].to(dtype) * self.inv_freq.to(device=x.device, dtype=dtype)
-        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
+        exact, dtype = angle_dtype(x), wide(x.dtype)
+        angle = position_ids[..., None].to(exact) * self.inv_freq.to(device=x.device, dtype=exact)
+        return (angle.cos() * self.attention_scaling).to(dtype), (angle.sin() * self.attention_scaling).to(dtype)
 
 
 # ---- Relative biases: each returns a vector over the offsets -(length - 1) ... length - 1 ----

@@ -159,8 +159,9 @@ def scores_kernel(
 ):  # fmt: skip
     """Attention weights `A = relu(scale q k^T + b)^2` of one tile, `[GT, CP, CP]`. Tiles above the diagonal of a
     causal model are neither written nor read."""
-    chunk = tl.program_id(1).to(tl.int64)
-    block_m, block_n = lower_tile(tl.program_id(0), TILES, CAUSAL)
+    tiles: tl.constexpr = TILES * (TILES + 1) // 2 if CAUSAL else TILES * TILES
+    chunk = (tl.program_id(0) // tiles).to(tl.int64)
+    block_m, block_n = lower_tile(tl.program_id(0) % tiles, TILES, CAUSAL)
     m = block_m * BLOCK + tl.arange(0, BLOCK)
     n = block_n * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)

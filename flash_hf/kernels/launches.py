@@ -86,7 +86,7 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
     C, weights = shape.C, heads.new_empty((shape.GT, t.CP, t.CP))
     biased = inputs.bias_R is not None
     forward.scores_kernel(
-        (shape.score_tiles, shape.GT),
+        (shape.score_tiles * shape.GT,),  # a grid's second dimension ends at 65,535
         heads[0], heads[1], inputs.bias_R if biased else inputs.index.factor_G, weights, C, shape.scale, CP=t.CP,
         SP=t.SP, BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
         PRECISION=dot_precision(shape.dtype), num_warps=4,

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_hf import FlashConfig, FlashModel
+from flash_hf.attention_flash import scaled_sinusoid
 
 
 LENGTHS = [4096 * 2**step for step in range(5)]
@@ -118,3 +119,22 @@ def test_memory_is_linear(direction, padded):
         peaks.append(memory.peak)
     ratios = [longer / shorter for shorter, longer in zip(peaks, peaks[1:], strict=False)]
     assert max(ratios) <= 2.2 and min(ratios) > 1.5, peaks
+
+
+@pytest.mark.parametrize("position", [2**20 - 3, 2**24 + 1, 2**30 + 7])
+def test_positions_of_long_contexts_are_exact(position):
+    """In float32 an angle at 2^20 is off by up to 0.03, and positions above 2^24 do not exist."""
+    config = FlashConfig(vocab_size=16, hidden_size=64, num_hidden_layers=1)
+    rotary, x = FlashModel(config).rotary_emb, torch.zeros(1, 2, 64)
+    positions = torch.tensor([[position, position + 1]])
+    cos, sin = rotary(x, positions)
+    assert cos.dtype == torch.float32
+    angle = positions[..., None].double() * rotary.inv_freq.double()
+    assert torch.equal(cos, angle.cos().float()) and torch.equal(sin, angle.sin().float())
+    # From one token to the next, every pair turns by its frequency.
+    turned = torch.atan2(sin[0, 1] * cos[0, 0] - cos[0, 1] * sin[0, 0], cos[0, 1] * cos[0, 0] + sin[0, 1] * sin[0, 0])
+    torch.testing.assert_close(turned, rotary.inv_freq, atol=1e-6, rtol=0)
+    wave = scaled_sinusoid(positions, x)
+    frequency = 10000.0 ** (-torch.arange(32, dtype=torch.float64) / 32)
+    expected = positions[..., None].double() * frequency
+    torch.testing.assert_close(wave, torch.cat([expected.sin(), expected.cos()], -1).float(), atol=1e-6, rtol=0)
