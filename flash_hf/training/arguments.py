@@ -124,6 +124,10 @@ class FlashTrainingArguments(TrainingArguments):
         default=0, help="Steps in which examples grow to --block_size tokens, at the same number of tokens per step."
     )
     sequence_warmup_start: int = HfArg(default=128, help="Tokens per example at first; --block_size / 2**n.")
+    context_parallel_size: int = HfArg(
+        default=1,
+        help="Processes that share the tokens of each row, for rows too long for one device; see flash_hf.parallel.",
+    )
     peak_tflops: float | None = HfArg(default=None, help="Peak TFLOP/s of a device, for MFU; known for common GPUs.")
     cuda_graph: bool = HfArg(
         default=False,
@@ -192,7 +196,7 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
     of the validation metrics, without `eval_`."""
     check_least(
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
-        num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0,
+        num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0, context_parallel_size=1,
     )  # fmt: skip
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {args.max_steps}.")

@@ -49,13 +49,15 @@ class FlashLabelSmoother(LabelSmoother):
 
 class FlashTrainer(Trainer):
     """Trainer with weight decay on matrices only, speed in its log, CUDA graphs, exact resuming of streams, sequence
-    warm-up, a wall-clock stop, a clear error when a checkpoint cannot be written, and in-order evaluation."""
+    warm-up, context parallelism, a wall-clock stop, a clear error when a checkpoint cannot be written, and in-order
+    evaluation."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.label_smoother is not None:
             epsilon = self.args.label_smoothing_factor
             self.label_smoother = FlashLabelSmoother(epsilon=epsilon, causal=self._loss_shifts_labels)
+        self._mesh = self._context_mesh()
         devices = self.args.world_size * max(1, self.args.n_gpu)
         half = self.args.bf16 or self.args.fp16
         peak = device_peak(half=half, peak_tflops=getattr(self.args, "peak_tflops", None))
@@ -80,6 +82,64 @@ class FlashTrainer(Trainer):
         if (minutes := getattr(self.args, "max_minutes", None)) is not None:
             self.budget = TimeBudget(minutes, self.args.warmup_steps, self.args.started)
             self.add_callback(self.budget)
+
+    def _context_mesh(self):
+        """The processes that share the rows of this one, to which the model is bound; None for whole rows."""
+        args = self.args
+        size, own = getattr(args, "context_parallel_size", 1), getattr(self.accelerator, "parallelism_config", None)
+        if own is not None and own.cp_enabled:
+            raise ValueError(
+                f"ParallelismConfig(cp_size={own.cp_size}) splits softmax attention, not FLASH. Leave it out, "
+                f"and use context_parallel_size={own.cp_size} (--context_parallel_size), FLASH's own."
+            )
+        if size == 1:
+            return None
+        if args.world_size % size or self.label_smoother is not None or self.compute_loss_func is not None:
+            raise ValueError(
+                f"context_parallel_size={size} needs a multiple of {size} processes (got {args.world_size}) and the "
+                "model's own loss: neither label_smoothing_factor nor compute_loss_func."
+            )
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from ..parallel import context_parallel
+
+        shape = args.world_size // size, size
+        mesh = init_device_mesh(args.device.type, shape, mesh_dim_names=("dp", "cp"))["cp"]
+        context_parallel(self.model, mesh)
+        return mesh
+
+    def compute_loss(self, model, *args, **kwargs):
+        """Trainer's own. The processes that share rows return the same loss, which Trainer would count for each."""
+        loss = super().compute_loss(model, *args, **kwargs)
+        return loss / self._mesh.size() if self._mesh is not None and model.training else loss
+
+    def _shared_steps(self, model, inputs, num_items_in_batch) -> Tensor:
+        """A step for the batch of each process that shares rows, in turn: so the data are distributed as they are
+        without context parallelism, and the losses are the same."""
+        import torch.distributed as dist
+
+        from ..parallel import shard_sequence
+
+        batches = [None] * self._mesh.size()
+        own = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        dist.all_gather_object(batches, own, group=self._mesh.get_group())
+        losses = []
+        for batch in batches:
+            piece = shard_sequence(batch, self._mesh, self.model)
+            losses.append(super().training_step(model, piece, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Trainer's own, on whole rows, which fit one device where no gradients are computed."""
+        if self._mesh is None:
+            return super().evaluation_loop(*args, **kwargs)
+        from ..parallel import context_parallel
+
+        context_parallel(self.model, None)
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            context_parallel(self.model, self._mesh)
 
     def resume_stream(self, checkpoint: Path) -> None:
         """Continue the stream where it was when `checkpoint` was saved, instead of skipping batches."""
@@ -124,6 +184,8 @@ class FlashTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Trainer's own step, replayed as a CUDA graph with `cuda_graph` and plain rows."""
         inputs = self._prepare_inputs(inputs)
+        if self._mesh is not None:
+            return self._shared_steps(model, inputs, num_items_in_batch)
         if not self._may_graph or inputs.keys() != {"input_ids", "labels"}:
             if self._may_graph:
                 logger.warning_once(

@@ -22,7 +22,7 @@ from helpers import ROOT, assert_close, make_model, random_ids, run_python, tiny
 TRAIN = (
     "scripts/train_clm.py --train_file tests/data/wizard_of_oz.txt --config scripts/tiny.json --block_size 64 "
     "--max_steps 5 --logging_steps 1 --eval_strategy no --eval_on_start false --use_cpu true --save_strategy no "
-    "--report_to none --tokenizer_vocab_size 400 --validation_fraction 0.01"
+    "--report_to none --tokenizer_vocab_size 400 --validation_fraction 0.01 --config_overrides chunk_size=32"
 ).split()
 
 
@@ -86,13 +86,17 @@ def test_two_processes_read_and_mask_what_one_does(kind, streaming, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "machines"), [("ddp.yaml", 2), ("fsdp2.yaml", 1)])
-def test_two_processes_give_the_losses_of_one(name, machines, single, tmp_path):
-    """On one machine, or on two (here with one address), each with its own launch."""
-    port = 29500 + os.getpid() % 1000 + (name == "ddp.yaml") * 1000
+@pytest.mark.parametrize(
+    ("name", "machines", "shared"),
+    [("ddp.yaml", 2, 1), ("fsdp2.yaml", 1, 1), ("ddp.yaml", 1, 2), ("fsdp2.yaml", 1, 2)],
+)
+def test_two_processes_give_the_losses_of_one(name, machines, shared, single, tmp_path):
+    """On one machine, or on two (here with one address), each with its own launch; with whole rows, or shared ones."""
+    port = 29500 + os.getpid() % 1000 + (name == "ddp.yaml") * 1000 + shared * 7
     launch = ["-m", "accelerate.commands.launch", "--config_file", for_two_cpus(name, tmp_path), "--num_machines",
               machines, "--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank"]  # fmt: skip
     train = [*TRAIN, "--per_device_train_batch_size", 4, "--ddp_backend", "gloo", "--output_dir", tmp_path / "out"]
+    train += ["--context_parallel_size", shared]
     with ThreadPoolExecutor() as pool:
         for launched in [pool.submit(run_python, *launch, rank, *train) for rank in range(machines)]:
             launched.result()
