@@ -78,7 +78,7 @@ def compare(config, layout, dtype=torch.float32, *, whole=True, length=45, scale
             assert fast == 0, name
             continue
         # The rounding errors of a few numbers may cancel by chance in one of the two: the fewer, the more.
-        wide, narrow = (400, 16) if name == "scalars" else (16, 0.25) if numbers < 100 * draws else (10, 0)
+        wide, narrow = (400, 16) if name == "scalars" else (32, 0.25 if numbers < 100 * draws else 0)
         chance = wide if dtype == torch.float32 else narrow
         limit = 2 * (plain / truth) ** 0.5 + chance * torch.finfo(dtype).eps
         assert (fast / truth) ** 0.5 <= limit, (name, layout)
