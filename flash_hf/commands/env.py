@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -32,10 +33,11 @@ def versions() -> dict[str, str]:
     """Of this package, Python and the packages beside it."""
     root = Path(__file__).parents[2]
     found = {"flash-hf": __version__}
-    if (root / ".git").exists():  # a clone
-        words = ["git", "-C", root, "rev-parse", "--short=10", "HEAD"]
-        done = subprocess.run(words, capture_output=True, encoding="utf-8")
-        found["flash-hf"] += f", commit {done.stdout.strip()}"
+    if (root / ".git").exists() and shutil.which("git"):  # a clone
+        done = subprocess.run(
+            ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, encoding="utf-8"
+        )
+        found["flash-hf"] += f", commit {done.stdout.strip() or 'unknown'}"
     found |= {"python": sys.version.split()[0], "platform": platform.platform()}
     missing = []
     for name in PACKAGES:

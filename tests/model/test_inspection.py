@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashModel
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
 from flash_hf.inspection import look_inside
 from helpers import make_model, random_ids, tiny_config
 
@@ -72,3 +72,16 @@ def test_it_leaves_the_model_as_it_was():
     assert not any(layer.gau._forward_pre_hooks or "query_keys" in vars(layer.gau) for layer in model.layers)
     with pytest.raises(ValueError, match=r"one text of shape \(1, tokens\), got \(2, 20\)"):
         look_inside(model, ids.expand(2, -1))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_shows_what_kernels_compute():
+    config = FlashConfig.plus(vocab_size=64, hidden_size=128, num_hidden_layers=3, initializer_range=0.1)
+    torch.manual_seed(0)
+    model = FlashForCausalLM(config).eval()
+    ids = random_ids(config, 1, 700)
+    expected = look_inside(model, ids)
+    for view, known in zip(look_inside(model.cuda(), ids.cuda()), expected, strict=True):
+        tolerance = 0.02 * known.local_NN.abs().max().item()
+        torch.testing.assert_close(view.local_NN.cpu(), known.local_NN, atol=tolerance, rtol=0)
+        torch.testing.assert_close(view.global_share().cpu(), known.global_share(), atol=0.02, rtol=0)
