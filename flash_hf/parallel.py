@@ -303,7 +303,7 @@ class Neighbours:
         group: the processes. causal: the model's direction.
         left: slots of the halo before the own tokens.
         halo: whether the own tokens of any process have a halo.
-        give_BK: own tokens that others need, -1 for none, int64 `[B, K]`; None if nobody needs any.
+        give_BK: own tokens that others need, -1 for none, int64 `[B, K]`; None if there are none.
         left_BH, right_BH, before_B1: the halo's tokens, and the one before, among those of all processes,
             int64 `[B, ..]` into `size * K`; -1 for none.
         before_rotary: cos and sin of the position of the token before.

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, training
 from flash_hf.commands.train import parse_arguments
+from flash_hf.training.arguments import check_arguments
 from helpers import ROOT, assert_close, make_model, random_ids, run_python, tiny_config, write_documents
 
 
@@ -234,3 +235,26 @@ def test_what_cannot_be_distributed_is_refused():
     for start in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(NotImplementedError, match="Continuous batching.*left-padded batch"):
             start([[1, 2, 3]], max_new_tokens=2)
+
+
+def test_what_cannot_share_rows_is_refused(tmp_path):
+    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32)
+    options = {
+        "output_dir": str(tmp_path),
+        "report_to": [],
+        "use_cpu": True,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+    }
+    for more, message in (
+        ({"context_parallel_size": 2}, "needs a multiple of 2 processes .got 1."),
+        ({"context_parallel_size": 0}, "context_parallel_size must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            args = training.FlashTrainingArguments(**options, **more)
+            check_arguments(args, ["loss"])
+            training.FlashTrainer(model=model, args=args)
+    trainer = training.FlashTrainer(model=model, args=training.FlashTrainingArguments(**options))
+    trainer.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(cp_enabled=True, cp_size=2))
+    with pytest.raises(ValueError, match="ParallelismConfig.cp_size=2. .*use context_parallel_size=2"):
+        trainer._context_mesh()
