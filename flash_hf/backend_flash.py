@@ -62,8 +62,8 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
         reason = kernels.unavailable(device, dtype) or kernels.unsupported(config, device)
         if reason is None and dropout:
             reason = "attention_dropout has no kernels"
-        if reason is None and config.global_state == "delta" and dtype != torch.bfloat16 and config.backend == "auto":
-            reason = "with global_state='delta' its kernels are for bfloat16, unless backend='triton'"
+        if reason is None and config.global_state == "delta" and config.backend == "auto":
+            reason = "the kernels for global_state='delta' are new, and used with backend='triton' only"
         if reason is None and device.type == "cpu" and config.backend == "auto":
             reason = "the device is a CPU"  # the interpreter is for tests that ask for it
     if not reason:
@@ -139,6 +139,9 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
         return places
     amid = layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any()))
     if amid and (is_tracing() or torch.is_grad_enabled()):
+        return places
+    # One chunk reads no state: its kernels would leave the gates without a gradient.
+    if delta and layout.position_BGC.shape[1] == 1:
         return places
     sizes = {"width": config.intermediate_size, "chunk_size": config.chunk_size}
     plan = kernels.chunk_plan(

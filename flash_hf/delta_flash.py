@@ -310,7 +310,8 @@ def delta_chunk_attention(
     # A first chunk reads nothing, as in the mean.
     short = value_BGCE.shape[1] == 1 and state is None and not return_state and not torch.jit.is_tracing()
     if qk.lin_q is None or short:
-        return out, after
+        # Zeros, so that the gates have a gradient: DistributedDataParallel waits for that of every parameter.
+        return out + (0 * qk.gates).sum().to(out.dtype), after
     remote, fields = delta_attention(
         qk, value_BGCE, layout, previous_key=previous_key, state=state, return_state=return_state
     )

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from flash_hf import FlashConfig, FlashModel
 from flash_hf.delta_flash import DeltaStates, TransposedSolve, doubled_states, lower_inverse
 from helpers import assert_close
 
@@ -51,3 +52,16 @@ def test_second_derivatives_are_refused():
     first = torch.autograd.grad(TransposedSolve.apply(strict, y).square().sum(), y, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_gates_of_rows_of_one_chunk_have_gradients():
+    """Zeros: DistributedDataParallel waits for the gradient of every parameter."""
+    config = FlashConfig(
+        vocab_size=11, hidden_size=16, query_key_dim=8, chunk_size=16, num_hidden_layers=1, is_decoder=True,
+        global_state="delta",
+    )  # fmt: skip
+    model = FlashModel(config)
+    model(torch.arange(10)[None], use_cache=False).last_hidden_state.square().sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(grad is not None for grad in grads.values())
+    assert not grads["layers.0.gau.gate_proj.weight"].any() and not grads["layers.0.gau.gate_bias"].any()

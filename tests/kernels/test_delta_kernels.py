@@ -156,12 +156,12 @@ def test_variants_equal_the_torch_tier(changes):
     compare(delta_config(**changes), "odd")
 
 
-def test_kernels_are_chosen_for_bfloat16(monkeypatch):
-    """In which they have run on a GPU; other types where they are asked for."""
+def test_kernels_are_chosen_where_they_are_asked_for(monkeypatch):
+    """They have not run on a GPU as they are."""
     monkeypatch.setattr(kernels, "unavailable", lambda *arguments: None)
     monkeypatch.setattr(kernels, "unsupported", lambda *arguments: None)
     for backend, dtype, chosen in (
-        ("auto", torch.bfloat16, True), ("auto", torch.float32, False), ("triton", torch.float32, True)
+        ("auto", torch.bfloat16, False), ("triton", torch.bfloat16, True), ("triton", torch.float32, True)
     ):  # fmt: skip
         config = delta_config(backend=backend)
         assert (kernels_for(config, torch.device("cuda"), dtype, dropout=False) is kernels) == chosen
