@@ -87,3 +87,22 @@ def test_generate_compiles_the_static_cache():
     options["pad_token_id"] = 0
     expected = model.generate(ids, **options)
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 256])
+def test_a_million_tokens(chunk_size):
+    """More chunks of 16 than a grid's second dimension takes, and hidden states of more than 2^31 bytes."""
+    config = FlashConfig(
+        vocab_size=64, hidden_size=128 if chunk_size == 16 else 768, num_hidden_layers=2, query_key_dim=128,
+        chunk_size=chunk_size, backend="triton",
+    )  # fmt: skip
+    model = make_model(FlashForCausalLM, config, dtype=torch.bfloat16, scale=0.03).cuda().train()
+    ids = random_ids(config, 1, 2**20 + 16).cuda()
+    with torch.no_grad():
+        first = model(ids[:, :4096], use_cache=False).logits[0]
+        last = model(ids, use_cache=False).logits[0]
+    assert_close(last[:4096], first, 5e-2)
+    assert last[-4096:].isfinite().all()
+    model(ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name

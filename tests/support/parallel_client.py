@@ -132,7 +132,7 @@ def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, ch
         model.gradient_checkpointing_enable()
     batch = batch_of(config, marks, causal)
     backend, model.config.backend = model.config.backend, reference or model.config.backend
-    whole = model(**batch)
+    whole = model(**batch, use_cache=False)
     whole.loss.backward()
     expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
@@ -140,7 +140,7 @@ def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, ch
 
     context_parallel(model, mesh)
     piece = shard_sequence(batch, mesh)
-    out = model(**piece)
+    out = model(**piece, use_cache=False)
     out.loss.backward()
     same("loss", out.loss, whole.loss)
     length = piece["input_ids"].shape[1]
