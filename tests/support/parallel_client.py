@@ -19,7 +19,8 @@ from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
-from flash_hf.parallel import Neighbours, context_parallel, shard_sequence
+from flash_hf.parallel import context_parallel, shard_sequence
+from flash_hf.parallel.exchange import Neighbours
 from scripts.benchmark.tiny import error_ratio, make_model, random_ids, tiny_config
 
 
