@@ -78,11 +78,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 # ---- Positions, queries and keys ----
+FLOAT64_DEVICES = ("cpu", "cuda")
+
+
 def angle_dtype(x: Tensor) -> torch.dtype:
     """The type of angles, position times frequency: float64, since float32 rounds angles of the millionth token by up
-    to 0.03. Exported programs (some runtimes have no float64 sine) and Apple GPUs keep float32."""
+    to 0.03. Exported programs (some runtimes have no float64 sine) and other devices (mps has none) keep float32."""
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return wide(x.dtype) if exporting or x.device.type == "mps" else torch.float64
+    return wide(x.dtype) if exporting or x.device.type not in FLOAT64_DEVICES else torch.float64
 
 
 def scaled_sinusoid(position_BN: Tensor, like: Tensor) -> Tensor:

@@ -469,8 +469,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 steps, losses = zip(*results[cell]["valid_curve"][1:], strict=True)
                 look = {"color": colours[cell.model], "label": MODELS[cell.model].title}
                 tokens.plot([step * results[cell]["tokens_per_step"] / 1e6 for step in steps], losses, **look)
-                ms = timed(results)[*timed_as(cell), results[cell]["machine"]]["step"]["median"]
-                seconds.plot([step * ms / 1e3 for step in steps], losses, **look)
+                if (own := timed(results).get((*timed_as(cell), results[cell]["machine"]))) is not None:
+                    seconds.plot([step * own["step"]["median"] / 1e3 for step in steps], losses, **look)
             tokens.set(title=f"all text, one pass, context {context:,}", xlabel="million tokens")
             seconds.set(xlabel="seconds, alone on the " + results[cells[0]]["machine"].removeprefix("NVIDIA "))
         for axis in axes.flat:

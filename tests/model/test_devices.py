@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from flash_hf import FlashForCausalLM, FlashForMaskedLM
+from flash_hf import FlashForCausalLM, FlashForMaskedLM, attention_flash
 from helpers import make_model, random_ids, tiny_config
 
 
@@ -42,7 +42,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max
     ],
     ids=lambda changes: "-".join(str(value) for value in changes.values() if isinstance(value, str)),
 )
-def test_under_another_default_device(causal, changes, tmp_path):
+def test_under_another_default_device(causal, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention_flash, "FLOAT64_DEVICES", ())
     config = tiny_config(is_decoder=causal, **changes)
     cls, auto = (FlashForCausalLM, AutoModelForCausalLM) if causal else (FlashForMaskedLM, AutoModelForMaskedLM)
     with torch.device("meta"):

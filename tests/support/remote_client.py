@@ -42,7 +42,10 @@ def check_exact(folder: Path, auto_class: str) -> None:
     model, report = load(folder, auto_class, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     found = outputs(model, inputs)
-    assert found and all(torch.equal(value, stored[f"out.{i}"]) for i, value in enumerate(found))
+    assert found
+    for i, value in enumerate(found):
+        # Up to the last bit: weights mapped from a file are at other addresses, which change the order of sums.
+        torch.testing.assert_close(value, stored[f"out.{i}"], rtol=1e-6, atol=1e-6)
 
 
 # First, before any of the folders' code has been imported.
