@@ -81,11 +81,15 @@ class StateForm:
     @classmethod
     def pair(cls, config: FlashConfig) -> list["StateForm"]:
         """The forms that layers have in turn."""
-        branches = config.has_quad, config.has_lin, config.previous_key, config.local_key_shift
-        delta = config.global_state == "delta"
-        rest = config.rope_interleaved, config.local_window
-        fields = config.chunk_size, config.query_key_dim, *branches, delta, *rest
-        return [cls(*fields, shift=config.shift_of(index)) for index in range(2)]
+        return [
+            cls(
+                chunk_size=config.chunk_size, key_dim=config.query_key_dim, has_quad=config.has_quad,
+                has_lin=config.has_lin, previous_key=config.previous_key, local_key_shift=config.local_key_shift,
+                delta=config.global_state == "delta", interleaved=config.rope_interleaved, window=config.local_window,
+                shift=config.shift_of(index),
+            )
+            for index in range(2)
+        ]  # fmt: skip
 
 
 class BatchOperations:

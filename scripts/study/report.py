@@ -462,6 +462,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     cells = [cell for cell in passed(results) if cell.tokens == grid.ONE_PASS]
     contexts = sorted({cell.context for cell in cells})
     if cells:
+        times = timed(results)
         colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(cell.model for cell in cells))}
         figure, axes = plt.subplots(2, len(contexts), figsize=(4.8 * len(contexts), 7.5), squeeze=False, sharey=True)
         for (tokens, seconds), context in zip(axes.T, contexts, strict=True):
@@ -469,7 +470,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 steps, losses = zip(*results[cell]["valid_curve"][1:], strict=True)
                 look = {"color": colours[cell.model], "label": MODELS[cell.model].title}
                 tokens.plot([step * results[cell]["tokens_per_step"] / 1e6 for step in steps], losses, **look)
-                if (own := timed(results).get((*timed_as(cell), results[cell]["machine"]))) is not None:
+                if (own := times.get((*timed_as(cell), results[cell]["machine"]))) is not None:
                     seconds.plot([step * own["step"]["median"] / 1e3 for step in steps], losses, **look)
             tokens.set(title=f"all text, one pass, context {context:,}", xlabel="million tokens")
             seconds.set(xlabel="seconds, alone on the " + results[cells[0]]["machine"].removeprefix("NVIDIA "))
