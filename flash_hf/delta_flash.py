@@ -274,8 +274,8 @@ def delta_attention(
         out = (torch.exp(since)[..., None] * q).to(low) @ read.to(low)
         if not return_state:
             return out, {}
-        behind = at_final(states, layout) * at_final(decay[..., None, None], layout)
-        behind = behind - at_final(erased, layout) @ at_final(states, layout)
+        last = at_final(states, layout)
+        behind = last * at_final(decay[..., None, None], layout) - at_final(erased, layout) @ last
         behind = behind + (at_final(entering, layout).transpose(1, 2) @ at_final(value_BGCE, layout)).to(dtype)
         after = {
             "total": behind,
