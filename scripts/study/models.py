@@ -320,11 +320,17 @@ MODELS: dict[str, Model] = {
     ),
     **{f"plus-{name}": _plus(name) for name in PLUS_FORMS},
     # The library's, which has kernels.
-    "plus-keys": Model(
-        "FLASH+, " + _CHANGES["keys"][0],
-        _flash(**_SHIFTS, use_scaled_sinusoid=False, attention_init="recent", local_key_shift=True),
-        compiled=False, causal_only=True,
-    ),
+    **{
+        f"plus-{name}": Model(
+            _plus(name).title,
+            _flash(**_SHIFTS, use_scaled_sinusoid=False, attention_init="recent", **changes),
+            compiled=False, causal_only=True,
+        )
+        for name, changes in (
+            ("keys", {"local_key_shift": True}),
+            ("keys-delta", {"local_key_shift": True, "global_state": "delta"}),
+        )
+    },
     "flash-heads": Model("4 heads", _gau(num_heads=4)),
     "flash-wide": Model("every 4th layer's chunk 4 times as wide", _gau(wide_every=4, wide_chunk=4)),
 }  # fmt: skip

@@ -323,7 +323,9 @@ def test_later_tokens_do_not_matter(name):
     assert not torch.allclose(one[18], other[18])
 
 
-@pytest.mark.parametrize("name", ["plus-keys", "plus-window-keys", "plus-window-keys-delta", "plus-gated"])
+@pytest.mark.parametrize(
+    "name", ["plus-keys", "plus-window-keys", "plus-keys-delta", "plus-window-keys-delta", "plus-gated"]
+)
 def test_the_studys_forms_do_not_look_ahead_at_any_border(name):
     """As they are trained, with chunks of 64: before, at and after the borders of both grids."""
     model = build(name, "xs", 97, 300, causal=True).double().eval()
