@@ -62,8 +62,6 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
         reason = kernels.unavailable(device, dtype) or kernels.unsupported(config, device)
         if reason is None and dropout:
             reason = "attention_dropout has no kernels"
-        if reason is None and config.global_state == "delta" and config.backend == "auto":
-            reason = "the kernels for global_state='delta' are new, and used with backend='triton' only"
         if reason is None and device.type == "cpu" and config.backend == "auto":
             reason = "the device is a CPU"  # the interpreter is for tests that ask for it
     if not reason:

@@ -129,8 +129,7 @@ class FlashConfig(PreTrainedConfig):
         look up what followed its earlier occurrences at any distance (FLASH+).
     global_state (`str`, defaults to `"mean"`): What global queries read: `"mean"`, or `"delta"`: the state of the
         gated delta rule (arXiv 2412.06464), in which a value replaces what its key returned before, with a decay and
-        a strength learnt per token. Causal models only. There are new kernels for training, which `backend="triton"`
-        uses, but none that use a cache.
+        a strength learnt per token. Causal models only. There are kernels for training, but none that use a cache.
     local_window (`int`, defaults to 1): Chunks of keys that a token's local attention sees: its own, or with 2 the one
         before it, too. Causal models only. Computed by PyTorch: there are no kernels for it yet.
     local_key_shift (`bool`, defaults to `False`): Local keys take every second pair of dimensions from the key of the

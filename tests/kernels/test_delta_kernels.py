@@ -156,14 +156,13 @@ def test_variants_equal_the_torch_tier(changes):
     compare(delta_config(**changes), "odd")
 
 
-def test_kernels_are_chosen_where_they_are_asked_for(monkeypatch):
-    """They have not run on a GPU as they are."""
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_kernels_are_chosen_as_for_the_mean(monkeypatch, dtype):
     monkeypatch.setattr(kernels, "unavailable", lambda *arguments: None)
-    monkeypatch.setattr(kernels, "unsupported", lambda *arguments: None)
-    for backend, dtype, chosen in (
-        ("auto", torch.bfloat16, False), ("triton", torch.bfloat16, True), ("triton", torch.float32, True)
+    for backend, changes, chosen in (
+        ("auto", {}, True), ("triton", {}, True), ("torch", {}, False), ("auto", {"local_window": 2}, False)
     ):  # fmt: skip
-        config = delta_config(backend=backend)
+        config = delta_config(backend=backend, **changes)
         assert (kernels_for(config, torch.device("cuda"), dtype, dropout=False) is kernels) == chosen
 
 
