@@ -7,13 +7,16 @@ after it, all on one GPU; and with torchrun, rows cut over several GPUs (context
 whole rows, strong scaling at the longest context, and weak scaling at its part per device.
 
     python -m scripts.benchmark.length --parts train prefill --output runs/benchmark/length.json
+    python -m scripts.benchmark.length --parts train --forms transformer++ --contexts 8192 32768 131072 --steps 1
     torchrun --nproc_per_node 2 -m scripts.benchmark.length --parts error scaling --output runs/benchmark/scaling.json
 """
 
 import argparse
 import gc
 import json
+import math
 import os
+import re
 import statistics
 import time
 from pathlib import Path
@@ -21,23 +24,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import DynamicCache
 
 from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.commands.options import OptionParser, natural, run_command
 from flash_hf.parallel import context_parallel, shard_sequence
-from scripts.benchmark.tiny import error_ratio
+from scripts.baselines import TransformerPPConfig, TransformerPPForCausalLM
 from scripts.provenance import provenance, write_json
 
 
 PARTS = ("train", "prefill", "error", "scaling")
 FORMS = {"flash": FlashConfig, "plus": FlashConfig.plus}
+# Without a decoding cache, and its rows cannot be cut: it takes part in `train` alone.
+TRANSFORMER = "transformer++"
 
 
 def parse() -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "prefill"])
     parser.add_argument("--contexts", nargs="+", type=natural, default=[8192, 131_072, 524_288, 1_048_576])
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--forms", nargs="+", choices=(*FORMS, TRANSFORMER), default=list(FORMS))
     parser.add_argument("--tokens", type=natural, default=131_072, help="least tokens of a step: several short rows")
     parser.add_argument("--piece", type=natural, default=65_536, help="tokens of a piece of the prefill")
     parser.add_argument("--steps", type=natural, default=3)
@@ -47,6 +53,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and {"error", "scaling"} & set(args.parts):
         parser.error("--parts error and scaling need several processes: torchrun --nproc_per_node 2 -m ...")
+    if TRANSFORMER in args.forms and args.parts != ["train"]:
+        parser.error(f"--forms {TRANSFORMER} takes --parts train alone")
     args.device = "cpu" if args.smoke or not torch.cuda.is_available() else "cuda"
     if args.smoke:
         args.contexts, args.tokens, args.piece, args.steps = [64, 256], 128, 64, 1
@@ -97,16 +105,24 @@ class Bench:
 
     def model(self, form: str, *, dtype: torch.dtype | None = None, **changes) -> FlashForCausalLM:
         """The base model with a vocabulary of 32,000, in bfloat16 on a GPU; the same weights on all processes."""
-        small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "query_key_dim": 16, "chunk_size": 16}
-        config = FORMS[form](**{**(small if self.args.smoke else {}), "is_decoder": True, **changes})
         torch.manual_seed(0)
-        model = FlashForCausalLM(config)
+        if form == TRANSFORMER:
+            small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+            config = TransformerPPConfig(**(small if self.args.smoke else {}), is_decoder=True)
+            model = TransformerPPForCausalLM(config)
+            if self.args.device == "cuda":
+                for layer in model.model.layers:
+                    layer.compile(dynamic=True)
+        else:
+            small = {"hidden_size": 32, "num_hidden_layers": 2, "query_key_dim": 16, "chunk_size": 16}
+            small = {"vocab_size": 64, **small} if self.args.smoke else {}
+            model = FlashForCausalLM(FORMS[form](**{**small, "is_decoder": True, **changes}))
         if dtype is None:
             dtype = torch.bfloat16 if self.args.device == "cuda" else torch.float32
         return model.to(self.args.device, dtype)
 
-    def ids(self, model: FlashForCausalLM, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1)
+    def ids(self, model: FlashForCausalLM, *shape: int, seed: int = 1) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(self.args.device)
 
     def training(self, form: str) -> FlashForCausalLM:
@@ -115,26 +131,28 @@ class Bench:
         model.skip_logits = True
         return model
 
-    def step_ms(self, model: FlashForCausalLM, batch: dict[str, Tensor], group=None) -> list[float]:
+    def step_ms(
+        self, model: FlashForCausalLM, batch: dict[str, Tensor], group=None, warm_up: dict[str, Tensor] | None = None
+    ) -> list[float]:
         """Milliseconds of training steps without the optimizer's; with a group, of the slowest process, with the
-        average of gradients."""
+        average of gradients. The first step, not measured, is on `warm_up`, by default the batch."""
 
-        def step() -> None:
+        def step(inputs: dict[str, Tensor]) -> None:
             model.zero_grad()
-            model(**batch, use_cache=False).loss.backward()
+            model(**inputs, use_cache=False).loss.backward()
             if group is not None:
                 works = [dist.all_reduce(p.grad, group=group, async_op=True) for p in model.parameters()]
                 for work in works:
                     work.wait()
 
-        step()
+        step(warm_up or batch)
         times = []
         for _ in range(self.args.steps):
             if group is not None:
                 dist.barrier(group)
             self.wait()
             begin = time.perf_counter()
-            step()
+            step(batch)
             self.wait()
             spent = torch.tensor(1e3 * (time.perf_counter() - begin), device=self.args.device)
             if group is not None:
@@ -166,7 +184,10 @@ def train(bench: Bench) -> None:
             try:
                 model = bench.training(form)
                 ids = bench.ids(model, rows, context)
-                times = bench.step_ms(model, {"input_ids": ids, "labels": ids})
+                # A step of the Transformer at the longest contexts takes longer than all the others together.
+                short = ids[:, : 8192 if form == TRANSFORMER else None]
+                warm_up = {"input_ids": short, "labels": short}
+                times = bench.step_ms(model, {"input_ids": ids, "labels": ids}, warm_up=warm_up)
                 bench.add(**row, **timed(times, rows * context), peak_gib=bench.peak_gib())
             except Exception as error:  # out of memory, for one
                 bench.add(**row, note=failure(error))
@@ -185,15 +206,17 @@ def prefill(bench: Bench) -> None:
             model = bench.model(form).eval()
             longest, piece = max(bench.args.contexts), bench.args.piece
             ids = bench.ids(model, 1, longest)
-            decode(bench, form, model, model(ids[:, :1024], use_cache=True, logits_to_keep=1).cache, ids)
+            cache = DynamicCache(config=model.config)
+            model(ids[:, :1024], cache=cache, use_cache=True, logits_to_keep=1)
+            decode(bench, form, model, cache, ids)
             for attempt in ("warm-up", "measured"):
-                cache, spent = None, []
+                cache, spent = DynamicCache(config=model.config), []
                 bench.clean()
                 for begin in range(0, longest, piece):
                     bench.wait()
                     start = time.perf_counter()
                     part = ids[:, begin : begin + piece]
-                    cache = model(part, cache=cache, use_cache=True, logits_to_keep=1).cache
+                    model(part, cache=cache, use_cache=True, logits_to_keep=1)
                     bench.wait()
                     spent.append(1e3 * (time.perf_counter() - start))
                     if attempt == "warm-up" and begin:
@@ -225,35 +248,76 @@ def decode(bench: Bench, form: str, model: FlashForCausalLM, cache, ids: Tensor,
 # ------------------------------------------------------------------------------------------------------------------
 # Several devices
 # ------------------------------------------------------------------------------------------------------------------
-def gradients(model: FlashForCausalLM, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(model: FlashForCausalLM, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The loss, and the gradient of every parameter in float64."""
     model.zero_grad()
     loss = model(**batch, use_cache=False).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.float() for name, p in model.named_parameters()}
+    return loss.item(), {name: p.grad.double() for name, p in model.named_parameters()}
 
 
-def error(bench: Bench) -> None:
-    """bfloat16 rows that are cut, against whole rows in float32, beside whole rows in bfloat16. Weights are enlarged:
-    at their usual size attention hardly shows."""
+class Errors:
+    """Squares of errors and of the truth, summed by kind of parameter over layers and models.
+
+    The relative error of one number is a matter of luck: so gains and scales, which are single numbers, are one kind.
+    """
+
+    def __init__(self):
+        self.squares: dict[str, Tensor] = {}
+
+    def add(self, cut: dict[str, Tensor], whole: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+        for name, truth in exact.items():
+            kind = "gains and scales" if truth.numel() == 1 else re.sub(r"layers\.\d+", "layers", name)
+            parts = (cut[name] - truth, whole[name] - truth, truth)
+            squares = torch.stack([part.square().sum() for part in parts])
+            self.squares[kind] = self.squares.get(kind, 0) + squares
+
+    def worst(self) -> tuple[str, float, float]:
+        """The kind with the largest error of cut rows over that of whole ones, and both relative errors."""
+        ratios = {}
+        for kind, squares in self.squares.items():
+            cut, whole, truth = squares.sqrt().tolist()
+            ratios[kind] = (cut / truth, whole / truth) if truth else (cut, whole)
+        worst = max(ratios, key=lambda kind: excess(*ratios[kind]))
+        return worst, *ratios[worst]
+
+
+def excess(cut: float, whole: float) -> float:
+    """At most 1 if the error of cut rows is within twice that of whole rows; infinite if it is not finite."""
+    return cut / (2 * whole + 1e-3) if math.isfinite(cut) else math.inf
+
+
+@torch.no_grad()
+def sample(model: FlashForCausalLM, usual: dict[str, Tensor], seed: int) -> None:
+    """Add noise to the usual weights: at their size attention hardly shows."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, device=model.device)
+        scale = 0.0 if "norm" in name else 0.5 if parameter.ndim < 2 else 0.05
+        parameter.copy_(usual[name] + scale * noise)
+
+
+def error(bench: Bench, models: int = 16) -> None:
+    """Gradients of rows that are cut, in bfloat16, against those of whole rows in float64, beside whole rows in
+    bfloat16: pieces of whole chunks, by the kernels if there are any, and an odd length, in plain torch both times."""
+    changes = {} if bench.args.smoke else {"num_hidden_layers": 4, "vocab_size": 2048}
     for form in bench.args.forms:
-        if bench.late(f"error {form}"):
-            return
-        bench.clean()
-        try:
-            changes = {} if bench.args.smoke else {"num_hidden_layers": 4, "hidden_size": 512}
-            exact = bench.model(form, dtype=torch.float32, backend="torch", **changes).eval()
-            generator = torch.Generator().manual_seed(2)
-            for name, parameter in exact.named_parameters():
-                if "norm" not in name:
-                    noise = torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.ndim < 2 else 0.05)
-                    parameter.data.add_(noise.to(parameter.device))
-            model = bench.model(form, **changes).eval()
-            model.load_state_dict(exact.state_dict())
-            chunk = model.config.chunk_size
-            for length in (8 * chunk, 8 * chunk * bench.size - chunk // 2 + 1):
-                ids = bench.ids(model, 2, length)
+        model = bench.model(form, dtype=torch.bfloat16, **changes).eval()
+        exact = bench.model(form, dtype=torch.float64, backend="torch", **changes).eval()
+        usual = {name: parameter.detach().clone() for name, parameter in exact.named_parameters()}
+        chunk, backend = model.config.chunk_size, model.config.backend
+        length = 8 * chunk * bench.size
+        for tokens, chosen in ((length, backend), (length - chunk // 2 + 1, "torch")):
+            if bench.late(f"error {form} {tokens}"):
+                return
+            model.config.backend = chosen
+            errors, losses = Errors(), []
+            for seed in range(models):
+                sample(model, usual, seed)
+                exact.load_state_dict(model.state_dict())
+                ids = bench.ids(model, 2, tokens, seed=seed)
                 batch = {"input_ids": ids, "labels": ids}
-                loss, expected = gradients(exact, batch)
+                loss, truth = gradients(exact, batch)
                 whole_loss, whole = gradients(model, batch)
                 context_parallel(model, bench.mesh)
                 cut_loss, cut = gradients(model, shard_sequence(batch, bench.mesh))
@@ -261,19 +325,15 @@ def error(bench: Bench) -> None:
                     dist.all_reduce(gradient)
                     gradient /= bench.size
                 context_parallel(model, None)
-                ratios = {
-                    name: (error_ratio(cut[name], expected[name]), error_ratio(whole[name], expected[name]))
-                    for name in expected
-                }
-                worst = max(ratios, key=lambda name: ratios[name][0] / max(ratios[name][1], 1e-9))
-                bench.add(
-                    part="error", form=form, tokens=length, loss=float(loss), loss_whole=float(whole_loss),
-                    loss_cut=float(cut_loss), worst=worst, error_cut=ratios[worst][0], error_whole=ratios[worst][1],
-                    passed=all(cut <= 2 * whole + 1e-3 for cut, whole in ratios.values()),
-                )  # fmt: skip
-        except Exception as error:
-            bench.add(part="error", form=form, note=failure(error))
-            raise  # the processes may no longer agree
+                errors.add(cut, whole, truth)
+                losses.append((cut_loss - loss, whole_loss - loss, loss))
+            worst, cut_error, whole_error = errors.worst()
+            cut_loss, whole_loss, loss = torch.tensor(losses).norm(dim=0).tolist()
+            bench.add(
+                part="error", form=form, tokens=tokens, backend=chosen, models=models, loss_cut=cut_loss / loss,
+                loss_whole=whole_loss / loss, worst=worst, error_cut=cut_error, error_whole=whole_error,
+                passed=excess(cut_error, whole_error) <= 1 and excess(cut_loss / loss, whole_loss / loss) <= 1,
+            )  # fmt: skip
 
 
 def scaling(bench: Bench) -> None:

@@ -143,6 +143,7 @@ def fail(capsys, monkeypatch, tmp_path):
         (["scripts.benchmark.profile", "--tokens", "3"], 2, "--tokens must be at least --context=8192, got 3"),
         (["scripts.benchmark.profile", "--layer", "3"], 2, "Did you mean --layers?"),
         (["scripts.benchmark.length", "--parts", "scaling"], 2, "need several processes: torchrun"),
+        (["scripts.benchmark.length", "--forms", "transformer++"], 2, "takes --parts train alone"),
         (["scripts.evaluation.lm_eval_tasks.make_tasks", "--books", "none.txt"], 1, "none.txt does not exist"),
     ],
 )  # fmt: skip
@@ -407,9 +408,16 @@ def test_profile_step_in_small(capsys, monkeypatch):
 def test_long_contexts_in_small(tmp_path, monkeypatch):
     """Every measurement succeeds, and the state has one size at any context."""
     monkeypatch.chdir(ROOT)
-    run_here(*first_line("scripts.benchmark.length")[:-2], "--output", tmp_path / "length.json")
+    command = (*first_line("scripts.benchmark.length")[:-2], "--output", tmp_path / "length.json")
+    run_here(*command, "--parts", "train", "--forms", "transformer++")
+    baseline = json.loads((tmp_path / "length.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["form"], row["rows"] * row["context"]) for row in baseline] == [
+        ("transformer++", 128),
+        ("transformer++", 256),
+    ]
+    run_here(*command)
     rows = json.loads((tmp_path / "length.json").read_text(encoding="utf-8"))["rows"]
-    assert not [row for row in rows if "note" in row]
+    assert not [row for row in [*baseline, *rows] if "note" in row]
     assert {row["part"] for row in rows} == {"train", "prefill", "decode"}
     assert len({row["cache_bytes"] for row in rows if row.get("form") == "plus" and row["part"] == "decode"}) == 1
 

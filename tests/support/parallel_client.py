@@ -11,6 +11,8 @@ import os
 import sys
 import tempfile
 import traceback
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -19,8 +21,10 @@ from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
+from flash_hf.cache_flash import CACHE_NAME
 from flash_hf.parallel import context_parallel, shard_sequence
 from flash_hf.parallel.exchange import Neighbours
+from scripts.benchmark import length
 from scripts.benchmark.tiny import error_ratio, make_model, random_ids, tiny_config
 
 
@@ -163,11 +167,11 @@ def compare_states(model, batch, mesh, same):
     marks = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     model.eval()
     with torch.no_grad():
-        cache = model(**shard_sequence(marks, mesh), use_cache=True).cache
+        cache = getattr(model(**shard_sequence(marks, mesh), use_cache=True), CACHE_NAME)
         context_parallel(model, None)
         if mesh.get_local_rank() < mesh.size() - 1:
             return
-        expected = model(**marks, use_cache=True).cache
+        expected = getattr(model(**marks, use_cache=True), CACHE_NAME)
         for ours, theirs in zip(cache.layers, expected.layers, strict=True):
             if ours.state.total is not None:
                 seen = theirs.state.seen > 0
@@ -261,6 +265,39 @@ def half(mesh):
         length, rank = piece["input_ids"].shape[1], mesh.get_local_rank()
         found = error_ratio(model(**piece).logits, reference[:, rank * length : (rank + 1) * length])
     return [] if found <= 2 * own else [f"{found:.2g}, whole rows {own:.2g}"]
+
+
+def measured(mesh):
+    """`scripts.benchmark.length --parts error` passes right rows, and fails those without a halo or without sums."""
+    os.environ["WORLD_SIZE"] = str(mesh.size())
+    gather = Neighbours.gather
+
+    def without(dims):
+        """Zeros in place of what other processes give in tensors of so many dimensions."""
+
+        def fault(self, x):
+            out, wait = gather(self, x)
+            wait()
+            return out * (x.ndim != dims), lambda: None
+
+        return fault
+
+    for name, exchange, right in (
+        ("right", gather, True),
+        ("no halo", without(3), False),
+        ("no sums", without(4), False),
+    ):
+        Neighbours.gather = exchange
+        with tempfile.TemporaryDirectory() as folder:
+            forms = ["plus"] if name == "no halo" else ["flash", "plus"]
+            args = SimpleNamespace(
+                smoke=True, device="cpu", forms=forms, limit_s=1e9, output=Path(folder) / "length.json"
+            )
+            bench = length.Bench(args)
+            length.error(bench, models=4)
+        rows = [row for row in bench.rows if row["passed"] is not right]
+        yield f"error, {name}", rows + ([] if len(bench.rows) == 2 * len(forms) * (bench.rank == 0) else ["rows"])
+    Neighbours.gather = gather
 
 
 def refused(mesh):
