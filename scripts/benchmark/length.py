@@ -380,6 +380,7 @@ def main() -> None:
     for part in args.parts:
         {"train": train, "prefill": prefill, "error": error, "scaling": scaling}[part](bench)
     if bench.mesh is not None:
+        dist.barrier()  # a process of gloo that ends while another still receives aborts that one
         dist.destroy_process_group()
 
 
