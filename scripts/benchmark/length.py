@@ -29,6 +29,7 @@ from transformers import DynamicCache
 from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.commands.options import OptionParser, natural, run_command
 from flash_hf.parallel import context_parallel, shard_sequence
+from flash_hf.parallel.exchange import _all_gather, _reduce_scatter
 from scripts.baselines import TransformerPPConfig, TransformerPPForCausalLM
 from scripts.provenance import provenance, write_json
 
@@ -369,7 +370,33 @@ def scaling(bench: Bench) -> None:
             strong=round(alone[longest] / middle, 3) if longest in alone else None,
             weak=round(alone[longest // bench.size] / middle, 3) if longest // bench.size in alone else None,
         )  # fmt: skip
+        if form == bench.args.forms[-1]:
+            links(bench, model)
         model = ids = batch = None
+
+
+def links(bench: Bench, model: FlashForCausalLM, calls: int = 20) -> None:
+    """The collectives of a step, each alone: of a layer's sums, forward and backward, and of all gradients."""
+    group, config = bench.mesh.get_group(), model.config
+    sums = torch.zeros(config.query_key_dim * config.intermediate_size, device=bench.args.device)
+    of_all = sums.repeat(bench.size)
+    parameters = list(model.parameters())
+    gradients = torch.zeros(sum(p.numel() for p in parameters), device=sums.device, dtype=parameters[0].dtype)
+    collectives = {
+        "all-gather": (lambda: _all_gather(of_all, sums, group=group), sums),
+        "reduce-scatter": (lambda: _reduce_scatter(sums, of_all, group=group), sums),
+        "all-reduce": (lambda: dist.all_reduce(gradients, group=group), gradients),
+    }
+    for name, (call, tensor) in collectives.items():
+        for _ in range(2):  # the first one sets up the connections
+            dist.barrier(group)
+            bench.wait()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            bench.wait()
+            ms = 1e3 * (time.perf_counter() - begin) / calls
+        bench.add(part="links", collective=name, devices=bench.size, bytes=tensor.nbytes, ms=round(ms, 4))
 
 
 def main() -> None:
