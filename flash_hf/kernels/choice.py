@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for which kernels compute a call: those for Hopper (scan.py, gate.py, quadratic.py) or the general ones."""
+"""Rules for which kernels compute a call: those for Hopper or the general ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .tiles import Shape
 
 
 try:
-    from . import gate, quadratic, scan
+    from . import gate, hopper, quadratic, reduce, scan
 except ImportError:  # a triton without Gluon, or with another version of it
-    gate = quadratic = scan = None
+    gate = hopper = quadratic = reduce = scan = None
 
 
 logger = logging.get_logger(__name__)
@@ -62,16 +62,16 @@ def spans_rows(shape: Shape, source: Tensor | None, device: torch.device) -> boo
     """Whether quadratic.py's kernels compute this, on Hopper: chunks are whole rows (FLASH-Quad)."""
     fits = (
         shape.quad and not shape.lin and shape.scaled and shape.silu and source is None and shape.G == 1
-        and shape.dtype == torch.bfloat16 and shape.N == shape.C and shape.N % 256 == 0 and shape.E % 128 == 0
+        and shape.dtype == torch.bfloat16 and shape.N == shape.C and shape.N % 128 == 0 and shape.E % 128 == 0
     )  # fmt: skip
     return fits and scan_for(device)
 
 
 def multiplies(shape: Shape, source: Tensor | None, scanned: bool, device: torch.device) -> bool:
     """Whether gate.py's kernel takes the product with the output projection: on Hopper, where the gate is not part of
-    a pass over states, and the product is long enough to load the epilogue's tiles meanwhile."""
+    a pass over states."""
     fits = (
         (scanned or not shape.lin) and shape.scaled and shape.silu and source is None
         and shape.dtype == torch.bfloat16 and shape.E % 128 == 0 and shape.D % 8 == 0
     )  # fmt: skip
-    return fits and scan_for(device) and shape.D >= gate.STEP * (gate.STAGES + 1)
+    return fits and scan_for(device)

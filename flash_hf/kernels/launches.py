@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backward, choice, delta, forward, residual
-from .choice import gate, quadratic, scan
+from .choice import gate, hopper, quadratic, reduce, scan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
 from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, cdiv, has_tma, power_of_2, switches, tiled
@@ -91,10 +91,6 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
         SP=t.SP, BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
         PRECISION=dot_precision(shape.dtype), num_warps=4,
     )  # fmt: skip
-    if shape.causal and choice.spans_rows(shape, inputs.source, heads.device):
-        # The kernels over whole rows read squares of 256 slots on the diagonal.
-        tiles = weights.view(shape.B, C // 256, 2, 128, C // 256, 2, 128)[:, :, 0, :, :, 1]
-        tiles.diagonal(dim1=1, dim2=3).zero_()
     return weights
 
 
@@ -130,7 +126,7 @@ def launch_totals(
     tasks = index.pieces * (E // 128)
     scan.totals_kernel(
         scan_grid(tasks, x.device),
-        scan.tokens(x, shape.B, shape.N), scan.matrix(keys), total, inputs.rms, inputs.gain, inputs.bias_v,
+        hopper.tokens(x, shape.B, shape.N), hopper.matrix(keys), total, inputs.rms, inputs.gain, inputs.bias_v,
         index.piece_begin, index.piece_end, shape.N, shape.G, shape.shift, 1.0 / shape.C if whole else 1.0, E // 128,
         tasks, BACK=back, EVEN=shape.shift == 0 and shape.N == shape.G * shape.C, SLOTS=scan.SLOTS, num_warps=8,
     )  # fmt: skip
@@ -171,8 +167,8 @@ def launch_scan(
     if not shape.causal:
         scan.whole_kernel(
             scan_grid(tasks, x.device),
-            scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
-            scan.tokens(out, B, N), scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain,
+            hopper.tokens(x, B, N), hopper.tokens(h, B, N), hopper.matrix(weights), hopper.matrix(heads[reader]),
+            hopper.tokens(out, B, N), hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain,
             *biases, carry, inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end,
             out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks,
             BACK=back, EVEN=even, SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
@@ -180,9 +176,9 @@ def launch_scan(
         return
     scan.scan_kernel(
         scan_grid(tasks, x.device),
-        scan.tokens(x, B, N), scan.tokens(h, B, N), scan.matrix(weights), scan.matrix(heads[reader]),
-        scan.matrix(heads[writer]), scan.tokens(out, B, N), scan.matrix(states),
-        scan.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+        hopper.tokens(x, B, N), hopper.tokens(h, B, N), hopper.matrix(weights), hopper.matrix(heads[reader]),
+        hopper.matrix(heads[writer]), hopper.tokens(out, B, N), hopper.matrix(states),
+        hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
         states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index.piece_begin,
         inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift,
         shape.E // 128, tasks, BACK=back, SPLIT=carry is not None, EVEN=even, SHIFTED=shape.shift > 0,
@@ -250,15 +246,14 @@ def launch_quadratic(
 ) -> None:  # fmt: skip
     """Fill `result`, and with kind `"values"` `sums`; see `quadratic_kernel`."""
     B, N, E, step = shape.B, shape.N, shape.E, quadratic.STEP
-    columns = (N if kind == "scores" else E) // 128
-    tasks = B * (N // 256) * columns
-    x_block = (step, 256) if kind == "values" else (256, step)
+    tasks = quadratic.task_count(kind, B, N, E, shape.causal)
+    x_block = (step, 128) if kind == "values" else (128, step)
     y_block = (128, step) if kind == "scores" else (step, 128)
     quadratic.quadratic_kernel(
         scan_grid(tasks, x.device),
-        scan.matrix(x, *x_block), scan.matrix(y, *y_block), scan.matrix(held), scan.matrix(result), inputs.rms,
-        inputs.gain, bias, sums, B, N, E, columns, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step,
-        STAGES=quadratic.STAGES, num_warps=8,
+        hopper.matrix(x, *x_block), hopper.matrix(y, *y_block), hopper.matrix(held), hopper.matrix(result), inputs.rms,
+        inputs.gain, bias, sums, B, N, E, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, STAGES=quadratic.STAGES,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -382,15 +377,15 @@ def launch_gate_product(
 ) -> tuple[Tensor, Tensor]:
     """`launch_gate` without the gradient of the output in memory: `(d_attended, d_bias_u)`."""
     T, D, E = shape.T, shape.D, shape.E
-    blocks = cdiv(T, 256)
+    blocks = cdiv(T, 128)
     d_attended = gated.new_empty((T, E))
-    d_bias_u = gated.new_empty((2 * blocks, E), dtype=torch.float32)
+    d_bias_u = gated.new_empty((blocks, E), dtype=torch.float32)
     tasks = blocks * (E // 128)
     gate.gate_product_kernel(
         scan_grid(tasks, gated.device),
-        gate.narrow(d_out.left), scan.matrix(d_out.right.contiguous(), gate.STEP, 128), scan.matrix(inputs.u),
-        scan.matrix(gated), scan.matrix(d_attended), scan.matrix(d_u), inputs.rms, inputs.gain, inputs.bias_u,
-        d_bias_u, T, D, E // 128, tasks, STEP=gate.STEP, STAGES=gate.STAGES, num_warps=8,
+        hopper.matrix(d_out.left, 128, gate.STEP), hopper.matrix(d_out.right.contiguous(), gate.STEP, 128),
+        hopper.matrix(inputs.u), hopper.matrix(gated), hopper.matrix(d_attended), hopper.matrix(d_u), inputs.rms,
+        inputs.gain, inputs.bias_u, d_bias_u, T, D, E // 128, tasks, STEP=gate.STEP, STAGES=gate.STAGES, num_warps=4,
     )  # fmt: skip
     return d_attended, d_bias_u
 
@@ -535,7 +530,7 @@ def launch_scan_gradients(
     """`launch_attention_gradients` by the kernels of scan.py."""
     heads, prefix, carry = saved.heads, saved.prefix, saved.carry
     gated = saved.attended if shape.keeps_attended else saved.out
-    E, T, B, N, row = shape.E, shape.T, shape.B, shape.N, shape.lin_row
+    E, T, row = shape.E, shape.T, shape.lin_row
     new = gated.new_empty
     weights = launch_scores(shape, inputs, heads)
     d_scores = torch.empty_like(weights)
@@ -553,17 +548,26 @@ def launch_scan_gradients(
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v
     launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, value, d_bias_v)
-    tasks, block_k = 4 * shape.GT, scan.REDUCE_K
-    scan.reduce_kernel(
-        scan_grid(tasks, gated.device),
-        scan.tokens(d_attended, B, N, 256, block_k), scan.tokens(value, B, N, 256, block_k),
-        scan.tokens(value, B, N, 128, block_k), scan.matrix(prefix if shape.causal else carry, 128, block_k),
-        scan.matrix(d_prefix if shape.causal else behind, 128, block_k), scan.matrix(weights, 256, 128),
-        scan.matrix(d_scores, 256, 128), scan.matrix(d_heads[row], 256, 128), scan.matrix(d_heads[row + 1], 256, 128),
-        inputs.index.factor_G, shape.G, shape.shift, E, tasks, CAUSAL=shape.causal, BLOCK_K=block_k,
-        STAGES=scan.REDUCE_STAGES, num_warps=8,
-    )  # fmt: skip
+    states = (prefix, d_prefix) if shape.causal else (carry, behind)
+    launch_reduce(shape, inputs, weights, d_attended, value, *states, d_scores, d_heads[row : row + 2])
     return d_bias_u, d_bias_v, launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads), d_prefix
+
+
+def launch_reduce(
+    shape: Shape, inputs: Inputs, weights: Tensor, d_attended: Tensor, value: Tensor, state: Tensor, d_state: Tensor,
+    d_scores: Tensor, d_linear: Tensor,
+) -> None:  # fmt: skip
+    """Fill `d_scores` and the gradients of the linear heads, `[2, GT, CP, SP]`; see `reduce_kernel`."""
+    B, N, step = shape.B, shape.N, reduce.STEP
+    tasks = reduce.task_count(B, shape.G, shape.causal)
+    reduce.reduce_kernel(
+        scan_grid(tasks, value.device),
+        hopper.tokens(d_attended, B, N, 128, step), hopper.tokens(value, B, N, 128, step),
+        hopper.matrix(state, 128, step), hopper.matrix(d_state, 128, step), hopper.matrix(weights),
+        hopper.matrix(d_scores), hopper.matrix(d_linear[0]), hopper.matrix(d_linear[1]), d_linear,
+        inputs.index.factor_G, B, shape.G, shape.shift, shape.E, tasks, CAUSAL=shape.causal, STEP=step,
+        STAGES=reduce.STAGES, num_warps=4,
+    )  # fmt: skip
 
 
 class PartialSums(NamedTuple):

@@ -1,103 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLASH-Quad's products over whole rows, for Hopper: `A V`, `A^T d_attended` and `d_attended V^T`, each with what
-becomes of it as its epilogue. README.md beside this file has the derivation and the bytes.
+becomes of it as its epilogue. A row's tokens are its slots.
 
-Written in Gluon like scan.py: one warp loads tiles ahead of the eight that multiply. A row's tokens are its slots.
+Groups of warps take turns, as hopper.py describes. README.md beside this file has the derivation and the bytes.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .dispatch import kernel
-from .gate import row_halves
-from .scan import BLOCK, TILE_BYTES, halves, load_async, sigmoid, store_async
+from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, halves, load_async, sigmoid, store_async
 
 
-# Depth of one step of a product, and steps in flight.
-STEP, STAGES = 64, 3
+# Depth of one step of a product, and steps in flight: with two tiles for the ends they fill the shared memory.
+STEP, STAGES = 64, 5
 # Rows whose tasks run next to each other and share what they read in the L2 cache.
-GROUP = gl.constexpr(8)
+GROUP_ROWS = gl.constexpr(8)
+
+
+def task_count(kind: str, rows: int, N: int, E: int, causal: bool) -> int:
+    """Tiles of 128 by 128 of a product over so many rows of N tokens."""
+    blocks = N // 128
+    if kind == "scores":
+        return rows * (blocks * (blocks + 1) // 2 if causal else blocks * blocks)
+    return rows * blocks * (E // 128)
 
 
 @gluon.jit
-def place_of(task, ROWS, M_BLOCKS, COLUMNS, KIND: gl.constexpr, CAUSAL: gl.constexpr):
-    """Row, block of 256 slots and block of 128 columns of a task, and whether the task has anything to do. Of a group
-    of rows, what takes longest comes first."""
-    per_group = GROUP * M_BLOCKS * COLUMNS
-    first = (task // per_group) * GROUP
-    rows = gl.minimum(ROWS - first, GROUP)
-    inside = task % per_group
-    block = inside // (rows * COLUMNS)
-    if CAUSAL:
-        if KIND == "output":
-            block = M_BLOCKS - 1 - block
-    row = first + (inside // COLUMNS) % rows
-    column = inside % COLUMNS
-    real = column < COLUMNS
-    if CAUSAL:
-        if KIND == "scores":
-            real = column <= 2 * block + 1
-    return row, block, column, real
-
-
-@gluon.jit
-def depth_of(block, N, E, KIND: gl.constexpr, CAUSAL: gl.constexpr):
-    """Where a task's product begins and ends: slots, or the value dimensions of a score."""
-    begin = 0
-    end = N
+def place_of(task, ROWS, N, E, KIND: gl.constexpr, CAUSAL: gl.constexpr):
+    """Row, block of 128 slots and block of 128 columns of a task, and where the depth of its product begins and ends:
+    slots, or the value dimensions of a score. Of a group of rows, what takes longest comes first."""
+    blocks = N // BLOCK
     if KIND == "scores":
+        begin = 0
         end = E
-    elif CAUSAL:
-        if KIND == "output":
-            end = (block + 1) * (2 * BLOCK)
+        if CAUSAL:
+            per_row = blocks * (blocks + 1) // 2
+            row = task // per_row
+            tile = task % per_row
+            # The last block whose tiles, and those of all before it, are at most `tile`.
+            block = ((gl.sqrt((8 * tile + 1).to(gl.float32)) - 1.0) * 0.5).to(gl.int32)
+            block = gl.where(block * (block + 1) // 2 > tile, block - 1, block)
+            block = gl.where((block + 1) * (block + 2) // 2 <= tile, block + 1, block)
+            column = tile - block * (block + 1) // 2
         else:
-            begin = block * (2 * BLOCK)
-    return begin, end
+            row = task // (blocks * blocks)
+            block = (task // blocks) % blocks
+            column = task % blocks
+    else:
+        columns = E // BLOCK
+        per_group = GROUP_ROWS * blocks * columns
+        first = (task // per_group) * GROUP_ROWS
+        rows = gl.minimum(ROWS - first, GROUP_ROWS)
+        inside = task % per_group
+        block = inside // (rows * columns)
+        row = first + (inside // columns) % rows
+        column = inside % columns
+        begin = 0
+        end = N
+        if CAUSAL:
+            if KIND == "output":
+                block = blocks - 1 - block
+                end = (block + 1) * BLOCK
+            else:
+                begin = block * BLOCK
+    return row, block, column, begin, end
 
 
 @gluon.jit
 def load_factors(
-    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, COLUMNS, TASKS, KIND: gl.constexpr,
+    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, TASKS, KIND: gl.constexpr,
     CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
     step = 0
     number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        row, block, column, real = place_of(task, ROWS, N // (2 * BLOCK), COLUMNS, KIND, CAUSAL)
-        begin, end = depth_of(block, N, E, KIND, CAUSAL)
+        row, block, column, begin, end = place_of(task, ROWS, N, E, KIND, CAUSAL)
+        group = number % 2
         first = row * N
-        if real:
-            for start in range(begin, end, STEP):
-                slot = step % STAGES
-                mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-                mbarrier.expect(full.index(slot), 3 * BLOCK * STEP * 2)
-                if KIND == "values":
-                    load_async(x, [first + start, block * (2 * BLOCK)], full.index(slot), left.index(slot))
-                else:
-                    load_async(x, [first + block * (2 * BLOCK), start], full.index(slot), left.index(slot))
-                if KIND == "scores":
-                    load_async(y, [first + column * BLOCK, start], full.index(slot), right.index(slot))
-                else:
-                    load_async(y, [first + start, column * BLOCK], full.index(slot), right.index(slot))
-                step += 1
-                if start == begin + STAGES * STEP:
-                    # The task before has stored its tiles by now, and these have the rest of the product to arrive.
-                    mbarrier.wait(end_empty, number & 1)
-                    mbarrier.expect(end_full, 2 * TILE_BYTES)
-                    for half in gl.static_range(2):
-                        place = [first + (block * 2 + half) * BLOCK, column * BLOCK]
-                        load_async(held, place, end_full, tiles.index(half))
-            number += 1
+        for start in range(begin, end, STEP):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), 2 * BLOCK * STEP * 2)
+            if KIND == "values":
+                load_async(x, [first + start, block * BLOCK], full.index(slot), left.index(slot))
+            else:
+                load_async(x, [first + block * BLOCK, start], full.index(slot), left.index(slot))
+            if KIND == "scores":
+                load_async(y, [first + column * BLOCK, start], full.index(slot), right.index(slot))
+            else:
+                load_async(y, [first + start, column * BLOCK], full.index(slot), right.index(slot))
+            step += 1
+            if start == gl.minimum(end - STEP, begin + (STAGES - 1) * STEP):
+                # The group's task before has stored its tile by now, and this one has the rest of the product to
+                # arrive.
+                mbarrier.wait(end_empty.index(group), (number // 2) & 1)
+                mbarrier.expect(end_full.index(group), TILE_BYTES)
+                load_async(held, [first + block * BLOCK, column * BLOCK], end_full.index(group), tiles.index(group))
+        number += 1
 
 
 @gluon.jit
@@ -127,67 +131,56 @@ def finish(
 
 @gluon.jit
 def multiply(
-    result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E,
-    COLUMNS, TASKS, KIND: gl.constexpr, CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, turns, tiles, end_full, end_empty, ROWS,
+    N, E, TASKS, GROUP: gl.constexpr, KIND: gl.constexpr, CAUSAL: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The products and their ends, see `quadratic_kernel`."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
+    """The products and their ends, see `quadratic_kernel`, for every other task."""
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK // 2, 16]
     )
+    tile = tiles.index(GROUP)
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply`
+    programs = gl.num_programs(0)
     step = 0
+    if GROUP == 1:
+        _, _, _, begin, end = place_of(gl.program_id(0), ROWS, N, E, KIND, CAUSAL)
+        step += (end - begin) // STEP
     number = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        row, block, column, real = place_of(task, ROWS, N // (2 * BLOCK), COLUMNS, KIND, CAUSAL)
-        begin, end = depth_of(block, N, E, KIND, CAUSAL)
-        token = row * N + block * (2 * BLOCK)
-        if real:
-            acc = gl.zeros([2 * BLOCK, BLOCK], gl.float32, mma)
-            for start in range(begin, end, STEP):
-                slot = step % STAGES
-                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-                x = left.index(slot).permute((1, 0)) if KIND == "values" else left.index(slot)
-                y = right.index(slot).permute((1, 0)) if KIND == "scores" else right.index(slot)
-                acc = warpgroup_mma(x, y, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                if start > begin:
-                    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-                if start == begin + STEP:
-                    # The stores of the task before have had the time of a step.
-                    tma.store_wait(0)
-                    mbarrier.arrive(end_empty, count=1)
-                step += 1
-            # Early, so that nothing waits for it.
-            place = token + gl.arange(0, BLOCK, gl.SliceLayout(1, narrow))
-            scale_0 = gl.load(rms_ptr + place) * gain
-            scale_1 = gl.load(rms_ptr + place + BLOCK) * gain
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-            mbarrier.wait(end_full, number & 1)
-            number += 1
-            upper, lower = row_halves(acc, mma)
-            for half in gl.static_range(2):
-                scale = gl.expand_dims(scale_0 if half == 0 else scale_1, 1)
-                tile = tiles.index(half)
-                sums = sums_ptr + (token // BLOCK + half) * E + column * BLOCK
-                # In two steps, since more does not fit the registers.
-                one, two = halves(upper if half == 0 else lower, narrow)
-                finish(tile, one, scale, bias_ptr + column * BLOCK, sums, 0, KIND, narrow)
-                finish(tile, two, scale, bias_ptr + column * BLOCK, sums, BLOCK // 2, KIND, narrow)
-                fence_async_shared()
-                store_async(result, [token + half * BLOCK, column * BLOCK], tile)
+    for task in range(gl.program_id(0) + GROUP * programs, TASKS, 2 * programs):
+        row, block, column, begin, end = place_of(task, ROWS, N, E, KIND, CAUSAL)
+        token = row * N + block * BLOCK
+        # Early, so that nothing waits for it.
+        scale = gl.load(rms_ptr + token + gl.arange(0, BLOCK, gl.SliceLayout(1, narrow))) * gain
+        steps = (end - begin) // STEP
+        acc = accumulate(
+            left, right, full, empty, turns, end_empty, number, step, steps, GROUP, KIND == "values",
+            KIND == "scores", STAGES,
+        )  # fmt: skip
+        # Behind the other group's next task.
+        _, _, _, begin, end = place_of(gl.minimum(task + programs, TASKS - 1), ROWS, N, E, KIND, CAUSAL)
+        step += steps + (end - begin) // STEP
+        mbarrier.wait(end_full.index(GROUP), number & 1)
+        number += 1
+        scale = gl.expand_dims(scale, 1)
+        sums = sums_ptr + (token // BLOCK) * E + column * BLOCK
+        # In two steps, since more does not fit the registers.
+        one, two = halves(acc, narrow)
+        finish(tile, one, scale, bias_ptr + column * BLOCK, sums, 0, KIND, narrow)
+        finish(tile, two, scale, bias_ptr + column * BLOCK, sums, BLOCK // 2, KIND, narrow)
+        fence_async_shared()
+        store_async(result, [token, column * BLOCK], tile)
     tma.store_wait(0)
 
 
 @kernel
 @gluon.jit
 def quadratic_kernel(
-    x, y, held, result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, ROWS, N, E, COLUMNS, TASKS, KIND: gl.constexpr,
+    x, y, held, result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, ROWS, N, E, TASKS, KIND: gl.constexpr,
     CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One of FLASH-Quad's products, in tiles of 256 slots by 128 columns of whole rows of N tokens.
+    """One of FLASH-Quad's products, in tiles of 128 slots by 128 columns of whole rows of N tokens.
 
     KIND "output": `silu(u) * (A V)` from x = A `[rows * N, N]`, y = V `[rows * N, E]`, held = u's input.
     "values": `silu'(h) * (A^T d_attended)` from x = A, y = d_attended, held = the values' input h; per block of 128
@@ -195,39 +188,41 @@ def quadratic_kernel(
     "scores": `2 sqrt(A) * (d_attended V^T)` from x = d_attended, y = V, held = A.
     Tiles above the diagonal of a causal model are neither read nor written.
     """
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    left_shape: gl.constexpr = [STAGES, STEP, 2 * BLOCK] if KIND == "values" else [STAGES, 2 * BLOCK, STEP]
+    left_shape: gl.constexpr = [STAGES, STEP, BLOCK] if KIND == "values" else [STAGES, BLOCK, STEP]
     right_shape: gl.constexpr = [STAGES, BLOCK, STEP] if KIND == "scores" else [STAGES, STEP, BLOCK]
     left = gl.allocate_shared_memory(gl.bfloat16, left_shape, x.layout)
     right = gl.allocate_shared_memory(gl.bfloat16, right_shape, y.layout)
     tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, BLOCK], held.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    end_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    end_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    mbarrier.init(end_full, count=1)
-    mbarrier.init(end_empty, count=1)
+    full = barriers(STAGES)
+    empty = barriers(STAGES)
+    turns = barriers(2)
+    end_full = barriers(2)
+    end_empty = barriers(2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 multiply,
                 (
-                    result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, tiles, end_full,
-                    end_empty, ROWS, N, E, COLUMNS, TASKS, KIND, CAUSAL, STEP, STAGES,
+                    result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, turns, tiles,
+                    end_full, end_empty, ROWS, N, E, TASKS, 0, KIND, CAUSAL, STEP, STAGES,
+                ),
+            ),
+            (
+                multiply,
+                (
+                    result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, turns, tiles,
+                    end_full, end_empty, ROWS, N, E, TASKS, 1, KIND, CAUSAL, STEP, STAGES,
                 ),
             ),
             (
                 load_factors,
                 (
-                    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, COLUMNS, TASKS,
-                    KIND, CAUSAL, STEP, STAGES,
+                    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, TASKS, KIND, CAUSAL,
+                    STEP, STAGES,
                 ),
             ),
         ],
-        [1],
-        [24],
+        [4, 1],
+        [240, 24],
     )  # fmt: skip

@@ -8,7 +8,6 @@ shared memory, filled by one warp ahead of the eight warps that multiply. README
 
 from __future__ import annotations
 
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,45 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .dispatch import described, kernel
+from .dispatch import kernel
+from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, sigmoid, store_async
 
 
-# Names of triton 3.8 on, and those before.
-load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-BLOCK = gl.constexpr(128)
-TILE_BYTES = gl.constexpr(128 * 128 * 2)
 # Tiles of the ring, and of the values, whose tiles stay longer. With the state's they fill the shared memory.
 SLOTS, VALUE_SLOTS = 3, 3
-# Value dimensions per step of `reduce_kernel`, and steps in flight.
-REDUCE_K, REDUCE_STAGES = 64, 3
-MATRIX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-
-
-def matrix(x: Tensor, *block: int) -> TensorDescriptor:
-    """`x` as a matrix of its last dimension, described for tiles."""
-    x = x.view(-1, x.shape[-1])
-    block = list(block or (128, 128))
-    return described(TensorDescriptor, x, list(x.shape), list(x.stride()), block, layout=MATRIX)
-
-
-def tokens(x: Tensor, B: int, N: int, *block: int) -> TensorDescriptor:
-    """`x` `[B * N, width]`, described for tiles of one row's tokens: outside of a row there is 0."""
-    stride = x.stride(0)
-    block = [1, *(block or (128, 128))]
-    return described(TensorDescriptor, x, [B, N, x.shape[1]], [N * stride, stride, 1], block, layout=TOKENS)
-
-
-@gluon.jit
-def sigmoid(x):
-    half = gl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=gl.float32, is_pure=True, pack=1
-    )
-    return half * 0.5 + 0.5
 
 
 @gluon.jit
@@ -188,13 +155,6 @@ def activate(values, rms_ptr, gain, bias, row, token, N, EVEN: gl.constexpr, lay
         value = gl.where(gl.expand_dims(real, 1), value, 0.0)
     values.store(value.to(gl.bfloat16))
     fence_async_shared()
-
-
-@gluon.jit
-def halves(acc, layout: gl.constexpr):
-    """Left and right half of a tile, without moving anything."""
-    left, right = gl.split(gl.permute(gl.reshape(acc, [BLOCK, 2, BLOCK // 2]), (0, 2, 1)))
-    return gl.convert_layout(left, layout, True), gl.convert_layout(right, layout, True)
 
 
 @gluon.jit
@@ -370,20 +330,13 @@ def scan_kernel(
     read nor stored. EVEN: all slots of all chunks have tokens. SHIFTED: a row's first slots have none.
     """
     layout: gl.constexpr = a.layout
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
-    x_empty = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    for slot in gl.static_range(VALUE_SLOTS):
-        mbarrier.init(x_full.index(slot), count=1)
-        mbarrier.init(x_empty.index(slot), count=1)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
+    x_full = barriers(VALUE_SLOTS)
+    x_empty = barriers(VALUE_SLOTS)
+    full = barriers(SLOTS)
+    empty = barriers(SLOTS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -528,20 +481,13 @@ def whole_kernel(
     """`scan_kernel` for bidirectional models, where a row has one state, `state`, that of all its chunks over C, and
     every token of a chunk sees all others."""
     layout: gl.constexpr = a.layout
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
-    x_empty = gl.allocate_shared_memory(gl.int64, [VALUE_SLOTS, 1], barrier)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    for slot in gl.static_range(VALUE_SLOTS):
-        mbarrier.init(x_full.index(slot), count=1)
-        mbarrier.init(x_empty.index(slot), count=1)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
+    x_full = barriers(VALUE_SLOTS)
+    x_empty = barriers(VALUE_SLOTS)
+    full = barriers(SLOTS)
+    empty = barriers(SLOTS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -630,18 +576,12 @@ def totals_kernel(
     BACK: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """`inverse * sum keys^T V` over the chunks of each piece, `[pieces, S, E]`: V is `silu(x)`, or with BACK x."""
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
     values = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    x_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(x_full.index(slot), count=1)
-        mbarrier.init(x_empty.index(slot), count=1)
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
+    x_full = barriers(SLOTS)
+    x_empty = barriers(SLOTS)
+    full = barriers(SLOTS)
+    empty = barriers(SLOTS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -657,145 +597,6 @@ def totals_kernel(
                 (
                     x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, E_BLOCKS,
                     TASKS, SLOTS,
-                ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def kind_of(task, G, CAUSAL: gl.constexpr):
-    """Chunk of a task of `reduce_kernel`, which of its four products, and whether that one is 0: the state before a
-    row's first chunk, and the gradient of that behind its last. The products take turns, so that all programs have
-    as much to do."""
-    chunk = task // 4
-    kind = (task + task // gl.num_programs(0)) % 4
-    zero = kind > 3
-    if CAUSAL:
-        zero = ((kind == 2) & (chunk % G == 0)) | ((kind == 3) & (chunk % G == G - 1))
-    return chunk, kind, zero
-
-
-@gluon.jit
-def load_factors(
-    d_attended, value, value_half, state, d_state, a, left, right, full, empty, end, end_full, end_empty, G, shift, E,
-    TASKS, CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """What `reduce` reads, in its order."""
-    step = 0
-    number = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        chunk, kind, zero = kind_of(task, G, CAUSAL)
-        row = chunk // G
-        token = (chunk % G) * (2 * BLOCK) - shift
-        state_row = (chunk if CAUSAL else row) * BLOCK
-        if not zero:
-            for start in range(0, E, BLOCK_K):
-                slot = step % STAGES
-                mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-                mbarrier.expect(full.index(slot), 3 * BLOCK * BLOCK_K * 2)
-                x = left.index(slot).reshape([1, 2 * BLOCK, BLOCK_K])
-                if kind == 3:
-                    load_async(value, [row, token, start], full.index(slot), x)
-                    load_async(d_state, [state_row, start], full.index(slot), right.index(slot))
-                else:
-                    load_async(d_attended, [row, token, start], full.index(slot), x)
-                    if kind == 2:
-                        load_async(state, [state_row, start], full.index(slot), right.index(slot))
-                    else:
-                        y = right.index(slot).reshape([1, BLOCK, BLOCK_K])
-                        load_async(value_half, [row, token + kind * BLOCK, start], full.index(slot), y)
-                step += 1
-        # The tile of the result, in which its weights come.
-        mbarrier.wait(end_empty, (number & 1) ^ 1)
-        if kind < 2:
-            mbarrier.expect(end_full, 2 * TILE_BYTES)
-            load_async(a, [chunk * (2 * BLOCK), kind * BLOCK], end_full, end)
-        else:
-            mbarrier.arrive(end_full, count=1)
-        number += 1
-
-
-@gluon.jit
-def reduce(
-    d_score, d_query, d_key, factor_ptr, left, right, full, empty, end, end_full, end_empty, G, E, TASKS,
-    CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The products themselves, see `reduce_kernel`."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
-    step = 0
-    number = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        chunk, kind, zero = kind_of(task, G, CAUSAL)
-        acc = gl.zeros([2 * BLOCK, BLOCK], gl.float32, mma)
-        if not zero:
-            for start in range(0, E, BLOCK_K):
-                slot = step % STAGES
-                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-                acc = warpgroup_mma(left.index(slot), right.index(slot).permute((1, 0)), acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                if start > 0:
-                    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-                step += 1
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-        mbarrier.wait(end_full, number & 1)
-        number += 1
-        if kind < 2:
-            acc = acc * 2.0 * gl.sqrt(end.load(mma).to(gl.float32))
-        elif kind == 2:
-            acc = acc * gl.load(factor_ptr + chunk)
-        end.store(acc.to(gl.bfloat16))
-        fence_async_shared()
-        if kind < 2:
-            store_async(d_score, [chunk * (2 * BLOCK), kind * BLOCK], end)
-        elif kind == 2:
-            store_async(d_query, [chunk * (2 * BLOCK), 0], end)
-        else:
-            store_async(d_key, [chunk * (2 * BLOCK), 0], end)
-        tma.store_wait(0)
-        mbarrier.arrive(end_empty, count=1)
-
-
-@kernel
-@gluon.jit
-def reduce_kernel(
-    d_attended, value, value_half, state, d_state, a, d_score, d_query, d_key, factor_ptr, G, shift, E, TASKS,
-    CAUSAL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The products of a chunk's backward that are sums over the value dimensions, 256 by 128 each: the scores'
-    gradients `2 sqrt(A) (d_attended V^T)` of either half of the keys, the linear query's `f d_attended S^T`, and the
-    linear key's `V dS^T`. CAUSAL: states are those of chunks, and what lies above the diagonal of the scores' is not
-    to be read; otherwise they are those of rows."""
-    left = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * BLOCK, BLOCK_K], state.layout)
-    right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, BLOCK_K], state.layout)
-    end = gl.allocate_shared_memory(gl.bfloat16, [2 * BLOCK, BLOCK], state.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    end_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    end_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    mbarrier.init(end_full, count=1)
-    mbarrier.init(end_empty, count=1)
-    fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                reduce,
-                (
-                    d_score, d_query, d_key, factor_ptr, left, right, full, empty, end, end_full, end_empty, G, E,
-                    TASKS, CAUSAL, BLOCK_K, STAGES,
-                ),
-            ),
-            (
-                load_factors,
-                (
-                    d_attended, value, value_half, state, d_state, a, left, right, full, empty, end, end_full,
-                    end_empty, G, shift, E, TASKS, CAUSAL, BLOCK_K, STAGES,
                 ),
             ),
         ],

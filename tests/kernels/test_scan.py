@@ -48,7 +48,7 @@ ROWS = dataclasses.replace(SHAPE, N=1024, C=1024, G=1, H=2, lin=False)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"lin": True}, {"quad": False}, {"G": 2}, {"N": 1000}, {"N": 1100, "C": 1100}, {"D": 0}, {"silu": False},
+        {"lin": True}, {"quad": False}, {"G": 2}, {"N": 1100, "C": 1100}, {"D": 0}, {"silu": False},
         {"E": 1600}, {"dtype": torch.float16},
     ],
     ids=str,
@@ -65,7 +65,7 @@ def test_what_the_kernels_over_whole_rows_are_not_for(changes, monkeypatch):
 
 @pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
 @pytest.mark.parametrize(
-    "changes", [{"D": 0}, {"D": 128}, {"D": 772}, {"silu": False}, {"E": 1600}, {"dtype": torch.float32}], ids=str
+    "changes", [{"D": 0}, {"D": 772}, {"silu": False}, {"E": 1600}, {"dtype": torch.float32}], ids=str
 )
 def test_what_the_gates_product_is_not_for(changes, monkeypatch):
     monkeypatch.setattr(choice, "scan_for", lambda device: True)
@@ -108,12 +108,12 @@ COMPILE = """
 import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from flash_hf.kernels import gate, quadratic, scan
+from flash_hf.kernels import gate, hopper, quadratic, reduce, scan
 
 def layout(block):
-    return scan.TOKENS if len(block) == 3 else gate.NARROW if block[1] == gate.STEP else scan.MATRIX
+    return hopper.TOKENS if len(block) == 3 else hopper.tile_layout(block)
 
-def compiled(kernel, descriptors, **constants):
+def compiled(kernel, descriptors, warps=4, **constants):
     names = kernel.function.arg_names
     kinds = {"rms_ptr": "*fp32", "sums_ptr": "*fp32", "factor_ptr": "*fp32", "begin_ptr": "*i32", "end_ptr": "*i32",
              "total_ptr": "*fp32"}
@@ -127,28 +127,29 @@ def compiled(kernel, descriptors, **constants):
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name.endswith("_ptr")}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel.function, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 tokens, square = [1, 128, 128], [128, 128]
 scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.fromkeys(
     ("a", "reader", "writer", "states"), square)
-reduced = {"d_attended": [1, 256, 64], "value": [1, 256, 64], "value_half": [1, 128, 64], "state": [128, 64],
-           "d_state": [128, 64]} | dict.fromkeys(("a", "d_score", "d_query", "d_key"), [256, 128])
+reduced = {"d_attended": [1, 128, reduce.STEP], "value": [1, 128, reduce.STEP], "state": [128, reduce.STEP],
+           "d_state": [128, reduce.STEP]} | dict.fromkeys(("a", "d_score", "d_query", "d_key"), square)
 added = {"x": tokens, "keys": square}
-multiplied = {"d_y": [256, gate.STEP], "w": [gate.STEP, 128]} | dict.fromkeys(
+multiplied = {"d_y": [128, gate.STEP], "w": [gate.STEP, 128]} | dict.fromkeys(
     ("u", "out", "d_attended", "d_u"), square)
-factors = {"output": ([256, 64], [64, 128]), "values": ([64, 256], [64, 128]), "scores": ([256, 64], [128, 64])}
-slots = {"SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
+wide, high = [128, quadratic.STEP], [quadratic.STEP, 128]
+factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide)}
+slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 found = {
-    "forward": compiled(scan.scan_kernel, scanned, BACK=False, SPLIT=False, EVEN=True, SHIFTED=False, **slots),
-    "forward, pieces": compiled(scan.scan_kernel, scanned, BACK=False, SPLIT=True, EVEN=False, SHIFTED=True, **slots),
-    "backward": compiled(scan.scan_kernel, scanned, BACK=True, SPLIT=False, EVEN=True, SHIFTED=False, **slots),
-    "backward, pieces": compiled(scan.scan_kernel, scanned, BACK=True, SPLIT=True, EVEN=False, SHIFTED=True, **slots),
+    f"scan {split} {back}": compiled(
+        scan.scan_kernel, scanned, BACK=back, SPLIT=split, EVEN=not split, SHIFTED=split, **slots)
+    for split in (False, True) for back in (False, True)
+} | {
     "whole": compiled(scan.whole_kernel, scanned, BACK=False, EVEN=False, SHIFTED=True, **slots),
     "whole, backward": compiled(scan.whole_kernel, scanned, BACK=True, EVEN=True, SHIFTED=False, **slots),
-    "reduce": compiled(scan.reduce_kernel, reduced, CAUSAL=True, BLOCK_K=scan.REDUCE_K, STAGES=scan.REDUCE_STAGES),
-    "totals": compiled(scan.totals_kernel, added, BACK=False, EVEN=False, SLOTS=scan.SLOTS),
-    "totals, backward": compiled(scan.totals_kernel, added, BACK=True, EVEN=True, SLOTS=scan.SLOTS),
+    "reduce": compiled(reduce.reduce_kernel, reduced, CAUSAL=True, STEP=reduce.STEP, STAGES=reduce.STAGES),
+    "totals": compiled(scan.totals_kernel, added, 8, BACK=False, EVEN=False, SLOTS=scan.SLOTS),
+    "totals, backward": compiled(scan.totals_kernel, added, 8, BACK=True, EVEN=True, SLOTS=scan.SLOTS),
     "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),
 } | {
     kind: compiled(
@@ -272,11 +273,13 @@ def whole_in_torch(
 
 
 def reduce_in_torch(
-    grid, d_attended, value, _, state, d_state, a, d_score, d_query, d_key, factor, G, shift, E, tasks, *, CAUSAL,
-    **constants,
+    grid, d_attended, value, state, d_state, a, d_score, d_query, d_key, zero, factor, rows, G, shift, E, tasks, *,
+    CAUSAL, **constants,
 ):  # fmt: skip
-    N = d_attended.shape[0] // (tasks // 4 // G)
-    for chunk in range(tasks // 4):
+    assert tasks == choice.reduce.task_count(rows, G, CAUSAL)
+    assert zero.data_ptr() == d_query.data_ptr() and zero[1].data_ptr() == d_key.data_ptr()
+    N = d_attended.shape[0] // rows
+    for chunk in range(rows * G):
         slot = torch.arange(256) + chunk % G * 256 - shift
         real = (slot >= 0) & (slot < N)
         d, v = (x.new_zeros(256, E) for x in (d_attended, value))
@@ -312,26 +315,25 @@ def totals_in_torch(
 def gate_product_in_torch(
     grid, d_y, w, u, out, d_attended, d_u, rms, gain, bias, sums, T, D, e_blocks, tasks, **constants,
 ):  # fmt: skip
-    assert tasks == -(-T // 256) * e_blocks
+    assert tasks == -(-T // 128) * e_blocks
     d_out, scale = d_y @ w, rms[:, None] * gain
     h = u * scale + bias
     s = h.sigmoid()
     d_attended.copy_(d_out * h * s)
     d_gate = d_out * out * (1 / h + 1 - s)
     d_u.copy_(d_gate * scale)
-    sums.zero_()
     for block, rows in enumerate(d_gate.split(128)):
         sums[block] = rows.sum(0)
 
 
 def quadratic_in_torch(
-    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, columns, tasks, *, KIND, CAUSAL, **constants,
+    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, **constants,
 ):  # fmt: skip
-    assert tasks == rows * (N // 256) * columns
+    assert tasks == choice.quadratic.task_count(KIND, rows, N, E, CAUSAL)
     scale = rms[:, None] * gain
-    # Squares of 256 above the diagonal are not read. Those of 128 on it are whole in bfloat16, which this is not.
+    # Squares of 128 above the diagonal are not read. Those on it are whole in bfloat16, which this is not.
     slot, whole = torch.arange(N), torch.ones(N, N, dtype=torch.bool)
-    seen = slot[:, None] // 256 >= slot // 256 if CAUSAL else whole
+    seen = slot[:, None] // 128 >= slot // 128 if CAUSAL else whole
     hidden = (slot[:, None] // 128 == slot // 128) & (slot[:, None] < slot) if CAUSAL else ~whole
     if KIND == "values":
         sums.zero_()  # in float32 these are blocks of 64, of which only some are filled
@@ -373,14 +375,13 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
     for module, name, function in (
         (choice.scan, "scan_kernel", scan_in_torch), (choice.scan, "whole_kernel", whole_in_torch),
-        (choice.scan, "totals_kernel", totals_in_torch), (choice.scan, "reduce_kernel", reduce_in_torch),
+        (choice.scan, "totals_kernel", totals_in_torch), (choice.reduce, "reduce_kernel", reduce_in_torch),
         (choice.gate, "gate_product_kernel", gate_product_in_torch),
         (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted(name, function))
-    monkeypatch.setattr(choice.gate, "narrow", lambda x: x)
-    monkeypatch.setattr(choice.scan, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
-    monkeypatch.setattr(choice.scan, "tokens", lambda x, B, N, *block: x)
+    monkeypatch.setattr(choice.hopper, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
+    monkeypatch.setattr(choice.hopper, "tokens", lambda x, B, N, *block: x)
     launch_forward = ops.launch_forward
 
     def as_fake_tensors_say(shape, inputs, cached, want_final, exchange):
@@ -401,7 +402,7 @@ no_gpu = pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs th
 @pytest.mark.parametrize(
     ("length", "form", "pieces", "causal", "width"),
     [
-        (512, "paper", False, True, 192),  # wide enough for the gate's product
+        (512, "paper", False, True, 192),
         (600, "odd shift", True, True, 64),
         (300, "half shift", False, True, 64),
         (600, "odd shift", True, False, 64),
@@ -419,7 +420,7 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
     assert in_torch["scan_kernel" if causal else "whole_kernel"] == 2 * layers
     assert in_torch["reduce_kernel"] == layers
     assert in_torch["totals_kernel"] == (2 * layers if pieces or not causal else 0)
-    assert in_torch["gate_product_kernel"] == (layers if width > 64 else 0)
+    assert in_torch["gate_product_kernel"] == layers
 
 
 @no_gpu
@@ -428,12 +429,60 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
 def test_the_launches_around_quadratic_attention_are_right(causal, parts, in_torch, monkeypatch):
     monkeypatch.setattr(launches, "MOST_WEIGHTS", 1 if parts else 10**9)
     config = hopper_config(
-        hidden_size=192 if causal else 64, num_hidden_layers=1, is_decoder=causal, attention_type="quadratic",
+        hidden_size=64, num_hidden_layers=1, is_decoder=causal, attention_type="quadratic",
         max_position_embeddings=600,
     )  # fmt: skip
-    compare(config, "odd", length=512)
+    compare(config, "odd", length=384)
     assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1)
-    assert in_torch["gate_product_kernel"] == causal
+    assert in_torch["gate_product_kernel"] == 1
+
+
+@pytest.fixture
+def in_numbers(monkeypatch):
+    """Functions of a task's number, for all tasks at once."""
+    if choice.scan is None:
+        pytest.skip("triton has no Gluon")
+    numbers = SimpleNamespace(where=torch.where, minimum=torch.minimum, sqrt=torch.sqrt, float32=torch.float32)
+    numbers.int32 = torch.int32
+    numbers.minimum = lambda x, y: x.clamp(max=y)
+    for module in (choice.reduce, choice.quadratic):
+        monkeypatch.setattr(module, "gl", numbers)
+    monkeypatch.setattr(choice.quadratic, "BLOCK", 128)
+    monkeypatch.setattr(choice.quadratic, "GROUP_ROWS", 8)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("rows", "chunks"), [(3, 1), (2, 2), (2, 5)])
+def test_every_tile_of_the_reduction_is_one_task(rows, chunks, causal, in_numbers):
+    count = choice.reduce.task_count(rows, chunks, causal)
+    places = choice.reduce.place_of.fn(torch.arange(count), chunks, causal)
+    found = set(zip(*(torch.as_tensor(x).expand(count).tolist() for x in places), strict=True))
+    expected = {
+        (row, chunk, product, left, right)
+        for row in range(rows) for chunk in range(chunks) for product in range(3) for left in range(2)
+        for right in range(2 if product == 1 else 1)
+        if not causal or [chunk > 0, left >= right, chunk < chunks - 1][product]
+    }  # fmt: skip
+    assert found == expected and count == len(expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["output", "values", "scores"])
+@pytest.mark.parametrize(("rows", "N"), [(11, 128), (3, 640), (1, 8192)])
+def test_every_tile_of_quadratic_attention_is_one_task(rows, N, kind, causal, in_numbers):
+    E = 384
+    count, blocks = choice.quadratic.task_count(kind, rows, N, E, causal), N // 128
+    places = choice.quadratic.place_of.fn(torch.arange(count), rows, N, E, kind, causal)
+    found = set(zip(*(torch.as_tensor(x).expand(count).tolist() for x in places), strict=True))
+    expected = {
+        (
+            row, block, column, block * 128 if causal and kind == "values" else 0,
+            E if kind == "scores" else (block + 1) * 128 if causal and kind == "output" else N,
+        )
+        for row in range(rows) for block in range(blocks)
+        for column in range(block + 1 if causal and kind == "scores" else blocks if kind == "scores" else E // 128)
+    }  # fmt: skip
+    assert found == expected and count == len(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -471,13 +520,13 @@ def test_bidirectional_error_is_at_most_twice_the_torch_tiers(length, form, scan
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [256, 768, 1024, 333])
+@pytest.mark.parametrize("length", [256, 640, 1024, 333])
 def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, causal, monkeypatch):
     ran, launch = [], launches.launch_quadratic
     monkeypatch.setattr(launches, "launch_quadratic", lambda *a: ran.append(a) or launch(*a))
     config = hopper_config(attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024)
     compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
-    assert len(ran) == (0 if length % 256 else 3 * 2 * 2)
+    assert len(ran) == (0 if length % 128 else 3 * 2 * 2)
 
 
 @needs_hopper

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels for Hopper share: tiles, their descriptors, barriers, and products by groups of warps in turn.
+
+Written in Gluon, which comes with triton. In a product one warp loads tiles by the tensor memory accelerator into a
+ring in shared memory, task by task. Two groups of four warps multiply, each for every other task, so that the end of
+one group's task (loads, activations, stores) runs while the tensor cores work for the other. The groups take turns at
+the ring: a barrier tells only whether its last phase was even or odd, so that a group must not wait for a tile before
+the other group has had the one before it in the same slot.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .dispatch import described
+
+
+# Names of triton 3.8 on, and those before.
+load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+BLOCK = gl.constexpr(128)
+TILE_BYTES = gl.constexpr(128 * 128 * 2)
+MATRIX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+# A row of 32 bfloat16 numbers has 64 bytes.
+NARROW = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+
+def tile_layout(block: list[int]):
+    """The layout in shared memory of a matrix's tile."""
+    return NARROW if block[1] == 32 else MATRIX
+
+
+def matrix(x: Tensor, *block: int) -> TensorDescriptor:
+    """`x` as a matrix of its last dimension, described for tiles."""
+    x = x.view(-1, x.shape[-1])
+    block = list(block or (128, 128))
+    return described(TensorDescriptor, x, list(x.shape), list(x.stride()), block, layout=tile_layout(block))
+
+
+def tokens(x: Tensor, B: int, N: int, *block: int) -> TensorDescriptor:
+    """`x` `[B * N, width]`, described for tiles of one row's tokens: outside of a row there is 0."""
+    stride = x.stride(0)
+    block = [1, *(block or (128, 128))]
+    return described(TensorDescriptor, x, [B, N, x.shape[1]], [N * stride, stride, 1], block, layout=TOKENS)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """Barriers of one arrival each. A fence must follow before other warps use them."""
+    made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(COUNT):
+        mbarrier.init(made.index(number), count=1)
+    return made
+
+
+@gluon.jit
+def sigmoid(x):
+    half = gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return half * 0.5 + 0.5
+
+
+@gluon.jit
+def halves(acc, layout: gl.constexpr):
+    """Left and right half of a tile, without moving anything."""
+    left, right = gl.split(gl.permute(gl.reshape(acc, [BLOCK, 2, BLOCK // 2]), (0, 2, 1)))
+    return gl.convert_layout(left, layout, True), gl.convert_layout(right, layout, True)
+
+
+@gluon.jit
+def accumulate(
+    left, right, full, empty, turns, end_empty, number, step, steps, GROUP: gl.constexpr, TRANS_LEFT: gl.constexpr,
+    TRANS_RIGHT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The product of `steps` pairs of tiles from the ring, of which `step` is the first, 128 by 128, for the group's
+    task `number`. Also frees the tiles of the end of its task before, whose stores have had the time since."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+    # The first group has the first turn.
+    mbarrier.wait(turns.index(GROUP), (number + 1 - GROUP) & 1)
+    for part in range(steps):
+        slot = step % STAGES
+        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+        x = left.index(slot).permute((1, 0)) if TRANS_LEFT else left.index(slot)
+        y = right.index(slot).permute((1, 0)) if TRANS_RIGHT else right.index(slot)
+        acc = warpgroup_mma(x, y, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        if part == 0:
+            tma.store_wait(0)
+            mbarrier.arrive(end_empty.index(GROUP), count=1)
+        else:
+            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+        step += 1
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+    return acc
