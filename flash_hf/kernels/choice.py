@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from transformers.utils import logging
 
-from .tiles import Shape
+from .tiles import Shape, cdiv
 
 
 try:
@@ -56,6 +56,16 @@ def scans(shape: Shape, source: Tensor | None, device: torch.device) -> bool:
 def splits(shape: Shape) -> bool:
     """Whether scans walk along pieces of rows, since there are too few rows for the multiprocessors."""
     return shape.B * (shape.E // 128) < FEW_SCANS
+
+
+def cut_chunks(shape: Shape, programs: int) -> int:
+    """How many chunks scans along rows leave to programs that have no row, since there are fewer walks than programs:
+    as many as take these no longer. Each needs a sum over the chunks cut off, so that one chunk is not worth it."""
+    walks = shape.B * (shape.E // 128)
+    if walks >= programs:
+        return 0
+    cut = shape.G // (1 + cdiv(walks, programs - walks))
+    return cut if cut > 1 else 0
 
 
 def spans_rows(shape: Shape, source: Tensor | None, device: torch.device) -> bool:

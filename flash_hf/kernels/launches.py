@@ -114,21 +114,23 @@ def launch_states(
 
 
 def launch_totals(
-    shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, *, back: bool = False, exchange=None
+    shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, cut: int, *, back: bool = False, exchange=None
 ) -> Tensor:  # fmt: skip
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
-    `back` of `keys^T x` behind each piece. Of bidirectional models that of all pieces, `[rows, SP, E]`; with the delta
-    rule that of each piece itself, a chunk."""
+    `back` of `keys^T x` behind each piece. `[rows, SP, E]` with `cut`, over the first (with `back` the last) `cut`
+    chunks of each row, and of bidirectional models, over all; with the delta rule over each piece itself, a chunk."""
     index, E = inputs.index, shape.E
+    pieces = shape.B if cut else index.pieces
     # A row of one piece needs no second pass.
-    whole = shape.delta or not shape.causal and index.pieces == index.documents
-    total = x.new_empty((index.pieces, shape.tiles.SP, E), dtype=shape.dtype if whole else torch.float32)
-    tasks = index.pieces * (E // 128)
+    whole = cut > 0 or shape.delta or not shape.causal and index.pieces == index.documents
+    total = x.new_empty((pieces, shape.tiles.SP, E), dtype=shape.dtype if whole else torch.float32)
+    tasks = pieces * (E // 128)
     scan.totals_kernel(
         scan_grid(tasks, x.device),
         hopper.tokens(x, shape.B, shape.N), hopper.matrix(keys), total, inputs.rms, inputs.gain, inputs.bias_v,
-        index.piece_begin, index.piece_end, shape.N, shape.G, shape.shift, 1.0 / shape.C if whole else 1.0, E // 128,
-        tasks, BACK=back, EVEN=shape.shift == 0 and shape.N == shape.G * shape.C, SLOTS=scan.SLOTS, num_warps=8,
+        index.piece_begin, index.piece_end, shape.N, shape.G, shape.shift, cut, 1.0 / shape.C if whole else 1.0,
+        E // 128, tasks, BACK=back, SPLIT="ends" if cut else "pieces",
+        EVEN=shape.shift == 0 and shape.N == shape.G * shape.C, SLOTS=scan.SLOTS, num_warps=8,
     )  # fmt: skip
     if whole:
         return total
@@ -147,9 +149,19 @@ def scan_grid(tasks: int, device: torch.device) -> tuple[int]:
     return (min(tasks, multiprocessors(device)),)
 
 
+def scan_parts(shape: Shape, index: ChunkIndex, exchange, device: torch.device) -> tuple[bool, int]:
+    """Whether scans begin from sums of other chunks, and `launch_scan`'s `cut`."""
+    carried = shape.delta or not shape.causal
+    if carried or (exchange or choice.splits(shape)) and has_carry(shape, index, False):
+        return True, 0
+    cut = 0 if exchange else choice.cut_chunks(shape, multiprocessors(device))
+    return cut > 0, cut
+
+
 def launch_scan(
     shape: Shape, inputs: Inputs, weights: Tensor, heads: Tensor, x: Tensor, h: Tensor, biases: tuple[Tensor, Tensor],
-    out: Tensor, states: Tensor, carry: Tensor | None, value: Tensor | None = None, sums: Tensor | None = None,
+    out: Tensor, states: Tensor, carry: Tensor | None, cut: int, value: Tensor | None = None,
+    sums: Tensor | None = None,
 ):  # fmt: skip
     """One scan, see `scan_kernel`: forward, or with `value` and `sums` backward.
 
@@ -158,11 +170,12 @@ def launch_scan(
         states: of the chunks, to be filled (causal).
         carry: what comes before each piece, or in the backward behind it; None walks along whole rows. Of
             bidirectional models, the rows' states.
+        cut: chunks at the begin (backward: at the end) of rows that are walks of their own; `carry` has their sums.
     """
     (B, N), row, back = (shape.B, shape.N), shape.lin_row, value is not None
     reader, writer = (row + 1, row) if back else (row, row + 1)
-    walks = B if carry is None else inputs.index.pieces
-    tasks = walks * shape.E // 128
+    walks = 2 * B if cut else B if carry is None else inputs.index.pieces
+    tasks = walks * (shape.E // 128)
     even = shape.shift == 0 and N == shape.G * shape.C
     if not shape.causal:
         scan.whole_kernel(
@@ -175,14 +188,14 @@ def launch_scan(
         )  # fmt: skip
         return
     scan.scan_kernel(
-        scan_grid(tasks, x.device),
+        (multiprocessors(x.device),) if cut else scan_grid(tasks, x.device),
         hopper.tokens(x, B, N), hopper.tokens(h, B, N), hopper.matrix(weights), hopper.matrix(heads[reader]),
         hopper.matrix(heads[writer]), hopper.tokens(out, B, N), hopper.matrix(states),
         hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
         states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index.piece_begin,
-        inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift,
-        shape.E // 128, tasks, BACK=back, SPLIT=carry is not None, EVEN=even, SHIFTED=shape.shift > 0,
-        SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+        inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, cut,
+        shape.E // 128, tasks, BACK=back, SPLIT="ends" if cut else "rows" if carry is None else "pieces", EVEN=even,
+        SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
     )  # fmt: skip
 
 
@@ -314,9 +327,8 @@ def launch_forward(
     own = delta.launch_prepare(shape, inputs, heads) if shape.delta else [nothing() for _ in delta.Prepared._fields]
     if cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
         out = new((shape.T, shape.E))
-        split = shape.delta or not shape.causal
-        split = split or (exchange or choice.splits(shape)) and has_carry(shape, index, False)
-        before = launch_totals(shape, inputs, heads[row + 1], inputs.v, exchange=exchange) if split else None
+        carried, cut = scan_parts(shape, index, exchange, inputs.v.device)
+        before = launch_totals(shape, inputs, heads[row + 1], inputs.v, cut, exchange=exchange) if carried else None
         if shape.delta:
             # The scan writes what it reads, chunk by chunk.
             prefix = before = delta.launch_states(shape, inputs, before, own, scaled=True)
@@ -324,7 +336,7 @@ def launch_forward(
             prefix = new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
         biases = inputs.bias_v, inputs.bias_u
         weights = launch_scores(shape, inputs, heads)
-        launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before)
+        launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before, cut)
         carry = nothing() if shape.causal else before
         return AttentionResults(out, heads, prefix, carry, nothing(), nothing(), *own)
     prefix, carry, final = nothing(), nothing(), nothing()
@@ -534,20 +546,23 @@ def launch_scan_gradients(
     new = gated.new_empty
     weights = launch_scores(shape, inputs, heads)
     d_scores = torch.empty_like(weights)
-    split = shape.delta or not shape.causal
-    split = split or (exchange or choice.splits(shape)) and has_carry(shape, inputs.index, False)
+    carried, cut = scan_parts(shape, inputs.index, exchange, gated.device)
     if isinstance(d_out, Product):
         d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
     else:
         d_attended = d_out if reuse else new((T, E))
         d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
-    behind = launch_totals(shape, inputs, heads[row], d_attended, back=True, exchange=exchange) if split else None
+    behind = None
+    if carried:
+        behind = launch_totals(shape, inputs, heads[row], d_attended, cut, back=True, exchange=exchange)
     if shape.delta:
         behind = delta.launch_states(shape, inputs, behind, saved, scaled=True, reverse=True)
     value, d_prefix = new((T, E)), behind if shape.delta else torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v
-    launch_scan(shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, value, d_bias_v)
+    launch_scan(
+        shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, cut, value, d_bias_v
+    )
     states = (prefix, d_prefix) if shape.causal else (carry, behind)
     launch_reduce(shape, inputs, weights, d_attended, value, *states, d_scores, d_heads[row : row + 2])
     return d_bias_u, d_bias_v, launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads), d_prefix

@@ -28,13 +28,38 @@ SLOTS, VALUE_SLOTS = 3, 3
 
 
 @gluon.jit
-def walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, SPLIT: gl.constexpr):
-    """First and last chunk (exclusive) of a task: a whole row, or with SPLIT one piece of one."""
+def tasks_of(TASKS, SPLIT: gl.constexpr):
+    """This program's tasks: the first, the end and the distance of the others. Programs take tasks in turn, but with
+    SPLIT "ends" the first half of the tasks have a program each, and the other programs share the second."""
+    first = gl.program_id(0)
+    end = TASKS
+    distance = gl.num_programs(0)
+    if SPLIT == "ends":
+        long = TASKS // 2
+        end = gl.where(first < long, long, TASKS)
+        distance = gl.where(first < long, distance, distance - long)
+    return first, end, distance
+
+
+@gluon.jit
+def walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr):
+    """Row or piece of a task, and the first and last chunk (exclusive) of its walk, see `scan_kernel`."""
     walk = task // E_BLOCKS
-    if SPLIT:
-        return gl.load(begin_ptr + walk), gl.load(end_ptr + walk)
+    if SPLIT == "pieces":
+        begin = gl.load(begin_ptr + walk)
+        end = gl.load(end_ptr + walk)
     else:
-        return walk * G, (walk + 1) * G
+        if SPLIT == "ends":
+            walk = walk % (TASKS // (2 * E_BLOCKS))
+        begin = walk * G
+        end = begin + G
+        if SPLIT == "ends":
+            border = end - cut if BACK else begin + cut
+            if (task >= TASKS // 2) == BACK:
+                begin = border
+            else:
+                end = border
+    return walk, begin, end
 
 
 @gluon.jit
@@ -58,19 +83,20 @@ def fetch_tokens(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
 
 @gluon.jit
 def load_tiles(
-    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS,
-    TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
+    E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
     value_step = 0
     step = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, SPLIT)
+    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
+    for task in range(first_task, last_task, distance):
+        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
         column = (task % E_BLOCKS) * BLOCK
         for number in range(0, end - begin):
             chunk = end - 1 - number if BACK else begin + number
             reads = number > 0
-            if SPLIT:
+            if SPLIT != "rows":
                 border = end if BACK else begin
                 reads = reads | (border % G != 0)
             writes = number < end - begin - 1
@@ -196,8 +222,8 @@ def gate(
 @gluon.jit
 def multiply(
     out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty,
-    ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
+    ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS,
+    TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
     VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The scan itself, see `scan_kernel`."""
@@ -214,23 +240,24 @@ def multiply(
     value_step = 0
     step = 0
     held = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, SPLIT)
+    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
+    for task in range(first_task, last_task, distance):
+        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
         first_e = (task % E_BLOCKS) * BLOCK
         columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, mma))
         bias_x = gl.load(bias_x_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
         state = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-        if SPLIT:
+        if SPLIT != "rows":
             border = end if BACK else begin
             if border % G != 0:
                 s = gl.arange(0, BLOCK, gl.SliceLayout(1, mma))
-                piece = (task // E_BLOCKS).to(gl.int64) * BLOCK * E
+                piece = walk.to(gl.int64) * BLOCK * E
                 place = gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)
                 state = gl.load(carry_ptr + piece + place).to(gl.float32) * CHUNK
         for number in range(0, end - begin):
             chunk = end - 1 - number if BACK else begin + number
             reads = number > 0
-            if SPLIT:
+            if SPLIT != "rows":
                 border = end if BACK else begin
                 reads = reads | (border % G != 0)
             writes = number < end - begin - 1
@@ -315,7 +342,7 @@ def multiply(
 @gluon.jit
 def scan_kernel(
     x, h, a, reader, writer, out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr,
-    begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK: gl.constexpr,
     SPLIT: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Forward: `out = silu(u) * (A V + q_lin S)` with `V = silu(x)`, `u` from h, and `S += k_lin^T V` from chunk to
@@ -326,8 +353,10 @@ def scan_kernel(
     of `out` for the bias.
 
     reader, writer: the linear head that multiplies the state, and that whose product with x is added to it.
-    SPLIT: walk along pieces, whose first state is `carry`, instead of whole rows. Where the state is 0 it is neither
-    read nor stored. EVEN: all slots of all chunks have tokens. SHIFTED: a row's first slots have none.
+    SPLIT: what a task walks along: "rows"; "pieces", whose first states are `carry`; or "ends", rows without their
+    first `cut` chunks (BACK: the last), which are tasks of their own and before which (behind which) `carry` is the
+    rows' state. Where the state is 0 it is neither read nor stored. EVEN: all slots of all chunks have tokens.
+    SHIFTED: a row's first slots have none.
     """
     layout: gl.constexpr = a.layout
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
@@ -345,14 +374,14 @@ def scan_kernel(
                 (
                     out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
                     x_full, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
-                    value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK, SPLIT, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                 ),
             ),
             (
                 load_tiles,
                 (
                     x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-                    shift, E_BLOCKS, TASKS, BACK, SPLIT, SLOTS, VALUE_SLOTS,
+                    shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SLOTS, VALUE_SLOTS,
                 ),
             ),
         ],
@@ -370,7 +399,7 @@ def load_whole(
     value_step = 0
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, BACK, "pieces")
         column = (task % E_BLOCKS) * BLOCK
         for chunk in range(begin, end):
             row = chunk // G
@@ -408,7 +437,7 @@ def multiply_whole(
     value_step = 0
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, BACK, "pieces")
         first_e = (task % E_BLOCKS) * BLOCK
         columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
         bias_x = gl.load(bias_x_ptr + columns).to(gl.float32)
@@ -513,14 +542,23 @@ def whole_kernel(
 
 
 @gluon.jit
+def summands_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr):
+    """First and last chunk (exclusive) of a task of `totals_kernel`: with SPLIT "ends" one of the shorter walks."""
+    if SPLIT == "ends":
+        task += TASKS
+    _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, 2 * TASKS, BACK, SPLIT)
+    return begin, end
+
+
+@gluon.jit
 def load_summands(
-    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, E_BLOCKS, TASKS,
-    SLOTS: gl.constexpr,
+    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, cut, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, SPLIT: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `add` reads, in its order."""
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        begin, end = summands_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
         for half in range(2 * begin, 2 * end):
             token = (half % (2 * G)) * BLOCK - shift
             place = [half // (2 * G), token, (task % E_BLOCKS) * BLOCK]
@@ -531,7 +569,8 @@ def load_summands(
 @gluon.jit
 def add(
     total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-    shift, inverse, E_BLOCKS, TASKS, BACK: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
+    shift, cut, inverse, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `totals_kernel` computes."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
@@ -541,7 +580,7 @@ def add(
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = walk_of(task, begin_ptr, end_ptr, G, E_BLOCKS, True)
+        begin, end = summands_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
         first_e = (task % E_BLOCKS) * BLOCK
         bias = gl.load(bias_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
         acc = warpgroup_mma_init(gl.zeros([BLOCK, BLOCK], gl.float32, mma))
@@ -572,10 +611,11 @@ def add(
 @kernel
 @gluon.jit
 def totals_kernel(
-    x, keys, total_ptr, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, inverse, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
+    x, keys, total_ptr, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, inverse, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """`inverse * sum keys^T V` over the chunks of each piece, `[pieces, S, E]`: V is `silu(x)`, or with BACK x."""
+    """`inverse * sum keys^T V` over the chunks of each piece, `[pieces, S, E]`, or with SPLIT "ends" over the first
+    `cut` chunks of each row (BACK: the last): V is `silu(x)`, or with BACK x."""
     values = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
     x_full = barriers(SLOTS)
@@ -589,14 +629,14 @@ def totals_kernel(
                 add,
                 (
                     total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr,
-                    end_ptr, N, G, shift, inverse, E_BLOCKS, TASKS, BACK, EVEN, SLOTS,
+                    end_ptr, N, G, shift, cut, inverse, E_BLOCKS, TASKS, BACK, SPLIT, EVEN, SLOTS,
                 ),
             ),
             (
                 load_summands,
                 (
-                    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, E_BLOCKS,
-                    TASKS, SLOTS,
+                    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, cut,
+                    E_BLOCKS, TASKS, BACK, SPLIT, SLOTS,
                 ),
             ),
         ],

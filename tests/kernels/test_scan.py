@@ -142,14 +142,14 @@ factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 found = {
     f"scan {split} {back}": compiled(
-        scan.scan_kernel, scanned, BACK=back, SPLIT=split, EVEN=not split, SHIFTED=split, **slots)
-    for split in (False, True) for back in (False, True)
+        scan.scan_kernel, scanned, BACK=back, SPLIT=split, EVEN=split == "rows", SHIFTED=split != "rows", **slots)
+    for split in ("rows", "pieces", "ends") for back in (False, True)
 } | {
     "whole": compiled(scan.whole_kernel, scanned, BACK=False, EVEN=False, SHIFTED=True, **slots),
     "whole, backward": compiled(scan.whole_kernel, scanned, BACK=True, EVEN=True, SHIFTED=False, **slots),
     "reduce": compiled(reduce.reduce_kernel, reduced, CAUSAL=True, STEP=reduce.STEP, STAGES=reduce.STAGES),
-    "totals": compiled(scan.totals_kernel, added, 8, BACK=False, EVEN=False, SLOTS=scan.SLOTS),
-    "totals, backward": compiled(scan.totals_kernel, added, 8, BACK=True, EVEN=True, SLOTS=scan.SLOTS),
+    "totals": compiled(scan.totals_kernel, added, 8, BACK=False, SPLIT="ends", EVEN=False, SLOTS=scan.SLOTS),
+    "totals, backward": compiled(scan.totals_kernel, added, 8, BACK=True, SPLIT="pieces", EVEN=True, SLOTS=scan.SLOTS),
     "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),
 } | {
     kind: compiled(
@@ -175,7 +175,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 13
+    assert len(rows) == 15
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -202,13 +202,21 @@ def hopper_config(**changes):
 # ------------------------------------------------------------------------------------------------------------------
 def scan_in_torch(
     grid, x, h, a, reader, writer, out, states, value_out, rms, gain, bias_x, bias_h, carry, sums, begin, end, _, __,
-    ___, N, G, shift, e_blocks, tasks, *, BACK, SPLIT, EVEN, **constants,
+    ___, N, G, shift, cut, e_blocks, tasks, *, BACK, SPLIT, EVEN, **constants,
 ):  # fmt: skip
-    walks = [(row * G, (row + 1) * G) for row in range(tasks // e_blocks)]
-    if SPLIT:
-        walks = list(zip(begin.tolist(), end.tolist(), strict=True))
-        assert len(walks) == tasks // e_blocks
-    for number, (first, last) in enumerate(walks):
+    if SPLIT == "pieces":
+        walks = list(zip(range(len(begin)), begin.tolist(), end.tolist(), strict=True))
+    else:
+        walks = [(row, row * G, (row + 1) * G) for row in range(len(a) // 256 // G)]
+    if SPLIT == "ends":
+        assert grid == (132,) and tasks // 2 < 132 and 1 < cut < G
+        borders = [last - cut if BACK else first + cut for _, first, last in walks]
+        walks = [
+            (row, *part) for (row, first, last), border in zip(walks, borders, strict=True)
+            for part in ((first, border), (border, last))
+        ]  # fmt: skip
+    assert len(walks) == tasks // e_blocks
+    for number, first, last in walks:
         chunks = range(first, last)[::-1] if BACK else range(first, last)
         begins_row = (last if BACK else first) % G == 0
         state = x.new_zeros(128, 128 * e_blocks) if begins_row else carry[number] * 256
@@ -294,11 +302,15 @@ def reduce_in_torch(
 
 
 def totals_in_torch(
-    grid, x, keys, total, rms, gain, bias, begin, end, N, G, shift, inverse, e_blocks, tasks, *, BACK, EVEN,
-    **constants,
+    grid, x, keys, total, rms, gain, bias, begin, end, N, G, shift, cut, inverse, e_blocks, tasks, *, BACK, SPLIT,
+    EVEN, **constants,
 ):  # fmt: skip
-    assert len(begin) == tasks // e_blocks
-    for piece, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+    pieces = list(zip(begin.tolist(), end.tolist(), strict=True))
+    if SPLIT == "ends":
+        rows = range(len(keys) // 256 // G)
+        pieces = [((row + 1) * G - cut, (row + 1) * G) if BACK else (row * G, row * G + cut) for row in rows]
+    assert len(pieces) == tasks // e_blocks
+    for piece, (first, last) in enumerate(pieces):
         state = x.new_zeros(128, 128 * e_blocks)
         for chunk in range(first, last):
             slot = torch.arange(256) + chunk % G * 256 - shift
@@ -404,6 +416,7 @@ no_gpu = pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs th
     [
         (512, "paper", False, True, 192),
         (600, "odd shift", True, True, 64),
+        (1100, "odd shift", False, True, 128),  # two of five chunks cut off
         (300, "half shift", False, True, 64),
         (600, "odd shift", True, False, 64),
         (300, "paper", False, False, 192),
@@ -419,7 +432,7 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
     layers = 2
     assert in_torch["scan_kernel" if causal else "whole_kernel"] == 2 * layers
     assert in_torch["reduce_kernel"] == layers
-    assert in_torch["totals_kernel"] == (2 * layers if pieces or not causal else 0)
+    assert in_torch["totals_kernel"] == (2 * layers if pieces or not causal or length > 1000 else 0)
     assert in_torch["gate_product_kernel"] == layers
 
 
@@ -449,6 +462,33 @@ def in_numbers(monkeypatch):
         monkeypatch.setattr(module, "gl", numbers)
     monkeypatch.setattr(choice.quadratic, "BLOCK", 128)
     monkeypatch.setattr(choice.quadratic, "GROUP_ROWS", 8)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("split", ["rows", "ends"])
+@pytest.mark.parametrize(("rows", "blocks", "chunks", "cut"), [(8, 12, 32, 8), (2, 4, 5, 2), (7, 18, 129, 5)])
+def test_every_chunk_is_in_one_walk(rows, blocks, chunks, cut, split, back, monkeypatch):
+    if choice.scan is None:
+        pytest.skip("triton has no Gluon")
+    grid = SimpleNamespace(num_programs=lambda axis: 132, where=lambda condition, x, y: x if condition else y)
+    monkeypatch.setattr(choice.scan, "gl", grid)
+    tasks, walked, longest = rows * blocks * (2 if split == "ends" else 1), [], 0
+    for program in range(132):
+        grid.program_id = lambda axis, program=program: program
+        steps = 0
+        for task in range(*choice.scan.tasks_of.fn(tasks, split)):
+            row, begin, end = choice.scan.walk_of.fn(task, None, None, chunks, cut, blocks, tasks, back, split)
+            steps += end - begin
+            # The longer walks begin with a sum of the others.
+            if split == "ends":
+                assert ((end if back else begin) % chunks != 0) == (task < tasks // 2)
+            assert begin // chunks == (end - 1) // chunks == row
+            walked += [(chunk, task % blocks) for chunk in range(begin, end)]
+        longest = max(longest, steps)
+    assert sorted(walked) == [(chunk, block) for chunk in range(rows * chunks) for block in range(blocks)]
+    shape = dataclasses.replace(SHAPE, B=rows, E=128 * blocks, G=chunks)
+    if split == "ends" and rows * blocks > 90:
+        assert longest == chunks - cut and cut == choice.cut_chunks(shape, 132)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -499,10 +539,13 @@ def scans(monkeypatch):
 @needs_hopper
 @pytest.mark.gpu
 @forms
-@pytest.mark.parametrize("split", [False, True], ids=["rows", "pieces"])
+@pytest.mark.parametrize("split", ["rows", "pieces", "ends"])
 @pytest.mark.parametrize("length", [512, 300, 777, 2560])
 def test_error_is_at_most_twice_the_torch_tiers(length, split, form, scans, monkeypatch):
-    monkeypatch.setattr(choice, "FEW_SCANS", 10**6 if split else 0)
+    monkeypatch.setattr(choice, "FEW_SCANS", 10**6 if split == "pieces" else 0)
+    # Two rows of 512 value dimensions are 8 walks. 12 programs: four take two ends each.
+    programs = {"rows": 8, "pieces": 132, "ends": 12}[split]
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: programs)
     compare(hopper_config(**FORMS[form]), "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
     assert len(scans) == 2 * 2 * 2
 
