@@ -350,6 +350,37 @@ def bias_kernel(
     tl.store(out_ptr + tl.program_id(1) * CP * CP + place, acc)
 
 
+@triton.jit
+def no_totals(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    totals = ()
+    for _ in tl.static_range(COUNT):
+        totals = totals + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return totals
+
+
+@triton.jit
+def gained_rows(
+    source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr, SCALED: tl.constexpr
+):  # fmt: skip
+    """`token_rows`, and `row_gain` of the tokens."""
+    token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
+    gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
+    return token, real, gain
+
+
+@triton.jit
+def head_rows(opens_ptr, chunk, slot, real, C, CP: tl.constexpr, GT, AFTER: tl.constexpr):
+    """Which slots have a gradient of a head, and its row, `[slots, 1]`: with AFTER that of the slot after."""
+    place = chunk.to(tl.int64) * CP + slot
+    if AFTER:
+        # The next chunk's first slot, unless another document begins there.
+        ends = slot == C - 1
+        opens = tl.load(opens_ptr + chunk + 1, mask=chunk + 1 < GT, other=1)
+        real = real & ((slot < C - 1) | (ends & (opens == 0)))
+        place = tl.where(ends, (chunk + 1).to(tl.int64) * CP, place + 1)
+    return real[:, None], place[:, None]
+
+
 @kernel
 @triton.jit
 def heads_gradient_kernel(
@@ -357,92 +388,103 @@ def heads_gradient_kernel(
     d_z_ptr, d_z_stride, sums_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
     H: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
-    FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
+    FAST: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Backward of `heads_kernel`: gradient of z's input, and per program the sums over its tokens for gamma, beta and
-    z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way; with PREVIOUS the last head's
-    gradient comes from the slot after, with LOCAL that of every second pair of the local key, too."""
-    blocks: tl.constexpr = CP // BLOCK_M
+    """Backward of `heads_kernel`: gradient of z's input, and per program the sums over its `ROWS` slots for gamma,
+    beta and z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way; with PREVIOUS the last
+    head's gradient comes from the slot after, with LOCAL that of every second pair of the local key, too.
+
+    A program walks through its slots and adds up in registers what only its end sums over threads."""
+    blocks: tl.constexpr = CP // ROWS
     program = tl.program_id(0)
     chunk = program // blocks
-    slot = (program % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
-    gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * S
-    d_z_row = d_z_ptr + token[:, None] * d_z_stride
     dtype = d_z_ptr.dtype.element_ty
-    place = chunk.to(tl.int64) * CP + slot
-    if PREVIOUS or LOCAL:
-        # The next chunk's first slot, unless another document begins there.
-        ends = slot == C - 1
-        opens = tl.load(opens_ptr + chunk + 1, mask=chunk + 1 < GT, other=1)
-        has_after = real & ((slot < C - 1) | (ends & (opens == 0)))
-        after = tl.where(ends, (chunk + 1).to(tl.int64) * CP, place + 1)
     if HALF > 0:
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
-        mask = real[:, None] & inside[None, :]
-        h_one = basis(z_ptr, z_stride, token, real, one, inside, gain, bias_ptr, SCALED)
-        h_two = basis(z_ptr, z_stride, token, real, two, inside, gain, bias_ptr, SCALED)
-        z_one = silu(h_one, SILU, FAST)
-        z_two = silu(h_two, SILU, FAST)
-        table = ((chunk * C + slot) % table_rows)[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[None, :]
-        cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
-        sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
-        d_one = tl.zeros((BLOCK_M, HALF), tl.float32)
-        d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
+        totals = no_totals(4 * H + 2, BLOCK_M, HALF)
+        for start in range(0, ROWS, BLOCK_M):
+            slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
+            token, real, gain = gained_rows(
+                source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED, SCALED
+            )  # fmt: skip
+            mask = real[:, None] & inside[None, :]
+            h_one = basis(z_ptr, z_stride, token, real, one, inside, gain, bias_ptr, SCALED)
+            h_two = basis(z_ptr, z_stride, token, real, two, inside, gain, bias_ptr, SCALED)
+            z_one = silu(h_one, SILU, FAST)
+            z_two = silu(h_two, SILU, FAST)
+            table = ((chunk * C + slot) % table_rows)[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[None, :]
+            cos = tl.load(cos_ptr + table, mask=mask, other=0.0)
+            sin = tl.load(sin_ptr + table, mask=mask, other=0.0)
+            d_one = tl.zeros((BLOCK_M, HALF), tl.float32)
+            d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
+            added = ()
+            for head in tl.static_range(H):
+                row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, PREVIOUS and head == H - 1)
+                if LOCAL and head == 1:
+                    odd = (tl.arange(0, HALF) % 2 == 1)[None, :]
+                    has_after, after = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, True)
+                    at, row = tl.where(odd, after, at), tl.where(odd, has_after, row)
+                own = d_heads_ptr + (head * GT * CP + at) * SP
+                p_one = tl.load(own + one[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
+                p_two = tl.load(own + two[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
+                if not (PREVIOUS and head >= H - 2):
+                    p_one, p_two = p_one * cos + p_two * sin, p_two * cos - p_one * sin
+                d_one += p_one * vector(gamma_ptr, head, S, one, inside)
+                d_two += p_two * vector(gamma_ptr, head, S, two, inside)
+                added = added + (
+                    totals[4 * head] + p_one * z_one, totals[4 * head + 1] + p_two * z_two,
+                    totals[4 * head + 2] + p_one, totals[4 * head + 3] + p_two,
+                )  # fmt: skip
+            d_one *= silu_grad(h_one, SILU, FAST)
+            d_two *= silu_grad(h_two, SILU, FAST)
+            totals = added + (totals[4 * H] + d_one, totals[4 * H + 1] + d_two)
+            if SCALED:
+                d_one *= gain[:, None]
+                d_two *= gain[:, None]
+            d_z = d_z_ptr + token[:, None] * d_z_stride
+            tl.store(d_z + one[None, :], d_one.to(dtype), mask=mask)
+            tl.store(d_z + two[None, :], d_two.to(dtype), mask=mask)
         for head in tl.static_range(H):
-            row, at = real, place
-            if PREVIOUS and head == H - 1:
-                row, at = has_after, after
-            at, row = at[:, None], row[:, None]
-            if LOCAL and head == 1:
-                odd = (tl.arange(0, HALF) % 2 == 1)[None, :]
-                at, row = tl.where(odd, after[:, None], at), tl.where(odd, has_after[:, None], row)
-            own = d_heads_ptr + (head * GT * CP + at) * SP
-            p_one = tl.load(own + one[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
-            p_two = tl.load(own + two[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
-            if not (PREVIOUS and head >= H - 2):
-                p_one, p_two = p_one * cos + p_two * sin, p_two * cos - p_one * sin
-            d_one += p_one * vector(gamma_ptr, head, S, one, inside)
-            d_two += p_two * vector(gamma_ptr, head, S, two, inside)
-            tl.store(sums + head * S + one, tl.sum(p_one * z_one, 0), mask=inside)
-            tl.store(sums + head * S + two, tl.sum(p_two * z_two, 0), mask=inside)
-            tl.store(sums + (H + head) * S + one, tl.sum(p_one, 0), mask=inside)
-            tl.store(sums + (H + head) * S + two, tl.sum(p_two, 0), mask=inside)
-        d_one *= silu_grad(h_one, SILU, FAST)
-        d_two *= silu_grad(h_two, SILU, FAST)
-        tl.store(sums + 2 * H * S + one, tl.sum(d_one, 0), mask=inside)
-        tl.store(sums + 2 * H * S + two, tl.sum(d_two, 0), mask=inside)
-        if SCALED:
-            d_one *= gain[:, None]
-            d_two *= gain[:, None]
-        tl.store(d_z_row + one[None, :], d_one.to(dtype), mask=mask)
-        tl.store(d_z_row + two[None, :], d_two.to(dtype), mask=mask)
+            tl.store(sums + head * S + one, tl.sum(totals[4 * head], 0), mask=inside)
+            tl.store(sums + head * S + two, tl.sum(totals[4 * head + 1], 0), mask=inside)
+            tl.store(sums + (H + head) * S + one, tl.sum(totals[4 * head + 2], 0), mask=inside)
+            tl.store(sums + (H + head) * S + two, tl.sum(totals[4 * head + 3], 0), mask=inside)
+        tl.store(sums + 2 * H * S + one, tl.sum(totals[4 * H], 0), mask=inside)
+        tl.store(sums + 2 * H * S + two, tl.sum(totals[4 * H + 1], 0), mask=inside)
     if REST > 0:
         column = rotary_dim + tl.arange(0, REST)
         inside = column < S
-        mask = real[:, None] & inside[None, :]
-        h = basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED)
-        z = silu(h, SILU, FAST)
-        d_h = tl.zeros((BLOCK_M, REST), tl.float32)
+        totals = no_totals(2 * H + 1, BLOCK_M, REST)
+        for start in range(0, ROWS, BLOCK_M):
+            slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
+            token, real, gain = gained_rows(
+                source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED, SCALED
+            )  # fmt: skip
+            h = basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED)
+            z = silu(h, SILU, FAST)
+            d_h = tl.zeros((BLOCK_M, REST), tl.float32)
+            added = ()
+            for head in tl.static_range(H):
+                row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, PREVIOUS and head == H - 1)
+                if LOCAL and head == 1:
+                    odd = ((column // 2 if INTERLEAVED else column) % 2 == 1)[None, :]
+                    has_after, after = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, True)
+                    at, row = tl.where(odd, after, at), tl.where(odd, has_after, row)
+                own = d_heads_ptr + (head * GT * CP + at) * SP + column[None, :]
+                d = tl.load(own, mask=row & inside[None, :], other=0.0).to(tl.float32)
+                d_h += d * vector(gamma_ptr, head, S, column, inside)
+                added = added + (totals[2 * head] + d * z, totals[2 * head + 1] + d)
+            d_h *= silu_grad(h, SILU, FAST)
+            totals = added + (totals[2 * H] + d_h,)
+            if SCALED:
+                d_h *= gain[:, None]
+            d_z = d_z_ptr + token[:, None] * d_z_stride + column[None, :]
+            tl.store(d_z, d_h.to(dtype), mask=real[:, None] & inside[None, :])
         for head in tl.static_range(H):
-            row, at = real, place
-            if PREVIOUS and head == H - 1:
-                row, at = has_after, after
-            at, row = at[:, None], row[:, None]
-            if LOCAL and head == 1:
-                odd = ((column // 2 if INTERLEAVED else column) % 2 == 1)[None, :]
-                at, row = tl.where(odd, after[:, None], at), tl.where(odd, has_after[:, None], row)
-            own = d_heads_ptr + (head * GT * CP + at) * SP + column[None, :]
-            d = tl.load(own, mask=row & inside[None, :], other=0.0).to(tl.float32)
-            d_h += d * vector(gamma_ptr, head, S, column, inside)
-            tl.store(sums + head * S + column, tl.sum(d * z, 0), mask=inside)
-            tl.store(sums + (H + head) * S + column, tl.sum(d, 0), mask=inside)
-        d_h *= silu_grad(h, SILU, FAST)
-        tl.store(sums + 2 * H * S + column, tl.sum(d_h, 0), mask=inside)
-        if SCALED:
-            d_h *= gain[:, None]
-        tl.store(d_z_row + column[None, :], d_h.to(dtype), mask=mask)
+            tl.store(sums + head * S + column, tl.sum(totals[2 * head], 0), mask=inside)
+            tl.store(sums + (H + head) * S + column, tl.sum(totals[2 * head + 1], 0), mask=inside)
+        tl.store(sums + 2 * H * S + column, tl.sum(totals[2 * H], 0), mask=inside)
 
 
 @kernel

@@ -634,11 +634,15 @@ def launch_backward(
     return PartialSums(u=d_bias_u, v=d_bias_v, heads=d_gamma_beta, norm=None, squares=squares, gates=gates)
 
 
+# Of `heads_gradient_kernel`: numbers in a step, and the slots of a program.
+HEADS_STEP, HEADS_ROWS = 256, 128
+
+
 def launch_heads_gradient(shape: Shape, inputs: Inputs, d_heads: Tensor, d_z: Tensor) -> Tensor:
     """Fill `d_z`; partial sums for gammas, betas and z's bias."""
     t, S = shape.tiles, shape.S
-    block = min(t.block, 32)
-    blocks = shape.GT * t.CP // block
+    rows = min(t.block, HEADS_ROWS)
+    blocks = shape.GT * t.CP // rows
     cos, sin, table_rows = inputs.tables
     sums = d_heads.new_empty((blocks, 2 * shape.H + 1, S), dtype=torch.float32)
     backward.heads_gradient_kernel(
@@ -646,7 +650,8 @@ def launch_heads_gradient(shape: Shape, inputs: Inputs, d_heads: Tensor, d_z: Te
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens,
         inputs.index.opens_G, d_z, d_z.stride(0), sums, *shape.grid, shape.GT, S, shape.rotary_dim, table_rows,
         H=shape.H, PREVIOUS=shape.previous, LOCAL=shape.local_shift, CP=t.CP, SP=t.SP, **shape.pairs,
-        INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block, num_warps=4,
+        INTERLEAVED=shape.interleaved, **switches(shape, inputs), ROWS=rows,
+        BLOCK_M=min(rows, max(1, HEADS_STEP // max(shape.pairs.values()))), num_warps=4,
     )  # fmt: skip
     return sums
 
