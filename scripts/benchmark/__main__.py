@@ -1,10 +1,10 @@
 """\
 python -m scripts.benchmark --smoke --output runs/benchmark/smoke.csv
 
-Speed and memory of FLASH and its peers at equal size (85 M parameters, bfloat16): training step, forward, prefill,
-decoding, one layer, and training on the CPU. A correctness gate runs first: if it fails, nothing is timed and the exit
-code is 1. Each (model, group) is measured in its own process, and each row is appended to the CSV at once.
-Start it from the root of the clone.
+Speed and memory of FLASH and its peers at equal size (85 M parameters, bfloat16): training step, also of 12 layers of
+width 512, forward, prefill, decoding, `generate()`, one layer, and training on the CPU. A correctness gate runs first:
+if it fails, nothing is timed and the exit code is 1. Each (model, group) is measured in its own process, and each row
+is appended to the CSV at once. Start it from the root of the clone.
 
     python -m scripts.benchmark --models flash,transformer++ --groups train --output runs/benchmark/h100.csv
     python -m scripts.benchmark --table runs/benchmark/h100.csv

@@ -26,6 +26,8 @@ from flash_hf.commands.options import OptionParser, natural, run_command, seed
 # Name: backend, dtype of the matrix products.
 RUNS = {
     "triton": ("triton", torch.bfloat16),
+    # Without those for Hopper, which `triton` has on such a GPU.
+    "triton-general": ("triton", torch.bfloat16),
     "torch": ("torch", torch.bfloat16),
     "torch-float32": ("torch", torch.float32),
 }
@@ -37,6 +39,10 @@ def train(options: argparse.Namespace, run: str) -> tuple[list[float], float]:
     text = torch.frombuffer(bytearray(Path(options.text).read_bytes()), dtype=torch.uint8)
     begin = time.perf_counter()
     backend, dtype = RUNS[run]
+    if run == "triton-general":
+        from flash_hf.kernels import choice
+
+        choice.scan_for = lambda device: False
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = {"hidden_size": 64, "num_hidden_layers": 2, "query_key_dim": 32, "chunk_size": 64}
     if not options.tiny:
@@ -44,10 +50,10 @@ def train(options: argparse.Namespace, run: str) -> tuple[list[float], float]:
     torch.manual_seed(options.seed)
     model = FlashForCausalLM(FlashConfig(vocab_size=256, backend=backend, **size)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / 100))
     generator = torch.Generator().manual_seed(options.seed)
     losses = []
-    for _ in range(options.steps):
+    for step in range(options.steps):
         first = torch.randint(0, len(text) - options.length, (options.batch,), generator=generator)
         ids = torch.stack([text[i : i + options.length] for i in first]).long().to(device)
         with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
@@ -58,6 +64,8 @@ def train(options: argparse.Namespace, run: str) -> tuple[list[float], float]:
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
+        if (step + 1) % 100 == 0:
+            print(f"{run}: step {step + 1}, {torch.stack(losses[-100:]).mean():.4f} over 100 steps", flush=True)
     return torch.stack(losses).tolist(), time.perf_counter() - begin
 
 
@@ -65,7 +73,7 @@ def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="text file to train on")
     parser.add_argument("--folder", default="runs/backends", help="output folder")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=["triton", "torch", "torch-float32"])
     parser.add_argument("--workers", type=natural, default=1, help="parallel runs, each in its own process")
     parser.add_argument("--steps", type=natural, default=1000)
     parser.add_argument("--batch", type=natural, default=16, help="sequences per step")
@@ -84,7 +92,9 @@ def main() -> None:
     folder = Path(options.folder)
     folder.mkdir(parents=True, exist_ok=True)
     curves, last = {}, max(1, options.steps // 10)
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as workers:
+    # A process per run: one run changes which kernels are chosen.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context, max_tasks_per_child=1) as workers:
         results = workers.map(partial(train, options), options.runs)
         for run, (losses, seconds) in zip(options.runs, results, strict=True):
             curves[run] = losses

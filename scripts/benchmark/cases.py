@@ -10,19 +10,32 @@ import os
 import platform
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 
 from ..provenance import commit, processor, triton_version
-from .models import MODELS, Candidate, Unsupported, build, first_layers, parameter_count
-from .sizes import BASE, SMALL, SMOKE, Size, model_flops, utilisation
-from .timing import Timing, capture, clean, copy_rate, matmul_rate, measure, once, peak_gib, quartiles, training_step
+from .models import MODELS, Candidate, Unsupported, build, build_head, first_layers, parameter_count
+from .sizes import BASE, LITTLE, SMALL, SMOKE, Size, model_flops, utilisation
+from .timing import (
+    Timing,
+    capture,
+    clean,
+    copy_rate,
+    matmul_rate,
+    measure,
+    measure_generation,
+    measure_issue,
+    once,
+    peak_gib,
+    quartiles,
+    training_step,
+)
 
 
-GROUPS = ("matmul", "train", "decode", "prefill", "layer", "forward", "cpu")
+GROUPS = ("matmul", "train", "little", "generate", "decode", "prefill", "layer", "forward", "cpu")
 COLUMNS = (
     "date", "machine", "gpu", "commit", "torch", "triton", "transformers", "model", "direction", "measurement",
     "context", "batch", "tokens", "ms", "ms_q25", "ms_q75", "samples", "tokens_per_s", "peak_gib", "mfu", "parameters",
@@ -30,9 +43,13 @@ COLUMNS = (
 )  # fmt: skip
 TOKENS = 65_536
 # The contexts of the tables come first, in case a run is cut off.
-CONTEXTS = (8192, 512, 2048, 65_536, 32_768, 131_072)
-# Models of flash-linear-attention are tuned for minutes at each shape.
-FLA_CONTEXTS = (8192, 2048, 32_768)
+CONTEXTS = (8192, 512, 2048, 65_536, 32_768)
+LADDERS = {
+    "flash-quad": (512, 2048, 8192),  # the longest rows that its kernels take
+    # Models of flash-linear-attention are tuned for minutes at each shape.
+    "gla": (8192, 2048, 32_768),
+    "gated-deltanet": (8192, 2048, 32_768),
+}
 STEPS = 32  # decoding steps per sample
 
 
@@ -108,6 +125,8 @@ class Case:
     batch: int
     causal: bool = True
     recompute: bool = False
+    graph: bool = False  # the step captured as one CUDA graph
+    issue: bool = False  # the time until the step is issued, not done
 
     @property
     def direction(self) -> str:
@@ -117,14 +136,29 @@ class Case:
 def cases(group: str, model: str, smoke: bool, contexts: tuple[int, ...] | None = None) -> list[Case]:
     """The cases of a group, the most important first; only those of `contexts` if given."""
     tokens, middle, longest = (128, 64, 128) if smoke else (TOKENS, 8192, 65_536)
-    ladder = FLA_CONTEXTS if model in ("gla", "gated-deltanet") else CONTEXTS
-    ladder = (64, 32) if smoke else ladder
-    if group in ("train", "forward"):
-        # 131,072 tokens of context exceed the batch of 65,536: that case takes one sequence of its own length.
-        found = [Case(group, context, max(1, tokens // context)) for context in ladder]
+    ladder = (64, 32) if smoke else LADDERS.get(model, CONTEXTS)
+    if group == "forward":
+        found = [Case(group, context, tokens // context) for context in ladder]
         found.insert(1, Case(group, middle, tokens // middle, causal=False))
-        if group == "train":
-            found.insert(2, Case("train, checkpointing", middle, tokens // middle, recompute=True))
+    elif group == "train":
+        found = [Case(group, context, tokens // context) for context in ladder]
+        if model not in ("flash-plus", "flash-plus-keys"):  # forms for causal models
+            found += [replace(case, causal=False) for case in found if case.context <= middle]
+        # Peers are compiled or tuned; that the host keeps up with the device is to be shown for FLASH.
+        if model in ("flash", "flash-plus", "flash-plus-keys"):
+            found += [
+                replace(case, measurement="train, CUDA graph", graph=True) for case in found
+                if not smoke and (model == "flash" or case.context == 512)
+            ]  # fmt: skip
+            found += [Case("train, issued", context, tokens // context, issue=True) for context in ladder[:2]]
+        if model not in ("flash-plus", "flash-plus-keys", "flash-quad"):
+            found.append(Case("train, checkpointing", middle, tokens // middle, recompute=True))
+    elif group == "little":
+        context = 32 if smoke else 2048
+        case = Case("little, train", context, tokens // 2 // context)
+        found = [case, replace(case, measurement="little, train, issued", issue=True)]
+        if not smoke:
+            found.insert(1, replace(case, measurement="little, train, CUDA graph", graph=True))
     elif group == "prefill":
         found = [Case("prefill", longest, 1)]
     elif group == "decode":
@@ -171,7 +205,8 @@ def prepare(candidate: Candidate, case: Case, size: Size, device: str, dtype: to
             return lambda: hidden(x), {}
     elif case.recompute:
         candidate.recompute(True)
-    return training_step(module, hidden, x.requires_grad_(), normal(*shape)), {}
+    step = training_step(module, hidden, x.requires_grad_(), normal(*shape))
+    return capture(step) if case.graph else step, {}
 
 
 def note_of(error: BaseException) -> str:
@@ -200,12 +235,13 @@ def run_case(case: Case, name: str, candidate: Candidate, size: Size, args, dtyp
     try:
         with torch.set_grad_enabled(is_training(case)):
             call, options = prepare(candidate, case, size, args.device, dtype)
-            timing = measure(call, args.device, reps=args.reps, **options)
+            timer = measure_issue if case.issue else measure
+            timing = timer(call, args.device, reps=args.reps, **options)
         flops = model_flops(name, size, case.context, case.causal)
         if flops is not None and case.measurement.startswith("layer"):
             flops /= size.blocks
-        # Decoding is bound by memory: its share of the arithmetic rate means nothing.
-        if flops is not None and case.measurement != "decode":
+        # Decoding is bound by memory, and an issued step is not done: neither has a share of the arithmetic rate.
+        if flops is not None and case.measurement != "decode" and not case.issue:
             row["mfu"] = utilisation(flops * (3 if is_training(case) else 1), row["tokens"], timing.median, peak)
         recorder.add(timing, **row, peak_gib=peak_gib(args.device))
     except Exception as error:
@@ -224,7 +260,7 @@ def run(args: argparse.Namespace, model: str, group: str) -> None:
     """All cases of one group for one model, in `args.rounds` rounds."""
     recorder = Recorder(args.output, args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    size = SMOKE if args.smoke else BASE
+    size = SMOKE if args.smoke else LITTLE if group == "little" else BASE
     if args.smoke:
         torch.set_num_threads(1)  # with more, threads of models this small only wait for each other
     # As in training; the gate ran in full float32.
@@ -233,6 +269,9 @@ def run(args: argparse.Namespace, model: str, group: str) -> None:
     torch._dynamo.config.recompile_limit = 64
     if group == "cpu":
         run_cpu(args, recorder)
+        return
+    if group == "generate":
+        run_generate(args, model, dtype, recorder)
         return
     # Measured in this process, since clocks differ between cards and minutes.
     timing, peak = matmul_rate(args.device, dtype, 8192 if args.device == "cuda" else 256)
@@ -261,6 +300,37 @@ def run(args: argparse.Namespace, model: str, group: str) -> None:
                 run_case(case, model, candidate, size, args, dtype, peak, recorder)
         del candidate
         clean(args.device)
+
+
+def run_generate(args: argparse.Namespace, name: str, dtype: torch.dtype, recorder: Recorder) -> None:
+    """Milliseconds per token of `generate()` as it is called by default, and on a GPU with a static cache as well."""
+    prompt, new, vocabulary, size, batches = 512, 32, 32_000, BASE, (1, 32)
+    if args.device == "cpu":
+        vocabulary, size, batches = 8192, replace(SMALL, layers=12), (1, 8)
+        torch.set_num_threads(1)
+    if args.smoke:
+        prompt, new, vocabulary, size, batches = 24, 2, 128, SMOKE, (2,)
+    on_cpu = "cpu " if args.device == "cpu" else ""
+    runs = [(f"{on_cpu}generate", batch, {}) for batch in batches]
+    if args.device == "cuda":
+        runs.append(("generate, static cache", 1, {"cache_implementation": "static"}))
+    row = {"model": name, "direction": "causal", "context": prompt}
+    try:
+        model = build_head(name, size, vocabulary, args.device, dtype)
+    except Unsupported as error:
+        for what, batch, _ in runs:
+            recorder.add(**row, measurement=what, batch=batch, note=str(error))
+        return
+    row |= {"parameters": model.num_parameters(), "note": f"{torch.get_num_threads()} threads, {dtype}"}
+    if args.device == "cpu":
+        row["note"] += f"; load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    for what, batch, words in runs:
+        clean(args.device)
+        try:
+            timing = measure_generation(model, batch, prompt, new, reps=args.rounds * args.reps // 2 or 1, **words)
+            recorder.add(timing, **row, measurement=what, batch=batch, tokens=batch, peak_gib=peak_gib(args.device))
+        except Exception as error:
+            recorder.add(**{**row, "note": note_of(error)}, measurement=what, batch=batch)
 
 
 def run_cpu(args: argparse.Namespace, recorder: Recorder) -> None:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel, StaticCache
 
 from flash_hf.cache_flash import CACHE_NAME
 from flash_hf.configuration_flash import FlashConfig
-from flash_hf.modeling_flash import FlashModel
+from flash_hf.modeling_flash import FlashForCausalLM, FlashModel
 
 from .lean import LeanTransformer
 from .sizes import Size, flash_config
@@ -182,14 +182,19 @@ def build_fla(name: str, size: Size, causal: bool) -> Candidate:
     return HostCandidate(getattr(fla.models, cls + "Model")(config))
 
 
+def llama_config(size: Size, **changes) -> LlamaConfig:
+    options = {
+        "vocab_size": 128, "hidden_size": size.width, "intermediate_size": size.feed_forward,
+        "num_hidden_layers": size.blocks, "num_attention_heads": size.heads, "attn_implementation": "sdpa",
+        "max_position_embeddings": 1 << 20,
+    }  # fmt: skip
+    return LlamaConfig(**{**options, **changes})
+
+
 def build_llama(size: Size, causal: bool) -> Candidate:
     if not causal:
         raise Unsupported("causal only")
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=size.width, intermediate_size=size.feed_forward, num_hidden_layers=size.blocks,
-        num_attention_heads=size.heads, attn_implementation="sdpa", max_position_embeddings=1 << 20,
-    )  # fmt: skip
-    return LlamaCandidate(LlamaModel(config))
+    return LlamaCandidate(LlamaModel(llama_config(size)))
 
 
 def build_baseline(size: Size, causal: bool) -> Candidate:
@@ -211,17 +216,23 @@ class Model(NamedTuple):
     compiled: bool = False
 
 
+def _backend(backend: str, device: str) -> str:
+    """On a GPU a silent fallback must not be measured; elsewhere there are no kernels."""
+    return backend if device == "cuda" else "torch"
+
+
 def _flash(backend: str, **changes) -> Callable[[Size, bool, str], Candidate]:
     def build(size: Size, causal: bool, device: str) -> Candidate:
-        # On a GPU a silent fallback must not be measured; elsewhere there are no kernels.
-        chosen = backend if device == "cuda" else "torch"
-        return FlashCandidate(flash_config(size, causal, chosen, **changes))
+        return FlashCandidate(flash_config(size, causal, _backend(backend, device), **changes))
 
     return build
 
 
+FORMS: dict[str, dict] = {
+    "flash": {}, "flash-plus": {"plus": True}, "flash-plus-keys": {"plus": True, "local_key_shift": True},
+}  # fmt: skip
 MODELS = {
-    "flash": Model(_flash("triton")),
+    **{name: Model(_flash("triton", **form)) for name, form in FORMS.items()},
     "flash-compiled": Model(_flash("triton"), compiled=True),
     "flash-torch": Model(_flash("torch"), compiled=True),
     # The rotary bias, since the Toeplitz bias is limited to max_position_embeddings. Kernels take rows of up to 8,192
@@ -255,6 +266,23 @@ def build(name: str, size: Size, causal: bool, device: str, dtype: torch.dtype, 
             layer.compile(dynamic=False)
         candidate.note = (candidate.note + "; layers compiled one by one").lstrip("; ")
     return candidate
+
+
+def build_head(name: str, size: Size, vocabulary: int, device: str, dtype: torch.dtype) -> nn.Module:
+    """A model with a head, for `generate()`; its embeddings are tied.
+
+    Raises:
+        Unsupported: it has none here.
+    """
+    torch.manual_seed(0)
+    if name == "llama":
+        model = LlamaForCausalLM(llama_config(size, vocab_size=vocabulary, tie_word_embeddings=True))
+    elif name in FORMS:
+        backend = _backend("triton", device)
+        model = FlashForCausalLM(flash_config(size, True, backend, vocab_size=vocabulary, **FORMS[name]))
+    else:
+        raise Unsupported("not measured with a head")
+    return model.to(device, dtype).eval()
 
 
 def parameter_count(module: nn.Module) -> int:

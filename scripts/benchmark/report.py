@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,8 @@ from .cases import COLUMNS
 
 PAPER = ("flash", "transformer++")
 TITLES = {
-    "flash": "FLASH", "flash-torch": "FLASH, PyTorch", "flash-quad": "FLASH-Quad", "transformer++": "Transformer++",
+    "flash": "FLASH", "flash-plus": "FLASH+", "flash-plus-keys": "FLASH+ with shifted local keys",
+    "flash-torch": "FLASH, PyTorch", "flash-quad": "FLASH-Quad", "transformer++": "Transformer++",
     "llama": "Llama (transformers)", "flash-pytorch": "FLASH-pytorch", "gla": "GLA",
     "gated-deltanet": "Gated DeltaNet",
 }  # fmt: skip
@@ -117,11 +118,26 @@ def targets(results: Results) -> list[tuple[str, float | None, str, float, str]]
         return pick(results, model, measurement, context, direction, batch)
 
     rows = []
-    for context, bound in ((512, 1.4), (2048, 1.6), (8192, 2.1), (32_768, 5), (65_536, 8)):
-        value = ratio(at("transformer++", "train", context), at("flash", "train", context))
-        rows.append((f"training step, causal, {context} tokens: Transformer++ / FLASH", value, ">=", bound, ""))
-    value = ratio(at("transformer++", "train", 8192, "bidirectional"), at("flash", "train", 8192, "bidirectional"))
-    rows.append(("training step, bidirectional, 8192 tokens: Transformer++ / FLASH", value, ">=", 2.7, ""))
+    causal = {512: 1.0, 2048: 1.15, 8192: 1.75, 32_768: 4.4, 65_536: 7.5}
+    for direction, bounds in (("causal", causal), ("bidirectional", {512: 1.0, 8192: 2.6})):
+        for context, bound in bounds.items():
+            steps = (at(model, "train", context, direction) for model in ("transformer++", "flash"))
+            what = f"training step, {direction}, {context} tokens: Transformer++ / FLASH"
+            rows.append((what, ratio(*steps), ">=", bound, ""))
+
+    for model in ("flash-plus", "flash-plus-keys"):
+        value, remark = worst(results, model, "flash")
+        rows.append((f"training step: {TITLES[model]} / FLASH", value, "<=", 1.04, remark))
+    for model in ("flash", "flash-plus-keys"):
+        issued = at(model, "train, issued", 512)
+        rows.append((f"time to issue that step, {TITLES[model]}, 512, ms", issued and issued.ms, "<=", 45, ""))
+    value = ratio(at("flash", "little, train", 2048), at("flash", "little, train, CUDA graph", 2048))
+    rows.append(("12 layers of 512: step / its CUDA graph", value, "<=", 1.15, ""))
+    for direction in ("causal", "bidirectional"):
+        for context in (512, 2048):
+            steps = (at(model, "train", context, direction) for model in ("flash-quad", "transformer++"))
+            what = f"training step, {direction}, {context} tokens: FLASH-Quad / Transformer++"
+            rows.append((what, ratio(*steps), "<=", 1.15, ""))
 
     per_token = {
         key[3]: result.ms / result.tokens
@@ -142,16 +158,9 @@ def targets(results: Results) -> list[tuple[str, float | None, str, float, str]]
     peer = at("flash-pytorch", "train", 8192)
     rows.append(("training step, 8192: FLASH-pytorch / FLASH", ratio(peer, train), ">=", 2.5, ""))
     rows.append(("memory, 8192: FLASH / FLASH-pytorch", ratio(train, peer, "memory"), "<=", 0.6, ""))
-    for model, title in (("gla", "GLA"), ("gated-deltanet", "Gated DeltaNet")):
-        found = {
-            key[3]: ratio(result, at("flash", "train", key[3]))
-            for key, result in results.items()
-            if key[:3] == (model, "causal", "train")
-        }
-        found = {context: value for context, value in found.items() if value}
-        value = min(found.values()) if found else None
-        remark = f"worst of {', '.join(map(str, sorted(found)))}" if found else ""
-        rows.append((f"training step: {title} / FLASH", value, ">=", 1.0, remark))
+    for model in ("gla", "gated-deltanet"):
+        value, remark = worst(results, model, "flash", min)
+        rows.append((f"training step: {TITLES[model]} / FLASH", value, ">=", 1.0, remark))
     for context in (1024, 65_536):
         step = at("flash", "decode", context, batch=1)
         rows.append((f"decoding, batch 1, {context} tokens of context, ms per token", step and step.ms, "<=", 1.2, ""))
@@ -160,10 +169,28 @@ def targets(results: Results) -> list[tuple[str, float | None, str, float, str]]
     rows.append(("decoding, batch 64, 32768: tokens/s over Transformer++", ratio(other, mine), ">=", 10, remark))
     value = ratio(at("transformer++", "prefill", 65_536), at("flash", "prefill", 65_536))
     rows.append(("prefill of 65536 tokens: Transformer++ / FLASH", value, ">=", 5, ""))
+    for batch in (1, 32):
+        value = ratio(*(at(model, "generate", 512, batch=batch) for model in ("flash", "llama")))
+        rows.append((f"generate(), batch {batch}, after 512 tokens: FLASH / Llama", value, "<=", 1.0, ""))
+    static = at("flash", "generate, static cache", 512)
+    rows.append(("generate() with a static cache, batch 1, ms per token", static and static.ms, "<=", 1.5, ""))
+    value = ratio(*(at(model, "cpu generate", 512, batch=8) for model in ("flash", "llama")))
+    rows.append(("CPU, generate(), batch 8, after 512 tokens: FLASH / Llama", value, "<=", 1.3, ""))
     for context in (2048, 8192):
         value = ratio(at("flash-pytorch", "cpu train", context), at("flash", "cpu train", context))
         rows.append((f"CPU, training step, {context}: FLASH-pytorch / FLASH", value, ">=", 1.5, ""))
     return rows
+
+
+def worst(results: Results, model: str, other: str, of: Callable = max) -> tuple[float | None, str]:
+    """The largest ratio of two models' causal training steps over the contexts that both have, and these contexts."""
+    found = {
+        key[3]: ratio(result, pick(results, other, "train", key[3]))
+        for key, result in results.items()
+        if key[:3] == (model, "causal", "train")
+    }
+    found = {context: value for context, value in found.items() if value}
+    return of(found.values()) if found else None, f"worst of {', '.join(map(str, sorted(found)))}" if found else ""
 
 
 def target_table(results: Results) -> str:
@@ -216,7 +243,7 @@ def tables(results: Results) -> str:
     parts += ["### Targets", target_table(results)]
     measurements = dict.fromkeys((key[2], key[1]) for key in results if key[1])
     for measurement, direction in measurements:
-        decode = measurement == "decode"
+        decode = "decode" in measurement or "generate" in measurement
         unit = "ms per token (quartiles)" if decode else "ms (quartiles)"
         cells = {unit: lambda result: f"{number(result.ms)} ({result.spread})"}
         if not decode:

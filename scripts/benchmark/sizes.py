@@ -30,6 +30,8 @@ class Size:
 
 
 BASE = Size()
+# Size m of the study: on a fast GPU Python takes longer than the kernels.
+LITTLE = Size(width=512, layers=12, heads=8, feed_forward=1376)
 # A step takes about a second on two cores.
 SMALL = Size(width=256, layers=4, heads=4, feed_forward=688)
 SMOKE = Size(width=32, layers=2, query_key_dim=16, chunk_size=16, heads=2, feed_forward=88)
@@ -74,11 +76,12 @@ def utilisation(flops_per_token: float | None, tokens: int, ms: float, peak_flop
     return flops_per_token * tokens / (ms * 1e-3) / peak_flops
 
 
-def flash_config(size: Size, causal: bool, backend: str | None, **changes) -> FlashConfig:
-    """A FLASH configuration of a size; `backend=None` keeps the default of FlashConfig."""
+def flash_config(size: Size, causal: bool, backend: str | None, *, plus: bool = False, **changes) -> FlashConfig:
+    """A FLASH configuration of a size, FLASH+ with `plus`; `backend=None` keeps the default of FlashConfig."""
     if backend is not None:
         changes["backend"] = backend
-    return FlashConfig(
-        vocab_size=128, hidden_size=size.width, num_hidden_layers=size.layers, query_key_dim=size.query_key_dim,
-        chunk_size=size.chunk_size, is_decoder=causal, **changes,
-    )  # fmt: skip
+    options = {
+        "vocab_size": 128, "hidden_size": size.width, "num_hidden_layers": size.layers,
+        "query_key_dim": size.query_key_dim, "chunk_size": size.chunk_size, "is_decoder": causal,
+    }  # fmt: skip
+    return (FlashConfig.plus if plus else FlashConfig)(**{**options, **changes})

@@ -68,6 +68,41 @@ def measure(
     return quartiles(samples)
 
 
+def measure_issue(call: Callable, device: str, *, reps: int, warmup: int = 2) -> Timing:
+    """Time until `call` returns, without waiting for the device: what Python and the launches take."""
+    samples = []
+    for _ in range(warmup + reps):
+        begin = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - begin) * 1e3)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    return quartiles(samples[warmup:])
+
+
+@torch.inference_mode()
+def measure_generation(model, batch: int, prompt: int, new: int, *, reps: int, **words) -> Timing:
+    """Milliseconds per new token of a greedy `generate()`: the difference of two calls, of 4 and of `4 + new` tokens,
+    so that the prompt counts for nothing."""
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=model.device)
+    seen = torch.ones_like(ids)
+
+    def seconds(count: int) -> float:
+        begin = time.perf_counter()
+        model.generate(
+            ids, attention_mask=seen, min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0,
+            **words,
+        )  # fmt: skip
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    for count in (4, 4 + new):  # both lengths of a static cache are compiled
+        seconds(count)
+    differences = [seconds(4 + new) - seconds(4) for _ in range(reps)]
+    return quartiles([1e3 * difference / new for difference in differences])
+
+
 def clean(device: str) -> None:
     """Free the memory of earlier measurements and reset the peak."""
     gc.collect()
@@ -107,7 +142,7 @@ def training_step(module: nn.Module, hidden: Callable[[Tensor], Tensor], x: Tens
     return step
 
 
-def capture(step: Callable, rewind: Callable) -> Callable:
+def capture(step: Callable, rewind: Callable = lambda: None) -> Callable:
     """`step` captured as one CUDA graph: replays have no launch costs and reuse the same buffers."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
