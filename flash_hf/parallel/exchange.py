@@ -16,8 +16,8 @@ from ..chunking_flash import ChunkLayout, Places, take_rows
 
 
 # torch 2.13 renamed them.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class AllGather(torch.autograd.Function):
@@ -28,13 +28,13 @@ class AllGather(torch.autograd.Function):
     def forward(ctx, x: Tensor, group: dist.ProcessGroup, works: list) -> Tensor:
         ctx.group, size = group, dist.get_world_size(group)
         out = x.new_empty(size, *x.shape)
-        works.append(_all_gather(out.view(-1), x.contiguous().view(-1), group=group, async_op=True))
+        works.append(all_gather(out.view(-1), x.contiguous().view(-1), group=group, async_op=True))
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
         d_x = d_out.new_empty(d_out.shape[1:])
-        _reduce_scatter(d_x.view(-1), d_out.contiguous().view(-1), group=ctx.group)
+        reduce_scatter(d_x.view(-1), d_out.contiguous().view(-1), group=ctx.group)
         return d_x, None, None
 
 
@@ -175,7 +175,7 @@ class Neighbours:
         """The sums before rows, float32 `[B, S, E]`, from those over runs."""
         given = self.given_runs(total_PSE).sum(1)
         taken = given.new_empty(self.left_weight.shape[0], *given.shape)
-        _all_gather(taken.view(-1), given.view(-1), group=self.group)
+        all_gather(taken.view(-1), given.view(-1), group=self.group)
         return (taken * self.left_weight).sum(0)
 
     def add_gradients(self, d_total_PSE: Tensor, d_carry_PSE: Tensor, scale: float) -> None:
@@ -186,7 +186,7 @@ class Neighbours:
         """
         d_initial = d_total_PSE.view(len(self.open_B), -1, *d_total_PSE.shape[1:]).sum(1) * scale
         d_given = torch.empty_like(d_initial)
-        _reduce_scatter(d_given.view(-1), (d_initial * self.left_weight).view(-1), group=self.group)
+        reduce_scatter(d_given.view(-1), (d_initial * self.left_weight).view(-1), group=self.group)
         self.given_runs(d_carry_PSE).add_(d_given[:, None])
 
 

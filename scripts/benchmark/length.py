@@ -7,6 +7,7 @@ after it, all on one GPU; and with torchrun, rows cut over several GPUs (context
 whole rows, strong scaling at the longest context, and weak scaling at its part per device.
 
     python -m scripts.benchmark.length --parts train prefill --output runs/benchmark/length.json
+    python -m scripts.benchmark.length --table scripts/results/length/*.json --plot scripts/results/length/length.png
     python -m scripts.benchmark.length --parts train --forms transformer++ --contexts 8192 32768 131072 --steps 1
     torchrun --nproc_per_node 2 -m scripts.benchmark.length --parts error scaling --output runs/benchmark/scaling.json
 """
@@ -29,8 +30,9 @@ from transformers import DynamicCache
 from flash_hf import FlashConfig, FlashForCausalLM
 from flash_hf.commands.options import OptionParser, natural, run_command
 from flash_hf.parallel import context_parallel, shard_sequence
-from flash_hf.parallel.exchange import _all_gather, _reduce_scatter
+from flash_hf.parallel.exchange import all_gather, reduce_scatter
 from scripts.baselines import TransformerPPConfig, TransformerPPForCausalLM
+from scripts.benchmark import length_report
 from scripts.provenance import provenance, write_json
 
 
@@ -49,6 +51,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--piece", type=natural, default=65_536, help="tokens of a piece of the prefill")
     parser.add_argument("--steps", type=natural, default=3)
     parser.add_argument("--limit_s", type=float, default=1e9, help="begin no measurement after so many seconds")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="print the tables of files and exit")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="with --table, write the figure there")
     parser.add_argument("--smoke", action="store_true", help="tiny models and contexts, on the CPU")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/length.json"))
     args = parser.parse_args()
@@ -383,8 +387,8 @@ def links(bench: Bench, model: FlashForCausalLM, calls: int = 20) -> None:
     parameters = list(model.parameters())
     gradients = torch.zeros(sum(p.numel() for p in parameters), device=sums.device, dtype=parameters[0].dtype)
     collectives = {
-        "all-gather": (lambda: _all_gather(of_all, sums, group=group), sums),
-        "reduce-scatter": (lambda: _reduce_scatter(sums, of_all, group=group), sums),
+        "all-gather": (lambda: all_gather(of_all, sums, group=group), sums),
+        "reduce-scatter": (lambda: reduce_scatter(sums, of_all, group=group), sums),
         "all-reduce": (lambda: dist.all_reduce(gradients, group=group), gradients),
     }
     for name, (call, tensor) in collectives.items():
@@ -401,6 +405,12 @@ def links(bench: Bench, model: FlashForCausalLM, calls: int = 20) -> None:
 
 def main() -> None:
     args = parse()
+    if args.table:
+        rows = length_report.read(args.table)
+        print(length_report.tables(rows))
+        if args.plot:
+            length_report.plot(rows, args.plot)
+        return
     bench = Bench(args)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("highest")

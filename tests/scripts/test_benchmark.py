@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from flash_hf import attention_flash
 from helpers import ROOT, assert_close
 from scripts.baselines import TransformerPPConfig, TransformerPPModel
-from scripts.benchmark import cases, models, report, serving, sizes
+from scripts.benchmark import cases, length_report, models, report, serving, sizes
 from scripts.benchmark import gate as gates
 from scripts.benchmark import timing as timer
 from scripts.benchmark.lean import LeanTransformer
@@ -490,3 +491,34 @@ def test_the_document_shows_what_the_kept_results_give():
         times = [report.pick(results, model, "train", context).ms for context in CONTEXTS]
         row = " | ".join(f"{time:.1f}" if time < 100 else f"{time:,.0f}" for time in times)
         assert f"| {title} | {row} |" in readme.replace("**", "")
+
+
+def test_long_contexts_are_shown_as_they_were_measured():
+    """Document and figure have the numbers of the kept files, and of every form."""
+    folder = ROOT / "scripts/results/length"
+    rows = length_report.read(sorted(folder.glob("*.json")))
+    pages = [ROOT / "scripts/results/README.md", ROOT / "notebooks/05_long_context.ipynb"]
+    readme, notebook = (page.read_text(encoding="utf-8") for page in pages)
+    assert length_report.tables(rows) in readme and "](length/length.png)" in readme
+    assert "](../scripts/results/length/length.png)" in notebook
+    expected = length_report.points(rows)
+    with Image.open(folder / "length.png") as figure:
+        assert json.loads(figure.info["Description"]) == json.loads(json.dumps(expected))
+    assert all(line for values in expected.values() for line in values.values())
+    assert expected["us_per_token"]["flash"][-1][0] == 2**20
+    assert not any(row["part"] == "error" and not row["passed"] for row in rows)
+    cost = length_report.projection(rows)
+    assert cost.pop("total") == pytest.approx(sum(cost.values()))
+
+
+def test_later_files_of_long_contexts_count(tmp_path):
+    made_by = {"machine": "a GPU", "commit": "abc"}
+    row = {"part": "train", "form": "plus", "context": 8192, "us_per_token": 3.0, "peak_gib": None}
+    again = [{**row, "part": "scaling", "devices": count, "us_per_token": 3.0 - count} for count in (1, 2)]
+    failed = {"part": "train", "form": "plus", "context": 16384, "note": "OutOfMemoryError"}
+    for name, rows in (("a", [row]), ("b", [*again, failed])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"made_by": made_by, "rows": rows}), encoding="utf-8")
+    rows = length_report.read(sorted(tmp_path.glob("*.json")))
+    assert length_report.steps(rows, "plus", "us_per_token") == {8192: 2.0}
+    assert length_report.steps(rows, "plus", "peak_gib") == {}
+    assert "| FLASH+ | 2.00 / - |" in length_report.train_table(rows)
