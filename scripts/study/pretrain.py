@@ -19,6 +19,7 @@ import math
 import shlex
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,7 @@ HELD_OUT = "held_out.npz"
 PASSAGES = 1000  # of held-out text, as in the cards of earlier checkpoints
 BLOCK = 2048  # tokens of a block of packed passages, likewise
 CHECKED_STEPS = 16  # steps between looks at the clock
+RATED = 20  # looks over which the speed is measured
 STATE_SECONDS = 90  # between saved states
 MOST_STEPS = 200_000
 CURVE_POINTS = 400
@@ -349,7 +351,10 @@ def final_results(model: nn.Module, held: dict[str, np.ndarray], recipe: Pretrai
 # ------------------------------------------------------------------------------------------------------------------
 def save_weights(model: nn.Module, folder: Path, log: dict) -> None:
     """Save a model's weights in bfloat16, and the training's log so far."""
-    weights = {name: value.bfloat16() for name, value in model.state_dict().items()}
+    shared: dict[int, Tensor] = {}  # tied weights stay one tensor, which is saved once
+    weights = {
+        name: shared.setdefault(value.data_ptr(), value.bfloat16()) for name, value in model.state_dict().items()
+    }
     model.save_pretrained(folder, state_dict=weights)
     config = read_json(folder / "config.json", dict)
     write_json(folder / "config.json", {**config, "dtype": "bfloat16"}, indent=2)
@@ -426,7 +431,7 @@ def run(
         return {"steps": before["steps"] + now.done, "runs": [*before["runs"], this],
                 "text": read_json(tokens / "text.json", dict)}  # fmt: skip
 
-    feed, saved, mark = source(now.done), time.perf_counter(), None
+    feed, saved, marks = source(now.done), time.perf_counter(), deque(maxlen=RATED)
     while step.factor.last is None or now.done < step.factor.last:
         for batch in itertools.islice(feed, CHECKED_STEPS):
             step(batch)
@@ -437,11 +442,11 @@ def run(
         wait(device)
         at = time.perf_counter()
         now.seconds = spent + at - clock
-        mark = mark or (at, now.done)  # after kernels were compiled
+        marks.append((at, now.done))
         if now.done % recipe.evaluate_every == 0:
             evaluate()
-        each = (at - mark[0]) / max(1, now.done - mark[1])
-        begin_decay = at - START >= seconds * (1 - recipe.decay) and now.done > mark[1]
+        each = (at - marks[0][0]) / max(1, now.done - marks[0][1])
+        begin_decay = at - START >= seconds * (1 - recipe.decay) and len(marks) > 1
         if step.factor.last is None and begin_decay:
             evaluate()
             save_weights(model, output / "stable", log())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from flash_hf import FlashConfig
@@ -101,6 +102,8 @@ def test_a_checkpoint_is_trained_measured_and_continued(work, tmp_path, monkeypa
     folder = tmp_path / "a" / "final"
     auto = AutoModelForCausalLM if recipe.causal else AutoModelForMaskedLM
     assert auto.from_pretrained(folder).dtype == torch.bfloat16
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # tied
     model, tokenizer = auto.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
     found = {row["metric"]: row["value"] for row in log["results"] if row["dataset"] != "wiki_valid"}
     if recipe.causal:
