@@ -19,7 +19,7 @@ from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, i
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 5
+KERNEL_INTERFACE = 6
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
@@ -123,9 +123,8 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
         layout = chunk_layout(places.documents, batch, length, causal=causal)
         places = replace(places, layout=layout, bias_length=length)
     delta = config.global_state == "delta"
-    # A rollback needs the keys of each token, and kernels neither read nor fill a state with shifted local keys, or of
-    # the delta rule.
-    if cache is not None and (cache.record_past or config.local_key_shift or delta):
+    # A rollback needs the keys of each token, and kernels neither read nor fill a state of the delta rule.
+    if cache is not None and (cache.record_past or delta):
         return places
     if isinstance(layout, StepLayout):
         state = cache.state

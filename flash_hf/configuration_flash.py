@@ -134,7 +134,7 @@ class FlashConfig(PreTrainedConfig):
         before it, too. Causal models only. Computed by PyTorch: there are no kernels for it yet.
     local_key_shift (`bool`, defaults to `False`): Local keys take every second pair of dimensions from the key of the
         token before them (0 at a document's first token), so that one layer can find what followed an earlier
-        occurrence of a token in its chunk. There are kernels for training, but none that use a cache.
+        occurrence of a token in its chunk.
     hidden_dropout (`float`, defaults to 0.0): Dropout on the embeddings and on each layer's output.
     attention_dropout (`float`, defaults to 0.0): Dropout on the quadratic attention weights.
     max_position_embeddings (`int`, defaults to 8192): Training length. It only limits `"quadratic"` with a

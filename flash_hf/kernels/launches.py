@@ -216,7 +216,7 @@ def launch_heads(shape: Shape, inputs: Inputs, cached: Cached) -> Tensor:
     if cached.kept is not None:
         for row, keys, mask in zip(shape.key_rows, cached.kept, cached.kept_mask, strict=True):
             first = heads[row].view(shape.B, shape.G, t.CP, t.SP)[:, 0, : shape.C, :S]
-            first.copy_(torch.where(mask[..., None], keys.to(first.dtype), first))
+            first.copy_(torch.where(mask, keys.to(first.dtype), first))
     return heads
 
 

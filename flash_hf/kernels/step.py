@@ -44,7 +44,7 @@ def _gated_step_kernel(
     u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale, shift,
     C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
     HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
-    MEAN: tl.constexpr, PREVIOUS: tl.constexpr, INTERLEAVED: tl.constexpr, SILU: tl.constexpr,
+    MEAN: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, INTERLEAVED: tl.constexpr, SILU: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,9 @@ def _gated_step_kernel(
         total += lin_k_p v_p^T
 
     where total, before that update, holds all tokens before this one. With PREVIOUS lin_k_p, the key that v_p goes
-    under, is the token's before, and slot p + 1 gets the token's own; no linear head is turned.
+    under, is the token's before, and slot p + 1 gets the token's own; no linear head is turned. With LOCAL quad_k_p
+    has every second pair of dimensions from the token's before, which are in slot p already (at a border in slot C),
+    and slot p + 1 gets the token's own.
     """
     blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     # Programs of one row are neighbours in time, so that all but the first find its keys in L2.
@@ -116,9 +118,19 @@ def _gated_step_kernel(
     v_E = _activated(v_ptr + row * v_stride, e_E, in_E, SILU).to(cache)
     LIN: tl.constexpr = 2 * S if HAS_QUAD else 0
     own_weight = 0.0
+    newest = tl.where(phase == 0, C, phase)
+    quad_k_ptr += row * (C + LOCAL) * S
     if HAS_QUAD:
         quad_q_S = _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S)
-        quad_k_S = _head(z_2S, turn_2S, gamma_ptr + S, beta_ptr + S, col_2S, in_2S).to(cache)
+        own_quad_k_S = _head(z_2S, turn_2S, gamma_ptr + S, beta_ptr + S, col_2S, in_2S).to(cache)
+        quad_k_S = own_quad_k_S
+        if LOCAL:
+            # Of slot p programs read only what the row's first program writes there unchanged.
+            taken_S = (col_S // 2 if INTERLEAVED else col_S) % 2 == 1
+            key_mask_S = taken_S & in_S & valid & (position > 0)
+            quad_k_S = tl.where(
+                taken_S, tl.load(quad_k_ptr + newest * S + col_S, mask=key_mask_S, other=0.0), quad_k_S
+            )
         quad_q_S *= score_scale
         own_score = tl.sum(quad_q_S * quad_k_S.to(tl.float32), 0)
         if HAS_BIAS:
@@ -136,13 +148,11 @@ def _gated_step_kernel(
         lin_slots = tl.where(closed > 0, slots, 0)
 
     # -- the open chunk's slots before this one; others are never loaded
-    quad_k_ptr += row * C * S
     lin_k_ptr += row * (C + PREVIOUS) * S
     value_ptr += row * C * E
     if HAS_LIN:
         lin_k_S = own_k_S
         if PREVIOUS:
-            newest = tl.where(phase == 0, C, phase)
             lin_k_S = tl.load(lin_k_ptr + newest * S + col_S, mask=in_S & valid & (position > 0), other=0.0)
     # Slots are summed after the loop: one sum across threads instead of one per block.
     sum_CE = tl.zeros([BLOCK_C, BLOCK_E], tl.float32)
@@ -184,6 +194,8 @@ def _gated_step_kernel(
     writes = (block == 0) & valid
     if HAS_QUAD:
         tl.store(quad_k_ptr + phase.to(tl.int64) * S + col_S, quad_k_S, mask=in_S & writes)
+        if LOCAL:
+            tl.store(quad_k_ptr + (phase + 1) * S + col_S, own_quad_k_S, mask=in_S & writes)
     if HAS_LIN and PREVIOUS:
         # Other programs of this row read none of these slots.
         tl.store(lin_k_ptr + phase * S + col_S, lin_k_S, mask=in_S & writes & ((phase == 0) | (position == 0)))
@@ -217,7 +229,7 @@ def gated_step(
     u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor | None, sin: Tensor | None,
     position: Tensor, valid: Tensor | None, quad_k: Tensor | None, lin_k: Tensor | None, value: Tensor,
     total: Tensor | None, seen: Tensor, bias_R: Tensor | None, divisor: float, mean: bool, interleaved: bool,
-    silu: bool, shift: int, previous: bool,
+    silu: bool, shift: int, previous: bool, local_shift: bool,
 ) -> Tensor:  # fmt: skip
     """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel, without gradients.
 
@@ -237,6 +249,7 @@ def gated_step(
         silu: whether to apply SiLU to u, v and z.
         shift: slots of a document's first chunk before its first token.
         previous: values go under the key of the token before them, and linear heads are not rotated.
+        local_shift: local keys have every second pair of dimensions from the token before.
 
     Returns:
         `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
@@ -258,7 +271,8 @@ def gated_step(
             1.0 / divisor, shift,
             C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],
             HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias_R is not None,
-            HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous, INTERLEAVED=interleaved, SILU=silu,
+            HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous, LOCAL=local_shift,
+            INTERLEAVED=interleaved, SILU=silu,
             BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
             INTERPRETED=INTERPRET, num_warps=warps,
         )  # fmt: skip

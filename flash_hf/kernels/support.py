@@ -40,8 +40,8 @@ def unsupported(config, device: torch.device) -> str | None:
         return f"local_window={config.local_window} has no kernels"
     if config.global_state == "delta" and config.query_key_dim > 128:
         return "global_state='delta' has kernels for query_key_dim up to 128"
-    if config.global_form == "previous_token" and config.chunk_size == 1:
-        return "global_form='previous_token' has kernels for chunks of at least 2 tokens"
+    if (config.global_form == "previous_token" or config.local_key_shift) and config.chunk_size == 1:
+        return "shifted keys have kernels for chunks of at least 2 tokens"
     chunked = config.attention_type != "quadratic"
     if (chunked and config.chunk_size > MAX_CHUNK) or config.query_key_dim > MAX_KEY_DIM:
         return f"kernels take chunk_size up to {MAX_CHUNK} and query_key_dim up to {MAX_KEY_DIM}"

@@ -236,7 +236,7 @@ class Cached(NamedTuple):
     Attributes:
         initial: the sum over its closed chunks, float32 `[B, SP, E]`.
         kept: keys for slots of the first chunk, `[keys, B, C, S]`.
-        kept_mask: where these replace the keys made from z, bool `[keys, B, C]`.
+        kept_mask: where these replace the keys made from z, bool `[keys, B, C, S]`.
     """
 
     initial: Tensor | None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from ..attention_flash import DecodingState, closed_total, score_scale
+from ..attention_flash import DecodingState, closed_total, offset_scale, score_scale, shifted_dims
 from ..chunking_flash import ChunkLayout, Places
 from . import ops
 from .plan import ChunkPlan
@@ -53,13 +53,13 @@ def _shape_and_tensors(
 
 
 def _decoding_state(
-    results: ops.AttentionResults | ops.LayerResults, shape: Shape, places: Places, chunk_size: int,
-    value_of: Callable[[Tensor], Tensor], key_of: Callable[[Tensor], Tensor],
+    results: ops.AttentionResults | ops.LayerResults, shape: Shape, places: Places, unit: nn.Module,
+    value_of: Callable[[Tensor], Tensor], basis_of: Callable[[Tensor], Tensor],
 ) -> DecodingState:  # fmt: skip
     """The state after these tokens, from the results of the kernels.
 
     Args:
-        value_of: values of flat tokens. key_of: the keys that the values of the tokens after them go under.
+        value_of: values of flat tokens. basis_of: what their keys are made from, `[..., S]` float32.
     """
     heads, final = results.heads.detach(), results.final.detach()
     layout: ChunkLayout = places.layout
@@ -75,19 +75,29 @@ def _decoding_state(
     else:
         token_BC = plan.source_K.view(B * G, C)[flat_B].long()
     value = torch.where((token_BC >= 0)[..., None], value_of(token_BC.clamp(min=0)), 0)
-    around = 0, 0, layout.skipped, chunk_size - C - layout.skipped
+    around = 0, 0, layout.skipped, unit.config.chunk_size - C - layout.skipped
 
-    def key(row: int) -> Tensor:
-        return heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S]
+    def keys(row: int, rotary: tuple[Tensor, Tensor] | None, shifted: bool) -> Tensor:
+        """The slots' keys; where they are shifted, with that of the newest token behind those of a full chunk. An open
+        chunk's slot after its last token has it already."""
+        key_BCS = heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S]
+        if shifted:
+            scale, last_B = unit.offset_scale, token_BC[:, -1]
+            gamma_1S, beta_1S = (x.detach()[row][None].float() for x in (scale.weight, scale.bias))
+            z_BS = basis_of(last_B.clamp(min=0))
+            own_BS = offset_scale(z_BS, gamma_1S, beta_1S, rotary, interleaved=unit.interleaved)[:, 0]
+            newest_BS = torch.where(last_B[:, None] >= 0, own_BS.to(key_BCS.dtype), key_BCS[:, 0])
+            key_BCS = torch.cat([key_BCS, newest_BS[:, None]], 1)
+        return F.pad(key_BCS, around)
 
-    lin_k = key(heads.shape[0] - 1) if shape.lin else None
-    if shape.lin and shape.previous:
-        last_B1 = token_BC[:, -1:]
-        newest_BS = torch.where(last_B1 >= 0, key_of(token_BC[:, -1].clamp(min=0)).to(lin_k.dtype), lin_k[:, 0])
-        lin_k = torch.cat([lin_k, newest_BS[:, None]], 1)
+    rotary = None
+    if shape.local_shift and places.rotary is not None:
+        cos, sin, _ = _flat_rotary(places.rotary)
+        last_B = (flat_B * C + C - 1) % len(cos)
+        rotary = cos[last_B], sin[last_B]
     return DecodingState(
-        quad_k=F.pad(key(1), around) if shape.quad else None,
-        lin_k=F.pad(lin_k, around) if shape.lin else None,
+        quad_k=keys(1, rotary, shape.local_shift) if shape.quad else None,
+        lin_k=keys(heads.shape[0] - 1, None, shape.previous) if shape.lin else None,
         value=F.pad(value, around),
         total=final[:, :S].clone() if shape.lin else None,
         seen=layout.seen_after_B.expand(B).clone(),
@@ -143,10 +153,10 @@ def gated_attention(
             x = x.detach()[token]
             return F.silu(x) if silu else x
 
-        def key_of(token: Tensor) -> Tensor:
-            return activated(z, token).float() * tensors.gamma[-1].detach() + tensors.beta[-1].detach()
+        def basis_of(token: Tensor) -> Tensor:
+            return activated(z, token).float()
 
-        new_state = _decoding_state(results, shape, places, unit.config.chunk_size, partial(activated, v), key_of)
+        new_state = _decoding_state(results, shape, places, unit, partial(activated, v), basis_of)
     return results.out.view(B, N, E)[:, plan.cached :], new_state
 
 
@@ -166,23 +176,26 @@ def _from_cache(unit: nn.Module, places: Places, state: DecodingState | None) ->
         S = unit.offset_scale.weight.shape[1]
         SP = max(16, triton.next_power_of_2(S))
         initial = F.pad(total * layout.continues_B[:, None, None], (0, 0, 0, SP - S)).contiguous()
-    if not amid and not (unit.has_lin and unit.config.previous_key):
+    moved = unit.has_quad and unit.local_key_shift, unit.has_lin and unit.previous_key
+    if not amid and not any(moved):
         return Cached(initial=initial, kept=None, kept_mask=None)
-    held_BC, keys, masks = layout.cached_BC, [], []
-    if unit.has_quad:
-        keys.append(state.quad_k)
-        masks.append(held_BC)
-    if unit.has_lin:
-        key_BCS = state.lin_k[:, : held_BC.shape[1]]
-        if unit.config.previous_key:
-            # The next value, too, goes under a key of a cached token.
-            slot_C = torch.arange(held_BC.shape[1], device=held_BC.device)
-            next_BC = (slot_C == layout.phase_B[:, None]) & layout.continues_B[:, None]
-            held_BC = held_BC | next_BC
+    held_BC1 = layout.cached_BC[..., None]
+    C, S = held_BC1.shape[1], unit.offset_scale.weight.shape[1]
+    slot_C = torch.arange(C, device=held_BC1.device)
+    # The next key, too, has dimensions of a cached token's: all, or every second pair.
+    next_BC1 = ((slot_C == layout.phase_B[:, None]) & layout.continues_B[:, None])[..., None]
+    keys, masks = [], []
+    for cached_BKS, shifted, local in ((state.quad_k, moved[0], True), (state.lin_k, moved[1], False)):
+        if cached_BKS is None:
+            continue
+        key_BCS, mask_BCS = cached_BKS[:, :C], held_BC1.expand(-1, -1, S)
+        if shifted:
             # At a border the state has it behind the chunk.
-            key_BCS = torch.where((next_BC & (slot_C == 0))[..., None], state.lin_k[:, -1:], key_BCS)
+            key_BCS = torch.where(next_BC1 & (slot_C == 0)[:, None], cached_BKS[:, -1:], key_BCS)
+            taken_S = shifted_dims(S, unit.interleaved, slot_C.device) if local else True
+            mask_BCS = mask_BCS | (next_BC1 & taken_S)
         keys.append(key_BCS)
-        masks.append(held_BC)
+        masks.append(mask_BCS)
     return Cached(initial=initial, kept=torch.stack(keys), kept_mask=torch.stack(masks))
 
 
@@ -230,11 +243,10 @@ def layer(
             def value_of(token: Tensor) -> Tensor:
                 return activated(results.h[:, E : 2 * E], v_proj.bias, token).to(dtype)
 
-            def key_of(token: Tensor) -> Tensor:
-                z = activated(results.h[:, 2 * E :], z_proj.bias, token)
-                return z * tensors.gamma[-1].float() + tensors.beta[-1].float()
+            def basis_of(token: Tensor) -> Tensor:
+                return activated(results.h[:, 2 * E :], z_proj.bias, token)
 
-            new_state = _decoding_state(results, shape, places, unit.config.chunk_size, value_of, key_of)
+            new_state = _decoding_state(results, shape, places, unit, value_of, basis_of)
     return results.y.view(B, N, D), new_state
 
 
@@ -267,5 +279,5 @@ def attention_step(
     return step_operator(
         u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
         state.lin_k, state.value, state.total, state.seen, bias_R, unit.divisor, unit.normalization == "mean",
-        unit.interleaved, silu, layout.shift, unit.previous_key,
+        unit.interleaved, silu, layout.shift, unit.previous_key, unit.local_key_shift,
     )  # fmt: skip

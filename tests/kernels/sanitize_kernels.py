@@ -58,8 +58,9 @@ def train_quadratic(causal: bool, tokens: int, dtype: torch.dtype) -> None:
 def decode(name: str, dtype: torch.dtype) -> None:
     """Steps after a prompt, and a second turn, which begins inside of a chunk."""
     config = FlashConfig(
-        vocab_size=11, hidden_size=64, query_key_dim=32, chunk_size=32, backend="triton", **form(name, 32)
-    )
+        vocab_size=11, hidden_size=64, query_key_dim=32, chunk_size=32, backend="triton",
+        local_key_shift=name != "paper", **form(name, 32),
+    )  # fmt: skip
     model = FlashForCausalLM(config).to("cuda", dtype).eval()
     ids = torch.randint(1, 11, (2, 61), device="cuda")  # no padding, which 0 stands for below
     words = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True}

@@ -17,7 +17,7 @@ if DEVICE == "cpu":
 triton = pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
 
 from flash_hf import kernels  # noqa: E402
-from flash_hf.attention_flash import DecodingState, QueryKeys, mixed_chunk_step, offset_scale, wide  # noqa: E402
+from flash_hf.attention_flash import DecodingState, QueryKeys, mixed_chunk_step, offset_scale, shifted_dims, wide  # noqa: E402
 from flash_hf.chunking_flash import StepLayout  # noqa: E402
 from flash_hf.kernels import step as kernel  # noqa: E402
 from helpers import assert_close, error_ratio  # noqa: E402
@@ -30,7 +30,7 @@ if DEVICE == "cpu" and COMPILED:
 BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.gpu)
 
 
-def allocated(B, C, E, S, dtype, quad=True, lin=True, previous=False, fill=float("nan")):
+def allocated(B, C, E, S, dtype, quad=True, lin=True, previous=False, local=False, fill=float("nan")):
     """A state that has seen nothing, in whose slots earlier chunks left `fill`."""
 
     def leftover(*shape):
@@ -38,7 +38,7 @@ def allocated(B, C, E, S, dtype, quad=True, lin=True, previous=False, fill=float
 
     total = torch.zeros(B, S, E, dtype=wide(dtype), device=DEVICE) if lin else None
     seen = torch.zeros(B, dtype=torch.long, device=DEVICE)
-    keys = (leftover(slots, S) if present else None for present, slots in ((quad, C), (lin, C + previous)))
+    keys = (leftover(slots, S) if present else None for present, slots in ((quad, C + local), (lin, C + previous)))
     return DecodingState(*keys, leftover(C, E), total, seen)
 
 
@@ -64,7 +64,7 @@ def angles(position_B1, half):
 
 
 def torch_step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor, bias_R, normalization, has_quad=True,
-               has_lin=True, interleaved=False, silu=True, shift=0, previous_key=False):  # fmt: skip
+               has_lin=True, interleaved=False, silu=True, shift=0, previous_key=False, local=False):  # fmt: skip
     """What the kernel replaces, in the dtype of its arguments."""
     if silu:
         u, v, z = (torch.nn.functional.silu(x) for x in (u, v, z))
@@ -75,12 +75,12 @@ def torch_step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor,
     layout = StepLayout(position, valid, shift=shift)
     return u * mixed_chunk_step(
         heads, v, layout, state, divisor=divisor, bias_R=bias_R, normalization=normalization,
-        previous_key=previous_key,
+        previous_key=previous_key, shifted_S=shifted_dims(z.shape[-1], interleaved, z.device) if local else None,
     )  # fmt: skip
 
 
 def step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor, bias_R, normalization, has_quad=True,
-         has_lin=True, interleaved=False, silu=True, shift=0, previous_key=False):  # fmt: skip
+         has_lin=True, interleaved=False, silu=True, shift=0, previous_key=False, local=False):  # fmt: skip
     """The same by the kernel, which reads from the state what branches there are."""
     assert (has_quad, has_lin) == (state.quad_k is not None, state.lin_k is not None)
     cos, sin = (None, None) if rotary is None else rotary
@@ -88,6 +88,7 @@ def step(u, v, z, gamma, beta, rotary, position, valid, state, *, divisor, bias_
         u=u, v=v, z=z, gamma=gamma, beta=beta, cos=cos, sin=sin, position=position, valid=valid, quad_k=state.quad_k,
         lin_k=state.lin_k, value=state.value, total=state.total, seen=state.seen, bias_R=bias_R, divisor=divisor,
         mean=normalization == "mean", interleaved=interleaved, silu=silu, shift=shift, previous=previous_key,
+        local_shift=local,
     )  # fmt: skip
 
 
@@ -95,7 +96,8 @@ class Case:
     """Weights, and tokens as slices of one buffer of projections, as a fused projection would give them."""
 
     def __init__(self, dtype=torch.float32, B=3, C=4, E=24, S=8, r=None, quad=True, lin=True, bias=True,
-                 normalization="mean", interleaved=False, silu=True, shift=0, previous=False, seed=0):  # fmt: skip
+                 normalization="mean", interleaved=False, silu=True, shift=0, previous=False, local=False,
+                 seed=0):  # fmt: skip
         self.dtype, self.B, self.C, self.E, self.S, self.r = dtype, B, C, E, S, S if r is None else r
         self.generator = torch.Generator().manual_seed(seed)
         H = 2 * (quad + lin)
@@ -103,9 +105,9 @@ class Case:
         self.settings = {
             "divisor": 2.0, "bias_R": self.randn(2 * C - 1) * 0.5 if bias and quad else None, "has_lin": lin,
             "has_quad": quad, "normalization": normalization, "interleaved": interleaved, "silu": silu, "shift": shift,
-            "previous_key": previous,
+            "previous_key": previous, "local": local,
         }  # fmt: skip
-        self.state = allocated(B, C, E, S, dtype, quad, lin, previous)
+        self.state = allocated(B, C, E, S, dtype, quad, lin, previous, local)
 
     def randn(self, *shape):
         return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
@@ -155,12 +157,22 @@ def assert_same(case, steps, ratio=1e-5, valids=None):
                 assert torch.equal(old[~real].nan_to_num(7), new[~real].nan_to_num(7))
 
 
-forms = pytest.mark.parametrize("shift, previous", [(0, False), (3, False), (0, True), (1, True)])
+FORMS = {
+    "paper": {}, "shifted": {"shift": 3}, "previous": {"previous": True}, "plus": {"shift": 1, "previous": True},
+    "local": {"local": True}, "plus, local": {"shift": 1, "previous": True, "local": True},
+}  # fmt: skip
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 @forms
-def test_steps_across_three_borders(shift, previous):
-    assert_same(Case(C=4, shift=shift, previous=previous), 13)
+def test_steps_across_three_borders(form):
+    assert_same(Case(C=4, **FORMS[form]), 13)
+
+
+@pytest.mark.parametrize("lin", [True, False])
+@pytest.mark.parametrize("C, S, r, interleaved", [(2, 12, 8, False), (3, 10, 6, True), (5, 6, 0, False)])
+def test_local_keys_of_every_rotation(C, S, r, interleaved, lin):
+    assert_same(Case(C=C, S=S, r=r, interleaved=interleaved, lin=lin, local=True), 2 * C + 3)
 
 
 @pytest.mark.parametrize("quad, lin", [(True, True), (True, False), (False, True)])
@@ -211,12 +223,12 @@ def test_before_and_after_the_activation(silu):
 
 
 @forms
-def test_ragged_rows_and_padding_leave_no_trace(shift, previous):
+def test_ragged_rows_and_padding_leave_no_trace(form):
     """Rows at phase 0, mid and last slot of their chunks at once; padding between, before and after real tokens."""
     valids = torch.rand(4, 14, generator=torch.Generator().manual_seed(1)) < 0.6
     valids[0], valids[1, :5] = False, False
     valids[1, 5:] = True
-    assert_same(Case(B=4, C=4, shift=shift, previous=previous), 14, valids=valids)
+    assert_same(Case(B=4, C=4, **FORMS[form]), 14, valids=valids)
 
 
 def test_padding_at_a_position_that_is_not_seen():
@@ -234,8 +246,8 @@ def test_padding_at_a_position_that_is_not_seen():
 
 @forms
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])
-def test_low_precision_error_is_at_most_twice_torchs(dtype, shift, previous):
-    case = Case(dtype=dtype, B=2, C=8, E=64, S=32, shift=shift, previous=previous)
+def test_low_precision_error_is_at_most_twice_torchs(dtype, form):
+    case = Case(dtype=dtype, B=2, C=8, E=64, S=32, **FORMS[form])
     mine, theirs, exact = case.state, copied(case.state), copied(case.state)
     theirs, exact = map(without_nan, (theirs, exact))
     exact = converted(exact, torch.float64)
@@ -288,7 +300,7 @@ def test_a_unit_hands_its_step_to_the_kernel():
     *_, rotary, position, valid, state = case.arguments(case.state)
     unit = SimpleNamespace(
         offset_scale=SimpleNamespace(weight=case.gamma, bias=case.beta), divisor=2.0, normalization="mean",
-        interleaved=False, previous_key=False,
+        interleaved=False, previous_key=False, local_key_shift=False,
     )  # fmt: skip
     places = SimpleNamespace(layout=StepLayout(position, valid), rotary=rotary)
     sparse = torch.stack([u, u], -1)[..., 0]
@@ -301,18 +313,20 @@ def test_a_unit_hands_its_step_to_the_kernel():
 def op_arguments(case, valid=None):
     u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state, valid)
     cos, sin = rotary or (None, None)
-    forms = case.settings["shift"], case.settings["previous_key"]
+    form = (case.settings[name] for name in ("shift", "previous_key", "local"))
     own = state.quad_k, state.lin_k, state.value, state.total, state.seen
     tensors = u, v, z, gamma, beta, cos, sin, position, valid, *own, case.settings["bias_R"]
-    return (*tensors, 2.0, True, False, True, *forms)
+    return (*tensors, 2.0, True, False, True, *form)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"quad": False}, {"lin": False}, {"r": 0, "bias": False}, {"shift": 2, "previous": True}]
+    "settings",
+    [{}, {"quad": False}, {"lin": False}, {"r": 0, "bias": False}, {"shift": 2, "previous": True, "local": True}],
 )
 def test_opcheck(settings):
     case = Case(**settings)
     branches = settings.get("quad", True), settings.get("lin", True), settings.get("previous", False)
+    branches = *branches, settings.get("local", False)
     case.state = allocated(case.B, 4, 24, 8, torch.float32, *branches, fill=0.5)
     valid = torch.tensor([[True], [False], [True]], device=DEVICE) if settings else None
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -320,8 +334,9 @@ def test_opcheck(settings):
 
 
 @forms
-def test_compiles_in_one_graph(shift, previous):
-    case = Case(shift=shift, previous=previous)
+def test_compiles_in_one_graph(form):
+    case = Case(**FORMS[form])
+    shift = case.settings["shift"]
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     mine, theirs = copied(case.state), case.state
@@ -336,12 +351,12 @@ def test_compiles_in_one_graph(shift, previous):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shift, previous", [(0, False), (128, True)])
+@pytest.mark.parametrize("form", [{}, {"shift": 128, "previous": True, "local": True}], ids=["paper", "plus, local"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("B", [1, 5, 64])
-def test_full_size_in_a_cuda_graph(dtype, B, shift, previous):
+def test_full_size_in_a_cuda_graph(dtype, B, form):
     """A captured step replayed over borders: the phase is read on the device."""
-    case = Case(dtype=dtype, B=B, C=256, E=1536, S=128, shift=shift, previous=previous)
+    case = Case(dtype=dtype, B=B, C=256, E=1536, S=128, **form)
     case.gamma *= 0.1
     state = case.state
     arguments = case.arguments(state)
@@ -368,10 +383,8 @@ def test_full_size_in_a_cuda_graph(dtype, B, shift, previous):
 
 @pytest.mark.gpu
 @forms
-def test_two_runs_are_bit_equal(shift, previous):
-    first, second = (
-        Case(dtype=torch.float16, B=16, C=64, E=1536, S=128, shift=shift, previous=previous) for _ in range(2)
-    )
+def test_two_runs_are_bit_equal(form):
+    first, second = (Case(dtype=torch.float16, B=16, C=64, E=1536, S=128, **FORMS[form]) for _ in range(2))
     for case in (first, second):
         case.gamma *= 0.1
     for _ in range(130):

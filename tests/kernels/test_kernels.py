@@ -37,6 +37,9 @@ def config_of(**changes) -> FlashConfig:
     return FlashConfig(**{**defaults, **changes})
 
 
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+
+
 def marks_of(layout: str, length: int = 45) -> tuple[int, dict]:
     """The length of two rows, and the arguments that mark what is padding and where documents begin."""
     if layout == "padded":
@@ -119,6 +122,7 @@ def together(grads: dict) -> dict:
 
 
 FORMS = {"paper": {}, "ours": {"chunk_shift": 6, "global_form": "previous_token"}}
+LOCAL_KEYS = {**FORMS["ours"], "local_key_shift": True}
 forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -196,21 +200,7 @@ def test_variants_equal_the_torch_tier(variant, causal):
     "layout, causal, whole", [("padded", True, True), ("packed", False, False), ("packed", True, True)]
 )
 def test_local_keys_of_padded_and_packed_rows(layout, causal, whole):
-    form = {"local_key_shift": True, "global_form": "previous_token", "chunk_shift": 6}
-    compare(config_of(is_decoder=causal, **form), layout, whole=whole)
-
-
-def test_a_cache_of_shifted_local_keys_is_the_torch_tiers():
-    model = make_model(FlashForCausalLM, config_of(local_key_shift=True), dtype=torch.float32).to(DEVICE)
-    ids = torch.randint(0, 11, (1, 40), device=DEVICE)
-    with torch.no_grad():
-        full = model(ids, use_cache=False).logits
-        out = model(ids[:, :33], use_cache=True)
-        parts = [out.logits]
-        for token in range(33, 40):
-            out = model(ids[:, token : token + 1], cache=out.cache if hasattr(out, "cache") else out.past_key_values)
-            parts.append(out.logits)
-    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-3, atol=1e-4)
+    compare(config_of(is_decoder=causal, **LOCAL_KEYS), layout, whole=whole)
 
 
 @pytest.mark.slow
@@ -388,10 +378,19 @@ def test_dispatch_modes_see_operators():
         ({"chunk_size": 11, "query_key_dim": 10}, False), ({"chunk_shift": 5}, True),
         ({"global_form": "previous_token"}, False),
         ({"chunk_shift": 3, "global_form": "previous_token", "chunk_size": 11, "query_key_dim": 10}, True),
+        ({**LOCAL_KEYS, "chunk_size": 11, "query_key_dim": 12}, True),
+        ({"local_key_shift": True, "rope_interleaved": True, "attention_type": "local"}, False),
+        ({"local_key_shift": True, "use_rope": False, "chunk_size": 2, "query_key_dim": 10}, False),
+        ({"local_key_shift": True, **PARTIAL}, False),
     ],
-    ids=["mixed", "mixed, static", "local", "global", "odd sizes", "shifted", "previous", "shifted previous"],
+    ids=[
+        "mixed", "mixed, static", "local", "global", "odd sizes", "shifted", "previous", "shifted previous",
+        "local keys", "local keys, interleaved", "local keys, no rope", "local keys, partial rope",
+    ],
 )  # fmt: skip
-def test_prefill_and_steps_equal_the_torch_tier(changes, static):
+def test_prefill_and_steps_equal_the_torch_tier(changes, static, monkeypatch):
+    steps, step = [], kernels.attention_step
+    monkeypatch.setattr(kernels, "attention_step", lambda *a, **k: steps.append(1) or step(*a, **k))
     config = config_of(**changes)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 2, 55).to(DEVICE)
@@ -412,11 +411,12 @@ def test_prefill_and_steps_equal_the_torch_tier(changes, static):
             logits.append(out.logits)
     real = mask[..., None]
     assert_close(torch.cat(logits, 1) * real, expected * real, 1e-5)
+    assert len(steps) == 15 * config.num_hidden_layers
 
 
-@forms
+@pytest.mark.parametrize("form", [*FORMS.values(), LOCAL_KEYS, {"local_key_shift": True}], ids=str)
 def test_chunked_prefill_continues_on_the_border(form):
-    config = config_of(**FORMS[form])
+    config = config_of(**form)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 2, 80).to(DEVICE)
     # The border of a chunk of the first layer, and of the second.
@@ -431,10 +431,18 @@ def test_chunked_prefill_continues_on_the_border(form):
             assert torch.equal(ours.state.seen, theirs.state.seen)
 
 
-@pytest.mark.parametrize("attention_type, form", [("mixed_chunk", "ours"), ("local", "paper"), ("global", "paper")])
-def test_a_call_continues_inside_a_chunk(attention_type, form, monkeypatch):
+@pytest.mark.parametrize(
+    "form",
+    [
+        FORMS["ours"], {"attention_type": "local"}, {"attention_type": "global"}, LOCAL_KEYS,
+        {"local_key_shift": True, "rope_interleaved": True, "query_key_dim": 10},
+        {"local_key_shift": True, "attention_type": "local", "chunk_shift": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_call_continues_inside_a_chunk(form, monkeypatch):
     """With kernels: rows at different places of their chunks, one that only pads meanwhile, one that only begins."""
-    config = config_of(attention_type=attention_type, **FORMS[form])
+    config = config_of(**form)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 4, 50).to(DEVICE)
     mask = torch.ones_like(ids)
@@ -499,10 +507,13 @@ def test_gradients_through_a_call_inside_of_a_chunk_are_the_torch_tiers():
 
 @pytest.mark.parametrize(
     "options, form",
-    [({"num_beams": 2}, "ours"), ({"prompt_lookup_num_tokens": 2}, "ours"), ({"prefill_chunk_size": 16}, "paper")],
-)
+    [
+        ({"num_beams": 2}, LOCAL_KEYS), ({"prompt_lookup_num_tokens": 2}, LOCAL_KEYS),
+        ({"prompt_lookup_num_tokens": 2}, FORMS["ours"]), ({"prefill_chunk_size": 16}, {}),
+    ],
+)  # fmt: skip
 def test_generation_gives_the_torch_tiers_tokens(options, form):
-    config = config_of(**FORMS[form])
+    config = config_of(**form)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 1, 45).to(DEVICE)  # three tokens before the end of a chunk
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
@@ -580,7 +591,8 @@ def test_falls_back_once_and_says_why(caplog, capsys):
         ({"global_state": "delta", "query_key_dim": 256}, "global_state"),
         ({"local_window": 2}, "local_window=2"),
         ({"attention_activation": "laplace"}, "laplace"),
-        ({"global_form": "previous_token", "chunk_size": 1}, "global_form"),
+        ({"global_form": "previous_token", "chunk_size": 1}, "shifted keys"),
+        ({"local_key_shift": True, "chunk_size": 1}, "shifted keys"),
         ({"chunk_size": 1024}, "chunk_size"),
         ({"hidden_size": 30, "expansion_factor": 1}, "multiple of 16"),
     ],
