@@ -381,6 +381,23 @@ def head_rows(opens_ptr, chunk, slot, real, C, CP: tl.constexpr, GT, AFTER: tl.c
     return real[:, None], place[:, None]
 
 
+@triton.jit
+def head_gradient(
+    d_heads_ptr, head, column, inside, taken, opens_ptr, chunk, slot, real, C, CP: tl.constexpr, GT, SP: tl.constexpr,
+    AFTER: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Columns of a head's gradient, `[slots, columns]` float32: with AFTER those of the slot after, with MIXED those
+    that are `taken`. Both rows are loaded then: single columns of either would not be vectors."""
+    row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, AFTER)
+    d_head = d_heads_ptr + column[None, :]
+    found = tl.load(d_head + (head * GT * CP + at) * SP, mask=row & inside[None, :], other=0.0)
+    if MIXED:
+        row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, True)
+        after = tl.load(d_head + (head * GT * CP + at) * SP, mask=row & inside[None, :], other=0.0)
+        found = tl.where(taken[None, :], after, found)
+    return found.to(tl.float32)
+
+
 @kernel
 @triton.jit
 def heads_gradient_kernel(
@@ -402,6 +419,7 @@ def heads_gradient_kernel(
     dtype = d_z_ptr.dtype.element_ty
     if HALF > 0:
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
+        taken = tl.arange(0, HALF) % 2 == 1
         totals = no_totals(4 * H + 2, BLOCK_M, HALF)
         for start in range(0, ROWS, BLOCK_M):
             slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
@@ -420,14 +438,14 @@ def heads_gradient_kernel(
             d_two = tl.zeros((BLOCK_M, HALF), tl.float32)
             added = ()
             for head in tl.static_range(H):
-                row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, PREVIOUS and head == H - 1)
-                if LOCAL and head == 1:
-                    odd = (tl.arange(0, HALF) % 2 == 1)[None, :]
-                    has_after, after = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, True)
-                    at, row = tl.where(odd, after, at), tl.where(odd, has_after, row)
-                own = d_heads_ptr + (head * GT * CP + at) * SP
-                p_one = tl.load(own + one[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
-                p_two = tl.load(own + two[None, :], mask=row & inside[None, :], other=0.0).to(tl.float32)
+                p_one = head_gradient(
+                    d_heads_ptr, head, one, inside, taken, opens_ptr, chunk, slot, real, C, CP, GT, SP,
+                    PREVIOUS and head == H - 1, LOCAL and head == 1,
+                )  # fmt: skip
+                p_two = head_gradient(
+                    d_heads_ptr, head, two, inside, taken, opens_ptr, chunk, slot, real, C, CP, GT, SP,
+                    PREVIOUS and head == H - 1, LOCAL and head == 1,
+                )  # fmt: skip
                 if not (PREVIOUS and head >= H - 2):
                     p_one, p_two = p_one * cos + p_two * sin, p_two * cos - p_one * sin
                 d_one += p_one * vector(gamma_ptr, head, S, one, inside)
@@ -455,6 +473,7 @@ def heads_gradient_kernel(
     if REST > 0:
         column = rotary_dim + tl.arange(0, REST)
         inside = column < S
+        taken = (column // 2 if INTERLEAVED else column) % 2 == 1
         totals = no_totals(2 * H + 1, BLOCK_M, REST)
         for start in range(0, ROWS, BLOCK_M):
             slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
@@ -466,13 +485,10 @@ def heads_gradient_kernel(
             d_h = tl.zeros((BLOCK_M, REST), tl.float32)
             added = ()
             for head in tl.static_range(H):
-                row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, PREVIOUS and head == H - 1)
-                if LOCAL and head == 1:
-                    odd = ((column // 2 if INTERLEAVED else column) % 2 == 1)[None, :]
-                    has_after, after = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, True)
-                    at, row = tl.where(odd, after, at), tl.where(odd, has_after, row)
-                own = d_heads_ptr + (head * GT * CP + at) * SP + column[None, :]
-                d = tl.load(own, mask=row & inside[None, :], other=0.0).to(tl.float32)
+                d = head_gradient(
+                    d_heads_ptr, head, column, inside, taken, opens_ptr, chunk, slot, real, C, CP, GT, SP,
+                    PREVIOUS and head == H - 1, LOCAL and head == 1,
+                )  # fmt: skip
                 d_h += d * vector(gamma_ptr, head, S, column, inside)
                 added = added + (totals[2 * head] + d * z, totals[2 * head + 1] + d)
             d_h *= silu_grad(h, SILU, FAST)
