@@ -469,8 +469,8 @@ def mixed_chunk_step(
     shifted_S: Tensor | None = None,
     window: int = 1,
 ) -> Tensor:
-    """Mixed chunk attention for one token per row, which advances the state in place: no branch on values, and the
-    same cost at any length.
+    """Mixed chunk attention for one token per row, which advances the state in place: no branch on values but on a
+    CPU, and the same cost at any length (on a CPU it grows with the open chunk).
 
     With `t` tokens seen, `c = 1 / tokens in closed chunks` and the open chunk's slots `j`:
     `out = sum_j (A_j - c lin_q lin_k_j) v_j + c lin_q total`, since `total` also counts the open chunk.
@@ -489,7 +489,10 @@ def mixed_chunk_step(
     phase_B = (seen_B + layout.shift) % C
     # Tokens in closed chunks; the first chunk may begin before its document.
     closed_B = (seen_B - phase_B).clamp(min=0)
-    slot_C = torch.arange(C, device=seen_B.device)
+    # A CPU need not read the slots behind the newest token; elsewhere their number would have to be waited for.
+    partly = seen_B.device.type == "cpu" and window == 1 and not is_tracing()
+    slots = int(phase_B.max()) + 1 if partly else C
+    slot_C = torch.arange(slots, device=seen_B.device)
     held_BC = (slot_C < phase_B[:, None]) & (slot_C >= (phase_B - seen_B)[:, None])
     visible_BC = held_BC | (slot_C == phase_B[:, None])
     valid_B1 = layout.valid_BN
@@ -529,7 +532,7 @@ def mixed_chunk_step(
     weights_B1C = None
     if qk.quad_q is not None:
         scale = score_scale(activation, divisor, qk.quad_q.shape[-1])
-        keys, offset_BW = state.quad_k[:, :C], slot_C - phase_B[:, None]
+        keys, offset_BW = state.quad_k[:, :slots], slot_C - phase_B[:, None]
         if window > 1:
             keys, offset_BW = torch.cat([state.previous_k, keys], 1), torch.cat([offset_BW - C, offset_BW], 1)
             visible_BC = torch.cat([held_before(closed_B, C), visible_BC], 1)
@@ -546,7 +549,7 @@ def mixed_chunk_step(
         query = qk.lin_q.to(state.total.dtype) * scale_B[:, None, None]
         with torch.autocast(seen_B.device.type, enabled=False):
             remote_B1E = torch.bmm(query, state.total).to(dtype)
-            inside_B1C = torch.bmm(query, state.lin_k[:, :C].to(query.dtype).transpose(1, 2))
+            inside_B1C = torch.bmm(query, state.lin_k[:, :slots].to(query.dtype).transpose(1, 2))
             # The total does not include the new token yet.
             inside_B1C = torch.where(held_BC[:, None], inside_B1C, 0)
             key = key_B1S.detach().to(query.dtype).transpose(1, 2)
@@ -554,7 +557,7 @@ def mixed_chunk_step(
                 key = torch.where(valid_B1[..., None], key, 0)
             state.total.baddbmm_(key, value_B1E.detach().to(query.dtype))
         weights_B1C = (0 if weights_B1C is None else weights_B1C) - inside_B1C.to(dtype)
-    out = torch.bmm(weights_B1C.to(dtype), state.value.to(dtype))
+    out = torch.bmm(weights_B1C.to(dtype), state.value[:, :slots].to(dtype))
     if window > 1:
         out = torch.baddbmm(out, before_B1C, state.previous_value.to(dtype))
     state.seen.add_(1 if valid_B1 is None else valid_B1[:, 0].to(state.seen.dtype))

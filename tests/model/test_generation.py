@@ -746,3 +746,18 @@ def test_a_larger_embedding_takes_its_ids():
     assert_close(model(ids).logits, model(inputs_embeds=table(ids)).logits, 1e-12)
     with pytest.raises(ValueError, match=r"\[0, vocab_size = 70\), got 70"):
         model(ids + 1)
+
+
+def test_a_step_on_a_cpu_reads_no_slot_behind_the_newest_token():
+    config = tiny_config(local_key_shift=True, global_form="previous_token", chunk_shift=3)
+    model = make_model(FlashForCausalLM, config)
+    ids = random_ids(config, 2, 2 * config.chunk_size + 2)
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1]
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        for layer in cache.layers:
+            phase = (int(layer.state.seen[0]) + layer.form.shift) % config.chunk_size
+            for held in (layer.state.quad_k, layer.state.lin_k, layer.state.value):
+                held[:, phase + 1 :] = torch.nan
+        found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    assert_close(found, expected, 1e-9)
