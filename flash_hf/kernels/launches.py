@@ -61,9 +61,9 @@ def launch_shared_carry(
     if exchange is None:
         return launch_carry(shape, index, total, initial, carried, final, reverse)
     if not reverse:
-        return launch_carry(shape, index, total, exchange.sums_before(total), carried, final, reverse)
+        return launch_carry(shape, index, total, exchange.sums_before(total, index), carried, final, reverse)
     carry, last = launch_carry(shape, index, total, None, carried, final, reverse)
-    exchange.add_gradients(total, carry, 1.0 / shape.C)
+    exchange.add_gradients(total, carry, 1.0 / shape.C, index)
     return carry, last
 
 
@@ -341,7 +341,7 @@ def launch_forward(
         return AttentionResults(out, heads, prefix, carry, nothing(), nothing(), *own)
     prefix, carry, final = nothing(), nothing(), nothing()
     if shape.lin:
-        carried = has_carry(shape, index, cached.initial is not None)
+        carried = has_carry(shape, index, cached.initial is not None or exchange is not None)
         kept = "total" if want_final else "" if shape.causal else "state"
         prefix, total = state_buffers(shape, index, new, carried or bool(kept))
         value = new((shape.T, shape.E)) if shape.silu else inputs.v

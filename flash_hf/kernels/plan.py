@@ -101,7 +101,7 @@ def chunk_plan(
     longest = 1 if delta else min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
 
     chunk = torch.arange(chunks, dtype=torch.int32, device=device)
-    if layout.neighbours is not None:
+    if layout.neighbours is not None and layout.first_BG is None:
         borders = layout.neighbours.piece_borders(G, longest)
         per_row, border = len(borders) - 1, torch.tensor(borders, dtype=torch.int32, device=device)
         row = torch.arange(batch, dtype=torch.int32, device=device)
@@ -122,7 +122,10 @@ def chunk_plan(
     else:
         place = torch.arange(G, device=device) - layout.first_BG
         starts_document = (place == 0).flatten()
-        starts_piece = (place % longest == 0).flatten()
+        starts_piece = place % longest == 0
+        if layout.neighbours is not None:
+            starts_piece = starts_piece | layout.neighbours.starts_piece(G)
+        starts_piece = starts_piece.flatten()
         piece_G = starts_piece.cumsum(0) - 1
         piece_begin = starts_piece.nonzero()[:, 0]
         piece_end = torch.cat([piece_begin[1:], piece_begin.new_tensor([chunks])])

@@ -34,7 +34,7 @@ from ..modeling_flash import (
     check_labels,
 )  # fmt: skip
 from .cuts import Cuts, facts_of, first_positions
-from .exchange import Neighbours, Total, fused_layout
+from .exchange import Neighbours, Total, fused_layout, with_ends
 
 
 logger = logging.get_logger(__name__)
@@ -334,16 +334,19 @@ class Context:
         dropout = bool(config.attention_dropout) and model.training
         if kernels_for(config, device, compute_dtype(x_BND), dropout=dropout) is None:
             return False
+        # Without shifted keys in the global sum, the token before would be added to it a second time.
+        counted_once = config.previous_key or not config.local_key_shift
         fits = (
             self.causal
-            and cuts.is_plain(x_BND.shape[1])
-            and not (cached and config.local_key_shift)
+            and counted_once
+            and not (cached and (config.local_key_shift or not cuts.is_plain(x_BND.shape[1])))
             and all(is_bare(layer.gau.offset_scale) for layer in model.layers)
         )
         if not fits:
             logger.warning_once(
-                "Kernels compute context parallelism for causal rows of one document without padding; other rows are "
-                "computed in plain torch."
+                "This call is computed in plain torch. Kernels for context parallelism are for causal models; with "
+                "local_key_shift they need global_form='previous_token', and with a cache rows without padding or "
+                "packing."
             )
         return fits
 
@@ -390,7 +393,7 @@ class Context:
         first_B1 = cuts.seen[rank][:, None] - own_left  # position of the first token with its halo
         total_B1 = (cuts.seen + cuts.rest)[rank + 1][:, None]
 
-        if fused:
+        if fused and cuts.is_plain(N):
             first, length = int(first_B1[0]), int(own_left[0]) + N
             layout = fused_layout(length, first, C, shift, B, device)
         elif cuts.is_plain(N):
@@ -420,6 +423,7 @@ class Context:
                 seen_B if rank else None,
             )
             layout = chunk_layout(documents, B, C, causal=causal, shift=shift)
+            layout = with_ends(layout) if fused else layout
         final_B = layout.final_B
         if final_B is None:
             final_B = torch.full((B,), layout.position_BGC.shape[1] - 1, device=device)
@@ -462,6 +466,7 @@ class Context:
             sum_KBG=sums_KBG,
             left_weight=weight * side,
             right_weight=weight * ~side,
+            first_BG=first_BG if fused else None,
             columns=max(1, max(q * N + int(cuts.end[q].max()) for q in range(rank + 1) if cuts.end[q].any() or not q)),
             fused=fused,
         )

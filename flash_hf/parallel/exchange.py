@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers of one process give to those of the others and take from them: collectives with gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 from ..attention_flash import QueryKeys
 from ..backend_flash import fused_layer, fuses_layer, normalise
 from ..chunking_flash import ChunkLayout, Places, take_rows
+
+
+if TYPE_CHECKING:
+    from ..kernels.plan import ChunkIndex
 
 
 # torch 2.13 renamed them.
@@ -66,13 +72,14 @@ class Neighbours:
         left_BH, right_BH, before_B1: the halo's tokens, and the one before, among those of all processes,
             int64 `[B, ..]` into `size * K`; -1 for none.
         before_rotary: cos and sin of the position of the token before.
-        crossed: whether that is so for all rows (which are plain, for kernels).
+        crossed: whether a chunk goes on in another piece, in all rows (which are alike if they are plain).
         open_B: whether the last chunk of a row's grid goes on in another piece, which then counts it, bool `[B]`.
         final_B: that chunk, int64 `[B]`.
         sum_KBG: chunks whose sum goes to others, float `[1 or 2, B, G]`: of the first and last document.
         left_weight, right_weight: which sums of other processes to take, float `[size, B, 1, 1]`.
+        first_BG: for kernels, the first chunk of the chunk's document, int64 `[B, G]`; None for plain rows.
         columns: columns of the rows up to the end of this piece, without padding behind the last row's end.
-        fused: whether kernels compute this; see `fused_layout`.
+        fused: whether kernels compute this; see `fused_layout` and `with_ends`.
     """
 
     group: dist.ProcessGroup
@@ -90,6 +97,7 @@ class Neighbours:
     sum_KBG: Tensor
     left_weight: Tensor
     right_weight: Tensor
+    first_BG: Tensor | None
     columns: int
     fused: bool
 
@@ -161,33 +169,89 @@ class Neighbours:
 
     # -- for kernels, whose sums are over runs of a row's chunks, one after the other: see `flash_hf.kernels.plan`
     def piece_borders(self, chunks: int, longest: int) -> list[int]:
-        """Where a row's runs of at most `longest` chunks begin, and the last one ends. The first and the last chunk of
-        a `fused_layout` are runs of their own, and one that goes on in another process."""
+        """Where a plain row's runs of at most `longest` chunks begin, and the last one ends. The first and the last
+        chunk of a `fused_layout` are runs of their own, and one that goes on in another process."""
         end = chunks - 1 - self.crossed
         return [0, *range(1, end, longest), end, *[chunks - 1] * self.crossed, chunks]
 
+    def starts_piece(self, chunks: int) -> Tensor:
+        """The same borders in other rows, which `with_ends` gives their chunks at either end, bool `[B, G]`."""
+        chunk_G = torch.arange(chunks, device=self.final_B.device)
+        final_B1 = self.final_B[:, None]
+        return (chunk_G == 1) | (chunk_G == final_B1) | (chunk_G == final_B1 + 1)
+
     def given_runs(self, x_PSE: Tensor) -> Tensor:
-        """What belongs to runs whose sums go to other processes, `[B, runs, S, E]`, a view."""
+        """What belongs to runs of plain rows whose sums go to other processes, `[B, runs, S, E]`, a view."""
         runs_BPSE = x_PSE.view(len(self.open_B), -1, *x_PSE.shape[1:])
         return runs_BPSE[:, : runs_BPSE.shape[1] - 1 - self.crossed]
 
-    def sums_before(self, total_PSE: Tensor) -> Tensor:
-        """The sums before rows, float32 `[B, S, E]`, from those over runs."""
-        given = self.given_runs(total_PSE).sum(1)
+    def runs(self, index: ChunkIndex, value_BG: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of every run, int64 `[runs]`, and the value of its chunks, float `[runs, 1, 1]`."""
+        begin_P = index.piece_begin.long()
+        return begin_P // value_BG.shape[1], value_BG.flatten()[begin_P].float()[:, None, None]
+
+    def sums_before(self, total_PSE: Tensor, index: ChunkIndex) -> Tensor:
+        """The sums before documents, float32 `[documents, S, E]`, from those over runs. Only the first document of a
+        row goes on from another process."""
+        if self.first_BG is None:
+            given = self.given_runs(total_PSE).sum(1)
+        else:
+            row_P, weight_P = self.runs(index, self.sum_KBG[-1])
+            given = total_PSE.new_zeros(len(self.open_B), *total_PSE.shape[1:])
+            given.index_add_(0, row_P, total_PSE * weight_P)
         taken = given.new_empty(self.left_weight.shape[0], *given.shape)
         all_gather(taken.view(-1), given.view(-1), group=self.group)
-        return (taken * self.left_weight).sum(0)
+        before_BSE = (taken * self.left_weight).sum(0)
+        if self.first_BG is None:
+            return before_BSE
+        B, G = self.first_BG.shape
+        chunk_D = index.piece_begin[index.document_begin.long()]
+        document_B = torch.searchsorted(chunk_D, torch.arange(B, dtype=chunk_D.dtype, device=chunk_D.device) * G)
+        return before_BSE.new_zeros(index.documents, *given.shape[1:]).index_copy_(0, document_B, before_BSE)
 
-    def add_gradients(self, d_total_PSE: Tensor, d_carry_PSE: Tensor, scale: float) -> None:
+    def add_gradients(self, d_total_PSE: Tensor, d_carry_PSE: Tensor, scale: float, index: ChunkIndex) -> None:
         """Add to the gradients behind runs what other processes return for the sums given to them, and return theirs.
 
         Args:
             d_total_PSE: gradients of `sums_before` over `scale`, by runs.
         """
-        d_initial = d_total_PSE.view(len(self.open_B), -1, *d_total_PSE.shape[1:]).sum(1) * scale
+        if self.first_BG is None:
+            d_initial = d_total_PSE.view(len(self.open_B), -1, *d_total_PSE.shape[1:]).sum(1)
+        else:
+            row_P, first_P = self.runs(index, self.first_BG == 0)
+            d_initial = d_total_PSE.new_zeros(len(self.open_B), *d_total_PSE.shape[1:])
+            d_initial.index_add_(0, row_P, d_total_PSE * first_P)
+        d_initial = d_initial * scale
         d_given = torch.empty_like(d_initial)
         reduce_scatter(d_given.view(-1), (d_initial * self.left_weight).view(-1), group=self.group)
-        self.given_runs(d_carry_PSE).add_(d_given[:, None])
+        if self.first_BG is None:
+            self.given_runs(d_carry_PSE).add_(d_given[:, None])
+        else:
+            row_P, weight_P = self.runs(index, self.sum_KBG[-1])
+            d_carry_PSE.add_(d_given[row_P] * weight_P)
+
+
+def with_ends(layout: ChunkLayout) -> ChunkLayout:
+    """A layout of causal rows for kernels, with an empty chunk at either end of what a row has of its first and of its
+    last document. The first chunk of a document has nothing before it, and the last one nothing behind it: so sums
+    before and behind the real ones may come from other processes."""
+    (B, G, C), device = layout.position_BGC.shape, layout.position_BGC.device
+    chunk_G = torch.arange(G + 2, device=device).expand(B, -1)
+    final_B = layout.final_B + 1
+    first_BG = torch.zeros_like(chunk_G[:, 1:-1]) if layout.first_BG is None else layout.first_BG
+    # Chunk 0 becomes one of the row's first document, and that behind the last one of its last document.
+    first_BG = F.pad(torch.where(first_BG == 0, 0, first_BG + 1), (1, 1))
+    last_B1 = first_BG.gather(1, final_B[:, None])
+    first_BG = torch.where(chunk_G == final_B[:, None] + 1, last_B1, first_BG)
+    first_BG = torch.where(chunk_G > final_B[:, None] + 1, (final_B + 2)[:, None], first_BG)
+    ends = (0, 0, 1, 1)
+    return replace(
+        layout,
+        position_BGC=F.pad(layout.position_BGC, ends), occupied_BGC=F.pad(layout.occupied_BGC, ends),
+        source_BK=F.pad(layout.source_BK, (C, C), value=-1),
+        slot_BN=torch.where(layout.slot_BN >= 0, layout.slot_BN + C, -1), first_BG=first_BG, last_BG=None,
+        phase_B=None, continues_B=None, final_B=final_B,
+    )  # fmt: skip
 
 
 def fused_layout(
