@@ -97,10 +97,10 @@ def main() -> None:
     begin = time.perf_counter()
     causal_dir, masked_dir = args.output_dir / "causal", args.output_dir / "masked"
 
-    print("\n=== model_cards/flash-7m-causal, trained on books, continues a text ===", flush=True)
-    continue_text(CHECKPOINTS / "flash-7m-causal", OPENING)
-    print("\n=== model_cards/flash-7m-masked, trained on books and articles, fills in a word ===")
-    fill_in(CHECKPOINTS / "flash-7m-masked", SENTENCE)
+    print("\n=== model_cards/flash-30m-causal, trained on books, continues a text ===", flush=True)
+    continue_text(CHECKPOINTS / "flash-30m-causal", OPENING)
+    print("\n=== model_cards/flash-30m-masked, trained on books and articles, fills in a word ===")
+    fill_in(CHECKPOINTS / "flash-30m-masked", SENTENCE)
 
     causal = train("causal", causal_dir, args, args.causal_steps)
     masked = train("masked", masked_dir, args, args.masked_steps, "--tokenizer", str(causal_dir))

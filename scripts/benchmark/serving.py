@@ -21,14 +21,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
-import flash_hf  # noqa: F401
+import flash_hf
 from flash_hf.commands.options import OptionParser, natural, run_command
 from scripts.provenance import processor, provenance, write_json
 
 
-CARD = "model_cards/flash-7m-causal"
+VOCAB = 8192
 BUDGET = 2048  # vLLM's tokens per step
 SYSTEMS = {"vllm": "FLASH, vLLM", "generate": "FLASH, `generate()`", "llama": "Llama, vLLM"}
 
@@ -43,10 +43,18 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def llama(vocab_size: int) -> LlamaForCausalLM:
+def flash() -> flash_hf.FlashForCausalLM:
+    """A small model, not trained: speed does not depend on the weights."""
+    config = flash_hf.FlashConfig(
+        vocab_size=VOCAB, hidden_size=256, num_hidden_layers=12, chunk_shift=128, global_form="previous_token",
+    )  # fmt: skip
+    return flash_hf.FlashForCausalLM(config).eval()
+
+
+def llama() -> LlamaForCausalLM:
     """Six blocks for FLASH's twelve layers, of the same width and almost the same number of parameters."""
     config = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=256, intermediate_size=776, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=776, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=8192,
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -136,8 +144,7 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     cases = [(count, length) for length in args.prompts for count in args.requests]
     most = max(args.requests), max(args.prompts) + args.new + 2 + max(args.requests) * max(args.prompts) // BUDGET
-    model = AutoModelForCausalLM.from_pretrained(CARD, dtype=torch.float32).eval()
-    other = llama(model.config.vocab_size)
+    model, other = flash(), llama()
     parameters = {"FLASH": model.num_parameters(), "Llama": other.num_parameters()}
     cells = []
 
@@ -148,10 +155,12 @@ def measure(args: argparse.Namespace) -> dict:
             print(json.dumps(cells[-1]), flush=True)
 
     record("generate", partial(measure_generate, model))
-    engine = Engine(CARD, *most)
-    record("vllm", engine.measure)
-    memory = {"FLASH, any length": state_bytes(engine)}
-    engine.close()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        engine = Engine(folder, *most)
+        record("vllm", engine.measure)
+        memory = {"FLASH, any length": state_bytes(engine)}
+        engine.close()
     with tempfile.TemporaryDirectory() as folder:
         other.save_pretrained(folder)
         config = other.config

@@ -1,5 +1,5 @@
 """\
-python -m scripts.embedding.search --model model_cards/flash-7m-masked --books tests/data/wizard_of_oz.txt --query "a house is carried away by the storm"
+python -m scripts.embedding.search --model model_cards/flash-30m-masked --books tests/data/wizard_of_oz.txt --query "a house is carried away by the storm"
 
 Embed every passage of whole books and print those that are nearest to each query. --index keeps the embeddings: the
 first run writes the file, later ones read it and need no books.

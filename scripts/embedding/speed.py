@@ -1,4 +1,4 @@
-"""python -m scripts.embedding.speed --model model_cards/flash-7m-masked
+"""python -m scripts.embedding.speed --model model_cards/flash-30m-masked
 
 Documents per second that an encoder embeds on one CPU thread, at several lengths, beside a BERT of the same size with
 random weights. Time is the process's CPU time, which other programs disturb little.

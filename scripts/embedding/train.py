@@ -1,4 +1,4 @@
-"""python -m scripts.embedding.train --model model_cards/flash-7m-masked --pairs tests/data/wizard_of_oz.txt --output_dir runs/embedder
+"""python -m scripts.embedding.train --model model_cards/flash-30m-masked --pairs tests/data/wizard_of_oz.txt --output_dir runs/embedder
 
 Fine-tune an encoder to embed texts with sentence-transformers: on the halves of paragraphs (--pairs), which belong
 together, and on sentence pairs with scores, such as STS-B's (--scores: CSV or TSV with the columns sentence1, sentence2

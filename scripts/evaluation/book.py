@@ -1,5 +1,5 @@
 """\
-python -m scripts.evaluation.book --model model_cards/flash-7m-causal --book tests/data/wizard_of_oz.txt
+python -m scripts.evaluation.book --model model_cards/flash-30m-causal --book tests/data/wizard_of_oz.txt
 
 Read a whole book into a state of constant size and continue it, printing time and the memory of state and process
 while reading. Runs on a laptop CPU.

@@ -57,7 +57,7 @@ def test_links_of_the_readme_stand_in_one_list():
     """PyPI shows it without the repository: the owner puts the repository's URL in front of that list alone."""
     assert not re.search(r"\]\((?!#)", README)
     body, links = README.split("[paper]: ")
-    used = set(re.findall(r"\]\[([\w-]+)\]|\[(flash-7m-\w+)\](?!\[)", body))
+    used = set(re.findall(r"\]\[([\w-]+)\]|\[(flash-30m-\w+)\](?!\[)", body))
     defined = set(re.findall(r"^\[([\w-]+)\]: ", "[paper]: " + links, re.M))
     assert {first or second for first, second in used} == defined
 

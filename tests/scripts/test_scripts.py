@@ -26,7 +26,7 @@ from scripts.provenance import program_words
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-CARD = ROOT / "model_cards" / "flash-7m-causal"
+CARD = ROOT / "model_cards" / "flash-30m-causal"
 
 
 @pytest.fixture(scope="module")

