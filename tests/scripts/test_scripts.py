@@ -355,8 +355,8 @@ def test_a_book_is_continued_with_a_state_of_constant_size(capsys, monkeypatch):
     out = capsys.readouterr().out
     rows = re.findall(r"^ +([\d,]+) +[\d.]+ +\d+ +([\d.]+) MiB +(\d+) MiB$", out, re.M)
     assert [row[0] for row in rows] == ["1,000", "2,999"]
-    # 12 layers of [256, 128 + 512], [257, 128] and [128, 512] numbers of four bytes.
-    assert {row[1] for row in rows} == {"12.01"} and "state 12.01 MiB" in out
+    # 16 layers of [257, 128], [1, 128] and [256, 1024], and twice [128, 1024] numbers of four bytes.
+    assert {row[1] for row in rows} == {"34.02"} and "state 34.02 MiB" in out
     assert 0 < int(rows[1][2]) < int(rows[0][2]) + 200
     story = out.split("\n...")[1].split("tokens written")[0]
     assert "Aunt Em" in story and len(story.split()) > 50
