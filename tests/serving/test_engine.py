@@ -230,7 +230,7 @@ def card():
 
 @pytest.mark.parametrize("budget", [8192, 300])
 def test_the_shipped_checkpoint_generates_as_in_transformers(card, budget):
-    """16 prompts of 1 to 5,000 tokens at once, also beyond the training length of 4,096."""
+    """16 prompts of 1 to 5,000 tokens at once."""
     model, prompts = card
     with engine(CARD, max_model_len=6000, max_num_batched_tokens=budget, max_num_seqs=16) as llm:
         answers = generate(llm, prompts, 16)
@@ -246,11 +246,11 @@ def test_the_shipped_checkpoint_generates_as_in_transformers(card, budget):
 
 
 def test_bfloat16_and_what_vllm_chooses_itself(card):
-    """Without options vLLM takes the checkpoint's bfloat16 and a length of 4,096, and compiles what it can."""
+    """Without options vLLM takes the checkpoint's bfloat16 and its length of 8,192, and compiles what it can."""
     model, prompts = card
     prompts = [prompt for prompt in prompts if len(prompt) < 1000]
     with engine(CARD, dtype="auto", enforce_eager=False, max_num_seqs=8) as llm:
-        assert llm.llm_engine.model_config.max_model_len == 4096
+        assert llm.llm_engine.model_config.max_model_len == 8192
         state = served(llm).pages[0]
         assert dict(zip(state.stored, state.get_state_dtype(), strict=True))["total"] == torch.float32
         assert torch.bfloat16 in state.get_state_dtype()
