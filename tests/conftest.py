@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # The suite runs one process per core; the scripts and notebooks that a test starts share its core.
 torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start, too: sums depend on the number
 # Under this mode torch.empty returns NaN, so that a result with an unwritten element cannot pass.
 torch.use_deterministic_algorithms(True, warn_only=True)
 
