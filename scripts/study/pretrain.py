@@ -9,7 +9,7 @@ decay: a later run continues from them with --resume, so that a training can be 
 
 1. `--prepare DATA`, after `python -m scripts.study --prepare DATA`: tokenizes the held-out text for the evaluation.
 2. Train. An interrupted run resumes from OUTPUT/state.safetensors. The weights (OUTPUT/final, bfloat16) are saved
-   first, then evaluated as saved. OUTPUT/log.json has curves, results, versions and the machine.
+   first, then evaluated as saved. OUTPUT/final/training.json has curves, results, versions and the machine.
 """
 
 import argparse
@@ -466,7 +466,6 @@ def run(
     final = output / "final"
     save_weights(model, final, log())
     tokenizer.save_pretrained(final)
-    write_json(output / "log.json", log())
     print(f"{time.perf_counter() - START:.1f} s: saved", flush=True)
     with torch.no_grad():
         for parameter in model.parameters():  # evaluated as saved
@@ -474,7 +473,7 @@ def run(
     results = final_results(model, held, recipe)
     for row in results:
         print(row["dataset"], row["metric"], row["value"], flush=True)
-    write_json(output / "log.json", {**log(), "results": results})
+    write_json(final / "training.json", {**log(), "results": results})
     state.unlink(missing_ok=True)
     (output / "done").touch()
 

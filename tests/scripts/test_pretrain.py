@@ -53,7 +53,7 @@ def train(monkeypatch, recipe, work, output, *, seconds=25, resume=None):
     monkeypatch.setattr(pretrain, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(pretrain, "START", 0)
     pretrain.run(recipe, work, output, seconds, resume, 0.0)
-    return json.loads((output / "log.json").read_text(encoding="utf-8"))
+    return json.loads((output / "final" / "training.json").read_text(encoding="utf-8"))
 
 
 def test_passages_are_whole_packed_and_masked():
