@@ -8,17 +8,51 @@ Alphabet: B rows (each one or several packed documents), N tokens of this call, 
 quadratic attention, F any features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_tracing() -> bool:
     """Whether a graph is being captured: tensors cannot be read on the host."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+# What modules computed last, see `recall`. Not attributes of the modules, which are copied and pickled.
+_last: WeakKeyDictionary = WeakKeyDictionary()
+# Nothing is kept for longer rows, in numbers of the embedded tokens.
+LARGEST_KEPT = 2**26
+
+
+def row_size(x_BND: Tensor) -> int:
+    return x_BND.shape[1] * x_BND.shape[2]
+
+
+def recall(owner: nn.Module, key: tuple, make: Callable[[], Any], x: Tensor) -> Any:
+    """`make()`, or its last result for this owner if that had the same key: what follows from shapes and the
+    configuration takes a forward's first milliseconds, in which the GPU waits. Not for calls that are traced.
+
+    Args:
+        key: what the result depends on, besides the device, stream and inference mode of x.
+    """
+    if (
+        (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay outlives what is kept here
+        or type(x) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return make()
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    key = x.device, stream, torch.is_inference_mode_enabled(), *key
+    last = _last.get(owner)
+    if last is None or last[0] != key:
+        last = _last[owner] = key, make()
+    return last[1]
 
 
 class Movable:

@@ -66,6 +66,7 @@ from .attention_flash import (
 )
 from .backend_flash import (
     SILU,
+    compute_dtype,
     continuation,
     fused_attention,
     fused_layer,
@@ -77,6 +78,7 @@ from .backend_flash import (
 )
 from .cache_flash import CACHE_NAME, OTHER_CACHE_NAME, StateForm, check_cache, resolve_cache, takes_both_cache_names
 from .chunking_flash import (
+    LARGEST_KEPT,
     ChunkLayout,
     Documents,
     Places,
@@ -87,7 +89,9 @@ from .chunking_flash import (
     is_tracing,
     misplaced,
     quadratic_layout,
+    recall,
     resolve_documents,
+    row_size,
 )
 from .configuration_flash import FlashConfig
 from .delta_flash import delta_chunk_attention, delta_chunk_step
@@ -140,7 +144,15 @@ class FlashScaledSinusoid(nn.Module):
         self.scale = nn.Parameter(torch.tensor(config.hidden_size**-0.5))
 
     def forward(self, x_BND: Tensor, position_BN: Tensor) -> Tensor:
-        return scaled_sinusoid(position_BN, x_BND) * self.scale.to(x_BND.dtype)
+        def make() -> tuple[Tensor, Tensor]:
+            return position_BN, scaled_sinusoid(position_BN, x_BND)
+
+        # The positions of plain rows are those of the call before, see `FlashModel.places`.
+        if is_tracing() or not torch.is_grad_enabled() or len(position_BN) > 1 or row_size(x_BND) > LARGEST_KEPT:
+            sinusoid_BND = make()[1]
+        else:
+            sinusoid_BND = recall(self, (id(position_BN), x_BND.dtype, x_BND.shape[-1]), make, x_BND)[1]
+        return sinusoid_BND * self.scale.to(x_BND.dtype)
 
 
 class FlashRotaryEmbedding(nn.Module):
@@ -168,6 +180,11 @@ class FlashRotaryEmbedding(nn.Module):
             if moved.dtype in (torch.bfloat16, torch.float16):
                 setattr(self, name, exact.to(moved.device))
         return self
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the frequencies depend on the lengths seen, see `dynamic_rope_update`."""
+        return "dynamic" in self.rope_type or self.rope_type == "longrope"
 
     @staticmethod
     def compute_default_rope_parameters(config: FlashConfig, device=None, **kwargs) -> tuple[Tensor, float]:
@@ -625,7 +642,7 @@ class FlashModel(FlashPreTrainedModel):
         places = self.places(inputs_embeds, documents, first, layouts)
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(hidden_states, documents.position_BN)
+            hidden_states = hidden_states + self.embed_positions(hidden_states, places[0].documents.position_BN)
         if self.embed_norm is not None:
             hidden_states = normalise(self.embed_norm, hidden_states, places[0])
         hidden_states = F.dropout(hidden_states, self.config.hidden_dropout, self.training)
@@ -660,6 +677,25 @@ class FlashModel(FlashPreTrainedModel):
         self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None, layouts: list | None = None
     ) -> list[Places]:
         """The places that layers take in turn; arguments as of `layouts`, and its result if it is known."""
+        plain = cache is None and layouts is None and documents.is_plain and not self.rotary_emb.is_dynamic
+        if is_tracing() or not plain or row_size(x_BND) > LARGEST_KEPT:
+            return self.make_places(x_BND, documents, cache, layouts)
+
+        def make() -> tuple[Tensor, list[Places]]:
+            return frequencies, self.make_places(x_BND, documents, None)
+
+        frequencies = self.rotary_emb.inv_freq
+        version = 0 if frequencies.is_inference() else frequencies._version
+        key = (
+            x_BND.shape, x_BND.dtype, compute_dtype(x_BND), self.training, id(frequencies), version,
+            dict(vars(self.config)),
+        )  # fmt: skip
+        return recall(self, key, make, x_BND)[1]
+
+    def make_places(
+        self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None, layouts: list | None = None
+    ) -> list[Places]:
+        """What `places` returns, made anew."""
         config = self.config
         places: list[Places] = []
         for layout in self.layouts(x_BND.shape[0], documents, cache) if layouts is None else layouts:

@@ -2,6 +2,7 @@
 """The document rule: a document's result is the same alone, padded on any side, packed, or in a ragged batch."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -227,6 +228,60 @@ def test_places_move_to_another_device_as_one(changes):
         assert type(after) is type(before) and after.bias_length == before.bias_length
         moved = tensors_of(after)
         assert len(moved) == len(tensors_of(before)) > 5 and {x.device.type for x in moved} == {"meta"}
+
+
+FORMS = [
+    {},
+    {"chunk_shift": 3, "relative_bias": "rotary"},
+    {"attention_type": "quadratic", "max_position_embeddings": 64},
+]
+
+
+@pytest.mark.parametrize("changes", FORMS, ids=str)
+def test_what_follows_from_shapes_is_made_once(changes, monkeypatch):
+    """Padding and cached tokens are in no shape: such calls make theirs anew."""
+    model = make_model(FlashForCausalLM, tiny_config(**changes))
+    ids, made, make = random_ids(model.config, 2, 20), [], FlashModel.make_places
+    monkeypatch.setattr(FlashModel, "make_places", lambda self, *args: made.append(args) or make(self, *args))
+    first = model(ids, use_cache=False).logits
+    for mask in (None, torch.ones_like(ids)):
+        assert torch.equal(model(ids, attention_mask=mask, use_cache=False).logits, first)
+    assert len(made) == 1
+    assert_close(model(ids[:1], use_cache=False).logits, first[:1], 1e-12)
+    assert len(made) == 2
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    for _ in range(2):
+        assert_close(model(ids, attention_mask=mask, use_cache=False).logits[1], first[1], 1e-12)
+        assert_close(model(ids, use_cache=True).logits, first, 1e-12)
+    assert len(made) == 6
+    copy = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy(ids, use_cache=False).logits, first)
+    assert len(made) == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.config.update({"chunk_size": 3}),
+        lambda model: model.config.update({"use_rope": False}),
+        lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+        lambda model: setattr(model.model.rotary_emb, "inv_freq", 2 * model.model.rotary_emb.inv_freq),
+        lambda model: model.float(),
+    ],
+)
+def test_a_changed_model_does_not_use_what_it_made_before(change):
+    config = tiny_config(relative_bias="rotary")
+    ids = random_ids(config, 2, 20)
+    used, fresh = (make_model(FlashForCausalLM, config) for _ in range(2))
+    with torch.inference_mode():
+        before = used(ids, use_cache=False).logits
+    for model in (used, fresh):
+        change(model)
+    after = used(ids, use_cache=False).logits
+    after.sum().backward()  # what inference mode made cannot be in a graph
+    assert torch.equal(after, fresh(ids, use_cache=False).logits)
+    assert after.dtype != before.dtype or not torch.allclose(after, before)
 
 
 def test_positions_alone_do_not_make_a_packed_layout():
