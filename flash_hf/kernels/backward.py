@@ -9,6 +9,7 @@ import triton.language as tl
 from .common import (
     add_state_product,
     basis,
+    has_tokens,
     load_grid,
     load_rows,
     load_tile,
@@ -303,28 +304,36 @@ def chunk_gradients_kernel(
 @kernel
 @triton.jit
 def quadratic_heads_kernel(
-    d_score_ptr, q_ptr, k_ptr, d_q_ptr, d_k_ptr, scale,
-    CP: tl.constexpr, SP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    d_score_ptr, q_ptr, k_ptr, d_q_ptr, d_k_ptr, N, G, C, shift, scale,
+    CP: tl.constexpr, SP: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`dq = scale d_score k` (program 0 of the last axis) or `dk = scale d_score^T q` of a block of tokens."""
+    """`dq = scale d_score k` (program 0 of the last axis) or `dk = scale d_score^T q` of a block of tokens. SKIP:
+    halves of chunks without tokens are neither read nor written."""
     chunk = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
+    opens = 0
+    closes = CP
+    if SKIP:
+        if not has_tokens(chunk, first, N, G, C, shift):
+            return
+        opens = tl.where(has_tokens(chunk, 0, N, G, C, shift), 0, CP // 2)
+        closes = tl.where(has_tokens(chunk, CP // 2, N, G, C, shift), CP, CP // 2)
     own = first + tl.arange(0, BLOCK)
     s = tl.arange(0, SP)
     acc = tl.zeros((BLOCK, SP), tl.float32)
     place = (chunk * CP + own)[:, None] * SP + s[None, :]
     if tl.program_id(2) == 0:
-        last = first + BLOCK if CAUSAL else CP
-        for start in tl.range(0, last, BLOCK_K, num_stages=STAGES):
+        last = first + BLOCK if CAUSAL else closes
+        for start in tl.range(opens, last, BLOCK_K, num_stages=STAGES):
             n = start + tl.arange(0, BLOCK_K)
             d = tl.load(d_score_ptr + (chunk * CP + own)[:, None] * CP + n[None, :])
             k = tl.load(k_ptr + (chunk * CP + n)[:, None] * SP + s[None, :])
             acc = tl.dot(d, k, acc, input_precision=PRECISION)
         tl.store(d_q_ptr + place, (acc * scale).to(d_q_ptr.dtype.element_ty))
     else:
-        begin = first if CAUSAL else 0
-        for start in tl.range(begin, CP, BLOCK_K, num_stages=STAGES):
+        begin = first if CAUSAL else opens
+        for start in tl.range(begin, closes, BLOCK_K, num_stages=STAGES):
             m = start + tl.arange(0, BLOCK_K)
             d = tl.load(d_score_ptr + (chunk * CP + m)[:, None] * CP + own[None, :])
             q = tl.load(q_ptr + (chunk * CP + m)[:, None] * SP + s[None, :])
@@ -335,10 +344,11 @@ def quadratic_heads_kernel(
 @kernel
 @triton.jit
 def bias_kernel(
-    d_score_ptr, out_ptr, GT, PER_PROGRAM,
-    CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, BLOCK: tl.constexpr,
+    d_score_ptr, out_ptr, N, G, C, shift, GT, PER_PROGRAM,
+    CP: tl.constexpr, TILES: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum of one tile of score gradients over some chunks, `[programs, CP, CP]`. `sums_kernel` adds the diagonals."""
+    """Sum of one tile of score gradients over some chunks, `[programs, CP, CP]`, with SKIP without those that have no
+    tokens there. `sums_kernel` adds the diagonals."""
     block_m, block_n = lower_tile(tl.program_id(0), TILES, CAUSAL)
     m = block_m * BLOCK + tl.arange(0, BLOCK)
     n = block_n * BLOCK + tl.arange(0, BLOCK)
@@ -346,7 +356,13 @@ def bias_kernel(
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     begin = tl.program_id(1) * PER_PROGRAM
     for step in tl.range(0, tl.minimum(PER_PROGRAM, GT - begin), num_stages=4):
-        acc += tl.load(d_score_ptr + (begin + step).to(tl.int64) * CP * CP + place).to(tl.float32)
+        tile = d_score_ptr + (begin + step).to(tl.int64) * CP * CP + place
+        if SKIP:
+            inside = has_tokens(begin + step, block_m * BLOCK, N, G, C, shift)
+            inside = inside & has_tokens(begin + step, block_n * BLOCK, N, G, C, shift)
+            acc += tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+        else:
+            acc += tl.load(tile).to(tl.float32)
     tl.store(out_ptr + tl.program_id(1) * CP * CP + place, acc)
 
 
@@ -362,10 +378,11 @@ def no_totals(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def gained_rows(
     source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr, SCALED: tl.constexpr
 ):  # fmt: skip
-    """`token_rows`, and `row_gain` of the tokens."""
+    """`token_rows`, whether a token may follow in the row, and `row_gain` of the tokens."""
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
+    followed = real if RAGGED else real & ((chunk % G) * C + slot - shift < N - 1)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
-    return token, real, gain
+    return token, real, followed, gain
 
 
 @triton.jit
@@ -383,16 +400,16 @@ def head_rows(opens_ptr, chunk, slot, real, C, CP: tl.constexpr, GT, AFTER: tl.c
 
 @triton.jit
 def head_gradient(
-    d_heads_ptr, head, column, inside, taken, opens_ptr, chunk, slot, real, C, CP: tl.constexpr, GT, SP: tl.constexpr,
-    AFTER: tl.constexpr, MIXED: tl.constexpr,
+    d_heads_ptr, head, column, inside, taken, opens_ptr, chunk, slot, real, followed, C, CP: tl.constexpr, GT,
+    SP: tl.constexpr, AFTER: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Columns of a head's gradient, `[slots, columns]` float32: with AFTER those of the slot after, with MIXED those
     that are `taken`. Both rows are loaded then: single columns of either would not be vectors."""
-    row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, AFTER)
+    row, at = head_rows(opens_ptr, chunk, slot, followed if AFTER else real, C, CP, GT, AFTER)
     d_head = d_heads_ptr + column[None, :]
     found = tl.load(d_head + (head * GT * CP + at) * SP, mask=row & inside[None, :], other=0.0)
     if MIXED:
-        row, at = head_rows(opens_ptr, chunk, slot, real, C, CP, GT, True)
+        row, at = head_rows(opens_ptr, chunk, slot, followed, C, CP, GT, True)
         after = tl.load(d_head + (head * GT * CP + at) * SP, mask=row & inside[None, :], other=0.0)
         found = tl.where(taken[None, :], after, found)
     return found.to(tl.float32)
@@ -405,25 +422,29 @@ def heads_gradient_kernel(
     d_z_ptr, d_z_stride, sums_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
     H: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, CP: tl.constexpr, SP: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
-    FAST: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    FAST: tl.constexpr, RAGGED: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Backward of `heads_kernel`: gradient of z's input, and per program the sums over its `ROWS` slots for gamma,
     beta and z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way; with PREVIOUS the last
     head's gradient comes from the slot after, with LOCAL that of every second pair of the local key, too.
 
-    A program walks through its slots and adds up in registers what only its end sums over threads."""
+    A program walks through its slots and adds up in registers what only its end sums over threads. SKIP: unless it has
+    half a chunk without tokens."""
     blocks: tl.constexpr = CP // ROWS
     program = tl.program_id(0)
     chunk = program // blocks
+    rows = ROWS
+    if SKIP:
+        rows = tl.where(has_tokens(chunk, (program % blocks) * ROWS, N, G, C, shift), ROWS, 0)
     sums = sums_ptr + program.to(tl.int64) * (2 * H + 1) * S
     dtype = d_z_ptr.dtype.element_ty
     if HALF > 0:
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
         taken = tl.arange(0, HALF) % 2 == 1
         totals = no_totals(4 * H + 2, BLOCK_M, HALF)
-        for start in range(0, ROWS, BLOCK_M):
+        for start in range(0, rows, BLOCK_M):
             slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
-            token, real, gain = gained_rows(
+            token, real, followed, gain = gained_rows(
                 source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED, SCALED
             )  # fmt: skip
             mask = real[:, None] & inside[None, :]
@@ -439,11 +460,11 @@ def heads_gradient_kernel(
             added = ()
             for head in tl.static_range(H):
                 p_one = head_gradient(
-                    d_heads_ptr, head, one, inside, taken, opens_ptr, chunk, slot, real, C, CP, GT, SP,
+                    d_heads_ptr, head, one, inside, taken, opens_ptr, chunk, slot, real, followed, C, CP, GT, SP,
                     PREVIOUS and head == H - 1, LOCAL and head == 1,
                 )  # fmt: skip
                 p_two = head_gradient(
-                    d_heads_ptr, head, two, inside, taken, opens_ptr, chunk, slot, real, C, CP, GT, SP,
+                    d_heads_ptr, head, two, inside, taken, opens_ptr, chunk, slot, real, followed, C, CP, GT, SP,
                     PREVIOUS and head == H - 1, LOCAL and head == 1,
                 )  # fmt: skip
                 if not (PREVIOUS and head >= H - 2):
@@ -475,9 +496,9 @@ def heads_gradient_kernel(
         inside = column < S
         taken = (column // 2 if INTERLEAVED else column) % 2 == 1
         totals = no_totals(2 * H + 1, BLOCK_M, REST)
-        for start in range(0, ROWS, BLOCK_M):
+        for start in range(0, rows, BLOCK_M):
             slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
-            token, real, gain = gained_rows(
+            token, real, followed, gain = gained_rows(
                 source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED, SCALED
             )  # fmt: skip
             h = basis(z_ptr, z_stride, token, real, column, inside, gain, bias_ptr, SCALED)
@@ -486,7 +507,7 @@ def heads_gradient_kernel(
             added = ()
             for head in tl.static_range(H):
                 d = head_gradient(
-                    d_heads_ptr, head, column, inside, taken, opens_ptr, chunk, slot, real, C, CP, GT, SP,
+                    d_heads_ptr, head, column, inside, taken, opens_ptr, chunk, slot, real, followed, C, CP, GT, SP,
                     PREVIOUS and head == H - 1, LOCAL and head == 1,
                 )  # fmt: skip
                 d_h += d * vector(gamma_ptr, head, S, column, inside)

@@ -83,6 +83,13 @@ def token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr):
 
 
 @triton.jit
+def has_tokens(chunk, slot, N, G, C, shift):
+    """Whether a plain row has tokens in the half of a chunk, 128 slots, in which `slot` is."""
+    first = (chunk % G) * C + slot // 128 * 128 - shift
+    return (first > -128) & (first < N)
+
+
+@triton.jit
 def previous_rows(source_ptr, opens_ptr, chunk, slot, N, G, C, shift, RAGGED: tl.constexpr):
     """`token_rows` of the slots before: the token before each in its document. `opens` marks the chunks in which a
     document begins."""

@@ -9,6 +9,7 @@ import triton.language as tl
 from .common import (
     add_state_product,
     basis,
+    has_tokens,
     load_grid,
     load_rows,
     load_tile,
@@ -51,7 +52,7 @@ def norm_kernel(
 @triton.jit
 def heads_kernel(
     z_ptr, z_stride, rms_ptr, gain_ptr, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, factor_ptr, source_ptr,
-    opens_ptr, heads_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows,
+    opens_ptr, heads_ptr, N, G, C, shift, GT, S, rotary_dim, table_rows, first_block, row_blocks,
     H: tl.constexpr, LIN_Q: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, CP: tl.constexpr,
     SP: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr,
     SILU: tl.constexpr, FAST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -59,10 +60,12 @@ def heads_kernel(
     """Heads `RoPE(gamma_h silu(z) + beta_h)` on the chunk grid, `[H, GT, CP, SP]`; the linear query times its chunk's
     factor. HALF pairs of dimensions are turned, REST pass through. With PREVIOUS the last two heads, the linear ones,
     are not turned, and the last one is made from the z of the token before. With LOCAL the local key has every second
-    pair of dimensions from the token before, turned by that token's position."""
+    pair of dimensions from the token before, turned by that token's position. Of each row's blocks of slots,
+    `row_blocks` are computed, from `first_block` on."""
     blocks: tl.constexpr = CP // BLOCK_M
-    chunk = tl.program_id(0) // blocks
-    slot = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    block = first_block + tl.program_id(0) % row_blocks
+    chunk = tl.program_id(0) // row_blocks * G + block // blocks
+    slot = (block % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
     gain = row_gain(rms_ptr, gain_ptr, token, real) if SCALED else real.to(tl.float32)
     factor = tl.load(factor_ptr + chunk)
@@ -153,15 +156,19 @@ def lower_tile(index, TILES: tl.constexpr, CAUSAL: tl.constexpr):
 @kernel
 @triton.jit
 def scores_kernel(
-    q_ptr, k_ptr, bias_ptr, a_ptr, C, scale,
-    CP: tl.constexpr, SP: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, TILES: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, bias_ptr, a_ptr, N, G, C, shift, scale,
+    CP: tl.constexpr, SP: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, SKIP: tl.constexpr,
+    TILES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention weights `A = relu(scale q k^T + b)^2` of one tile, `[GT, CP, CP]`. Tiles above the diagonal of a
-    causal model are neither written nor read."""
+    causal model, and with SKIP those of halves of chunks without tokens, are neither written nor read."""
     tiles: tl.constexpr = TILES * (TILES + 1) // 2 if CAUSAL else TILES * TILES
     chunk = (tl.program_id(0) // tiles).to(tl.int64)
     block_m, block_n = lower_tile(tl.program_id(0) % tiles, TILES, CAUSAL)
+    if SKIP:
+        has_m = has_tokens(chunk, block_m * BLOCK, N, G, C, shift)
+        if not (has_m & has_tokens(chunk, block_n * BLOCK, N, G, C, shift)):
+            return
     m = block_m * BLOCK + tl.arange(0, BLOCK)
     n = block_n * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)

@@ -78,18 +78,19 @@ def piece_launch(shape: Shape, inputs: Inputs) -> dict:
     }  # fmt: skip
 
 
-def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor) -> Tensor:
-    """Attention weights within chunks, `[GT, CP, CP]`; empty without the quadratic branch."""
+def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor, skip: bool = False) -> Tensor:
+    """Attention weights within chunks, `[GT, CP, CP]`; empty without the quadratic branch. With `skip` those of
+    `Shape.halves` alone."""
     t = shape.tiles
     if not shape.quad:
         return heads.new_empty((0,))
-    C, weights = shape.C, heads.new_empty((shape.GT, t.CP, t.CP))
+    weights = heads.new_empty((shape.GT, t.CP, t.CP))
     biased = inputs.bias_R is not None
     forward.scores_kernel(
         (shape.score_tiles * shape.GT,),  # a grid's second dimension ends at 65,535
-        heads[0], heads[1], inputs.bias_R if biased else inputs.index.factor_G, weights, C, shape.scale, CP=t.CP,
-        SP=t.SP, BIAS=biased, CAUSAL=shape.causal, TILES=shape.row_tiles, BLOCK=t.block, BLOCK_S=t.block_s,
-        PRECISION=dot_precision(shape.dtype), num_warps=4,
+        heads[0], heads[1], inputs.bias_R if biased else inputs.index.factor_G, weights, *shape.grid, shape.scale,
+        CP=t.CP, SP=t.SP, BIAS=biased, CAUSAL=shape.causal, SKIP=skip and shape.skips, TILES=shape.row_tiles,
+        BLOCK=t.block, BLOCK_S=t.block_s, PRECISION=dot_precision(shape.dtype), num_warps=4,
     )  # fmt: skip
     return weights
 
@@ -129,8 +130,8 @@ def launch_totals(
         scan_grid(tasks, x.device),
         hopper.tokens(x, shape.B, shape.N), hopper.matrix(keys), total, inputs.rms, inputs.gain, inputs.bias_v,
         index.piece_begin, index.piece_end, shape.N, shape.G, shape.shift, cut, 1.0 / shape.C if whole else 1.0,
-        E // 128, tasks, BACK=back, SPLIT="ends" if cut else "pieces",
-        EVEN=shape.shift == 0 and shape.N == shape.G * shape.C, SLOTS=scan.SLOTS, num_warps=8,
+        E // 128, tasks, BACK=back, SPLIT="ends" if cut else "pieces", SKIP=shape.skips, EVEN=shape.even,
+        SLOTS=scan.SLOTS, num_warps=8,
     )  # fmt: skip
     if whole:
         return total
@@ -176,7 +177,8 @@ def launch_scan(
     reader, writer = (row + 1, row) if back else (row, row + 1)
     walks = 2 * B if cut else B if carry is None else inputs.index.pieces
     tasks = walks * (shape.E // 128)
-    even = shape.shift == 0 and N == shape.G * shape.C
+    # Tiles that begin before a row are not those of a shift of whole halves.
+    slots = {"SKIP": shape.skips, "EVEN": shape.even, "SHIFTED": shape.halves.start * 128 < shape.shift}
     if not shape.causal:
         scan.whole_kernel(
             scan_grid(tasks, x.device),
@@ -184,7 +186,7 @@ def launch_scan(
             hopper.tokens(out, B, N), hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain,
             *biases, carry, inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end,
             out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks,
-            BACK=back, EVEN=even, SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+            BACK=back, **slots, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
         )  # fmt: skip
         return
     scan.scan_kernel(
@@ -194,24 +196,28 @@ def launch_scan(
         hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
         states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index.piece_begin,
         inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, cut,
-        shape.E // 128, tasks, BACK=back, SPLIT="ends" if cut else "rows" if carry is None else "pieces", EVEN=even,
-        SHIFTED=shape.shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+        shape.E // 128, tasks, BACK=back, SPLIT="ends" if cut else "rows" if carry is None else "pieces", **slots,
+        SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
     )  # fmt: skip
 
 
-def launch_heads(shape: Shape, inputs: Inputs, cached: Cached) -> Tensor:
-    """Queries and keys on the chunk grid, `[H, GT, CP, SP]`."""
+def launch_heads(shape: Shape, inputs: Inputs, cached: Cached, skip: bool = False) -> Tensor:
+    """Queries and keys on the chunk grid, `[H, GT, CP, SP]`; with `skip` those of `Shape.halves` alone."""
     t, S, v = shape.tiles, shape.S, inputs.v
     cos, sin, table_rows = inputs.tables
     size = (shape.rows, shape.GT, t.CP, t.SP)
     heads = v.new_empty(size) if t.SP == S else v.new_zeros(size)
     block = min(t.block, 32)
+    first, blocks = 0, shape.G * t.CP // block
+    if skip:
+        first, blocks = (128 // block * x for x in (shape.halves.start, len(shape.halves)))
     forward.heads_kernel(
-        (shape.GT * t.CP // block,),
+        (shape.B * blocks,),
         inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, inputs.beta, cos, sin,
         inputs.index.factor_G, inputs.tokens, inputs.index.opens_G, heads, *shape.grid, shape.GT, S, shape.rotary_dim,
-        table_rows, H=shape.H, LIN_Q=shape.lin_row, PREVIOUS=shape.previous, LOCAL=shape.local_shift, CP=t.CP,
-        SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block, num_warps=4,
+        table_rows, first, blocks, H=shape.H, LIN_Q=shape.lin_row, PREVIOUS=shape.previous, LOCAL=shape.local_shift,
+        CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block,
+        num_warps=4,
     )  # fmt: skip
     if cached.kept is not None:
         for row, keys, mask in zip(shape.key_rows, cached.kept, cached.kept_mask, strict=True):
@@ -323,9 +329,10 @@ def launch_forward(
         # A new one each time: an operator must not return a tensor twice.
         return new((0,))
 
-    heads = launch_heads(shape, inputs, cached)
+    scanned = cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device)
+    heads = launch_heads(shape, inputs, cached, scanned)
     own = delta.launch_prepare(shape, inputs, heads) if shape.delta else [nothing() for _ in delta.Prepared._fields]
-    if cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device):
+    if scanned:
         out = new((shape.T, shape.E))
         carried, cut = scan_parts(shape, index, exchange, inputs.v.device)
         before = launch_totals(shape, inputs, heads[row + 1], inputs.v, cut, exchange=exchange) if carried else None
@@ -335,7 +342,7 @@ def launch_forward(
         else:
             prefix = new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
         biases = inputs.bias_v, inputs.bias_u
-        weights = launch_scores(shape, inputs, heads)
+        weights = launch_scores(shape, inputs, heads, True)
         launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before, cut)
         carry = nothing() if shape.causal else before
         return AttentionResults(out, heads, prefix, carry, nothing(), nothing(), *own)
@@ -521,18 +528,20 @@ def launch_chunk_gradients(
 
 
 def launch_quadratic_heads_gradient(
-    shape: Shape, inputs: Inputs, heads: Tensor, d_scores: Tensor, d_heads: Tensor
+    shape: Shape, inputs: Inputs, heads: Tensor, d_scores: Tensor, d_heads: Tensor, skip: bool = False
 ) -> Tensor | None:
-    """Fill the quadratic heads of `d_heads`; partial sums for the relative bias, or None where there is none."""
+    """Fill the quadratic heads of `d_heads`, with `skip` for `Shape.halves` alone; partial sums for the relative bias,
+    or None where there is none."""
     if not shape.quad:
         return None
     t = shape.tiles
     backward.quadratic_heads_kernel(
         (shape.GT, shape.row_tiles, 2),
-        d_scores, heads[0], heads[1], d_heads[0], d_heads[1], shape.scale, CP=t.CP, SP=t.SP, CAUSAL=shape.causal,
-        BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
+        d_scores, heads[0], heads[1], d_heads[0], d_heads[1], *shape.grid, shape.scale, CP=t.CP, SP=t.SP,
+        CAUSAL=shape.causal, SKIP=skip and shape.skips, BLOCK=t.block, BLOCK_K=t.block_k,
+        PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
     )  # fmt: skip
-    return None if inputs.bias_R is None else launch_bias(shape, d_scores)
+    return None if inputs.bias_R is None else launch_bias(shape, d_scores, skip)
 
 
 def launch_scan_gradients(
@@ -544,7 +553,7 @@ def launch_scan_gradients(
     gated = saved.attended if shape.keeps_attended else saved.out
     E, T, row = shape.E, shape.T, shape.lin_row
     new = gated.new_empty
-    weights = launch_scores(shape, inputs, heads)
+    weights = launch_scores(shape, inputs, heads, True)
     d_scores = torch.empty_like(weights)
     carried, cut = scan_parts(shape, inputs.index, exchange, gated.device)
     if isinstance(d_out, Product):
@@ -565,7 +574,8 @@ def launch_scan_gradients(
     )
     states = (prefix, d_prefix) if shape.causal else (carry, behind)
     launch_reduce(shape, inputs, weights, d_attended, value, *states, d_scores, d_heads[row : row + 2])
-    return d_bias_u, d_bias_v, launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads), d_prefix
+    squares = launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads, True)
+    return d_bias_u, d_bias_v, squares, d_prefix
 
 
 def launch_reduce(
@@ -574,14 +584,14 @@ def launch_reduce(
 ) -> None:  # fmt: skip
     """Fill `d_scores` and the gradients of the linear heads, `[2, GT, CP, SP]`; see `reduce_kernel`."""
     B, N, step = shape.B, shape.N, reduce.STEP
-    tasks = reduce.task_count(B, shape.G, shape.causal)
+    tasks = reduce.task_count(B, shape.G, shape.halves, shape.causal)
     reduce.reduce_kernel(
         scan_grid(tasks, value.device),
         hopper.tokens(d_attended, B, N, 128, step), hopper.tokens(value, B, N, 128, step),
         hopper.matrix(state, 128, step), hopper.matrix(d_state, 128, step), hopper.matrix(weights),
         hopper.matrix(d_scores), hopper.matrix(d_linear[0]), hopper.matrix(d_linear[1]), d_linear,
-        inputs.index.factor_G, B, shape.G, shape.shift, shape.E, tasks, CAUSAL=shape.causal, STEP=step,
-        STAGES=reduce.STAGES, num_warps=4,
+        inputs.index.factor_G, B, N, shape.G, shape.shift, shape.E, tasks, CAUSAL=shape.causal, SKIP=shape.skips,
+        STEP=step, STAGES=reduce.STAGES, num_warps=4,
     )  # fmt: skip
 
 
@@ -650,13 +660,13 @@ def launch_heads_gradient(shape: Shape, inputs: Inputs, d_heads: Tensor, d_z: Te
         d_heads, inputs.z, inputs.z.stride(0), *inputs.norm("bias_z"), inputs.gamma, cos, sin, inputs.tokens,
         inputs.index.opens_G, d_z, d_z.stride(0), sums, *shape.grid, shape.GT, S, shape.rotary_dim, table_rows,
         H=shape.H, PREVIOUS=shape.previous, LOCAL=shape.local_shift, CP=t.CP, SP=t.SP, **shape.pairs,
-        INTERLEAVED=shape.interleaved, **switches(shape, inputs), ROWS=rows,
-        BLOCK_M=min(rows, max(1, HEADS_STEP // max(shape.pairs.values()))), num_warps=4,
+        INTERLEAVED=shape.interleaved, **switches(shape, inputs), SKIP=shape.skips and inputs.source is None,
+        ROWS=rows, BLOCK_M=min(rows, max(1, HEADS_STEP // max(shape.pairs.values()))), num_warps=4,
     )  # fmt: skip
     return sums
 
 
-def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
+def launch_bias(shape: Shape, d_scores: Tensor, skip: bool) -> Tensor:
     """Score gradients summed over some chunks, float32 `[programs, CP, CP]`."""
     block = min(shape.tiles.block, 32)
     tiles = shape.tiles.CP // block
@@ -665,8 +675,8 @@ def launch_bias(shape: Shape, d_scores: Tensor) -> Tensor:
     squares = d_scores.new_empty((programs, shape.tiles.CP, shape.tiles.CP), dtype=torch.float32)
     backward.bias_kernel(
         (n_tiles, programs),
-        d_scores, squares, shape.GT, cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles,
-        CAUSAL=shape.causal, BLOCK=block, num_warps=2,
+        d_scores, squares, *shape.grid, shape.GT, cdiv(shape.GT, programs), CP=shape.tiles.CP, TILES=tiles,
+        CAUSAL=shape.causal, SKIP=skip and shape.skips, BLOCK=block, num_warps=2,
     )  # fmt: skip
     return squares
 

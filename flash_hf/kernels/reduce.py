@@ -18,33 +18,52 @@ from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, load_async, store_a
 STEP, STAGES = 64, 5
 
 
-def task_count(rows: int, chunks: int, causal: bool) -> int:
-    """Tiles of 128 by 128 that are not 0, of so many rows of so many chunks."""
-    return rows * (7 * chunks - 4 if causal else 8 * chunks)
+def task_count(rows: int, chunks: int, halves: range, causal: bool) -> int:
+    """Tiles of 128 by 128 that are not 0, of so many rows of so many chunks, of which `halves` have tokens."""
+    per_row = 7 * chunks - 4 if causal else 8 * chunks
+    fewer = (2 if chunks == 1 else 3) if causal else 5
+    return rows * (per_row - fewer * (2 * chunks - len(halves)))
 
 
 @gluon.jit
-def place_of(task, G, CAUSAL: gl.constexpr):
+def place_of(task, N, G, shift, CAUSAL: gl.constexpr, SKIP: gl.constexpr):
     """Row and chunk of a task, which product it belongs to (0: linear queries, 1: scores, 2: linear keys), and the
     halves of the chunk whose tile it is, of the left and of the right factor.
 
     A chunk has two tiles of linear queries, three (bidirectional: four) of scores, and two of linear keys. CAUSAL: no
     queries in a row's first chunk and no keys in its last, since the state before the first and the gradient of that
-    behind the last are 0.
+    behind the last are 0. SKIP: without tokens in its first or last half, a row has no tiles of that half.
     """
+    opens = 0
+    closes = 0
+    if SKIP:
+        opens = gl.where(shift >= BLOCK, 1, 0)
+        closes = gl.where(N + shift <= (2 * G - 1) * BLOCK, 1, 0)
     if CAUSAL:
-        per_row = 7 * G - 4
+        fewer = gl.where(G == 1, 2, 3)
+        per_row = 7 * G - 4 - fewer * (opens + closes)
         row = task // per_row
         tile = task % per_row + 2
+        if SKIP:
+            # Of the first chunk the tiles 4 and 6, of the last 0 and 2.
+            tile = gl.where(opens > 0, gl.where(tile < 4, 2 * tile, tile + fewer), tile)
+            tile = gl.where((closes > 0) & (tile == 7 * G - 6), tile + 1, tile)
         chunk = tile // 7
         tile = tile % 7
         product = gl.where(tile < 2, 0, gl.where(tile < 5, 1, 2))
         left = gl.where(tile < 2, tile, gl.where(tile < 5, (tile - 1) // 2, tile - 5))
         right = gl.where(product == 1, tile - 2 - left, 0)
     else:
-        row = task // (8 * G)
-        chunk = (task // 8) % G
-        tile = task % 8
+        per_row = 8 * G - 5 * (opens + closes)
+        row = task // per_row
+        tile = task % per_row
+        if SKIP:
+            # Of the first chunk the tiles 1, 5 and 7, of the last 0, 2 and 6.
+            tile = gl.where(opens > 0, gl.where(tile < 3, gl.where(tile == 0, 1, 3 + 2 * tile), tile + 5), tile)
+            last = tile - 8 * (G - 1)
+            tile = gl.where((closes > 0) & (last > 0), tile + gl.where(last == 1, 1, 4), tile)
+        chunk = tile // 8
+        tile = tile % 8
         product = gl.where(tile < 2, 0, gl.where(tile < 6, 1, 2))
         left = gl.where(product == 1, (tile - 2) // 2, tile % 2)
         right = gl.where(product == 1, tile % 2, 0)
@@ -53,14 +72,14 @@ def place_of(task, G, CAUSAL: gl.constexpr):
 
 @gluon.jit
 def load_factors(
-    d_attended, value, state, d_state, a, left, right, full, empty, ends, end_full, end_empty, G, shift, E, TASKS,
-    CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    d_attended, value, state, d_state, a, left, right, full, empty, ends, end_full, end_empty, N, G, shift, E, TASKS,
+    CAUSAL: gl.constexpr, SKIP: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
     step = 0
     number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        row, chunk, product, half, other = place_of(task, G, CAUSAL)
+        row, chunk, product, half, other = place_of(task, N, G, shift, CAUSAL, SKIP)
         group = number % 2
         first = chunk * (2 * BLOCK) - shift
         token = first + half * BLOCK
@@ -108,8 +127,9 @@ def fill_zeros(target_ptr, chunk):
 
 @gluon.jit
 def multiply(
-    d_score, d_query, d_key, zero_ptr, factor_ptr, left, right, full, empty, turns, ends, end_full, end_empty, ROWS, G,
-    E, TASKS, GROUP: gl.constexpr, CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    d_score, d_query, d_key, zero_ptr, factor_ptr, left, right, full, empty, turns, ends, end_full, end_empty, ROWS, N,
+    G, shift, E, TASKS, GROUP: gl.constexpr, CAUSAL: gl.constexpr, SKIP: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products themselves, see `reduce_kernel`, for every other task."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
@@ -124,7 +144,7 @@ def multiply(
     step = GROUP * steps
     number = 0
     for task in range(gl.program_id(0) + GROUP * gl.num_programs(0), TASKS, 2 * gl.num_programs(0)):
-        row, chunk, product, half, other = place_of(task, G, CAUSAL)
+        row, chunk, product, half, other = place_of(task, N, G, shift, CAUSAL, SKIP)
         factor = gl.load(factor_ptr + row * G + chunk)
         acc = accumulate(left, right, full, empty, turns, end_empty, number, step, steps, GROUP, False, True, STAGES)
         step += 2 * steps
@@ -149,14 +169,14 @@ def multiply(
 @kernel
 @gluon.jit
 def reduce_kernel(
-    d_attended, value, state, d_state, a, d_score, d_query, d_key, zero_ptr, factor_ptr, ROWS, G, shift, E, TASKS,
-    CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    d_attended, value, state, d_state, a, d_score, d_query, d_key, zero_ptr, factor_ptr, ROWS, N, G, shift, E, TASKS,
+    CAUSAL: gl.constexpr, SKIP: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products of a chunk's backward that are sums over the value dimensions: the scores' gradients
     `2 sqrt(A) (d_attended V^T)`, the linear query's `f d_attended S^T`, and the linear key's `V dS^T`. CAUSAL: states
     are those of chunks, what lies above the diagonal of the scores' is not written, and what is 0 is not multiplied
     but filled: the query's in each row's first chunk, from `zero` on, where the key's follow, in each row's last;
-    otherwise states are those of rows.
+    otherwise states are those of rows. SKIP: of halves of chunks without tokens nothing else is written.
 
     Tasks are tiles of 128 by 128.
     """
@@ -175,21 +195,21 @@ def reduce_kernel(
                 multiply,
                 (
                     d_score, d_query, d_key, zero_ptr, factor_ptr, left, right, full, empty, turns, ends,
-                    end_full, end_empty, ROWS, G, E, TASKS, 0, CAUSAL, STEP, STAGES,
+                    end_full, end_empty, ROWS, N, G, shift, E, TASKS, 0, CAUSAL, SKIP, STEP, STAGES,
                 ),
             ),
             (
                 multiply,
                 (
                     d_score, d_query, d_key, zero_ptr, factor_ptr, left, right, full, empty, turns, ends,
-                    end_full, end_empty, ROWS, G, E, TASKS, 1, CAUSAL, STEP, STAGES,
+                    end_full, end_empty, ROWS, N, G, shift, E, TASKS, 1, CAUSAL, SKIP, STEP, STAGES,
                 ),
             ),
             (
                 load_factors,
                 (
-                    d_attended, value, state, d_state, a, left, right, full, empty, ends, end_full, end_empty, G,
-                    shift, E, TASKS, CAUSAL, STEP, STAGES,
+                    d_attended, value, state, d_state, a, left, right, full, empty, ends, end_full, end_empty, N, G,
+                    shift, E, TASKS, CAUSAL, SKIP, STEP, STAGES,
                 ),
             ),
         ],

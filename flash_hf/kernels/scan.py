@@ -63,6 +63,12 @@ def walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK: gl.constexp
 
 
 @gluon.jit
+def has_tokens(first, N):
+    """Whether a row has tokens in the 128 slots from that of token `first` on."""
+    return (first > -BLOCK) & (first < N)
+
+
+@gluon.jit
 def fetch(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
     """Load a tile into the ring's next slot, once it is free."""
     slot = step % SLOTS
@@ -84,7 +90,8 @@ def fetch_tokens(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
 @gluon.jit
 def load_tiles(
     x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
-    E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
     value_step = 0
@@ -104,30 +111,33 @@ def load_tiles(
             token = (chunk % G) * (2 * BLOCK) - shift
             slot = chunk * (2 * BLOCK)
             if BACK:
-                value_step = fetch_tokens(x, [row, token, column], values, x_full, x_empty, value_step, VALUE_SLOTS)
-                value_step = fetch_tokens(
-                    x, [row, token + BLOCK, column], values, x_full, x_empty, value_step, VALUE_SLOTS
-                )
+                for half in gl.static_range(2):
+                    if not SKIP or has_tokens(token + half * BLOCK, N):
+                        place = [row, token + half * BLOCK, column]
+                        value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
             for half in gl.static_range(2):
-                if not BACK:
-                    value_step = fetch_tokens(
-                        x, [row, token + half * BLOCK, column], values, x_full, x_empty, value_step, VALUE_SLOTS
-                    )
-                if reads:
-                    step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
-                for other in gl.static_range(2):
+                if not SKIP or has_tokens(token + half * BLOCK, N):
+                    place = [row, token + half * BLOCK, column]
+                    if not BACK:
+                        value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
+                    if reads:
+                        step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                    for other in gl.static_range(2):
+                        if not SKIP or has_tokens(token + other * BLOCK, N):
+                            if BACK:
+                                if other >= half:
+                                    place_a = [slot + other * BLOCK, half * BLOCK]
+                                    step = fetch(a, place_a, ring, full, empty, step, SLOTS)
+                            elif other <= half:
+                                place_a = [slot + half * BLOCK, other * BLOCK]
+                                step = fetch(a, place_a, ring, full, empty, step, SLOTS)
                     if BACK:
-                        if other >= half:
-                            step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
-                    elif other <= half:
-                        step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
-                if BACK:
-                    if writes:
-                        step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
-                step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
-                if not BACK:
-                    if writes:
-                        step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                        if writes:
+                            step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                    step = fetch_tokens(h, place, ring, full, empty, step, SLOTS)
+                    if not BACK:
+                        if writes:
+                            step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
 
 
 @gluon.jit
@@ -158,6 +168,27 @@ def two_products(ring, full, empty, step, right_0, right_1, acc, TRANS: gl.const
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(slot_1), count=1)
     return acc, step + 2
+
+
+@gluon.jit
+def products(
+    ring, full, empty, step, values, first, count, acc, TRANS: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """`product` with `count` values, of which `first` is the first: each begins while the one before runs. A loop,
+    since ptxas of CUDA 12.8 lost halves of descriptors where one product or two were chosen by a branch."""
+    for part in range(count):
+        slot = step % SLOTS
+        mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+        left = ring.index(slot).permute((1, 0)) if TRANS else ring.index(slot)
+        acc = warpgroup_mma(left, values.index((first + part) % VALUE_SLOTS), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        if part > 0:
+            mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+        step += 1
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+    return acc, step
 
 
 @gluon.jit
@@ -220,11 +251,17 @@ def gate(
 
 
 @gluon.jit
+def no_sums(sums_ptr, layout: gl.constexpr):
+    """The sums of half a chunk without tokens."""
+    gl.store(sums_ptr + gl.arange(0, BLOCK, layout), gl.zeros([BLOCK], gl.float32, layout))
+
+
+@gluon.jit
 def multiply(
     out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty,
     ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS,
-    TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
-    VALUE_SLOTS: gl.constexpr,
+    TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
+    SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The scan itself, see `scan_kernel`."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
@@ -263,78 +300,102 @@ def multiply(
             writes = number < end - begin - 1
             row = chunk // G
             token = (chunk % G) * CHUNK - shift
-            # Early, so that nothing waits for it.
-            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
-            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            if not SKIP:
+                # Early, so that nothing waits for it.
+                scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
+                scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            has_0 = has_tokens(token, N)
+            has_1 = has_tokens(token + BLOCK, N)
+            # The places of the halves' values, and how many there are.
+            value_1 = value_step + 1
+            count = 2
+            if SKIP:
+                value_1 = value_step + gl.where(has_0, 1, 0)
+                count = gl.where(has_0, 1, 0) + gl.where(has_1, 1, 0)
             x_0 = values.index(value_step % VALUE_SLOTS)
-            x_1 = values.index((value_step + 1) % VALUE_SLOTS)
+            x_1 = values.index(value_1 % VALUE_SLOTS)
             if reads:
                 tma.store_wait(0)
                 state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
                 fence_async_shared()
                 store_async(states, [chunk * BLOCK, first_e], state_tile)
-            mbarrier.wait(x_full.index(value_step % VALUE_SLOTS), (value_step // VALUE_SLOTS) & 1)
             if BACK:
-                mbarrier.wait(x_full.index((value_step + 1) % VALUE_SLOTS), ((value_step + 1) // VALUE_SLOTS) & 1)
-            else:
-                activate(x_0, rms_ptr, gain, bias_x, row, token, N, EVEN, wide)
+                if not SKIP or has_0:
+                    mbarrier.wait(x_full.index(value_step % VALUE_SLOTS), (value_step // VALUE_SLOTS) & 1)
+                if not SKIP or has_1:
+                    mbarrier.wait(x_full.index(value_1 % VALUE_SLOTS), (value_1 // VALUE_SLOTS) & 1)
             for half in gl.static_range(2):
-                x_half = x_0 if half == 0 else x_1
-                acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-                if reads:
-                    acc, step = product(ring, full, empty, step, state_tile, acc, False, SLOTS)
-                if (half == 0) == BACK:
-                    acc, step = two_products(ring, full, empty, step, x_0, x_1, acc, BACK, SLOTS)
-                else:
-                    acc, step = product(ring, full, empty, step, x_half, acc, BACK, SLOTS)
-                if BACK:
-                    if half == 1:
-                        # The first half's stores have had the time of these products.
-                        tma.store_wait(0)
-                        mbarrier.arrive(empty.index(held), count=1)
-                        mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
-                    if writes:
-                        state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
-                held = step % SLOTS
-                mbarrier.wait(full.index(held), (step // SLOTS) & 1)
-                step += 1
-                scale = gl.expand_dims(scale_0 if half == 0 else scale_1, 1)
-                real = gl.expand_dims(real_0 if half == 0 else real_1, 1)
-                tile = ring.index(held)
-                sums = sums_ptr + (chunk * 2 + half) * E + first_e
-                # In two steps, since more does not fit the registers.
-                left, right = halves(acc, narrow)
                 start = token + half * BLOCK
-                before = start < 0
-                gate(
-                    tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
-                )  # fmt: skip
-                gate(
-                    tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
-                )  # fmt: skip
-                fence_async_shared()
-                if not SHIFTED or not before:
-                    store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
+                if not SKIP or (has_0 if half == 0 else has_1):
+                    if SKIP:
+                        scale, real = gain_of(rms_ptr, gain, row, start, N, EVEN, gl.SliceLayout(1, narrow))
+                    else:
+                        scale = scale_0 if half == 0 else scale_1
+                        real = real_0 if half == 0 else real_1
+                    x_half = x_0 if half == 0 else x_1
+                    if not BACK:
+                        value = value_step if half == 0 else value_1
+                        mbarrier.wait(x_full.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
+                        activate(x_half, rms_ptr, gain, bias_x, row, start, N, EVEN, wide)
+                        if half == 1:
+                            if not SKIP or has_0:
+                                tma.store_wait(0)
+                                mbarrier.arrive(empty.index(held), count=1)
+                    acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+                    if reads:
+                        acc, step = product(ring, full, empty, step, state_tile, acc, False, SLOTS)
+                    if (half == 0) != BACK:
+                        acc, step = product(ring, full, empty, step, x_half, acc, BACK, SLOTS)
+                    elif SKIP:
+                        acc, step = products(
+                            ring, full, empty, step, values, value_step, count, acc, BACK, SLOTS, VALUE_SLOTS
+                        )  # fmt: skip
+                    else:
+                        acc, step = two_products(ring, full, empty, step, x_0, x_1, acc, BACK, SLOTS)
                     if BACK:
-                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
-                if not BACK:
-                    if writes:
-                        state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
-                    if half == 0:
-                        mbarrier.wait(
-                            x_full.index((value_step + 1) % VALUE_SLOTS), ((value_step + 1) // VALUE_SLOTS) & 1
-                        )
-                        activate(x_1, rms_ptr, gain, bias_x, row, token + BLOCK, N, EVEN, wide)
-                        tma.store_wait(0)
-                        mbarrier.arrive(empty.index(held), count=1)
+                        if half == 1:
+                            if not SKIP or has_0:
+                                # The first half's stores have had the time of these products.
+                                tma.store_wait(0)
+                                mbarrier.arrive(empty.index(held), count=1)
+                                mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
+                        if writes:
+                            state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
+                    held = step % SLOTS
+                    mbarrier.wait(full.index(held), (step // SLOTS) & 1)
+                    step += 1
+                    scale = gl.expand_dims(scale, 1)
+                    real = gl.expand_dims(real, 1)
+                    tile = ring.index(held)
+                    sums = sums_ptr + (chunk * 2 + half) * E + first_e
+                    # In two steps, since more does not fit the registers.
+                    left, right = halves(acc, narrow)
+                    before = start < 0
+                    gate(
+                        tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                        value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
+                    )  # fmt: skip
+                    gate(
+                        tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                        value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                    )  # fmt: skip
+                    fence_async_shared()
+                    if not SHIFTED or not before:
+                        store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
+                        if BACK:
+                            store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+                    if not BACK:
+                        if writes:
+                            state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
+                elif BACK:
+                    no_sums(sums_ptr + (chunk * 2 + half) * E + first_e, gl.SliceLayout(0, wide))
             tma.store_wait(0)
             mbarrier.arrive(empty.index(held), count=1)
             if not BACK:
-                mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
-            mbarrier.arrive(x_empty.index((value_step + 1) % VALUE_SLOTS), count=1)
-            value_step += 2
+                if not SKIP or count == 2:
+                    mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
+            mbarrier.arrive(x_empty.index((value_step + count - 1) % VALUE_SLOTS), count=1)
+            value_step += count
     tma.store_wait(0)
 
 
@@ -343,7 +404,8 @@ def multiply(
 def scan_kernel(
     x, h, a, reader, writer, out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr,
     begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK: gl.constexpr,
-    SPLIT: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Forward: `out = silu(u) * (A V + q_lin S)` with `V = silu(x)`, `u` from h, and `S += k_lin^T V` from chunk to
     chunk, which is stored as it was before each chunk, over C.
@@ -355,8 +417,8 @@ def scan_kernel(
     reader, writer: the linear head that multiplies the state, and that whose product with x is added to it.
     SPLIT: what a task walks along: "rows"; "pieces", whose first states are `carry`; or "ends", rows without their
     first `cut` chunks (BACK: the last), which are tasks of their own and before which (behind which) `carry` is the
-    rows' state. Where the state is 0 it is neither read nor stored. EVEN: all slots of all chunks have tokens.
-    SHIFTED: a row's first slots have none.
+    rows' state. Where the state is 0 it is neither read nor stored. SKIP: leave out halves of chunks without tokens.
+    EVEN: all slots, of what is not left out, have tokens. SHIFTED: a row's first slots have none.
     """
     layout: gl.constexpr = a.layout
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
@@ -374,14 +436,15 @@ def scan_kernel(
                 (
                     out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
                     x_full, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
-                    value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SHIFTED, SLOTS,
+                    VALUE_SLOTS,
                 ),
             ),
             (
                 load_tiles,
                 (
                     x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-                    shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SLOTS, VALUE_SLOTS,
+                    shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
                 ),
             ),
         ],
@@ -392,8 +455,8 @@ def scan_kernel(
 
 @gluon.jit
 def load_whole(
-    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply_whole` reads, in its order."""
     value_step = 0
@@ -406,24 +469,29 @@ def load_whole(
             token = (chunk % G) * (2 * BLOCK) - shift
             slot = chunk * (2 * BLOCK)
             for half in gl.static_range(2):
-                place = [row, token + half * BLOCK, column]
-                value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
+                if not SKIP or has_tokens(token + half * BLOCK, N):
+                    place = [row, token + half * BLOCK, column]
+                    value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
             for half in gl.static_range(2):
-                step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
-                for other in gl.static_range(2):
-                    if BACK:
-                        step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
-                    else:
-                        step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
+                if not SKIP or has_tokens(token + half * BLOCK, N):
+                    step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                    for other in gl.static_range(2):
+                        if not SKIP or has_tokens(token + other * BLOCK, N):
+                            if BACK:
+                                step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
+                            else:
+                                step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
             for half in gl.static_range(2):
-                step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
+                if not SKIP or has_tokens(token + half * BLOCK, N):
+                    step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
 
 
 @gluon.jit
 def multiply_whole(
     out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full, x_empty, ring,
     full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    BACK: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `whole_kernel` computes."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
@@ -448,55 +516,88 @@ def multiply_whole(
         for chunk in range(begin, end):
             row = chunk // G
             token = (chunk % G) * (2 * BLOCK) - shift
-            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
-            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            if not SKIP:
+                scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
+                scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            has_0 = has_tokens(token, N)
+            has_1 = has_tokens(token + BLOCK, N)
+            value_1 = value_step + 1  # as in `multiply`
+            count = 2
+            if SKIP:
+                value_1 = value_step + gl.where(has_0, 1, 0)
+                count = gl.where(has_0, 1, 0) + gl.where(has_1, 1, 0)
             slot_0 = value_step % VALUE_SLOTS
-            slot_1 = (value_step + 1) % VALUE_SLOTS
+            slot_1 = value_1 % VALUE_SLOTS
             x_0 = values.index(slot_0)
             x_1 = values.index(slot_1)
-            mbarrier.wait(x_full.index(slot_0), (value_step // VALUE_SLOTS) & 1)
-            mbarrier.wait(x_full.index(slot_1), ((value_step + 1) // VALUE_SLOTS) & 1)
+            if not SKIP or has_0:
+                mbarrier.wait(x_full.index(slot_0), (value_step // VALUE_SLOTS) & 1)
+            if not SKIP or has_1:
+                mbarrier.wait(x_full.index(slot_1), (value_1 // VALUE_SLOTS) & 1)
             if not BACK:
-                activate(x_0, rms_ptr, gain, bias_x, row, token, N, EVEN, wide)
-                activate(x_1, rms_ptr, gain, bias_x, row, token + BLOCK, N, EVEN, wide)
+                if not SKIP or has_0:
+                    activate(x_0, rms_ptr, gain, bias_x, row, token, N, EVEN, wide)
+                if not SKIP or has_1:
+                    activate(x_1, rms_ptr, gain, bias_x, row, token + BLOCK, N, EVEN, wide)
             acc_0 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-            acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
-            acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, BACK, SLOTS)
+            if not SKIP or has_0:
+                acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
+                if SKIP:
+                    acc_0, step = products(
+                        ring, full, empty, step, values, value_step, count, acc_0, BACK, SLOTS, VALUE_SLOTS
+                    )  # fmt: skip
+                else:
+                    acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, BACK, SLOTS)
             acc_1 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-            acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
-            acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, BACK, SLOTS)
+            if not SKIP or has_1:
+                acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
+                if SKIP:
+                    acc_1, step = products(
+                        ring, full, empty, step, values, value_step, count, acc_1, BACK, SLOTS, VALUE_SLOTS
+                    )  # fmt: skip
+                else:
+                    acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, BACK, SLOTS)
             first = step
             for half in gl.static_range(2):
-                held = step % SLOTS
-                mbarrier.wait(full.index(held), (step // SLOTS) & 1)
-                step += 1
-                scale = gl.expand_dims(scale_0 if half == 0 else scale_1, 1)
-                real = gl.expand_dims(real_0 if half == 0 else real_1, 1)
-                x_half = x_0 if half == 0 else x_1
-                tile = ring.index(held)
-                sums = sums_ptr + (chunk * 2 + half) * E + first_e
-                left, right = halves(acc_0 if half == 0 else acc_1, narrow)
                 start = token + half * BLOCK
-                before = start < 0
-                gate(
-                    tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
-                )  # fmt: skip
-                gate(
-                    tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
-                )  # fmt: skip
-                fence_async_shared()
-                if not SHIFTED or not before:
-                    store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
-                    if BACK:
-                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+                if not SKIP or (has_0 if half == 0 else has_1):
+                    held = step % SLOTS
+                    mbarrier.wait(full.index(held), (step // SLOTS) & 1)
+                    step += 1
+                    if SKIP:
+                        scale, real = gain_of(rms_ptr, gain, row, start, N, EVEN, gl.SliceLayout(1, narrow))
+                    else:
+                        scale = scale_0 if half == 0 else scale_1
+                        real = real_0 if half == 0 else real_1
+                    scale = gl.expand_dims(scale, 1)
+                    real = gl.expand_dims(real, 1)
+                    x_half = x_0 if half == 0 else x_1
+                    tile = ring.index(held)
+                    sums = sums_ptr + (chunk * 2 + half) * E + first_e
+                    left, right = halves(acc_0 if half == 0 else acc_1, narrow)
+                    before = start < 0
+                    gate(
+                        tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                        value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
+                    )  # fmt: skip
+                    gate(
+                        tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                        value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                    )  # fmt: skip
+                    fence_async_shared()
+                    if not SHIFTED or not before:
+                        store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
+                        if BACK:
+                            store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+                elif BACK:
+                    no_sums(sums_ptr + (chunk * 2 + half) * E + first_e, gl.SliceLayout(0, wide))
             tma.store_wait(0)
             mbarrier.arrive(empty.index(first % SLOTS), count=1)
-            mbarrier.arrive(empty.index((first + 1) % SLOTS), count=1)
             mbarrier.arrive(x_empty.index(slot_0), count=1)
-            mbarrier.arrive(x_empty.index(slot_1), count=1)
-            value_step += 2
+            if not SKIP or count == 2:
+                mbarrier.arrive(empty.index((first + 1) % SLOTS), count=1)
+                mbarrier.arrive(x_empty.index(slot_1), count=1)
+            value_step += count
     tma.store_wait(0)
 
 
@@ -504,8 +605,8 @@ def multiply_whole(
 @gluon.jit
 def whole_kernel(
     x, h, a, reader, out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, begin_ptr,
-    end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr, EVEN: gl.constexpr,
-    SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr, SKIP: gl.constexpr,
+    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """`scan_kernel` for bidirectional models, where a row has one state, `state`, that of all its chunks over C, and
     every token of a chunk sees all others."""
@@ -525,14 +626,14 @@ def whole_kernel(
                 (
                     out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full,
                     x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G,
-                    shift, E_BLOCKS, TASKS, BACK, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    shift, E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                 ),
             ),
             (
                 load_whole,
                 (
-                    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift,
-                    E_BLOCKS, TASKS, BACK, SLOTS, VALUE_SLOTS,
+                    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift,
+                    E_BLOCKS, TASKS, BACK, SKIP, SLOTS, VALUE_SLOTS,
                 ),
             ),
         ],
@@ -542,24 +643,33 @@ def whole_kernel(
 
 
 @gluon.jit
-def summands_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr):
-    """First and last chunk (exclusive) of a task of `totals_kernel`: with SPLIT "ends" one of the shorter walks."""
+def summands_of(
+    task, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr,
+    SKIP: gl.constexpr,
+):  # fmt: skip
+    """First and last half of a chunk (exclusive) of a task of `totals_kernel`: with SPLIT "ends" of one of the shorter
+    walks."""
     if SPLIT == "ends":
         task += TASKS
     _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, 2 * TASKS, BACK, SPLIT)
-    return begin, end
+    first = 2 * begin
+    last = 2 * end
+    if SKIP:
+        first = gl.where((begin % G == 0) & (shift >= BLOCK), first + 1, first)
+        last = gl.where((end % G == 0) & (2 * G * BLOCK - BLOCK - shift >= N), last - 1, last)
+    return first, last
 
 
 @gluon.jit
 def load_summands(
-    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, cut, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, SPLIT: gl.constexpr, SLOTS: gl.constexpr,
+    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
+    BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `add` reads, in its order."""
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = summands_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
-        for half in range(2 * begin, 2 * end):
+        first, last = summands_of(task, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP)
+        for half in range(first, last):
             token = (half % (2 * G)) * BLOCK - shift
             place = [half // (2 * G), token, (task % E_BLOCKS) * BLOCK]
             fetch_tokens(x, place, values, x_full, x_empty, step, SLOTS)
@@ -569,8 +679,8 @@ def load_summands(
 @gluon.jit
 def add(
     total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-    shift, cut, inverse, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr,
-    SLOTS: gl.constexpr,
+    shift, cut, inverse, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr,
+    EVEN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `totals_kernel` computes."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
@@ -580,11 +690,11 @@ def add(
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        begin, end = summands_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
+        first, last = summands_of(task, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP)
         first_e = (task % E_BLOCKS) * BLOCK
         bias = gl.load(bias_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
         acc = warpgroup_mma_init(gl.zeros([BLOCK, BLOCK], gl.float32, mma))
-        for half in range(2 * begin, 2 * end):
+        for half in range(first, last):
             slot = step % SLOTS
             x = values.index(slot)
             mbarrier.wait(x_full.index(slot), (step // SLOTS) & 1)
@@ -594,7 +704,7 @@ def add(
             mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
             # The product before ran while these values were activated.
             before = warpgroup_mma_wait(0, deps=[acc])
-            if half > 2 * begin:
+            if half > first:
                 mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
                 mbarrier.arrive(x_empty.index((step - 1) % SLOTS), count=1)
             acc = warpgroup_mma(ring.index(slot).permute((1, 0)), x, before, is_async=True)
@@ -612,7 +722,7 @@ def add(
 @gluon.jit
 def totals_kernel(
     x, keys, total_ptr, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, inverse, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, SPLIT: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
+    BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """`inverse * sum keys^T V` over the chunks of each piece, `[pieces, S, E]`, or with SPLIT "ends" over the first
     `cut` chunks of each row (BACK: the last): V is `silu(x)`, or with BACK x."""
@@ -629,14 +739,14 @@ def totals_kernel(
                 add,
                 (
                     total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr,
-                    end_ptr, N, G, shift, cut, inverse, E_BLOCKS, TASKS, BACK, SPLIT, EVEN, SLOTS,
+                    end_ptr, N, G, shift, cut, inverse, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SLOTS,
                 ),
             ),
             (
                 load_summands,
                 (
-                    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, G, shift, cut,
-                    E_BLOCKS, TASKS, BACK, SPLIT, SLOTS,
+                    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
+                    E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS,
                 ),
             ),
         ],

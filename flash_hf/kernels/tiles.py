@@ -132,6 +132,25 @@ class Shape:
         """Chunks of all rows."""
         return self.B * self.G
 
+    @functools.cached_property
+    def halves(self) -> range:
+        """Of the half chunks of a row, 128 slots each, those that the kernels for Hopper compute: all with tokens. The
+        first has none behind a shift of 128, and the last may have none. Not left out with the delta rule, nor where
+        whole chunks have no tokens (in an exported program)."""
+        halves = range(self.shift // 128, cdiv(self.N + self.shift, 128))
+        fits = self.C == 256 and not self.delta and halves.stop >= 2 * self.G - 1
+        return halves if fits else range(2 * self.G)
+
+    @property
+    def skips(self) -> bool:
+        """Whether some halves of chunks are left out."""
+        return len(self.halves) < 2 * self.G
+
+    @property
+    def even(self) -> bool:
+        """Whether all slots of the halves have tokens."""
+        return len(self.halves) * 128 == self.N
+
     @property
     def grid(self) -> tuple[int, int, int, int]:
         """The sizes from which kernels compute the token of a slot."""

@@ -200,9 +200,22 @@ def hopper_config(**changes):
 # ------------------------------------------------------------------------------------------------------------------
 # What is around the two kernels: with these in torch, as their docstrings say, in triton's interpreter
 # ------------------------------------------------------------------------------------------------------------------
+def halves_of(N, G, shift, SKIP):
+    return range(shift // 128, -(-(N + shift) // 128)) if SKIP else range(2 * G)
+
+
+def slots_of(chunk, N, G, shift, SKIP, EVEN=False):
+    """Of a chunk's 256 slots: the tokens in them, which have one, and which are computed."""
+    token = torch.arange(256) + chunk % G * 256 - shift
+    real = (token >= 0) & (token < N)
+    computed = real.view(2, 128).any(1).repeat_interleave(128) if SKIP else torch.ones_like(real)
+    assert real[computed].all() or not EVEN
+    return chunk // G * N + token[real], real, computed
+
+
 def scan_in_torch(
     grid, x, h, a, reader, writer, out, states, value_out, rms, gain, bias_x, bias_h, carry, sums, begin, end, _, __,
-    ___, N, G, shift, cut, e_blocks, tasks, *, BACK, SPLIT, EVEN, **constants,
+    ___, N, G, shift, cut, e_blocks, tasks, *, BACK, SPLIT, SKIP, EVEN, **constants,
 ):  # fmt: skip
     if SPLIT == "pieces":
         walks = list(zip(range(len(begin)), begin.tolist(), end.tolist(), strict=True))
@@ -221,10 +234,7 @@ def scan_in_torch(
         begins_row = (last if BACK else first) % G == 0
         state = x.new_zeros(128, 128 * e_blocks) if begins_row else carry[number] * 256
         for chunk in chunks:
-            slot = torch.arange(256) + chunk % G * 256 - shift
-            real = (slot >= 0) & (slot < N)
-            assert real.all() or not EVEN
-            token = chunk // G * N + slot[real]
+            token, real, computed = slots_of(chunk, N, G, shift, SKIP, EVEN)
 
             def tile(matrix, real=real, token=token):
                 whole = matrix.new_zeros(256, matrix.shape[1])
@@ -233,13 +243,15 @@ def scan_in_torch(
 
             slots = slice(chunk * 256, (chunk + 1) * 256)
             scale = tile(rms[:, None]) * gain
-            weight = a[slots].nan_to_num().tril()
+            seen = (computed[:, None] & computed).tril()
+            weight = torch.where(seen, a[slots], 0)
+            read, write = (torch.where(computed[:, None], x[slots], 0) for x in (reader, writer))
             if chunk != chunks[0] or not begins_row:
                 states[chunk * 128 : (chunk + 1) * 128] = state / 256
             gate = tile(h) * scale + bias_h
             if BACK:
                 values = tile(x)
-                result = weight.T @ values + reader[slots] @ (state / 256)
+                result = weight.T @ values + read @ (state / 256)
                 s = gate.sigmoid()
                 result = result * s * (1 + gate * (1 - s)) * real[:, None]
                 sums[2 * chunk : 2 * chunk + 2] = result.view(2, 128, -1).sum(1)
@@ -247,63 +259,68 @@ def scan_in_torch(
                 value_out[token] = (gate * s)[real]
             else:
                 values = torch.nn.functional.silu(tile(x) * scale + bias_x) * real[:, None]
-                result = weight @ values + reader[slots] @ (state / 256)
+                result = weight @ values + read @ (state / 256)
                 out[token] = (result * torch.nn.functional.silu(gate))[real]
-            state = state + writer[slots].T @ values
+            state = state + write.T @ values
 
 
 def whole_in_torch(
     grid, x, h, a, reader, out, value_out, rms, gain, bias_x, bias_h, state, sums, begin, end, _, __, ___, N, G, shift,
-    e_blocks, tasks, *, BACK, EVEN, **constants,
+    e_blocks, tasks, *, BACK, SKIP, EVEN, **constants,
 ):  # fmt: skip
     assert len(begin) == tasks // e_blocks
     for chunk in range(len(a) // 256):
         assert ((begin <= chunk) & (chunk < end)).sum() == 1
-        slot = torch.arange(256) + chunk % G * 256 - shift
-        real = (slot >= 0) & (slot < N)
-        assert real.all() or not EVEN
-        token = chunk // G * N + slot[real]
+        token, real, computed = slots_of(chunk, N, G, shift, SKIP, EVEN)
         slots = slice(chunk * 256, (chunk + 1) * 256)
+        weight = torch.where(computed[:, None] & computed, a[slots], 0)
+        read = torch.where(computed[:, None], reader[slots], 0)
         values, gate = (matrix.new_zeros(256, 128 * e_blocks) for matrix in (x, h))
         scale = rms.new_zeros(256, 1)
         values[real], gate[real], scale[real] = x[token], h[token], rms[token, None] * gain
         gate = gate * scale + bias_h
         if BACK:
-            result = a[slots].T @ values + reader[slots] @ state[chunk // G]
+            result = weight.T @ values + read @ state[chunk // G]
             s = gate.sigmoid()
             result = result * s * (1 + gate * (1 - s)) * real[:, None]
             sums[2 * chunk : 2 * chunk + 2] = result.view(2, 128, -1).sum(1)
             out[token], value_out[token] = (result * scale)[real], (gate * s)[real]
         else:
             values = torch.nn.functional.silu(values * scale + bias_x) * real[:, None]
-            result = a[slots] @ values + reader[slots] @ state[chunk // G]
+            result = weight @ values + read @ state[chunk // G]
             out[token] = (result * torch.nn.functional.silu(gate))[real]
 
 
 def reduce_in_torch(
-    grid, d_attended, value, state, d_state, a, d_score, d_query, d_key, zero, factor, rows, G, shift, E, tasks, *,
-    CAUSAL, **constants,
+    grid, d_attended, value, state, d_state, a, d_score, d_query, d_key, zero, factor, rows, N, G, shift, E, tasks, *,
+    CAUSAL, SKIP, **constants,
 ):  # fmt: skip
-    assert tasks == choice.reduce.task_count(rows, G, CAUSAL)
+    assert tasks == choice.reduce.task_count(rows, G, halves_of(N, G, shift, SKIP), CAUSAL)
     assert zero.data_ptr() == d_query.data_ptr() and zero[1].data_ptr() == d_key.data_ptr()
-    N = d_attended.shape[0] // rows
+    assert N == d_attended.shape[0] // rows
     for chunk in range(rows * G):
-        slot = torch.arange(256) + chunk % G * 256 - shift
-        real = (slot >= 0) & (slot < N)
+        token, real, computed = slots_of(chunk, N, G, shift, SKIP)
         d, v = (x.new_zeros(256, E) for x in (d_attended, value))
-        token = chunk // G * N + slot[real]
         d[real], v[real] = d_attended[token], value[token]
         slots = slice(chunk * 256, (chunk + 1) * 256)
         states = chunk if CAUSAL else chunk // G
         states = slice(states * 128, (states + 1) * 128)
-        d_score[slots] = 2 * a[slots].sqrt() * (d @ v.T)
-        d_query[slots] = factor[chunk] * d @ state[states].T if chunk % G or not CAUSAL else 0
-        d_key[slots] = v @ d_state[states].T if (chunk + 1) % G or not CAUSAL else 0
+        seen = computed[:, None] & computed
+        d_score[slots] = torch.where(seen, 2 * a[slots].sqrt() * (d @ v.T), torch.nan)
+        d_query[slots] = d_key[slots] = torch.nan
+        if CAUSAL and chunk % G == 0:
+            d_query[slots] = 0
+        else:
+            d_query[slots][computed] = (factor[chunk] * d @ state[states].T)[computed]
+        if CAUSAL and (chunk + 1) % G == 0:
+            d_key[slots] = 0
+        else:
+            d_key[slots][computed] = (v @ d_state[states].T)[computed]
 
 
 def totals_in_torch(
     grid, x, keys, total, rms, gain, bias, begin, end, N, G, shift, cut, inverse, e_blocks, tasks, *, BACK, SPLIT,
-    EVEN, **constants,
+    SKIP, EVEN, **constants,
 ):  # fmt: skip
     pieces = list(zip(begin.tolist(), end.tolist(), strict=True))
     if SPLIT == "ends":
@@ -313,10 +330,7 @@ def totals_in_torch(
     for piece, (first, last) in enumerate(pieces):
         state = x.new_zeros(128, 128 * e_blocks)
         for chunk in range(first, last):
-            slot = torch.arange(256) + chunk % G * 256 - shift
-            real = (slot >= 0) & (slot < N)
-            assert real.all() or not EVEN
-            token = chunk // G * N + slot[real]
+            token, real, _ = slots_of(chunk, N, G, shift, SKIP, EVEN)
             values = x[token]
             if not BACK:
                 values = torch.nn.functional.silu(values * rms[token, None] * gain + bias)
@@ -455,12 +469,14 @@ def in_numbers(monkeypatch):
     """Functions of a task's number, for all tasks at once."""
     if choice.scan is None:
         pytest.skip("triton has no Gluon")
-    numbers = SimpleNamespace(where=torch.where, minimum=torch.minimum, sqrt=torch.sqrt, float32=torch.float32)
+    numbers = SimpleNamespace(sqrt=torch.sqrt, float32=torch.float32)
+    numbers.where = lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y)
     numbers.int32 = torch.int32
     numbers.minimum = lambda x, y: x.clamp(max=y)
     for module in (choice.reduce, choice.quadratic):
         monkeypatch.setattr(module, "gl", numbers)
     monkeypatch.setattr(choice.quadratic, "BLOCK", 128)
+    monkeypatch.setattr(choice.reduce, "BLOCK", 128)
     monkeypatch.setattr(choice.quadratic, "GROUP_ROWS", 8)
 
 
@@ -492,16 +508,24 @@ def test_every_chunk_is_in_one_walk(rows, blocks, chunks, cut, split, back, monk
 
 
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("empty", [(), (0,), (-1,), (0, -1)])
 @pytest.mark.parametrize(("rows", "chunks"), [(3, 1), (2, 2), (2, 5)])
-def test_every_tile_of_the_reduction_is_one_task(rows, chunks, causal, in_numbers):
-    count = choice.reduce.task_count(rows, chunks, causal)
-    places = choice.reduce.place_of.fn(torch.arange(count), chunks, causal)
+def test_every_tile_of_the_reduction_is_one_task(rows, chunks, empty, causal, in_numbers):
+    """With tokens in every half of every chunk, or not in a row's first or last."""
+    if len(empty) == 2 * chunks:
+        pytest.skip("no tokens at all")
+    halves = range(0 in empty, 2 * chunks - (-1 in empty))
+    shift = torch.tensor(129 if 0 in empty else 127)
+    N = torch.tensor(128 * halves.stop) - shift
+    count = choice.reduce.task_count(rows, chunks, halves, causal)
+    places = choice.reduce.place_of.fn(torch.arange(count), N, chunks, shift, causal, bool(empty))
     found = set(zip(*(torch.as_tensor(x).expand(count).tolist() for x in places), strict=True))
     expected = {
         (row, chunk, product, left, right)
         for row in range(rows) for chunk in range(chunks) for product in range(3) for left in range(2)
         for right in range(2 if product == 1 else 1)
         if not causal or [chunk > 0, left >= right, chunk < chunks - 1][product]
+        if 2 * chunk + left in halves and (product != 1 or 2 * chunk + right in halves)
     }  # fmt: skip
     assert found == expected and count == len(expected)
 
