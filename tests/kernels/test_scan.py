@@ -187,6 +187,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
 
 FORMS = {
     "paper": {}, "half shift": {"chunk_shift": 128, "global_form": "previous_token"}, "odd shift": {"chunk_shift": 77},
+    "shifted keys": {"chunk_shift": 128, "global_form": "previous_token", "local_key_shift": True},
     "delta": {"chunk_shift": 128, "global_form": "previous_token", "global_state": "delta"},
 }  # fmt: skip
 forms = pytest.mark.parametrize("form", FORMS)
@@ -432,6 +433,8 @@ no_gpu = pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs th
         (600, "odd shift", True, True, 64),
         (1100, "odd shift", False, True, 128),  # two of five chunks cut off
         (300, "half shift", False, True, 64),
+        (400, "shifted keys", False, True, 64),  # neither a row's first half chunk nor its last has tokens
+        (400, "shifted keys", False, False, 64),
         (600, "odd shift", True, False, 64),
         (300, "paper", False, False, 192),
         (600, "delta", True, True, 64),

@@ -17,7 +17,7 @@ from flash_hf.kernels import choice
 
 if choice.scan is None:
     pytest.skip("triton has no Gluon", allow_module_level=True)
-gate, hopper, quadratic, reduce = choice.gate, choice.hopper, choice.quadratic, choice.reduce
+gate, hopper, quadratic, reduce, scan = choice.gate, choice.hopper, choice.quadratic, choice.reduce, choice.scan
 
 
 class Fault(Exception):
@@ -131,6 +131,30 @@ class Number(float):
         return self
 
 
+class Whole(int):
+    def to(self, dtype):
+        return self
+
+    def __floordiv__(self, other):
+        return Whole(int(self) // other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointer:
+    """Numbers at some places, or a tile for each place."""
+
+    name: str
+    numbers: tuple = ()
+    offset: int = 0
+    dtype = SimpleNamespace(element_ty=None)
+
+    def __add__(self, places):
+        return Pointer(self.name, self.numbers, self.offset + places)
+
+    def load(self):
+        return Whole(self.numbers[self.offset]) if self.numbers else Product(((self.name, self.offset),))
+
+
 @dataclasses.dataclass
 class Described:
     name: str
@@ -150,8 +174,9 @@ class Emulated:
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs, static_range=range,
             bfloat16=2, int64=8, int32=torch.int32, float32=torch.float32, minimum=min, sqrt=root,
             where=lambda condition, x, y: x if condition else y, zeros=lambda *a: Product(), arange=lambda *a: 0,
-            load=lambda *a, **k: Number(1.0), expand_dims=lambda x, axis: x, allocate_shared_memory=self.allocate,
-            warp_specialize=self.specialize, SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda **k: None,
+            load=lambda place, **k: place.load() if isinstance(place, Pointer) else Number(1.0), store=self.put,
+            expand_dims=lambda x, axis: x, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
+            SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
         )  # fmt: skip
         barrier = SimpleNamespace(
             init=lambda barrier, count: None, MBarrierLayout=lambda: None, arrive=self.arrive, expect=self.arrive,
@@ -164,13 +189,26 @@ class Emulated:
             barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn, halves=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
-        for module in (hopper, gate, quadratic, reduce):
+        for module in (hopper, gate, quadratic, reduce, scan):
             for name, value in names.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, value)
         place_of = quadratic.place_of.fn
         monkeypatch.setattr(quadratic, "place_of", lambda task, *a: map(int, place_of(torch.tensor(task), *a)))
         monkeypatch.setattr(reduce, "place_of", reduce.place_of.fn)
+        for name in (
+            "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "product", "two_products", "products",
+            "summands_of",
+        ):  # fmt: skip
+            monkeypatch.setattr(scan, name, getattr(scan, name).fn)
+        walk_of = scan.walk_of
+        monkeypatch.setattr(scan, "walk_of", lambda *a: map(Whole, walk_of(*a)))
+        monkeypatch.setattr(scan, "range", lambda *a: map(Whole, range(*a)), raising=False)
+        monkeypatch.setattr(scan, "gain_of", lambda *a: (Number(1.0), True))
+        monkeypatch.setattr(scan, "activate", lambda tile, *a: tile.store(Product((("silu", *tile.held),))))
+        monkeypatch.setattr(scan, "warpgroup_mma_init", lambda acc: acc)
+        monkeypatch.setattr(scan, "gate", self.finish_scan)
+        monkeypatch.setattr(scan, "no_sums", lambda place, layout: self.put(place, None))
 
     def run(self, kernel, programs, *arguments, **constants):
         self.programs = programs
@@ -182,6 +220,8 @@ class Emulated:
     def allocate(self, kind, shape, layout):
         if kind == 8:
             made = [Barrier() for _ in range(shape[0])]
+        elif len(shape) == 2:
+            return Tile(shape[0] * shape[1] * kind)
         else:
             made = [Tile(shape[1] * shape[2] * kind) for _ in range(shape[0])]
         return SimpleNamespace(index=made.__getitem__)
@@ -216,19 +256,26 @@ class Emulated:
         return Product((*acc.parts, x.load(None).parts + y.load(None).parts))
 
     def multiply_wait(self, count, deps):
-        reads = self.reads[self.warps.here.name]
+        reads = self.reads.get(self.warps.here.name, [])
         while len(reads) > count:
             for tile in reads.pop(0):
                 tile.readers -= 1
         return deps[0]
 
     def store(self, target, place, tile):
-        place = (target.name, *map(int, place))
-        assert place not in self.stored, "a tile is stored twice"
-        self.stored[place] = tile.held.parts
+        if min(place) < 0:
+            raise Fault("a tile is stored that begins before the tensor")
+        self.keep((target.name, *map(int, place)), tile.held)
         tile.readers += 1
         self.stores.setdefault(self.warps.here.name, []).append(tile)
         self.warps.wait()
+
+    def keep(self, place, product):
+        assert place not in self.stored, "a tile is stored twice"
+        self.stored[place] = product and product.parts
+
+    def put(self, place, product):
+        self.keep((place.name, place.offset), product)
 
     def store_wait(self, count):
         for tile in self.stores.pop(self.warps.here.name, ()):
@@ -239,6 +286,21 @@ class Emulated:
             u_tile.store(acc * u_tile.load(None))
             out_tile.store(acc * out_tile.load(None))
 
+    def finish_scan(
+        self, tile, values, acc, scale, real, bias, sums, out, stride, value, E, token, before, first, BACK, EVEN,
+        SHIFTED, layout,
+    ):  # fmt: skip
+        if first == 0:
+            h = tile.load(None)
+            tile.store(acc * h)
+            if BACK:
+                self.put(sums, acc)
+                values.store(h)
+            if SHIFTED and before:
+                self.keep(("out", token, out), acc * h)
+                if BACK:
+                    self.keep(("value", token, value), h)
+
     def finish(self, tile, acc, scale, bias, sums, first, kind, layout):
         if first == 0:
             tile.store(acc * tile.load(None))
@@ -247,6 +309,11 @@ class Emulated:
 @pytest.fixture(params=range(2))
 def emulated(monkeypatch, request):
     return Emulated(monkeypatch, request.param)
+
+
+def halves_of(N, G, shift):
+    """Half chunks of a row that have tokens."""
+    return range(shift // 128, -(-(N + shift) // 128))
 
 
 # One, two, three and five tasks per program, some programs with one less than others, and a group without a task.
@@ -272,20 +339,27 @@ def test_the_groups_of_the_gates_product_take_turns(D, stages, programs, emulate
 
 @PROGRAMS
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_groups_of_the_reduction_take_turns(causal, programs, emulated):
+@pytest.mark.parametrize("shift", [5, 128])
+def test_the_groups_of_the_reduction_take_turns(shift, causal, programs, emulated):
     names = ("d_attended", "value", "state", "d_state", "a", "d_score", "d_query", "d_key")
-    B, G, E, shift = 2, 3, 384, 5
+    B, N, G, E = 2, 512, 3, 384
+    halves = halves_of(N, G, shift)
+    skip = len(halves) < 2 * G
     emulated.run(
-        reduce.reduce_kernel, programs, *map(Described, names), 0, 0, B, G, shift, E, reduce.task_count(B, G, causal),
-        CAUSAL=causal, STEP=64, STAGES=5,
+        reduce.reduce_kernel, programs, *map(Described, names), 0, 0, B, N, G, shift, E,
+        reduce.task_count(B, G, halves, causal), CAUSAL=causal, SKIP=skip, STEP=64, STAGES=5,
     )  # fmt: skip
     expected = {}
     for row, chunk, half in itertools.product(range(B), range(G), range(2)):
+        if 2 * chunk + half not in halves:
+            continue
         slot, token = (row * G + chunk) * 256, chunk * 256 - shift
         state = (row * G + chunk if causal else row) * 128
         products = [("d_query", 0, "d_attended", ("state", state)), ("d_key", 0, "value", ("d_state", state))]
         products = products[causal and chunk == 0 : 1 if causal and chunk == G - 1 else 2]
         for other in range(half + 1 if causal else 2):
+            if 2 * chunk + other not in halves:
+                continue
             products.append(("d_score", other * 128, "d_attended", ("value", row, token + other * 128)))
         for target, column, left, right in products:
             parts = tuple(((left, row, token + half * 128, part), (*right, part)) for part in range(0, E, 64))
@@ -319,4 +393,142 @@ def test_the_groups_of_quadratic_attention_take_turns(kind, causal, programs, em
         else:
             parts = [(("x", slot, part), ("y", first + column * 128, part)) for part in range(0, E, 64)]
         expected["result", slot, column * 128] = (*parts, ("held", slot, column * 128))
+    assert emulated.stored == expected
+
+
+def walks_of(split, B, G, cut, back):
+    """Number, first chunk and end of each walk of `scan_kernel`."""
+    if split == "rows":
+        return [(row, row * G, row * G + G) for row in range(B)]
+    if split == "pieces":
+        border = G // 2
+    else:
+        border = G - cut if back else cut
+    parts = [(row * G + first, row * G + last) for row in range(B) for first, last in ((0, border), (border, G))]
+    return [(number if split == "pieces" else number // 2, *part) for number, part in enumerate(parts)]
+
+
+SHIFTS = pytest.mark.parametrize(
+    ("N", "shift"),
+    [(300, 0), (512, 0), (700, 0), (300, 64), (300, 128), (512, 128), (600, 128), (640, 128), (1000, 100), (1100, 200),
+     (2560, 128)],
+)  # fmt: skip
+
+
+@SHIFTS
+@pytest.mark.parametrize("programs", [1, 2, 3])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("split", ["rows", "pieces", "ends"])
+def test_the_warps_of_the_scan_agree(split, back, programs, N, shift, emulated):
+    B, blocks, G = 2, 1, -(-(N + shift) // 256)
+    E, cut, halves = 128 * blocks, G // 2, halves_of(N, G, shift)
+    if split == "ends":
+        programs += B * blocks  # one for each of the longer walks
+    walks = walks_of(split, B, G, cut, back)
+    begin, end = (Pointer("border", tuple(walk[part] for walk in walks)) for part in (1, 2))
+    names = ("x", "h", "a", "reader", "writer", "out", "states", "value")
+    emulated.run(
+        scan.scan_kernel, programs, *map(Described, names), 0, 0, 0, 0, Pointer("carry"), Pointer("sums"), begin, end,
+        0, 0, 0, N, G, shift, cut, blocks, len(walks) * blocks, BACK=back, SPLIT=split, SKIP=len(halves) < 2 * G,
+        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3, VALUE_SLOTS=3,
+    )  # fmt: skip
+    expected = {}
+    for (number, first, last), column in itertools.product(walks, range(0, E, 128)):
+        border = last if back else first
+        chunks = range(first, last)[::-1] if back else range(first, last)
+        state = Product() if border % G == 0 else Product((("carry", number * 128 * E + column),))
+        for chunk in chunks:
+            row, slot = chunk // G, chunk * 256
+            tokens = [chunk % G * 256 + half * 128 - shift for half in range(2)]
+            own = [half for half in range(2) if chunk % G * 2 + half in halves]
+            before, value = state, {}
+            if state.parts:
+                expected["states", chunk * 128, column] = state.parts
+            for half in own:
+                x = ("x", row, tokens[half], column)
+                value[half] = x if back else Product((("silu", *x),))
+                state *= Product(((("writer", slot + half * 128, 0), value[half]),))
+            for half in range(2):
+                sums = "sums", (chunk * 2 + half) * E + column
+                if half not in own:
+                    if back:
+                        expected[sums] = None
+                    continue
+                parts = [(("reader", slot + half * 128, 0), before)] if before.parts else []
+                for other in own:
+                    if back and other >= half:
+                        parts.append((("a", slot + other * 128, half * 128), value[other]))
+                    elif not back and other <= half:
+                        parts.append((("a", slot + half * 128, other * 128), value[other]))
+                token, h = row * N + tokens[half], ("h", row, tokens[half], column)
+                expected["out", token, column] = (*parts, h)
+                if back:
+                    expected["value", token, column] = (h,)
+                    expected[sums] = tuple(parts)
+    assert flat(emulated.stored, N) == expected
+
+
+def flat(stored, N):
+    """Tiles that the memory accelerator stores, `(name, row, token, column)`, by their token among all rows'."""
+    return {(key[0], key[1] * N + key[2], key[3]) if len(key) == 4 else key: parts for key, parts in stored.items()}
+
+
+@SHIFTS
+@pytest.mark.parametrize("programs", [1, 2, 3])
+@pytest.mark.parametrize("back", [False, True])
+def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emulated):
+    B, E, G = 2, 128, -(-(N + shift) // 256)
+    halves, walks = halves_of(N, G, shift), walks_of("pieces" if N > 512 else "rows", B, G, 0, back)
+    begin, end = (Pointer("border", tuple(walk[part] for walk in walks)) for part in (1, 2))
+    emulated.run(
+        scan.whole_kernel, programs, *map(Described, ("x", "h", "a", "reader", "out", "value")), 0, 0, 0, 0,
+        Pointer("state"), Pointer("sums"), begin, end, 0, 0, 0, N, G, shift, 1, len(walks), BACK=back,
+        SKIP=len(halves) < 2 * G, EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3,
+        VALUE_SLOTS=3,
+    )  # fmt: skip
+    expected = {}
+    for chunk, half in itertools.product(range(B * G), range(2)):
+        row, slot, first = chunk // G, chunk * 256, chunk % G * 256 - shift
+        own = [other for other in range(2) if chunk % G * 2 + other in halves]
+        if half not in own:
+            if back:
+                expected["sums", (chunk * 2 + half) * E] = None
+            continue
+        parts = [(("reader", slot + half * 128, 0), Product((("state", row * 128 * E),)))]
+        for other in own:
+            x = ("x", row, first + other * 128, 0)
+            a = (slot + other * 128, half * 128) if back else (slot + half * 128, other * 128)
+            parts.append((("a", *a), x if back else Product((("silu", *x),))))
+        token, h = row * N + first + half * 128, ("h", row, first + half * 128, 0)
+        expected["out", token, 0] = (*parts, h)
+        if back:
+            expected["value", token, 0] = (h,)
+            expected["sums", (chunk * 2 + half) * E] = tuple(parts)
+    assert flat(emulated.stored, N) == expected
+
+
+@SHIFTS
+@pytest.mark.parametrize("programs", [1, 2, 3])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("split", ["pieces", "ends"])
+def test_the_warps_of_the_totals_agree(split, back, programs, N, shift, emulated):
+    B, E, G = 2, 128, -(-(N + shift) // 256)
+    halves, cut = halves_of(N, G, shift), G // 2
+    walks = walks_of(split, B, G, cut, back)
+    begin, end = (Pointer("border", tuple(walk[part] for walk in walks)) for part in (1, 2))
+    if split == "ends":
+        walks = walks[1::2] if back else walks[::2]
+    emulated.run(
+        scan.totals_kernel, programs, Described("x"), Described("keys"), Pointer("total"), 0, 0, 0, begin, end, N, G,
+        shift, cut, 1.0, 1, len(walks), BACK=back, SPLIT=split, SKIP=len(halves) < 2 * G, EVEN=len(halves) * 128 == N,
+        SLOTS=3,
+    )  # fmt: skip
+    expected = {}
+    for number, (_, first, last) in enumerate(walks):
+        parts = []
+        for half in range(2 * first, 2 * last):
+            if half % (2 * G) in halves:
+                x = ("x", half // (2 * G), half % (2 * G) * 128 - shift, 0)
+                parts.append((("keys", half * 128, 0), x if back else Product((("silu", *x),))))
+        expected["total", number * 128 * E] = tuple(parts)
     assert emulated.stored == expected
