@@ -44,6 +44,28 @@ def test_what_the_scan_is_not_for_keeps_the_other_kernels(changes, monkeypatch):
     assert not choice.scans(dataclasses.replace(SHAPE, **changes), None, device)
 
 
+@pytest.mark.parametrize(
+    ("changes", "halves", "skips", "even"),
+    [
+        ({"N": 512, "G": 2}, (0, 4), False, True),
+        ({"N": 500, "G": 2}, (0, 4), False, False),
+        ({"N": 384, "G": 2}, (0, 3), True, True),
+        ({"N": 300, "G": 2}, (0, 3), True, False),
+        ({"N": 512, "G": 3, "shift": 128}, (1, 5), True, True),
+        ({"N": 513, "G": 3, "shift": 128}, (1, 6), True, False),
+        ({"N": 512, "G": 3, "shift": 127}, (0, 5), True, False),
+        ({"N": 600, "G": 3, "shift": 64}, (0, 6), False, False),
+        ({"N": 512, "G": 3, "shift": 128, "delta": True}, (0, 6), False, False),
+        ({"N": 100, "G": 2}, (0, 4), False, False),  # an exported program: its second chunk is empty
+        ({"N": 512, "G": 4, "C": 128}, (0, 8), False, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_halves_of_chunks_that_are_computed(changes, halves, skips, even):
+    shape = dataclasses.replace(SHAPE, **changes)
+    assert (shape.halves, shape.skips, shape.even) == (range(*halves), skips, even)
+
+
 ROWS = dataclasses.replace(SHAPE, N=1024, C=1024, G=1, H=2, lin=False)
 
 
