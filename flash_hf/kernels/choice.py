@@ -14,9 +14,9 @@ from .tiles import Shape, cdiv
 
 
 try:
-    from . import gate, hopper, quadratic, reduce, scan
+    from . import gate, hopper, quadratic, reduce, rowscan, scan
 except ImportError:  # a triton without Gluon, or with another version of it
-    gate = hopper = quadratic = reduce = scan = None
+    gate = hopper = quadratic = reduce = rowscan = scan = None
 
 
 logger = logging.get_logger(__name__)
@@ -66,6 +66,13 @@ def cut_chunks(shape: Shape, programs: int) -> int:
         return 0
     cut = shape.G // (1 + cdiv(walks, programs - walks))
     return cut if cut > 1 else 0
+
+
+def holds_rows(shape: Shape, exchange) -> bool:
+    """Whether rowscan.py's kernel scans these rows, where `scans` is true: bidirectional, with at most two chunks,
+    whose values fit the shared memory, none on other processes (`exchange`), and tokens in every half chunk."""
+    fits = not shape.causal and not shape.delta and shape.G <= 2 and not shape.skips
+    return fits and exchange is None
 
 
 def spans_rows(shape: Shape, source: Tensor | None, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backward, choice, delta, forward, residual
-from .choice import gate, hopper, quadratic, reduce, scan
+from .choice import gate, hopper, quadratic, reduce, rowscan, scan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
 from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, cdiv, has_tma, power_of_2, switches, tiled
@@ -201,6 +201,27 @@ def launch_scan(
     )  # fmt: skip
 
 
+def launch_row_scan(
+    shape: Shape, inputs: Inputs, weights: Tensor, heads: Tensor, x: Tensor, h: Tensor, biases: tuple[Tensor, Tensor],
+    out: Tensor, value: Tensor | None = None, sums: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`launch_scan` by `row_kernel`; returns the rows' states, `[B, SP, E]`."""
+    (B, N), row, back = (shape.B, shape.N), shape.lin_row, value is not None
+    reader, writer = (row + 1, row) if back else (row, row + 1)
+    states = x.new_empty((B, shape.tiles.SP, shape.E))
+    tasks = B * (shape.E // 128)
+    rowscan.row_kernel(
+        scan_grid(tasks, x.device),
+        hopper.tokens(x, B, N), hopper.tokens(h, B, N), hopper.matrix(weights), hopper.matrix(heads[reader]),
+        hopper.matrix(heads[writer]), hopper.tokens(out, B, N), hopper.matrix(states),
+        hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+        inputs.rms if sums is None else sums, out, out.stride(0), out if value is None else value, N, shape.G,
+        shape.shift, shape.E // 128, tasks, BACK=back, EVEN=shape.even,
+        SHIFTED=shape.shift > 0, SLOTS=rowscan.SLOTS, VALUE_SLOTS=rowscan.VALUE_SLOTS, num_warps=8,
+    )  # fmt: skip
+    return states
+
+
 def launch_heads(shape: Shape, inputs: Inputs, cached: Cached, skip: bool = False) -> Tensor:
     """Queries and keys on the chunk grid, `[H, GT, CP, SP]`; with `skip` those of `Shape.halves` alone."""
     t, S, v = shape.tiles, shape.S, inputs.v
@@ -335,7 +356,10 @@ def launch_forward(
     if scanned:
         out = new((shape.T, shape.E))
         carried, cut = scan_parts(shape, index, exchange, inputs.v.device)
-        before = launch_totals(shape, inputs, heads[row + 1], inputs.v, cut, exchange=exchange) if carried else None
+        held = choice.holds_rows(shape, exchange)
+        before = None
+        if carried and not held:
+            before = launch_totals(shape, inputs, heads[row + 1], inputs.v, cut, exchange=exchange)
         if shape.delta:
             # The scan writes what it reads, chunk by chunk.
             prefix = before = delta.launch_states(shape, inputs, before, own, scaled=True)
@@ -343,7 +367,10 @@ def launch_forward(
             prefix = new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
         biases = inputs.bias_v, inputs.bias_u
         weights = launch_scores(shape, inputs, heads, True)
-        launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before, cut)
+        if held:
+            before = launch_row_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out)
+        else:
+            launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before, cut)
         carry = nothing() if shape.causal else before
         return AttentionResults(out, heads, prefix, carry, nothing(), nothing(), *own)
     prefix, carry, final = nothing(), nothing(), nothing()
@@ -561,17 +588,22 @@ def launch_scan_gradients(
     else:
         d_attended = d_out if reuse else new((T, E))
         d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
-    behind = None
-    if carried:
+    behind, held = None, choice.holds_rows(shape, exchange)
+    if carried and not held:
         behind = launch_totals(shape, inputs, heads[row], d_attended, cut, back=True, exchange=exchange)
     if shape.delta:
         behind = delta.launch_states(shape, inputs, behind, saved, scaled=True, reverse=True)
     value, d_prefix = new((T, E)), behind if shape.delta else torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v
-    launch_scan(
-        shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, cut, value, d_bias_v
-    )
+    if held:
+        behind = launch_row_scan(
+            shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, value, d_bias_v
+        )  # fmt: skip
+    else:
+        launch_scan(
+            shape, inputs, weights, heads, d_attended, inputs.v, biases, d_h.v, d_prefix, behind, cut, value, d_bias_v
+        )  # fmt: skip
     states = (prefix, d_prefix) if shape.causal else (carry, behind)
     launch_reduce(shape, inputs, weights, d_attended, value, *states, d_scores, d_heads[row : row + 2])
     squares = launch_quadratic_heads_gradient(shape, inputs, heads, d_scores, d_heads, True)

@@ -103,6 +103,16 @@ def test_what_the_gates_product_is_not_for(changes, monkeypatch):
     assert not choice.multiplies(SHAPE, None, True, device)
 
 
+def test_which_rows_a_scan_holds():
+    rows = dataclasses.replace(SHAPE, causal=False, N=512, G=2)
+    assert choice.holds_rows(rows, None) and choice.holds_rows(dataclasses.replace(rows, N=256, G=1), None)
+    assert not choice.holds_rows(rows, object())  # parts of rows on other processes
+    for changes in ({"causal": True}, {"delta": True}, {"N": 513, "G": 3}, {"N": 384}):
+        assert not choice.holds_rows(dataclasses.replace(rows, **changes), None), changes
+    if choice.rowscan is not None:
+        assert choice.rowscan.VALUE_SLOTS == 2 * rows.G
+
+
 @pytest.mark.parametrize(
     ("capability", "version", "chosen"),
     [((9, 0), "3.6.0", True), ((9, 0), "3.5.1", False), ((9, 0), "99.0", False), ((8, 0), "3.6.0", False),
@@ -132,7 +142,7 @@ COMPILE = """
 import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from flash_hf.kernels import gate, hopper, quadratic, reduce, scan
+from flash_hf.kernels import gate, hopper, quadratic, reduce, rowscan, scan
 
 def layout(block):
     return hopper.TOKENS if len(block) == 3 else hopper.tile_layout(block)
@@ -164,6 +174,7 @@ multiplied = {"d_y": [128, gate.STEP], "w": [gate.STEP, 128]} | dict.fromkeys(
 wide, high = [128, quadratic.STEP], [quadratic.STEP, 128]
 factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide)}
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
+held = {"warps": 8, "SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
 found = {
     f"scan {split} {back}": compiled(
         scan.scan_kernel, scanned, BACK=back, SPLIT=split, SKIP=False, EVEN=split == "rows", SHIFTED=split != "rows",
@@ -184,6 +195,8 @@ found = {
         scan.totals_kernel, added, 8, BACK=False, SPLIT="ends", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
     "totals, backward": compiled(
         scan.totals_kernel, added, 8, BACK=True, SPLIT="pieces", SKIP=False, EVEN=True, SLOTS=scan.SLOTS),
+    "rows": compiled(rowscan.row_kernel, scanned, BACK=False, EVEN=True, SHIFTED=False, **held),
+    "rows, backward": compiled(rowscan.row_kernel, scanned, BACK=True, EVEN=False, SHIFTED=True, **held),
     "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),
 } | {
     f"reduce {skip}": compiled(
@@ -218,7 +231,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 24
+    assert len(rows) == 26
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -342,6 +355,24 @@ def whole_in_torch(
             out[token] = (result * torch.nn.functional.silu(gate))[real]
 
 
+def rows_in_torch(
+    grid, x, h, a, reader, writer, out, states, value_out, rms, gain, bias_x, bias_h, sums, _, __, ___, N, G, shift,
+    e_blocks, tasks, *, BACK, EVEN, **constants,
+):  # fmt: skip
+    assert G <= 2
+    B, width = len(a) // 256 // G, 128 * e_blocks
+    begin, end = (torch.arange(B) * G + first for first in (0, G))
+    state = states.view(B, 128, width)
+    totals_in_torch(
+        grid, x, writer, state, rms, gain, bias_x, begin, end, N, G, shift, 0, 1 / 256, e_blocks, tasks, BACK=BACK,
+        SPLIT="pieces", SKIP=False, EVEN=EVEN,
+    )  # fmt: skip
+    whole_in_torch(
+        grid, x, h, a, reader, out, value_out, rms, gain, bias_x, bias_h, state, sums, begin, end, _, __, ___, N, G,
+        shift, e_blocks, tasks, BACK=BACK, SKIP=False, EVEN=EVEN,
+    )  # fmt: skip
+
+
 def reduce_in_torch(
     grid, d_attended, value, state, d_state, a, d_score, d_query, d_key, zero, factor, rows, N, G, shift, E, tasks, *,
     CAUSAL, SKIP, **constants,
@@ -452,7 +483,8 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
     for module, name, function in (
         (choice.scan, "scan_kernel", scan_in_torch), (choice.scan, "whole_kernel", whole_in_torch),
-        (choice.scan, "totals_kernel", totals_in_torch), (choice.reduce, "reduce_kernel", reduce_in_torch),
+        (choice.scan, "totals_kernel", totals_in_torch), (choice.rowscan, "row_kernel", rows_in_torch),
+        (choice.reduce, "reduce_kernel", reduce_in_torch),
         (choice.gate, "gate_product_kernel", gate_product_in_torch),
         (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
     ):  # fmt: skip
@@ -487,6 +519,7 @@ no_gpu = pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs th
         (400, "shifted keys", False, False, 64),
         (600, "odd shift", True, False, 64),
         (300, "paper", False, False, 192),
+        (500, "paper", True, False, 192),
         (600, "delta", True, True, 64),
     ],
 )
@@ -497,9 +530,13 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
     config = hopper_config(hidden_size=width, num_hidden_layers=2, is_decoder=causal, **FORMS[form])
     compare(config, "odd", length=length)
     layers = 2
-    assert in_torch["scan_kernel" if causal else "whole_kernel"] == 2 * layers
+    # Of layers with 400 tokens, one is shifted.
+    held = 0 if causal else {500: 2, 400: 1}.get(length, 0)
+    assert in_torch["row_kernel"] == 2 * held
+    assert in_torch["scan_kernel" if causal else "whole_kernel"] == 2 * (layers - held)
     assert in_torch["reduce_kernel"] == layers
-    assert in_torch["totals_kernel"] == (2 * layers if pieces or not causal or length > 1000 else 0)
+    summed = 0 if causal and not pieces and length < 1000 else layers - held
+    assert in_torch["totals_kernel"] == 2 * summed
     assert in_torch["gate_product_kernel"] == layers
 
 
@@ -608,8 +645,15 @@ def test_every_tile_of_quadratic_attention_is_one_task(rows, N, kind, causal, in
 @pytest.fixture
 def scans(monkeypatch):
     """Counts the scans: forward and backward of each layer."""
-    counted, launch = [], launches.launch_scan
-    monkeypatch.setattr(launches, "launch_scan", lambda *a, **k: counted.append(a) or launch(*a, **k))
+    counted = []
+    for name in ("launch_scan", "launch_row_scan"):
+        launch = getattr(launches, name)
+
+        def count(*a, launch=launch, **k):
+            counted.append(launch.__name__)
+            return launch(*a, **k)
+
+        monkeypatch.setattr(launches, name, count)
     return counted
 
 
@@ -630,7 +674,7 @@ def test_error_is_at_most_twice_the_torch_tiers(length, split, form, scans, monk
 @needs_hopper
 @pytest.mark.gpu
 @both_ways
-@pytest.mark.parametrize("length", [512, 300, 777, 2560])
+@pytest.mark.parametrize("length", [512, 411, 300, 256, 777, 2560])
 def test_bidirectional_error_is_at_most_twice_the_torch_tiers(length, form, scans):
     config = hopper_config(is_decoder=False, **FORMS[form])
     compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
@@ -675,6 +719,25 @@ def test_two_runs_are_bit_equal(form, scans):
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
     assert len(scans) == 5 * 2 * 2
+
+
+@needs_hopper
+@pytest.mark.gpu
+@both_ways
+@pytest.mark.parametrize("length", [512, 411, 256])
+def test_the_scan_of_held_rows_is_bit_equal_to_two_launches(length, form, scans, monkeypatch):
+    """With so many rows that a program has several tasks, and that no row is cut into pieces."""
+    config = hopper_config(is_decoder=False, **FORMS[form])
+    model = make_model(FlashModel, config, dtype=torch.bfloat16, scale=0.06).to(DEVICE)
+    x = torch.randn(280, length, 256, device=DEVICE, dtype=torch.bfloat16)
+    first = through(model, x, {}, 1.0)
+    for held in (True, True, False):
+        if not held:
+            monkeypatch.setattr(choice, "holds_rows", lambda shape, exchange: False)
+        again = through(model, x, {}, 1.0)
+        assert torch.equal(first[0], again[0])
+        assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+    assert len(scans) == 4 * 2 * 2 and "launch_row_scan" in scans and "launch_row_scan" not in scans[12:]
 
 
 @needs_hopper

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scan over bidirectional rows of at most two chunks, for Hopper: a row's values for 128 value dimensions stay in
+shared memory from the sum that is the row's state to the products that read it.
+
+Warps, tiles and barriers as in scan.py. README.md beside this file derives it.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from .dispatch import kernel
+from .hopper import BLOCK, barriers, halves, store_async
+from .scan import activate, fetch, fetch_tokens, gain_of, gate, product, two_products
+
+
+# Tiles of the ring, and of the values: two for each chunk. With the state's they fill the shared memory.
+SLOTS, VALUE_SLOTS = 2, 4
+
+
+@gluon.jit
+def fetch_values(
+    x, values, x_full, x_empty, value_step, task, number, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS: gl.constexpr
+):
+    """Load the values of chunk `number` of a task's row, if there is such a task."""
+    if task < TASKS:
+        for half in gl.static_range(2):
+            place = [task // E_BLOCKS, (2 * number + half) * BLOCK - shift, (task % E_BLOCKS) * BLOCK]
+            value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
+    return value_step
+
+
+@gluon.jit
+def load_tiles(
+    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `multiply` reads, in its order; but values as soon as the row before has left their tiles, and behind what
+    that row still needs."""
+    value_step = 0
+    step = 0
+    for number in range(0, G):
+        value_step = fetch_values(
+            x, values, x_full, x_empty, value_step, gl.program_id(0), number, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS
+        )
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        following = task + gl.num_programs(0)
+        row = task // E_BLOCKS
+        column = (task % E_BLOCKS) * BLOCK
+        for tile in range(0, 2 * G):
+            step = fetch(writer, [(row * 2 * G + tile) * BLOCK, 0], ring, full, empty, step, SLOTS)
+        for number in range(0, G):
+            token = number * (2 * BLOCK) - shift
+            slot = (row * G + number) * (2 * BLOCK)
+            for half in gl.static_range(2):
+                step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                for other in gl.static_range(2):
+                    if BACK:
+                        step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
+                    else:
+                        step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
+                if BACK and half == 0:
+                    if number > 0:
+                        value_step = fetch_values(
+                            x, values, x_full, x_empty, value_step, following, number - 1, G, shift, E_BLOCKS, TASKS,
+                            VALUE_SLOTS,
+                        )  # fmt: skip
+            for half in gl.static_range(2):
+                step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
+            if not BACK:
+                value_step = fetch_values(
+                    x, values, x_full, x_empty, value_step, following, number, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS
+                )
+        if BACK:
+            value_step = fetch_values(
+                x, values, x_full, x_empty, value_step, following, G - 1, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS
+            )
+
+
+@gluon.jit
+def multiply(
+    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full,
+    empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `row_kernel` computes."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
+    )
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
+    E = E_BLOCKS * BLOCK
+    gain = gl.load(gain_ptr).to(gl.float32)
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `scan_kernel`
+    value_step = 0
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        row = task // E_BLOCKS
+        first_e = (task % E_BLOCKS) * BLOCK
+        bias_x = gl.load(bias_x_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
+        state = warpgroup_mma_init(gl.zeros([BLOCK, BLOCK], gl.float32, mma))
+        for number in range(0, 2 * G):
+            value_slot = (value_step + number) % VALUE_SLOTS
+            slot = step % SLOTS
+            x = values.index(value_slot)
+            mbarrier.wait(x_full.index(value_slot), ((value_step + number) // VALUE_SLOTS) & 1)
+            if not BACK:
+                activate(x, rms_ptr, gain, bias_x, row, number * BLOCK - shift, N, EVEN, wide)
+            mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+            # The product before ran while these values were activated.
+            before = warpgroup_mma_wait(0, deps=[state])
+            if number > 0:
+                mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+            state = warpgroup_mma(ring.index(slot).permute((1, 0)), x, before, is_async=True)
+            step += 1
+        total = warpgroup_mma_wait(0, deps=[state])
+        mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+        state_tile.store((total * (1.0 / (2 * BLOCK))).to(gl.bfloat16))
+        fence_async_shared()
+        store_async(states, [row * BLOCK, first_e], state_tile)
+        for number in range(0, G):
+            chunk = row * G + number
+            token = number * (2 * BLOCK) - shift
+            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
+            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            slot_0 = value_step % VALUE_SLOTS
+            slot_1 = (value_step + 1) % VALUE_SLOTS
+            value_step += 2
+            x_0 = values.index(slot_0)
+            x_1 = values.index(slot_1)
+            acc_0 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+            acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
+            acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, BACK, SLOTS)
+            acc_1 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+            acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
+            acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, BACK, SLOTS)
+            if not BACK:
+                mbarrier.arrive(x_empty.index(slot_0), count=1)
+                mbarrier.arrive(x_empty.index(slot_1), count=1)
+            first = step
+            for half in gl.static_range(2):
+                held = step % SLOTS
+                mbarrier.wait(full.index(held), (step // SLOTS) & 1)
+                step += 1
+                scale = gl.expand_dims(scale_0 if half == 0 else scale_1, 1)
+                real = gl.expand_dims(real_0 if half == 0 else real_1, 1)
+                x_half = x_0 if half == 0 else x_1
+                tile = ring.index(held)
+                sums = sums_ptr + (chunk * 2 + half) * E + first_e
+                left, right = halves(acc_0 if half == 0 else acc_1, narrow)
+                start = token + half * BLOCK
+                before_row = start < 0
+                gate(
+                    tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                    value_ptr + first_e, E, row * N + start, before_row, 0, BACK, EVEN, SHIFTED, narrow,
+                )  # fmt: skip
+                gate(
+                    tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                    value_ptr + first_e, E, row * N + start, before_row, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                )  # fmt: skip
+                fence_async_shared()
+                if not SHIFTED or not before_row:
+                    store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
+                    if BACK:
+                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index(first % SLOTS), count=1)
+            mbarrier.arrive(empty.index((first + 1) % SLOTS), count=1)
+            if BACK:
+                mbarrier.arrive(x_empty.index(slot_0), count=1)
+                mbarrier.arrive(x_empty.index(slot_1), count=1)
+    tma.store_wait(0)
+
+
+@kernel
+@gluon.jit
+def row_kernel(
+    x, h, a, reader, writer, out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, sums_ptr, out_ptr,
+    out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
+    SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """`totals_kernel` and `whole_kernel` of scan.py in one, for rows of at most `VALUE_SLOTS / 2` chunks of 256: the
+    row's state `sum writer^T V / C`, which goes to `states`, and the chunks' outputs.
+
+    A task is a row and 128 value dimensions.
+    """
+    layout: gl.constexpr = a.layout
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
+    state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
+    x_full = barriers(VALUE_SLOTS)
+    x_empty = barriers(VALUE_SLOTS)
+    full = barriers(SLOTS)
+    empty = barriers(SLOTS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                multiply,
+                (
+                    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, sums_ptr, values, x_full,
+                    x_empty, ring, full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS,
+                    TASKS, BACK, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                ),
+            ),
+            (
+                load_tiles,
+                (
+                    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS, TASKS,
+                    BACK, SLOTS, VALUE_SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scan over bidirectional rows that stay in shared memory, without a GPU: test_turns.py, but with numbers."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_hf.kernels import choice
+from test_scan import rows_in_torch
+from test_turns import Barrier, Described, Emulated, Fault, Tile
+
+
+hopper, rowscan, scan = choice.hopper, choice.rowscan, choice.scan
+
+
+class Integer(int):
+    def __floordiv__(self, other):
+        return Integer(int(self) // int(other))
+
+    def to(self, dtype):
+        return self
+
+
+@dataclasses.dataclass
+class Pointer:
+    numbers: torch.Tensor
+    place: object = 0
+    dtype = SimpleNamespace(element_ty=torch.float64)
+
+    def __add__(self, places):
+        return Pointer(self.numbers, self.place + places)
+
+    def load(self, mask=True, other=0.0):
+        place = torch.as_tensor(self.place)
+        found = self.numbers.flatten()[torch.where(torch.as_tensor(mask), place, 0)]
+        return torch.where(torch.as_tensor(mask), found, other) if found.is_floating_point() else found
+
+    def store(self, numbers, mask=True):
+        places, numbers, mask = torch.broadcast_tensors(self.place, numbers, torch.as_tensor(mask))
+        self.numbers.view(-1)[places[mask]] = numbers[mask]
+
+
+@dataclasses.dataclass(eq=False)
+class NumberTile(Tile):
+    def permute(self, order):
+        return Part(self, lambda held: held.T)
+
+    def slice(self, first, width, dim):
+        return Part(self, lambda held: held[:, first : first + width])
+
+    def reshape(self, shape):
+        return self
+
+    def load(self, layout):
+        return super().load(layout).parts[0].clone()
+
+    def store(self, numbers):
+        super().store(numbers.clone())
+
+
+@dataclasses.dataclass
+class Part:
+    """A part of a tile, or its transpose."""
+
+    tile: NumberTile
+    of: object
+
+    def load(self, layout):
+        return self.of(self.tile.load(layout))
+
+    def store(self, numbers):
+        whole = self.tile.load(None)
+        self.of(whole).copy_(numbers)
+        self.tile.store(whole)
+
+
+@dataclasses.dataclass
+class Tensor3(Described):
+    """A tensor `[rows, tokens, width]` or `[1, rows, width]`, outside of which there is 0."""
+
+    numbers: torch.Tensor = None
+
+    def part(self, place):
+        """What a tile from `place` on covers, in the tensor and in the tile."""
+        row, first, column = (0, *place) if len(place) == 2 else place
+        row, first, column = int(row), int(first), int(column)
+        begin = max(0, first)
+        end = max(begin, min(first + 128, self.numbers.shape[1]))
+        return self.numbers[row, begin:end, column : column + 128], slice(begin - first, end - first)
+
+
+class EmulatedNumbers(Emulated):
+    """Emulated programs of the kernels of scan.py and rowscan.py, in float64."""
+
+    def __init__(self, monkeypatch, seed):
+        self.warps, self.seed = None, seed
+        gl = SimpleNamespace(
+            program_id=lambda axis: self.program, num_programs=lambda axis: self.programs, static_range=range,
+            bfloat16=torch.float64, float32=torch.float64, int64=torch.int64, sum=torch.sum,
+            zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), SliceLayout=lambda *a: None,
+            where=lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y),
+            arange=lambda first, end, layout: torch.arange(first, end), expand_dims=torch.unsqueeze,
+            load=lambda x, **masks: x.load(**masks), store=lambda x, *a, **mask: x.store(*a, **mask),
+            allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
+            NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
+        )  # fmt: skip
+        barrier = SimpleNamespace(
+            init=lambda barrier, count: None, MBarrierLayout=lambda: None, arrive=self.arrive, expect=self.arrive,
+            wait=self.wait,
+        )  # fmt: skip
+        names = dict(
+            gl=gl, mbarrier=barrier, tma=SimpleNamespace(store_wait=self.store_wait), load_async=self.load,
+            store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
+            warpgroup_mma_init=lambda acc: acc, fence_async_shared=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2,
+            sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.split(64, 1),
+            range=lambda *a: map(Integer, range(*map(int, a))),
+        )  # fmt: skip
+        for module in (scan, rowscan):
+            functions = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
+            for name, value in (functions | names).items():
+                monkeypatch.setattr(module, name, value, raising=False)
+        monkeypatch.setattr(hopper, "gl", gl)
+        monkeypatch.setattr(hopper, "mbarrier", barrier)
+
+    def allocate(self, kind, shape, layout):
+        if kind == torch.int64:
+            made = [Barrier() for _ in range(shape[0])]
+        elif len(shape) == 2:
+            return NumberTile(shape[0] * shape[1] * 2)
+        else:
+            made = [NumberTile(shape[1] * shape[2] * 2) for _ in range(shape[0])]
+        return SimpleNamespace(index=lambda number: made[number])
+
+    def specialize(self, parts, warps, registers):
+        self.warps.run([lambda function=function, a=a: function(*a) for function, a in parts])
+
+    def load(self, source, place, barrier, tile):
+        if tile.readers:
+            raise Fault("a tile is overwritten while it is read")
+        tile.held = None
+
+        def arrive():
+            held, (part, rows) = torch.zeros(128, 128, dtype=torch.float64), source.part(place)
+            held[rows] = part
+            tile.held = held
+            barrier.receive(tile.bytes)
+
+        self.warps.copies.append(arrive)
+        self.warps.wait()
+
+    def multiply(self, x, y, acc, is_async):
+        read = [tile.tile if isinstance(tile, Part) else tile for tile in (x, y)]
+        for tile in read:
+            tile.readers += 1
+        self.reads.setdefault(self.warps.here.name, []).append(read)
+        acc = acc + x.load(None) @ y.load(None)
+        self.warps.wait()
+        return acc
+
+    def multiply_wait(self, count, deps):
+        return super().multiply_wait(count, deps) if self.warps.here.name in self.reads else deps[0]
+
+    def store(self, target, place, tile):
+        if min(place) < 0:
+            raise Fault("a tile is stored that begins before its tensor")
+        part, rows = target.part(place)
+        assert part.isnan().all(), "a tile is stored twice"
+        part.copy_(tile.load(None)[rows])
+        tile.readers += 1
+        self.stores.setdefault(self.warps.here.name, []).append(tile)
+        self.warps.wait()
+
+
+def described(numbers, rows=1):
+    return Tensor3("", None, numbers.view(rows, -1, numbers.shape[-1]))
+
+
+# One, two and three tasks per program, and some programs with one less than others.
+@pytest.mark.parametrize("programs", [6, 3, 2, 4])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(
+    ("N", "shift"), [(512, 0), (300, 0), (257, 0), (200, 0), (256, 0), (300, 77)]
+)  # fmt: skip
+def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, monkeypatch):
+    """Bit for bit, and what they say that they compute."""
+    B, E, G = 3, 256, -(-(N + shift) // 256)
+    tasks = B * E // 128
+    torch.manual_seed(0)
+    x, h, rms = (torch.rand(B * N, width, dtype=torch.float64) - 0.3 for width in (E, E, 1))
+    heads = torch.randn(2, B * G * 256, 128, dtype=torch.float64)
+    weights = torch.randn(B * G * 256, 256, dtype=torch.float64)
+    gain, bias_x, bias_h = (torch.randn(width, dtype=torch.float64) for width in (1, E, E))
+    begin, end = (torch.arange(B) * G + first for first in (0, G))
+    rms = rms.flatten()
+    options = {"BACK": back, "EVEN": N + shift == 256 * G}
+
+    def outputs():
+        sizes = (B * N, E), (B * 128, E), (B * N, E), (B * G * 2, E)
+        out, states, value, sums = (torch.full(size, torch.nan, dtype=torch.float64) for size in sizes)
+        return out, states, value if back else out, sums
+
+    expected, got, apart = outputs(), outputs(), outputs()
+    out, states, value, sums = expected
+    rows_in_torch(
+        (programs,), x, h, weights, *heads, out, states, value, rms, gain, bias_x, bias_h, sums, out, E, value, N, G,
+        shift, E // 128, tasks, **options,
+    )  # fmt: skip
+
+    emulated = EmulatedNumbers(monkeypatch, programs)
+    rms, gain, bias_x, bias_h, begin, end = map(Pointer, (rms, gain, bias_x, bias_h, begin, end))
+    x, h = (described(numbers, B) for numbers in (x, h))
+    weights, reader, writer = map(described, (weights, *heads))
+    out, states, value, sums = got
+    emulated.run(
+        rowscan.row_kernel, programs, x, h, weights, reader, writer, described(out, B), described(states),
+        described(value, B), rms, gain, bias_x, bias_h, *map(Pointer, (sums, out)), E, Pointer(value), N, G, shift,
+        E // 128, tasks, **options, SHIFTED=shift > 0, SLOTS=rowscan.SLOTS, VALUE_SLOTS=rowscan.VALUE_SLOTS,
+    )  # fmt: skip
+    out, states, value, sums = apart
+    emulated.run(
+        scan.totals_kernel, programs, x, writer, Pointer(states), rms, gain, bias_x, begin, end, N, G, shift, 0,
+        1 / 256, E // 128, tasks, **options, SPLIT="pieces", SKIP=False, SLOTS=scan.SLOTS,
+    )  # fmt: skip
+    emulated.run(
+        scan.whole_kernel, programs, x, h, weights, reader, described(out, B), described(value, B), rms, gain, bias_x,
+        bias_h, *map(Pointer, (states, sums)), begin, end, Pointer(out), E, Pointer(value), N, G, shift, E // 128,
+        tasks, **options, SKIP=False, SHIFTED=shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS,
+    )  # fmt: skip
+    for one, two, right in zip(got[: 4 if back else 2], apart, expected, strict=False):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)
