@@ -2,15 +2,18 @@
 """Embeddings with sentence-transformers: batches, lengths, and the commands of scripts/embedding/."""
 
 import json
+import random
 import re
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
 from flash_hf import FlashForMaskedLM, save_with_code
 from flash_hf.training.tokenizer import train_tokenizer
 from helpers import BOOK, TEXT, make_model, run_here, tiny_config
+from scripts.embedding.train import hold_out
 
 
 pytest.importorskip("sentence_transformers")
@@ -66,14 +69,32 @@ def test_training_fits_pairs_and_scores(folder, capsys, tmp_path):
     run_here(
         "-m", "scripts.embedding.train", "--model", folder, "--pairs", BOOK, "--max_pairs", 32, "--batch_size", 16,
         "--scores", tmp_path / "scores.tsv", "--test_scores", tmp_path / "scores.tsv", "--epochs", 8,
-        "--learning_rate", 3e-3, "--output_dir", tmp_path / "out",
+        "--learning_rate", 3e-3, "--validation_fraction", 0.5, "--bf16", "--output_dir", tmp_path / "out",
     )  # fmt: skip
     found = json.loads(capsys.readouterr().out)
-    assert found["after"]["spearman"] > found["before"]["spearman"] + 0.2
+    assert found["after"]["test_spearman"] > found["before"]["test_spearman"] + 0.2
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert results["examples"] == {"pairs": 32, "scores": 32, "validation": 32, "test": 64}
+    assert results["after"] == found["after"] and results["after"]["validation_spearman"] > 0.2
+    assert results["versions"]["torch"] and "--learning_rate 0.003" in results["command"]
     assert (tmp_path / "out" / "modeling_flash.py").exists()  # loads without the package
     embedder = embedder_of(tmp_path / "out")
     assert embedder.max_seq_length == 128  # not that of training
+    table = [row.split("\t")[1:] for row in rows[1:]]
+    cosines = [embedder.similarity(*embedder.encode([left, right])).item() for left, right, _ in table]
+    again = spearmanr(cosines, [float(score) for _, _, score in table]).statistic
+    assert again == pytest.approx(found["after"]["test_spearman"], abs=1e-3)  # measured as saved, not in bfloat16
     assert embedder.similarity(*embedder.encode(["Here is the lion.", "I see a lion."])).item() > 0.5
+
+
+def test_what_is_held_out_does_not_depend_on_the_seed_and_is_not_trained_on():
+    rows = [{"score": score} for score in range(50)]
+    random.seed(1)
+    kept, held_out = hold_out(rows, 0.1)
+    random.seed(2)
+    assert (kept, held_out) == hold_out(rows, 0.1)
+    assert len(held_out) == 5 and sorted([*kept, *held_out], key=rows.index) == rows
+    assert hold_out(rows, 0.0) == (rows, [])
 
 
 def test_search_finds_the_passage_and_keeps_an_index(folder, capsys, tmp_path):
