@@ -4,7 +4,8 @@ python -m scripts.benchmark.length --smoke --output runs/benchmark/length.json
 
 Cost at contexts up to a million tokens: training steps with gradient checkpointing, prefill in pieces and decoding
 after it, all on one GPU; and with torchrun, rows cut over several GPUs (context parallelism): their error against
-whole rows, strong scaling at the longest context, and weak scaling at its part per device.
+whole rows, strong scaling at the longest context, and weak scaling at its part per device. The error can also be had
+with more processes than GPUs: they exchange through gloo.
 
     python -m scripts.benchmark.length --parts train prefill --output runs/benchmark/length.json
     python -m scripts.benchmark.length --table scripts/results/length/*.json --plot scripts/results/length/length.png
@@ -61,6 +62,8 @@ def parse() -> argparse.Namespace:
     if TRANSFORMER in args.forms and args.parts != ["train"]:
         parser.error(f"--forms {TRANSFORMER} takes --parts train alone")
     args.device = "cpu" if args.smoke or not torch.cuda.is_available() else "cuda"
+    if args.device == "cuda" and "scaling" in args.parts and int(os.environ["WORLD_SIZE"]) > torch.cuda.device_count():
+        parser.error("--parts scaling needs a GPU for each process")
     if args.smoke:
         args.contexts, args.tokens, args.piece, args.steps = [64, 256], 128, 64, 1
     return args
@@ -74,8 +77,13 @@ class Bench:
         self.made_by = provenance()
         self.rank, self.size, self.mesh = 0, int(os.environ.get("WORLD_SIZE", 1)), None
         if self.size > 1:
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+            if gpus:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+                torch.cuda.init()  # else the mesh would choose another device
+            self.exchange = "nccl" if self.size <= gpus else "gloo"  # NCCL refuses two processes on one GPU
+            if self.exchange == "gloo" and not dist.is_initialized():
+                dist.init_process_group("gloo")
             self.mesh = dist.device_mesh.init_device_mesh(args.device, (self.size,), mesh_dim_names=("cp",))["cp"]
             self.rank = self.mesh.get_local_rank()
 
@@ -334,7 +342,8 @@ def error(bench: Bench, models: int = 16) -> None:
             worst, cut_error, whole_error = errors.worst()
             cut_loss, whole_loss, loss = torch.tensor(losses).norm(dim=0).tolist()
             bench.add(
-                part="error", form=form, tokens=tokens, backend=model.config.backend, models=models,
+                part="error", form=form, devices=bench.size, exchange=bench.exchange, tokens=tokens,
+                backend=model.config.backend, models=models,
                 loss_cut=cut_loss / loss, loss_whole=whole_loss / loss, worst=worst,
                 error_cut=cut_error, error_whole=whole_error,
                 passed=excess(cut_error, whole_error) <= 1 and excess(cut_loss / loss, whole_loss / loss) <= 1,

@@ -95,12 +95,19 @@ def scaling_table(rows: list[dict]) -> str:
 
 
 def error_table(rows: list[dict]) -> str:
+    def cut_over(row: dict) -> str:
+        if row.get("exchange") == "gloo":
+            return f"{row['devices']} processes on one GPU, gloo"
+        return f"{row.get('devices', 2)} GPUs"  # rows of older files name none
+
     lines = [
-        [STYLES[row["form"]][0], f"{row['tokens']:,}", "PyTorch" if row["backend"] == "torch" else "kernels",
+        [STYLES[row["form"]][0], f"{row['tokens']:,}", cut_over(row),
+         "PyTorch" if row["backend"] == "torch" else "kernels",
          row["worst"].removeprefix("model."), f"{100 * row['error_cut']:.2f} %", f"{100 * row['error_whole']:.2f} %"]
         for row in pick(rows, part="error")
     ]  # fmt: skip
-    header = ["bfloat16 gradients against float64", "tokens", "by", "worst kind", "error of cut rows", "of whole rows"]
+    header = ["bfloat16 gradients against float64", "tokens", "cut over", "by", "worst kind", "error of cut rows",
+              "of whole rows"]  # fmt: skip
     return markdown(header, lines)
 
 

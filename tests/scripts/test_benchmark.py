@@ -511,6 +511,15 @@ def test_long_contexts_are_shown_as_they_were_measured():
     assert cost.pop("total") == pytest.approx(sum(cost.values()))
 
 
+def test_errors_of_cut_rows_name_what_they_were_cut_over():
+    row = {"part": "error", "form": "plus", "tokens": 4096, "backend": "auto", "worst": "model.a"}
+    row |= {"error_cut": 0.01, "error_whole": 0.02}
+    several = [row, {**row, "devices": 4, "exchange": "nccl"}, {**row, "devices": 2, "exchange": "gloo"}]
+    lines = length_report.error_table(several).splitlines()[2:]
+    over = ["2 GPUs", "4 GPUs", "2 processes on one GPU, gloo"]
+    assert lines == [f"| FLASH+ | 4,096 | {each} | kernels | a | 1.00 % | 2.00 % |" for each in over]
+
+
 def test_later_files_of_long_contexts_count(tmp_path):
     made_by = {"machine": "a GPU", "commit": "abc"}
     row = {"part": "train", "form": "plus", "context": 8192, "us_per_token": 3.0, "peak_gib": None}
