@@ -9,6 +9,8 @@ Everything except the layer (documents, positions, heads, pooling, losses) is im
 trainings differ in the layer alone. There is no decoding cache.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -27,7 +29,14 @@ from transformers.utils.output_capturing import capture_outputs
 
 from flash_hf.attention_flash import rotate
 from flash_hf.cache_flash import resolve_cache
-from flash_hf.chunking_flash import ChunkLayout, chunk_layout, quadratic_layout, resolve_documents
+from flash_hf.chunking_flash import (
+    ChunkLayout,
+    Documents,
+    chunk_layout,
+    is_tracing,
+    quadratic_layout,
+    resolve_documents,
+)
 from flash_hf.configuration_flash import HOST_KEYS, nearest
 from flash_hf.modeling_flash import (
     NORMS,
@@ -225,14 +234,59 @@ class Mixer(nn.Module):
         return merge_heads(self.attend(q, k, v, layout, causal), layout)
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Documents without the padding, for softmax attention in both directions within each: costs are those of the
+    documents, not of the rows that they are packed in.
+
+    Attributes:
+        offset_D: where the documents begin among the real tokens, then the number of these, int64 `[documents + 1]`.
+        longest: tokens of the longest document.
+        real_T: the real tokens among those of the batch, int64; None if all are.
+    """
+
+    offset_D: Tensor
+    longest: int
+    real_T: Tensor | None
+
+    @classmethod
+    def of(cls, documents: Documents, batch: int) -> "Spans":
+        shape, real_T = (batch, documents.position_BN.shape[1]), None
+        begins_BN = torch.zeros(shape, dtype=torch.bool, device=documents.position_BN.device)
+        begins_BN[:, 0] = True
+        if documents.valid_BN is not None:
+            begins_BN = documents.valid_BN & (documents.valid_BN.cumsum(1) == 1)
+            real_T = documents.valid_BN.flatten().nonzero()[:, 0]
+        if documents.start_BN is not None:
+            begins_BN = begins_BN | documents.start_BN
+        begins_T = begins_BN.flatten() if real_T is None else begins_BN.flatten()[real_T]
+        offset_D = F.pad(begins_T.nonzero()[:, 0], (0, 1), value=len(begins_T))
+        return cls(offset_D, int(offset_D.diff().max()), real_T)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        def nested(x: Tensor) -> Tensor:
+            x = x.flatten(0, 1)
+            x = x if self.real_T is None else x[self.real_T]
+            x = torch.nested.nested_tensor_from_jagged(x, self.offset_D, min_seqlen=1, max_seqlen=self.longest)
+            return x.transpose(1, 2)
+
+        out = F.scaled_dot_product_attention(nested(q), nested(k), nested(v), dropout_p=dropout)
+        out = out.transpose(1, 2).values()
+        if self.real_T is not None:
+            out = out.new_zeros(q.shape[0] * q.shape[1], *out.shape[1:]).index_copy(0, self.real_T, out)
+        return out.view_as(v)
+
+
 class QuadraticMixer(Mixer):
     """Softmax through torch's scaled_dot_product_attention, or relu^2 written out."""
 
     chunked = False
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, rotary, layout: Tensor | None, causal: bool) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, rotary, layout: Tensor | Spans | None, causal: bool) -> Tensor:
         if rotary is not None:
             q, k = (rotate(x, *rotary) for x in (q, k))
+        if isinstance(layout, Spans):
+            return layout.attend(q, k, v, self.dropout)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.config.mixer == "relu2":
             divisor = self.config.attention_divisor
@@ -314,7 +368,7 @@ class TransformerPPAttention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=False)
         self.mixer = MIXERS[config.mixer](config, layer_idx)
 
-    def forward(self, x_BND: Tensor, rotary, layout: Tensor | ChunkLayout | None, causal: bool) -> Tensor:
+    def forward(self, x_BND: Tensor, rotary, layout: Tensor | ChunkLayout | Spans | None, causal: bool) -> Tensor:
         q, k, v = (
             project(x_BND).unflatten(2, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -352,7 +406,9 @@ class TransformerPPLayer(GradientCheckpointingLayer):
         self.mlp = TransformerPPFeedForward(config)
         self.dropout = config.hidden_dropout
 
-    def forward(self, hidden_states: Tensor, rotary, layout: Tensor | ChunkLayout | None, causal: bool) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, rotary, layout: Tensor | ChunkLayout | Spans | None, causal: bool
+    ) -> Tensor:
         out = self.attention(self.attention_norm(hidden_states), rotary, layout, causal)
         hidden_states = hidden_states + F.dropout(out, self.dropout, self.training)
         out = self.mlp(self.mlp_norm(hidden_states))
@@ -435,6 +491,8 @@ class TransformerPPModel(TransformerPPPreTrainedModel):
         check_single(documents, kwargs.get("single_document", False))
         if MIXERS[self.config.mixer].chunked:
             layout = chunk_layout(documents, B, self.config.chunk_size, causal=self.is_causal)
+        elif self.config.mixer == "softmax" and not (self.is_causal or documents.is_plain or is_tracing()):
+            layout = Spans.of(documents, B)
         else:
             layout = quadratic_layout(documents, B, causal=self.is_causal).visible_BNM
             if layout is not None:
