@@ -3,9 +3,10 @@
 python -m scripts.study.pretrain --recipe scripts/recipes/checkpoints/flash-30m-causal.yaml --work runs/study \\
     --output runs/flash-30m-causal --seconds 500
 
-Train a checkpoint of model_cards/ on the study's mixed corpus, in a given time and without `datasets`. The learning
-rate warms up, stays constant, and decays over the last part of the time. OUTPUT/stable holds the weights before the
-decay: a later run continues from them with --resume, so that a training can be spread over several GPU leases.
+Train a checkpoint of model_cards/ on the study's mixed corpus, in a given time or number of steps and without
+`datasets`. The learning rate warms up, stays constant, and decays over the last part. OUTPUT/stable holds the weights
+before the decay: a later run continues from them with --resume, so that a training can be spread over several GPU
+leases. `--search RATE ...` first tries learning rates, each in a tenth of the steps, and trains with the best.
 
 1. `--prepare DATA`, after `python -m scripts.study --prepare DATA`: tokenizes the held-out text for the evaluation.
 2. Train. An interrupted run resumes from OUTPUT/state.safetensors. The weights (OUTPUT/final, bfloat16) are saved
@@ -30,14 +31,28 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, set_seed
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
-from flash_hf.commands.options import OptionParser, number, run_command
+from flash_hf import FlashConfig
+from flash_hf.commands.options import OptionParser, natural, number, run_command
 from flash_hf.sources import read_json
 
+from ..baselines import matched_config  # registers the baselines
 from ..provenance import program_words, provenance, write_json
-from .cell import Progress, Recipe, Step, autocast, batches, load_state, mean_loss, rounded, save_state, validate, wait
+from .cell import (
+    Progress,
+    Recipe,
+    Step,
+    autocast,
+    batches,
+    forget,
+    load_state,
+    mean_loss,
+    rounded,
+    save_state,
+    validate,
+    wait,
+)
 from .grid import Cell
 from .text import CORPORA, EXCHANGED, HIDDEN, MIXED, Stream, load_stream
 
@@ -51,6 +66,7 @@ RATED = 20  # looks over which the speed is measured
 STATE_SECONDS = 90  # between saved states
 MOST_STEPS = 200_000
 CURVE_POINTS = 400
+SEARCHED = 0.1  # share of the steps in which a learning rate is tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +76,11 @@ class Pretraining:
     Attributes:
         causal: Whether the model is causal; otherwise masked.
         model_config: Fields of `FlashConfig`; `preset="plus"` takes the others from FLASH+.
+        model: `"flash"`, or a baseline of scripts/baselines, of that FLASH's number of parameters.
         context: Tokens of a row.
         batch_tokens: Tokens of a step.
         warmup_steps: Steps in which the rate rises to `learning_rate`, also in a run that continues another.
-        decay: Share of the time in which it falls to 0, as 1 minus a square root (arXiv 2405.18392).
+        decay: Share of the time or steps in which it falls to 0, as 1 minus a square root (arXiv 2405.18392).
         weight_decay: Of the matrices of layers; embeddings, gains and biases have none.
         mask_shares: Masked share of the tokens before and during the decay (arXiv 2305.15096).
         passage_tokens: Bounds of the lengths of masked passages, sampled log-uniformly and extended to the end of a
@@ -74,6 +91,7 @@ class Pretraining:
     causal: bool
     model_config: dict
     preset: str | None = None
+    model: str = "flash"
     context: int = 8192
     batch_tokens: int = 65_536
     learning_rate: float = 2e-3
@@ -88,10 +106,11 @@ class Pretraining:
     evaluate_every: int = 500
     seed: int = 0
 
-    def config(self, vocab_size: int, end: int, pad: int) -> FlashConfig:
+    def config(self, vocab_size: int, end: int, pad: int) -> PreTrainedConfig:
         make = FlashConfig.plus if self.preset == "plus" else FlashConfig
         ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
-        return make(**{"vocab_size": vocab_size, "max_position_embeddings": self.context, **ids, **self.model_config})
+        flash = make(**{"vocab_size": vocab_size, "max_position_embeddings": self.context, **ids, **self.model_config})
+        return flash if self.model == "flash" else matched_config(self.model, flash)
 
     def shared(self) -> Recipe:
         names = ("batch_tokens", "weight_decay", "betas", "eps", "clip")
@@ -362,8 +381,10 @@ def save_weights(model: nn.Module, folder: Path, log: dict) -> None:
 
 
 def run(
-    recipe: Pretraining, work: Path, output: Path, seconds: float, resume: Path | None, wait_seconds: float
-) -> None:
+    recipe: Pretraining, work: Path, output: Path, seconds: float, resume: Path | None, wait_seconds: float,
+    steps: int | None = None,
+) -> None:  # fmt: skip
+    """Train and evaluate for `seconds` since the start of the program or, if given, for `steps`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     set_seed(recipe.seed)
@@ -373,9 +394,9 @@ def run(
     stream = load_stream(tokens, MIXED, "train", recipe.context, causal=recipe.causal,
                          device=device if recipe.causal else "cpu", wait_seconds=wait_seconds)  # fmt: skip
     before = {"steps": 0, "runs": []}
-    head = FlashForCausalLM if recipe.causal else FlashForMaskedLM
+    head = AutoModelForCausalLM if recipe.causal else AutoModelForMaskedLM
     if resume is None:
-        model = head(recipe.config(stream.vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id))
+        model = head.from_config(recipe.config(stream.vocab_size, tokenizer.eos_token_id, tokenizer.pad_token_id))
     else:
         model, before = head.from_pretrained(resume, dtype=torch.float32), read_json(resume / "training.json", dict)
     model = model.to(device).train()
@@ -432,12 +453,13 @@ def run(
                 "text": read_json(tokens / "text.json", dict)}  # fmt: skip
 
     feed, saved, marks = source(now.done), time.perf_counter(), deque(maxlen=RATED)
+    border = None if steps is None else max(1, round(steps * (1 - recipe.decay)))
     while step.factor.last is None or now.done < step.factor.last:
         for batch in itertools.islice(feed, CHECKED_STEPS):
             step(batch)
             now.losses[now.done] = step.loss
             now.done += 1
-            if now.done == step.factor.last or now.done % recipe.evaluate_every == 0:
+            if now.done in (border, step.factor.last) or now.done % recipe.evaluate_every == 0:
                 break
         wait(device)
         at = time.perf_counter()
@@ -445,14 +467,16 @@ def run(
         marks.append((at, now.done))
         if now.done % recipe.evaluate_every == 0:
             evaluate()
-        each = (at - marks[0][0]) / max(1, now.done - marks[0][1])
-        begin_decay = at - START >= seconds * (1 - recipe.decay) and len(marks) > 1
+        each = max(1e-9, (at - marks[0][0]) / max(1, now.done - marks[0][1]))
+        begin_decay = now.done == border
+        if steps is None:
+            begin_decay = at - START >= seconds * (1 - recipe.decay) and len(marks) > 1
         if step.factor.last is None and begin_decay:
             evaluate()
             save_weights(model, output / "stable", log())
             step.factor.decay_from = now.done
             left = seconds - (time.perf_counter() - START)
-            step.factor.last = now.done + max(1, int(left / each))
+            step.factor.last = now.done + max(1, int(left / each)) if steps is None else steps
             if not recipe.causal:
                 rows.share = recipe.mask_shares[1]
             print(f"{at - START:.1f} s: {1e3 * each:.1f} ms a step, {recipe.batch_tokens / each:,.0f} tokens/s; the "
@@ -478,6 +502,25 @@ def run(
     (output / "done").touch()
 
 
+def search(
+    recipe: Pretraining, rates: list[float], steps: int, work: Path, output: Path, wait_seconds: float
+) -> float:
+    """The learning rate with the lowest loss on held-out text, the first one of equals; all are in search.json."""
+    losses = {}
+    for rate in rates:
+        folder = output / f"rate-{rate:g}"
+        if not (folder / "done").is_file():
+            warmup = max(1, round(SEARCHED * recipe.warmup_steps))
+            tried = dataclasses.replace(recipe, learning_rate=rate, warmup_steps=warmup)
+            run(tried, work, folder, math.inf, None, wait_seconds, max(2, round(SEARCHED * steps)))
+            forget()
+        results = read_json(folder / "final" / "training.json", dict)["results"]
+        losses[rate] = next(row["value"] for row in results if row["metric"] == "loss")
+    write_json(output / "search.json", {f"{rate:g}": loss for rate, loss in losses.items()})
+    print(f"rates: {losses}", flush=True)
+    return min(losses, key=losses.get)
+
+
 def main() -> None:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", type=Path, metavar="DATA", help="tokenize the held-out text of DATA and exit")
@@ -485,6 +528,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of the study's tokens")
     parser.add_argument("--output", type=Path, help="folder for weights and log")
     parser.add_argument("--seconds", type=number(float, above=0), default=500, help="from the start to the last step")
+    parser.add_argument("--steps", type=natural, help="steps of the training, instead of --seconds")
+    parser.add_argument(
+        "--search", nargs="+", type=number(float, above=0), metavar="RATE", help="learning rates to try; with --steps"
+    )
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="the folder `stable` of an earlier run")
     parser.add_argument(
         "--wait_minutes", type=float, default=0.0, help="how long to wait for each missing piece of tokens"
@@ -495,8 +542,14 @@ def main() -> None:
         return
     if args.recipe is None or args.output is None:
         parser.error("give --recipe and --output, or --prepare")
+    if args.search and (args.steps is None or args.resume is not None):
+        parser.error("--search needs --steps, and a training from the start")
     recipe = Pretraining(**yaml.safe_load(args.recipe.read_text(encoding="utf-8")))
-    run(recipe, args.work, args.output, args.seconds, args.resume, 60 * args.wait_minutes)
+    wait_seconds = 60 * args.wait_minutes
+    if args.search:
+        rate = search(recipe, args.search, args.steps, args.work, args.output, wait_seconds)
+        recipe = dataclasses.replace(recipe, learning_rate=rate)
+    run(recipe, args.work, args.output, args.seconds, args.resume, wait_seconds, args.steps)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ CAUSAL = pretrain.Pretraining(
     batch_tokens=256, warmup_steps=4, evaluate_every=40,
 )  # fmt: skip
 MASKED = dataclasses.replace(CAUSAL, causal=False, preset=None, model_config=FIELDS, passage_tokens=(2, 64))
+TRANSFORMER = dataclasses.replace(MASKED, model="transformer++", learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,12 @@ def work(tmp_path_factory):
     return data, work
 
 
-def train(monkeypatch, recipe, work, output, *, seconds=25, resume=None):
+def train(monkeypatch, recipe, work, output, *, seconds=25, resume=None, steps=None):
     """A training in which every look at the clock takes a second."""
     clock = iter(range(10**6))
     monkeypatch.setattr(pretrain, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(pretrain, "START", 0)
-    pretrain.run(recipe, work, output, seconds, resume, 0.0)
+    pretrain.run(recipe, work, output, seconds, resume, 0.0, steps)
     return json.loads((output / "final" / "training.json").read_text(encoding="utf-8"))
 
 
@@ -89,7 +90,7 @@ def test_passages_are_whole_packed_and_masked():
     assert len(passages.batch(np.arange(8), 7)["places"]) == round(0.15 * 8 * 64)
 
 
-@pytest.mark.parametrize("recipe", [CAUSAL, MASKED], ids=["causal", "masked"])
+@pytest.mark.parametrize("recipe", [CAUSAL, MASKED, TRANSFORMER], ids=["causal", "masked", "transformer++"])
 def test_a_checkpoint_is_trained_measured_and_continued(work, tmp_path, monkeypatch, recipe):
     data, work = work
     log = train(monkeypatch, recipe, work, tmp_path / "a")
@@ -154,6 +155,46 @@ def test_an_interrupted_training_resumes_exactly(work, tmp_path, monkeypatch, re
     assert resumed["train_curve"]["loss"][:both] == whole["train_curve"]["loss"][:both]
 
 
+def test_steps_are_counted_and_the_best_rate_is_found(work, tmp_path, monkeypatch):
+    """A rate that is far too low loses, and the trained one decays over the last fifth of the steps."""
+    monkeypatch.setattr(pretrain, "START", 0)
+    recipe = ROOT / "scripts" / "recipes" / "checkpoints" / "transformer-pp-30m-masked.yaml"
+    settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    small = {name: getattr(MASKED, name) for name in ("model_config", "context", "batch_tokens", "warmup_steps")}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings | small), encoding="utf-8")
+    options = ["--recipe", "a.yaml", "--work", str(work[1]), "--output", "out"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["pretrain", *options, "--steps", "150", "--search", "1e-6", "1e-2"])
+    pretrain.main()
+    found = json.loads((tmp_path / "out" / "search.json").read_text(encoding="utf-8"))
+    assert found["0.01"] < found["1e-06"] - 0.1
+    log = json.loads((tmp_path / "out" / "final" / "training.json").read_text(encoding="utf-8"))
+    (this,) = log["runs"]
+    assert this["decay"] == [120, 150] and this["steps"] == 150 and this["recipe"]["learning_rate"] == 0.01
+    assert log["results"][0]["value"] < found["0.01"]
+    (tried,) = json.loads((tmp_path / "out" / "rate-0.01" / "final" / "training.json").read_text())["runs"]
+    assert tried["steps"] == 15 and tried["decay"] == [12, 15]
+
+    monkeypatch.setattr("sys.argv", ["pretrain", *options, "--search", "1e-2"])
+    with pytest.raises(SystemExit):
+        pretrain.main()
+
+
+def test_the_transformer_has_the_size_and_the_tokens_of_flash():
+    folder = ROOT / "scripts" / "recipes" / "checkpoints"
+    names = ("flash-30m-masked", "transformer-pp-30m-masked")
+    flash, other = (
+        pretrain.Pretraining(**yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))) for name in names
+    )
+    same = dataclasses.replace(other, model="flash", learning_rate=flash.learning_rate)
+    assert same == flash  # batches, passages, optimiser
+    with torch.device("meta"):
+        sizes = [
+            AutoModelForMaskedLM.from_config(recipe.config(8192, 0, 1)).num_parameters() for recipe in (flash, other)
+        ]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["flash-30m-causal", "flash-30m-masked"])
 def test_recipes_make_models_of_at_most_64_mib(name):
     recipe = ROOT / "scripts" / "recipes" / "checkpoints" / f"{name}.yaml"
@@ -161,5 +202,5 @@ def test_recipes_make_models_of_at_most_64_mib(name):
     config = recipe.config(8192, 0, 1)
     assert isinstance(config, FlashConfig) and config.max_position_embeddings == 8192
     with torch.device("meta"):
-        model = (pretrain.FlashForCausalLM if recipe.causal else pretrain.FlashForMaskedLM)(config)
+        model = (AutoModelForCausalLM if recipe.causal else AutoModelForMaskedLM).from_config(config)
     assert 30e6 < sum(p.numel() for p in model.parameters()) < 2**25
