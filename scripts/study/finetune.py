@@ -1,52 +1,54 @@
 """\
-python -m scripts.study.finetune --smoke --text tests/data/wizard_of_oz.txt --work runs/study
+python -m scripts.study.finetune --smoke --work runs/study
 
-FLASH against a Transformer++ of the same size, trained in the same way: one tokenizer, the same text, blocks, masks,
-steps and optimiser for masked pretraining, then the same fine-tuning on three labelled sets. Learning rates, of
-pretraining and of each set, are chosen for each model from one grid on the validation split; with them the test split
-is measured over several seeds.
+FLASH against a Transformer++ of the same size: two masked checkpoints of scripts.study.pretrain, trained on the same
+text, are fine-tuned in the same way on labelled sets. The learning rate is chosen for each model and set on the
+validation split, from a grid that grows until the best rate has one on either side; with it the test split is measured
+over several seeds.
 
-The study consists of cells, each a process that writes work/cells/NAME.json; finished cells are not run again, so that
-an interrupted study resumes. summary.json (also read back) and summary.md hold the whole study;
---render summary.json prints the section of scripts/results/README.md.
-On one GPU: --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, sentence_cls, movie_reviews, wnut17), --text FILES.
+The study consists of cells, each of which writes work/cells/NAME.json; finished cells are not run again, so that an
+interrupted study resumes. summary.json (also read back) and summary.md hold the whole study; --render summary.json
+prints the section of scripts/results/README.md.
+On one GPU: --flash FOLDER --transformer FOLDER --data FOLDER (labelled.tar.xz, unpacked: glue/SST-2, glue/MRPC,
+sentence_cls, movie_reviews, wnut17, xquad).
 """
 
 import argparse
 import json
 import os
+import random
 import shlex
 import shutil
 import statistics
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_from_disk
-from transformers import AutoModelForMaskedLM, set_seed
+from transformers import AutoConfig, AutoModelForMaskedLM, set_seed
 
 from flash_hf import FlashConfig, training
 from flash_hf.commands.options import OptionParser, natural, run_command
 from flash_hf.hub import vocabulary_size
 from flash_hf.sources import read_json
-from flash_hf.training.documents import load_documents, split_documents
-from flash_hf.training.packing import MaskingCollator, pack_documents
-from flash_hf.training.tokenizer import load_tokenizer, text_size, tokenize_documents, train_tokenizer
-from flash_hf.training.trainer import MaskEpochCallback
+from flash_hf.training.tokenizer import train_tokenizer
 
-from ..baselines import TransformerPPConfig  # registers Transformer++
+from ..baselines import matched_config  # registers Transformer++
 from ..finetune.arguments import FinetuningArguments, TaskArguments
 from ..finetune.run import card_results as task_card_results
 from ..finetune.run import run_finetuning
 from ..provenance import program_words, provenance, write_json
-from .runner import CellRunner
+from .cell import forget
+from .runner import CellRunner, serve
 
 
 MODELS = ("flash", "transformer_pp")
 ROOT = Path(__file__).resolve().parents[2]
+# Beyond an end of the grid, the next of these rates.
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def task_options(options: argparse.Namespace) -> dict[str, dict]:
@@ -64,166 +66,94 @@ def task_options(options: argparse.Namespace) -> dict[str, dict]:
         }  # fmt: skip
         return tasks
     folder, made = Path(options.data), Path(options.work) / "data"
-    reviews, wnut = folder / "movie_reviews", folder / "wnut17"
-    # The long one comes last, so that only it is lost if time runs out.
+    reviews, wnut, glue = folder / "movie_reviews", folder / "wnut17", folder / "glue"
+    # The longest ones come first, so that parallel processes end together.
     return {
-        "sst2": {
-            "task": "classification", "epochs": 1, "batch": 128, "accumulate": 1, "text_column": "sentence",
-            "train_file": [str(folder / "glue" / "SST-2" / "train.tsv")],
-            "validation_file": [str(folder / "glue" / "SST-2" / "dev.tsv")],
-            "test_file": [str(made / "sst2_test.tsv")],
-        },
-        "wnut17": {
-            "task": "tagging", "epochs": 5, "batch": 32, "accumulate": 1,
-            "train_file": [str(wnut / "wnut17train.conll")], "validation_file": [str(wnut / "emerging.dev.conll")],
-            "test_file": [str(wnut / "emerging.test.annotated")],
-        },
         # Up to 4,000 tokens each: several processes on one GPU have memory for eight at a time.
         "movie_reviews": {
             "task": "classification", "epochs": 4, "batch": 8, "accumulate": 2,
             "train_file": [str(reviews / "train.jsonl")], "validation_file": [str(reviews / "valid.jsonl")],
             "test_file": [str(reviews / "test.jsonl")],
         },
+        "xquad": {
+            "task": "qa", "epochs": 10, "batch": 16, "accumulate": 1,
+            "train_file": [str(made / "xquad_train.json")], "validation_file": [str(made / "xquad_validation.json")],
+            "test_file": [str(made / "xquad_test.json")],
+        },
+        "sst2": {
+            "task": "classification", "epochs": 1, "batch": 128, "accumulate": 1, "text_column": "sentence",
+            "train_file": [str(glue / "SST-2" / "train.tsv")], "validation_file": [str(glue / "SST-2" / "dev.tsv")],
+            "test_file": [str(made / "sst2_test.tsv")],
+        },
+        "mrpc": {
+            "task": "classification", "epochs": 5, "batch": 32, "accumulate": 1, "text_column": "#1 String",
+            "text_pair_column": "#2 String", "label_column": "Quality",
+            "train_file": [str(glue / "MRPC" / "train.tsv")], "validation_file": [str(glue / "MRPC" / "dev.tsv")],
+            "test_file": [str(made / "mrpc_test.tsv")],
+        },
+        "wnut17": {
+            "task": "tagging", "epochs": 5, "batch": 32, "accumulate": 1,
+            "train_file": [str(wnut / "wnut17train.conll")], "validation_file": [str(wnut / "emerging.dev.conll")],
+            "test_file": [str(wnut / "emerging.test.annotated")],
+        },
     }  # fmt: skip
 
 
-# --- stage 0: text ---------------------------------------------------------------------------------------------------
-
-
 def prepare(options: argparse.Namespace) -> None:
-    """Tokenizer and packed blocks of the pretraining text, and the labelled file in a format of its own."""
+    """Write the labelled files that are not as `scripts.finetune` reads them, and tiny models for `--smoke`."""
     work = Path(options.work)
-    if (work / "text.json").is_file():
+    if options.smoke and options.flash is None:
+        make_tiny_models(work)
+    if options.data is None or (work / "data").is_dir():
         return
-    if options.data is not None:
-        # GLUE's test split has no labels; this is the same split from the Stanford treebank: "label text".
-        lines = (Path(options.data) / "sentence_cls" / "stsa.binary.test").read_text(encoding="utf-8").splitlines()
-        (work / "data").mkdir(parents=True, exist_ok=True)
-        rows = [f"{line[2:]}\t{line[0]}" for line in lines if line.strip()]
-        (work / "data" / "sst2_test.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
-    documents = [load_documents([file]) for file in options.text]
-    texts = [row["text"] for part in documents for row in part]
-    rows = Dataset.from_dict({"text": texts}).shuffle(seed=0) if len(texts) > 1 else Dataset.from_dict({"text": texts})
-    train, validation = split_documents(rows, 0.05 if options.smoke else 0.01)
-    tokenizer = train_tokenizer(train, options.vocab_size, max_bytes=20_000_000)
-    tokenizer.save_pretrained(work / "tokenizer")
-    workers = min(8, os.cpu_count() or 1, len(train))
-    size = {}
-    for name, part in (("train", train), ("validation", validation)):
-        tokens = tokenize_documents(part, tokenizer, num_proc=workers if name == "train" and workers > 1 else None)
-        blocks = pack_documents(tokens, tokenizer=tokenizer, block_size=options.block_size, causal=False)
-        blocks.save_to_disk(str(work / "blocks" / name))
-        size[name] = {**text_size(tokens), "blocks": len(blocks)}
-    write_json(work / "text.json", {"files": [Path(file).name for file in options.text], **size})
+    folder, made = Path(options.data), work / "data.part"
+    made.mkdir(parents=True, exist_ok=True)
+    # GLUE's test splits have no labels. SST-2's is in the Stanford treebank: "label text".
+    lines = (folder / "sentence_cls" / "stsa.binary.test").read_text(encoding="utf-8").splitlines()
+    rows = [f"{line[2:]}\t{line[0]}" for line in lines if line.strip()]
+    (made / "sst2_test.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    shutil.copy(folder / "glue" / "MRPC" / "msr_paraphrase_test.txt", made / "mrpc_test.tsv")
+    # XQuAD has no training split: 32, 8 and 8 of its 48 articles.
+    squad = read_json(folder / "xquad" / "xquad.en.json", dict)
+    articles = random.Random(0).sample(squad["data"], len(squad["data"]))
+    for name, part in (("train", articles[:32]), ("validation", articles[32:40]), ("test", articles[40:])):
+        write_json(made / f"xquad_{name}.json", {**squad, "data": part})
+    made.rename(work / "data")  # complete
 
 
-# --- stage 1: masked pretraining -------------------------------------------------------------------------------------
-
-
-def model_configs(options: argparse.Namespace, tokenizer) -> dict:
-    """FLASH and the Transformer++ with the closest number of parameters."""
-    width, layers = options.hidden_size, options.layers
-    common = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id, "hidden_size": width}
+def make_tiny_models(work: Path) -> None:
+    """FLASH and Transformer++ with random weights, in `work/flash` and `work/transformer_pp`."""
+    text = (ROOT / "tests" / "data" / "wizard_of_oz.txt").read_text(encoding="utf-8")
+    tokenizer = train_tokenizer([{"text": text}], 600)
+    common = {"vocab_size": vocabulary_size(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     flash = FlashConfig(
-        num_hidden_layers=layers, query_key_dim=32 if options.smoke else 128,
-        chunk_size=32 if options.smoke else 256, max_position_embeddings=options.block_size, **common,
-    )  # fmt: skip
-
-    def transformer(inner: int):
-        return TransformerPPConfig(
-            num_hidden_layers=layers // 2, num_attention_heads=max(1, width // 64), intermediate_size=inner,
-            max_position_embeddings=options.block_size, **common,
-        )  # fmt: skip
-
-    def size(config) -> int:
-        with torch.device("meta"):
-            return AutoModelForMaskedLM.from_config(config).num_parameters()
-
-    # The size is linear in the width of the feed-forward layers.
-    small, step = size(transformer(8)), size(transformer(16)) - size(transformer(8))
-    return {"flash": flash, "transformer_pp": transformer(8 + 8 * round((size(flash) - small) / step))}
-
-
-def pretrain(options: argparse.Namespace, name: str, rate: float) -> dict:
-    work = Path(options.work)
-    tokenizer = load_tokenizer(str(work / "tokenizer"), masked=True)
-    blocks = {
-        part: load_from_disk(str(work / "blocks" / part)).with_format("numpy") for part in ("train", "validation")
-    }
-    cuda = torch.cuda.is_available()
-    args = training.FlashTrainingArguments(
-        output_dir=str(work / "runs" / pretrain_name(name, rate)),
-        max_steps=options.pretrain_steps,
-        per_device_train_batch_size=options.batch_tokens // options.block_size,
-        per_device_eval_batch_size=min(32, options.batch_tokens // options.block_size),
-        learning_rate=rate,
-        warmup_steps=0.05,
-        eval_strategy="no",
-        eval_on_start=False,
-        save_strategy="no",
-        logging_steps=max(1, options.pretrain_steps // 10),
-        bf16=cuda,
-        dataloader_num_workers=4 if cuda else 0,
-        dataloader_drop_last=len(blocks["train"]) * options.block_size > options.batch_tokens,
-        report_to="none",
-        disable_tqdm=True,
+        hidden_size=64, num_hidden_layers=2, query_key_dim=32, chunk_size=32, max_position_embeddings=64, **common
     )
-    set_seed(0)
-    model = AutoModelForMaskedLM.from_config(model_configs(options, tokenizer)[name])
-    collator = MaskingCollator(tokenizer, mlm_probability=0.15, seed=0)
-    size = json.loads((work / "text.json").read_text(encoding="utf-8"))["validation"]
-    trainer = training.FlashTrainer(
-        model=model,
-        args=args,
-        train_dataset=blocks["train"],
-        eval_dataset=collator.mask_once(blocks["validation"].with_format(None)),
-        data_collator=collator,
-        processing_class=tokenizer,
-        compute_metrics=training.make_compute_metrics("masked", size),
-        preprocess_logits_for_metrics=partial(training.token_scores, causal=False),
-        callbacks=[MaskEpochCallback(collator)],
-    )
-    if options.compile and cuda:
-        for layer in model.model.layers:
-            layer.compile()
-    begin = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - begin
-    with torch.compiler.set_stance("force_eager"):  # a single pass is not worth a second graph
-        scores = trainer.evaluate()
-    trainer.save_model(str(work / "models" / pretrain_name(name, rate)))
-    return {
-        "kind": "pretrain",
-        "model": name,
-        "config": model.config.to_diff_dict(),
-        "parameters": model.num_parameters(),
-        "steps": options.pretrain_steps,
-        "tokens": options.pretrain_steps * args.train_batch_size * options.block_size,
-        "learning_rate": rate,
-        "seed": 0,
-        "train_seconds": round(seconds, 1),
-        "log": [{k: log[k] for k in ("step", "loss")} for log in trainer.state.log_history if "loss" in log],
-        "metrics": {"validation": {k.removeprefix("eval_"): v for k, v in scores.items() if k != "epoch"}},
-    }
+    for name, config in (("flash", flash), ("transformer_pp", matched_config("transformer++", flash))):
+        if not (work / name).is_dir():
+            set_seed(0)
+            tokenizer.save_pretrained(work / name)
+            AutoModelForMaskedLM.from_config(config).save_pretrained(work / name)
 
 
-def pretrain_name(name: str, rate: float) -> str:
-    return f"pretrain-{name}-{rate:g}"
+def folder_of(options: argparse.Namespace, name: str) -> Path:
+    """The checkpoint that a model starts from."""
+    given = {"flash": options.flash, "transformer_pp": options.transformer}[name]
+    return Path(options.work) / name if given is None else Path(given)
 
 
-def best_pretraining(options: argparse.Namespace, name: str) -> str | None:
-    """The cell with the lowest validation loss, or None until all rates are done."""
-    losses = {}
-    for rate in options.pretrain_rates:
-        cell = pretrain_name(name, rate)
-        path = Path(options.work) / "cells" / f"{cell}.json"
-        if not path.is_file():
-            return None  # a choice from part of the grid would not be fair
-        losses[cell] = json.loads(path.read_text(encoding="utf-8"))["metrics"]["validation"]["loss"]
-    return min(losses, key=losses.get)
-
-
-# --- stages 2 and 3: fine-tuning -------------------------------------------------------------------------------------
+def pretraining(options: argparse.Namespace, name: str) -> dict:
+    """Size, tokens, last learning rate and held-out scores of a checkpoint, from its training.json."""
+    folder = folder_of(options, name)
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(folder))
+    found = {"model": name, "parameters": model.num_parameters(), "tokens": 0, "learning_rate": None, "metrics": {}}
+    if (folder / "training.json").is_file():
+        log = read_json(folder / "training.json", dict)
+        found["tokens"] = sum(run["tokens"] for run in log["runs"])
+        found["learning_rate"] = log["runs"][-1]["recipe"]["learning_rate"]
+        found["metrics"]["validation"] = {row["metric"]: row["value"] for row in log.get("results", ())}
+    return found
 
 
 def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: int) -> dict:
@@ -254,12 +184,10 @@ def tune(options: argparse.Namespace, name: str, task: str, rate: float, seed: i
         report_to="none",
         disable_tqdm=True,
     )
-    start = best_pretraining(options, name)
-    result = run_finetuning(
-        training.ModelArguments(model=str(work / "models" / start)), TaskArguments(**chosen), args, plot=False
-    )
+    start = folder_of(options, name)
+    result = run_finetuning(training.ModelArguments(model=str(start)), TaskArguments(**chosen), args, plot=False)
     shutil.rmtree(args.output_dir)  # one model per cell would fill the disk
-    return {**result, "kind": "tune", "model": name, "data": task, "pretraining": start}
+    return {**result, "kind": "tune", "model": name, "data": task, "pretraining": start.name}
 
 
 def cell_name(name: str, task: str, rate: float, seed: int) -> str:
@@ -269,14 +197,11 @@ def cell_name(name: str, task: str, rate: float, seed: int) -> str:
 def run_cell(options: argparse.Namespace, cell: str) -> None:
     """Run the cell of this name in this process."""
     begin = time.perf_counter()
-    kind, name, rest = cell.split("-", 2)  # a rate may be 1e-05; names and tasks have no hyphen
-    if kind == "pretrain":
-        result = pretrain(options, name, float(rest))
-    else:
-        task, _, end = rest.partition("-")
-        rate, _, seed = end.rpartition("-")
-        result = tune(options, name, task, float(rate), int(seed))
-    result |= provenance()
+    _, name, task, rest = cell.split("-", 3)  # a rate may be 1e-05; names and tasks have no hyphen
+    rate, _, seed = rest.rpartition("-")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    result = tune(options, name, task, float(rate), int(seed)) | provenance()
     if options.commit:  # for copies without .git
         result["commit"] = options.commit
     result["smoke"] = options.smoke
@@ -284,6 +209,7 @@ def run_cell(options: argparse.Namespace, cell: str) -> None:
     if torch.cuda.is_available():
         result["peak_gigabytes"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     write_json(Path(options.work) / "cells" / f"{cell}.json", result)
+    forget()
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -297,21 +223,55 @@ class Study(CellRunner):
         environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
         if options.smoke:
             environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
-        command = [sys.executable, "-m", "scripts.study.finetune", *sys.argv[1:], "--cell"]
+        command = [sys.executable, "-m", "scripts.study.finetune", *sys.argv[1:], "--serve"]
         super().__init__(
-            self.work, command, minutes=options.minutes,
+            self.work, command, minutes=options.minutes, lasting=True,
             least_seconds=5 if options.smoke else 30, environment=environment, begin=begin,
         )  # fmt: skip
+        self.tasks = [task for task in task_options(options) if options.tasks is None or task in options.tasks]
 
-    def rate(self, name: str, task: str) -> float | None:
-        """The rate with the best score on the validation split, the lower one of two."""
-        scores = {}
-        for rate in self.options.rates:
-            result = self.result(cell_name(name, task, rate, 0))
-            if result is None:
-                return None
-            scores[rate] = result["metrics"]["validation"][result["main_metric"]]
-        return max(sorted(scores), key=scores.get)
+    def grid(self, name: str, task: str) -> tuple[list[float], float | None]:
+        """The rates to try, and the one with the best score on the validation split, the lower one of two; None while
+        results are missing. The grid grows at the end where the best rate is, up to an end of `RATES`."""
+        rates = sorted(self.options.rates)
+        while True:
+            scores = {}
+            for rate in rates:
+                result = self.result(cell_name(name, task, rate, 0))
+                if result is None:
+                    return rates, None
+                scores[rate] = result["metrics"]["validation"][result["main_metric"]]
+            best = max(scores, key=scores.get)
+            more = []
+            if best == rates[0]:
+                more += [rate for rate in RATES if rate < best][-1:]
+            if best == rates[-1]:
+                more += [rate for rate in RATES if rate > best][:1]
+            if not more:
+                return rates, best
+            rates = sorted([*rates, *more])
+
+    def wanted(self) -> list[str]:
+        """The cells that can be run, as far as results tell: the longest first, and seeds of chosen rates."""
+        cells = []
+        for task in self.tasks:
+            for name in MODELS:
+                rates, best = self.grid(name, task)
+                cells += [cell_name(name, task, rate, 0) for rate in rates]
+                if best is not None:
+                    cells += [cell_name(name, task, best, seed) for seed in range(1, self.options.seeds)]
+        return [cell for cell in cells if cell not in self.failed and not self.path(cell).is_file()]
+
+    def upcoming(self) -> Iterator[str]:
+        """The cells one after the other, waiting for those that others depend on."""
+        begun = set()
+        while wanted := self.wanted():
+            new = next((cell for cell in wanted if cell not in begun), None)
+            if new is None:
+                time.sleep(0.1)
+            else:
+                begun.add(new)
+                yield new
 
     def summary(self) -> dict:
         cells = {
@@ -319,9 +279,9 @@ class Study(CellRunner):
             for path in sorted((self.work / "cells").glob("*.json"))
         }
         table = []
-        for task in task_options(self.options):
+        for task in self.tasks:
             for name in MODELS:
-                rate = self.rate(name, task)
+                _, rate = self.grid(name, task)
                 if rate is None:
                     continue
                 found = [self.result(cell_name(name, task, rate, seed)) for seed in range(self.options.seeds)]
@@ -333,15 +293,12 @@ class Study(CellRunner):
                     row[split] = statistics.mean(scores)
                     row[f"{split}_std"] = statistics.stdev(scores) if len(scores) > 1 else None
                 table.append(row)
-        facts = ("model", "parameters", "tokens", "learning_rate", "metrics")
-        chosen = [best_pretraining(self.options, name) for name in MODELS]
-        pretraining = [{key: cells[cell][key] for key in facts} for cell in chosen if cell is not None]
-        settings = {key: value for key, value in vars(self.options).items() if key not in ("cell", "work", "out")}
-        text = self.work / "text.json"
+        hidden = ("serve", "work", "out", "render")
+        settings = {key: value for key, value in vars(self.options).items() if key not in hidden}
         return {
-            "study": "finetune", "settings": settings, "text": json.loads(text.read_text(encoding="utf-8")),
-            "pretraining": pretraining, "table": table, "failed": self.failed, "seconds": round(self.seconds(), 1),
-            "cells": cells,
+            "study": "finetune", "command": shlex.join([*program_words(), *sys.argv[1:]]), "settings": settings,
+            "pretraining": [pretraining(self.options, name) for name in MODELS], "table": table,
+            "failed": self.failed, "seconds": round(self.seconds(), 1), "cells": cells,
         }  # fmt: skip
 
 
@@ -349,11 +306,11 @@ def as_markdown(summary: dict) -> str:
     lines = ["| pretraining | parameters | tokens | learning rate | masked perplexity | masked accuracy |"]
     lines.append("| --- " * 6 + "|")
     for row in summary["pretraining"]:
-        scores = row["metrics"]["validation"]
+        scores = row["metrics"].get("validation", {})
+        shown = (row["learning_rate"], scores.get("perplexity"), scores.get("masked_accuracy"))
+        cells = ["-" if value is None else f"{value:.4g}" for value in shown]
         lines.append(
-            f"| {row['model']} | {row['parameters'] / 1e6:.2f} M | {row['tokens'] / 1e6:.1f} M | "
-            f"{row['learning_rate']:g} | "
-            f"{scores['perplexity']:.2f} | {100 * scores['masked_accuracy']:.2f} % |"
+            f"| {row['model']} | {row['parameters'] / 1e6:.2f} M | {row['tokens'] / 1e6:.1f} M | {' | '.join(cells)} |"
         )
     lines += ["", "| data | model | learning rate | metric | validation | test | seeds |", "| --- " * 7 + "|"]
     for row in summary["table"]:
@@ -372,62 +329,61 @@ def as_markdown(summary: dict) -> str:
 
 NAMES = {"flash": "FLASH", "transformer_pp": "Transformer++"}
 TITLES = {
-    "sst2": "SST-2, accuracy", "movie_reviews": "movie reviews, whole, accuracy", "wnut17": "WNUT-17, F1",
+    "sst2": "SST-2, accuracy", "mrpc": "MRPC, accuracy", "movie_reviews": "movie reviews, whole, accuracy",
+    "wnut17": "WNUT-17, F1", "xquad": "XQuAD en, F1",
     "names": "names (tests/data), F1", "characters": "characters (tests/data), accuracy",
 }  # fmt: skip
+
+
+def tried_rates(summary: dict, task: str, name: str | None = None) -> list[float]:
+    """The fine-tuning rates of a task, of one model or of both; those of cells that failed too."""
+    names = [name] if name else MODELS
+    begins = tuple(f"tune-{each}-{task}-" for each in names)
+    cells = [cell for cell in (*summary["cells"], *summary["failed"]) if cell.startswith(begins)]
+    return sorted({float(cell.split("-", 3)[3].rpartition("-")[0]) for cell in cells})
 
 
 def as_readme(summary: dict) -> str:
     """The section of scripts/results/README.md: all rates of both models, what was not run, and the conditions."""
     settings, cells, failed = (summary[key] for key in ("settings", "cells", "failed"))
-    bold = {pretrain_name(row["model"], row["learning_rate"]) for row in summary["pretraining"]}
-    bold |= {cell_name(row["model"], row["data"], row["learning_rate"], 0) for row in summary["table"]}
-    test_examples = {cell["data"]: cell["metrics"]["test"]["examples"]
-                     for cell in cells.values() if cell["kind"] == "tune"}  # fmt: skip
+    bold = {cell_name(row["model"], row["data"], row["learning_rate"], 0) for row in summary["table"]}
+    tuned = [cell for cell in cells.values() if cell["kind"] == "tune"]
+    test_examples = {cell["data"]: cell["metrics"]["test"]["examples"] for cell in tuned}
 
-    def seeds_of(task: str, name: str, rate: float) -> list[str]:
-        return [cell_name(name, task, rate, seed) for seed in range(settings["seeds"])]
-
-    def shown(names: list[str], score) -> str:
+    def shown(name: str, task: str, rate: float) -> str:
         """The mean over the finished seeds; without any, the reason."""
-        scores = [score(cells[name]) for name in names if name in cells]
-        if not scores:
-            why = failed.get(names[0], "not run")
-            return next((state for state in ("not begun", "cut off", "not run") if why.startswith(state)), "failed")
+        names = [cell_name(name, task, rate, seed) for seed in range(settings["seeds"])]
+        found = [cells[each] for each in names if each in cells]
+        if not found:
+            why = failed.get(names[0], "-")
+            return next((state for state in ("not begun", "cut off", "-") if why.startswith(state)), "failed")
+        scores = [100 * cell["metrics"]["test"][cell["main_metric"]] for cell in found]
         text = f"{statistics.mean(scores):.2f}"
         if len(scores) > 1:
             text += f" +- {statistics.stdev(scores):.2f}"
         return f"**{text}**" if names[0] in bold else text
 
-    def rows(title: str, rates: list[float], names, score) -> list[str]:
-        found = [(f"{rate:g}", *(shown(names(name, rate), score) for name in MODELS)) for rate in rates]
-        if not any(cell in cells for rate in rates for name in MODELS for cell in names(name, rate)):
-            found = [("all", *found[0][1:])]
-        return [f"|{'' if i else f' {title}'} | {' | '.join(values)} |" for i, values in enumerate(found)]
-
     lines = ["### Beside a Transformer++ of the same size", ""]
     lines += ["| | learning rate | FLASH | Transformer++ |", "| --- | --- | --- | --- |"]
     sizes = [f"{row['parameters'] / 1e6:.2f} M" for row in summary["pretraining"]]
     lines.append(f"| parameters | | {' | '.join(sizes)} |")
-    lines += rows("masked perplexity of held-out text", settings["pretrain_rates"],
-                  lambda name, rate: [pretrain_name(name, rate)],
-                  lambda cell: cell["metrics"]["validation"]["perplexity"])  # fmt: skip
+    before = [
+        f"{row['metrics']['validation']['perplexity']:.2f} ({row['learning_rate']:g})" if row["metrics"] else "-"
+        for row in summary["pretraining"]
+    ]
+    lines.append(f"| masked perplexity of held-out text (learning rate of pretraining) | | {' | '.join(before)} |")
     for task, title in TITLES.items():
-        if any(f"-{task}-" in cell for cell in (*cells, *failed)):
-            count = f" ({test_examples[task]:,} test examples)" if task in test_examples else ""
-            lines += rows(title + count, settings["rates"], partial(seeds_of, task),
-                          lambda cell: 100 * cell["metrics"]["test"][cell["main_metric"]])  # fmt: skip
+        count = f" ({test_examples[task]:,} test examples)" if task in test_examples else ""
+        for index, rate in enumerate(tried_rates(summary, task)):
+            values = " | ".join(shown(name, task, rate) for name in MODELS)
+            lines.append(f"|{'' if index else f' {title}{count}'} | {rate:g} | {values} |")
 
-    cell = next(cell for cell in cells.values() if cell["kind"] == "pretrain")
     tokens = summary["pretraining"][0]["tokens"] / 1e6
-    depth = {one["model"]: one["config"]["num_hidden_layers"] for one in cells.values() if one["kind"] == "pretrain"}
     seeds = " or ".join(sorted({str(row["seeds"]) for row in summary["table"]})) or "1"
     paragraphs = [
-        f"{depth['flash']} layers of FLASH, {depth['transformer_pp']} blocks of Transformer++, both of width "
-        f"{settings['hidden_size']}; all else but the learning rates is equal. For each rate, one masked pretraining "
-        f"on {tokens:.1f} M tokens of {', '.join(summary['text']['files'])}, {cell['steps']:,} steps in blocks of "
-        f"{settings['block_size']:,}; then the best model of each kind is fine-tuned with each rate of a second grid. "
-        "Accuracy and F1 are those of the test split, in percent, "
+        f"Each model was pretrained once, masked, on {tokens:.1f} M tokens of the same text, and is fine-tuned from "
+        "there with each rate; all else but the learning rates is equal. Accuracy and F1 are those of the test split, "
+        "in percent, "
         + ("of one seed: the spread is not known." if seeds == "1" else
            f"of one seed; for the chosen rates, mean +- standard deviation over {seeds} seeds.")
         + " Bold: chosen on the validation split, which needs all rates of a model."
@@ -439,11 +395,11 @@ def as_readme(summary: dict) -> str:
         paragraphs.append(
             f"Chosen at the end of their grid, so that a rate beyond it may be better: {'; '.join(edges)}."
         )
-    versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items())
-    paragraphs.append(f"{cell['machine']}, {versions}, commit {(cell['commit'] or 'unknown')[:9]}:")
+    cell = tuned[0]
+    versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items() if version)
+    paragraphs.append(f"{cell['machine']}, {versions}, commit {(cell['commit'] or 'unknown')[:9]}.")
     for paragraph in paragraphs:
         lines += ["", *textwrap.wrap(paragraph, 119, break_on_hyphens=False, break_long_words=False)]
-    lines += ["", "```bash", as_command(settings), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -451,9 +407,8 @@ def missing(failed: dict[str, str], done: int) -> str:
     """The cells that an interrupted study lacks, with the reasons."""
     rates, seeds = {}, {}
     for cell in failed:
-        kind, name, rest = cell.split("-", 2)
-        task, _, end = ("pretraining", "", f"{rest}-0") if kind == "pretrain" else rest.partition("-")
-        rate, _, seed = end.rpartition("-")
+        _, name, task, rest = cell.split("-", 3)
+        rate, _, seed = rest.rpartition("-")
         title = f"{NAMES[name]} {TITLES.get(task, task).split(',')[0]}"
         if seed == "0":
             rates.setdefault(title, []).append(rate)
@@ -467,28 +422,14 @@ def missing(failed: dict[str, str], done: int) -> str:
 
 def at_the_edge(summary: dict) -> list[str]:
     """The chosen rates at an end of their grid."""
-    settings, found = summary["settings"], []
-    rows = [("pretraining", "pretrain_rates", row) for row in summary["pretraining"]]
-    rows += [(TITLES[row["data"]].split(",")[0], "rates", row) for row in summary["table"]]
-    for title, grid, row in rows:
-        ends = {min(settings[grid]): "lowest", max(settings[grid]): "highest"}
+    found = []
+    for row in summary["table"]:
+        rates = tried_rates(summary, row["data"], row["model"])
+        ends = {rates[0]: "lowest", rates[-1]: "highest"}
         if row["learning_rate"] in ends:
-            found.append(f"{NAMES[row['model']]} {title} {row['learning_rate']:g} ({ends[row['learning_rate']]})")
+            title, end = TITLES[row["data"]].split(",")[0], ends[row["learning_rate"]]
+            found.append(f"{NAMES[row['model']]} {title} {row['learning_rate']:g} ({end})")
     return found
-
-
-def as_command(settings: dict) -> str:
-    """The command of a study: the options that differ from the defaults, files and folders without their paths."""
-    words = ["python", "-m", "scripts.study.finetune"]
-    for name, value in settings.items():
-        if name in ("commit", "render") or value == make_parser().get_default(name):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-            continue
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(Path(one).name if name in ("data", "text") else f"{one}" for one in values)]
-    return shlex.join([*words, "--work", "runs/study"])
 
 
 def card_results(summary: dict) -> list[dict]:
@@ -505,37 +446,27 @@ def card_results(summary: dict) -> list[dict]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flash", metavar="FOLDER", help="checkpoint of FLASH")
+    parser.add_argument("--transformer", metavar="FOLDER", help="checkpoint of Transformer++")
     parser.add_argument("--data", help="folder of the labelled sets; by default the small ones in tests/data")
     parser.add_argument(
         "--render",
         metavar="SUMMARY",
         help="print the section of scripts/results/README.md from a summary.json and exit",
     )
-    parser.add_argument("--text", nargs="+", help="pretraining text: .txt, .jsonl (also .xz, .gz)")
-    parser.add_argument("--work", help="folder for models, logs and cells (about 1 GB)")
+    parser.add_argument("--work", help="folder for logs and cells")
     parser.add_argument("--out", help="folder for summary.json and summary.md; by default that of --work")
     parser.add_argument("--commit", help="commit to record in the results if git cannot")
-    parser.add_argument("--smoke", action="store_true", help="tiny models and few steps, to see that the study runs")
-    parser.add_argument("--hidden_size", type=natural, default=512)
+    parser.add_argument("--smoke", action="store_true", help="few examples and tiny models, to see that it runs")
     parser.add_argument(
-        "--layers", type=int, default=12, help="layers of FLASH; Transformer++ has half as many blocks"
-    )
-    parser.add_argument("--vocab_size", type=natural, default=16384)
-    parser.add_argument("--block_size", type=natural, default=1024)
-    parser.add_argument("--batch_tokens", type=natural, default=32768)
-    parser.add_argument("--pretrain_steps", type=natural, default=800)
-    parser.add_argument(
-        "--pretrain_rates", type=float, nargs="+", default=[1e-3, 2e-3], help="the grid of pretraining"
-    )
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="the grid of fine-tuning")
+        "--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3],
+        help="the grid of learning rates, which grows; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=natural, default=3)
     parser.add_argument("--tasks", nargs="+", help="run these labelled sets only")
     parser.add_argument("--workers", type=natural, default=4, help="parallel fine-tunings")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit; the next run resumes")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers in pretraining"
-    )
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -546,35 +477,22 @@ def main() -> int:
     if options.render:
         print(as_readme(read_json(options.render, dict)), end="")
         return 0
-    if not options.text or not options.work:
-        parser.error("--text and --work are needed")
+    if not options.work or (not options.smoke and not (options.flash and options.transformer)):
+        parser.error("--work, --flash and --transformer are needed")
     if options.smoke:
-        sizes = {"hidden_size": 64, "layers": 2, "vocab_size": 600, "block_size": 64, "batch_tokens": 512}
-        for name, value in {**sizes, "pretrain_steps": 10, "rates": [1e-3, 3e-3], "seeds": 2, "workers": 1}.items():
-            setattr(options, name, value)
-    if options.cell:
-        run_cell(options, options.cell)
+        options.seeds, options.workers = 2, 1
+    if options.serve:
+        serve(partial(run_cell, options), Path(options.work) / "logs")
         return 0
 
     out = Path(options.out or options.work)
+    prepare(options)
     study = Study(options, begin)
     if not any((study.work / "cells").glob("*.json")) and (out / "summary.json").is_file():
-        earlier = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-        for cell, result in earlier["cells"].items():
-            if result["kind"] == "tune":  # a pretraining also needs its model, which is not in the summary
-                write_json(study.path(cell), result)
-    study.work.mkdir(parents=True, exist_ok=True)
-    prepare(options)
-    print(f"{study.seconds():6.1f} s  text: {(study.work / 'text.json').read_text(encoding='utf-8')}", flush=True)
-    tasks = [task for task in task_options(options) if options.tasks is None or task in options.tasks]
-    study.run([pretrain_name(n, rate) for rate in options.pretrain_rates for n in MODELS], min(options.workers, 2))
-    ready = [name for name in MODELS if best_pretraining(options, name) is not None]
-    study.run(
-        [cell_name(n, task, rate, 0) for task in tasks for n in ready for rate in options.rates], options.workers
-    )
-    chosen = [(n, task, study.rate(n, task)) for task in tasks for n in ready]
-    chosen = [cell for cell in chosen if cell[2] is not None]
-    study.run([cell_name(*cell, seed) for seed in range(1, options.seeds) for cell in chosen], options.workers)
+        for cell, result in read_json(out / "summary.json", dict)["cells"].items():
+            write_json(study.path(cell), result)
+    study.run(study.upcoming(), options.workers)
+    study.run(study.upcoming(), options.workers)  # what waited for cells that were repeated alone
 
     summary = study.summary()
     write_json(out / "summary.json", summary)

@@ -140,6 +140,8 @@ def fail(capsys, monkeypatch, tmp_path):
         (["scripts.study", "--report", "--results", "none"], 1, "there is no folder none"),
         (["scripts.study", "--unbundle", "damaged.yaml"], 1, "must be JSON"),
         (["scripts.study.finetune", "--worker", "3"], 2, "Did you mean --workers?"),
+        (["scripts.study.finetune", "--work", "run", "--flash", CARD], 2, "--flash and --transformer are needed"),
+        (["scripts.study.pretrain", "--recipe", "a", "--output", "b", "--search", 1], 2, "--search needs --steps"),
         (["scripts.benchmark.profile", "--tokens", "3"], 2, "--tokens must be at least --context=8192, got 3"),
         (["scripts.benchmark.profile", "--layer", "3"], 2, "Did you mean --layers?"),
         (["scripts.benchmark.length", "--parts", "scaling"], 2, "need several processes: torchrun"),
