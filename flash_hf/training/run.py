@@ -7,6 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
@@ -98,7 +99,8 @@ def load_model(
                 )
         model = auto.from_config(config)
     elif model_args.model is not None:
-        model = load_named(auto.from_pretrained, model_args.model, option="--model")
+        # In float32, whatever it was saved in: small updates of bfloat16 weights are lost in rounding.
+        model = load_named(auto.from_pretrained, model_args.model, option="--model", dtype=torch.float32)
     else:
         model = auto.from_config(new_config(kind, fields, tokenizer))
         if kind == "causal":

@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -78,10 +79,10 @@ def load_model(
             )
         model = task.auto.from_config(config)
     elif model_args.model is not None:
-        # A head for other classes is initialised again, with a warning of transformers.
-        model = load_named(
-            task.auto.from_pretrained, model_args.model, option="--model", ignore_mismatched_sizes=True, **names
-        )
+        # A head for other classes is initialised again, with a warning of transformers. In float32, whatever it was
+        # saved in: small updates of bfloat16 weights are lost in rounding.
+        names |= {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        model = load_named(task.auto.from_pretrained, model_args.model, option="--model", **names)
     else:
         config = new_config("masked", config_fields(model_args), tokenizer)
         for name, value in names.items():

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from flash_hf import FlashForCausalLM
+from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.training.tokenizer import load_tokenizer, train_tokenizer
 from helpers import DATA, ROOT, TEXT, first_line, run_python, tiny_config
 from scripts.cards.card import check_results
@@ -547,6 +547,13 @@ def test_bad_files_are_refused(tmp_path):
         ValueError, match=r"b.parquet must have a column 'label'; it has text, class. .*--label_column"
     ):
         tasks.Classification.load(task_arguments("classification"), [str(tmp_path / "b.parquet")], "", None)
+
+
+def test_bfloat16_checkpoints_are_tuned_in_float32(tokenizer, tmp_path):
+    FlashForMaskedLM(tiny_config(vocab_size=600)).bfloat16().save_pretrained(tmp_path)
+    given = run.ModelArguments(model=str(tmp_path)), load_tokenizer(str(tokenizer), masked=False)
+    model = run.load_model(tasks.Classification, *given, ["a", "b"], None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_earlier_results_are_not_overwritten(tmp_path):

@@ -25,7 +25,7 @@ from flash_hf.training.documents import load_documents, split_documents
 from flash_hf.training.packing import MaskingCollator, collate, pack_documents
 from flash_hf.training.run import load_model, load_text, new_config
 from flash_hf.training.tokenizer import load_tokenizer, tokenize_documents, train_tokenizer
-from helpers import BOOK, OVERRIDES, TEXT, TINY, history, write_documents
+from helpers import BOOK, OVERRIDES, TEXT, TINY, history, tiny_config, write_documents
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -104,6 +104,16 @@ def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path, kind, streaming):
         for index, state in theirs["state"].items()
         for name, value in state.items()
     )
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_bfloat16_checkpoints_are_trained_in_float32(kind, files, tmp_path):
+    """In bfloat16 small updates would be lost."""
+    cls = {"causal": FlashForCausalLM, "masked": FlashForMaskedLM}[kind]
+    cls(tiny_config(vocab_size=300)).bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
+    model = load_model(kind, training.ModelArguments(model=str(tmp_path / "model")), tokenizer, None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_masks_of_later_epochs_differ(files, tmp_path):
