@@ -345,6 +345,10 @@ def mean_or_none(results: Results, cells: list[Cell], model: str) -> float | Non
     return next((final_loss(results[cell]) for cell in cells if cell.model == model), None)
 
 
+# Those that interrupted trainings are compared with.
+COMPARED = (grid.PLUS, RIVAL, "gau-softmax", "plus-keys-delta")
+
+
 def unfinished(results: Results) -> str:
     """Trainings that were interrupted and left no cell: the last validation seen of each, beside that of finished
     trainings with the same schedule after the same steps."""
@@ -355,14 +359,14 @@ def unfinished(results: Results) -> str:
             continue
         step, loss = result["valid_curve"][-1]
         row = [f"{cell.tokens:g} M", f"{step:,} of {result['steps']:,}", MODELS[cell.model].title, f"{loss:.3f}"]
-        for model in (grid.PLUS, RIVAL, "gau-softmax"):
-            rate = grid.PASSED[cell.context][model]
+        for model in COMPARED:
+            rate = grid.PASSED[cell.context].get(model, grid.PASSED[cell.context][grid.PLUS])
             other = results.get(replace(cell, model=model, rate=rate))
             seen = {} if other is None else dict(other["valid_curve"])
             row.append(f"{loss - seen[step]:+.3f}" if step in seen and cell.model != model else "-")
         rows.append((-cell.tokens, loss, [*row, result["why"]]))
     head = ["tokens of the schedule", "steps", "model", "validation loss"]
-    head += [f"less {MODELS[model].title}'s" for model in (grid.PLUS, RIVAL, "gau-softmax")]
+    head += [f"less {MODELS[model].title}'s" for model in COMPARED]
     return table([*head, "ended because"], [row for *_, row in sorted(rows)]) if rows else "None."
 
 
