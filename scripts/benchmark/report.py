@@ -193,9 +193,12 @@ def worst(results: Results, model: str, other: str, of: Callable = max) -> tuple
     return of(found.values()) if found else None, f"worst of {', '.join(map(str, sorted(found)))}" if found else ""
 
 
-def target_table(results: Results) -> str:
+def target_table(results: Results, every: bool = True) -> str:
+    """The targets as Markdown, `every` one or those with a value."""
     lines = []
     for what, value, relation, bound, remark in targets(results):
+        if value is None and not every:
+            continue
         met = "" if value is None else "yes" if (value >= bound if relation == ">=" else value <= bound) else "**no**"
         met = met or "not measured"
         lines.append([what, number(value), f"{relation} {number(bound)}", f"{met}; {remark}" if remark else met])
