@@ -224,7 +224,8 @@ class FlashConfig(PreTrainedConfig):
         FLASH+, the form to start new causal models from: every second layer shifts its chunks by half a chunk, the
         global branch stores each value under the key of the token before it, positions come from RoPE and the relative
         bias alone, and attention starts at the nearest tokens. Costs 1 % more time per step than the paper's form
-        (`FlashConfig()`) on Hopper GPUs, 5 % elsewhere; masked models should keep the latter. Evidence: scripts/results/README.md.
+        (`FlashConfig()`) on Hopper GPUs, 5 % elsewhere. Masked models should keep the paper's form. Evidence:
+        scripts/results/README.md.
 
         Args:
             **overrides: Fields of [`FlashConfig`]; each takes precedence over FLASH+'s value. `chunk_shift` is half of
