@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import gradio as gr
+import numpy as np
 import torch
 from matplotlib.colors import AsinhNorm
 from matplotlib.figure import Figure
@@ -134,9 +135,11 @@ def draw_weights(view: LayerView, layer: int, chosen: int) -> Figure:
     """The layer's weights, N x N, with a mark at the chosen token's row."""
     weights_NN = view.weights_NN.cpu().numpy()
     limit = max(abs(weights_NN).max(), 1e-30)
+    # A few large weights must not hide all others.
+    linear = max(np.quantile(abs(weights_NN), 0.9), limit / 1000)
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     axis = figure.subplots()
-    image = axis.imshow(weights_NN, cmap="RdBu_r", norm=AsinhNorm(limit / 20, -limit, limit), interpolation="nearest")
+    image = axis.imshow(weights_NN, cmap="RdBu_r", norm=AsinhNorm(linear, -limit, limit), interpolation="nearest")
     row = 1 - (chosen + 0.5) / len(weights_NN)
     axis.plot(-0.02, row, ">", color="black", transform=axis.transAxes, clip_on=False)
     axis.set(title=f"attention weights of layer {layer}", xlabel="token that is read", ylabel="token that reads")
