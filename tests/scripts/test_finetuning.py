@@ -722,10 +722,13 @@ def test_study_splits_the_answers_by_article(study, tmp_path):
     options = study.make_parser().parse_args(["--work", str(tmp_path / "work"), "--data", str(data)])
     study.prepare(options)
     made = tmp_path / "work" / "data"
-    parts = [json.loads((made / f"xquad_{part}.json").read_text()) for part in ("train", "validation", "test")]
+    parts = [
+        json.loads((made / f"xquad_{part}.json").read_text(encoding="utf-8"))
+        for part in ("train", "validation", "test")
+    ]
     titles = [[article["title"] for article in part["data"]] for part in parts]
     assert [*map(len, titles)] == [32, 8, 8] and len({*sum(titles, [])}) == 48
-    assert (made / "sst2_test.tsv").read_text() == "sentence\tlabel\na fine film\t1\nnot so\t0\n"
+    assert (made / "sst2_test.tsv").read_text(encoding="utf-8") == "sentence\tlabel\na fine film\t1\nnot so\t0\n"
     chosen = study.task_options(options)
     assert (made / "mrpc_test.tsv").is_file() and chosen["mrpc"]["test_file"] == [str(made / "mrpc_test.tsv")]
     for task in chosen.values():

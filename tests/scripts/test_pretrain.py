@@ -172,7 +172,8 @@ def test_steps_are_counted_and_the_best_rate_is_found(work, tmp_path, monkeypatc
     (this,) = log["runs"]
     assert this["decay"] == [120, 150] and this["steps"] == 150 and this["recipe"]["learning_rate"] == 0.01
     assert log["results"][0]["value"] < found["0.01"]
-    (tried,) = json.loads((tmp_path / "out" / "rate-0.01" / "final" / "training.json").read_text())["runs"]
+    first = tmp_path / "out" / "rate-0.01" / "final" / "training.json"
+    (tried,) = json.loads(first.read_text(encoding="utf-8"))["runs"]
     assert tried["steps"] == 15 and tried["decay"] == [12, 15]
 
     monkeypatch.setattr("sys.argv", ["pretrain", *options, "--search", "1e-2"])
