@@ -29,26 +29,23 @@ _last: WeakKeyDictionary = WeakKeyDictionary()
 LARGEST_KEPT = 2**26
 
 
-def row_size(x_BND: Tensor) -> int:
-    return x_BND.shape[1] * x_BND.shape[2]
-
-
-def recall(owner: nn.Module, key: tuple, make: Callable[[], Any], x: Tensor) -> Any:
+def recall(owner: nn.Module, key: tuple, make: Callable[[], Any], x_BND: Tensor) -> Any:
     """`make()`, or its last result for this owner if that had the same key: what follows from shapes and the
     configuration takes a forward's first milliseconds, in which the GPU waits. Not for calls that are traced.
 
     Args:
-        key: what the result depends on, besides the device, stream and inference mode of x.
+        key: what the result depends on, besides the type, device, stream and inference mode of x.
     """
     if (
-        (x.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay outlives what is kept here
-        or type(x) not in (Tensor, nn.Parameter)
+        x_BND.shape[1] * x_BND.shape[2] > LARGEST_KEPT
+        or (x_BND.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay outlives what is kept here
+        or type(x_BND) not in (Tensor, nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     ):
         return make()
-    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
-    key = x.device, stream, torch.is_inference_mode_enabled(), *key
+    stream = torch.cuda.current_stream(x_BND.device) if x_BND.is_cuda else None
+    key = x_BND.dtype, x_BND.device, stream, torch.is_inference_mode_enabled(), *key
     last = _last.get(owner)
     if last is None or last[0] != key:
         last = _last[owner] = key, make()

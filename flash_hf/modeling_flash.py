@@ -78,7 +78,6 @@ from .backend_flash import (
 )
 from .cache_flash import CACHE_NAME, OTHER_CACHE_NAME, StateForm, check_cache, resolve_cache, takes_both_cache_names
 from .chunking_flash import (
-    LARGEST_KEPT,
     ChunkLayout,
     Documents,
     Places,
@@ -91,7 +90,6 @@ from .chunking_flash import (
     quadratic_layout,
     recall,
     resolve_documents,
-    row_size,
 )
 from .configuration_flash import FlashConfig
 from .delta_flash import delta_chunk_attention, delta_chunk_step
@@ -148,10 +146,10 @@ class FlashScaledSinusoid(nn.Module):
             return position_BN, scaled_sinusoid(position_BN, x_BND)
 
         # The positions of plain rows are those of the call before, see `FlashModel.places`.
-        if is_tracing() or not torch.is_grad_enabled() or len(position_BN) > 1 or row_size(x_BND) > LARGEST_KEPT:
+        if is_tracing() or not torch.is_grad_enabled() or len(position_BN) > 1:
             sinusoid_BND = make()[1]
         else:
-            sinusoid_BND = recall(self, (id(position_BN), x_BND.dtype, x_BND.shape[-1]), make, x_BND)[1]
+            sinusoid_BND = recall(self, (id(position_BN), x_BND.shape[-1]), make, x_BND)[1]
         return sinusoid_BND * self.scale.to(x_BND.dtype)
 
 
@@ -678,7 +676,7 @@ class FlashModel(FlashPreTrainedModel):
     ) -> list[Places]:
         """The places that layers take in turn; arguments as of `layouts`, and its result if it is known."""
         plain = cache is None and layouts is None and documents.is_plain and not self.rotary_emb.is_dynamic
-        if is_tracing() or not plain or row_size(x_BND) > LARGEST_KEPT:
+        if is_tracing() or not plain:
             return self.make_places(x_BND, documents, cache, layouts)
 
         def make() -> tuple[Tensor, list[Places]]:
@@ -687,8 +685,7 @@ class FlashModel(FlashPreTrainedModel):
         frequencies = self.rotary_emb.inv_freq
         version = 0 if frequencies.is_inference() else frequencies._version
         key = (
-            x_BND.shape, x_BND.dtype, compute_dtype(x_BND), self.training, id(frequencies), version,
-            dict(vars(self.config)),
+            x_BND.shape, compute_dtype(x_BND), self.training, id(frequencies), version, dict(vars(self.config)),
         )  # fmt: skip
         return recall(self, key, make, x_BND)[1]
 
