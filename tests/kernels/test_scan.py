@@ -598,12 +598,15 @@ def test_every_chunk_is_in_one_walk(rows, blocks, chunks, cut, split, back, monk
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("empty", [(), (0,), (-1,), (0, -1)])
-@pytest.mark.parametrize(("rows", "chunks"), [(3, 1), (2, 2), (2, 5)])
+@pytest.mark.parametrize(
+    ("rows", "chunks", "empty"),
+    [
+        (rows, chunks, empty) for rows, chunks in ((3, 1), (2, 2), (2, 5)) for empty in ((), (0,), (-1,), (0, -1))
+        if len(empty) < 2 * chunks
+    ],
+)  # fmt: skip
 def test_every_tile_of_the_reduction_is_one_task(rows, chunks, empty, causal, in_numbers):
     """With tokens in every half of every chunk, or not in a row's first or last."""
-    if len(empty) == 2 * chunks:
-        pytest.skip("no tokens at all")
     halves = range(0 in empty, 2 * chunks - (-1 in empty))
     shift = torch.tensor(129 if 0 in empty else 127)
     N = torch.tensor(128 * halves.stop) - shift
