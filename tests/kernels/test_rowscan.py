@@ -106,15 +106,9 @@ class EmulatedNumbers(Emulated):
             allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
         )  # fmt: skip
-        barrier = SimpleNamespace(
-            init=lambda barrier, count: None, MBarrierLayout=lambda: None, arrive=self.arrive, expect=self.arrive,
-            wait=self.wait,
-        )  # fmt: skip
-        names = dict(
-            gl=gl, mbarrier=barrier, tma=SimpleNamespace(store_wait=self.store_wait), load_async=self.load,
-            store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
-            warpgroup_mma_init=lambda acc: acc, fence_async_shared=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2,
-            sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.split(64, 1),
+        names = self.stand_ins() | dict(
+            gl=gl, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid,
+            halves=lambda acc, layout: acc.split(64, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
         for module in (scan, rowscan):
@@ -122,7 +116,7 @@ class EmulatedNumbers(Emulated):
             for name, value in (functions | names).items():
                 monkeypatch.setattr(module, name, value, raising=False)
         monkeypatch.setattr(hopper, "gl", gl)
-        monkeypatch.setattr(hopper, "mbarrier", barrier)
+        monkeypatch.setattr(hopper, "mbarrier", names["mbarrier"])
 
     def allocate(self, kind, shape, layout):
         if kind == torch.int64:

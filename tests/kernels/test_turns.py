@@ -168,6 +168,18 @@ def root(x):
 class Emulated:
     """Programs of a kernel, one after the other: `stored` has what each stored where."""
 
+    def stand_ins(self) -> dict:
+        """What the kernels' modules import from Gluon, emulated."""
+        barrier = SimpleNamespace(
+            init=lambda barrier, count: None, MBarrierLayout=lambda: None, arrive=self.arrive, expect=self.arrive,
+            wait=self.wait,
+        )  # fmt: skip
+        return dict(
+            mbarrier=barrier, tma=SimpleNamespace(store_wait=self.store_wait), load_async=self.load,
+            store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
+            fence_async_shared=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2,
+        )  # fmt: skip
+
     def __init__(self, monkeypatch, seed):
         self.warps, self.seed, self.stored = None, seed, {}
         gl = SimpleNamespace(
@@ -178,15 +190,9 @@ class Emulated:
             expand_dims=lambda x, axis: x, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
         )  # fmt: skip
-        barrier = SimpleNamespace(
-            init=lambda barrier, count: None, MBarrierLayout=lambda: None, arrive=self.arrive, expect=self.arrive,
-            wait=self.wait,
-        )  # fmt: skip
-        names = dict(
-            gl=gl, mbarrier=barrier, tma=SimpleNamespace(store_wait=self.store_wait), load_async=self.load,
-            store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
-            fence_async_shared=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2, GROUP_ROWS=8,
-            barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn, halves=lambda acc, layout: (acc, acc),
+        names = self.stand_ins() | dict(
+            gl=gl, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
+            halves=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
         for module in (hopper, gate, quadratic, reduce, scan):
