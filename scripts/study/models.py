@@ -37,6 +37,7 @@ SIZES = {
     "s": Size(384, 8),
     "m": Size(512, 12),
     "l": Size(640, 16),
+    "base": Size(768, 24),  # the paper's
     "m-eps": Size(512, 12),  # with another eps of AdamW: cell.RECIPES
     "xs": Size(128, 4, 64, 64, init=0.04),  # for a CPU
     "recall": Size(128, 4, init=0.1),

@@ -187,7 +187,8 @@ def test_names_of_cells_can_be_read_back():
 def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
     cells = grid.passes({})
     assert len({cell.name for cell in cells}) == len(cells) and {cell.context for cell in cells} == {2048, 8192}
-    assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.ONE_PASS / 10, grid.SEARCHED, grid.SEVERAL_PASSES}
+    tenths = {grid.ONE_PASS / 10, grid.BASE_TOKENS / 10}
+    assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.SEARCHED, grid.SEVERAL_PASSES, *tenths}
     searched = finished([cell for cell in cells if cell.tokens < grid.SEARCHED], {0.001: 4.1, 0.002: 4.0})
     searched |= finished(grid.passes(searched), {0.001: 4.1, 0.002: 4.0})
     last = grid.passes(searched)
@@ -197,6 +198,11 @@ def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
             assert {(cell.tokens, cell.seed) for cell in found} >= {
                 (grid.ONE_PASS, 0), (grid.ONE_PASS, 1), (grid.SEVERAL_PASSES, 0)
             }  # fmt: skip
+    searched |= finished(last, {0.001: 4.1, 0.002: 4.0})  # and the rates beyond
+    largest = [cell for cell in grid.passes(searched) if cell.tokens == grid.BASE_TOKENS]
+    assert [(cell.model, cell.size, cell.rate) for cell in largest] == [
+        (model, "base", 0.002) for model in grid.BASE_FORMS
+    ]
 
 
 def test_shifts_are_of_the_chunks_that_a_form_has():
