@@ -19,7 +19,7 @@ from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, i
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 6
+KERNEL_INTERFACE = 7
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
@@ -155,9 +155,10 @@ def normalise(norm: nn.Module, x: Tensor, places: Places) -> Tensor:
     return norm(x)
 
 
-def has_kernel(norm: nn.Module) -> bool:
+def has_kernel(module: nn.Module | None) -> bool:
+    """Whether a norm or a relative bias is one that has a kernel."""
     # Not inherited: a subclass may compute something else.
-    return "has_kernel" in type(norm).__dict__ and is_bare(norm)
+    return "has_kernel" in type(module).__dict__ and is_bare(module)
 
 
 def fuses_attention(unit: nn.Module, places: Places) -> bool:
@@ -172,7 +173,7 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
     silu = unit.kernel_activation
     if not silu:
         u_BNE, v_BNE, z_BNS = unit.act_fn(u_BNE), unit.act_fn(v_BNE), unit.act_fn(z_BNS)
-    options: dict[str, Any] = {"bias_R": unit.bias(places), "silu": silu}
+    options: dict[str, Any] = {"bias_R": fused_bias(unit, places), "silu": silu}
     if isinstance(places.layout, StepLayout):
         return kernels.attention_step(
             unit, u_BNE, v_BNE, z_BNS, places, state=cache.begin_step(v_BNE, places), **options
@@ -184,6 +185,13 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
     if cache is not None:
         cache.update(state, places)
     return out_BNE
+
+
+def fused_bias(unit: nn.Module, places: Places) -> Tensor | None:
+    """`unit.bias(places)`, the rotary one by a kernel."""
+    if not has_kernel(unit.relative_bias):
+        return unit.bias(places)
+    return load_kernels()[0].rotary_bias(unit.relative_bias, places.bias_rotary)
 
 
 def continuation(places: Places, cache) -> dict[str, Any]:
@@ -211,7 +219,7 @@ def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
 
 def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
     """`x + GAU(norm(x))` by one kernel call, `[B, N, D]`."""
-    dtype, bias_R = compute_dtype(x_BND), layer.gau.bias(places)
+    dtype, bias_R = compute_dtype(x_BND), fused_bias(layer.gau, places)
     out_BND, state = load_kernels()[0].layer(
         layer, x_BND, places, bias_R=bias_R, dtype=dtype, **continuation(places, cache)
     )

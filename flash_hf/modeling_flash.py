@@ -228,6 +228,8 @@ class FlashToeplitzBias(nn.Module):
 class FlashRotaryBias(nn.Module):
     """`b[i, j] = <RoPE_i(a), RoPE_j(b)>`, for any span; the rows of `weight` are a and b."""
 
+    has_kernel = True
+
     def __init__(self, config: FlashConfig, causal: bool):
         super().__init__()
         self.interleaved = config.rope_interleaved

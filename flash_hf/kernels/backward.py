@@ -621,3 +621,48 @@ def sums_kernel(
         column_sums(norm_ptr, norm_rows, norm_width, block - after_heads, out, BLOCK, ROWS)
     else:
         diagonal_sums(square_ptr, squares, C, block - after_norm, out, CP, CAUSAL, BLOCK, ROWS)
+
+
+@kernel
+@triton.jit
+def rotary_bias_gradient_kernel(
+    d_bias_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, offsets, S, rotary_dim,
+    PAIRS: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of `rotary_bias_kernel`'s weight, `[2, S]`, for some pairs of dimensions; the first program also takes
+    the dimensions that RoPE does not turn. All offsets in a fixed order, so that two runs are bit-equal."""
+    half = rotary_dim // 2
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    inside = pair < half
+    cosines, sines = tl.zeros((ROWS, PAIRS), tl.float32), tl.zeros((ROWS, PAIRS), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in tl.range(0, offsets, ROWS):
+        offset = start + tl.arange(0, ROWS)
+        real = offset < offsets
+        d = tl.load(d_bias_ptr + offset, mask=real, other=0.0).to(tl.float32)
+        place = offset[:, None] * half + pair[None, :]
+        mask = real[:, None] & inside[None, :]
+        cosines += d[:, None] * tl.load(cos_ptr + place, mask=mask, other=0.0)
+        sines += d[:, None] * tl.load(sin_ptr + place, mask=mask, other=0.0)
+        total += d
+    one, two = (2 * pair, 2 * pair + 1) if INTERLEAVED else (pair, pair + half)
+    a_one, a_two = vector(weight_ptr, 0, S, one, inside), vector(weight_ptr, 0, S, two, inside)
+    b_one, b_two = vector(weight_ptr, 1, S, one, inside), vector(weight_ptr, 1, S, two, inside)
+    c, s = tl.sum(cosines, 0)[None, :], tl.sum(sines, 0)[None, :]
+    store_row(out_ptr, 0, S, one, inside, c * b_one - s * b_two)
+    store_row(out_ptr, 0, S, two, inside, c * b_two + s * b_one)
+    store_row(out_ptr, 1, S, one, inside, c * a_one + s * a_two)
+    store_row(out_ptr, 1, S, two, inside, c * a_two - s * a_one)
+    if REST > 0:
+        column = rotary_dim + tl.arange(0, REST)
+        rest = (column < S) & (tl.program_id(0) == 0)
+        both = tl.sum(total, 0)
+        store_row(out_ptr, 0, S, column, rest, both * vector(weight_ptr, 1, S, column, rest))
+        store_row(out_ptr, 1, S, column, rest, both * vector(weight_ptr, 0, S, column, rest))
+
+
+@triton.jit
+def store_row(ptr, row, width, column, inside, values):
+    """`ptr[row, column] = values`, `[1, columns]`."""
+    place = (ptr + row * width + column)[None, :]
+    tl.store(place, values.to(ptr.dtype.element_ty), mask=inside[None, :])

@@ -326,3 +326,28 @@ def output_kernel(
         # The backward recovers the attended value as out / silu(u): u must not be 0.
         u = tl.where(u == 0.0, 1e-20, u)
     store_rows(out_ptr, E, token, real, column, E, acc * silu(u, SILU, FAST), EVEN_E)
+
+
+@kernel
+@triton.jit
+def rotary_bias_kernel(
+    weight_ptr, cos_ptr, sin_ptr, out_ptr, offsets, S, rotary_dim,
+    HALF: tl.constexpr, REST: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`<a, RoPE_o(b)>` of a block of offsets o, where a and b are the rows of the weight, `[2, S]`: over the pairs
+    that RoPE turns, `sum (a1 b1 + a2 b2) cos + (a2 b1 - a1 b2) sin`, and what it does not turn. cos and sin are
+    `[offsets, rotary_dim / 2]`."""
+    offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
+    a_one, a_two = vector(weight_ptr, 0, S, one, inside), vector(weight_ptr, 0, S, two, inside)
+    b_one, b_two = vector(weight_ptr, 1, S, one, inside), vector(weight_ptr, 1, S, two, inside)
+    place = offset[:, None] * (rotary_dim // 2) + tl.arange(0, HALF)[None, :]
+    mask = (offset < offsets)[:, None] & inside[None, :]
+    cos = tl.load(cos_ptr + place, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + place, mask=mask, other=0.0)
+    bias = tl.sum((a_one * b_one + a_two * b_two) * cos + (a_two * b_one - a_one * b_two) * sin, 1)
+    if REST > 0:
+        column = rotary_dim + tl.arange(0, REST)
+        a, b = vector(weight_ptr, 0, S, column, column < S), vector(weight_ptr, 1, S, column, column < S)
+        bias += tl.sum(a * b, 1)
+    tl.store(out_ptr + offset, bias.to(out_ptr.dtype.element_ty), mask=offset < offsets)

@@ -814,3 +814,29 @@ def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
         EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(out.dtype), **blocks,
     )  # fmt: skip
     return y
+
+
+def launch_rotary_bias(weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`<a, RoPE_o(b)>` of each offset o, in the weight's type; see `rotary_bias_kernel`."""
+    (offsets, half), S = cos.shape, weight.shape[1]
+    out = weight.new_empty(offsets)
+    forward.rotary_bias_kernel(
+        (cdiv(offsets, 32),),
+        weight, cos, sin, out, offsets, S, 2 * half, HALF=power_of_2(half), REST=power_of_2(S - 2 * half),
+        INTERLEAVED=interleaved, BLOCK=32, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def launch_rotary_bias_gradient(
+    d_bias: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> Tensor:  # fmt: skip
+    """Gradient of the weight of `launch_rotary_bias`."""
+    (offsets, half), S = cos.shape, weight.shape[1]
+    d_weight = torch.empty_like(weight)
+    backward.rotary_bias_gradient_kernel(
+        (cdiv(half, 4),),
+        d_bias, weight, cos, sin, d_weight, offsets, S, 2 * half, PAIRS=4, REST=power_of_2(S - 2 * half),
+        INTERLEAVED=interleaved, ROWS=1024, num_warps=8,
+    )  # fmt: skip
+    return d_weight

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as `torch.library` operators with gradients: gated attention between the projections, a whole layer, and
-ScaleNorm. A layer adds the norm, the projections and the residual sum to the launches of gated attention.
+"""The kernels as `torch.library` operators with gradients: gated attention between the projections, a whole layer,
+ScaleNorm, and the rotary bias. A layer adds the norm, the projections and the residual sum to the launches of gated
+attention.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .launches import (
     launch_norm,
     launch_norm_gradient,
     launch_residual,
+    launch_rotary_bias,
+    launch_rotary_bias_gradient,
     launch_sums,
 )
 from .plan import ChunkIndex
@@ -497,3 +500,67 @@ def _norm_backward(ctx, d_y, _):
 
 
 scale_norm_op.register_autograd(_norm_backward, setup_context=_save_norm)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The rotary relative bias
+# ------------------------------------------------------------------------------------------------------------------
+def run_rotary_bias(weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    with on_device(weight):
+        return launch_rotary_bias(weight, cos, sin, interleaved)
+
+
+def run_rotary_bias_gradient(d_bias: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    with on_device(weight):
+        return launch_rotary_bias_gradient(d_bias, weight, cos, sin, interleaved)
+
+
+rotary_bias_op = torch.library.custom_op("flash_hf::rotary_bias", run_rotary_bias, mutates_args=())
+rotary_bias_backward_op = torch.library.custom_op(
+    "flash_hf::rotary_bias_backward", run_rotary_bias_gradient, mutates_args=()
+)
+
+
+@rotary_bias_op.register_fake
+def _(weight, cos, sin, interleaved):
+    return weight.new_empty(cos.shape[0])
+
+
+@rotary_bias_backward_op.register_fake
+def _(d_bias, weight, cos, sin, interleaved):
+    return torch.empty_like(weight)
+
+
+def _save_rotary_bias(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.interleaved = inputs[3]
+
+
+def _rotary_bias_gradients(backward: Callable, ctx, d_bias: Tensor | None):
+    d_weight = None if d_bias is None else backward(d_bias.contiguous(), *ctx.saved_tensors, ctx.interleaved)
+    return d_weight, None, None, None
+
+
+rotary_bias_op.register_autograd(
+    partial(_rotary_bias_gradients, rotary_bias_backward_op), setup_context=_save_rotary_bias
+)
+
+
+class DirectRotaryBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save_rotary_bias(ctx, inputs, None)
+        return run_rotary_bias(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_bias):
+        return _rotary_bias_gradients(run_rotary_bias_gradient, ctx, d_bias)
+
+
+def rotary_bias(weight: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`<a, RoPE_o(b)>` of each offset o in the type of the weight, whose rows are a and b, `[2, S]`; cos and sin are
+    those of the offsets, float32 `[offsets, r / 2]`."""
+    call = rotary_bias_op if is_watched((weight,)) else DirectRotaryBias.apply
+    return call(weight, cos, sin, interleaved)

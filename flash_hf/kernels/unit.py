@@ -256,6 +256,12 @@ def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
     return torch.ops.flash_hf.scale_norm(x.contiguous(), gain, eps)[0].view(x_BND.shape)
 
 
+def rotary_bias(bias: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """The vector over offsets of a `FlashRotaryBias`; `rotary` is cos and sin of the offsets."""
+    cos, sin = (table.float().contiguous() for table in rotary)
+    return ops.rotary_bias(bias.weight.contiguous(), cos, sin, bias.interleaved)
+
+
 def attention_step(
     unit: nn.Module,
     u_B1E: Tensor,

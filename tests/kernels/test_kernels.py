@@ -156,6 +156,9 @@ VARIANTS = {
     },
     "no bias": {"relative_bias": None},
     "rotary bias": {"relative_bias": "rotary"},
+    "quadratic, rotary bias, interleaved, partial rope": {
+        "attention_type": "quadratic", "relative_bias": "rotary", "rope_interleaved": True, **PARTIAL,
+    },
     "t5 bias, no rope": {"relative_bias": "t5", "use_rope": False},
     "interleaved": {"rope_interleaved": True},
     "partial rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -208,6 +211,91 @@ def test_local_keys_of_padded_and_packed_rows(layout, causal, whole):
 def test_several_tiles_of_a_chunk(layout, causal, form):
     form = {"num_hidden_layers": 1} if form == "paper" else {**FORMS[form], "chunk_shift": 130}
     compare(config_of(is_decoder=causal, chunk_size=150, **form), layout, length=333)
+
+
+def rotary_bias_and_gradient(bias, rotary, d_bias, kernel):
+    """The bias, and the gradient of its weight."""
+    bias.weight.grad = None
+    out = kernels.rotary_bias(bias, rotary) if kernel else bias(len(rotary[0]), rotary)
+    out.backward(d_bias.to(out.dtype))
+    return out.detach(), bias.weight.grad
+
+
+ROTARY_BIASES = {  # query_key_dim, rotated dimensions, length
+    "one pair": (2, 2, 1), "odd sizes": (22, 10, 37), "all turned": (128, 128, 600), "rest": (96, 64, 513),
+}  # fmt: skip
+
+
+# Triton's interpreter cuts bfloat16 off instead of rounding.
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("sizes", ROTARY_BIASES)
+def test_rotary_bias_equals_the_torch_tiers(sizes, interleaved, dtype):
+    S, turned, length = ROTARY_BIASES[sizes]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": turned / S}
+    config = config_of(query_key_dim=S, rope_interleaved=interleaved, relative_bias="rotary", rope_parameters=rope)
+    model = FlashModel(config).to(DEVICE)
+    generator = torch.Generator().manual_seed(length)
+    bias = model.layers[0].gau.relative_bias.to(dtype)
+    with torch.no_grad():
+        bias.weight.copy_(torch.randn(2, S, generator=generator))
+    offsets = torch.arange(1 - length, length, device=DEVICE)
+    rotary = model.rotary_emb(bias.weight, offsets)
+    assert rotary[0].shape == (2 * length - 1, turned // 2)
+    d_bias = torch.randn(2 * length - 1, generator=generator).to(DEVICE, dtype)
+    fast = rotary_bias_and_gradient(bias, rotary, d_bias, True)
+    again = rotary_bias_and_gradient(bias, rotary, d_bias, True)
+    plain = rotary_bias_and_gradient(bias, rotary, d_bias, False)
+    exact = rotary_bias_and_gradient(bias.double(), model.rotary_emb(bias.weight, offsets), d_bias.double(), False)
+    for ours, rerun, theirs, true in zip(fast, again, plain, exact, strict=True):
+        assert ours.dtype == dtype and torch.equal(ours, rerun)
+        # In bfloat16 the rounding of the result alone, which may be next to nothing for torch by chance.
+        chance = 4 if dtype == torch.float32 else 0.5
+        assert error_ratio(ours, true) <= 2 * error_ratio(theirs, true) + chance * torch.finfo(dtype).eps
+
+
+def test_the_rotary_bias_is_one_launch_each_way(monkeypatch):
+    """In a model's forward and backward, whole layers or not, also with bfloat16 products and a frozen bias."""
+    counts = dict.fromkeys(("launch_rotary_bias", "launch_rotary_bias_gradient"), 0)
+
+    def counted(name):
+        launch = getattr(ops, name)
+
+        def call(*arguments):
+            counts[name] += 1
+            return launch(*arguments)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(ops, name, counted(name))
+    config = config_of(attention_type="quadratic", relative_bias="rotary", num_hidden_layers=2)
+    model = make_model(FlashModel, config, dtype=torch.float32).to(DEVICE)
+    x = torch.randn(2, 21, config.hidden_size, device=DEVICE)
+    biases = [layer.gau.relative_bias for layer in model.layers]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
+    assert list(counts.values()) == [2, 2]
+    assert all(bias.weight.grad.dtype == torch.float32 and bias.weight.grad.any() for bias in biases)
+    biases[0].weight.requires_grad_(False)
+    biases[1].register_forward_hook(lambda *_: None)  # called as a module
+    model.layers[0].gau.u_proj.register_forward_hook(lambda *_: None)
+    model(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
+    assert list(counts.values()) == [3, 2]
+
+
+def test_rotary_bias_compiles_in_one_graph():
+    config = config_of(relative_bias="rotary", query_key_dim=20, rope_interleaved=True, **PARTIAL)
+    model = FlashModel(config).to(DEVICE)
+    bias = model.layers[0].gau.relative_bias
+    rotary = model.rotary_emb(bias.weight, torch.arange(-8, 9, device=DEVICE))
+    d_bias = torch.randn(17, device=DEVICE)
+    expected = rotary_bias_and_gradient(bias, rotary, d_bias, True)
+    bias.weight.grad = None
+    compiled = torch.compile(lambda: kernels.rotary_bias(bias, rotary), backend="aot_eager", fullgraph=True)()
+    compiled.backward(d_bias)
+    assert torch.equal(compiled, expected[0]) and torch.equal(bias.weight.grad, expected[1])
+    torch.library.opcheck(ops.rotary_bias_op, (bias.weight, *rotary, True))
 
 
 @pytest.mark.parametrize("whole", [True, False])
