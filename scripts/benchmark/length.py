@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache
 
-from flash_hf import FlashConfig, FlashForCausalLM
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.commands.options import OptionParser, natural, run_command
 from flash_hf.parallel import context_parallel, shard_sequence
 from flash_hf.parallel.exchange import all_gather, reduce_scatter
@@ -39,6 +39,8 @@ from scripts.provenance import provenance, write_json
 
 PARTS = ("train", "prefill", "error", "scaling")
 FORMS = {"flash": FlashConfig, "plus": FlashConfig.plus}
+# FLASH as a masked language model, which has no prefill.
+BIDIRECTIONAL = "bidirectional"
 # Without a decoding cache, and its rows cannot be cut: it takes part in `train` alone.
 TRANSFORMER = "transformer++"
 
@@ -47,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "prefill"])
     parser.add_argument("--contexts", nargs="+", type=natural, default=[8192, 131_072, 524_288, 1_048_576])
-    parser.add_argument("--forms", nargs="+", choices=(*FORMS, TRANSFORMER), default=list(FORMS))
+    parser.add_argument("--forms", nargs="+", choices=(*FORMS, BIDIRECTIONAL, TRANSFORMER), default=list(FORMS))
     parser.add_argument("--tokens", type=natural, default=131_072, help="least tokens of a step: several short rows")
     parser.add_argument("--piece", type=natural, default=65_536, help="tokens of a piece of the prefill")
     parser.add_argument("--steps", type=natural, default=3)
@@ -61,6 +63,8 @@ def parse() -> argparse.Namespace:
         parser.error("--parts error and scaling need several processes: torchrun --nproc_per_node 2 -m ...")
     if TRANSFORMER in args.forms and args.parts != ["train"]:
         parser.error(f"--forms {TRANSFORMER} takes --parts train alone")
+    if BIDIRECTIONAL in args.forms and "prefill" in args.parts:
+        parser.error(f"--forms {BIDIRECTIONAL} has no prefill")
     args.device = "cpu" if args.smoke or not torch.cuda.is_available() else "cuda"
     if args.device == "cuda" and "scaling" in args.parts and int(os.environ["WORLD_SIZE"]) > torch.cuda.device_count():
         parser.error("--parts scaling needs a GPU for each process")
@@ -128,8 +132,11 @@ class Bench:
                     layer.compile(dynamic=True)
         else:
             small = {"hidden_size": 32, "num_hidden_layers": 2, "query_key_dim": 16, "chunk_size": 16}
-            small = {"vocab_size": 64, **small} if self.args.smoke else {}
-            model = FlashForCausalLM(FORMS[form](**{**small, "is_decoder": True, **changes}))
+            changes = {**({"vocab_size": 64, **small} if self.args.smoke else {}), **changes}
+            if form == BIDIRECTIONAL:
+                model = FlashForMaskedLM(FlashConfig(**changes))
+            else:
+                model = FlashForCausalLM(FORMS[form](**{"is_decoder": True, **changes}))
         if dtype is None:
             dtype = torch.bfloat16 if self.args.device == "cuda" else torch.float32
         return model.to(self.args.device, dtype)

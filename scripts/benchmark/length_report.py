@@ -12,6 +12,7 @@ from .report import TITLES, markdown, number
 
 STYLES = {
     "flash": ("FLASH", "#e08214", "o-"), "plus": ("FLASH+", "#b35806", "^--"),
+    "bidirectional": ("FLASH, bidirectional", "#80b1a0", "s:"),
     "transformer++": (TITLES["transformer++"], "#4393c3", "D-"),
 }  # fmt: skip
 # Bytes per second between hosts that the model of cost assumes: a link of 400 Gb/s for each GPU.
@@ -56,7 +57,10 @@ def train_table(rows: list[dict]) -> str:
     lines = []
     for form, (title, *_) in STYLES.items():
         cells = [(times[form].get(context), sizes[form].get(context)) for context in contexts]
-        lines.append([title, *("-" if time is None else f"{number(time)} / {number(size)}" for time, size in cells)])
+        if times[form]:
+            lines.append(
+                [title, *("-" if time is None else f"{number(time)} / {number(size)}" for time, size in cells)]
+            )
     return markdown(["training step, us per token / peak GiB", *map(short, contexts)], lines)
 
 
@@ -159,9 +163,8 @@ def tables(rows: list[dict]) -> str:
 
 def points(rows: list[dict]) -> dict[str, dict[str, list]]:
     """What the figure shows: time and memory by form."""
-    return {
-        name: {form: list(steps(rows, form, name).items()) for form in STYLES} for name in ("us_per_token", "peak_gib")
-    }
+    found = {name: {form: steps(rows, form, name) for form in STYLES} for name in ("us_per_token", "peak_gib")}
+    return {name: {form: list(line.items()) for form, line in lines.items() if line} for name, lines in found.items()}
 
 
 def plot(rows: list[dict], path: Path) -> None:
