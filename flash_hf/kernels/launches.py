@@ -60,6 +60,10 @@ def launch_shared_carry(
     `exchange` is not None."""
     if exchange is None:
         return launch_carry(shape, index, total, initial, carried, final, reverse)
+    if not shape.causal:
+        carry, last = launch_carry(shape, index, total, None, carried, "total", reverse)
+        exchange.add_documents(last, index)
+        return carry, (last / shape.C).to(shape.dtype)
     if not reverse:
         return launch_carry(shape, index, total, exchange.sums_before(total, index), carried, final, reverse)
     carry, last = launch_carry(shape, index, total, None, carried, final, reverse)
@@ -123,7 +127,8 @@ def launch_totals(
     index, E = inputs.index, shape.E
     pieces = shape.B if cut else index.pieces
     # A row of one piece needs no second pass.
-    whole = cut > 0 or shape.delta or not shape.causal and index.pieces == index.documents
+    one_piece = not shape.causal and index.pieces == index.documents and exchange is None
+    whole = cut > 0 or shape.delta or one_piece
     total = x.new_empty((pieces, shape.tiles.SP, E), dtype=shape.dtype if whole else torch.float32)
     tasks = pieces * (E // 128)
     scan.totals_kernel(
@@ -352,6 +357,8 @@ def launch_forward(
 
     scanned = cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device)
     heads = launch_heads(shape, inputs, cached, scanned)
+    if exchange is not None and shape.lin:
+        exchange.hide(heads[row + 1])
     own = delta.launch_prepare(shape, inputs, heads) if shape.delta else [nothing() for _ in delta.Prepared._fields]
     if scanned:
         out = new((shape.T, shape.E))
@@ -667,6 +674,8 @@ def launch_backward(
         d_out = torch.mm(*d_out)
     launch = launch_scan_gradients if scanned else launch_attention_gradients
     d_bias_u, d_bias_v, squares, d_prefix = launch(shape, inputs, saved, d_out, d_h, d_heads, reuse, exchange)
+    if exchange is not None and shape.lin:
+        exchange.hide(d_heads[shape.lin_row + 1])
     gates = None
     if shape.delta:
         gates = delta.launch_prepare_gradient(

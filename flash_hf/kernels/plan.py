@@ -101,8 +101,9 @@ def chunk_plan(
     longest = 1 if delta else min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
 
     chunk = torch.arange(chunks, dtype=torch.int32, device=device)
-    if layout.neighbours is not None and layout.first_BG is None:
-        borders = layout.neighbours.piece_borders(G, longest)
+    neighbours = layout.neighbours if causal else None
+    if neighbours is not None and layout.first_BG is None:
+        borders = neighbours.piece_borders(G, longest)
         per_row, border = len(borders) - 1, torch.tensor(borders, dtype=torch.int32, device=device)
         row = torch.arange(batch, dtype=torch.int32, device=device)
         piece_begin, piece_end = ((row[:, None] * G + x).flatten() for x in (border[:-1], border[1:]))
@@ -123,8 +124,8 @@ def chunk_plan(
         place = torch.arange(G, device=device) - layout.first_BG
         starts_document = (place == 0).flatten()
         starts_piece = place % longest == 0
-        if layout.neighbours is not None:
-            starts_piece = starts_piece | layout.neighbours.starts_piece(G)
+        if neighbours is not None:
+            starts_piece = starts_piece | neighbours.starts_piece(G)
         starts_piece = starts_piece.flatten()
         piece_G = starts_piece.cumsum(0) - 1
         piece_begin = starts_piece.nonzero()[:, 0]

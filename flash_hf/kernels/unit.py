@@ -74,6 +74,8 @@ def _decoding_state(
         token_BC = torch.where((column >= 0) & (column < N), column + first, -1)
     else:
         token_BC = plan.source_K.view(B * G, C)[flat_B].long()
+    if shape.lin and plan.index.documents > B:
+        final = final[torch.searchsorted(plan.index.document_end, plan.index.group_G[flat_B], right=True)]
     value = torch.where((token_BC >= 0)[..., None], value_of(token_BC.clamp(min=0)), 0)
     around = 0, 0, layout.skipped, unit.config.chunk_size - C - layout.skipped
 

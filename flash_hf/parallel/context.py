@@ -330,23 +330,14 @@ class Context:
 
     def _fuses(self, model: FlashModel, x_BND: Tensor, cuts: Cuts, cached: bool) -> bool:
         """Whether kernels compute this call; the same on all processes."""
-        config, device = model.config, x_BND.device
-        dropout = bool(config.attention_dropout) and model.training
-        if kernels_for(config, device, compute_dtype(x_BND), dropout=dropout) is None:
+        dropout = bool(model.config.attention_dropout) and model.training
+        if kernels_for(model.config, x_BND.device, compute_dtype(x_BND), dropout=dropout) is None:
             return False
-        # Without shifted keys in the global sum, the token before would be added to it a second time.
-        counted_once = config.previous_key or not config.local_key_shift
-        fits = (
-            self.causal
-            and counted_once
-            and not (cached and (config.local_key_shift or not cuts.is_plain(x_BND.shape[1])))
-            and all(is_bare(layer.gau.offset_scale) for layer in model.layers)
-        )
+        fits = not (cached and cuts.packed) and all(is_bare(layer.gau.offset_scale) for layer in model.layers)
         if not fits:
             logger.warning_once(
-                "This call is computed in plain torch. Kernels for context parallelism are for causal models; with "
-                "local_key_shift they need global_form='previous_token', and with a cache rows without padding or "
-                "packing."
+                "This call is computed in plain torch: kernels take packed rows without a cache, and layers whose "
+                "offset_scale has no hooks."
             )
         return fits
 
@@ -385,6 +376,7 @@ class Context:
                 before = before + count
             return place
 
+        alone = earlier[rank][:, None]  # the token before, without its chunk
         if fused:  # the token before is in the grid
             left, earlier = left + earlier, torch.zeros_like(earlier)
         own_left, own_right = left[rank][:, None], right[rank + 1][:, None] * (rank + 1 < size)
@@ -394,7 +386,7 @@ class Context:
         total_B1 = (cuts.seen + cuts.rest)[rank + 1][:, None]
 
         if fused and cuts.is_plain(N):
-            first, length = int(first_B1[0]), int(own_left[0]) + N
+            first, length = int(first_B1[0]), before_H.shape[1] + N + behind_H.shape[1]
             layout = fused_layout(length, first, C, shift, B, device)
         elif cuts.is_plain(N):
             # A reshape, as of whole rows.
@@ -445,6 +437,16 @@ class Context:
         weight = torch.stack(same).float()[..., None, None].to(device)
         side = torch.arange(size, device=device)[:, None, None, None] < rank
 
+        hidden = None
+        if fused:
+            # Tokens whose keys this process must not add to sums: causal, the token before its first chunk, and
+            # otherwise all of the halo, whose sum is that of the process that has them.
+            until_B1 = before_H.shape[1] - own_left + alone if causal else torch.full((B, 1), before_H.shape[1])
+            until_B1, slots = until_B1.to(device), torch.arange(layout.position_BGC[0].numel(), device=device)
+            token_BK = (slots - layout.shift).expand(B, -1) if layout.source_BK is None else layout.source_BK
+            others_BK = (token_BK < until_B1) | (token_BK >= before_H.shape[1] + N)
+            others_BGC = others_BK.view(B, -1, C) & layout.occupied_BGC
+            hidden = others_BGC.flatten(0, 1).nonzero(as_tuple=True)
         before_B1 = before_rotary = None
         if bool(earlier[inner].any()):
             before_B1 = torch.where(earlier[rank][:, None], from_left(own_left + 1), -1).to(device)
@@ -467,6 +469,7 @@ class Context:
             left_weight=weight * side,
             right_weight=weight * ~side,
             first_BG=first_BG if fused else None,
+            hidden=hidden,
             columns=max(1, max(q * N + int(cuts.end[q].max()) for q in range(rank + 1) if cuts.end[q].any() or not q)),
             fused=fused,
         )

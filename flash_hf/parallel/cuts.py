@@ -84,6 +84,12 @@ class Cuts:
         first = ~self.starts[0] | (self.lead[0] == 0) & (self.seen[1] == length)
         return bool((self.count == length).all() & first.all() & ~self.starts[1:].any())
 
+    @property
+    def packed(self) -> bool:
+        """Whether a document starts behind a row's first token."""
+        later = (self.seen[1:] != self.count) | (self.count.cumsum(0) > self.count)
+        return bool((self.starts & later).any())
+
     def same(self, giver: int, taker: int) -> Tensor:
         """Whether the sum that a piece gives is of the document that another piece takes it for, bool `[B]`: of the
         giver's last document for a later piece, or of its first for an earlier one."""

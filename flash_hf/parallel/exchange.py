@@ -78,6 +78,8 @@ class Neighbours:
         sum_KBG: chunks whose sum goes to others, float `[1 or 2, B, G]`: of the first and last document.
         left_weight, right_weight: which sums of other processes to take, float `[size, B, 1, 1]`.
         first_BG: for kernels, the first chunk of the chunk's document, int64 `[B, G]`; None for plain rows.
+        hidden: for kernels, chunks (flat over rows) and slots of tokens whose linear keys are left out, int64 each:
+            their values are in the sums of another process.
         columns: columns of the rows up to the end of this piece, without padding behind the last row's end.
         fused: whether kernels compute this; see `fused_layout` and `with_ends`.
     """
@@ -98,6 +100,7 @@ class Neighbours:
     left_weight: Tensor
     right_weight: Tensor
     first_BG: Tensor | None
+    hidden: tuple[Tensor, Tensor] | None
     columns: int
     fused: bool
 
@@ -167,7 +170,24 @@ class Neighbours:
 
         return finish
 
-    # -- for kernels, whose sums are over runs of a row's chunks, one after the other: see `flash_hf.kernels.plan`
+    # -- for kernels
+    def hide(self, keys: Tensor) -> None:
+        """Leave the `hidden` tokens out of linear keys, or of their gradient, `[B * G, C, S]`."""
+        keys[self.hidden] = 0
+
+    def add_documents(self, total_DSE: Tensor, index: ChunkIndex) -> None:
+        """Add to sums over documents those of the same documents on other processes (bidirectional). The gradients of
+        sums are added alike, since all of these processes read the same sum."""
+        first_B = torch.arange(len(self.open_B), device=total_DSE.device) * (len(index.group_G) // len(self.open_B))
+        own_KB = torch.stack([first_B, first_B + self.final_B])
+        own_KB = index.group_G.long()[own_KB[-len(self.sum_KBG) :]]
+        given = total_DSE[own_KB]
+        taken = given.new_empty(len(self.left_weight), *given.shape)
+        all_gather(taken.view(-1), given.view(-1), group=self.group)
+        total_DSE.index_add_(0, own_KB[0], (taken[:, -1] * self.left_weight).sum(0))
+        total_DSE.index_add_(0, own_KB[-1], (taken[:, 0] * self.right_weight).sum(0))
+
+    # Causal sums are over runs of a row's chunks, one after the other: see `flash_hf.kernels.plan`.
     def piece_borders(self, chunks: int, longest: int) -> list[int]:
         """Where a plain row's runs of at most `longest` chunks begin, and the last one ends. The first and the last
         chunk of a `fused_layout` are runs of their own, and one that goes on in another process."""
@@ -232,8 +252,8 @@ class Neighbours:
 
 
 def with_ends(layout: ChunkLayout) -> ChunkLayout:
-    """A layout of causal rows for kernels, with an empty chunk at either end of what a row has of its first and of its
-    last document. The first chunk of a document has nothing before it, and the last one nothing behind it: so sums
+    """A layout of rows for kernels, with an empty chunk at either end of what a row has of its first and of its last
+    document. The first chunk of a document has nothing before it, and the last one nothing behind it: so sums
     before and behind the real ones may come from other processes."""
     (B, G, C), device = layout.position_BGC.shape, layout.position_BGC.device
     chunk_G = torch.arange(G + 2, device=device).expand(B, -1)
@@ -244,13 +264,14 @@ def with_ends(layout: ChunkLayout) -> ChunkLayout:
     last_B1 = first_BG.gather(1, final_B[:, None])
     first_BG = torch.where(chunk_G == final_B[:, None] + 1, last_B1, first_BG)
     first_BG = torch.where(chunk_G > final_B[:, None] + 1, (final_B + 2)[:, None], first_BG)
+    count_BG = None if layout.count_BG is None else F.pad(layout.count_BG.expand(B, G), (1, 1))
     ends = (0, 0, 1, 1)
     return replace(
         layout,
         position_BGC=F.pad(layout.position_BGC, ends), occupied_BGC=F.pad(layout.occupied_BGC, ends),
         source_BK=F.pad(layout.source_BK, (C, C), value=-1),
         slot_BN=torch.where(layout.slot_BN >= 0, layout.slot_BN + C, -1), first_BG=first_BG, last_BG=None,
-        phase_B=None, continues_B=None, final_B=final_B,
+        count_BG=count_BG, phase_B=None, continues_B=None, final_B=final_B,
     )  # fmt: skip
 
 
@@ -259,7 +280,7 @@ def fused_layout(
 ) -> ChunkLayout:
     """The layout of plain rows for kernels, with a chunk more at either end of a row. A row's first chunk has nothing
     before it, and its last nothing behind it: so sums before and behind the real chunks may come from other processes.
-    The first chunk's last slot holds the token before, if any: its value, under no key, adds nothing.
+    The first chunk's last slot holds the token before, if any, which is `hidden` and adds nothing.
 
     Args:
         length: tokens with the halo. first: position of the first one.
@@ -274,6 +295,7 @@ def fused_layout(
         position_BGC=(position_K + first).clamp(min=0).view(1, G, C),
         occupied_BGC=((position_K >= 0) & (position_K < length)).view(1, G, C),
         seen_after_B=torch.full((1,), first + length, device=device),
+        count_BG=torch.full((1, 1), first + length, device=device),
         final_B=torch.full((batch,), G - 2, device=device),
         shift=before,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flash_hf.kernels import choice
-from test_scan import rows_in_torch
+from test_scan import rows_in_torch, totals_in_torch, whole_in_torch
 from test_turns import Barrier, Described, Emulated, Fault, Tile
 
 
@@ -224,4 +224,55 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
     )  # fmt: skip
     for one, two, right in zip(got[: 4 if back else 2], apart, expected, strict=False):
         assert torch.equal(one, two)
+        torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("N", "shift"), [(512, 256), (300, 300), (257, 511)])
+def test_rows_with_an_empty_chunk_at_either_end(N, shift, back, monkeypatch):
+    """Longer rows, by pieces of one chunk or two, cut over processes."""
+    B, E, G, programs = 2, 256, -(-(N + shift) // 256) + 1, 3
+    torch.manual_seed(0)
+    x, h, rms = (torch.rand(B * N, width, dtype=torch.float64) - 0.3 for width in (E, E, 1))
+    heads = torch.randn(2, B * G * 256, 128, dtype=torch.float64)
+    weights = torch.randn(B * G * 256, 256, dtype=torch.float64)
+    states = torch.randn(B, 128, E, dtype=torch.float64)
+    gain, bias_x, bias_h = (torch.randn(width, dtype=torch.float64) for width in (1, E, E))
+    rms = rms.flatten()
+    begin = torch.tensor([row * G + first for row in range(B) for first in (0, 1, 2, 4) if first < G])
+    end = torch.cat([begin[1:], torch.tensor([B * G])])
+    tasks, options = len(begin) * E // 128, {"BACK": back, "EVEN": False, "SKIP": False}
+
+    def outputs():
+        sizes = (len(begin), 128, E), (B * N, E), (B * N, E), (B * G * 2, E)
+        total, out, value, sums = (torch.full(size, torch.nan, dtype=torch.float64) for size in sizes)
+        return total, out, value if back else out, sums
+
+    place = N, G, shift
+    expected, got = outputs(), outputs()
+    total, out, value, sums = expected
+    totals_in_torch(
+        (programs,), x, heads[1], total, rms, gain, bias_x, begin, end, *place, 0, 1.0, E // 128, tasks,
+        SPLIT="pieces", **options,
+    )  # fmt: skip
+    whole_in_torch(
+        (programs,), x, h, weights, heads[0], out, value, rms, gain, bias_x, bias_h, states, sums, begin, end, out, E,
+        value, *place, E // 128, tasks, **options,
+    )  # fmt: skip
+
+    emulated = EmulatedNumbers(monkeypatch, programs)
+    rms, gain, bias_x, bias_h, begin, end, states = map(Pointer, (rms, gain, bias_x, bias_h, begin, end, states))
+    x, h = (described(numbers, B) for numbers in (x, h))
+    weights, reader, writer = map(described, (weights, *heads))
+    total, out, value, sums = got
+    emulated.run(
+        scan.totals_kernel, programs, x, writer, Pointer(total), rms, gain, bias_x, begin, end, *place, 0, 1.0,
+        E // 128, tasks, **options, SPLIT="pieces", SLOTS=scan.SLOTS,
+    )  # fmt: skip
+    emulated.run(
+        scan.whole_kernel, programs, x, h, weights, reader, described(out, B), described(value, B), rms, gain, bias_x,
+        bias_h, states, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), *place, E // 128, tasks, **options,
+        SHIFTED=True, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS,
+    )  # fmt: skip
+    for one, right in zip(got[: 4 if back else 2], expected, strict=False):
         torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)

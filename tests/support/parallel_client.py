@@ -122,8 +122,9 @@ def batch_of(config, marks, causal):
     return batch
 
 
-def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, checkpointing=False):
-    """What differs between pieces and whole rows in float64 and plain torch, as a list of sentences."""
+def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, checkpointing=False, again=False):
+    """What differs between pieces and whole rows in float64 and plain torch, as a list of sentences; with `again`
+    also between two runs, bit by bit."""
     causal = cls is FlashForCausalLM
     rank, size = mesh.get_local_rank(), mesh.size()
     wrong = []
@@ -149,6 +150,13 @@ def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, ch
     piece = shard_sequence(batch, mesh)
     out = model(**piece, use_cache=False)
     out.loss.backward()
+    if again:
+        first = {name: gradient.clone() for name, gradient in gradients(model).items()}
+        model.zero_grad()
+        model(**piece, use_cache=False).loss.backward()
+        wrong += [
+            f"{name}: two runs" for name, gradient in gradients(model).items() if not gradient.equal(first[name])
+        ]
     same("loss", out.loss, whole.loss)
     length = piece["input_ids"].shape[1]
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -213,26 +221,39 @@ def others(mesh):
 
 
 def kernels(mesh):
-    """Triton's interpreter in float32: training in whole layers and between the projections."""
+    """Triton's interpreter in float32: training in whole layers and between the projections, and a cache."""
     forms = {
         "paper": {}, "plus": PLUS, "plus, shifted local keys": {**PLUS, "local_key_shift": True},
         "local, shifted": FORMS["local, shifted"], "global": FORMS["global"],
         "layer norm": {"norm_type": "layer_norm"}, "shifted local keys": {"local_key_shift": True},
     }  # fmt: skip
-    calls = []
-    exchange = Neighbours.sums_before
-    Neighbours.sums_before = lambda self, *sums: calls.append(self.first_BG is None) or exchange(self, *sums)
-    for name, changes in forms.items():
+    most = "plus, shifted local keys"
+    if mesh.size() > 2:  # the interpreter takes minutes for all forms and kinds of rows
+        forms = {most: forms[most]}
+    calls, sums, documents = set(), Neighbours.sums_before, Neighbours.add_documents
+    Neighbours.sums_before = lambda self, *given: calls.add((True, self.first_BG is None)) or sums(self, *given)
+    Neighbours.add_documents = lambda self, *given: (
+        calls.add((False, self.first_BG is None)) or documents(self, *given)
+    )
+    for (name, changes), cls in itertools.product(forms.items(), (FlashForCausalLM, FlashForMaskedLM)):
+        if cls is FlashForMaskedLM and name in ("local, shifted", "global", "layer norm"):
+            continue
         changes = {"hidden_size": 32, "query_key_dim": 16, "num_hidden_layers": 2, "chunk_size": 16, **changes}
         config = tiny_config(**changes, backend="triton")
         options = {"dtype": torch.float32, "tolerance": 2e-4}
-        yield f"kernels, {name}", compare(FlashForCausalLM, config, 64, mesh, **options)
-        if name == "plus, shifted local keys":  # the interpreter takes minutes for all forms and kinds of rows
+        kinds = {"whole chunks": 64}
+        if name == most:
             config.chunk_size = config.attention_divisor = 8
-            marks = rows([3, 16, 2], [12])  # packed, padded, and a document across the cut
-            yield f"kernels, {name}, packed", compare(FlashForCausalLM, config, marks, mesh, **options)
-    yield "kernels ran", [] if {*calls} == {True, False} else [f"kernels for plain and other rows: {calls}"]
-    Neighbours.sums_before = exchange
+            kinds["packed"] = rows([3, 16, 8 * mesh.size() - 14], [12])  # padded, too, and a document across the cut
+            if mesh.size() > 2:
+                kinds["a last piece of five tokens"] = 77
+            else:
+                kinds["padded"] = padded(32, [(0, 32)], [(3, 14)], [(0, 16)])
+        for kind, marks in kinds.items():
+            again = kind == "packed"
+            yield f"{cls.__name__}, kernels, {name}, {kind}", compare(cls, config, marks, mesh, again=again, **options)
+    yield "kernels ran", [] if len(calls) == 4 else [f"causal or not, for plain and other rows: {calls}"]
+    Neighbours.sums_before, Neighbours.add_documents = sums, documents
 
 
 def losses(cls, config, mesh):
@@ -295,7 +316,7 @@ def measured(mesh):
     ):
         Neighbours.gather = exchange
         with tempfile.TemporaryDirectory() as folder:
-            forms = ["plus"] if name == "no halo" else ["flash", "plus"]
+            forms = ["plus"] if name == "no halo" else ["flash", "plus", "bidirectional"]
             args = SimpleNamespace(
                 smoke=True, device="cpu", forms=forms, limit_s=1e9, output=Path(folder) / "length.json"
             )
