@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from interpreter import spare_repetitions
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -222,6 +223,7 @@ def others(mesh):
 
 def kernels(mesh):
     """Triton's interpreter in float32: training in whole layers and between the projections, and a cache."""
+    spare_repetitions()
     forms = {
         "paper": {}, "plus": PLUS, "plus, shifted local keys": {**PLUS, "local_key_shift": True},
         "local, shifted": FORMS["local, shifted"], "global": FORMS["global"],
