@@ -481,6 +481,8 @@ def in_torch(monkeypatch):
     for name in ("scans", "multiplies", "spans_rows"):
         monkeypatch.setattr(choice, name, as_in_bfloat16(getattr(choice, name)))
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
+    # Two steps of a program of 128 slots in place of 32: each takes the interpreter as long.
+    monkeypatch.setattr(launches, "HEADS_STEP", 64 * 64)
     for module, name, function in (
         (choice.scan, "scan_kernel", scan_in_torch), (choice.scan, "whole_kernel", whole_in_torch),
         (choice.scan, "totals_kernel", totals_in_torch), (choice.rowscan, "row_kernel", rows_in_torch),
