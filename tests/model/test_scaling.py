@@ -23,7 +23,7 @@ from flash_hf import FlashConfig, FlashModel
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
-config = FlashConfig(vocab_size=256, hidden_size=128, num_hidden_layers=1, query_key_dim=64, is_decoder=True)
+config = FlashConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1, query_key_dim=32, is_decoder=True)
 model = FlashModel(config).train()
 print("ready", flush=True)
 for length in map(int, sys.stdin):
