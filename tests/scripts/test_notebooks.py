@@ -24,9 +24,9 @@ PRIVATE_PATHS = re.compile(r"(?:/tmp|/home|/root|/Users|/var/folders|/work|/priv
 SHORTER = {
     "01_quickstart": {"steps=250": "steps=20", "steps=500": "steps=20"},
     "02_mixed_chunk_attention": {"(config), 300, masked": "(config), 20, masked", "(config), 500, ": "(config), 20, "},
-    "03_train_a_small_language_model": {"max_steps=400": "max_steps=60"},
+    "03_train_a_small_language_model": {"max_steps=400": "max_steps=20"},
     "04_finetune_a_classifier": {"STEPS = 200": "STEPS = 20", "epochs=5": "epochs=2", "epochs=12": "epochs=1"},
-    "05_long_context": {"range(7)": "range(5)"},
+    "05_long_context": {"range(7)": "range(3)"},
     "06_embed_and_search": {"len(text) // 2": "len(text) // 8", "2048, 4096, 8192]": "2048]"},
 }
 # 01 teaches calls, the others measure or draw.
