@@ -45,7 +45,7 @@ def answer_or_not(handler, parse=SERVER.RequestHandlerClass.parse_request):
 
 SERVER.RequestHandlerClass.parse_request = answer_or_not
 # The waits of the libraries would make this test minutes long; and documents are to be read in small parts.
-datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 40
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 20
 _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0.1
 stream.BATCH_CHARACTERS = 2000
