@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, is_tracing
+from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, is_exporting, is_tracing
 
 
 Activation = Literal["relu2", "softmax", "laplace"]
@@ -84,7 +84,7 @@ FLOAT64_DEVICES = ("cpu", "cuda")
 def angle_dtype(x: Tensor) -> torch.dtype:
     """The type of angles, position times frequency: float64, since float32 rounds angles of the millionth token by up
     to 0.03. Exported programs (some runtimes have no float64 sine) and other devices (mps has none) keep float32."""
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    exporting = is_exporting() or torch.jit.is_tracing()
     return wide(x.dtype) if exporting or x.device.type not in FLOAT64_DEVICES else torch.float64
 
 
@@ -601,7 +601,7 @@ def quadratic_attention(
             centre = (bias_R.shape[0] - 1) // 2
             index_BNM = offset_BNM + centre
             # An exported program cannot check its length, but ONNX Runtime refuses an index out of range.
-            if not torch.compiler.is_exporting():
+            if not is_exporting():
                 index_BNM = index_BNM.clamp(0, 2 * centre)
             bias_BNM = bias_R.to(q_BNS.dtype)[index_BNM]
         scores = scores_of(q_BNS, k_BMS, scale, bias_BNM)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, is_tracing
+from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, is_exporting, is_tracing
 
 
 logger = logging.get_logger(__name__)
@@ -54,7 +54,7 @@ def _import_kernels() -> tuple[ModuleType | None, str]:
 def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bool) -> ModuleType | None:
     """The kernels, if `config.backend` allows them and they can run; else None, and torch computes. `dtype` is what
     products are computed in, `dropout` whether attention dropout is active."""
-    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    exporting = is_exporting() or torch.jit.is_tracing()
     if config.backend == "torch" or (config.backend == "auto" and exporting):
         return None  # an exported graph is to run where there is no flash_hf
     kernels, reason = load_kernels()

@@ -23,6 +23,11 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which dynamo takes for true in `torch.compile`, too, in torch 2.11."""
+    return torch.compiler._is_exporting_flag
+
+
 # What modules computed last, see `recall`. Not attributes of the modules, which are copied and pickled.
 _last: WeakKeyDictionary = WeakKeyDictionary()
 # Nothing is kept for longer rows, in numbers of the embedded tokens.
@@ -186,7 +191,7 @@ def resolve_documents(
             attention_mask = attention_mask.to(device)
         valid_BN = check_mask(attention_mask, batch, length, past_length, seen_B)
 
-    if torch.compiler.is_exporting():
+    if is_exporting():
         if cu_seq_lens is not None or seq_idx is not None:
             raise ValueError(
                 "Packed rows cannot be exported: the number of chunks would depend on cu_seq_lens_q or seq_idx. Leave "
@@ -368,9 +373,9 @@ def _number_of_chunks(slots: int, chunk_size: int) -> int:
     """Chunks that hold `slots`. At least 2 in an exported program: torch would guard on one chunk or several, and then
     refuse lengths on the other side of `chunk_size` than its example's."""
     chunks = (slots + chunk_size - 1) // chunk_size
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         return chunks
-    # torch 2.11's dynamo reports exporting while it compiles, and has no sym_max.
+    # torch 2.11's dynamo has no sym_max.
     return max(chunks, 2) if torch.compiler.is_dynamo_compiling() else torch.sym_max(chunks, 2)
 
 
@@ -388,7 +393,7 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
         C, shift, skipped = N, 0, shift
     if documents.is_plain:
         G = _number_of_chunks(N + shift, C)
-        exporting = torch.compiler.is_exporting()
+        exporting = is_exporting()
         final_B = torch.full((batch,), (N + shift - 1) // C, device=device) if exporting else None
         position_BGC = torch.arange(-shift, G * C - shift, device=device).view(1, G, C)
         occupied_BGC = (position_BGC >= 0) & (position_BGC < N)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attention_flash import DecodingState, QueryKeys, at_final, mixed_chunk_attention, mixed_chunk_step, previous_keys
-from .chunking_flash import ChunkLayout, StepLayout
+from .chunking_flash import ChunkLayout, StepLayout, is_exporting
 
 
 # Programs for any length take rows of up to this many tokens.
@@ -41,8 +41,7 @@ def takes_any_length(chunks: int) -> bool:
         return True
     if not torch.compiler.is_compiling():
         return False
-    # torch 2.11's dynamo reports exporting while it compiles.
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+    if is_exporting():
         return True
     from torch.fx.experimental.symbolic_shapes import has_static_value
 

@@ -85,6 +85,7 @@ from .chunking_flash import (
     StepLayout,
     chunk_layout,
     compare_with_cache,
+    is_exporting,
     is_tracing,
     misplaced,
     quadratic_layout,
@@ -636,7 +637,7 @@ class FlashModel(FlashPreTrainedModel):
                 "output_attentions has no effect: FLASH never builds a map of all tokens by all tokens. "
                 "flash_hf.inspection.look_inside computes one for a text."
             )
-        if torch.compiler.is_exporting() and position_ids is not None:
+        if is_exporting() and position_ids is not None:
             # An eager call raises an error instead.
             inputs_embeds = inputs_embeds.masked_fill(misplaced(position_ids, documents)[..., None], math.nan)
         places = self.places(inputs_embeds, documents, first, layouts)
@@ -726,7 +727,7 @@ class FlashModel(FlashPreTrainedModel):
         if self.config.relative_bias != "toeplitz":
             return keys
         span = self.config.span
-        if (not is_tracing() or torch.compiler.is_exporting()) and keys > span:
+        if (not is_tracing() or is_exporting()) and keys > span:
             raise ValueError(
                 f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, "
                 f"got {keys}. Use relative_bias='rotary' for longer inputs, or train with a larger "

@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.utils import logging
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
+from flash_hf.attention_flash import angle_dtype
+from flash_hf.chunking_flash import is_exporting
 from helpers import assert_close, error_ratio, make_model, random_ids, tiny_config
 
 
@@ -392,6 +394,19 @@ def test_compiled_forward_does_not_recompile_for_a_length(cls, form):
                 assert_close(compiled(input_ids=ids, **extra)[0], model(ids, **extra)[0], 1e-5, f"length {length}")
         graphs = counter.frame_count if length == 9 else graphs  # with and without a mask, seen with the first length
     assert counter.frame_count == graphs
+
+
+def test_a_compiled_forward_is_no_export():
+    """Angles are float64, kernels are used, and packed rows are taken: see `is_exporting`."""
+    torch._dynamo.reset()
+    exporting, dtype = torch.compile(lambda x: (is_exporting(), angle_dtype(x)), backend="eager", fullgraph=True)(
+        torch.zeros(1)
+    )
+    assert not exporting and dtype == torch.float64
+    model = make_model(FlashModel, tiny_config(use_scaled_sinusoid=True), dtype=torch.float32)
+    x = torch.randn(1, 900, model.config.hidden_size)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(inputs_embeds=x)[0], model(inputs_embeds=x)[0])
 
 
 @pytest.mark.slow
