@@ -69,7 +69,7 @@ def test_the_command_for_a_release_makes_links_absolute(tmp_path):
     subprocess.run(f"URL=https://example.org/x; sed -i {command} README.md", shell=True, cwd=tmp_path, check=True)
     links = (tmp_path / "README.md").read_text(encoding="utf-8").split("[paper]: ")[1].splitlines()
     assert len(links) >= 9 and all(" https://" in f" {link.split(']: ')[-1]}" for link in links)
-    assert "[picture]: https://example.org/x/raw/main/scripts/results/benchmark/train_causal.png" in links
+    assert "[picture]: https://example.org/x/raw/main/scripts/results/benchmark/h200/train_causal.png" in links
     assert "[scripts]: https://example.org/x/blob/main/scripts/README.md" in links
 
 
