@@ -25,7 +25,8 @@ def is_tracing() -> bool:
 
 def is_exporting() -> bool:
     """`torch.compiler.is_exporting`, which dynamo takes for true in `torch.compile`, too, in torch 2.11."""
-    return torch.compiler._is_exporting_flag
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 # What modules computed last, see `recall`. Not attributes of the modules, which are copied and pickled.
