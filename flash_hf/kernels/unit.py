@@ -260,7 +260,7 @@ def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 def rotary_bias(bias: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The vector over offsets of a `FlashRotaryBias`; `rotary` is cos and sin of the offsets."""
-    cos, sin = (table.float().contiguous() for table in rotary)
+    cos, sin, _ = _flat_rotary(rotary)
     return ops.rotary_bias(bias.weight.contiguous(), cos, sin, bias.interleaved)
 
 

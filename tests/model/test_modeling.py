@@ -397,7 +397,7 @@ def test_compiled_forward_does_not_recompile_for_a_length(cls, form):
 
 
 def test_a_compiled_forward_is_no_export():
-    """Angles are float64, kernels are used, and packed rows are taken: see `is_exporting`."""
+    """Compiled code has the angles of eager code: see `is_exporting`."""
     torch._dynamo.reset()
     exporting, dtype = torch.compile(lambda x: (is_exporting(), angle_dtype(x)), backend="eager", fullgraph=True)(
         torch.zeros(1)
