@@ -39,7 +39,9 @@ CHOICES = {
 }
 
 # FLASH+ beside a `chunk_shift` of half a chunk, see `FlashConfig.plus`.
-PLUS = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
+PLUS = {
+    "global_form": "previous_token", "local_key_shift": True, "use_scaled_sinusoid": False, "attention_init": "recent",
+}  # fmt: skip
 
 # Names under which cache_flash.py registers its layers with transformers. Raise the number when the layers' methods
 # change: otherwise an older copy of this code in the same process (a checkpoint's remote code) gets these layers.
@@ -222,10 +224,10 @@ class FlashConfig(PreTrainedConfig):
     def plus(cls, **overrides) -> "FlashConfig":
         r"""
         FLASH+, the form to start new causal models from: every second layer shifts its chunks by half a chunk, the
-        global branch stores each value under the key of the token before it, positions come from RoPE and the relative
-        bias alone, and attention starts at the nearest tokens. Costs 1 % more time per step than the paper's form
-        (`FlashConfig()`) on Hopper GPUs, 5 % elsewhere. Masked models should keep the paper's form. Evidence:
-        scripts/results/README.md.
+        global branch stores each value under the key of the token before it, half of each local key is that of the
+        token before, too, positions come from RoPE and the relative bias alone, and attention starts at the nearest
+        tokens. Costs 1 % more time per step than the paper's form (`FlashConfig()`) on Hopper GPUs, 5 % elsewhere.
+        Masked models should keep the paper's form. Evidence: scripts/results/README.md.
 
         Args:
             **overrides: Fields of [`FlashConfig`]; each takes precedence over FLASH+'s value. `chunk_shift` is half of

@@ -21,6 +21,7 @@ import os
 import re
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from scripts.provenance import provenance, write_json
 
 
 PARTS = ("train", "prefill", "error", "scaling")
-FORMS = {"flash": FlashConfig, "plus": FlashConfig.plus}
+FORMS = {"flash": FlashConfig, "plus": partial(FlashConfig.plus, local_key_shift=False), "plus-keys": FlashConfig.plus}
 # FLASH as a masked language model, which has no prefill.
 BIDIRECTIONAL = "bidirectional"
 # Without a decoding cache, and its rows cannot be cut: it takes part in `train` alone.
@@ -49,7 +50,9 @@ def parse() -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "prefill"])
     parser.add_argument("--contexts", nargs="+", type=natural, default=[8192, 131_072, 524_288, 1_048_576])
-    parser.add_argument("--forms", nargs="+", choices=(*FORMS, BIDIRECTIONAL, TRANSFORMER), default=list(FORMS))
+    parser.add_argument(
+        "--forms", nargs="+", choices=(*FORMS, BIDIRECTIONAL, TRANSFORMER), default=["flash", "plus-keys"]
+    )
     parser.add_argument("--tokens", type=natural, default=131_072, help="least tokens of a step: several short rows")
     parser.add_argument("--piece", type=natural, default=65_536, help="tokens of a piece of the prefill")
     parser.add_argument("--steps", type=natural, default=3)

@@ -11,7 +11,8 @@ from .report import TITLES, markdown, number
 
 
 STYLES = {
-    "flash": ("FLASH", "#e08214", "o-"), "plus": ("FLASH+", "#b35806", "^--"),
+    "flash": ("FLASH", "#e08214", "o-"), "plus": ("plain-key FLASH+", "#b35806", "^--"),
+    "plus-keys": ("FLASH+", "#7f3b08", "v-."),
     "bidirectional": ("FLASH, bidirectional", "#80b1a0", "s:"),
     "transformer++": (TITLES["transformer++"], "#4393c3", "D-"),
 }  # fmt: skip

@@ -229,7 +229,7 @@ def _flash(backend: str, **changes) -> Callable[[Size, bool, str], Candidate]:
 
 
 FORMS: dict[str, dict] = {
-    "flash": {}, "flash-plus": {"plus": True}, "flash-plus-keys": {"plus": True, "local_key_shift": True},
+    "flash": {}, "flash-plus": {"plus": True, "local_key_shift": False}, "flash-plus-keys": {"plus": True},
 }  # fmt: skip
 MODELS = {
     **{name: Model(_flash("triton", **form)) for name, form in FORMS.items()},

@@ -14,7 +14,7 @@ from .cases import COLUMNS
 
 PAPER = ("flash", "transformer++")
 TITLES = {
-    "flash": "FLASH", "flash-plus": "FLASH+", "flash-plus-keys": "FLASH+ with shifted local keys",
+    "flash": "FLASH", "flash-plus": "plain-key FLASH+", "flash-plus-keys": "FLASH+",
     "flash-torch": "FLASH, PyTorch", "flash-quad": "FLASH-Quad", "transformer++": "Transformer++",
     "llama": "Llama (transformers)", "flash-pytorch": "FLASH-pytorch", "gla": "GLA",
     "gated-deltanet": "Gated DeltaNet",

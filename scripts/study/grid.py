@@ -13,11 +13,11 @@ from .models import MODELS
 
 
 HEADLINE = FLASH, RIVAL = ("flash", "transformer++")
-# Shifted chunks and keys, half of FLASH+.
+# Shifted chunks and keys, a part of FLASH+.
 SHIFTED = "flash-shifted"
 # The linear-time model that a user would compare FLASH with.
 MODERN = "gated-deltanet"
-# FLASH+: SHIFTED without the sinusoid, and with attention that starts at recent tokens.
+# FLASH+ with plain local keys: SHIFTED without the sinusoid, and with attention that starts at recent tokens.
 PLUS = "flash-shifted-bare-ones-recent"
 # The same without a global branch.
 PLUS_LOCAL = "flash-stagger-local-bare-ones-recent"
@@ -55,7 +55,7 @@ SEVERAL_PASSES = 600
 BASE = {"task": "mixed-causal", "context": 8192, "size": "base"}
 BASE_TOKENS = 300
 BASE_FORMS = (RIVAL, "plus-keys")
-# Forms that may use more of the context are compared after a quarter of a pass, at FLASH+'s rate, beside FLASH+ and
+# Forms that may use more of the context are compared after a quarter of a pass, at PLUS's rate, beside PLUS and
 # Transformer++.
 SEARCHED = 60
 SEARCHED_FORMS = (

@@ -181,10 +181,11 @@ def few_configurations() -> None:
 # FLASH-Quad's divisor is the training length, from max_position_embeddings; its bias, for such spans, the rotary one.
 _QUAD = {"attention_type": "quadratic", "relative_bias": "rotary"}
 
-# Shifted chunks and keys (half of FLASH+, see FlashConfig.plus), and the same on variants of the unit.
+# Shifted chunks and keys (a part of FLASH+, see FlashConfig.plus), and the same on variants of the unit.
 _SHIFTS = {"chunk_shift": 0.5, "global_form": "previous_token"}
 _SHIFTED = {"chunk_shift": 0.5, "key_shift": True, "global_rope": False}
-# FLASH+ as a variant of the unit, and changes to it that may use more of the context; all are causal.
+# FLASH+ before its local keys were shifted, as a variant of the unit, and changes to it that may use more of the
+# context; all are causal.
 _PLUS = {**_SHIFTED, "use_scaled_sinusoid": False, "attention_init": "recent"}
 _CHANGES = {
     "512": ("chunks of 512", {"chunk_size": 512}),
@@ -208,7 +209,9 @@ PLUS_FORMS = (
 def _plus(name: str) -> Model:
     changes = [_CHANGES[part] for part in name.split("-")]
     merged = {key: value for _, change in changes for key, value in change.items()}
-    return Model("FLASH+, " + ", ".join(title for title, _ in changes), _gau(**_PLUS, **merged), causal_only=True)
+    titles = ["FLASH+" if "local_key_shift" in merged else "plain-key FLASH+"]
+    titles += [title for title, change in changes if "local_key_shift" not in change]
+    return Model(", ".join(titles), _gau(**_PLUS, **merged), causal_only=True)
 
 
 MODELS: dict[str, Model] = {
@@ -281,11 +284,11 @@ MODELS: dict[str, Model] = {
         _flash(use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
     "flash-shifted-bare-ones-recent": Model(
-        "FLASH+",
+        "plain-key FLASH+",
         _flash(**_SHIFTS, use_scaled_sinusoid=False, attention_init="recent"), compiled=False,
     ),
     "flash-stagger-local-bare-ones-recent": Model(
-        "FLASH+, local only",
+        "plain-key FLASH+, local only",
         _flash(chunk_shift=0.5, attention_type="local", use_scaled_sinusoid=False, attention_init="recent"),
         compiled=False,
     ),
@@ -303,10 +306,10 @@ MODELS: dict[str, Model] = {
             ("bare-ones", "shifted chunks and keys, no sinusoid, query and key scales of 1",
              {"use_scaled_sinusoid": False, "heads": "ones"}),
             ("rms", "shifted chunks and keys, RMS norm", {"norm_type": "rms_norm"}),
-            ("bare-rms-ones-recent", "FLASH+, RMS norm",
+            ("bare-rms-ones-recent", "plain-key FLASH+, RMS norm",
              {"use_scaled_sinusoid": False, "norm_type": "rms_norm", "attention_init": "recent"}),
             ("std", "shifted chunks and keys, weights with std 0.04", {"initializer_range": 0.04}),
-            ("bare-std-ones-recent", "FLASH+, weights with std 0.04",
+            ("bare-std-ones-recent", "plain-key FLASH+, weights with std 0.04",
              {"use_scaled_sinusoid": False, "initializer_range": 0.04, "attention_init": "recent"}),
         )
     },

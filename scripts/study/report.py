@@ -323,7 +323,7 @@ def crossings(results: Results) -> str:
 
 
 def searched(results: Results) -> str:
-    """Forms of FLASH+ after a quarter of a pass, and what each gains from the context."""
+    """Changed forms of FLASH+ after a quarter of a pass, and what each gains from the context."""
     cells = [cell for cell in results if cell.task.startswith(MIXED) and cell.tokens == grid.SEARCHED]
     base, rows = mean_or_none(results, cells, grid.PLUS), []
     for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
@@ -334,7 +334,7 @@ def searched(results: Results) -> str:
             parts = eighths(found["final"])
             row += [f"{found['final']['loss']:.3f}", f"{round(parts[0] - parts[-1], 3) + 0.0:.3f}"]
         rows.append([*row, f"{result['step']['median']:.1f}" if "step" in result else "-", result["machine"]])
-    head = ["form", "learning rate", "loss", "against FLASH+"]
+    head = ["form", "learning rate", "loss", f"against {MODELS[grid.PLUS].title}"]
     for corpus in CORPORA:
         head += [corpus, f"{corpus}: first less last eighth"]
     return table([*head, "ms per step", "machine"], rows) if rows else "No cells yet."

@@ -20,8 +20,11 @@ def test_defaults_are_the_papers_base_model():
     assert round(count / 1e6) == 112
 
 
-def test_plus_is_four_fields_that_can_be_overridden(tmp_path):
-    four = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
+def test_plus_is_five_fields_that_can_be_overridden(tmp_path):
+    four = {
+        "global_form": "previous_token", "local_key_shift": True, "use_scaled_sinusoid": False,
+        "attention_init": "recent",
+    }  # fmt: skip
     assert FlashConfig.plus().to_dict() == FlashConfig(chunk_shift=128, **four).to_dict()
     small = FlashConfig.plus(chunk_size=64, hidden_size=32, is_decoder=True)
     assert (
@@ -30,7 +33,10 @@ def test_plus_is_four_fields_that_can_be_overridden(tmp_path):
     )
     small.save_pretrained(tmp_path)
     assert {**AutoConfig.from_pretrained(tmp_path).to_dict(), "_name_or_path": ""} == small.to_dict()
-    changed = {"chunk_shift": 3, "global_form": "paper", "use_scaled_sinusoid": True, "attention_init": "normal"}
+    changed = {
+        "chunk_shift": 3, "global_form": "paper", "local_key_shift": False, "use_scaled_sinusoid": True,
+        "attention_init": "normal",
+    }  # fmt: skip
     for name, value in changed.items():
         config, default = FlashConfig.plus(chunk_size=16, **{name: value}), FlashConfig.plus(chunk_size=16)
         assert config.to_dict() == {**default.to_dict(), name: value} and getattr(default, name) != value
@@ -39,7 +45,7 @@ def test_plus_is_four_fields_that_can_be_overridden(tmp_path):
     with pytest.raises(Exception, match="`chunk_size` must be at least 1, got 0"):
         FlashConfig.plus(chunk_size=0)
     with pytest.raises(Exception, match="`chunk_shift` must be 0 where there are no chunks"):
-        FlashConfig.plus(attention_type="quadratic", global_form="paper")
+        FlashConfig.plus(attention_type="quadratic", global_form="paper", local_key_shift=False)
 
 
 def test_saves_and_loads_exactly(tmp_path):

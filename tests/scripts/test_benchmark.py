@@ -409,7 +409,7 @@ def test_targets_are_computed_from_the_rows(results):
     assert found["training step, causal, 2048 tokens: Transformer++ / FLASH"][0] is None
     assert found["training step, 8192: FLASH-pytorch / FLASH"][0] == pytest.approx(0.8)
     assert found["memory, 8192: FLASH / FLASH-pytorch"][0] == pytest.approx(0.5)
-    assert found["training step: FLASH+ / FLASH"] == (pytest.approx(1.1), "worst of 512, 8192")
+    assert found["training step: plain-key FLASH+ / FLASH"] == (pytest.approx(1.1), "worst of 512, 8192")
     assert found["generate(), batch 1, after 512 tokens: FLASH / Llama"][0] == pytest.approx(0.8)
     assert found["CPU, generate(), batch 8, after 512 tokens: FLASH / Llama"][0] is None
     assert found["flatness: slowest over fastest time per token, minus 1"][0] == pytest.approx(0)
@@ -518,7 +518,7 @@ def test_errors_of_cut_rows_name_what_they_were_cut_over():
     several = [row, {**row, "devices": 4, "exchange": "nccl"}, {**row, "devices": 2, "exchange": "gloo"}]
     lines = length_report.error_table(several).splitlines()[2:]
     over = ["2 GPUs", "4 GPUs", "2 processes on one GPU, gloo"]
-    assert lines == [f"| FLASH+ | 4,096 | {each} | kernels | a | 1.00 % | 2.00 % |" for each in over]
+    assert lines == [f"| plain-key FLASH+ | 4,096 | {each} | kernels | a | 1.00 % | 2.00 % |" for each in over]
 
 
 def test_later_files_of_long_contexts_count(tmp_path):
@@ -531,4 +531,4 @@ def test_later_files_of_long_contexts_count(tmp_path):
     rows = length_report.read(sorted(tmp_path.glob("*.json")))
     assert length_report.steps(rows, "plus", "us_per_token") == {8192: 2.0}
     assert length_report.steps(rows, "plus", "peak_gib") == {}
-    assert "| FLASH+ | 2.00 / - |" in length_report.train_table(rows)
+    assert "| plain-key FLASH+ | 2.00 / - |" in length_report.train_table(rows)

@@ -558,8 +558,8 @@ def test_forms_are_compared_with_flash_plus_after_a_quarter_of_a_pass():
         results[cell] = {"final": {"loss": (books + wiki) / 2}, "corpora": found, "machine": "a GPU"}
     rows = [line.strip("| ").split(" | ") for line in report.searched(results).splitlines()]
     assert len({len(row) for row in rows}) == 1 and [row[0] for row in rows[2:]] == [
-        "FLASH+, local part over two chunks",
-        "FLASH+",
+        "plain-key FLASH+, local part over two chunks",
+        "plain-key FLASH+",
     ]
     assert rows[2][1:] == ["0.002", "3.600", "-0.100", "3.700", "0.300", "3.500", "0.300", "-", "a GPU"]
     del results[next(iter(results))]

@@ -104,7 +104,10 @@ def test_preset_is_the_form_of_a_new_model(tmp_path, capsys):
         words = ["--train_file", "x.txt", "--output_dir", str(tmp_path), *command]
         return config_fields(parse_arguments(words)[0])
 
-    plus = {"global_form": "previous_token", "use_scaled_sinusoid": False, "attention_init": "recent"}
+    plus = {
+        "global_form": "previous_token", "local_key_shift": True, "use_scaled_sinusoid": False,
+        "attention_init": "recent",
+    }  # fmt: skip
     assert fields() == fields("--preset", "flash") == {}
     assert fields("--preset", "plus") == {"chunk_shift": 128, **plus}
     assert fields("--preset", "plus", "--config_overrides", "chunk_size=64,attention_init=normal") == {
