@@ -9,6 +9,7 @@ import triton.language as tl
 from .common import (
     add_state_product,
     basis,
+    grid_wait,
     has_tokens,
     load_grid,
     load_rows,
@@ -70,6 +71,7 @@ def gate_kernel(
     With SCALED the gate's gradient is stored times the norm's gain, as the projection's backward takes it, and its
     sums over the program's tokens, `[row blocks, E]`, for the bias.
     """
+    grid_wait()
     block_m = tl.program_id(0).to(tl.int64)
     token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -104,6 +106,7 @@ def gate_states_kernel(
 ):  # fmt: skip
     """`gate_kernel` and the gradient of the states in one pass over a piece, from its last chunk to its first:
     `sum q_lin d_attended^T` as `states_kernel` sums `k v^T`. `d_bias` has one row a piece."""
+    grid_wait()
     piece = tl.program_id(0)
     first_e = tl.program_id(1) * BLOCK_E
     column = first_e + tl.arange(0, BLOCK_E)
@@ -262,6 +265,7 @@ def chunk_gradients_kernel(
 
     `..._slots` are the same tensors, as descriptors of tiles that take slots as the product's inner dimension.
     """
+    grid_wait()
     score_programs: tl.constexpr = SCORE_TILES if QUAD else 0
     linear_programs: tl.constexpr = TILES if LIN else 0
     per_chunk = score_programs + 2 * linear_programs + TILES * E_BLOCKS
@@ -310,6 +314,7 @@ def quadratic_heads_kernel(
 ):  # fmt: skip
     """`dq = scale d_score k` (program 0 of the last axis) or `dk = scale d_score^T q` of a block of tokens. SKIP:
     halves of chunks without tokens are neither read nor written."""
+    grid_wait()
     chunk = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     opens = 0
@@ -349,6 +354,7 @@ def bias_kernel(
 ):  # fmt: skip
     """Sum of one tile of score gradients over some chunks, `[programs, CP, CP]`, with SKIP without those that have no
     tokens there. `sums_kernel` adds the diagonals."""
+    grid_wait()
     block_m, block_n = lower_tile(tl.program_id(0), TILES, CAUSAL)
     m = block_m * BLOCK + tl.arange(0, BLOCK)
     n = block_n * BLOCK + tl.arange(0, BLOCK)
@@ -430,6 +436,7 @@ def heads_gradient_kernel(
 
     A program walks through its slots and adds up in registers what only its end sums over threads. SKIP: unless it has
     half a chunk without tokens."""
+    grid_wait()
     blocks: tl.constexpr = CP // ROWS
     program = tl.program_id(0)
     chunk = program // blocks
@@ -537,6 +544,7 @@ def norm_gradient_kernel(
     program's tokens, the output bias', are the other columns, `[programs, D + 1]`. Otherwise p is `dy * gain` of a
     norm on its own.
     """
+    grid_wait()
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -606,6 +614,7 @@ def sums_kernel(
 ):  # fmt: skip
     """All sums over tokens, from the partial sums that programs have left: one after the other in `out`, each from
     a whole block on. In a fixed order, so that two runs are bit-equal."""
+    grid_wait()
     block = tl.program_id(0)
     out = out_ptr + block * BLOCK
     after_v = u_blocks + v_blocks
@@ -631,6 +640,7 @@ def rotary_bias_gradient_kernel(
 ):  # fmt: skip
     """Gradient of `rotary_bias_kernel`'s weight, `[2, S]`, for some pairs of dimensions; the first program also takes
     the dimensions that RoPE does not turn. All offsets in a fixed order, so that two runs are bit-equal."""
+    grid_wait()
     half = rotary_dim // 2
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside = pair < half

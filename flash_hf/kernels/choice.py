@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from transformers.utils import logging
 
+from .support import TRIED_TRITON, tried_triton
 from .tiles import Shape, cdiv
 
 
@@ -23,8 +24,6 @@ logger = logging.get_logger(__name__)
 
 # With fewer walks of 128 value dimensions, a large GPU (132 multiprocessors) idles more than a second pass costs.
 FEW_SCANS = 90
-# Versions of triton that the kernels of scan.py have run with.
-TRIED_TRITON = ((3, 6), (3, 6))
 
 
 @functools.cache
@@ -32,8 +31,7 @@ def scan_for(device: torch.device) -> bool:
     """Whether the kernels of scan.py run on this device."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if scan is not None and TRIED_TRITON[0] <= found <= TRIED_TRITON[1]:
+    if scan is not None and tried_triton():
         return True
     first, last = (".".join(map(str, version)) for version in TRIED_TRITON)
     tried = first if first == last else f"{first} to {last}"

@@ -12,6 +12,7 @@ import os
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 # triton's interpreter runs kernels on the CPU, for tests, and without inline assembly.
@@ -30,6 +31,18 @@ def dot_precision(dtype: torch.dtype) -> str:
 def fast_math(dtype: torch.dtype) -> bool:
     """Whether SiLU may use the hardware's tanh, whose error (2^-11) is below 16-bit rounding."""
     return dtype in (torch.bfloat16, torch.float16) and not INTERPRET
+
+
+def grid_wait(_semantic=None):
+    """Wait until the kernels before this one have ended and what they wrote can be read, if this one may begin earlier
+    (`dispatch.overlaps`); otherwise nothing is compiled. In every kernel this precedes all access to memory, in each
+    group of warps that has any. It is called from kernels in triton and in Gluon."""
+    if _semantic is not None and _semantic.builder.options.launch_pdl:
+        gdc_wait(_semantic=_semantic)
+
+
+if not INTERPRET:
+    grid_wait = tl.core.builtin(grid_wait)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import dot_precision, row_gain, token_rows
+from .common import dot_precision, grid_wait, row_gain, token_rows
 from .dispatch import kernel
 from .tiles import Inputs, Shape, cdiv
 
@@ -84,6 +84,7 @@ def gates_kernel(
 ):  # fmt: skip
     """Of one block of slots: F, w, one over the key's length, the query that reads states, `factor exp(F) q`, and the
     block's own T."""
+    grid_wait()
     blocks: tl.constexpr = CP // SUB
     chunk = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -153,6 +154,7 @@ def prepare_kernel(
     CP: tl.constexpr, SP: tl.constexpr, SUB: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some columns of P and rows of erase, of one chunk, from its last block to its first; and its decay."""
+    grid_wait()
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     blocks: tl.constexpr = CP // SUB
@@ -189,6 +191,7 @@ def chain_kernel(
 ):  # fmt: skip
     """`S' = decay S - erase S + added_scale added` from chunk to chunk of a document: the state before each chunk.
     REVERSE: from the last chunk to the first, with `erase^T`: the gradient of the state behind each chunk."""
+    grid_wait()
     document = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     s = tl.arange(0, SP)
@@ -228,6 +231,7 @@ def solve_kernel(
     CP: tl.constexpr, SP: tl.constexpr, SUB: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one chunk's Y, from its first block to its last. dM is `d_move` times `move_scale`."""
+    grid_wait()
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     blocks: tl.constexpr = CP // SUB
@@ -301,6 +305,7 @@ def key_gradient_kernel(
     `exp(F_C - F_i) K`, what that gives, and `P Y`.
 
     F's gradients nearly cancel in their sums: those of each pair of slots are the same number for both."""
+    grid_wait()
     blocks: tl.constexpr = CP // SUB
     chunk = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -349,6 +354,7 @@ def gates_gradient_kernel(
 
     A log decay's gradient is that of F over this and all later tokens, and what leaves the chunk from all earlier
     ones."""
+    grid_wait()
     chunk = tl.program_id(0)
     blocks: tl.constexpr = CP // SUB
     i = tl.arange(0, SUB)

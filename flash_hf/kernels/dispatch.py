@@ -4,11 +4,14 @@ dispatch takes about as long per launch as the GPU takes to run it."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
 
 from .common import INTERPRET
+from .support import tried_triton
 
 
 def _kind(value) -> object:
@@ -34,6 +37,13 @@ def described(descriptor: type, x: Tensor, shape: list[int], strides: list[int],
     return made
 
 
+@functools.cache
+def overlaps(device: int) -> bool:
+    """Whether a kernel's programs may begin while the kernel before ends (programmatic dependent launch, from Hopper
+    on), so that launches hide behind each other. `common.grid_wait` orders their memory."""
+    return torch.cuda.get_device_capability(device) >= (9, 0) and tried_triton()
+
+
 class Kernel:
     """A jitted function with a cache of its compiled kernels.
 
@@ -53,6 +63,8 @@ class Kernel:
         compiled = self.compiled.get(key)
         if compiled is None:
             options = {} if maxnreg is None else {"maxnreg": maxnreg}
+            if overlaps(device):
+                options["launch_pdl"] = True
             self.compiled[key] = self.function[grid](*arguments, **constants, num_warps=num_warps, **options)
             return None
         names = self.function.arg_names

@@ -9,6 +9,7 @@ import triton.language as tl
 from .common import (
     add_state_product,
     basis,
+    grid_wait,
     has_tokens,
     load_grid,
     load_rows,
@@ -34,6 +35,7 @@ def norm_kernel(
     CAST: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm."""
+    grid_wait()
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     real = token < T
@@ -62,6 +64,7 @@ def heads_kernel(
     are not turned, and the last one is made from the z of the token before. With LOCAL the local key has every second
     pair of dimensions from the token before, turned by that token's position. Of each row's blocks of slots,
     `row_blocks` are computed, from `first_block` on."""
+    grid_wait()
     blocks: tl.constexpr = CP // BLOCK_M
     block = first_block + tl.program_id(0) % row_blocks
     chunk = tl.program_id(0) // row_blocks * G + block // blocks
@@ -162,6 +165,7 @@ def scores_kernel(
 ):  # fmt: skip
     """Attention weights `A = relu(scale q k^T + b)^2` of one tile, `[GT, CP, CP]`. Tiles above the diagonal of a
     causal model, and with SKIP those of halves of chunks without tokens, are neither written nor read."""
+    grid_wait()
     tiles: tl.constexpr = TILES * (TILES + 1) // 2 if CAUSAL else TILES * TILES
     chunk = (tl.program_id(0) // tiles).to(tl.int64)
     block_m, block_n = lower_tile(tl.program_id(0) % tiles, TILES, CAUSAL)
@@ -200,6 +204,7 @@ def states_kernel(
     """`sum k v^T` over the chunks of one piece (consecutive chunks of one document): with TOTAL `[pieces, SP, E]` in
     float32, and with PREFIX what the sum was before each chunk, over C, `[GT, SP, E]`. The values are computed here,
     from their input, and stored for the other kernels."""
+    grid_wait()
     # From the last piece on: the projection ended there, and the cache still holds what it wrote.
     piece = tl.num_programs(0) - 1 - tl.program_id(0)
     first_e = tl.program_id(1) * BLOCK_E
@@ -241,6 +246,7 @@ def values_kernel(
     SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Values `silu(h)`, where no sum over them is needed."""
+    grid_wait()
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     real = token < T
@@ -256,6 +262,7 @@ def carry_kernel(
     INITIAL: tl.constexpr, CARRY: tl.constexpr, FINAL: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Running sums over a document's pieces: CARRY, the sum before each piece; FINAL, the sum of all."""
+    grid_wait()
     document = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
@@ -289,6 +296,7 @@ def output_kernel(
 
     The query blocks of one chunk and value block run next to each other and share V and the state in the L2 cache.
     """
+    grid_wait()
     M_BLOCKS: tl.constexpr = CP // BLOCK_M
     program = tl.program_id(0)
     block_m = program % M_BLOCKS
@@ -337,6 +345,7 @@ def rotary_bias_kernel(
     """`<a, RoPE_o(b)>` of a block of offsets o, where a and b are the rows of the weight, `[2, S]`: over the pairs
     that RoPE turns, `sum (a1 b1 + a2 b2) cos + (a2 b1 - a1 b2) sin`, and what it does not turn. cos and sin are
     `[offsets, rotary_dim / 2]`."""
+    grid_wait()
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
     a_one, a_two = vector(weight_ptr, 0, S, one, inside), vector(weight_ptr, 0, S, two, inside)

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, halves, load_async, sigmoid, store_async
 
@@ -25,6 +26,7 @@ def load_operands(
     STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
+    grid_wait()
     steps = (D + STEP - 1) // STEP
     step = 0
     number = 0
@@ -76,6 +78,7 @@ def multiply(
     end_full, end_empty, T, D, E_BLOCKS, TASKS, GROUP: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The product and its epilogue, see `gate_product_kernel`, for every other task."""
+    grid_wait()
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK // 2, 16]
     )

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, halves, load_async, sigmoid, store_async
 
@@ -76,6 +77,7 @@ def load_factors(
     CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
+    grid_wait()
     step = 0
     number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
@@ -136,6 +138,7 @@ def multiply(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products and their ends, see `quadratic_kernel`, for every other task."""
+    grid_wait()
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK // 2, 16]
     )

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, load_async, store_async
 
@@ -76,6 +77,7 @@ def load_factors(
     CAUSAL: gl.constexpr, SKIP: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
+    grid_wait()
     step = 0
     number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
@@ -132,6 +134,7 @@ def multiply(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products themselves, see `reduce_kernel`, for every other task."""
+    grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     end = ends.index(GROUP)
     if CAUSAL:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import grid_wait
 from .dispatch import kernel
 
 
@@ -36,6 +37,7 @@ def residual_kernel(
 
     EVEN: M and N are whole numbers of blocks.
     """
+    grid_wait()
     # In reverse, so that the rows that the previous kernel wrote last are still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block_m, block_n = tile_of(program, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)

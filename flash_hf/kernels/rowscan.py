@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, barriers, halves, store_async
 from .scan import activate, fetch, fetch_tokens, gain_of, gate, product, two_products
@@ -46,6 +47,7 @@ def load_tiles(
 ):  # fmt: skip
     """What `multiply` reads, in its order; but values as soon as the row before has left their tiles, and behind what
     that row still needs."""
+    grid_wait()
     value_step = 0
     step = 0
     for number in range(0, G):
@@ -93,6 +95,7 @@ def multiply(
     EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `row_kernel` computes."""
+    grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]

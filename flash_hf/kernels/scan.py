@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, sigmoid, store_async
 
@@ -94,6 +95,7 @@ def load_tiles(
     VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
+    grid_wait()
     value_step = 0
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
@@ -264,6 +266,7 @@ def multiply(
     SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The scan itself, see `scan_kernel`."""
+    grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
@@ -459,6 +462,7 @@ def load_whole(
     BACK: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply_whole` reads, in its order."""
+    grid_wait()
     value_step = 0
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
@@ -494,6 +498,7 @@ def multiply_whole(
     VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `whole_kernel` computes."""
+    grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
@@ -666,6 +671,7 @@ def load_summands(
     BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `add` reads, in its order."""
+    grid_wait()
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
         first, last = summands_of(task, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP)
@@ -683,6 +689,7 @@ def add(
     EVEN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `totals_kernel` computes."""
+    grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     E = E_BLOCKS * BLOCK

@@ -11,14 +11,23 @@ from .common import DTYPES, INTERPRET
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
+# Versions of triton with which the kernels for Hopper, and launches that overlap, have run.
+TRIED_TRITON = ((3, 6), (3, 6))
 MAX_CHUNK, MAX_KEY_DIM = 512, 256
 LARGE_SHARED = 160 * 1024
 
 
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def tried_triton() -> bool:
+    return TRIED_TRITON[0] <= triton_version() <= TRIED_TRITON[1]
+
+
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why kernels cannot run on this device in this type, or None."""
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < MIN_TRITON:
+    if triton_version() < MIN_TRITON:
         return f"triton {triton.__version__} is older than {'.'.join(map(str, MIN_TRITON))}"
     if dtype not in DTYPES:
         return f"there are no kernels for {dtype}"

@@ -8,6 +8,31 @@ import struct
 ZERO = (frozenset(), 0)
 
 
+def parse(text):
+    """Instructions as `(guard, name, operands)`, and the numbers of those that labels precede."""
+    code, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s+/\*\w+\*/\s+(?:@(!?\w+) +)?(\S+) *(.*);", line):
+            code.append((*found.groups()[:2], [x.strip().removesuffix(".reuse") for x in found[3].split(",")]))
+    return code, labels
+
+
+def early_accesses(text):
+    """Accesses to global memory that some path reaches before it has waited for the kernels before."""
+    code, labels = parse(text)
+    reached, work = {0}, [0]
+    while work:
+        number = work.pop()
+        if code[number][1] != "ACQBULK":
+            new = {x for x in followers(number, code[number], labels) if x < len(code)} - reached
+            reached |= new
+            work += new
+    access = re.compile(r"(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG|UTMALDG|UTMASTG|UTMAREDG|UTMAPF|UBLK\w+)(\.|$)")
+    return [code[number] for number in sorted(reached) if access.match(code[number][1])]
+
+
 def uncertain_descriptors(text):
     """How many products of warp groups there are, and those of which a descriptor of shared memory may lack its upper
     half on some path. ptxas of CUDA 12.8 has left some out where a branch chose between one product and two.
@@ -15,13 +40,7 @@ def uncertain_descriptors(text):
     By propagation of constants through registers. A known value is a constant, or the exclusive or of one and of
     unknown registers (two registers are swapped that way). Lower halves are taken to have no carry.
     """
-    code, labels = [], {}
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(code)
-        elif found := re.match(r"\s+/\*\w+\*/\s+(?:@(!?\w+) +)?(\S+) *(.*);", line):
-            code.append((*found.groups()[:2], [x.strip().removesuffix(".reuse") for x in found[3].split(",")]))
-
+    code, labels = parse(text)
     before, work = {0: {}}, [0]
     while work:
         number = work.pop()

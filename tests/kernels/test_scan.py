@@ -14,7 +14,7 @@ import torch
 from flash_hf import FlashModel
 from flash_hf.kernels import choice, launches, ops, plan, tiles
 from helpers import make_model
-from machine_code import uncertain_descriptors
+from machine_code import early_accesses, uncertain_descriptors
 from test_kernels import DEVICE, compare, config_of, through
 
 
@@ -161,7 +161,8 @@ def compiled(kernel, descriptors, warps=4, **constants):
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name.endswith("_ptr")}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel.function, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32),
+                          options={"num_warps": warps, "launch_pdl": True})
 
 tokens, square = [1, 128, 128], [128, 128]
 scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.fromkeys(
@@ -224,8 +225,8 @@ for name, kernel in found.items():
 
 @pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
 def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
-    """For sm_90a, within a multiprocessor's shared memory, with at most a few registers spilled, and with whole
-    descriptors of what products read."""
+    """For sm_90a, within a multiprocessor's shared memory, with at most a few registers spilled, with whole
+    descriptors of what products read, and with no access to memory before the kernels before have ended."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
@@ -240,6 +241,10 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
         assert int(stack) <= (64 if tried else 256), name
         assert int(products) > 0, name
         code = (tmp_path / f"{name}.txt").read_text(encoding="utf-8")
+        assert early_accesses(code) == [], name
+        # Each group of warps that has any waits.
+        for place in re.finditer("ACQBULK", code):
+            assert early_accesses(code[: place.start()] + "NOP" + code[place.end() :]), name
         if found <= (3, 7):  # as later versions of ptxas load them
             assert uncertain_descriptors(code) == (int(products), []), name
     if found <= (3, 7):
