@@ -12,7 +12,6 @@ import os
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 
 # triton's interpreter runs kernels on the CPU, for tests, and without inline assembly.
@@ -38,6 +37,8 @@ def grid_wait(_semantic=None):
     (`dispatch.overlaps`); otherwise nothing is compiled. In every kernel this precedes all access to memory, in each
     group of warps that has any. It is called from kernels in triton and in Gluon."""
     if _semantic is not None and _semantic.builder.options.launch_pdl:
+        from triton.language.extra.cuda import gdc_wait  # not in triton for other hardware
+
         gdc_wait(_semantic=_semantic)
 
 
