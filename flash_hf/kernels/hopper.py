@@ -10,13 +10,15 @@ the other group has had the one before it in the same slot.
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .dispatch import described
+from .dispatch import Described, Form
 
 
 # Names of triton 3.8 on, and those before.
@@ -31,23 +33,29 @@ NARROW = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2
 TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
 
-def tile_layout(block: list[int]):
+def tile_layout(block: tuple[int, ...]):
     """The layout in shared memory of a matrix's tile."""
     return NARROW if block[1] == 32 else MATRIX
 
 
-def matrix(x: Tensor, *block: int) -> TensorDescriptor:
+@functools.lru_cache(4096)
+def matrix_form(size: tuple, strides: tuple, block: tuple) -> Form:
+    return Form.matrix(TensorDescriptor, size, strides, block, layout=tile_layout(block))
+
+
+@functools.lru_cache(4096)
+def tokens_form(B: int, N: int, width: int, stride: int, block: tuple) -> Form:
+    return Form(TensorDescriptor, (B, N, width), (N * stride, stride, 1), (1, *block), layout=TOKENS)
+
+
+def matrix(x: Tensor, *block: int):
     """`x` as a matrix of its last dimension, described for tiles."""
-    x = x.view(-1, x.shape[-1])
-    block = list(block or (128, 128))
-    return described(TensorDescriptor, x, list(x.shape), list(x.stride()), block, layout=tile_layout(block))
+    return Described(x, matrix_form(x.shape, x.stride(), block or (128, 128)))
 
 
-def tokens(x: Tensor, B: int, N: int, *block: int) -> TensorDescriptor:
+def tokens(x: Tensor, B: int, N: int, *block: int):
     """`x` `[B * N, width]`, described for tiles of one row's tokens: outside of a row there is 0."""
-    stride = x.stride(0)
-    block = [1, *(block or (128, 128))]
-    return described(TensorDescriptor, x, [B, N, x.shape[1]], [N * stride, stride, 1], block, layout=TOKENS)
+    return Described(x, tokens_form(B, N, x.shape[1], x.stride(0), block or (128, 128)))
 
 
 @gluon.jit

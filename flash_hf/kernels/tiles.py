@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import fast_math
-from .dispatch import described
+from .dispatch import Described, Form
 from .plan import ChunkIndex
 
 
@@ -206,9 +206,7 @@ class Shape:
         """A descriptor of x, `[T, width]`, with `tma` dimensions, for loads of blocks of tokens; x itself for 0."""
         if tma != 3:
             return tiled(x, tma, *block)
-        stride = x.stride(0)
-        shape, strides = [self.B, self.N, x.shape[1]], [self.N * stride, stride, 1]
-        return described(TensorDescriptor, x, shape, strides, [1, *block])
+        return Described(x, tokens_form(self.B, self.N, x.shape[1], x.stride(0), block))
 
     @property
     def row_tiles(self) -> int:
@@ -231,12 +229,21 @@ def on_device(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+@functools.lru_cache(4096)
+def matrix_form(size: tuple, strides: tuple, block: tuple) -> Form:
+    return Form.matrix(TensorDescriptor, size, strides, block)
+
+
+@functools.lru_cache(4096)
+def tokens_form(B: int, N: int, width: int, stride: int, block: tuple) -> Form:
+    return Form(TensorDescriptor, (B, N, width), (N * stride, stride, 1), (1, *block))
+
+
 def tiled(x: Tensor, tma: int, *block: int):
     """A descriptor of x, as a matrix of its last dimension, for loads of whole blocks; x itself without TMA."""
     if not tma or x.numel() == 0:
         return x
-    x = x.view(-1, x.shape[-1])
-    return described(TensorDescriptor, x, list(x.shape), list(x.stride()), list(block))
+    return Described(x, matrix_form(x.shape, x.stride(), block))
 
 
 class Projections(NamedTuple):
