@@ -460,25 +460,27 @@ layer = register(Layer)
 # ------------------------------------------------------------------------------------------------------------------
 # ScaleNorm on its own, for the end of the model
 # ------------------------------------------------------------------------------------------------------------------
-@torch.library.custom_op("flash_hf::scale_norm", mutates_args=())
-def scale_norm_op(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def run_norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, rms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
     with on_device(x):
         launch_norm(x, gain, eps, rms, y, cast=False, scale=True)
     return y, rms
 
 
-@scale_norm_op.register_fake
-def _(x, gain, eps):
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("flash_hf::scale_norm_backward", mutates_args=())
-def scale_norm_backward_op(d_y: Tensor, x: Tensor, rms: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+def run_norm_gradient(d_y: Tensor, x: Tensor, rms: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     d_x = torch.empty_like(x)
     with on_device(x):
         sums = launch_norm_gradient(None, x, d_y, rms, gain, d_x)
     return d_x, sums.sum()
+
+
+scale_norm_op = torch.library.custom_op("flash_hf::scale_norm", run_norm, mutates_args=())
+scale_norm_backward_op = torch.library.custom_op("flash_hf::scale_norm_backward", run_norm_gradient, mutates_args=())
+
+
+@scale_norm_op.register_fake
+def _(x, gain, eps):
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 @scale_norm_backward_op.register_fake
@@ -491,15 +493,35 @@ def _save_norm(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output[1], inputs[1])
 
 
-def _norm_backward(ctx, d_y, _):
+def _norm_gradients(backward: Callable, ctx, d_y: Tensor | None):
     if d_y is None:
         return None, None, None
     x, rms, gain = ctx.saved_tensors
-    d_x, d_gain = torch.ops.flash_hf.scale_norm_backward(d_y.contiguous(), x, rms, gain)
+    d_x, d_gain = backward(d_y.contiguous(), x, rms, gain)
     return d_x, d_gain.to(gain.dtype), None
 
 
-scale_norm_op.register_autograd(_norm_backward, setup_context=_save_norm)
+scale_norm_op.register_autograd(
+    lambda ctx, d_y, _: _norm_gradients(scale_norm_backward_op, ctx, d_y), setup_context=_save_norm
+)
+
+
+class DirectNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = run_norm(*inputs)
+        _save_norm(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        return _norm_gradients(run_norm_gradient, ctx, d_y)
+
+
+def scale_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """ScaleNorm of the rows of x."""
+    return scale_norm_op(x, gain, eps)[0] if is_watched((x, gain)) else DirectNorm.apply(x, gain, eps)
 
 
 # ------------------------------------------------------------------------------------------------------------------

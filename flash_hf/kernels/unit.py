@@ -255,7 +255,7 @@ def layer(
 def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
     """ScaleNorm, `x / sqrt(mean(x^2) + eps) * gain`, in the type of x."""
     x = x_BND.reshape(-1, x_BND.shape[-1])
-    return torch.ops.flash_hf.scale_norm(x.contiguous(), gain, eps)[0].view(x_BND.shape)
+    return ops.scale_norm(x.contiguous(), gain, eps).view(x_BND.shape)
 
 
 def rotary_bias(bias: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
