@@ -15,7 +15,19 @@ from . import backward, choice, delta, forward, residual
 from .choice import gate, hopper, quadratic, reduce, rowscan, scan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
-from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, cdiv, has_tma, power_of_2, switches, tiled
+from .tiles import (
+    AttentionResults,
+    Cached,
+    Inputs,
+    Projections,
+    Shape,
+    absent,
+    cdiv,
+    has_tma,
+    power_of_2,
+    switches,
+    tiled,
+)
 
 
 def has_carry(shape: Shape, index: ChunkIndex, initial: bool) -> bool:
@@ -352,8 +364,7 @@ def launch_forward(
     new, index, row = inputs.v.new_empty, inputs.index, shape.lin_row
 
     def nothing() -> Tensor:
-        # A new one each time: an operator must not return a tensor twice.
-        return new((0,))
+        return absent(inputs.v.device, inputs.v.dtype)
 
     scanned = cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device)
     heads = launch_heads(shape, inputs, cached, scanned)
@@ -371,7 +382,7 @@ def launch_forward(
             # The scan writes what it reads, chunk by chunk.
             prefix = before = delta.launch_states(shape, inputs, before, own, scaled=True)
         else:
-            prefix = new((shape.GT, shape.tiles.SP, shape.E) if shape.causal else (0,))
+            prefix = new((shape.GT, shape.tiles.SP, shape.E)) if shape.causal else nothing()
         biases = inputs.bias_v, inputs.bias_u
         weights = launch_scores(shape, inputs, heads, True)
         if held:
@@ -753,12 +764,14 @@ class Sums(NamedTuple):
 
     def split(self, out: Tensor, shape: Shape) -> dict[str, Tensor]:
         """The gradients in `out`, by the names of an operation's tensors."""
-        parts = out.split([blocks * SUM_BLOCK for blocks in self.blocks])
-        u, v, heads, norm, bias = (part[:width] for part, width in zip(parts, self, strict=True))
-        H, rows = shape.H, heads.view(-1, shape.S)
-        found = {"gamma": rows[:H], "beta": rows[H : 2 * H]}
+        H, S = shape.H, shape.S
+        heads, norm = (H * S, H * S, S), (max(self.norm - 1, 0), min(self.norm, 1))
+        # Each part and what fills its last block.
+        sizes = [x for own in ((self.u,), (self.v,), heads, norm, (self.bias,)) for x in (*own, -sum(own) % SUM_BLOCK)]
+        u, _, v, _, gamma, beta, b_z, _, b_o, gain, _, bias, _ = torch.split_with_sizes(out, sizes)
+        found = {"gamma": gamma.view(H, S), "beta": beta.view(H, S)}
         if self.norm:
-            found |= {"b_u": u, "b_v": v, "b_z": rows[2 * H], "b_o": norm[:-1], "gain": norm[-1]}
+            found |= {"b_u": u, "b_v": v, "b_z": b_z, "b_o": b_o, "gain": gain.view(())}
         return found | {"bias_R": bias} if self.bias else found
 
 
@@ -810,10 +823,10 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
 
 
 def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
-    """`x + out w_o^T + b_o`, in the type of x."""
+    """`x + out w_o^T + b_o`, `[..., D]` like x and in its type."""
     if not has_tma(x.device):
-        return x + torch.addmm(b_o.to(out.dtype), out, w_o.t())
-    (T, D), E = x.shape, out.shape[1]
+        return x + torch.addmm(b_o.to(out.dtype), out, w_o.t()).view(x.shape)
+    (T, E), D = out.shape, x.shape[-1]
     y = torch.empty_like(x)
     blocks = product_blocks(out.dtype)
     residual.residual_kernel(

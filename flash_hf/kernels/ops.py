@@ -32,7 +32,7 @@ from .launches import (
     launch_sums,
 )
 from .plan import ChunkIndex
-from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, on_device
+from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, absent, on_device
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -64,6 +64,10 @@ def schema(tensors: dict[str, type], options: dict[str, type]) -> str:
     return torch.library.infer_schema(prototype, mutates_args=())
 
 
+# What operations take, as is.
+PLAIN = frozenset((Tensor, Parameter, type(None), ChunkIndex))
+
+
 def is_watched(tensors: tuple) -> bool:
     """Whether operators have to be called, not just their results computed: under a compiler, an exporter, a function
     transform or a dispatch mode (fake tensors, selective checkpointing), and with tensor subclasses."""
@@ -71,7 +75,7 @@ def is_watched(tensors: tuple) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, Parameter) for x in tensors)
+        or not PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -101,7 +105,9 @@ def operators(operation: type) -> tuple[Callable, Callable]:
     def forward_by(run: Callable) -> Callable:
         def forward(*tensors, **options):
             shape = take_shape(options)
-            return list(run(named(Tensors, tensors), shape, **options))
+            results = run(named(Tensors, tensors), shape, **options)
+            # An operator must not return a tensor twice, and an absent one is.
+            return [x if x.numel() else x.new_empty(x.shape) for x in results]
 
         return forward
 
@@ -184,17 +190,16 @@ def register(operation: type) -> Callable:
 
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, shape, options, *tensors):
+        def forward(ctx, shape, options, kept, *tensors):
             tensors = Tensors(*tensors)
-            results = operation.forward(tensors, shape, **options)
-            save(ctx, tensors, shape, results, options.get("exchange"))
-            ctx.mark_non_differentiable(*results[1:])
-            return tuple(results)
+            kept += operation.forward(tensors, shape, **options)
+            save(ctx, tensors, shape, Results(*kept), options.get("exchange"))
+            return kept[0]
 
         @staticmethod
         @once_differentiable
-        def backward(ctx, d_out, *_):
-            return None, None, *gradients(partial(operation.backward, exchange=ctx.exchange), ctx, d_out)
+        def backward(ctx, d_out):
+            return None, None, None, *gradients(partial(operation.backward, exchange=ctx.exchange), ctx, d_out)
 
     def call(tensors, shape: Shape, **options):
         # An operator cannot take the processes that hold the other parts of rows.
@@ -202,7 +207,10 @@ def register(operation: type) -> Callable:
             options.pop("exchange", None)
             return Results(*forward_op(*plain(tensors), **by_name(shape), **options))
         if torch.is_grad_enabled():
-            return Results(*Direct.apply(shape, options, *tensors))
+            # Outputs without a gradient would cost autograd as much as others.
+            kept: list[Tensor] = []
+            first = Direct.apply(shape, options, kept, *tensors)
+            return Results(first, *kept[1:])
         return operation.forward(tensors, shape, **options)
 
     call.operator = forward_op
@@ -223,11 +231,11 @@ def cached_of(tensors) -> Cached:
     return Cached(initial=tensors.initial, kept=tensors.kept, kept_mask=tensors.kept_mask)
 
 
-def inputs_of(x, projections: Projections, **norm) -> Inputs:
+def inputs_of(x, projections: Projections, *norm: Tensor) -> Inputs:
     """The inputs of launches, from an operation's tensors or from what it saved."""
+    u, v, z, gates = projections
     return Inputs(
-        **projections._asdict(), gamma=x.gamma, beta=x.beta, bias_R=x.bias_R, cos=x.cos, sin=x.sin, source=x.source,
-        index=x.index, gate_bias=x.gate_bias, **norm,
+        u, v, z, x.gamma, x.beta, x.bias_R, x.cos, x.sin, x.source, x.index, gates, x.gate_bias, *norm
     )  # fmt: skip
 
 
@@ -328,10 +336,10 @@ gated_attention = register(GatedAttention)
 # ------------------------------------------------------------------------------------------------------------------
 # The whole layer
 # ------------------------------------------------------------------------------------------------------------------
-# x is the layer's input `[T, D]`; gain is of its norm; w and b are weights and biases of projections.
+# x is the layer's input `[B, N, D]`; gain is of its norm; w and b are weights and biases of projections.
 LayerTensors = group("LayerTensors", f"x gain w_u b_u w_v b_v w_z b_z w_o b_o {HEADS}", f"w_gates {OPTIONAL} {CACHED}")
-# y is the layer's output; rms is `1 / sqrt(mean(x^2) + eps)` per token; cast is x in the products' type, or empty if x
-# has that type; h is `x w^T`, where w joins the weights of u, v, z and the gates; the others are as in
+# y is the layer's output; rms is `1 / sqrt(mean(x^2) + eps)` per token; cast is x in the products' type, `[T, D]`, or
+# empty if x has that type; h is `x w^T`, where w joins the weights of u, v, z and the gates; the others are as in
 # `AttentionResults`.
 LayerResults = NamedTuple("LayerResults", [(name, Tensor) for name in f"y rms cast h w {STATES} final".split()])
 # Here x is in the products' type.
@@ -343,9 +351,7 @@ GATE_COLUMNS = 8
 
 
 def layer_inputs(x, h: Tensor, rms: Tensor, shape: Shape) -> Inputs:
-    return inputs_of(
-        x, split_columns(h, shape), rms=rms, gain=x.gain, bias_u=x.b_u, bias_v=x.b_v, bias_z=x.b_z,
-    )  # fmt: skip
+    return inputs_of(x, split_columns(h, shape), rms, x.gain, x.b_u, x.b_v, x.b_z)
 
 
 def layer_results(attention: AttentionResults, **others: Tensor) -> LayerResults:
@@ -360,7 +366,7 @@ def columns(shape: Shape) -> list[int]:
 
 
 def split_columns(h: Tensor, shape: Shape) -> Projections:
-    return Projections(*h.split(columns(shape), 1))
+    return Projections(*torch.split_with_sizes(h, columns(shape), 1))
 
 
 def joined_weights(tensors: LayerTensors, shape: Shape) -> Tensor:
@@ -387,17 +393,18 @@ class Layer:
     def forward(
         tensors: LayerTensors, shape: Shape, *, eps: float, want_final: bool, exchange=None
     ) -> LayerResults:  # fmt: skip
-        x, dtype = tensors.x, shape.dtype
+        # A view outside of the operation would have its own node in autograd's graph.
+        x, dtype = tensors.x.view(shape.T, shape.D), shape.dtype
         casts = x.dtype != dtype
         rms = x.new_empty(shape.T, dtype=torch.float32)
-        cast = x.new_empty(x.shape if casts else (0,), dtype=dtype)
+        cast = x.new_empty(x.shape, dtype=dtype) if casts else absent(x.device, dtype)
         with on_device(x):
             launch_norm(x, tensors.gain, eps, rms, cast, cast=casts, scale=False)
             w = joined_weights(tensors, shape)
             h = torch.mm(cast if casts else x, w.t())
             inputs = layer_inputs(tensors, h, rms, shape)
             attention = launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
-            y = launch_residual(x, attention.out, tensors.w_o.to(dtype), tensors.b_o)
+            y = launch_residual(tensors.x, attention.out, tensors.w_o.to(dtype), tensors.b_o)
         return layer_results(attention, y=y, rms=rms, cast=cast, h=h, w=w)
 
     @staticmethod
@@ -406,10 +413,10 @@ class Layer:
         return layer_results(
             fake_attention(tensors, shape, want_final),
             y=torch.empty_like(x),
-            rms=x.new_empty(x.shape[0], dtype=torch.float32),
-            cast=x.new_empty(x.shape if x.dtype != shape.dtype else (0,), dtype=shape.dtype),
-            h=x.new_empty((x.shape[0], width), dtype=shape.dtype),
-            w=x.new_empty((width, x.shape[1]), dtype=shape.dtype),
+            rms=x.new_empty(shape.T, dtype=torch.float32),
+            cast=x.new_empty((shape.T, shape.D) if x.dtype != shape.dtype else (0,), dtype=shape.dtype),
+            h=x.new_empty((shape.T, width), dtype=shape.dtype),
+            w=x.new_empty((width, shape.D), dtype=shape.dtype),
         )
 
     @staticmethod
@@ -418,7 +425,7 @@ class Layer:
 
     @staticmethod
     def backward(d_out: Tensor, saved: SavedLayer, shape: Shape, exchange=None) -> list[Tensor]:
-        d_y, x, h = d_out, saved.x, saved.h
+        d_y, x, h = d_out.view(shape.T, shape.D), saved.x.view(shape.T, shape.D), saved.h
         raw_dy = d_y.to(h.dtype)
         with on_device(d_y):
             d_h = h.new_empty(h.shape) if saved.source is None else h.new_zeros(h.shape)
@@ -430,24 +437,25 @@ class Layer:
             p = torch.mm(d_h, saved.w)
             d_w = torch.mm(d_h.t(), x)
             del d_h
-            d_x = torch.empty_like(d_y)
+            d_x = torch.empty_like(d_out)
             norm = launch_norm_gradient(p, x, d_y, saved.rms, saved.gain, d_x)
             sums = Sums.of(shape, saved.bias_R is not None)
             small = launch_sums(shape, sums, parts._replace(norm=norm), sums_dtype(saved))
-        return [d_x, d_w, d_w_o, small, *([parts.gates.sum(0)] if shape.delta else [])]
+        gates = [parts.gates.sum(0)] if shape.delta else []
+        return [d_x, d_w, d_w_o, small, *gates]
 
     @staticmethod
     def fake_backward(d_out: Tensor, saved: SavedLayer, shape: Shape) -> list[Tensor]:
         sums = Sums.of(shape, saved.bias_R is not None)
         small = d_out.new_empty((sums.size,), dtype=sums_dtype(saved))
-        w_o = saved.h.new_empty((d_out.shape[1], shape.E))
+        w_o = saved.h.new_empty((shape.D, shape.E))
         gates = [small.new_empty(2, dtype=torch.float32)] if shape.delta else []
         return [torch.empty_like(d_out), torch.empty_like(saved.w), w_o, small, *gates]
 
     @staticmethod
     def gradients(results: list[Tensor], saved: SavedLayer, shape: Shape) -> dict[str, Tensor]:
         d_x, d_w, d_w_o, small, *d_gate_bias = results
-        d_w_u, d_w_v, d_w_z, *d_w_gates = d_w.split(columns(shape))
+        d_w_u, d_w_v, d_w_z, *d_w_gates = torch.split_with_sizes(d_w, columns(shape))
         sums = Sums.of(shape, saved.bias_R is not None).split(small, shape)
         if shape.delta:
             sums |= {"w_gates": d_w_gates[0][:2], "gate_bias": d_gate_bias[0]}

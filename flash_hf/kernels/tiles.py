@@ -78,7 +78,8 @@ def tiles_for(C: int, S: int, dtype: torch.dtype) -> Tiles:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes and switches of one call. Operators take them by name; kernels are compiled for them.
+    """The sizes and switches of one call. Operators take them by name; kernels are compiled for them. Calls get theirs
+    from `shape_of`.
 
     Attributes:
         B, N: rows, and tokens per row. G, C, shift: of the chunks, as in `ChunkPlan`.
@@ -117,17 +118,17 @@ class Shape:
     def tiles(self) -> Tiles:
         return tiles_for(self.C, self.S, self.dtype)
 
-    @property
+    @functools.cached_property
     def scaled(self) -> bool:
         """Whether kernels apply the norm's scale and the biases to u, v and z."""
         return self.D > 0
 
-    @property
+    @functools.cached_property
     def T(self) -> int:
         """Tokens of all rows."""
         return self.B * self.N
 
-    @property
+    @functools.cached_property
     def GT(self) -> int:
         """Chunks of all rows."""
         return self.B * self.G
@@ -141,37 +142,37 @@ class Shape:
         fits = self.C == 256 and not self.delta and halves.stop >= 2 * self.G - 1
         return halves if fits else range(2 * self.G)
 
-    @property
+    @functools.cached_property
     def skips(self) -> bool:
         """Whether some halves of chunks are left out."""
         return len(self.halves) < 2 * self.G
 
-    @property
+    @functools.cached_property
     def even(self) -> bool:
         """Whether all slots of the halves have tokens."""
         return len(self.halves) * 128 == self.N
 
-    @property
+    @functools.cached_property
     def grid(self) -> tuple[int, int, int, int]:
         """The sizes from which kernels compute the token of a slot."""
         return self.N, self.G, self.C, self.shift
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """Rows of the heads."""
         return self.H + 2 * self.delta
 
-    @property
+    @functools.cached_property
     def lin_row(self) -> int:
         """Row of the query that reads states, before that of the key that makes them, or -1."""
         return self.rows - 2 if self.lin else -1
 
-    @property
+    @functools.cached_property
     def key_rows(self) -> list[int]:
         """Rows of the quadratic and the linear key among the heads, without absent branches."""
         return [1] * self.quad + [self.H - 1] * self.lin
 
-    @property
+    @functools.cached_property
     def keeps_attended(self) -> bool:
         """Whether the backward needs the attended value itself. Otherwise it divides the output by `silu(u)`, which
         float16 cannot represent near 0, and other activations than SiLU can be exactly 0."""
@@ -208,14 +209,25 @@ class Shape:
             return tiled(x, tma, *block)
         return Described(x, tokens_form(self.B, self.N, x.shape[1], x.stride(0), block))
 
-    @property
+    @functools.cached_property
     def row_tiles(self) -> int:
         return self.tiles.CP // self.tiles.block
 
-    @property
+    @functools.cached_property
     def score_tiles(self) -> int:
         n = self.row_tiles
         return n * (n + 1) // 2 if self.causal else n * n
+
+
+# One object for all layers and steps, with what it has computed.
+shape_of = functools.lru_cache(1024)(Shape)
+
+
+@functools.cache
+def absent(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What stands for a tensor without a meaning for a call."""
+    with torch.inference_mode(False):
+        return torch.empty(0, device=device, dtype=dtype)
 
 
 def has_tma(device: torch.device) -> bool:
@@ -226,7 +238,8 @@ def has_tma(device: torch.device) -> bool:
 
 def on_device(x: Tensor):
     """A context in which x's device is the current one, on which Triton launches."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else contextlib.nullcontext()
 
 
 @functools.lru_cache(4096)

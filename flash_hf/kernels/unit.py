@@ -12,11 +12,11 @@ import triton
 from torch import Tensor, nn
 
 from ..attention_flash import DecodingState, closed_total, offset_scale, score_scale, shifted_dims
-from ..chunking_flash import ChunkLayout, Places
+from ..chunking_flash import ChunkLayout, Places, is_tracing
 from . import ops
 from .plan import ChunkPlan
 from .step import step_operator
-from .tiles import Cached, Shape
+from .tiles import Cached, Shape, shape_of
 
 
 def _flat_rotary(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -31,7 +31,7 @@ def _shape_and_tensors(
     unit: nn.Module, places: Places, bias_R: Tensor | None, state: DecodingState | None, return_state: bool, **others
 ) -> tuple[Shape, dict]:
     """The shape of a call, with `others` of its fields, and by name the tensors that both operators take."""
-    config, plan, causal = unit.config, places.plan, unit.is_causal
+    plan, causal = places.plan, unit.is_causal
     gamma_HS, beta_HS = unit.offset_scale.weight, unit.offset_scale.bias
     H, S = gamma_HS.shape
     cos, sin, rotary_dim = _flat_rotary(places.rotary)
@@ -39,11 +39,11 @@ def _shape_and_tensors(
     # Within a first chunk the causal global part is zero.
     needs_lin = not causal or plan.chunks > 1 or cached.initial is not None or return_state or not unit.has_quad
     lin = unit.has_lin and needs_lin
-    shape = Shape(
+    shape = (Shape if is_tracing() else shape_of)(
         N=plan.tokens, G=plan.chunks, C=plan.chunk_size, shift=plan.shift, S=S, H=H, causal=causal,
-        quad=unit.has_quad, lin=lin, previous=config.previous_key, local_shift=config.local_key_shift,
-        delta=unit.delta and lin, interleaved=config.rope_interleaved, rotary_dim=rotary_dim,
-        scale=score_scale("relu2", config.attention_divisor, S), **others,
+        quad=unit.has_quad, lin=lin, previous=unit.previous_key, local_shift=unit.local_key_shift,
+        delta=unit.delta and lin, interleaved=unit.interleaved, rotary_dim=rotary_dim,
+        scale=score_scale("relu2", unit.divisor, S), **others,
     )  # fmt: skip
     return shape, {
         "gamma": gamma_HS, "beta": beta_HS, "gate_bias": unit.gate_bias if shape.delta else None, "bias_R": bias_R,
@@ -227,7 +227,7 @@ def layer(
         unit, places, bias_R, state, return_state, B=B, D=D, E=E, silu=True, dtype=dtype
     )
     tensors = ops.LayerTensors(
-        x=x_BND.reshape(B * N, D).contiguous(), gain=gain, w_u=u_proj.weight, b_u=u_proj.bias, w_v=v_proj.weight,
+        x=x_BND.contiguous(), gain=gain, w_u=u_proj.weight, b_u=u_proj.bias, w_v=v_proj.weight,
         b_v=v_proj.bias, w_z=z_proj.weight, b_z=z_proj.bias, w_o=o_proj.weight, b_o=o_proj.bias,
         w_gates=unit.gate_proj.weight if shape.delta else None, **tensors,
     )  # fmt: skip
@@ -249,7 +249,7 @@ def layer(
                 return activated(results.h[:, 2 * E :], z_proj.bias, token)
 
             new_state = _decoding_state(results, shape, places, unit, value_of, basis_of)
-    return results.y.view(B, N, D), new_state
+    return results.y, new_state
 
 
 def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:

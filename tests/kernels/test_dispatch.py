@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches without triton's dispatch. The launches themselves are stubs."""
+"""Launches without triton's dispatch, and what a layer's step consists of. The launches themselves are stubs."""
 
+import collections
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from flash_hf import FlashConfig, FlashModel
 
 
 pytest.importorskip("triton")
-from flash_hf.kernels import dispatch  # noqa: E402
+from flash_hf.kernels import choice, dispatch, launches  # noqa: E402
 
 
 DEVICE = -1  # as CPU tensors say
@@ -148,3 +152,58 @@ def test_only_some_launches_are_kept(maps, monkeypatch):
     for size in range(32, 320, 16):
         kernel((1,), x, x, size, BLOCK=16, num_warps=4)
         assert len(kernel.launches) <= 3
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# A layer's step
+# ------------------------------------------------------------------------------------------------------------------
+def counts(layers: int) -> tuple[collections.Counter, int]:
+    """The torch operations of one forward and backward, and the number of launches."""
+    torch.manual_seed(0)
+    config = FlashConfig(
+        vocab_size=16, hidden_size=64, num_hidden_layers=layers, query_key_dim=128, chunk_size=256, is_decoder=True,
+        backend="triton",
+    )  # fmt: skip
+    model = FlashModel(config).to(torch.bfloat16)
+    x = torch.zeros(1, 512, 64, dtype=torch.bfloat16, requires_grad=True)
+    launched = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch.Kernel, "__call__", lambda self, *arguments, **constants: launched.append(self))
+        for _ in range(2):
+            launched.clear()
+            model.zero_grad()
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                model(inputs_embeds=x, use_cache=False).last_hidden_state.backward(torch.zeros_like(x))
+    return collections.Counter({event.key: event.count for event in profiler.key_averages()}), len(launched)
+
+
+def test_a_layers_output_may_be_changed_in_place():
+    """It is no view of what only the operation knows."""
+    if not dispatch.INTERPRET:
+        pytest.skip("in the interpreter")
+    config = FlashConfig(
+        vocab_size=16, hidden_size=16, num_hidden_layers=2, query_key_dim=16, chunk_size=16, is_decoder=True,
+        backend="triton",
+    )  # fmt: skip
+    model = FlashModel(config)
+    model.layers[0].register_forward_hook(lambda module, inputs, output: output.mul_(2.0))
+    x = torch.randn(1, 20, 16, requires_grad=True)
+    model(inputs_embeds=x).last_hidden_state.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.skipif(choice.scan is None or not dispatch.INTERPRET, reason="counts what surrounds the Hopper kernels")
+def test_a_layers_step_has_few_operations(monkeypatch):
+    """Each takes Python and torch as long as some kernels of a narrow model run."""
+    monkeypatch.setattr(choice, "scan_for", lambda device: True)
+    monkeypatch.setattr(choice, "FEW_SCANS", 0)
+    monkeypatch.setattr(launches, "multiprocessors", lambda device: 1)
+    (one, launched), (three, launched_by_three) = counts(1), counts(3)
+    per_layer = {name: (count - one[name]) / 2 for name, count in three.items()}
+    assert launched_by_three - launched == 2 * 14
+    assert per_layer["aten::mm"] == 4 and per_layer["aten::cat"] == 1
+    assert per_layer["aten::empty"] + per_layer["aten::empty_strided"] <= 20
+    assert per_layer["aten::as_strided"] <= 43  # views
+    nodes = {name: count for name, count in per_layer.items() if name.startswith("autograd::") and count}
+    # One node for the layer, and one for each of its parameters.
+    assert sorted(nodes.values()) == [1, 12]

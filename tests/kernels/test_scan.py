@@ -504,7 +504,8 @@ def in_torch(monkeypatch):
         results = launch_forward(shape, inputs, cached, want_final, exchange)
         tensors = SimpleNamespace(**vars(inputs), **cached._asdict())
         assert [x.shape for x in results] == [x.shape for x in ops.fake_attention(tensors, shape, want_final)]
-        assert len(set(map(id, results))) == len(results)  # an operator must not return a tensor twice
+        filled = [id(x) for x in results if x.numel()]
+        assert len(set(filled)) == len(filled)  # an operator must not return a tensor twice
         return results
 
     monkeypatch.setattr(ops, "launch_forward", as_fake_tensors_say)
