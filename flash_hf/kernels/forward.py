@@ -281,6 +281,126 @@ def carry_kernel(
         tl.store(final_ptr + document.to(tl.int64) * size + place, final, mask=mask)
 
 
+@triton.jit
+def newest_key(
+    z_ptr, gain, bias_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, angle, s, inside, rotary_dim,
+    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """`RoPE(gamma silu(z) + beta)` of one token at key dimensions s, turned by row `angle` of the tables."""
+    half = rotary_dim // 2
+    if INTERLEAVED:
+        first, pair, place = s % 2 == 0, s ^ 1, s // 2
+    else:
+        first = s < half
+        pair, place = tl.where(first, s + half, s - half), tl.where(first, s, s - half)
+    turned = s < rotary_dim
+    own = scaled_basis(z_ptr, gain, bias_ptr, gamma_ptr, beta_ptr, s, inside, SCALED, SILU, FAST)
+    other = scaled_basis(z_ptr, gain, bias_ptr, gamma_ptr, beta_ptr, pair, turned, SCALED, SILU, FAST)
+    cos = tl.load(cos_ptr + angle * half + place, mask=turned, other=1.0)
+    sin = tl.load(sin_ptr + angle * half + place, mask=turned, other=0.0)
+    return own * cos + other * tl.where(first, -sin, sin)
+
+
+@triton.jit
+def scaled_basis(
+    z_ptr, gain, bias_ptr, gamma_ptr, beta_ptr, column, mask, SCALED: tl.constexpr, SILU: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """`gamma silu(z) + beta` of one token at some key dimensions."""
+    z = tl.load(z_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        z = z * gain + tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    gamma = tl.load(gamma_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    return gamma * silu(z, SILU, FAST) + tl.load(beta_ptr + column, mask=mask, other=0.0).to(tl.float32)
+
+
+@kernel
+@triton.jit
+def open_chunk_kernel(
+    heads_ptr, v_ptr, v_stride, z_ptr, z_stride, rms_ptr, gain_ptr, bias_v_ptr, bias_z_ptr, gamma_ptr, beta_ptr,
+    cos_ptr, sin_ptr, source_ptr, chunk_ptr, seen_ptr, quad_k_ptr, lin_k_ptr, value_ptr, new_seen_ptr, N, G, C, shift,
+    GT, E, S, rotary_dim, table_rows, slots, skipped, seen_stride,
+    QUAD: tl.constexpr, LIN: tl.constexpr, H: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr,
+    CP: tl.constexpr, SP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, SILU: tl.constexpr,
+    FAST: tl.constexpr, RAGGED: tl.constexpr, LAST: tl.constexpr, SLOTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """A row's open chunk as a decoding state has it, see `DecodingState`: its values, `[rows, slots, E]`, its keys,
+    `[rows, slots, S]`, with a slot more where they are shifted, and the row's count of tokens.
+
+    The open chunk is `chunk` of all rows, or with LAST each row's last one. Slots without tokens are 0. Programs
+    behind those of the values copy the keys. Where these are shifted, the slot behind the last token gets that token's
+    own key: it is made here, but in ragged rows where the heads have that slot.
+    """
+    grid_wait()
+    blocks = tl.cdiv(slots + 1, BLOCK_C)
+    row = tl.program_id(0) // blocks
+    chunk = row * G + G - 1
+    if not LAST:
+        chunk = tl.load(chunk_ptr + row).to(tl.int32)
+    out_slot = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    slot = out_slot - skipped
+    slot = tl.where(slot < 0, C, slot)
+    out_row = row.to(tl.int64)
+    if tl.program_id(1) < tl.num_programs(1) - 1:
+        column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+        token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
+        raw = load_rows(v_ptr, v_stride, token, real, column, E, False)
+        value = values_of(raw, rms_ptr, gain_ptr, bias_v_ptr, token, real, column, E, SCALED, SILU, FAST)
+        store_rows(value_ptr, E, out_row * slots + out_slot, out_slot < slots, column, E, value, False)
+    else:
+        if tl.program_id(0) % blocks == 0:
+            tl.store(new_seen_ptr + row, tl.load(seen_ptr + row * seen_stride))
+        s = tl.arange(0, SP)
+        inside = s < S
+        token, real = token_rows(source_ptr, chunk, slot, N, G, C, shift, RAGGED)
+        copied = slot < C
+        if not RAGGED:
+            # Kernels leave out halves of chunks without tokens.
+            copied = real
+        heads = heads_ptr + (chunk.to(tl.int64) * CP + slot)[:, None] * SP + s[None, :]
+        mask = copied[:, None] & inside[None, :]
+        head_size = GT.to(tl.int64) * CP * SP
+        if PREVIOUS or LOCAL:
+            every = tl.arange(0, SLOTS)
+            every_token, every_real = token_rows(source_ptr, chunk, every, N, G, C, shift, RAGGED)
+            last = tl.max(tl.where(every_real, every, -1), 0)
+            last_token = tl.max(tl.where(every_real & (every == last), every_token, 0), 0)
+            # A row of padding keeps the key that the cache had behind a full chunk, now in the first slot.
+            none = last < 0
+            newest = skipped + tl.where(none, C, last + 1)
+            made = (last == C - 1) | (not RAGGED)
+            first = heads_ptr + chunk.to(tl.int64) * CP * SP + s
+            is_newest = (out_slot == newest) & (made | none)
+            z_gain = 1.0
+            if SCALED:
+                z_gain = tl.load(rms_ptr + last_token) * tl.load(gain_ptr).to(tl.float32)
+        if QUAD:
+            key = tl.load(heads + head_size, mask=mask, other=0.0)
+            if LOCAL:
+                own = newest_key(
+                    z_ptr + last_token * z_stride, z_gain, bias_z_ptr, gamma_ptr + S, beta_ptr + S, cos_ptr, sin_ptr,
+                    (chunk * C + last) % table_rows, s, inside, rotary_dim, INTERLEAVED, SCALED, SILU, FAST,
+                )  # fmt: skip
+                own = own.to(heads_ptr.dtype.element_ty)
+                own = tl.where(none, tl.load(first + head_size, mask=inside, other=0.0), own)
+                key = tl.where(is_newest[:, None], own[None, :], key)
+            at = out_row * (slots + LOCAL) + out_slot
+            store_rows(quad_k_ptr, S, at, out_slot < slots + LOCAL, s, S, key, False)
+        if LIN:
+            key = tl.load(heads + (H - 1) * head_size, mask=mask, other=0.0)
+            if PREVIOUS:
+                own = newest_key(
+                    z_ptr + last_token * z_stride, z_gain, bias_z_ptr, gamma_ptr + (H - 1) * S, beta_ptr + (H - 1) * S,
+                    cos_ptr, sin_ptr, 0, s, inside, 0, INTERLEAVED, SCALED, SILU, FAST,
+                )  # fmt: skip
+                own = own.to(heads_ptr.dtype.element_ty)
+                own = tl.where(none, tl.load(first + (H - 1) * head_size, mask=inside, other=0.0), own)
+                key = tl.where(is_newest[:, None], own[None, :], key)
+            at = out_row * (slots + PREVIOUS) + out_slot
+            store_rows(lin_k_ptr, S, at, out_slot < slots + PREVIOUS, s, S, key, False)
+
+
 @kernel
 @triton.jit
 def output_kernel(

@@ -411,6 +411,37 @@ def launch_forward(
     return AttentionResults(out, heads, prefix, carry, attended, final, *own)
 
 
+def launch_open_chunk(
+    shape: Shape, inputs: Inputs, heads: Tensor, chunk_B: Tensor | None, seen_B: Tensor, slots: int, skipped: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Local keys, linear keys, values and counts of tokens of a decoding state, see `open_chunk_kernel`; keys of an
+    absent branch are empty.
+
+    Args:
+        chunk_B: each row's open chunk, of all rows' chunks; None for its last.
+        seen_B: tokens of the open document, int64 `[B or 1]`.
+        slots: of a chunk in the state. skipped: empty ones before those of the grid.
+    """
+    B, E, S, t = shape.B, shape.E, shape.S, shape.tiles
+    cos, sin, table_rows = inputs.tables
+    new = heads.new_empty
+    quad_k = new((B, slots + shape.local_shift, S) if shape.quad else (0,))
+    lin_k = new((B, slots + shape.previous, S) if shape.lin else (0,))
+    value, seen = new((B, slots, E)), seen_B.new_empty(B)
+    block_c, block_e = 32, 128
+    forward.open_chunk_kernel(
+        (B * cdiv(slots + 1, block_c), cdiv(E, block_e) + 1),
+        heads, inputs.v, inputs.v.stride(0), inputs.z, inputs.z.stride(0), *inputs.norm("bias_v"),
+        inputs.norm("bias_z")[2], inputs.gamma, inputs.beta, cos, sin, inputs.tokens,
+        seen_B if chunk_B is None else chunk_B, seen_B, quad_k, lin_k, value, seen, *shape.grid, shape.GT, E, S,
+        shape.rotary_dim, table_rows, slots, skipped, 0 if len(seen_B) == 1 else 1, QUAD=shape.quad, LIN=shape.lin,
+        H=shape.H, PREVIOUS=shape.previous, LOCAL=shape.local_shift, CP=t.CP, SP=t.SP, INTERLEAVED=shape.interleaved,
+        **switches(shape, inputs), LAST=chunk_B is None, SLOTS=power_of_2(t.CP), BLOCK_C=block_c, BLOCK_E=block_e,
+        num_warps=4,
+    )  # fmt: skip
+    return quad_k, lin_k, value, seen
+
+
 def launch_gate(
     shape: Shape, inputs: Inputs, gated: Tensor, d_out: Tensor, d_attended: Tensor, d_u: Tensor, value: Tensor | None
 ) -> Tensor:

@@ -26,6 +26,7 @@ from .launches import (
     launch_forward,
     launch_norm,
     launch_norm_gradient,
+    launch_open_chunk,
     launch_residual,
     launch_rotary_bias,
     launch_rotary_bias_gradient,
@@ -463,6 +464,48 @@ class Layer:
 
 
 layer = register(Layer)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The open chunk, for a decoding state
+# ------------------------------------------------------------------------------------------------------------------
+# v and z are outputs of the projections, chunk and seen are `chunk_B` and `seen_B` of `launch_open_chunk`; rms, gain
+# and biases are there in a whole layer.
+OpenChunkTensors = group("OpenChunkTensors", "heads v z gamma beta seen", "rms gain b_v b_z cos sin source chunk")
+OPEN_CHUNK_OPTIONS = {"slots": int, "skipped": int}
+
+
+def run_open_chunk(x: OpenChunkTensors, shape: Shape, slots: int, skipped: int) -> list[Tensor]:
+    inputs = Inputs(
+        u=x.v, v=x.v, z=x.z, gamma=x.gamma, beta=x.beta, bias_R=None, cos=x.cos, sin=x.sin, source=x.source,
+        index=x.index, rms=x.rms, gain=x.gain, bias_v=x.b_v, bias_z=x.b_z,
+    )  # fmt: skip
+    with on_device(x.v):
+        return list(launch_open_chunk(shape, inputs, x.heads, x.chunk, x.seen, slots, skipped))
+
+
+open_chunk_op = torch.library.custom_op(
+    "flash_hf::open_chunk",
+    lambda *tensors, **options: run_open_chunk(named(OpenChunkTensors, tensors), take_shape(options), **options),
+    mutates_args=(),
+    schema=schema(get_type_hints(OpenChunkTensors), SHAPE | OPEN_CHUNK_OPTIONS),
+)  # fmt: skip
+
+
+@open_chunk_op.register_fake
+def _(*tensors, **options):
+    x, shape, slots = named(OpenChunkTensors, tensors), take_shape(options), options["slots"]
+    B, S, new = shape.B, shape.S, x.heads.new_empty
+    quad_k = new((B, slots + shape.local_shift, S) if shape.quad else (0,))
+    lin_k = new((B, slots + shape.previous, S) if shape.lin else (0,))
+    return [quad_k, lin_k, new((B, slots, shape.E)), x.seen.new_empty(B)]
+
+
+def open_chunk(tensors: OpenChunkTensors, shape: Shape, **options) -> list[Tensor]:
+    """What `launch_open_chunk` returns."""
+    if is_watched(tensors):
+        return open_chunk_op(*plain(tensors), **by_name(shape), **options)
+    return run_open_chunk(tensors, shape, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor, nn
 
-from ..attention_flash import DecodingState, closed_total, offset_scale, score_scale, shifted_dims
+from ..attention_flash import DecodingState, closed_total, score_scale, shifted_dims
 from ..chunking_flash import ChunkLayout, Places, is_tracing
 from . import ops
 from .plan import ChunkPlan
@@ -53,56 +50,40 @@ def _shape_and_tensors(
 
 
 def _decoding_state(
-    results: ops.AttentionResults | ops.LayerResults, shape: Shape, places: Places, unit: nn.Module,
-    value_of: Callable[[Tensor], Tensor], basis_of: Callable[[Tensor], Tensor],
+    results: ops.AttentionResults | ops.LayerResults, shape: Shape, tensors: dict, places: Places, unit: nn.Module,
+    v: Tensor, z: Tensor, **norm: Tensor,
 ) -> DecodingState:  # fmt: skip
     """The state after these tokens, from the results of the kernels.
 
     Args:
-        value_of: values of flat tokens. basis_of: what their keys are made from, `[..., S]` float32.
+        tensors: as of `_shape_and_tensors`. v, z: outputs of the projections.
+        norm: in a whole layer `rms`, `gain` and the biases `b_v` and `b_z`.
     """
-    heads, final = results.heads.detach(), results.final.detach()
     layout: ChunkLayout = places.layout
     plan: ChunkPlan = places.plan
-    G, C, N = plan.chunks, plan.chunk_size, plan.tokens
-    B, S, device = shape.B, shape.S, heads.device
-    chunk_B = torch.full((B,), G - 1, device=device) if layout.final_B is None else layout.final_B
-    flat_B = torch.arange(B, device=device) * G + chunk_B
-    if plan.source_K is None:
-        column = chunk_B[:, None] * C - plan.shift + torch.arange(C, device=device)
-        first = torch.arange(B, device=device)[:, None] * N
-        token_BC = torch.where((column >= 0) & (column < N), column + first, -1)
-    else:
-        token_BC = plan.source_K.view(B * G, C)[flat_B].long()
-    if shape.lin and plan.index.documents > B:
-        final = final[torch.searchsorted(plan.index.document_end, plan.index.group_G[flat_B], right=True)]
-    value = torch.where((token_BC >= 0)[..., None], value_of(token_BC.clamp(min=0)), 0)
-    around = 0, 0, layout.skipped, unit.config.chunk_size - C - layout.skipped
-
-    def keys(row: int, rotary: tuple[Tensor, Tensor] | None, shifted: bool) -> Tensor:
-        """The slots' keys; where they are shifted, with that of the newest token behind those of a full chunk. An open
-        chunk's slot after its last token has it already."""
-        key_BCS = heads[row].view(B * G, -1, heads.shape[-1])[flat_B, :C, :S]
-        if shifted:
-            scale, last_B = unit.offset_scale, token_BC[:, -1]
-            gamma_1S, beta_1S = (x.detach()[row][None].float() for x in (scale.weight, scale.bias))
-            z_BS = basis_of(last_B.clamp(min=0))
-            own_BS = offset_scale(z_BS, gamma_1S, beta_1S, rotary, interleaved=unit.interleaved)[:, 0]
-            newest_BS = torch.where(last_B[:, None] >= 0, own_BS.to(key_BCS.dtype), key_BCS[:, 0])
-            key_BCS = torch.cat([key_BCS, newest_BS[:, None]], 1)
-        return F.pad(key_BCS, around)
-
-    rotary = None
-    if shape.local_shift and places.rotary is not None:
-        cos, sin, _ = _flat_rotary(places.rotary)
-        last_B = (flat_B * C + C - 1) % len(cos)
-        rotary = cos[last_B], sin[last_B]
+    B, G, S = shape.B, plan.chunks, shape.S
+    chunk_B = None
+    if layout.final_B is not None:
+        chunk_B = torch.arange(B, device=v.device) * G + layout.final_B
+    made = ops.OpenChunkTensors(
+        heads=results.heads.detach(), v=v.detach(), z=z.detach(), seen=layout.seen_after_B, chunk=chunk_B,
+        **{name: tensors[name] for name in ("gamma", "beta", "cos", "sin", "source", "index")},
+        **dict.fromkeys(("rms", "gain", "b_v", "b_z")) | norm,
+    )  # fmt: skip
+    with torch.no_grad():
+        quad_k, lin_k, value, seen = ops.open_chunk(
+            made, shape, slots=unit.config.chunk_size, skipped=layout.skipped
+        )  # fmt: skip
+    total = None
+    if shape.lin:
+        total = results.final.detach()
+        if plan.index.documents > B:
+            flat_B = torch.arange(1, B + 1, device=v.device) * G - 1 if chunk_B is None else chunk_B
+            total = total[torch.searchsorted(plan.index.document_end, plan.index.group_G[flat_B], right=True)]
+        if total.shape[1] > S or is_tracing():
+            total = total[:, :S].clone()
     return DecodingState(
-        quad_k=keys(1, rotary, shape.local_shift) if shape.quad else None,
-        lin_k=keys(heads.shape[0] - 1, None, shape.previous) if shape.lin else None,
-        value=F.pad(value, around),
-        total=final[:, :S].clone() if shape.lin else None,
-        seen=layout.seen_after_B.expand(B).clone(),
+        quad_k=quad_k if shape.quad else None, lin_k=lin_k if shape.lin else None, value=value, total=total, seen=seen
     )
 
 
@@ -141,24 +122,16 @@ def gated_attention(
         v_BNE = torch.cat([value_BCE.to(v_BNE.dtype), v_BNE], 1)
         u_BNE, z_BNS = (F.pad(x, (0, 0, plan.cached, 0)) for x in (u_BNE, z_BNS))
     B, N, E = v_BNE.shape
-    shape, tensors = _shape_and_tensors(
+    shape, others = _shape_and_tensors(
         unit, places, bias_R, state, return_state, B=B, D=0, E=E, silu=silu, dtype=v_BNE.dtype
     )
     u, v, z = (_rows(x) for x in (u_BNE, v_BNE, z_BNS))
     gates = _rows(gates_BN2) if shape.delta else None
-    tensors = ops.AttentionTensors(u=u, v=v, z=z, gates=gates, **tensors)
+    tensors = ops.AttentionTensors(u=u, v=v, z=z, gates=gates, **others)
     results = ops.gated_attention(tensors, shape, want_final=return_state and shape.lin, exchange=layout.neighbours)
     new_state = None
     if return_state:
-
-        def activated(x: Tensor, token: Tensor) -> Tensor:
-            x = x.detach()[token]
-            return F.silu(x) if silu else x
-
-        def basis_of(token: Tensor) -> Tensor:
-            return activated(z, token).float()
-
-        new_state = _decoding_state(results, shape, places, unit, partial(activated, v), basis_of)
+        new_state = _decoding_state(results, shape, others, places, unit, v, z)
     return results.out.view(B, N, E)[:, plan.cached :], new_state
 
 
@@ -223,32 +196,23 @@ def layer(
     unit, gain = block.gau, block.norm.weight
     u_proj, v_proj, z_proj, o_proj = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
     E = v_proj.weight.shape[0]
-    shape, tensors = _shape_and_tensors(
+    shape, others = _shape_and_tensors(
         unit, places, bias_R, state, return_state, B=B, D=D, E=E, silu=True, dtype=dtype
     )
     tensors = ops.LayerTensors(
         x=x_BND.contiguous(), gain=gain, w_u=u_proj.weight, b_u=u_proj.bias, w_v=v_proj.weight,
         b_v=v_proj.bias, w_z=z_proj.weight, b_z=z_proj.bias, w_o=o_proj.weight, b_o=o_proj.bias,
-        w_gates=unit.gate_proj.weight if shape.delta else None, **tensors,
+        w_gates=unit.gate_proj.weight if shape.delta else None, **others,
     )  # fmt: skip
     results = ops.layer(
         tensors, shape, eps=block.norm.eps, want_final=return_state and shape.lin, exchange=places.layout.neighbours
     )
     new_state = None
     if return_state:
-        with torch.no_grad():
-
-            def activated(x: Tensor, bias: Tensor, token: Tensor) -> Tensor:
-                scale = (results.rms[token] * gain.float())[..., None]
-                return F.silu(x[token].float() * scale + bias.float())
-
-            def value_of(token: Tensor) -> Tensor:
-                return activated(results.h[:, E : 2 * E], v_proj.bias, token).to(dtype)
-
-            def basis_of(token: Tensor) -> Tensor:
-                return activated(results.h[:, 2 * E :], z_proj.bias, token)
-
-            new_state = _decoding_state(results, shape, places, unit, value_of, basis_of)
+        _, v, z, *_ = ops.split_columns(results.h, shape)
+        new_state = _decoding_state(
+            results, shape, others, places, unit, v, z, rms=results.rms, gain=gain, b_v=v_proj.bias, b_z=z_proj.bias
+        )  # fmt: skip
     return results.y, new_state
 
 
