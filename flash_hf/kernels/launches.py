@@ -131,11 +131,13 @@ def launch_states(
 
 
 def launch_totals(
-    shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, cut: int, *, back: bool = False, exchange=None
-) -> Tensor:  # fmt: skip
+    shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, cut: int, *, back: bool = False, exchange=None,
+    final: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
     `back` of `keys^T x` behind each piece. `[rows, SP, E]` with `cut`, over the first (with `back` the last) `cut`
-    chunks of each row, and of bidirectional models, over all; with the delta rule over each piece itself, a chunk."""
+    chunks of each row, and of bidirectional models, over all; with the delta rule over each piece itself, a chunk.
+    With `final`, which needs pieces, also the float32 sum over each document; otherwise an empty tensor."""
     index, E = inputs.index, shape.E
     pieces = shape.B if cut else index.pieces
     # A row of one piece needs no second pass.
@@ -151,10 +153,10 @@ def launch_totals(
         SLOTS=scan.SLOTS, num_warps=8,
     )  # fmt: skip
     if whole:
-        return total
-    kept = "" if shape.causal else "state"
-    before, state = launch_shared_carry(shape, index, total, None, shape.causal, kept, back, exchange)
-    return before if shape.causal else state
+        return total, total.new_empty((0,))
+    kept = ("total" if final else "") if shape.causal else "state"
+    before, sums = launch_shared_carry(shape, index, total, None, shape.causal, kept, back, exchange)
+    return (before, sums) if shape.causal else (sums, before)
 
 
 @functools.cache
@@ -167,9 +169,12 @@ def scan_grid(tasks: int, device: torch.device) -> tuple[int]:
     return (min(tasks, multiprocessors(device)),)
 
 
-def scan_parts(shape: Shape, index: ChunkIndex, exchange, device: torch.device) -> tuple[bool, int]:
-    """Whether scans begin from sums of other chunks, and `launch_scan`'s `cut`."""
-    carried = shape.delta or not shape.causal
+def scan_parts(
+    shape: Shape, index: ChunkIndex, exchange, device: torch.device, final: bool = False
+) -> tuple[bool, int]:  # fmt: skip
+    """Whether scans begin from sums of other chunks, and `launch_scan`'s `cut`. The sums over documents are `final`:
+    with these, too, they walk along pieces."""
+    carried = shape.delta or not shape.causal or final
     if carried or (exchange or choice.splits(shape)) and has_carry(shape, index, False):
         return True, 0
     cut = 0 if exchange else choice.cut_chunks(shape, multiprocessors(device))
@@ -366,18 +371,20 @@ def launch_forward(
     def nothing() -> Tensor:
         return absent(inputs.v.device, inputs.v.dtype)
 
-    scanned = cached.initial is None and not want_final and choice.scans(shape, inputs.source, inputs.v.device)
+    scanned = cached.initial is None and choice.scans(shape, inputs.source, inputs.v.device)
     heads = launch_heads(shape, inputs, cached, scanned)
     if exchange is not None and shape.lin:
         exchange.hide(heads[row + 1])
     own = delta.launch_prepare(shape, inputs, heads) if shape.delta else [nothing() for _ in delta.Prepared._fields]
     if scanned:
         out = new((shape.T, shape.E))
-        carried, cut = scan_parts(shape, index, exchange, inputs.v.device)
+        carried, cut = scan_parts(shape, index, exchange, inputs.v.device, want_final)
         held = choice.holds_rows(shape, exchange)
-        before = None
+        before, final = None, nothing()
         if carried and not held:
-            before = launch_totals(shape, inputs, heads[row + 1], inputs.v, cut, exchange=exchange)
+            before, final = launch_totals(
+                shape, inputs, heads[row + 1], inputs.v, cut, exchange=exchange, final=want_final
+            )  # fmt: skip
         if shape.delta:
             # The scan writes what it reads, chunk by chunk.
             prefix = before = delta.launch_states(shape, inputs, before, own, scaled=True)
@@ -390,7 +397,7 @@ def launch_forward(
         else:
             launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before, cut)
         carry = nothing() if shape.causal else before
-        return AttentionResults(out, heads, prefix, carry, nothing(), nothing(), *own)
+        return AttentionResults(out, heads, prefix, carry, nothing(), final, *own)
     prefix, carry, final = nothing(), nothing(), nothing()
     if shape.lin:
         carried = has_carry(shape, index, cached.initial is not None or exchange is not None)
@@ -639,7 +646,7 @@ def launch_scan_gradients(
         d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
     behind, held = None, choice.holds_rows(shape, exchange)
     if carried and not held:
-        behind = launch_totals(shape, inputs, heads[row], d_attended, cut, back=True, exchange=exchange)
+        behind, _ = launch_totals(shape, inputs, heads[row], d_attended, cut, back=True, exchange=exchange)
     if shape.delta:
         behind = delta.launch_states(shape, inputs, behind, saved, scaled=True, reverse=True)
     value, d_prefix = new((T, E)), behind if shape.delta else torch.empty_like(prefix)

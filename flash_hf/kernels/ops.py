@@ -261,7 +261,7 @@ def fake_attention(tensors, shape: Shape, want_final: bool) -> AttentionResults:
             carry = documents, t.SP, E
         elif shape.delta:
             pass
-        elif (pieces > documents or initial) and (initial or want_final or not scanned):
+        elif initial or (pieces > documents and not scanned):
             carry = pieces, t.SP, E
         if want_final:
             final = documents, t.SP, E

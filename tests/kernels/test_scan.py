@@ -13,7 +13,7 @@ import torch
 
 from flash_hf import FlashModel
 from flash_hf.kernels import choice, launches, ops, plan, tiles
-from helpers import make_model
+from helpers import assert_close, make_model
 from machine_code import early_accesses, uncertain_descriptors
 from test_kernels import DEVICE, compare, config_of, through
 
@@ -546,6 +546,66 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
     summed = 0 if causal and not pieces and length < 1000 else layers - held
     assert in_torch["totals_kernel"] == 2 * summed
     assert in_torch["gate_product_kernel"] == layers
+
+
+def filled(model, x, then):
+    """Outputs of a call that fills a cache, and of `then` tokens one by one; and the states after the call."""
+    with torch.no_grad():
+        first = model(inputs_embeds=x[:, : x.shape[1] - then], use_cache=True)
+        cache, outputs = first.past_key_values, [first.last_hidden_state]
+        states = [[None if part is None else part.clone() for part in layer.state] for layer in cache.layers]
+        for token in x.split(1, 1)[x.shape[1] - then :]:
+            outputs.append(model(inputs_embeds=token, past_key_values=cache).last_hidden_state)
+    return torch.cat(outputs, 1), states
+
+
+def compare_states(ours, theirs, model, ratio):
+    """Of the open chunk, the slots that are read."""
+    config = model.config
+    for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        shift = config.shift_of(index)
+        seen = int(mine[4][0])
+        phase = (seen + shift) % 256
+        read = torch.arange(max(0, phase - seen), phase, device=DEVICE)
+        newest = torch.tensor([phase or 256], device=DEVICE)
+        assert torch.equal(mine[4], other[4])
+        for number, shifted in ((0, config.local_key_shift), (1, config.previous_key), (2, False)):
+            assert mine[number].shape == other[number].shape
+            slots = torch.cat([read, newest]) if shifted else read
+            one, two = mine[number][:, slots], other[number][:, slots]
+            if number == 0 and shifted:  # of the next key, only what the newest token gives it
+                taken = torch.arange(one.shape[-1], device=DEVICE) % 2 == 1
+                assert_close(one[:, -1, taken], two[:, -1, taken], ratio)
+                one, two = one[:, :-1], two[:, :-1]
+            if len(slots):
+                assert_close(one, two, ratio)
+        assert mine[3].dtype == torch.float32
+        assert_close(mine[3], other[3], ratio)
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    ("length", "rows", "form"),
+    [
+        (512, 1, "paper"), (257, 2, "paper"), (1100, 2, "odd shift"), (384, 1, "half shift"), (300, 2, "half shift"),
+        (512, 2, "shifted keys"), (383, 1, "shifted keys"), (256, 1, "shifted keys"),
+    ],
+)  # fmt: skip
+def test_a_call_that_fills_a_cache_is_scanned(length, rows, form, in_torch, monkeypatch):
+    """Its outputs, and those after it, are the torch tier's; its states those of the general kernels."""
+    config = hopper_config(hidden_size=64, num_hidden_layers=2, is_decoder=True, **FORMS[form])
+    model = make_model(FlashModel, config, dtype=torch.float32, scale=0.3).to(DEVICE)
+    x = torch.randn(rows, length + 2, 64, device=DEVICE)
+    out, states = filled(model, x, 2)
+    assert in_torch["scan_kernel"] == in_torch["totals_kernel"] == 2
+    monkeypatch.setattr(choice, "scans", lambda *a: False)
+    _, general = filled(model, x[:, :length], 0)
+    assert in_torch["scan_kernel"] == 2
+    compare_states(states, general, model, 1e-5)
+    model.config.backend = "torch"
+    expected, theirs = filled(model, x, 2)
+    assert_close(out, expected, 1e-5)
+    compare_states(states, theirs, model, 1e-5)
 
 
 @no_gpu
