@@ -126,6 +126,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
     is_sliding = False
+    # Whether states are copied into the tensors of the first one.
+    fixed = False
 
     def __init__(self, **kwargs):
         CacheLayerMixin.__init__(self)
@@ -181,7 +183,10 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             previous_k=zeros(C, S) if form.window > 1 else None,
             previous_value=zeros(C, E) if form.window > 1 else None,
         )
-        self.device, self.dtype = device, dtype
+        self._begin(value_states)
+
+    def _begin(self, value_states: Tensor) -> None:
+        self.device, self.dtype = value_states.device, value_states.dtype
         self.is_initialized = True
 
     def update(
@@ -190,7 +195,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         """Store the state after a call of several tokens. With `record_past` it needs their keys, on the grid of
         `places.layout`, and their values `[B, N, E]`."""
         if not self.is_initialized:
-            self.lazy_initialization(state.value)
+            begin = self.lazy_initialization if self.fixed or self.record_past else self._begin
+            begin(state.value)
         if self.record_past:
             keys = _each(places.layout.merge, (qk.quad_k, qk.lin_k, qk.gates))
             self._record(keys, value_BNE, places.documents)
@@ -329,6 +335,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
 
     _layer_type = CHUNK_LAYER_TYPE
     is_compileable = True
+    fixed = True
     cumulative_length: Tensor = None
 
     def __init__(self, max_cache_len: int = -1, **kwargs):
