@@ -76,7 +76,15 @@ from .backend_flash import (
     normalise,
     with_plans,
 )
-from .cache_flash import CACHE_NAME, OTHER_CACHE_NAME, StateForm, check_cache, resolve_cache, takes_both_cache_names
+from .cache_flash import (
+    CACHE_NAME,
+    OTHER_CACHE_NAME,
+    FlashChunkCacheLayer,
+    StateForm,
+    check_cache,
+    resolve_cache,
+    takes_both_cache_names,
+)
 from .chunking_flash import (
     ChunkLayout,
     Documents,
@@ -678,17 +686,19 @@ class FlashModel(FlashPreTrainedModel):
         self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None, layouts: list | None = None
     ) -> list[Places]:
         """The places that layers take in turn; arguments as of `layouts`, and its result if it is known."""
-        plain = cache is None and layouts is None and documents.is_plain and not self.rotary_emb.is_dynamic
-        if is_tracing() or not plain:
+        # An empty cache is only filled. A single token is a step, for which the cache is looked at.
+        fills = isinstance(cache, FlashChunkCacheLayer) and not cache.record_past and x_BND.shape[1] > 1
+        plain = (cache is None or fills) and layouts is None and documents.is_plain
+        if is_tracing() or not plain or self.rotary_emb.is_dynamic:
             return self.make_places(x_BND, documents, cache, layouts)
 
         def make() -> tuple[Tensor, list[Places]]:
-            return frequencies, self.make_places(x_BND, documents, None)
+            return frequencies, self.make_places(x_BND, documents, cache)
 
         frequencies = self.rotary_emb.inv_freq
         version = 0 if frequencies.is_inference() else frequencies._version
         key = (
-            x_BND.shape, compute_dtype(x_BND), self.training, id(frequencies), version, dict(vars(self.config)),
+            x_BND.shape, compute_dtype(x_BND), self.training, id(frequencies), version, dict(vars(self.config)), fills,
         )  # fmt: skip
         return recall(self, key, make, x_BND)[1]
 
