@@ -19,10 +19,13 @@ from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, i
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 7
+KERNEL_INTERFACE = 8
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
+
+# With more rows than these, a step's projections are left to cuBLAS.
+MOST_STEP_ROWS = 64
 
 # The activation that kernels compute themselves, by its names in transformers.
 SILU = ("silu", "swish")
@@ -202,19 +205,50 @@ def continuation(places: Places, cache) -> dict[str, Any]:
 
 def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
     """Whether one kernel call computes a whole layer: its modules are the stock classes, with no hooks attached."""
-    unit = layer.gau
     return (
         places.plan is not None
         and not places.plan.cached  # cached slots come between the projections
-        and has_kernel(layer.norm)
-        and unit.kernel_activation
-        and not (layer.hidden_dropout and layer.training)
         and compute_dtype(x_BND) in (torch.bfloat16, torch.float32)
+        and not (layer.hidden_dropout and layer.training)
+        and is_stock(layer)
+    )
+
+
+def is_stock(layer: nn.Module) -> bool:
+    """Whether a layer's modules are those whose parameters kernels take: the stock classes, with no hooks attached."""
+    unit = layer.gau
+    return (
+        has_kernel(layer.norm)
+        and unit.kernel_activation
         and is_bare(unit)
         and is_bare(unit.offset_scale)
         and all(is_plain_linear(module) for module in (unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj))
         and (not unit.delta or is_plain_linear(unit.gate_proj, bias=False))
     )
+
+
+def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
+    """Whether kernels compute a layer's whole step: of a few rows, in one type, for the tensors themselves."""
+    unit = layer.gau
+    return (
+        places.fused
+        and isinstance(places.layout, StepLayout)
+        and cache.is_initialized
+        and len(x_BND) <= MOST_STEP_ROWS
+        and not is_tracing()
+        and type(x_BND) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (layer.hidden_dropout and layer.training)
+        and is_stock(layer)
+        and all(x_BND.dtype == x.weight.dtype for x in (unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj))
+        and compute_dtype(x_BND) == x_BND.dtype
+    )
+
+
+def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
+    """`x + GAU(norm(x))` of one new token per row, `[B, 1, D]`."""
+    state = cache.begin_step(x_BND, places)
+    return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=fused_bias(layer.gau, places), state=state)
 
 
 def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:

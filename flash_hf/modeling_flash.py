@@ -70,8 +70,10 @@ from .backend_flash import (
     continuation,
     fused_attention,
     fused_layer,
+    fused_step,
     fuses_attention,
     fuses_layer,
+    fuses_step,
     load_kernels,
     normalise,
     with_plans,
@@ -443,6 +445,8 @@ class FlashLayer(GradientCheckpointingLayer):
             return neighbours.compute(self, hidden_states, places, own)
         if fuses_layer(self, hidden_states, places):
             return fused_layer(self, hidden_states, places, own)
+        if fuses_step(self, hidden_states, places, own):
+            return fused_step(self, hidden_states, places, own)
         attended = self.gau(normalise(self.norm, hidden_states, places), places, cache=own)
         if self.training:
             attended = F.dropout(attended, self.hidden_dropout)

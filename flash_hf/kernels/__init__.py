@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from .plan import ChunkPlan, chunk_plan
 from .support import DTYPES, unavailable, unsupported
-from .unit import attention_step, gated_attention, layer, rotary_bias, scale_norm
+from .unit import attention_step, gated_attention, layer, layer_step, rotary_bias, scale_norm
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
-INTERFACE = 7
+INTERFACE = 8
 
 __all__ = [
-    "ChunkPlan", "DTYPES", "attention_step", "chunk_plan", "gated_attention", "layer", "rotary_bias", "scale_norm",
-    "unavailable", "unsupported",
+    "ChunkPlan", "DTYPES", "attention_step", "chunk_plan", "gated_attention", "layer", "layer_step", "rotary_bias",
+    "scale_norm", "unavailable", "unsupported",
 ]  # fmt: skip

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decoding step of a layer in one launch: everything between the input projections and the output projection.
+"""One decoding step of a layer: one launch for everything between the input projections and the output projection, and
+one more on either side for these with the norm and the residual sum.
 
-Alphabet as in attention_flash.py: B rows, C slots of a chunk, E value width, S query/key width, H heads.
+Alphabet as in attention_flash.py: B rows, C slots of a chunk, D model width, E value width, S query/key width, H
+heads.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRET
+from .common import INTERPRET, dot_precision, grid_wait
+from .dispatch import kernel
+from .tiles import cdiv, on_device, power_of_2
 
 
 # Enough programs to occupy the multiprocessors of a large GPU (108 to 132). More would only read the keys again.
@@ -37,6 +43,7 @@ def _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S):
     return tl.sum((gamma_2S * z_2S + beta_2S) * turn_2S, 0)
 
 
+@kernel
 @triton.jit
 def _gated_step_kernel(
     u_ptr, v_ptr, z_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, position_ptr, valid_ptr,
@@ -60,6 +67,7 @@ def _gated_step_kernel(
     has every second pair of dimensions from the token's before, which are in slot p already (at a border in slot C),
     and slot p + 1 gets the token's own.
     """
+    grid_wait()
     blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
     # Programs of one row are neighbours in time, so that all but the first find its keys in L2.
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -209,6 +217,115 @@ def _gated_step_kernel(
     tl.store(out_ptr + row * E + e_E, tl.where(valid, out_E * u_E, 0.0), mask=in_E)
 
 
+@triton.jit
+def _product(
+    x_ptr, w_ptr, row_B, column_N, B, N, K, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SQUARES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`x w^T` of some rows and columns, and with SQUARES the rows' sums of squares; x is `[B, K]` and w `[N, K]`."""
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    squares_B = tl.zeros((BLOCK_B,), tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        in_K = start + k < K
+        x = tl.load(x_ptr + row_B[:, None] * K + start + k, mask=(row_B < B)[:, None] & in_K, other=0.0)
+        w = tl.load(w_ptr + column_N[:, None] * K + start + k, mask=(column_N < N)[:, None] & in_K, other=0.0)
+        if SQUARES:
+            wide = x.to(tl.float32)
+            squares_B += tl.sum(wide * wide, 1)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    return acc, squares_B
+
+
+@kernel
+@triton.jit
+def _project_kernel(
+    x_ptr, gain_ptr, w_u_ptr, w_v_ptr, w_z_ptr, b_u_ptr, b_v_ptr, b_z_ptr, out_ptr, B, D, E, S, eps,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """u, v and z, `norm(x) w^T + b`, of some rows and columns, `[B, 2 E + S]`. ScaleNorm's factor, one number per row,
+    is applied after the product."""
+    grid_wait()
+    blocks = tl.cdiv(E, BLOCK_N)
+    block = tl.program_id(0)
+    w_ptr, b_ptr, N, before = w_u_ptr, b_u_ptr, E, 0
+    if block >= 2 * blocks:
+        w_ptr, b_ptr, N, before = w_z_ptr, b_z_ptr, S, 2 * E
+        block -= 2 * blocks
+    elif block >= blocks:
+        w_ptr, b_ptr, before = w_v_ptr, b_v_ptr, E
+        block -= blocks
+    column_N = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_B = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    acc, squares_B = _product(
+        x_ptr, w_ptr, row_B, column_N, B, N, D, BLOCK_B, BLOCK_N, BLOCK_K, True, PRECISION, STAGES
+    )
+    scale_B = tl.rsqrt(squares_B / D + eps) * tl.load(gain_ptr).to(tl.float32)
+    in_N = column_N < N
+    acc = acc * scale_B[:, None] + tl.load(b_ptr + column_N, mask=in_N, other=0.0).to(tl.float32)[None, :]
+    out = out_ptr + row_B[:, None] * (2 * E + S) + before + column_N
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(row_B < B)[:, None] & in_N)
+
+
+@kernel
+@triton.jit
+def _residual_kernel(
+    x_ptr, h_ptr, w_ptr, b_ptr, out_ptr, B, D, E,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """`x + h w^T + b` of some rows and columns, `[B, D]`."""
+    grid_wait()
+    column_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_B = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    acc, _ = _product(h_ptr, w_ptr, row_B, column_N, B, D, E, BLOCK_B, BLOCK_N, BLOCK_K, False, PRECISION, STAGES)
+    mask = (row_B < B)[:, None] & (column_N < D)
+    place = row_B[:, None] * D + column_N
+    acc += tl.load(b_ptr + column_N, mask=column_N < D, other=0.0).to(tl.float32)[None, :]
+    acc += tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@functools.cache
+def product_blocks(batch: int, width: int, dtype: torch.dtype) -> dict:
+    """Tiles of the products. Columns of the weights are many, each read once, and so are spread over all
+    multiprocessors; rows are few. The tiles in flight fit into 100 KB."""
+    wide = dtype == torch.float32
+    block_b, block_n = min(max(power_of_2(batch), 16), 64), 16 if cdiv(width, 32) < FULL_GPU else 32
+    step = 2048 if wide else 4096
+    return {
+        "BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": min(step // block_n, 2 * step // block_b),
+        "PRECISION": dot_precision(dtype), "STAGES": 2 if wide else 4, "num_warps": 4,
+    }  # fmt: skip
+
+
+def project(
+    x: Tensor, gain: Tensor, w_u: Tensor, w_v: Tensor, w_z: Tensor, b_u: Tensor, b_v: Tensor, b_z: Tensor, eps: float
+) -> Tensor:  # fmt: skip
+    """u, v and z next to each other, `[B, 2 E + S]`: `norm(x) w^T + b` of x `[B, D]`, without gradients."""
+    (B, D), E, S = x.shape, w_u.shape[0], w_z.shape[0]
+    out = x.new_empty(B, 2 * E + S)
+    blocks = product_blocks(B, 2 * E + S, x.dtype)
+    columns = 2 * cdiv(E, blocks["BLOCK_N"]) + cdiv(S, blocks["BLOCK_N"])
+    _project_kernel(
+        (columns, cdiv(B, blocks["BLOCK_B"])), x, gain, w_u.contiguous(), w_v.contiguous(), w_z.contiguous(), b_u, b_v,
+        b_z, out, B, D, E, S, eps, **blocks,
+    )  # fmt: skip
+    return out
+
+
+def add_output(x: Tensor, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """`x + h w^T + b` of x `[B, D]` and h `[B, E]`, without gradients."""
+    (B, D), E = x.shape, h.shape[1]
+    out = torch.empty_like(x)
+    blocks = product_blocks(B, D, x.dtype)
+    _residual_kernel(
+        (cdiv(D, blocks["BLOCK_N"]), cdiv(B, blocks["BLOCK_B"])), x, h, w.contiguous(), b, out, B, D, E, **blocks
+    )  # fmt: skip
+    return out
+
+
 def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[int, int, int]:
     """BLOCK_C, BLOCK_E and warps.
 
@@ -216,10 +333,10 @@ def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[i
     total, `[S, BLOCK_E]`, fits the registers. BLOCK_C is as many slots as have 8 KiB of keys. If there are few
     programs, large ones get more warps; many programs hide each other's loads.
     """
-    block_s = triton.next_power_of_2(key_dim)
+    block_s = power_of_2(key_dim)
     block_c = min(max(8192 // (block_s * itemsize), 8), 32)
     for block_e in (128, 64, 32):
-        programs = batch * triton.cdiv(width, block_e)
+        programs = batch * cdiv(width, block_e)
         if programs >= FULL_GPU and block_e * block_s <= 16384:
             return block_c, block_e, 8 if block_e * block_s > 4096 and programs < 4 * FULL_GPU else 4
     return block_c, 16, 4
@@ -234,8 +351,8 @@ def gated_step(
     """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel, without gradients.
 
     Args:
-        u, v, z: projections of one new token per row, `[B, 1, E]`, `[B, 1, E]`, `[B, 1, S]`, dense in their last
-            dimension, float32, float16 or bfloat16.
+        u, v, z: projections of one new token per row, `[B, 1, E]`, `[B, 1, E]`, `[B, 1, S]`, or without the 1, dense
+            in their last dimension, float32, float16 or bfloat16.
         gamma, beta: offset-scale, `[H, S]`: rows quad_q, quad_k, lin_q, lin_k, without those of absent branches.
         cos, sin: of the tokens' positions, `[B or 1, 1, r / 2]`, contiguous.
         position: tokens of the row's document before this one, int64 `[B or 1, 1]`. No view of `seen`, which the
@@ -252,15 +369,16 @@ def gated_step(
         local_shift: local keys have every second pair of dimensions from the token before.
 
     Returns:
-        `[B, 1, E]` of u's dtype; 0 for rows whose token is padding.
+        A dense tensor like u; 0 for rows whose token is padding.
     """
-    B, _, E = u.shape
-    C, S = value.shape[1], z.shape[2]
-    out = u.new_empty(B, 1, E)
+    B, E = u.shape[0], u.shape[-1]
+    C, S = value.shape[1], z.shape[-1]
+    out = u.new_empty(u.shape)
     block_c, block_e, warps = launch_shape(B, E, S, value.element_size())
     # Any tensor takes the place of an absent one, which the kernel does not read.
-    with torch.cuda.device_of(u):
-        _gated_step_kernel[(B * triton.cdiv(E, block_e),)](
+    with on_device(u):
+        _gated_step_kernel(
+            (B * cdiv(E, block_e),),
             u, v, z, gamma, beta, z if cos is None else cos, z if sin is None else sin,
             position, position if valid is None else valid,
             value if quad_k is None else quad_k, value if lin_k is None else lin_k, value,
@@ -273,7 +391,7 @@ def gated_step(
             HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias_R is not None,
             HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous, LOCAL=local_shift,
             INTERLEAVED=interleaved, SILU=silu,
-            BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=triton.next_power_of_2(S), STAGES=STAGES,
+            BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=power_of_2(S), STAGES=STAGES,
             INTERPRETED=INTERPRET, num_warps=warps,
         )  # fmt: skip
     return out

@@ -12,8 +12,8 @@ from ..attention_flash import DecodingState, closed_total, score_scale, shifted_
 from ..chunking_flash import ChunkLayout, Places, is_tracing
 from . import ops
 from .plan import ChunkPlan
-from .step import step_operator
-from .tiles import Cached, Shape, shape_of
+from .step import add_output, gated_step, project, step_operator
+from .tiles import Cached, Shape, on_device, shape_of
 
 
 def _flat_rotary(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -253,3 +253,28 @@ def attention_step(
         state.lin_k, state.value, state.total, state.seen, bias_R, unit.divisor, unit.normalization == "mean",
         unit.interleaved, silu, layout.shift, unit.previous_key, unit.local_key_shift,
     )  # fmt: skip
+
+
+def layer_step(
+    block: nn.Module, x_B1D: Tensor, places: Places, *, bias_R: Tensor | None, state: DecodingState
+) -> Tensor:  # fmt: skip
+    """A whole layer's step in three launches, `x + o_proj(gated attention of norm(x))`, `[B, 1, D]`, without
+    gradients; advances `state`.
+
+    Arguments as of `layer`.
+    """
+    unit, layout, scale = block.gau, places.layout, block.gau.offset_scale
+    u, v, z, o = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
+    x = x_B1D[:, 0].contiguous()
+    E, S = v.weight.shape[0], z.weight.shape[0]
+    cos, sin = (None, None) if places.rotary is None else places.rotary
+    with on_device(x):
+        h = project(
+            x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps
+        ).split([E, E, S], 1)  # fmt: skip
+        out = gated_step(
+            *h, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k, state.lin_k,
+            state.value, state.total, state.seen, bias_R, unit.divisor, unit.normalization == "mean",
+            unit.interleaved, True, layout.shift, unit.previous_key, unit.local_key_shift,
+        )  # fmt: skip
+        return add_output(x, out, o.weight, o.bias)[:, None]

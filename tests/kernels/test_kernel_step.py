@@ -23,7 +23,7 @@ from flash_hf.kernels import step as kernel  # noqa: E402
 from helpers import assert_close, error_ratio  # noqa: E402
 
 
-COMPILED = any(isinstance(x, triton.JITFunction) for x in (triton.language.sum, kernel._gated_step_kernel))
+COMPILED = any(isinstance(x, triton.JITFunction) for x in (triton.language.sum, kernel._gated_step_kernel.function))
 if DEVICE == "cpu" and COMPILED:
     pytest.skip("triton was imported without TRITON_INTERPRET=1, and there is no CUDA device", allow_module_level=True)
 
@@ -308,6 +308,34 @@ def test_a_unit_hands_its_step_to_the_kernel():
     bias_R = case.settings["bias_R"]
     out = kernels.attention_step(unit, sparse, v, z, places, bias_R=bias_R, silu=True, state=state)
     assert torch.equal(out, step(*case.arguments(theirs, token=(u, v, z)), **case.settings))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
+@pytest.mark.parametrize(("rows", "D", "E", "S"), [(1, 24, 40, 8), (3, 130, 96, 48), (70, 256, 272, 10)])
+def test_error_of_the_products_is_at_most_twice_the_torch_tiers(rows, D, E, S, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator).to(DEVICE, dtype)
+
+    x, h, gain = randn(rows, D), randn(rows, E), randn(()) + 2
+    weights, biases = [randn(N, D) * D**-0.5 for N in (E, E, S)], [randn(N) for N in (E, E, S)]
+    w_o, b_o = randn(D, E) * E**-0.5, randn(D)
+
+    def torch_products(*tensors):
+        x, h, gain, w_o, b_o, *others = tensors
+        wide_x = x.to(wide(x.dtype))
+        normed = (wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + 1e-5) * gain).to(x.dtype)
+        linear = torch.nn.functional.linear
+        projected = [linear(normed, w, b) for w, b in zip(others[:3], others[3:], strict=True)]
+        return torch.cat(projected, 1), x + linear(h, w_o, b_o)
+
+    tensors = x, h, gain, w_o, b_o, *weights, *biases
+    exact = torch_products(*(x.double() for x in tensors))
+    theirs = torch_products(*tensors)
+    ours = kernel.project(x, gain, *weights, *biases, 1e-5), kernel.add_output(x, h, w_o, b_o)
+    for mine, other, right in zip(ours, theirs, exact, strict=True):
+        assert_close(mine, right, max(2 * error_ratio(other, right), 1e-6))
 
 
 def op_arguments(case, valid=None):

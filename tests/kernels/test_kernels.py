@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 from transformers.utils import logging
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel, backend_flash
 from flash_hf.backend_flash import kernels_for
 from flash_hf.chunking_flash import chunk_layout, resolve_documents
 from helpers import assert_close, error_ratio, make_model, random_ids
@@ -477,8 +477,11 @@ def test_dispatch_modes_see_operators():
     ],
 )  # fmt: skip
 def test_prefill_and_steps_equal_the_torch_tier(changes, static, monkeypatch):
-    steps, step = [], kernels.attention_step
-    monkeypatch.setattr(kernels, "attention_step", lambda *a, **k: steps.append(1) or step(*a, **k))
+    # With a static cache between projections by cuBLAS, as with many rows.
+    monkeypatch.setattr(backend_flash, "MOST_STEP_ROWS", 0 if static else 64)
+    name = "attention_step" if static else "layer_step"
+    steps, step = [], getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *a, **k: steps.append(1) or step(*a, **k))
     config = config_of(**changes)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids = random_ids(config, 2, 55).to(DEVICE)
@@ -500,6 +503,37 @@ def test_prefill_and_steps_equal_the_torch_tier(changes, static, monkeypatch):
     real = mask[..., None]
     assert_close(torch.cat(logits, 1) * real, expected * real, 1e-5)
     assert len(steps) == 15 * config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {**LOCAL_KEYS, "rope_interleaved": True}, {"attention_type": "global", "use_rope": False},
+        {"attention_type": "local", "relative_bias": "rotary"}, {"hidden_size": 24, "query_key_dim": 10},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_step_of_a_layer_is_that_of_its_modules(rows, changes, monkeypatch):
+    """Of some rows and inputs with gaps between their rows, and where one token is padding."""
+    model = make_model(FlashModel, config_of(is_decoder=True, **changes), dtype=torch.float32).to(DEVICE)
+    x = torch.randn(rows, 22, model.config.hidden_size, device=DEVICE)
+    mask = torch.ones(rows, 22, device=DEVICE)
+    mask[0, 20] = 0
+    calls, layer_step = [], kernels.layer_step
+    monkeypatch.setattr(kernels, "layer_step", lambda *a, **k: calls.append(1) or layer_step(*a, **k))
+    results = []
+    for most in (64, rows - 1):
+        monkeypatch.setattr(backend_flash, "MOST_STEP_ROWS", most)
+        with torch.no_grad():
+            cache = model(inputs_embeds=x[:, :19], use_cache=True).past_key_values
+            for t in range(19, 22):
+                marks = {"attention_mask": mask[:, t : t + 1]} if t == 20 else {}
+                out = model(inputs_embeds=x[:, t : t + 1], past_key_values=cache, **marks).last_hidden_state
+        results.append((out, *(x for layer in cache.layers for x in layer.state if x is not None)))
+    assert len(calls) == 3 * model.config.num_hidden_layers
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-5) if one.is_floating_point() else torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("form", [*FORMS.values(), LOCAL_KEYS, {"local_key_shift": True}], ids=str)

@@ -35,12 +35,12 @@ def test_launches_overlap_from_hopper_on(capability, version, chosen, monkeypatc
     assert options == [{"BLOCK": 3, "num_warps": 4} | ({"launch_pdl": True} if chosen else {})]
 
 
-# Compiles the kernels of training steps as they are launched, without running them, on tensors of the CPU.
+# Compiles the kernels of training steps and decoding as they are launched, without running them, on the CPU.
 COMPILE = """
 import pathlib, subprocess, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from flash_hf import FlashConfig, FlashModel, kernels
-from flash_hf.kernels import backward, delta, dispatch, forward, residual
+from flash_hf.kernels import backward, delta, dispatch, forward, residual, step
 
 class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -66,6 +66,12 @@ for rows, length, form in (
 ):
     model = FlashModel(FlashConfig(**sizes, **form, is_decoder=True, backend="triton")).to(torch.bfloat16)
     model(torch.zeros(rows, length, dtype=torch.long)).last_hidden_state.sum().backward()
+form = {"chunk_shift": 64, "global_form": "previous_token", "local_key_shift": True}
+with torch.no_grad():
+    model = FlashModel(FlashConfig(**sizes, **form, is_decoder=True, backend="triton")).to(torch.bfloat16)
+    for rows in (2, 40):
+        cache = model(torch.zeros(rows, 300, dtype=torch.long), use_cache=True).past_key_values
+        model(torch.zeros(rows, 1, dtype=torch.long), past_key_values=cache)
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 for number, ((name, *_), compiled) in enumerate(found.items()):
     path = pathlib.Path(sys.argv[1], f"{number}.cubin")
@@ -73,7 +79,7 @@ for number, ((name, *_), compiled) in enumerate(found.items()):
     code = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
     path.with_suffix(".txt").write_text(code, encoding="utf-8")
     print("kernel", name, number, sep=";")
-for module in (forward, backward, residual, delta):
+for module in (forward, backward, residual, delta, step):
     for kernel in vars(module).values():
         if isinstance(kernel, dispatch.Kernel):
             print("all", kernel.function.__name__, sep=";")

@@ -157,7 +157,7 @@ def test_with_kernels_as_on_a_gpu(tmp_path, monkeypatch):
     """In Triton's interpreter, with states copied as on devices whose host does not know which blocks are adjacent."""
     pytest.importorskip("triton")
     kernels, calls = load_kernels()[0], Counter()
-    for name in ("layer", "gated_attention", "attention_step"):
+    for name in ("layer", "gated_attention", "layer_step"):
         original = getattr(kernels, name)
 
         def counted(*args, name=name, original=original, **kwargs):
@@ -171,7 +171,7 @@ def test_with_kernels_as_on_a_gpu(tmp_path, monkeypatch):
     prompts = random_prompts(model.config, [1, 8, 19])
     with engine(tmp_path, skip_tokenizer_init=True, max_num_batched_tokens=13, max_num_seqs=4) as llm:
         check_greedy(model, prompts, generate(llm, prompts, 4), 4)
-    assert min(calls[name] for name in ("layer", "gated_attention", "attention_step")) > 0
+    assert min(calls[name] for name in ("layer", "gated_attention", "layer_step")) > 0
 
 
 def test_arrivals_while_others_decode_and_preemption(tmp_path, monkeypatch):
