@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel, backend_flash
@@ -436,6 +436,53 @@ def test_operators_pass_opcheck(causal, lin):
         ops.layer.operator, (x, gain, *weights, *tables), {**options, "D": D, "eps": 1e-5}, test_utils=checks
     )
     torch.library.opcheck(ops.scale_norm_op, (x, gain, 1e-5), test_utils=checks)
+
+
+@pytest.mark.parametrize("form", [{}, LOCAL_KEYS, {"attention_type": "local"}], ids=str)
+def test_the_open_chunks_operator_passes_opcheck(form, monkeypatch):
+    calls, open_chunk = [], ops.open_chunk
+    monkeypatch.setattr(ops, "open_chunk", lambda *a, **k: calls.append((a, k)) or open_chunk(*a, **k))
+    config = config_of(is_decoder=True, num_hidden_layers=1, **form)
+    model = make_model(FlashModel, config, dtype=torch.float32).to(DEVICE)
+    with torch.no_grad():
+        model(inputs_embeds=torch.randn(2, 35, 32, device=DEVICE), use_cache=True)
+    (((tensors, shape), options),) = calls
+    checks = "test_schema", "test_faketensor", "test_aot_dispatch_dynamic"
+    options = {**ops.by_name(shape), **options}
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in ops.plain(tensors)]
+    torch.library.opcheck(ops.open_chunk_op, tuple(arguments), options, test_utils=checks)
+
+
+def test_equal_prefills_make_their_places_once(monkeypatch):
+    """And no others: of a cache that is continued or records, of another length, or of a step."""
+    made, make = [], FlashModel.make_places
+    monkeypatch.setattr(FlashModel, "make_places", lambda *a: made.append(1) or make(*a))
+    model = make_model(FlashModel, config_of(is_decoder=True), dtype=torch.float32).to(DEVICE)
+    x = torch.randn(2, 20, 32, device=DEVICE)
+
+    def fill(x, cache=None, **marks):
+        out = model(inputs_embeds=x, use_cache=True, past_key_values=cache, **marks)
+        return out.last_hidden_state, out.past_key_values, len(made)
+
+    with torch.no_grad():
+        first, cache, count = fill(x)
+        assert count == 1
+        static = StaticCache(config=model.config, max_cache_len=40)
+        for other in (None, static):
+            again, _, count = fill(x, other)
+            assert count == 1 and torch.equal(again, first)
+        assert fill(x, cache)[2] == 2
+        assert fill(x[:, :1], cache)[2] == 3 and fill(x[:, :1])[2] == 4
+        mask = torch.ones(2, 20, device=DEVICE)
+        assert fill(x, attention_mask=mask)[2] == 4
+        mask[0, :3] = 0
+        assert fill(x, attention_mask=mask)[2] == 5
+        recording = DynamicCache(config=model.config)
+        recording.activate_past_recording()
+        assert fill(x, recording)[2] == 6
+        assert fill(x[:, :19])[2] == 7
+        model(inputs_embeds=x[:, :19], use_cache=False)
+        assert len(made) == 8
 
 
 def test_dispatch_modes_see_operators():
