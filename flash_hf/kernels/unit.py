@@ -248,7 +248,8 @@ def attention_step(
     if not u_B1E.stride(-1) == v_B1E.stride(-1) == z_B1S.stride(-1) == 1:
         u_B1E, v_B1E, z_B1S = u_B1E.contiguous(), v_B1E.contiguous(), z_B1S.contiguous()
     cos, sin = (None, None) if places.rotary is None else places.rotary
-    return step_operator(
+    step = step_operator if ops.is_watched((u_B1E,)) else gated_step
+    return step(
         u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
         state.lin_k, state.value, state.total, state.seen, bias_R, unit.divisor, unit.normalization == "mean",
         unit.interleaved, silu, layout.shift, unit.previous_key, unit.local_key_shift,
