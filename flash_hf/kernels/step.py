@@ -51,8 +51,8 @@ def _gated_step_kernel(
     u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale, shift,
     C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
     HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
-    MEAN: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, INTERLEAVED: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    COUNTS: tl.constexpr, MEAN: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One row and BLOCK_E of its value columns. With the token in slot p of the open chunk, whose slots from b on are
@@ -210,7 +210,8 @@ def _gated_step_kernel(
         tl.store(lin_k_ptr + (phase + 1) * S + col_S, own_k_S, mask=in_S & writes)
     elif HAS_LIN:
         tl.store(lin_k_ptr + phase.to(tl.int64) * S + col_S, lin_k_S, mask=in_S & writes)
-    tl.store(seen_ptr + row, tl.load(seen_ptr + row, mask=writes, other=0) + 1, mask=writes)
+    if COUNTS:
+        tl.store(seen_ptr + row, tl.load(seen_ptr + row, mask=writes, other=0) + 1, mask=writes)
 
     u_E = _activated(u_ptr + row * u_stride, e_E, in_E, SILU)
     # 0 for padding, whose own bias is read at no valid phase.
@@ -345,7 +346,7 @@ def launch_shape(batch: int, width: int, key_dim: int, itemsize: int) -> tuple[i
 def gated_step(
     u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor | None, sin: Tensor | None,
     position: Tensor, valid: Tensor | None, quad_k: Tensor | None, lin_k: Tensor | None, value: Tensor,
-    total: Tensor | None, seen: Tensor, bias_R: Tensor | None, divisor: float, mean: bool, interleaved: bool,
+    total: Tensor | None, seen: Tensor | None, bias_R: Tensor | None, divisor: float, mean: bool, interleaved: bool,
     silu: bool, shift: int, previous: bool, local_shift: bool,
 ) -> Tensor:  # fmt: skip
     """`silu(u) * mixed_chunk_step(heads of silu(z), silu(v))` with relu2 attention, in one kernel, without gradients.
@@ -358,7 +359,8 @@ def gated_step(
         position: tokens of the row's document before this one, int64 `[B or 1, 1]`. No view of `seen`, which the
             kernel advances while it reads this.
         valid: False where the token is padding, bool `[B, 1]`.
-        quad_k, lin_k, value, total, seen: the `DecodingState`, contiguous; updated in place, except for padding.
+        quad_k, lin_k, value, total, seen: the `DecodingState`, contiguous; updated in place, except for padding. With
+            None the caller counts `seen`.
         bias_R: relative bias `[2 * C - 1]`.
         divisor: constant under the scores.
         mean: whether the global part is normalised by "mean", otherwise by "chunk".
@@ -382,14 +384,14 @@ def gated_step(
             u, v, z, gamma, beta, z if cos is None else cos, z if sin is None else sin,
             position, position if valid is None else valid,
             value if quad_k is None else quad_k, value if lin_k is None else lin_k, value,
-            value if total is None else total, seen, z if bias_R is None else bias_R, out,
-            u.stride(0), v.stride(0), z.stride(0),
+            value if total is None else total, position if seen is None else seen, z if bias_R is None else bias_R,
+            out, u.stride(0), v.stride(0), z.stride(0),
             0 if cos is None or cos.shape[0] == 1 else cos.shape[2],
             0 if position.shape[0] == 1 else position.stride(0), 0 if valid is None else valid.stride(0),
             1.0 / divisor, shift,
             C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],
             HAS_QUAD=quad_k is not None, HAS_LIN=lin_k is not None, HAS_BIAS=bias_R is not None,
-            HAS_VALID=valid is not None, MEAN=mean, PREVIOUS=previous, LOCAL=local_shift,
+            HAS_VALID=valid is not None, COUNTS=seen is not None, MEAN=mean, PREVIOUS=previous, LOCAL=local_shift,
             INTERLEAVED=interleaved, SILU=silu,
             BLOCK_C=block_c, BLOCK_E=block_e, BLOCK_S=power_of_2(S), STAGES=STAGES,
             INTERPRETED=INTERPRET, num_warps=warps,

@@ -248,12 +248,19 @@ def attention_step(
     if not u_B1E.stride(-1) == v_B1E.stride(-1) == z_B1S.stride(-1) == 1:
         u_B1E, v_B1E, z_B1S = u_B1E.contiguous(), v_B1E.contiguous(), z_B1S.contiguous()
     cos, sin = (None, None) if places.rotary is None else places.rotary
-    step = step_operator if ops.is_watched((u_B1E,)) else gated_step
-    return step(
+    step, seen = gated_step, state.seen
+    if ops.is_watched((u_B1E,)):
+        # Inductor computes positions, which it takes from `seen`, again for the next layer. An operator that had
+        # written to `seen` would be before that.
+        step, seen = step_operator, None
+    out_B1E = step(
         u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
-        state.lin_k, state.value, state.total, state.seen, bias_R, unit.divisor, unit.normalization == "mean",
+        state.lin_k, state.value, state.total, seen, bias_R, unit.divisor, unit.normalization == "mean",
         unit.interleaved, silu, layout.shift, unit.previous_key, unit.local_key_shift,
     )  # fmt: skip
+    if seen is None:
+        state.seen.add_(1 if layout.valid_BN is None else layout.valid_BN[:, 0])
+    return out_B1E
 
 
 def layer_step(

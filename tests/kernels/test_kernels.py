@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels equal the torch tier, forward and every gradient: on a GPU, or in triton's interpreter."""
 
+import shutil
 import subprocess
 import sys
 
@@ -550,6 +551,29 @@ def test_prefill_and_steps_equal_the_torch_tier(changes, static, monkeypatch):
     real = mask[..., None]
     assert_close(torch.cat(logits, 1) * real, expected * real, 1e-5)
     assert len(steps) == 15 * config.num_hidden_layers
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("padded", [True, False])
+def test_compiled_steps_have_the_positions_before_them(padded):
+    """In all layers: inductor computes a position where it is used, from the count of tokens as it is then."""
+    model = make_model(FlashForCausalLM, config_of(num_hidden_layers=3), dtype=torch.float32).to(DEVICE)
+    ids = random_ids(model.config, 2, 40).to(DEVICE)
+    compiled = torch.compile(model.__call__, fullgraph=True)
+    results = []
+    for call in (model, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        mask = torch.ones_like(ids)
+        mask[0, :9] = not padded
+        out = []
+        with torch.no_grad():
+            model(ids[:, :29], attention_mask=mask[:, :29], past_key_values=cache)
+            for t in range(29, 34):
+                marks = {"attention_mask": mask[:, : t + 1]} if padded else {}
+                out.append(call(ids[:, t : t + 1], past_key_values=cache, **marks).logits)
+        results.append((torch.cat(out), *(layer.state.seen for layer in cache.layers)))
+    for one, other in zip(*results, strict=True):
+        assert_close(one.double(), other.double(), 1e-5)
 
 
 @pytest.mark.parametrize(
