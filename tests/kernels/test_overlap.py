@@ -52,6 +52,7 @@ found = {}
 def launch(kernel, grid, *arguments, num_warps, maxnreg=None, **constants):
     key = kernel.function.__name__, num_warps, *map(dispatch._kind, arguments), *constants.values()
     if key not in found:
+        arguments = map(dispatch._as_triton_takes, arguments)
         found[key] = kernel.function.run(
             *arguments, grid=grid, warmup=True, num_warps=num_warps, maxnreg=maxnreg, launch_pdl=True, **constants)
 
