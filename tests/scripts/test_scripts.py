@@ -421,7 +421,7 @@ def test_long_contexts_in_small(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "length.json").read_text(encoding="utf-8"))["rows"]
     assert not [row for row in [*baseline, *rows] if "note" in row]
     assert {row["part"] for row in rows} == {"train", "prefill", "decode"}
-    assert len({row["cache_bytes"] for row in rows if row.get("form") == "plus" and row["part"] == "decode"}) == 1
+    assert len({row["cache_bytes"] for row in rows if row.get("form") == "plus-keys" and row["part"] == "decode"}) == 1
 
 
 def test_no_script_hides_a_package():
