@@ -289,7 +289,7 @@ def _residual_kernel(
 
 
 @functools.cache
-def product_blocks(batch: int, width: int, dtype: torch.dtype) -> dict:
+def step_tiles(batch: int, width: int, dtype: torch.dtype) -> dict:
     """Tiles of the products. Columns of the weights are many, each read once, and so are spread over all
     multiprocessors; rows are few. The tiles in flight fit into 100 KB."""
     wide = dtype == torch.float32
@@ -297,7 +297,7 @@ def product_blocks(batch: int, width: int, dtype: torch.dtype) -> dict:
     step = 2048 if wide else 4096
     return {
         "BLOCK_B": block_b, "BLOCK_N": block_n, "BLOCK_K": min(step // block_n, 2 * step // block_b),
-        "PRECISION": dot_precision(dtype), "STAGES": 2 if wide else 4, "num_warps": 4,
+        "STAGES": 2 if wide else 4, "num_warps": 4,
     }  # fmt: skip
 
 
@@ -307,11 +307,11 @@ def project(
     """u, v and z next to each other, `[B, 2 E + S]`: `norm(x) w^T + b` of x `[B, D]`, without gradients."""
     (B, D), E, S = x.shape, w_u.shape[0], w_z.shape[0]
     out = x.new_empty(B, 2 * E + S)
-    blocks = product_blocks(B, 2 * E + S, x.dtype)
-    columns = 2 * cdiv(E, blocks["BLOCK_N"]) + cdiv(S, blocks["BLOCK_N"])
+    tiles = step_tiles(B, 2 * E + S, x.dtype)
+    columns = 2 * cdiv(E, tiles["BLOCK_N"]) + cdiv(S, tiles["BLOCK_N"])
     _project_kernel(
-        (columns, cdiv(B, blocks["BLOCK_B"])), x, gain, w_u.contiguous(), w_v.contiguous(), w_z.contiguous(), b_u, b_v,
-        b_z, out, B, D, E, S, eps, **blocks,
+        (columns, cdiv(B, tiles["BLOCK_B"])), x, gain, w_u.contiguous(), w_v.contiguous(), w_z.contiguous(), b_u, b_v,
+        b_z, out, B, D, E, S, eps, PRECISION=dot_precision(x.dtype), **tiles,
     )  # fmt: skip
     return out
 
@@ -320,9 +320,10 @@ def add_output(x: Tensor, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """`x + h w^T + b` of x `[B, D]` and h `[B, E]`, without gradients."""
     (B, D), E = x.shape, h.shape[1]
     out = torch.empty_like(x)
-    blocks = product_blocks(B, D, x.dtype)
+    tiles = step_tiles(B, D, x.dtype)
     _residual_kernel(
-        (cdiv(D, blocks["BLOCK_N"]), cdiv(B, blocks["BLOCK_B"])), x, h, w.contiguous(), b, out, B, D, E, **blocks
+        (cdiv(D, tiles["BLOCK_N"]), cdiv(B, tiles["BLOCK_B"])), x, h, w.contiguous(), b, out, B, D, E,
+        PRECISION=dot_precision(x.dtype), **tiles,
     )  # fmt: skip
     return out
 

@@ -338,6 +338,19 @@ def test_error_of_the_products_is_at_most_twice_the_torch_tiers(rows, D, E, S, d
         assert_close(mine, right, max(2 * error_ratio(other, right), 1e-6))
 
 
+def test_products_follow_the_precision_that_is_set(exact_float32, monkeypatch):
+    """At every call, as those of training do, not as it was at the first one."""
+    used = []
+    for name in ("_project_kernel", "_residual_kernel"):
+        monkeypatch.setattr(kernel, name, lambda *a, PRECISION, **k: used.append(PRECISION))
+    x, w, b = torch.zeros(2, 16), torch.zeros(16, 16), torch.zeros(16)
+    for precision in ("highest", "high", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        kernel.project(x, b[0], w, w, w, b, b, b, 1e-5)
+        kernel.add_output(x, x, w, b)
+    assert used == ["ieee"] * 2 + ["tf32"] * 2 + ["ieee"] * 2
+
+
 def op_arguments(case, valid=None):
     u, v, z, gamma, beta, rotary, position, valid, state = case.arguments(case.state, valid)
     cos, sin = rotary or (None, None)
