@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, is_exporting, is_tracing
+from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, is_exporting, is_tracing, is_transformed
 
 
 logger = logging.get_logger(__name__)
@@ -237,7 +237,7 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
         and len(x_BND) <= MOST_STEP_ROWS
         and not is_tracing()
         and type(x_BND) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_transformed()
         and not (layer.hidden_dropout and layer.training)
         and is_stock(layer)
         and all(x_BND.dtype == x.weight.dtype for x in (unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj))

@@ -29,6 +29,12 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
+def is_transformed() -> bool:
+    """Whether a function transform or a dispatch mode (fake tensors, selective checkpointing) stands between calls and
+    their results."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
 # What modules computed last, see `recall`. Not attributes of the modules, which are copied and pickled.
 _last: WeakKeyDictionary = WeakKeyDictionary()
 # Nothing is kept for longer rows, in numbers of the embedded tokens.
@@ -46,8 +52,7 @@ def recall(owner: nn.Module, key: tuple, make: Callable[[], Any], x_BND: Tensor)
         x_BND.shape[1] * x_BND.shape[2] > LARGEST_KEPT
         or (x_BND.is_cuda and torch.cuda.is_current_stream_capturing())  # a replay outlives what is kept here
         or type(x_BND) not in (Tensor, nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or is_transformed()
     ):
         return make()
     stream = torch.cuda.current_stream(x_BND.device) if x_BND.is_cuda else None

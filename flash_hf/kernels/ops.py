@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from ..chunking_flash import is_transformed
 from . import choice, delta
 from .launches import (
     Product,
@@ -72,12 +73,7 @@ PLAIN = frozenset((Tensor, Parameter, type(None), ChunkIndex))
 def is_watched(tensors: tuple) -> bool:
     """Whether operators have to be called, not just their results computed: under a compiler, an exporter, a function
     transform or a dispatch mode (fake tensors, selective checkpointing), and with tensor subclasses."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or not PLAIN.issuperset(map(type, tensors))
-    )
+    return torch.compiler.is_compiling() or is_transformed() or not PLAIN.issuperset(map(type, tensors))
 
 
 def plain(tensors: NamedTuple) -> list:

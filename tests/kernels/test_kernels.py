@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel, backend_flash
 from flash_hf.backend_flash import kernels_for
-from flash_hf.chunking_flash import chunk_layout, resolve_documents
+from flash_hf.chunking_flash import chunk_layout, is_transformed, resolve_documents
 from helpers import assert_close, error_ratio, make_model, random_ids
 
 
@@ -498,6 +498,7 @@ def test_dispatch_modes_see_operators():
     x = torch.randn(2, 20, 32, device=DEVICE)
     plain, seen = through(model, x, {}, 1.0), set()
     with Watch():
+        assert is_transformed()
         watched = through(model, x, {}, 1.0)
     assert {"flash_hf.layer.default", "flash_hf.layer_backward.default"} <= seen
     assert torch.equal(plain[0], watched[0])
