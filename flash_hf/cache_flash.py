@@ -126,8 +126,6 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
     is_sliding = False
-    # Whether states are copied into the tensors of the first one.
-    fixed = False
 
     def __init__(self, **kwargs):
         CacheLayerMixin.__init__(self)
@@ -195,7 +193,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         """Store the state after a call of several tokens. With `record_past` it needs their keys, on the grid of
         `places.layout`, and their values `[B, N, E]`."""
         if not self.is_initialized:
-            begin = self.lazy_initialization if self.fixed or self.record_past else self._begin
+            # Fixed addresses, and a state to come back to, are those of tensors of its own.
+            begin = self.lazy_initialization if self.is_compileable or self.record_past else self._begin
             begin(state.value)
         if self.record_past:
             keys = _each(places.layout.merge, (qk.quad_k, qk.lin_k, qk.gates))
@@ -335,7 +334,6 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
 
     _layer_type = CHUNK_LAYER_TYPE
     is_compileable = True
-    fixed = True
     cumulative_length: Tensor = None
 
     def __init__(self, max_cache_len: int = -1, **kwargs):
