@@ -69,7 +69,7 @@ def _as_triton_takes(value) -> object:
     return value.descriptor() if type(value) is Described else value
 
 
-def _is_watched() -> bool:
+def _has_hooks() -> bool:
     """Whether a profiler wants to see launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -166,7 +166,7 @@ class Kernel:
                 values.append(x)
         key = tuple(key)
         launch = self.launches.get(key)
-        if launch is None or foreign or _is_watched():
+        if launch is None or foreign or _has_hooks():
             self.launch_by_triton(key, device, grid, arguments, constants, num_warps, maxnreg)
         else:
             launch(grid, driver.active.get_current_stream(device), values, places)
