@@ -13,9 +13,10 @@ from flash_hf import FlashConfig, FlashModel
 
 pytest.importorskip("triton")
 from flash_hf.kernels import choice, dispatch, launches  # noqa: E402
+from test_kernels import DEVICE  # noqa: E402
 
 
-DEVICE = -1  # as CPU tensors say
+HERE = -1  # the device that CPU tensors say
 
 
 class Stub:
@@ -66,7 +67,7 @@ def maps(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 6))
     monkeypatch.setattr(dispatch, "overlaps", lambda device: False)
     monkeypatch.setattr(dispatch, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: DEVICE)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: HERE)
     return made
 
 
@@ -179,15 +180,13 @@ def counts(layers: int) -> tuple[collections.Counter, int]:
 
 def test_a_layers_output_may_be_changed_in_place():
     """It is no view of what only the operation knows."""
-    if not dispatch.INTERPRET:
-        pytest.skip("in the interpreter")
     config = FlashConfig(
         vocab_size=16, hidden_size=16, num_hidden_layers=2, query_key_dim=16, chunk_size=16, is_decoder=True,
         backend="triton",
     )  # fmt: skip
-    model = FlashModel(config)
+    model = FlashModel(config).to(DEVICE)
     model.layers[0].register_forward_hook(lambda module, inputs, output: output.mul_(2.0))
-    x = torch.randn(1, 20, 16, requires_grad=True)
+    x = torch.randn(1, 20, 16, device=DEVICE, requires_grad=True)
     model(inputs_embeds=x).last_hidden_state.sum().backward()
     assert x.grad.isfinite().all()
 
