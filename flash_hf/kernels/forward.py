@@ -360,7 +360,7 @@ def open_chunk_kernel(
             copied = real
         heads = heads_ptr + (chunk.to(tl.int64) * CP + slot)[:, None] * SP + s[None, :]
         mask = copied[:, None] & inside[None, :]
-        head_size = GT.to(tl.int64) * CP * SP
+        head_size = tl.cast(GT, tl.int64) * CP * SP  # an argument of 1 is a constant
         if PREVIOUS or LOCAL:
             every = tl.arange(0, SLOTS)
             every_token, every_real = token_rows(source_ptr, chunk, every, N, G, C, shift, RAGGED)

@@ -60,18 +60,20 @@ triton.runtime.driver.set_active(Driver())
 dispatch.Kernel.__call__ = launch
 kernels.unavailable = lambda device, dtype: None
 sizes = {"vocab_size": 16, "hidden_size": 64, "num_hidden_layers": 1, "query_key_dim": 32, "chunk_size": 128}
+delta_rule = {"global_state": "delta", "global_form": "previous_token", "local_key_shift": True}
+quadratic = {"attention_type": "quadratic", "relative_bias": "rotary"}
+# Also one row of one chunk: triton makes an argument of 1 a constant.
 for rows, length, form in (
-    (2, 300, {}), (1, 4500, {}),
-    (2, 300, {"global_state": "delta", "global_form": "previous_token", "local_key_shift": True}),
-    (2, 256, {"attention_type": "quadratic", "relative_bias": "rotary"}),
+    (2, 300, {}), (1, 4500, {}), (1, 100, {}), (2, 300, delta_rule), (1, 100, delta_rule), (2, 256, quadratic),
+    (1, 100, quadratic),
 ):
     model = FlashModel(FlashConfig(**sizes, **form, is_decoder=True, backend="triton")).to(torch.bfloat16)
     model(torch.zeros(rows, length, dtype=torch.long)).last_hidden_state.sum().backward()
 form = {"chunk_shift": 64, "global_form": "previous_token", "local_key_shift": True}
 with torch.no_grad():
     model = FlashModel(FlashConfig(**sizes, **form, is_decoder=True, backend="triton")).to(torch.bfloat16)
-    for rows in (2, 40):
-        cache = model(torch.zeros(rows, 300, dtype=torch.long), use_cache=True).past_key_values
+    for rows, length in ((2, 300), (40, 300), (1, 50)):
+        cache = model(torch.zeros(rows, length, dtype=torch.long), use_cache=True).past_key_values
         model(torch.zeros(rows, 1, dtype=torch.long), past_key_values=cache)
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 for number, ((name, *_), compiled) in enumerate(found.items()):
