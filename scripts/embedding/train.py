@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flash_hf.commands.options import OptionParser, natural, number, run_command, seed
-from flash_hf.hub import add_code, read_config
-from flash_hf.sources import load_named
+from flash_hf.hub import add_code
+from flash_hf.sources import load_named, read_json
 
+from .. import baselines  # noqa: F401  registers Transformer++
 from ..provenance import program_words, provenance, write_json
 
 
@@ -145,7 +146,7 @@ def main() -> None:
     model.max_seq_length = longest
     results["after"] = measure()
     model.save_pretrained(str(args.output_dir))
-    if read_config(args.output_dir)["model_type"] == "flash_gau":
+    if read_json(args.output_dir / "config.json", dict).get("model_type") == "flash_gau":
         add_code(args.output_dir)
     write_json(args.output_dir / "results.json", results | provenance())
     print(json.dumps({key: results[key] for key in ("before", "after")}, indent=2))

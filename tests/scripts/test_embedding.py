@@ -10,9 +10,10 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoTokenizer
 
-from flash_hf import FlashForMaskedLM, save_with_code
+from flash_hf import FlashConfig, FlashForMaskedLM, save_with_code
 from flash_hf.training.tokenizer import train_tokenizer
 from helpers import BOOK, TEXT, make_model, run_here, tiny_config
+from scripts.baselines import TransformerPPForMaskedLM, matched_config
 from scripts.embedding.train import hold_out
 
 
@@ -85,6 +86,20 @@ def test_training_fits_pairs_and_scores(folder, capsys, tmp_path):
     again = spearmanr(cosines, [float(score) for _, _, score in table]).statistic
     assert again == pytest.approx(found["after"]["test_spearman"], abs=1e-3)  # measured as saved, not in bfloat16
     assert embedder.similarity(*embedder.encode(["Here is the lion.", "I see a lion."])).item() > 0.5
+
+
+@pytest.mark.slow
+def test_encoders_of_other_kinds_are_trained(folder, capsys, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = matched_config("transformer++", FlashConfig.from_pretrained(folder), tolerance=0.1)
+    TransformerPPForMaskedLM(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    run_here(
+        "-m", "scripts.embedding.train", "--model", tmp_path / "encoder", "--pairs", BOOK, "--max_pairs", 8,
+        "--batch_size", 4, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    capsys.readouterr()
+    assert embedder_of(tmp_path / "out").encode("Here is the lion.").shape == (config.hidden_size,)
 
 
 def test_what_is_held_out_does_not_depend_on_the_seed_and_is_not_trained_on():
