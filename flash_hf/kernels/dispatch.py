@@ -5,6 +5,7 @@ dispatch takes longer per launch than many kernels run."""
 from __future__ import annotations
 
 import functools
+import threading
 from inspect import getclosurevars
 
 import torch
@@ -69,7 +70,7 @@ def _as_triton_takes(value) -> object:
     return value.descriptor() if type(value) is Described else value
 
 
-def _has_hooks() -> bool:
+def has_hooks() -> bool:
     """Whether a profiler wants to see launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
@@ -79,6 +80,8 @@ class Launch:
     """Launches of a compiled kernel with the same numbers, types and forms, by the function in C that triton 3.6 ends
     in. Its own way there takes longer, and asks the driver about every tensor."""
 
+    # The stream's place among the arguments.
+    STREAM = 3
     # Kept tensor maps of an argument. The addresses in a training step are mostly those of the step before.
     MOST_MAPS = 256
 
@@ -106,15 +109,24 @@ class Launch:
         scratch = run.global_scratch_size or run.profile_scratch_size
         return not scratch and len(metas) == len(forms) and None not in metas
 
+    def map(self, number: int, address: int):
+        """The tensor map of a described argument at this address."""
+        maps, rest = self.maps[number]
+        found = maps.get(address)
+        if found is None:
+            if len(maps) == self.MOST_MAPS:
+                maps.clear()
+            found = maps[address] = driver.active.utils.fill_tma_descriptor(address, *rest)
+        return found
+
+    def begin(self, grid: tuple[int, ...], stream: int | None) -> list:
+        """The function's arguments before those of the kernel."""
+        return [*(*grid, 1, 1)[:3], stream, *self.head]
+
     def __call__(self, grid: tuple[int, ...], stream: int, values: list, places: list[tuple[int, int]]) -> None:
-        for (maps, rest), (place, address) in zip(self.maps, places, strict=True):
-            found = maps.get(address)
-            if found is None:
-                if len(maps) == self.MOST_MAPS:
-                    maps.clear()
-                found = maps[address] = driver.active.utils.fill_tma_descriptor(address, *rest)
-            values[place] = found
-        self.function(*(*grid, 1, 1)[:3], stream, *self.head, *values, *self.constants)
+        for number, (place, address) in enumerate(places):
+            values[place] = self.map(number, address)
+        self.function(*self.begin(grid, stream), *values, *self.constants)
 
 
 @functools.cache
@@ -122,6 +134,20 @@ def overlaps(device: int) -> bool:
     """Whether a kernel's programs may begin while the kernel before ends (programmatic dependent launch, from Hopper
     on), so that launches hide behind each other. `common.grid_wait` orders their memory."""
     return torch.cuda.get_device_capability(device) >= (9, 0) and tried_triton()
+
+
+def current_stream(device: int) -> int:
+    """The current stream's handle."""
+    return driver.active.get_current_stream(device)
+
+
+class Recorder(threading.local):
+    """What launches of this thread are shown to, see replay.py."""
+
+    recording = None
+
+
+recorder = Recorder()
 
 
 class Kernel:
@@ -166,10 +192,13 @@ class Kernel:
                 values.append(x)
         key = tuple(key)
         launch = self.launches.get(key)
-        if launch is None or foreign or _has_hooks():
-            self.launch_by_triton(key, device, grid, arguments, constants, num_warps, maxnreg)
+        straight = not (launch is None or foreign or has_hooks())
+        if recorder.recording is not None:
+            recorder.recording.launch(launch if straight else None, grid, values, arguments)
+        if straight:
+            launch(grid, current_stream(device), values, places)
         else:
-            launch(grid, driver.active.get_current_stream(device), values, places)
+            self.launch_by_triton(key, device, grid, arguments, constants, num_warps, maxnreg)
 
     def launch_by_triton(self, key: tuple, device: int, grid, arguments: tuple, constants: dict, num_warps, maxnreg):
         """Launch, compiling the kernel if need be, and keep what later launches with the same key need."""

@@ -34,6 +34,7 @@ from .launches import (
     launch_sums,
 )
 from .plan import ChunkIndex
+from .replay import replayed
 from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, absent, on_device
 
 
@@ -169,34 +170,50 @@ def register(operation: type) -> Callable:
         tensors, others = ctx.saved_tensors, len(Saved._fields) - 1
         saved = named(Saved, (*tensors[:others], tensors[others:]))
         # Descriptors cannot describe an expanded gradient.
-        found = backward(d_out.contiguous(), saved, ctx.shape)
+        return backward(d_out.contiguous(), saved, ctx.shape)
+
+    def by_place(found: list[Tensor], saved, shape: Shape):
         # Autograd casts a gradient to its input's type.
-        return no_gradients._replace(**operation.gradients(found, saved, ctx.shape))
+        return no_gradients._replace(**operation.gradients(found, saved, shape))
 
     def operator_context(ctx, inputs, keyword_only_inputs, output):
         save(ctx, named(Tensors, inputs), take_shape(dict(keyword_only_inputs)), Results(*output))
 
     def operator_gradients(ctx, grads: list[Tensor | None]):
         def backward(d_out, saved, shape):
-            return backward_op(d_out, *plain(saved), **by_name(shape))
+            return by_place(backward_op(d_out, *plain(saved), **by_name(shape)), saved, shape)
 
         # An operator's list of tensors has a list of gradients.
         return *gradients(backward, ctx, grads[0])[:-1], [None] * len(ChunkIndex._fields)
 
     forward_op.register_autograd(operator_gradients, setup_context=operator_context)
 
+    def run_forward(tensors, shape: Shape, options: dict):
+        run = partial(operation.forward, tensors, shape, **options)
+        if options.get("exchange") is not None:
+            return run()
+        return replayed(operation.forward, run, shape, tensors[:-1], tensors.index, *options.values())
+
+    def run_backward(exchange, d_out: Tensor, saved, shape: Shape):
+        def run():
+            return by_place(operation.backward(d_out, saved, shape, exchange), saved, shape)
+
+        if exchange is not None:
+            return run()
+        return replayed(operation.backward, run, shape, [d_out, *saved[:-1]], saved.index)
+
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx, shape, options, kept, *tensors):
             tensors = Tensors(*tensors)
-            kept += operation.forward(tensors, shape, **options)
+            kept += run_forward(tensors, shape, options)
             save(ctx, tensors, shape, Results(*kept), options.get("exchange"))
             return kept[0]
 
         @staticmethod
         @once_differentiable
         def backward(ctx, d_out):
-            return None, None, None, *gradients(partial(operation.backward, exchange=ctx.exchange), ctx, d_out)
+            return None, None, None, *gradients(partial(run_backward, ctx.exchange), ctx, d_out)
 
     def call(tensors, shape: Shape, **options):
         # An operator cannot take the processes that hold the other parts of rows.
@@ -208,7 +225,7 @@ def register(operation: type) -> Callable:
             kept: list[Tensor] = []
             first = Direct.apply(shape, options, kept, *tensors)
             return Results(first, *kept[1:])
-        return operation.forward(tensors, shape, **options)
+        return run_forward(tensors, shape, options)
 
     call.operator = forward_op
     return call

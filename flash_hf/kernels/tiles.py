@@ -115,6 +115,11 @@ class Shape:
     dtype: torch.dtype
 
     @functools.cached_property
+    def tapes(self) -> dict:
+        """Recorded launches, see replay.py."""
+        return {}
+
+    @functools.cached_property
     def tiles(self) -> Tiles:
         return tiles_for(self.C, self.S, self.dtype)
 
@@ -220,7 +225,7 @@ class Shape:
 
 
 # One object for all layers and steps, with what it has computed.
-shape_of = functools.lru_cache(1024)(Shape)
+shape_of = functools.lru_cache(256)(Shape)
 
 
 @functools.cache
