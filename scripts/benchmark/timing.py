@@ -132,11 +132,11 @@ def copy_rate(device: str, size: int, reps: int = 20) -> tuple[Timing, float]:
 
 def training_step(module: nn.Module, hidden: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Callable:
     """Forward and backward of the backbone, including the gradient of the input embeddings."""
+    filled = x, *module.parameters()  # once, as optimizers do
 
     def step():
-        x.grad = None
-        for parameter in module.parameters():
-            parameter.grad = None
+        for tensor in filled:
+            tensor.grad = None
         hidden(x).backward(gradient)
 
     return step
