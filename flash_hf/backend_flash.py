@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .chunking_flash import Places, QuadraticLayout, StepLayout, chunk_layout, is_exporting, is_tracing, is_transformed
+from .chunking_flash import (
+    Places,
+    QuadraticLayout,
+    StepLayout,
+    chunk_layout,
+    is_exporting,
+    is_tracing,
+    is_transformed,
+    parameter,
+    projections,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -97,8 +107,8 @@ def is_plain_linear(module: nn.Module, *, bias: bool = True) -> bool:
     """Whether a projection is a stock linear layer: not replaced (LoRA), hooked, quantised or sharded."""
     return (
         type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)
-        and type(module.bias) in ((nn.Parameter, Tensor) if bias else (type(None),))
+        and type(parameter(module, "weight")) in (nn.Parameter, Tensor)
+        and type(parameter(module, "bias")) in ((nn.Parameter, Tensor) if bias else (type(None),))
         and is_bare(module)
     )
 
@@ -222,7 +232,7 @@ def is_stock(layer: nn.Module) -> bool:
         and unit.kernel_activation
         and is_bare(unit)
         and is_bare(unit.offset_scale)
-        and all(is_plain_linear(module) for module in (unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj))
+        and all(map(is_plain_linear, projections(unit)))
         and (not unit.delta or is_plain_linear(unit.gate_proj, bias=False))
     )
 

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor, nn
 
 from ..attention_flash import DecodingState, closed_total, score_scale, shifted_dims
-from ..chunking_flash import ChunkLayout, Places, is_tracing
+from ..chunking_flash import ChunkLayout, Places, is_tracing, parameter, projections
 from . import ops
 from .plan import ChunkPlan
 from .step import add_output, gated_step, project, step_operator
@@ -29,7 +29,7 @@ def _shape_and_tensors(
 ) -> tuple[Shape, dict]:
     """The shape of a call, with `others` of its fields, and by name the tensors that both operators take."""
     plan, causal = places.plan, unit.is_causal
-    gamma_HS, beta_HS = unit.offset_scale.weight, unit.offset_scale.bias
+    gamma_HS, beta_HS = (parameter(unit.offset_scale, name) for name in ("weight", "bias"))
     H, S = gamma_HS.shape
     cos, sin, rotary_dim = _flat_rotary(places.rotary)
     cached = _from_cache(unit, places, state)
@@ -193,15 +193,15 @@ def layer(
     Otherwise as `gated_attention`.
     """
     B, N, D = x_BND.shape
-    unit, gain = block.gau, block.norm.weight
-    u_proj, v_proj, z_proj, o_proj = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
-    E = v_proj.weight.shape[0]
+    unit, gain = block.gau, parameter(block.norm, "weight")
+    w_u, w_v, w_z, w_o = (parameter(module, "weight") for module in projections(unit))
+    b_u, b_v, b_z, b_o = (parameter(module, "bias") for module in projections(unit))
+    E = w_v.shape[0]
     shape, others = _shape_and_tensors(
         unit, places, bias_R, state, return_state, B=B, D=D, E=E, silu=True, dtype=dtype
     )
     tensors = ops.LayerTensors(
-        x=x_BND.contiguous(), gain=gain, w_u=u_proj.weight, b_u=u_proj.bias, w_v=v_proj.weight,
-        b_v=v_proj.bias, w_z=z_proj.weight, b_z=z_proj.bias, w_o=o_proj.weight, b_o=o_proj.bias,
+        x=x_BND.contiguous(), gain=gain, w_u=w_u, b_u=b_u, w_v=w_v, b_v=b_v, w_z=w_z, b_z=b_z, w_o=w_o, b_o=b_o,
         w_gates=unit.gate_proj.weight if shape.delta else None, **others,
     )  # fmt: skip
     results = ops.layer(
@@ -211,7 +211,7 @@ def layer(
     if return_state:
         _, v, z, *_ = ops.split_columns(results.h, shape)
         new_state = _decoding_state(
-            results, shape, others, places, unit, v, z, rms=results.rms, gain=gain, b_v=v_proj.bias, b_z=z_proj.bias
+            results, shape, others, places, unit, v, z, rms=results.rms, gain=gain, b_v=b_v, b_z=b_z
         )  # fmt: skip
     return results.y, new_state
 
