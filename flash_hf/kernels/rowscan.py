@@ -21,7 +21,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, barriers, halves, store_async
-from .scan import activate, fetch, fetch_tokens, gain_of, gate, product, two_products
+from .scan import (
+    ACTIVATING,
+    ACTIVATING_REGISTERS,
+    activate_tiles,
+    fetch,
+    fetch_tokens,
+    gain_of,
+    gate,
+    product,
+    two_products,
+)
 
 
 # Tiles of the ring, and of the values: two for each chunk. With the state's they fill the shared memory.
@@ -90,8 +100,8 @@ def load_tiles(
 
 @gluon.jit
 def multiply(
-    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full,
-    empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full, empty,
+    state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
     EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `row_kernel` computes."""
@@ -100,7 +110,6 @@ def multiply(
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
     )
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     E = E_BLOCKS * BLOCK
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `scan_kernel`
@@ -109,17 +118,13 @@ def multiply(
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
         row = task // E_BLOCKS
         first_e = (task % E_BLOCKS) * BLOCK
-        bias_x = gl.load(bias_x_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
         state = warpgroup_mma_init(gl.zeros([BLOCK, BLOCK], gl.float32, mma))
         for number in range(0, 2 * G):
             value_slot = (value_step + number) % VALUE_SLOTS
             slot = step % SLOTS
             x = values.index(value_slot)
             mbarrier.wait(x_full.index(value_slot), ((value_step + number) // VALUE_SLOTS) & 1)
-            if not BACK:
-                activate(x, rms_ptr, gain, bias_x, row, number * BLOCK - shift, N, EVEN, wide)
             mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
-            # The product before ran while these values were activated.
             before = warpgroup_mma_wait(0, deps=[state])
             if number > 0:
                 mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
@@ -204,25 +209,56 @@ def row_kernel(
     x_empty = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
+    ready = x_full if BACK else barriers(VALUE_SLOTS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                multiply,
+    if BACK:
+        gl.warp_specialize(
+            [
                 (
-                    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, sums_ptr, values, x_full,
-                    x_empty, ring, full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS,
-                    TASKS, BACK, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    multiply,
+                    (
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring,
+                        full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK,
+                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
                 ),
-            ),
-            (
-                load_tiles,
                 (
-                    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS, TASKS,
-                    BACK, SLOTS, VALUE_SLOTS,
+                    load_tiles,
+                    (
+                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS,
+                        TASKS, BACK, SLOTS, VALUE_SLOTS,
+                    ),
                 ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    multiply,
+                    (
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring,
+                        full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK,
+                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    activate_tiles,
+                    (
+                        values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, rms_ptr, rms_ptr, N, G, shift, 0,
+                        E_BLOCKS, TASKS, "rows", False, EVEN, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    load_tiles,
+                    (
+                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS,
+                        TASKS, BACK, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+            ],
+            [ACTIVATING, 1],
+            [ACTIVATING_REGISTERS, 24],
+        )  # fmt: skip

@@ -26,6 +26,8 @@ from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, sigmoid, st
 
 # Tiles of the ring, and of the values, whose tiles stay longer. With the state's they fill the shared memory.
 SLOTS, VALUE_SLOTS = 3, 3
+# Warps that activate a forward scan's values, their registers, and the tokens that fit these.
+ACTIVATING, ACTIVATING_REGISTERS, PART = gl.constexpr(4), gl.constexpr(72), gl.constexpr(64)
 
 
 @gluon.jit
@@ -194,9 +196,9 @@ def products(
 
 
 @gluon.jit
-def gain_of(rms_ptr, gain, row, token, N, EVEN: gl.constexpr, layout: gl.constexpr):
-    """`g / rms(x)` of 128 tokens of a row from `token` on, and which of them there are."""
-    place = token + gl.arange(0, BLOCK, layout)
+def gain_of(rms_ptr, gain, row, token, N, EVEN: gl.constexpr, layout: gl.constexpr, COUNT: gl.constexpr = BLOCK):
+    """`g / rms(x)` of `COUNT` tokens of a row from `token` on, and which of them there are."""
+    place = token + gl.arange(0, COUNT, layout)
     real = (place >= 0) & (place < N)
     if EVEN:
         return gl.load(rms_ptr + row * N + place) * gain, real
@@ -205,15 +207,49 @@ def gain_of(rms_ptr, gain, row, token, N, EVEN: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
-def activate(values, rms_ptr, gain, bias, row, token, N, EVEN: gl.constexpr, layout: gl.constexpr):
-    """In shared memory: what the projection gave becomes values `silu(h)`, 0 where there is no token."""
-    scale, real = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, layout))
+def activate(
+    values, rms_ptr, gain, bias, row, token, N, EVEN: gl.constexpr, layout: gl.constexpr, COUNT: gl.constexpr = BLOCK
+):
+    """In shared memory: what the projection gave becomes values `silu(h)`, 0 where there is no token. A fence must
+    follow before products read them."""
+    scale, real = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, layout), COUNT)
     h = values.load(layout).to(gl.float32) * gl.expand_dims(scale, 1) + gl.expand_dims(bias, 0)
     value = h * sigmoid(h)
     if not EVEN:
         value = gl.where(gl.expand_dims(real, 1), value, 0.0)
     values.store(value.to(gl.bfloat16))
-    fence_async_shared()
+
+
+@gluon.jit
+def activate_tiles(
+    values, x_full, ready, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
+    SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """`activate` for all tiles of values of a forward scan, in its order: what has arrived becomes `ready`."""
+    grid_wait()
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [ACTIVATING, 1], [1, 0])
+    gain = gl.load(gain_ptr).to(gl.float32)
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    step = 0
+    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
+    for task in range(first_task, last_task, distance):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
+        columns = (task % E_BLOCKS) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
+        bias = gl.load(bias_ptr + columns).to(gl.float32)
+        for half in range(2 * begin, 2 * end):
+            token = (half % (2 * G)) * BLOCK - shift
+            if not SKIP or has_tokens(token, N):
+                slot = step % VALUE_SLOTS
+                mbarrier.wait(x_full.index(slot), (step // VALUE_SLOTS) & 1)
+                tile = values.index(slot)
+                row = half // (2 * G)
+                # In parts, since more does not fit the registers.
+                for first in gl.static_range(0, BLOCK, PART):
+                    part = tile.slice(first, PART, dim=0)
+                    activate(part, rms_ptr, gain, bias, row, token + first, N, EVEN, wide, PART)
+                fence_async_shared()
+                mbarrier.arrive(ready.index(slot), count=1)
+                step += 1
 
 
 @gluon.jit
@@ -260,7 +296,7 @@ def no_sums(sums_ptr, layout: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty,
+    out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty,
     ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS,
     TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
     SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
@@ -285,7 +321,6 @@ def multiply(
         walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
         first_e = (task % E_BLOCKS) * BLOCK
         columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, mma))
-        bias_x = gl.load(bias_x_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
         state = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
         if SPLIT != "rows":
             border = end if BACK else begin
@@ -339,7 +374,6 @@ def multiply(
                     if not BACK:
                         value = value_step if half == 0 else value_1
                         mbarrier.wait(x_full.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
-                        activate(x_half, rms_ptr, gain, bias_x, row, start, N, EVEN, wide)
                         if half == 1:
                             if not SKIP or has_0:
                                 tma.store_wait(0)
@@ -431,29 +465,61 @@ def scan_kernel(
     x_empty = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
+    ready = x_full if BACK else barriers(VALUE_SLOTS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                multiply,
+    if BACK:
+        gl.warp_specialize(
+            [
                 (
-                    out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
-                    x_full, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
-                    value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SHIFTED, SLOTS,
-                    VALUE_SLOTS,
+                    multiply,
+                    (
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
+                        ready, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
+                        value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SHIFTED, SLOTS,
+                        VALUE_SLOTS,
+                    ),
                 ),
-            ),
-            (
-                load_tiles,
                 (
-                    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-                    shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
+                    load_tiles,
+                    (
+                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
+                        shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
+                    ),
                 ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    multiply,
+                    (
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
+                        ready, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
+                        value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SHIFTED, SLOTS,
+                        VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    activate_tiles,
+                    (
+                        values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, begin_ptr, end_ptr, N, G, shift, cut,
+                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    load_tiles,
+                    (
+                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
+                        shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+            ],
+            [ACTIVATING, 1],
+            [ACTIVATING_REGISTERS, 24],
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -492,7 +558,7 @@ def load_whole(
 
 @gluon.jit
 def multiply_whole(
-    out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full, x_empty, ring,
+    out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full, x_empty, ring,
     full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
     BACK: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
     VALUE_SLOTS: gl.constexpr,
@@ -513,7 +579,6 @@ def multiply_whole(
         _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, BACK, "pieces")
         first_e = (task % E_BLOCKS) * BLOCK
         columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
-        bias_x = gl.load(bias_x_ptr + columns).to(gl.float32)
         s = gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
         state = state_ptr + (begin // G).to(gl.int64) * BLOCK * E
         state_tile.store(gl.load(state + gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)))
@@ -539,11 +604,6 @@ def multiply_whole(
                 mbarrier.wait(x_full.index(slot_0), (value_step // VALUE_SLOTS) & 1)
             if not SKIP or has_1:
                 mbarrier.wait(x_full.index(slot_1), (value_1 // VALUE_SLOTS) & 1)
-            if not BACK:
-                if not SKIP or has_0:
-                    activate(x_0, rms_ptr, gain, bias_x, row, token, N, EVEN, wide)
-                if not SKIP or has_1:
-                    activate(x_1, rms_ptr, gain, bias_x, row, token + BLOCK, N, EVEN, wide)
             acc_0 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
             if not SKIP or has_0:
                 acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
@@ -623,28 +683,59 @@ def whole_kernel(
     x_empty = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
+    ready = x_full if BACK else barriers(VALUE_SLOTS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                multiply_whole,
+    if BACK:
+        gl.warp_specialize(
+            [
                 (
-                    out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full,
-                    x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G,
-                    shift, E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    multiply_whole,
+                    (
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready,
+                        x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G,
+                        shift, E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
                 ),
-            ),
-            (
-                load_whole,
                 (
-                    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift,
-                    E_BLOCKS, TASKS, BACK, SKIP, SLOTS, VALUE_SLOTS,
+                    load_whole,
+                    (
+                        x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift,
+                        E_BLOCKS, TASKS, BACK, SKIP, SLOTS, VALUE_SLOTS,
+                    ),
                 ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    multiply_whole,
+                    (
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready,
+                        x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G,
+                        shift, E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    activate_tiles,
+                    (
+                        values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, begin_ptr, end_ptr, N, G, shift, 0,
+                        E_BLOCKS, TASKS, "pieces", SKIP, EVEN, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    load_whole,
+                    (
+                        x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift,
+                        E_BLOCKS, TASKS, BACK, SKIP, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+            ],
+            [ACTIVATING, 1],
+            [ACTIVATING_REGISTERS, 24],
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -708,6 +799,7 @@ def add(
             if not BACK:
                 token = (half % (2 * G)) * BLOCK - shift
                 activate(x, rms_ptr, gain, bias, half // (2 * G), token, N, EVEN, wide)
+                fence_async_shared()
             mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
             # The product before ran while these values were activated.
             before = warpgroup_mma_wait(0, deps=[acc])

@@ -48,7 +48,7 @@ class NumberTile(Tile):
         return Part(self, lambda held: held.T)
 
     def slice(self, first, width, dim):
-        return Part(self, lambda held: held[:, first : first + width])
+        return Part(self, lambda held: held.narrow(dim, first, width))
 
     def reshape(self, shape):
         return self
@@ -101,13 +101,14 @@ class EmulatedNumbers(Emulated):
             bfloat16=torch.float64, float32=torch.float64, int64=torch.int64, sum=torch.sum,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype), SliceLayout=lambda *a: None,
             where=lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y),
-            arange=lambda first, end, layout: torch.arange(first, end), expand_dims=torch.unsqueeze,
+            arange=lambda first, end, layout: torch.arange(first, getattr(end, "value", end)),
+            expand_dims=torch.unsqueeze,
             load=lambda x, **masks: x.load(**masks), store=lambda x, *a, **mask: x.store(*a, **mask),
             allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid,
+            gl=gl, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid, PART=64,
             halves=lambda acc, layout: acc.split(64, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
