@@ -15,15 +15,17 @@ from .tiles import Shape, cdiv
 
 
 try:
-    from . import gate, hopper, quadratic, reduce, rowscan, scan
+    from . import gate, hopper, product, quadratic, reduce, rowscan, scan
 except ImportError:  # a triton without Gluon, or with another version of it
-    gate = hopper = quadratic = reduce = rowscan = scan = None
+    gate = hopper = product = quadratic = reduce = rowscan = scan = None
 
 
 logger = logging.get_logger(__name__)
 
 # With fewer walks of 128 value dimensions, a large GPU (132 multiprocessors) idles more than a second pass costs.
 FEW_SCANS = 90
+# With fewer tiles of an output projection, idle multiprocessors at its end cost what large tiles save (reckoned).
+FEW_TILES = 500
 
 
 @functools.cache
@@ -90,3 +92,14 @@ def multiplies(shape: Shape, source: Tensor | None, scanned: bool, device: torch
         and shape.dtype == torch.bfloat16 and shape.E % 128 == 0 and shape.D % 8 == 0
     )  # fmt: skip
     return fits and scan_for(device)
+
+
+def ends_layer(x: Tensor, out: Tensor) -> bool:
+    """Whether product.py's kernel takes the output projection of `out` and its sum with x: on Hopper, for both in
+    bfloat16, whole tiles of columns, and many tokens."""
+    (T, E), D = out.shape, x.shape[-1]
+    fits = x.dtype == out.dtype == torch.bfloat16 and E % 64 == 0 and (D % 192 == 0 or D % 256 == 0)
+    if not (fits and scan_for(x.device)):
+        return False
+    rows, columns = product.tile_of(D)
+    return cdiv(T, 2 * rows) * (D // columns) >= FEW_TILES

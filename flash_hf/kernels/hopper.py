@@ -59,11 +59,11 @@ def tokens(x: Tensor, B: int, N: int, *block: int):
 
 
 @gluon.jit
-def barriers(COUNT: gl.constexpr):
-    """Barriers of one arrival each. A fence must follow before other warps use them."""
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
+    """Barriers of one arrival each, or of more. A fence must follow before other warps use them."""
     made = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for number in gl.static_range(COUNT):
-        mbarrier.init(made.index(number), count=1)
+        mbarrier.init(made.index(number), count=ARRIVALS)
     return made
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backward, choice, delta, forward, residual
-from .choice import gate, hopper, quadratic, reduce, rowscan, scan
+from .choice import gate, hopper, product, quadratic, reduce, rowscan, scan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
 from .tiles import (
@@ -862,6 +862,8 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
 
 def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
     """`x + out w_o^T + b_o`, `[..., D]` like x and in its type."""
+    if choice.ends_layer(x, out):
+        return launch_product(x, out, w_o, b_o, torch.empty_like(x))
     if not has_tma(x.device):
         return x + torch.addmm(b_o.to(out.dtype), out, w_o.t()).view(x.shape)
     (T, E), D = out.shape, x.shape[-1]
@@ -872,6 +874,22 @@ def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
         tiled(out, True, blocks["BLOCK_M"], blocks["BLOCK_K"]),
         tiled(w_o.contiguous(), True, blocks["BLOCK_N"], blocks["BLOCK_K"]), b_o, x, y, T, D, E,
         EVEN=T % blocks["BLOCK_M"] == 0 and D % blocks["BLOCK_N"] == 0, PRECISION=dot_precision(out.dtype), **blocks,
+    )  # fmt: skip
+    return y
+
+
+def launch_product(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor, y: Tensor) -> Tensor:
+    """`launch_residual` where `choice.ends_layer` is true, into y."""
+    (T, E), D, step = out.shape, x.shape[-1], product.STEP
+    rows, columns = product.tile_of(D)
+    column_blocks = D // columns
+    tasks = cdiv(T, 2 * rows) * column_blocks
+    w_o = w_o.contiguous()
+    product.product_kernel(
+        scan_grid(tasks, x.device),
+        hopper.matrix(out, rows, step), hopper.matrix(w_o, 128 if columns == 192 else columns, step),
+        hopper.matrix(w_o, step, step), hopper.matrix(x, rows, step), hopper.matrix(y, rows, step), b_o, E // step,
+        column_blocks, tasks, ROWS=rows, COLUMNS=columns, STEP=step, STAGES=product.STAGES, num_warps=4,
     )  # fmt: skip
     return y
 

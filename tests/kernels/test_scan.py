@@ -103,6 +103,23 @@ def test_what_the_gates_product_is_not_for(changes, monkeypatch):
     assert not choice.multiplies(SHAPE, None, True, device)
 
 
+@pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
+def test_which_layers_end_with_the_product_for_hopper(monkeypatch):
+    monkeypatch.setattr(choice, "scan_for", lambda device: True)
+
+    def ends(T=65_536, D=768, E=1536, x=torch.bfloat16, out=torch.bfloat16):
+        sizes = ((T // 2, 2, D), x), ((T, E), out)
+        return choice.ends_layer(*(torch.empty(size, dtype=dtype, device="meta") for size, dtype in sizes))
+
+    for D, tile in ((768, (128, 192)), (384, (128, 192)), (1024, (64, 256)), (256, (64, 256))):
+        assert ends(D=D) and choice.product.tile_of(D) == tile and D % tile[1] == 0
+    for changes in ({"D": 640}, {"E": 1568}, {"x": torch.float32}, {"x": torch.float32, "out": torch.float32}):
+        assert not ends(**changes), changes
+    assert not ends(T=512) and not ends(T=0) and ends(T=32_768)
+    monkeypatch.setattr(choice, "scan_for", lambda device: False)
+    assert not ends()
+
+
 def test_which_rows_a_scan_holds():
     rows = dataclasses.replace(SHAPE, causal=False, N=512, G=2)
     assert choice.holds_rows(rows, None) and choice.holds_rows(dataclasses.replace(rows, N=256, G=1), None)
@@ -142,7 +159,7 @@ COMPILE = """
 import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from flash_hf.kernels import gate, hopper, quadratic, reduce, rowscan, scan
+from flash_hf.kernels import gate, hopper, product, quadratic, reduce, rowscan, scan
 
 def layout(block):
     return hopper.TOKENS if len(block) == 3 else hopper.tile_layout(block)
@@ -172,6 +189,14 @@ reduced = {"d_attended": [1, 128, reduce.STEP], "value": [1, 128, reduce.STEP], 
 added = {"x": tokens, "keys": square}
 multiplied = {"d_y": [128, gate.STEP], "w": [gate.STEP, 128]} | dict.fromkeys(
     ("u", "out", "d_attended", "d_u"), square)
+
+def ends(width):
+    rows, columns = product.tile_of(width)
+    step = product.STEP
+    descriptors = {"w": [128 if columns == 192 else columns, step], "w_rest": [step, step]}
+    return compiled(product.product_kernel, descriptors | dict.fromkeys(("a", "x", "y"), [rows, step]), ROWS=rows,
+                    COLUMNS=columns, STEP=step, STAGES=product.STAGES)
+
 wide, high = [128, quadratic.STEP], [quadratic.STEP, 128]
 factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide)}
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
@@ -199,6 +224,8 @@ found = {
     "rows": compiled(rowscan.row_kernel, scanned, BACK=False, EVEN=True, SHIFTED=False, **held),
     "rows, backward": compiled(rowscan.row_kernel, scanned, BACK=True, EVEN=False, SHIFTED=True, **held),
     "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),
+    "product": ends(768),
+    "product, 256 columns": ends(1024),
 } | {
     f"reduce {skip}": compiled(
         reduce.reduce_kernel, reduced, CAUSAL=True, SKIP=skip, STEP=reduce.STEP, STAGES=reduce.STAGES)
@@ -232,7 +259,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 26
+    assert len(rows) == 28
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -439,6 +466,14 @@ def gate_product_in_torch(
         sums[block] = rows.sum(0)
 
 
+def product_in_torch(
+    grid, a, w, w_rest, x, y, bias, steps, column_blocks, tasks, *, ROWS, COLUMNS, STEP, **constants,
+):  # fmt: skip
+    assert tasks == -(-len(a) // (2 * ROWS)) * column_blocks and column_blocks * COLUMNS == len(w)
+    assert steps * STEP == a.shape[1]
+    y.copy_(x + a @ w.T + bias)
+
+
 def quadratic_in_torch(
     grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, **constants,
 ):  # fmt: skip
@@ -485,6 +520,9 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(choice, "scan_for", lambda device: True)
     for name in ("scans", "multiplies", "spans_rows"):
         monkeypatch.setattr(choice, name, as_in_bfloat16(getattr(choice, name)))
+    ends_layer = choice.ends_layer
+    monkeypatch.setattr(choice, "ends_layer", lambda x, out: ends_layer(x.bfloat16(), out.bfloat16()))
+    monkeypatch.setattr(choice, "FEW_TILES", 0)
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
     # Two steps of a program of 128 slots in place of 32: each takes the interpreter as long.
     monkeypatch.setattr(launches, "HEADS_STEP", 64 * 64)
@@ -494,6 +532,7 @@ def in_torch(monkeypatch):
         (choice.reduce, "reduce_kernel", reduce_in_torch),
         (choice.gate, "gate_product_kernel", gate_product_in_torch),
         (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
+        (choice.product, "product_kernel", product_in_torch),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted(name, function))
     monkeypatch.setattr(choice.hopper, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
@@ -524,7 +563,7 @@ no_gpu = pytest.mark.skipif(HOPPER or choice.scan is None, reason="a GPU runs th
         (1100, "odd shift", False, True, 128),  # two of five chunks cut off
         (300, "half shift", False, True, 64),
         (400, "shifted keys", False, True, 64),  # neither a row's first half chunk nor its last has tokens
-        (400, "shifted keys", False, False, 64),
+        (400, "shifted keys", False, False, 256),
         (600, "odd shift", True, False, 64),
         (300, "paper", False, False, 192),
         (500, "paper", True, False, 192),
@@ -546,6 +585,7 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
     summed = 0 if causal and not pieces and length < 1000 else layers - held
     assert in_torch["totals_kernel"] == 2 * summed
     assert in_torch["gate_product_kernel"] == layers
+    assert in_torch["product_kernel"] == (layers if width in (192, 256) else 0)
 
 
 def filled(model, x, then):
@@ -743,6 +783,43 @@ def test_bidirectional_error_is_at_most_twice_the_torch_tiers(length, form, scan
     config = hopper_config(is_decoder=False, **FORMS[form])
     compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
     assert len(scans) == 2 * 2 * 2
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [384, 256])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "form"), [(512, "paper"), (300, "odd shift"), (777, "shifted keys")])
+def test_error_with_the_last_product_is_at_most_twice_the_torch_tiers(length, form, causal, width, monkeypatch):
+    monkeypatch.setattr(choice, "FEW_TILES", 0)
+    ran, launch = [], launches.launch_product
+    monkeypatch.setattr(launches, "launch_product", lambda *a: ran.append(a) or launch(*a))
+    config = hopper_config(hidden_size=width, is_decoder=causal, **FORMS[form])
+    compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
+    assert len(ran) == 2 * 2
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize(("T", "D", "K"), [(700, 192, 128), (40_000, 768, 1536), (9_000, 1024, 1536), (129, 256, 64)])
+def test_the_last_product_is_right_and_bit_equal(T, D, K):
+    """Programs have one task, or several; the last tile's rows may have no tokens."""
+    torch.manual_seed(0)
+    a, x, w, bias = (
+        torch.randn(*size, device=DEVICE, dtype=torch.bfloat16) for size in ((T, K), (T, D), (D, K), (D,))
+    )
+    w *= K**-0.5
+    exact = x.double() + a.double() @ w.double().T + bias.double()
+    # Memory on both sides: whole rows alone are written.
+    around = torch.full((T + 512, D), 7.0, device=DEVICE, dtype=torch.bfloat16)
+    y = around[256 : 256 + T]
+    found = []
+    for _ in range(4):
+        y.fill_(torch.nan)
+        found.append(launches.launch_product(x, a, w, bias, y).clone())
+    assert (around[:256] == 7).all() and (around[256 + T :] == 7).all()
+    assert error_ratio(y, exact) < 3e-3
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 @needs_hopper

@@ -72,10 +72,14 @@ class Warps:
 
 
 class Barrier:
-    """A barrier of one arrival: a phase ends when that and the bytes it expects are there."""
+    """A barrier of one arrival, or of more: a phase ends when these and the bytes it expects are there."""
 
     def __init__(self):
-        self.phase, self.pending, self.bytes = 0, 1, 0
+        self.phase, self.bytes = 0, 0
+        self.init(1)
+
+    def init(self, count):
+        self.count = self.pending = count
 
     def arrive(self, bytes=0):
         if self.pending == 0:
@@ -86,7 +90,7 @@ class Barrier:
     def receive(self, bytes):
         self.bytes += bytes
         if self.pending == self.bytes == 0:
-            self.phase, self.pending = self.phase + 1, 1
+            self.phase, self.pending = self.phase + 1, self.count
 
 
 @dataclasses.dataclass(eq=False)
@@ -171,7 +175,7 @@ class Emulated:
     def stand_ins(self) -> dict:
         """What the kernels' modules import from Gluon, emulated."""
         barrier = SimpleNamespace(
-            init=lambda barrier, count: None, MBarrierLayout=lambda: None, arrive=self.arrive, expect=self.arrive,
+            init=Barrier.init, MBarrierLayout=lambda: None, arrive=self.arrive, expect=self.arrive,
             wait=self.wait,
         )  # fmt: skip
         return dict(
@@ -266,7 +270,7 @@ class Emulated:
         while len(reads) > count:
             for tile in reads.pop(0):
                 tile.readers -= 1
-        return deps[0]
+        return deps[0] if len(deps) == 1 else deps
 
     def store(self, target, place, tile):
         if min(place) < 0:
@@ -284,8 +288,9 @@ class Emulated:
         self.keep((place.name, place.offset), product)
 
     def store_wait(self, count):
-        for tile in self.stores.pop(self.warps.here.name, ()):
-            tile.readers -= 1
+        stores = self.stores.get(self.warps.here.name, [])
+        while len(stores) > count:
+            stores.pop(0).readers -= 1
 
     def finish_gate(self, u_tile, out_tile, acc, scale, bias, sums, first, layout):
         if first == 0:

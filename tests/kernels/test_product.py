@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product that a layer ends with, without a GPU: as test_rowscan.py runs the scan of held rows, with numbers."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_hf.kernels import choice
+
+
+if choice.product is None:
+    pytest.skip("triton has no Gluon", allow_module_level=True)
+
+from test_rowscan import EmulatedNumbers, NumberTile, Pointer
+
+from test_turns import Barrier, Fault
+
+
+product = choice.product
+
+
+@dataclasses.dataclass(eq=False)
+class SizedTile(NumberTile):
+    size: tuple = ()
+
+
+@dataclasses.dataclass
+class Matrix:
+    """A described matrix, outside of which there is 0."""
+
+    numbers: torch.Tensor
+    layout: object = None
+
+    def part(self, place, size):
+        """What a tile covers, in the matrix and in the tile."""
+        ends = (min(first + width, end) for first, width, end in zip(place, size, self.numbers.shape, strict=True))
+        found = self.numbers[tuple(map(slice, map(int, place), map(int, ends)))]
+        return found, tuple(map(slice, found.shape))
+
+
+class EmulatedProducts(EmulatedNumbers):
+    """Emulated programs of product.py's kernel, in float64."""
+
+    def __init__(self, monkeypatch, seed):
+        super().__init__(monkeypatch, seed)
+        names = {name: made.fn for name, made in vars(product).items() if hasattr(made, "fn")}
+        names |= self.stand_ins() | {"gl": choice.hopper.gl, "barriers": choice.hopper.barriers.fn}
+        names["halves"] = lambda acc, rows, half, layout: acc.split(half, 1)
+        for name, value in names.items():
+            monkeypatch.setattr(product, name, value, raising=False)
+
+    def allocate(self, kind, shape, layout):
+        if kind == torch.int64:
+            made = [Barrier() for _ in range(shape[0])]
+        else:
+            made = [SizedTile(shape[1] * shape[2] * 2, size=tuple(shape[1:])) for _ in range(shape[0])]
+        return SimpleNamespace(index=made.__getitem__)
+
+    def load(self, source, place, barrier, tile):
+        if tile.readers:
+            raise Fault("a tile is overwritten while it is read")
+        tile.held = None
+
+        def arrive():
+            part, inside = source.part(place, tile.size)
+            tile.held = torch.zeros(tile.size, dtype=torch.float64)
+            tile.held[inside] = part
+            barrier.receive(tile.bytes)
+
+        self.warps.copies.append(arrive)
+        self.warps.wait()
+
+    def store(self, target, place, tile):
+        part, inside = target.part(place, tile.size)
+        assert part.isnan().all(), "a tile is stored twice"
+        part.copy_(tile.load(None)[inside])
+        tile.readers += 1
+        self.stores.setdefault(self.warps.here.name, []).append(tile)
+        self.warps.wait()
+
+
+# One to twelve tasks per program, and some programs with one less than others.
+@pytest.mark.parametrize("programs", [1, 2, 4, 12])
+@pytest.mark.parametrize(
+    ("T", "D", "K", "stages"), [(300, 192, 128, 2), (257, 256, 192, 4), (520, 384, 64, 3), (700, 512, 448, 5)]
+)  # fmt: skip
+def test_the_product_and_its_end_are_right(T, D, K, stages, programs, monkeypatch):
+    torch.manual_seed(0)
+    rows, columns = product.tile_of(D)
+    a, x, w, bias = (torch.randn(*size, dtype=torch.float64) for size in ((T, K), (T, D), (D, K), (D,)))
+    column_blocks = D // columns
+    tasks = -(-T // (2 * rows)) * column_blocks
+    got = torch.full((T, D), torch.nan, dtype=torch.float64)
+    emulated = EmulatedProducts(monkeypatch, programs)
+    emulated.run(
+        product.product_kernel, min(programs, tasks), *map(Matrix, (a, w, w, x, got)), Pointer(bias),
+        K // product.STEP, column_blocks, tasks, ROWS=rows, COLUMNS=columns, STEP=product.STEP, STAGES=stages,
+    )  # fmt: skip
+    torch.testing.assert_close(got, x + a @ w.T + bias, rtol=1e-9, atol=1e-9)
