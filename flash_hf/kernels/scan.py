@@ -691,9 +691,9 @@ def whole_kernel(
                 (
                     multiply_whole,
                     (
-                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready,
-                        x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G,
-                        shift, E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready, x_empty,
+                        ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift,
+                        E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -713,9 +713,9 @@ def whole_kernel(
                 (
                     multiply_whole,
                     (
-                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready,
-                        x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G,
-                        shift, E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready, x_empty,
+                        ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift,
+                        E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (

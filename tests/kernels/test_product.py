@@ -84,7 +84,7 @@ class EmulatedProducts(EmulatedNumbers):
 # One to twelve tasks per program, and some programs with one less than others.
 @pytest.mark.parametrize("programs", [1, 2, 4, 12])
 @pytest.mark.parametrize(
-    ("T", "D", "K", "stages"), [(300, 192, 128, 2), (257, 256, 192, 4), (520, 384, 64, 3), (700, 512, 448, 5)]
+    ("T", "D", "K", "stages"), [(300, 192, 128, 2), (257, 256, 64, 4), (520, 384, 320, 3), (700, 512, 448, 5)]
 )  # fmt: skip
 def test_the_product_and_its_end_are_right(T, D, K, stages, programs, monkeypatch):
     torch.manual_seed(0)
