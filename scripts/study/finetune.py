@@ -47,6 +47,8 @@ from .runner import CellRunner, serve
 
 MODELS = ("flash", "transformer_pp")
 ROOT = Path(__file__).resolve().parents[2]
+# What a score is multiplied by for percent; SQuAD's metric is in percent.
+SCALES = {"xquad": 1}
 # Beyond an end of the grid, the next of these rates.
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
@@ -314,10 +316,10 @@ def as_markdown(summary: dict) -> str:
         )
     lines += ["", "| data | model | learning rate | metric | validation | test | seeds |", "| --- " * 7 + "|"]
     for row in summary["table"]:
-        shown = []
+        shown, scale = [], SCALES.get(row["data"], 100)
         for split in ("validation", "test"):
             std = row[f"{split}_std"]
-            shown.append(f"{100 * row[split]:.2f}" + (f" +- {100 * std:.2f}" if std is not None else ""))
+            shown.append(f"{scale * row[split]:.2f}" + (f" +- {scale * std:.2f}" if std is not None else ""))
         lines.append(
             f"| {row['data']} | {row['model']} | {row['learning_rate']:g} | {row['metric']} | {' | '.join(shown)} | "
             f"{row['seeds']} |"
@@ -357,7 +359,7 @@ def as_readme(summary: dict) -> str:
         if not found:
             why = failed.get(names[0], "-")
             return next((state for state in ("not begun", "cut off", "-") if why.startswith(state)), "failed")
-        scores = [100 * cell["metrics"]["test"][cell["main_metric"]] for cell in found]
+        scores = [SCALES.get(task, 100) * cell["metrics"]["test"][cell["main_metric"]] for cell in found]
         text = f"{statistics.mean(scores):.2f}"
         if len(scores) > 1:
             text += f" +- {statistics.stdev(scores):.2f}"
