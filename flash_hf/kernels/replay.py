@@ -255,6 +255,8 @@ class Recording(TorchDispatchMode):
 
 # Calls of a kind before one is recorded: by then kernels are compiled, and launched by their function in C.
 EARLIER = 3
+# Kinds of calls that a shape keeps: packed rows have ever other numbers of documents.
+MOST_KINDS = 64
 
 
 def replayed(
@@ -286,6 +288,8 @@ def replayed(
         return found.replay(every, addresses, current_stream(device))
     if found is None:  # cannot be replayed
         return run()
+    if len(shape.tapes) >= MOST_KINDS and key not in shape.tapes:
+        shape.tapes.clear()
     shape.tapes[key] = found + 1
     if found < EARLIER:
         return run()

@@ -361,6 +361,16 @@ def test_other_kinds_of_tensors_are_recorded_anew(toy, monkeypatch):
     assert toy.runs == runs + 5
 
 
+def test_few_kinds_are_kept(toy):
+    for number in range(5 * replay.MOST_KINDS):
+        toy(*drawn(), number)
+        assert 0 < len(SHAPE.tapes) <= replay.MOST_KINDS
+    toy.runs = 0
+    ready(toy)
+    check(toy, *drawn())
+    assert toy.runs == replay.EARLIER + 1
+
+
 def test_what_launches_themselves_have_to_see_is_not_replayed(toy, monkeypatch):
     ready(toy)
     x, y, w = drawn()
