@@ -104,6 +104,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     use_utf8()
     try:
         code = main()
+        leave_processes()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"\n{program}: interrupted", file=sys.stderr)
@@ -119,6 +120,13 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = 1
     if code is not None:
         sys.exit(code)
+
+
+def leave_processes() -> None:
+    """End a distributed run in order: while the interpreter ends, threads of its connections can abort the process."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def use_utf8() -> None:

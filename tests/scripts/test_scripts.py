@@ -246,6 +246,12 @@ def test_a_fault_of_the_code_keeps_its_traceback(capsys, monkeypatch):
     assert command_line.run_command(lambda: None) is None
 
 
+def test_a_command_ends_its_distributed_run(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    command_line.run_command(lambda: None)
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_program_is_called_as_it_was_started(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     (tmp_path / "package").mkdir()
