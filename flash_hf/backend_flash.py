@@ -250,7 +250,7 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
         and not is_transformed()
         and not (layer.hidden_dropout and layer.training)
         and is_stock(layer)
-        and all(x_BND.dtype == x.weight.dtype for x in (unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj))
+        and all(x_BND.dtype == parameter(module, "weight").dtype for module in projections(unit))
         and compute_dtype(x_BND) == x_BND.dtype
     )
 

@@ -78,7 +78,9 @@ def sigmoid(x):
 @gluon.jit
 def halves(acc, layout: gl.constexpr):
     """Left and right half of a tile, without moving anything."""
-    left, right = gl.split(gl.permute(gl.reshape(acc, [BLOCK, 2, BLOCK // 2]), (0, 2, 1)))
+    rows: gl.constexpr = acc.shape[0]
+    columns: gl.constexpr = acc.shape[1]
+    left, right = gl.split(gl.permute(gl.reshape(acc, [rows, 2, columns // 2]), (0, 2, 1)))
     return gl.convert_layout(left, layout, True), gl.convert_layout(right, layout, True)
 
 

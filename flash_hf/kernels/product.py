@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import barriers, load_async, store_async
+from .hopper import barriers, halves, load_async, store_async
 
 
 # Depth of one step of the product, which is also the width of its end's tiles, and steps in flight: they fill the
@@ -72,13 +72,6 @@ def load_operands(
             mbarrier.expect(full.index(slot), 2 * ROWS * STEP * 2)
             fetch(x, row, column + part * STEP, left, slot, full, ROWS)
             step += 1
-
-
-@gluon.jit
-def halves(acc, ROWS: gl.constexpr, HALF: gl.constexpr, layout: gl.constexpr):
-    """Left and right half of `2 * HALF` columns, without moving anything."""
-    left, right = gl.split(gl.permute(gl.reshape(acc, [ROWS, 2, HALF]), (0, 2, 1)))
-    return gl.convert_layout(left, layout, True), gl.convert_layout(right, layout, True)
 
 
 @gluon.jit
@@ -145,12 +138,12 @@ def multiply(
             acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
         if COLUMNS == 192:
-            one, two = halves(acc, ROWS, STEP, narrow)
+            one, two = halves(acc, narrow)
             three = acc_rest
         else:
-            before, behind = halves(acc, ROWS, 2 * STEP, half)
-            one, two = halves(before, ROWS, STEP, narrow)
-            three, four = halves(behind, ROWS, STEP, narrow)
+            before, behind = halves(acc, half)
+            one, two = halves(before, narrow)
+            three, four = halves(behind, narrow)
         step = finish(y, one, bias_ptr, left, full, empty, step, row, column, 0, GROUP, STEP, STAGES, narrow)
         step = finish(y, two, bias_ptr, left, full, empty, step, row, column, 1, GROUP, STEP, STAGES, narrow)
         step = finish(y, three, bias_ptr, left, full, empty, step, row, column, 2, GROUP, STEP, STAGES, narrow)
