@@ -80,8 +80,9 @@ def test_on_a_gpu_it_shows_what_kernels_compute():
     torch.manual_seed(0)
     model = FlashForCausalLM(config).eval()
     ids = random_ids(config, 1, 700)
-    expected = look_inside(model, ids)
-    for view, known in zip(look_inside(model.cuda(), ids.cuda()), expected, strict=True):
-        tolerance = 0.02 * known.local_NN.abs().max().item()
-        torch.testing.assert_close(view.local_NN.cpu(), known.local_NN, atol=tolerance, rtol=0)
-        torch.testing.assert_close(view.global_share().cpu(), known.global_share(), atol=0.02, rtol=0)
+    # Before the model moves: a view projects with the model's own weights.
+    expected = [(view.local_NN, view.global_share()) for view in look_inside(model, ids)]
+    for view, (local_NN, share_N) in zip(look_inside(model.cuda(), ids.cuda()), expected, strict=True):
+        tolerance = 0.02 * local_NN.abs().max().item()
+        torch.testing.assert_close(view.local_NN.cpu(), local_NN, atol=tolerance, rtol=0)
+        torch.testing.assert_close(view.global_share().cpu(), share_N, atol=0.02, rtol=0)
