@@ -20,6 +20,7 @@ from .text import CORPORA, MIXED
 Row = list[str]
 UNFINISHED = Path(__file__).resolve().parents[1] / "results" / "study" / "unfinished"
 SIZES_SHOWN = ("s", "m", "l")
+SIZES_PASSED = ("m", "base")  # of the long trainings
 # Seconds are compared between steps that were timed on this GPU alone.
 TIMED_ON = "NVIDIA H100 80GB HBM3"
 # Forms are compared in a table of their own; the others have only these.
@@ -274,10 +275,21 @@ def eighths(final: dict) -> list[float]:
 
 
 def passed(results: Results) -> list[Cell]:
-    """The long trainings on all text at their best rates: by context and tokens, the lowest loss first."""
+    """The long trainings on all text at their best rates: by size, context and tokens, the lowest loss first."""
     cells = [cell for cell in best_rates(results).values()
              if cell.task.startswith(MIXED) and cell.tokens >= grid.ONE_PASS]  # fmt: skip
-    return sorted(cells, key=lambda cell: (cell.context, -cell.tokens, mean_loss(results, cell)))
+    return sorted(cells, key=lambda cell: (
+        -SIZES_PASSED.index(cell.size), cell.context, -cell.tokens, mean_loss(results, cell)
+    ))  # fmt: skip
+
+
+def long_head(results: Results, cell: Cell) -> Row:
+    """Which long training it is: size, context, tokens and model."""
+    parameters = f"{results[cell]['parameters'] / 1e6:.0f} M"
+    return [f"{cell.size}, {parameters}", f"{cell.context:,}", f"{cell.tokens:g} M", MODELS[cell.model].title]
+
+
+LONG_HEAD = ["size, parameters", "context", "tokens", "model"]
 
 
 def lasting(results: Results) -> str:
@@ -286,8 +298,7 @@ def lasting(results: Results) -> str:
     for cell in passed(results):
         result = results[cell]
         curve = result["train_curve"]["loss"]
-        row = [f"{cell.context:,}", f"{cell.tokens:g} M", MODELS[cell.model].title, f"{cell.rate:g}",
-               f"{statistics.mean(curve[-len(curve) // 10 :]):.3f}"]  # fmt: skip
+        row = [*long_head(results, cell), f"{cell.rate:g}", f"{statistics.mean(curve[-len(curve) // 10 :]):.3f}"]
         for corpus, found in result["corpora"].items():
             parts = eighths(found["final"])
             row += [f"{found['final']['loss']:.3f} ({bits_per_byte(result, corpus):.3f})",
@@ -295,13 +306,14 @@ def lasting(results: Results) -> str:
         beyond = next(iter(result["corpora"].values()))["lengths"]
         row.append(", ".join(f"{found['loss']:.3f}" for found in beyond.values()) or "-")
         rows.append(row)
-    head = ["context", "tokens", "model", "learning rate", "training, last tenth"]
+    head = [*LONG_HEAD, "learning rate", "training, last tenth"]
     for corpus in CORPORA:
         head += [f"{corpus} (bits per byte)", f"{corpus}: first, last eighth", "difference"]
     head.append(f"{CORPORA[0]} at 2 and 4 times the context")
-    searched = [f"{MODELS[cell.model].title} {rates_tried(results, cell)}"
+    tenths = [("m", grid.ONE_PASS / 10), ("base", grid.BASE_TOKENS / 10)]
+    searched = [f"{MODELS[cell.model].title} ({cell.size}) {rates_tried(results, cell)}"
                 for cell in best_rates(results).values()
-                if cell.task.startswith(MIXED) and cell.tokens == grid.ONE_PASS / 10]  # fmt: skip
+                if cell.task.startswith(MIXED) and (cell.size, cell.tokens) in tenths]  # fmt: skip
     rates = f"\n\nLearning rates with a tenth of the tokens: {'; '.join(sorted(searched))}." if searched else ""
     return table(head, rows) + rates if rows else "No cells yet."
 
@@ -310,15 +322,29 @@ SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def crossings(results: Results) -> str:
-    """Validation loss during the long trainings, against tokens."""
-    rows = []
-    for cell in passed(results):
+    """Validation loss during the long trainings, against tokens, and when they reach what Transformer++ ends with."""
+    rows, quietest = [], timed(results)
+    cells = passed(results)
+    for cell in cells:
         curve = results[cell]["valid_curve"]
         points = [curve[max(0, round(share * len(curve)) - 1)] for share in SHARES]
         per_step = results[cell]["tokens_per_step"] / 1e6
-        rows.append([f"{cell.context:,}", f"{cell.tokens:g} M", MODELS[cell.model].title,
-                     *(f"{loss:.3f} ({step * per_step:.0f} M)" for step, loss in points)])  # fmt: skip
-    head = ["context", "tokens", "model", *(f"{share:.0%}" for share in SHARES)]
+        rival = next(
+            (c for c in cells if replace(c, model=cell.model, rate=cell.rate) == cell and c.model == RIVAL), None
+        )
+        steps = None if rival is None else steps_to(curve, results[rival]["valid_curve"][-1][1])
+        own, other = (
+            None if c is None else quietest.get((*timed_as(c), results[c]["machine"])) for c in (cell, rival)
+        )
+        reached, seconds = "-" if rival is None else "never" if steps is None else f"{steps * per_step:.0f} M", "-"
+        if steps is not None and own and other:
+            took, whole = (n * found["step"]["median"] / 1e3
+                           for n, found in ((steps, own), (results[rival]["steps"], other)))  # fmt: skip
+            seconds = f"{took:,.0f} of {whole:,.0f}"
+        rows.append([*long_head(results, cell), *(f"{loss:.3f} ({step * per_step:.0f} M)" for step, loss in points),
+                     f"{own['step']['median']:.1f}" if own else "-", reached, seconds])  # fmt: skip
+    head = [*LONG_HEAD, *(f"{share:.0%}" for share in SHARES), "ms per step", f"{MODELS[RIVAL].title}'s end after",
+            "in seconds, of its"]  # fmt: skip
     return table(head, rows) if rows else "No cells yet."
 
 
@@ -463,20 +489,20 @@ def draw(results: Results, folder: Path) -> list[Path]:
         axes[0][0].set_ylabel("validation loss, nats per token")
         save(figure, task)
 
-    cells = [cell for cell in passed(results) if cell.tokens == grid.ONE_PASS]
-    contexts = sorted({cell.context for cell in cells})
+    cells = [cell for cell in passed(results) if cell.tokens in (grid.ONE_PASS, grid.BASE_TOKENS)]
+    groups = list(dict.fromkeys((cell.size, cell.context, cell.tokens) for cell in cells))
     if cells:
         times = timed(results)
         colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(cell.model for cell in cells))}
-        figure, axes = plt.subplots(2, len(contexts), figsize=(4.8 * len(contexts), 7.5), squeeze=False, sharey=True)
-        for (tokens, seconds), context in zip(axes.T, contexts, strict=True):
-            for cell in (cell for cell in cells if cell.context == context):
+        figure, axes = plt.subplots(2, len(groups), figsize=(4.8 * len(groups), 7.5), squeeze=False, sharey=True)
+        for (tokens, seconds), group in zip(axes.T, groups, strict=True):
+            for cell in (cell for cell in cells if (cell.size, cell.context, cell.tokens) == group):
                 steps, losses = zip(*results[cell]["valid_curve"][1:], strict=True)
                 look = {"color": colours[cell.model], "label": MODELS[cell.model].title}
                 tokens.plot([step * results[cell]["tokens_per_step"] / 1e6 for step in steps], losses, **look)
                 if (own := times.get((*timed_as(cell), results[cell]["machine"]))) is not None:
                     seconds.plot([step * own["step"]["median"] / 1e3 for step in steps], losses, **look)
-            tokens.set(title=f"all text, one pass, context {context:,}", xlabel="million tokens")
+            tokens.set(title="size {}, context {:,}, {:g} M tokens".format(*group), xlabel="million tokens")
             seconds.set(xlabel="seconds, alone on the " + results[cells[0]]["machine"].removeprefix("NVIDIA "))
         for axis in axes.flat:
             axis.grid(alpha=0.3)

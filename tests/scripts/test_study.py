@@ -528,24 +528,33 @@ def test_long_trainings_are_listed_by_corpus_and_position():
         }
         results[cell] = {
             "task": cell.task, "final": {"loss": books + 0.5}, "corpora": found, "tokens_per_step": 32768,
+            "parameters": 24.4e6, "steps": 2000, "machine": "a GPU",
+            "step": dict.fromkeys(("median", "q25", "q75"), 15.0 if model == "flash" else 20.0),
             "train_curve": {"every": 10, "loss": [6.0] * 90 + [books - 0.2, books] * 5},
             "valid_curve": [[100 * step, books + 2 - step / 10] for step in range(1, 21)],
             "text": {f"{name}_valid": {"tokens": 100, "bytes": 400} for name in ("books", "wiki")},
         }  # fmt: skip
     rows = [line.strip("| ").split(" | ") for line in report.lasting(results).splitlines()]
     assert len(rows) == 4 and len({len(row) for row in rows}) == 1
-    assert rows[2] == ["2,048", "235 M", "Transformer++", "0.001", "2.900", "3.000 (1.082)", "3.400, 2.900", "0.500",
-                       "4.000 (1.443)", "4.400, 3.900", "0.500", "4.000, 5.000"]  # fmt: skip
-    assert rows[3][2:6] == ["FLASH", "0.002", "3.900", "4.000 (1.443)"]
-    crossed = report.crossings(results).splitlines()[2]
-    assert crossed.startswith("| 2,048 | 235 M | Transformer++ | 4.900 (3 M) | 4.800 (7 M) | 4.500 (16 M)")
-    assert crossed.endswith("3.000 (66 M) |")
+    assert rows[2] == ["m, 24 M", "2,048", "235 M", "Transformer++", "0.001", "2.900", "3.000 (1.082)",
+                       "3.400, 2.900", "0.500", "4.000 (1.443)", "4.400, 3.900", "0.500", "4.000, 5.000"]  # fmt: skip
+    assert rows[3][3:7] == ["FLASH", "0.002", "3.900", "4.000 (1.443)"]
+    crossed = report.crossings(results).splitlines()[2:]
+    assert crossed[0].startswith(
+        "| m, 24 M | 2,048 | 235 M | Transformer++ | 4.900 (3 M) | 4.800 (7 M) | 4.500 (16 M)"
+    )
+    assert crossed[0].endswith("3.000 (66 M) | 20.0 | 66 M | 40 of 40 |")
+    assert crossed[1].endswith(" | 15.0 | never | - |")
+    ours = dataclasses.replace(cell, model="flash", rate=0.002)
+    sooner = results[ours] | {"valid_curve": [[100 * step, 3.5 - step / 10] for step in range(1, 21)]}
+    # At step 500 of 2,000, of 15 and 20 ms.
+    assert " | 15.0 | 16 M | 8 of 40 |" in report.crossings(results | {ours: sooner})
     tenth = dataclasses.replace(cell, model="flash", tokens=23.5)
     results |= {
         dataclasses.replace(tenth, rate=rate): {"final": {"loss": loss}} for rate, loss in ((0.001, 5.0), (0.002, 4.5))
     }
     table = report.lasting(results)
-    assert table.endswith("\n\nLearning rates with a tenth of the tokens: FLASH 0.001: 5.000, **0.002: 4.500**.")
+    assert table.endswith("\n\nLearning rates with a tenth of the tokens: FLASH (m) 0.001: 5.000, **0.002: 4.500**.")
     assert len(table.splitlines()) == len(rows) + 2
 
 
