@@ -149,7 +149,7 @@ def launch_totals(
         scan_grid(tasks, x.device),
         hopper.tokens(x, shape.B, shape.N), hopper.matrix(keys), total, inputs.rms, inputs.gain, inputs.bias_v,
         index.piece_begin, index.piece_end, shape.N, shape.G, shape.shift, cut, 1.0 / shape.C if whole else 1.0,
-        E // 128, tasks, BACK=back, SPLIT="ends" if cut else "pieces", SKIP=shape.skips, EVEN=shape.even,
+        E // 128, tasks, BACK=back, SPLIT="cut" if cut else "pieces", SKIP=shape.skips, EVEN=shape.even,
         SLOTS=scan.SLOTS, num_warps=8,
     )  # fmt: skip
     if whole:

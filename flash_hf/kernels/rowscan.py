@@ -248,7 +248,7 @@ def row_kernel(
                     activate_tiles,
                     (
                         values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, rms_ptr, rms_ptr, N, G, shift, 0,
-                        E_BLOCKS, TASKS, "rows", False, EVEN, VALUE_SLOTS,
+                        E_BLOCKS, TASKS, "rows", False, EVEN, VALUE_SLOTS, ACTIVATING,
                     ),
                 ),
                 (

@@ -15,7 +15,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
@@ -26,8 +25,9 @@ from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, sigmoid, st
 
 # Tiles of the ring, and of the values, whose tiles stay longer. With the state's they fill the shared memory.
 SLOTS, VALUE_SLOTS = 3, 3
-# Warps that activate a forward scan's values, their registers, and the tokens that fit these.
-ACTIVATING, ACTIVATING_REGISTERS, PART = gl.constexpr(4), gl.constexpr(72), gl.constexpr(64)
+# Warps that activate a forward scan's values, and those of its totals, their registers, and the tokens that fit these.
+ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.constexpr(8), gl.constexpr(72)
+PART = gl.constexpr(64)
 
 
 @gluon.jit
@@ -46,7 +46,8 @@ def tasks_of(TASKS, SPLIT: gl.constexpr):
 
 @gluon.jit
 def walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr):
-    """Row or piece of a task, and the first and last chunk (exclusive) of its walk, see `scan_kernel`."""
+    """Row or piece of a task, and the first and last chunk (exclusive) of its walk, see `scan_kernel`; with SPLIT
+    "cut" only the `cut` chunks that "ends" cuts off."""
     walk = task // E_BLOCKS
     if SPLIT == "pieces":
         begin = gl.load(begin_ptr + walk)
@@ -62,6 +63,11 @@ def walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK: gl.constexp
                 begin = border
             else:
                 end = border
+        elif SPLIT == "cut":
+            if BACK:
+                begin = end - cut
+            else:
+                end = begin + cut
     return walk, begin, end
 
 
@@ -223,11 +229,12 @@ def activate(
 @gluon.jit
 def activate_tiles(
     values, x_full, ready, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
-    SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, VALUE_SLOTS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """`activate` for all tiles of values of a forward scan, in its order: what has arrived becomes `ready`."""
+    """`activate` for all tiles of values of a forward scan, or of its totals, in its order: what has arrived becomes
+    `ready`."""
     grid_wait()
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [ACTIVATING, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     step = 0
@@ -506,7 +513,7 @@ def scan_kernel(
                     activate_tiles,
                     (
                         values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, begin_ptr, end_ptr, N, G, shift, cut,
-                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, VALUE_SLOTS,
+                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, VALUE_SLOTS, ACTIVATING,
                     ),
                 ),
                 (
@@ -722,7 +729,7 @@ def whole_kernel(
                     activate_tiles,
                     (
                         values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, begin_ptr, end_ptr, N, G, shift, 0,
-                        E_BLOCKS, TASKS, "pieces", SKIP, EVEN, VALUE_SLOTS,
+                        E_BLOCKS, TASKS, "pieces", SKIP, EVEN, VALUE_SLOTS, ACTIVATING,
                     ),
                 ),
                 (
@@ -743,11 +750,8 @@ def summands_of(
     task, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr,
     SKIP: gl.constexpr,
 ):  # fmt: skip
-    """First and last half of a chunk (exclusive) of a task of `totals_kernel`: with SPLIT "ends" of one of the shorter
-    walks."""
-    if SPLIT == "ends":
-        task += TASKS
-    _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, 2 * TASKS, BACK, SPLIT)
+    """First and last half of a chunk (exclusive) of a task of `totals_kernel`."""
+    _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
     first = 2 * begin
     last = 2 * end
     if SKIP:
@@ -775,38 +779,28 @@ def load_summands(
 
 @gluon.jit
 def add(
-    total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-    shift, cut, inverse, E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr,
-    EVEN: gl.constexpr, SLOTS: gl.constexpr,
+    total_ptr, values, ready, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, inverse, E_BLOCKS,
+    TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `totals_kernel` computes."""
     grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     E = E_BLOCKS * BLOCK
-    gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
         first, last = summands_of(task, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP)
         first_e = (task % E_BLOCKS) * BLOCK
-        bias = gl.load(bias_ptr + first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))).to(gl.float32)
-        acc = warpgroup_mma_init(gl.zeros([BLOCK, BLOCK], gl.float32, mma))
+        acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
         for half in range(first, last):
             slot = step % SLOTS
-            x = values.index(slot)
-            mbarrier.wait(x_full.index(slot), (step // SLOTS) & 1)
-            if not BACK:
-                token = (half % (2 * G)) * BLOCK - shift
-                activate(x, rms_ptr, gain, bias, half // (2 * G), token, N, EVEN, wide)
-                fence_async_shared()
+            mbarrier.wait(ready.index(slot), (step // SLOTS) & 1)
             mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
-            # The product before ran while these values were activated.
-            before = warpgroup_mma_wait(0, deps=[acc])
+            acc = warpgroup_mma(ring.index(slot).permute((1, 0)), values.index(slot), acc, is_async=True)
+            # The product before, while this one runs.
+            acc = warpgroup_mma_wait(1, deps=[acc])
             if half > first:
                 mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
                 mbarrier.arrive(x_empty.index((step - 1) % SLOTS), count=1)
-            acc = warpgroup_mma(ring.index(slot).permute((1, 0)), x, before, is_async=True)
             step += 1
         total = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
@@ -823,7 +817,7 @@ def totals_kernel(
     x, keys, total_ptr, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, inverse, E_BLOCKS, TASKS,
     BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """`inverse * sum keys^T V` over the chunks of each piece, `[pieces, S, E]`, or with SPLIT "ends" over the first
+    """`inverse * sum keys^T V` over the chunks of each piece, `[pieces, S, E]`, or with SPLIT "cut" over the first
     `cut` chunks of each row (BACK: the last): V is `silu(x)`, or with BACK x."""
     values = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], keys.layout)
@@ -831,24 +825,54 @@ def totals_kernel(
     x_empty = barriers(SLOTS)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
+    ready = x_full if BACK else barriers(SLOTS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                add,
+    if BACK:
+        gl.warp_specialize(
+            [
                 (
-                    total_ptr, rms_ptr, gain_ptr, bias_ptr, values, x_full, x_empty, ring, full, empty, begin_ptr,
-                    end_ptr, N, G, shift, cut, inverse, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SLOTS,
+                    add,
+                    (
+                        total_ptr, values, ready, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
+                        inverse, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS,
+                    ),
                 ),
-            ),
-            (
-                load_summands,
                 (
-                    x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
-                    E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS,
+                    load_summands,
+                    (
+                        x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
+                        E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS,
+                    ),
                 ),
-            ),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    add,
+                    (
+                        total_ptr, values, ready, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
+                        inverse, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS,
+                    ),
+                ),
+                (
+                    activate_tiles,
+                    (
+                        values, x_full, ready, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut,
+                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, SLOTS, TOTALS_ACTIVATING,
+                    ),
+                ),
+                (
+                    load_summands,
+                    (
+                        x, keys, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
+                        E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS,
+                    ),
+                ),
+            ],
+            [TOTALS_ACTIVATING, 1],
+            [ACTIVATING_REGISTERS, 24],
+        )  # fmt: skip

@@ -218,7 +218,7 @@ found = {
     "whole, backward, skipping": compiled(
         scan.whole_kernel, scanned, BACK=True, SKIP=True, EVEN=False, SHIFTED=True, **slots),
     "totals": compiled(
-        scan.totals_kernel, added, 8, BACK=False, SPLIT="ends", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
+        scan.totals_kernel, added, 8, BACK=False, SPLIT="cut", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
     "totals, backward": compiled(
         scan.totals_kernel, added, 8, BACK=True, SPLIT="pieces", SKIP=False, EVEN=True, SLOTS=scan.SLOTS),
     "rows": compiled(rowscan.row_kernel, scanned, BACK=False, EVEN=True, SHIFTED=False, **held),
@@ -437,7 +437,7 @@ def totals_in_torch(
     SKIP, EVEN, **constants,
 ):  # fmt: skip
     pieces = list(zip(begin.tolist(), end.tolist(), strict=True))
-    if SPLIT == "ends":
+    if SPLIT == "cut":
         rows = range(len(keys) // 256 // G)
         pieces = [((row + 1) * G - cut, (row + 1) * G) if BACK else (row * G, row * G + cut) for row in rows]
     assert len(pieces) == tasks // e_blocks
