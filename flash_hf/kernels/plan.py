@@ -18,8 +18,8 @@ from ..attention_flash import Normalization, global_scale
 from ..chunking_flash import ChunkLayout, Movable
 
 
-# Fewest programs of a pass over pieces: about two per multiprocessor of a large GPU.
-PROGRAMS = 250
+# Multiprocessors of a large GPU, and the fewest programs of a pass over pieces: about two on each.
+MULTIPROCESSORS, PROGRAMS = 132, 250
 LONGEST_PIECE = 16
 
 
@@ -73,6 +73,18 @@ class ChunkPlan(Movable):
     index: ChunkIndex
 
 
+def piece_length(rows: int, chunks: int, blocks: int) -> int:
+    """The most chunks of a piece, where rows of `chunks` have a program per piece and block of value dimensions: that
+    with which the programs, one on each multiprocessor at a time, end soonest. A piece's own sum counts as a chunk."""
+
+    def end(length: int) -> int:
+        return triton.cdiv(rows * triton.cdiv(chunks, length) * blocks, MULTIPROCESSORS) * (length + 1)
+
+    lengths = range(1, min(LONGEST_PIECE, chunks) + 1)
+    enough = [length for length in lengths if rows * triton.cdiv(chunks, length) * blocks >= PROGRAMS]
+    return min(enough or [1], key=lambda length: (end(length), -length))
+
+
 def chunk_plan(
     layout: ChunkLayout,
     batch: int,
@@ -97,8 +109,7 @@ def chunk_plan(
     N = cached + layout.token_BN.shape[1]
     device = layout.position_BGC.device
     chunks = batch * G
-    fits = max(1, chunks * triton.cdiv(width, 128) // PROGRAMS)
-    longest = 1 if delta else min(LONGEST_PIECE, 1 << (fits.bit_length() - 1))
+    longest = 1 if delta else piece_length(batch, G, triton.cdiv(width, 128))
 
     chunk = torch.arange(chunks, dtype=torch.int32, device=device)
     neighbours = layout.neighbours if causal else None

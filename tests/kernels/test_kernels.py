@@ -847,3 +847,13 @@ def test_bfloat16_error_is_at_most_twice_the_torch_tiers(layout, causal, whole, 
 def test_chunk_and_key_sizes(chunk_size, key_dim, causal, dtype, form):
     config = config_of(is_decoder=causal, chunk_size=chunk_size, query_key_dim=key_dim, hidden_size=256, **FORMS[form])
     compare(config, "odd", dtype, length=1300, scale=0.06, draws=4)
+
+
+@pytest.mark.parametrize(
+    "rows, chunks, blocks, length",
+    # 264 programs are two on each of 132 multiprocessors; 384 of 8 chunks would be three rounds.
+    [(2, 128, 12, 12), (1, 256, 12, 12), (8, 32, 12, 8), (8, 33, 12, 9), (128, 2, 12, 2), (1, 8, 12, 1), (1, 1, 1, 1)],
+)
+def test_pieces_are_as_long_as_keeps_multiprocessors_busy(rows, chunks, blocks, length):
+    assert kernels.plan.piece_length(rows, chunks, blocks) == length
+    assert 1 <= kernels.plan.piece_length(rows, 100 * chunks, blocks) <= kernels.plan.LONGEST_PIECE
