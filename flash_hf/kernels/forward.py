@@ -28,14 +28,49 @@ from .common import (
 from .dispatch import kernel
 
 
+@triton.jit
+def copy_part(from_ptr, to_ptr, count, padded, block, BLOCK: tl.constexpr):
+    """A block of the `padded` numbers at `to_ptr`: `count` from elsewhere, in its type, and zeros."""
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    part = tl.load(from_ptr + place, mask=place < count, other=0.0)
+    tl.store(to_ptr + place, part.to(to_ptr.dtype.element_ty), mask=place < padded)
+
+
+@triton.jit
+def join_weights(
+    u_ptr, v_ptr, z_ptr, gates_ptr, w_ptr, wide, narrow, gates, padded, block, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A block of the joined weights: `wide` numbers of u and of v, `narrow` of z, and `gates`, with zeros after them
+    up to `padded`."""
+    wide_blocks, narrow_blocks = tl.cdiv(wide, BLOCK), tl.cdiv(narrow, BLOCK)
+    if block < wide_blocks:
+        copy_part(u_ptr, w_ptr, wide, wide, block, BLOCK)
+    elif block < 2 * wide_blocks:
+        copy_part(v_ptr, w_ptr + wide, wide, wide, block - wide_blocks, BLOCK)
+    elif block < 2 * wide_blocks + narrow_blocks:
+        copy_part(z_ptr, w_ptr + 2 * wide, narrow, narrow, block - 2 * wide_blocks, BLOCK)
+    else:
+        rest = block - 2 * wide_blocks - narrow_blocks
+        copy_part(gates_ptr, w_ptr + 2 * wide + narrow, gates, padded, rest, BLOCK)
+
+
 @kernel
 @triton.jit
 def norm_kernel(
-    x_ptr, gain_ptr, rms_ptr, out_ptr, T, D, eps,
-    CAST: tl.constexpr, SCALE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, gain_ptr, rms_ptr, out_ptr, u_ptr, v_ptr, z_ptr, gates_ptr, w_ptr, T, D, token_blocks, wide, narrow, gates,
+    padded, eps, CAST: tl.constexpr, SCALE: tl.constexpr, JOIN: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm."""
+    """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm. With
+    JOIN, programs behind those of the tokens join the weights of the projections."""
     grid_wait()
+    if JOIN:
+        block = tl.program_id(0) - token_blocks
+        if block >= 0:
+            join_weights(
+                u_ptr, v_ptr, z_ptr, gates_ptr, w_ptr, wide, narrow, gates, padded, block, BLOCK_T * BLOCK_D
+            )  # fmt: skip
+            return
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     real = token < T

@@ -834,14 +834,32 @@ def product_blocks(dtype: torch.dtype) -> dict:
     return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 4, "num_warps": 8}
 
 
-def launch_norm(x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *, cast: bool, scale: bool) -> None:
-    """Fill `rms` and, with `cast` or `scale`, `out`; see `norm_kernel`."""
+# Columns of the gates in h: two, and zeros that keep its rows aligned to 16 bytes.
+GATE_COLUMNS = 8
+
+
+def launch_norm(
+    x: Tensor, gain: Tensor, eps: float, rms: Tensor, out: Tensor, *, cast: bool = False, scale: bool = False,
+    weights: list[Tensor] | None = None, joined: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill `rms`, with `cast` or `scale` `out`, and with `weights` `joined`; see `norm_kernel`.
+
+    Args:
+        weights: of u, v, z and, with the delta rule, the gates.
+    """
     T, D = x.shape
     block_d = power_of_2(D)
     block_t = max(1, 4096 // block_d)
+    parts, sizes = [x] * 5, [0] * 4
+    if weights is not None:
+        u, v, z, *gates = (w.contiguous() for w in weights)
+        parts = [u, v, z, *(gates or [z]), joined]
+        sizes = [u.numel(), z.numel(), sum(w.numel() for w in gates), GATE_COLUMNS * D * len(gates)]
+    blocks, (wide, narrow, _, padded) = cdiv(T, block_t), (cdiv(size, block_t * block_d) for size in sizes)
     forward.norm_kernel(
-        (cdiv(T, block_t),),
-        x, gain, rms, out, T, D, eps, CAST=cast, SCALE=scale, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8,
+        (blocks + 2 * wide + narrow + padded,),
+        x, gain, rms, out, *parts, T, D, blocks, *sizes, eps, CAST=cast, SCALE=scale, JOIN=weights is not None,
+        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from ..chunking_flash import is_transformed
 from . import choice, delta
 from .launches import (
+    GATE_COLUMNS,
     Product,
     Sums,
     launch_backward,
@@ -360,10 +361,6 @@ LayerResults = NamedTuple("LayerResults", [(name, Tensor) for name in f"y rms ca
 SavedLayer = group("SavedLayer", f"x gain w b_u b_v b_z w_o b_o rms h {HEADS} {STATES}", OPTIONAL)
 
 
-# Columns of the gates in h: two, and zeros that keep its rows aligned to 16 bytes.
-GATE_COLUMNS = 8
-
-
 def layer_inputs(x, h: Tensor, rms: Tensor, shape: Shape) -> Inputs:
     return inputs_of(x, split_columns(h, shape), rms, x.gain, x.b_u, x.b_v, x.b_z)
 
@@ -381,14 +378,6 @@ def columns(shape: Shape) -> list[int]:
 
 def split_columns(h: Tensor, shape: Shape) -> Projections:
     return Projections(*torch.split_with_sizes(h, columns(shape), 1))
-
-
-def joined_weights(tensors: LayerTensors, shape: Shape) -> Tensor:
-    weights = [tensors.w_u, tensors.w_v, tensors.w_z]
-    if shape.delta:
-        w = tensors.w_gates
-        weights += [w, w.new_zeros((GATE_COLUMNS - w.shape[0], w.shape[1]))]
-    return torch.cat(weights).to(shape.dtype)
 
 
 def sums_dtype(saved: SavedLayer) -> torch.dtype:
@@ -412,9 +401,10 @@ class Layer:
         casts = x.dtype != dtype
         rms = x.new_empty(shape.T, dtype=torch.float32)
         cast = x.new_empty(x.shape, dtype=dtype) if casts else absent(x.device, dtype)
+        w = x.new_empty((sum(columns(shape)), shape.D), dtype=dtype)
+        weights = [tensors.w_u, tensors.w_v, tensors.w_z, *[tensors.w_gates] * shape.delta]
         with on_device(x):
-            launch_norm(x, tensors.gain, eps, rms, cast, cast=casts, scale=False)
-            w = joined_weights(tensors, shape)
+            launch_norm(x, tensors.gain, eps, rms, cast, cast=casts, weights=weights, joined=w)
             h = torch.mm(cast if casts else x, w.t())
             inputs = layer_inputs(tensors, h, rms, shape)
             attention = launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
@@ -527,7 +517,7 @@ def open_chunk(tensors: OpenChunkTensors, shape: Shape, **options) -> list[Tenso
 def run_norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, rms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
     with on_device(x):
-        launch_norm(x, gain, eps, rms, y, cast=False, scale=True)
+        launch_norm(x, gain, eps, rms, y, scale=True)
     return y, rms
 
 

@@ -200,8 +200,9 @@ def test_a_layers_step_has_few_operations(monkeypatch):
     (one, launched), (three, launched_by_three) = counts(1), counts(3)
     per_layer = {name: (count - one[name]) / 2 for name, count in three.items()}
     assert launched_by_three - launched == 2 * 14
-    assert per_layer["aten::mm"] == 4 and per_layer["aten::cat"] == 1
-    assert per_layer["aten::empty"] + per_layer["aten::empty_strided"] <= 20
+    assert per_layer["aten::mm"] == 4 and not per_layer.get("aten::cat")
+    # 20, and the joined weights, which `torch.cat` would allocate uncounted.
+    assert per_layer["aten::empty"] + per_layer["aten::empty_strided"] <= 21
     assert per_layer["aten::as_strided"] <= 43  # views
     nodes = {name: count for name, count in per_layer.items() if name.startswith("autograd::") and count}
     # One node for the layer, and one for each of its parameters.

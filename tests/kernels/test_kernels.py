@@ -379,6 +379,29 @@ def test_checkpointing_changes_nothing(form):
     assert all(torch.equal(plain[1][name], again[1][name]) for name in plain[1])
 
 
+@pytest.mark.parametrize("wide, dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16,) * 2, (torch.float32,) * 2])
+@pytest.mark.parametrize("gates", [False, True])
+def test_weights_are_joined_beside_the_norm(gates, wide, dtype):
+    """The same bits as those of `torch.cat` and of its cast, for which triton's interpreter cuts bits off."""
+    D, rows = 48, (80, 80, 16, *[2] * gates)
+    x, gain, *weights = (torch.randn(size, device=DEVICE).to(wide) for size in ((90, D), (), *((n, D) for n in rows)))
+    weights[0][0, :3] = torch.tensor([-0.0, float("inf"), -float("inf")])
+    padding = [torch.zeros(launches.GATE_COLUMNS - 2, D, device=DEVICE, dtype=wide)] * gates
+
+    def as_cast(x):
+        cuts = DEVICE == "cpu" and wide != dtype
+        return (x.view(torch.int32) & -(2**16)).view(wide).to(dtype) if cuts else x.to(dtype)
+
+    expected = as_cast(torch.cat([*weights, *padding]))
+    rms, joined = torch.full((90,), float("nan"), device=DEVICE), torch.full_like(expected, float("nan"))
+    cast = torch.full_like(x, float("nan"), dtype=dtype)
+    launches.launch_norm(x, gain, 1e-5, rms, cast, cast=x.dtype != dtype, weights=weights, joined=joined)
+    kind = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(joined.view(kind), expected.view(kind))
+    assert_close(rms, (x.float().square().mean(1) + 1e-5).rsqrt(), 1e-6)
+    assert x.dtype == dtype or torch.equal(cast, as_cast(x))
+
+
 def test_a_gain_of_zero_has_a_gradient():
     model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
     with torch.no_grad():

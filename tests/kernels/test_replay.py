@@ -191,7 +191,7 @@ def test_a_replayed_layers_step_has_few_operations(launched, monkeypatch):
 
     one, three = counts(1), counts(3)
     per_layer = {name: (count - one[name]) / 2 for name, count in three.items()}
-    assert per_layer["launches"] == 14 and per_layer["aten::mm"] == 4 and per_layer["aten::cat"] == 1
+    assert per_layer["launches"] == 14 and per_layer["aten::mm"] == 4 and not per_layer.get("aten::cat")
     assert per_layer["aten::empty"] + per_layer["aten::empty_strided"] <= 24
     assert per_layer["aten::as_strided"] <= 25  # views
 
