@@ -17,6 +17,7 @@ from .chunking_flash import (
     Places,
     QuadraticLayout,
     StepLayout,
+    child,
     chunk_layout,
     is_exporting,
     is_tracing,
@@ -202,9 +203,10 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
 
 def fused_bias(unit: nn.Module, places: Places) -> Tensor | None:
     """`unit.bias(places)`, the rotary one by a kernel."""
-    if not has_kernel(unit.relative_bias):
+    bias = child(unit, "relative_bias")
+    if not has_kernel(bias):
         return unit.bias(places)
-    return load_kernels()[0].rotary_bias(unit.relative_bias, places.bias_rotary)
+    return load_kernels()[0].rotary_bias(bias, places.bias_rotary)
 
 
 def continuation(places: Places, cache) -> dict[str, Any]:
@@ -226,12 +228,12 @@ def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
 
 def is_stock(layer: nn.Module) -> bool:
     """Whether a layer's modules are those whose parameters kernels take: the stock classes, with no hooks attached."""
-    unit = layer.gau
+    unit = child(layer, "gau")
     return (
-        has_kernel(layer.norm)
+        has_kernel(child(layer, "norm"))
         and unit.kernel_activation
         and is_bare(unit)
-        and is_bare(unit.offset_scale)
+        and is_bare(child(unit, "offset_scale"))
         and all(map(is_plain_linear, projections(unit)))
         and (not unit.delta or is_plain_linear(unit.gate_proj, bias=False))
     )
@@ -263,7 +265,7 @@ def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor
 
 def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
     """`x + GAU(norm(x))` by one kernel call, `[B, N, D]`."""
-    dtype, bias_R = compute_dtype(x_BND), fused_bias(layer.gau, places)
+    dtype, bias_R = compute_dtype(x_BND), fused_bias(child(layer, "gau"), places)
     out_BND, state = load_kernels()[0].layer(
         layer, x_BND, places, bias_R=bias_R, dtype=dtype, **continuation(places, cache)
     )

@@ -41,6 +41,12 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return own[name] if name in own else getattr(module, name)
 
 
+def child(module: nn.Module, name: str) -> Any:
+    """The same of a module within, or of None in its place."""
+    own = module._modules
+    return own[name] if name in own else getattr(module, name)
+
+
 def projections(unit: nn.Module) -> list[nn.Module]:
     """Those of u, v, z and the output of a gated attention unit, found as fast."""
     own = unit._modules

@@ -93,11 +93,13 @@ from .chunking_flash import (
     Places,
     QuadraticLayout,
     StepLayout,
+    child,
     chunk_layout,
     compare_with_cache,
     is_exporting,
     is_tracing,
     misplaced,
+    parameter,
     quadratic_layout,
     recall,
     resolve_documents,
@@ -231,9 +233,10 @@ class FlashToeplitzBias(nn.Module):
         return self.weight + raised[distance]
 
     def forward(self, length: int, rotary=None) -> Tensor:
+        weight = parameter(self, "weight")
         if length == self.span:  # no view, which every decoding step would make again
-            return self.weight
-        return self.weight[self.span - length : self.span + length - 1]
+            return weight
+        return weight[self.span - length : self.span + length - 1]
 
 
 class FlashRotaryBias(nn.Module):
@@ -358,7 +361,8 @@ class FlashGatedAttentionUnit(nn.Module):
 
     def bias(self, places: Places) -> Tensor | None:
         """The relative bias of offsets `-(bias_length - 1) ... bias_length - 1`, or None."""
-        return None if self.relative_bias is None else self.relative_bias(places.bias_length, places.bias_rotary)
+        bias = child(self, "relative_bias")
+        return None if bias is None else bias(places.bias_length, places.bias_rotary)
 
     def forward(
         self, x_BND: Tensor, places: Places, cache: CacheLayerMixin | None = None, before_B1D: Tensor | None = None

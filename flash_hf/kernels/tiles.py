@@ -341,7 +341,7 @@ class Inputs:
         """cos, sin and their number of rows; without RoPE any tensor."""
         if self.cos is None:
             return self.index.factor_G, self.index.factor_G, 1
-        return self.cos, self.sin, self.cos.shape[0]
+        return self.cos, self.sin, self.cos.numel() // self.cos.shape[-1]
 
     @property
     def tokens(self) -> Tensor:

@@ -9,19 +9,20 @@ import triton
 from torch import Tensor, nn
 
 from ..attention_flash import DecodingState, closed_total, score_scale, shifted_dims
-from ..chunking_flash import ChunkLayout, Places, is_tracing, parameter, projections
+from ..chunking_flash import ChunkLayout, Places, child, is_tracing, parameter, projections
 from . import ops
 from .plan import ChunkPlan
 from .step import add_output, gated_step, project, step_operator
 from .tiles import Cached, Shape, on_device, shape_of
 
 
-def _flat_rotary(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """cos and sin as tables `[slots, r / 2]`, and r."""
+def _tables(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """cos and sin as kernels read them, `[..., r / 2]`, and r."""
     if rotary is None:
         return None, None, 0
-    half = rotary[0].shape[-1]
-    return *(table.float().reshape(-1, half).contiguous() for table in rotary), 2 * half
+    # They are float32, unless whoever calls layers has cast all that these take.
+    cos, sin = (table if table.dtype == torch.float32 else table.float() for table in rotary)
+    return cos.contiguous(), sin.contiguous(), 2 * cos.shape[-1]
 
 
 def _shape_and_tensors(
@@ -29,9 +30,10 @@ def _shape_and_tensors(
 ) -> tuple[Shape, dict]:
     """The shape of a call, with `others` of its fields, and by name the tensors that both operators take."""
     plan, causal = places.plan, unit.is_causal
-    gamma_HS, beta_HS = (parameter(unit.offset_scale, name) for name in ("weight", "bias"))
+    offset_scale = child(unit, "offset_scale")
+    gamma_HS, beta_HS = parameter(offset_scale, "weight"), parameter(offset_scale, "bias")
     H, S = gamma_HS.shape
-    cos, sin, rotary_dim = _flat_rotary(places.rotary)
+    cos, sin, rotary_dim = _tables(places.rotary)
     cached = _from_cache(unit, places, state)
     # Within a first chunk the causal global part is zero.
     needs_lin = not causal or plan.chunks > 1 or cached.initial is not None or return_state or not unit.has_quad
@@ -140,9 +142,12 @@ def _rows(x_BNF: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+NOT_CACHED = Cached(initial=None, kept=None, kept_mask=None)
+
+
 def _from_cache(unit: nn.Module, places: Places, state: DecodingState | None) -> Cached:
     if state is None:
-        return Cached(initial=None, kept=None, kept_mask=None)
+        return NOT_CACHED
     layout: ChunkLayout = places.layout
     amid = places.plan.cached > 0
     initial = None
@@ -193,7 +198,8 @@ def layer(
     Otherwise as `gated_attention`.
     """
     B, N, D = x_BND.shape
-    unit, gain = block.gau, parameter(block.norm, "weight")
+    unit, norm = child(block, "gau"), child(block, "norm")
+    gain = parameter(norm, "weight")
     w_u, w_v, w_z, w_o = (parameter(module, "weight") for module in projections(unit))
     b_u, b_v, b_z, b_o = (parameter(module, "bias") for module in projections(unit))
     E = w_v.shape[0]
@@ -205,7 +211,7 @@ def layer(
         w_gates=unit.gate_proj.weight if shape.delta else None, **others,
     )  # fmt: skip
     results = ops.layer(
-        tensors, shape, eps=block.norm.eps, want_final=return_state and shape.lin, exchange=places.layout.neighbours
+        tensors, shape, eps=norm.eps, want_final=return_state and shape.lin, exchange=places.layout.neighbours
     )
     new_state = None
     if return_state:
@@ -224,7 +230,7 @@ def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 def rotary_bias(bias: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """The vector over offsets of a `FlashRotaryBias`; `rotary` is cos and sin of the offsets."""
-    cos, sin, _ = _flat_rotary(rotary)
+    cos, sin, _ = _tables(rotary)
     return ops.rotary_bias(bias.weight.contiguous(), cos, sin, bias.interleaved)
 
 
