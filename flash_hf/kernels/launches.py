@@ -847,7 +847,7 @@ def launch_norm(
     Args:
         weights: of u, v, z and, with the delta rule, the gates.
     """
-    T, D = x.shape
+    T, D = x.shape[:-1].numel(), x.shape[-1]
     block_d = power_of_2(D)
     block_t = max(1, 4096 // block_d)
     parts, sizes = [x] * 5, [0] * 4
@@ -865,7 +865,7 @@ def launch_norm(
 
 def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor) -> Tensor:
     """Fill `d_x`, and return partial sums for the output bias and the gain; see `norm_gradient_kernel`."""
-    T, D = x.shape
+    T, D = x.shape[:-1].numel(), x.shape[-1]
     block_d = power_of_2(D)
     block_t, steps = max(1, 4096 // block_d), 16
     programs = cdiv(T, block_t * steps)

@@ -160,9 +160,9 @@ def register(operation: type) -> Callable:
     pick_saved = itemgetter(*(place[name] for name in Saved._fields))
 
     def save(ctx, tensors, shape: Shape, results, exchange=None):
-        saved = Saved(*pick_saved((*operation.to_save(tensors, results), *results)))
+        *saved, index = pick_saved((*operation.to_save(tensors, results), *results))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved[:-1], *saved.index)
+        ctx.save_for_backward(*saved, *index)
         ctx.shape, ctx.exchange = shape, exchange
 
     def gradients(backward: Callable, ctx, d_out: Tensor | None):
@@ -207,14 +207,19 @@ def register(operation: type) -> Callable:
         @staticmethod
         def forward(ctx, shape, options, kept, *tensors):
             tensors = Tensors(*tensors)
-            kept += run_forward(tensors, shape, options)
-            save(ctx, tensors, shape, Results(*kept), options.get("exchange"))
+            results = run_forward(tensors, shape, options)
+            kept += results
+            save(ctx, tensors, shape, results, options.get("exchange"))
             return kept[0]
 
         @staticmethod
         @once_differentiable
         def backward(ctx, d_out):
             return None, None, None, *gradients(partial(run_backward, ctx.exchange), ctx, d_out)
+
+    # What `Function.apply` ends in. First it looks for tensors of function transforms that have ended, which takes as
+    # long.
+    apply = super(torch.autograd.Function, Direct).apply
 
     def call(tensors, shape: Shape, **options):
         # An operator cannot take the processes that hold the other parts of rows.
@@ -224,7 +229,7 @@ def register(operation: type) -> Callable:
         if torch.is_grad_enabled():
             # Outputs without a gradient would cost autograd as much as others.
             kept: list[Tensor] = []
-            first = Direct.apply(shape, options, kept, *tensors)
+            first = apply(shape, options, kept, *tensors)
             return Results(first, *kept[1:])
         return run_forward(tensors, shape, options)
 
@@ -515,7 +520,7 @@ def open_chunk(tensors: OpenChunkTensors, shape: Shape, **options) -> list[Tenso
 # ScaleNorm on its own, for the end of the model
 # ------------------------------------------------------------------------------------------------------------------
 def run_norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y, rms = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    y, rms = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     with on_device(x):
         launch_norm(x, gain, eps, rms, y, scale=True)
     return y, rms
@@ -534,7 +539,7 @@ scale_norm_backward_op = torch.library.custom_op("flash_hf::scale_norm_backward"
 
 @scale_norm_op.register_fake
 def _(x, gain, eps):
-    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @scale_norm_backward_op.register_fake
@@ -574,7 +579,7 @@ class DirectNorm(torch.autograd.Function):
 
 
 def scale_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """ScaleNorm of the rows of x."""
+    """ScaleNorm over the last dimension of x."""
     return scale_norm_op(x, gain, eps)[0] if is_watched((x, gain)) else DirectNorm.apply(x, gain, eps)
 
 

@@ -29,7 +29,7 @@ class Slot(int):
 
 
 def fill(value, tensors: list):
-    """An argument or a result with tensors for their slots."""
+    """An argument with tensors for their slots."""
     if type(value) is Slot:
         return tensors[value]
     return [fill(x, tensors) for x in value] if type(value) is list else value
@@ -44,6 +44,10 @@ def slots_in(value) -> set[int]:
 # ------------------------------------------------------------------------------------------------------------------
 # Steps. Each runs on the tensors by slot and their addresses; `reads` and `fills` are slots.
 # ------------------------------------------------------------------------------------------------------------------
+# That of inductor, which takes half as long; on the current device.
+empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+
 class Allocation:
     """A new tensor, not filled."""
 
@@ -51,9 +55,10 @@ class Allocation:
 
     def __init__(self, like: Tensor, slot: Slot):
         self.slot, self.fills = slot, {slot}
-        self.make = functools.partial(
-            torch.empty_strided, like.shape, like.stride(), dtype=like.dtype, device=like.device
-        )
+        layout, kind = (tuple(like.shape), like.stride()), {"dtype": like.dtype, "device": like.device}
+        self.make = functools.partial(torch.empty_strided, *layout, **kind)
+        if like.is_cuda and empty_strided_cuda is not None:
+            self.make = functools.partial(empty_strided_cuda, *layout, like.dtype)
 
     def run(self, tensors: list, addresses: list[int], stream: int) -> None:
         tensors[self.slot] = made = self.make()
@@ -124,11 +129,13 @@ class Tape:
     Args:
         given: how many tensors the operation is given.
         rest: for each slot behind these, the empty tensor that is always there, or None.
-        results: slots of what the operation returns. make: of a list of these, what it returns.
+        results: slots of what the operation returns, or None. make: of a list of these, what it returns.
     """
 
     def __init__(self, steps: list, given: int, rest: list[Tensor | None], results: list, make: Callable):
-        self.rest, self.results, self.make = rest, results, make
+        # The last is of a result that is None.
+        self.rest, self.make = [*rest, None], make
+        self.results = [-1 if slot is None else slot for slot in results]
         # From the end: what later steps need. Views that only launches read are not made, and a tensor is dropped
         # behind the last step that needs it.
         needed, self.steps = slots_in(results), []
@@ -146,7 +153,7 @@ class Tape:
             run(tensors, addresses, stream)
             for slot in last:
                 tensors[slot] = None
-        return self.make(fill(self.results, tensors))
+        return self.make([tensors[slot] for slot in self.results])
 
 
 # ------------------------------------------------------------------------------------------------------------------

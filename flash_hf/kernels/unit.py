@@ -224,8 +224,7 @@ def layer(
 
 def scale_norm(x_BND: Tensor, gain: Tensor, eps: float) -> Tensor:
     """ScaleNorm, `x / sqrt(mean(x^2) + eps) * gain`, in the type of x."""
-    x = x_BND.reshape(-1, x_BND.shape[-1])
-    return ops.scale_norm(x.contiguous(), gain, eps).view(x_BND.shape)
+    return ops.scale_norm(x_BND.contiguous(), gain, eps)
 
 
 def rotary_bias(bias: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
