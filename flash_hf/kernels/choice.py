@@ -15,9 +15,9 @@ from .tiles import Shape, cdiv
 
 
 try:
-    from . import gate, hopper, product, quadratic, reduce, rowscan, scan
+    from . import gate, hopper, product, quadratic, reduce, rowscan, scan, scores
 except ImportError:  # a triton without Gluon, or with another version of it
-    gate = hopper = product = quadratic = reduce = rowscan = scan = None
+    gate = hopper = product = quadratic = reduce = rowscan = scan = scores = None
 
 
 logger = logging.get_logger(__name__)
@@ -81,6 +81,13 @@ def spans_rows(shape: Shape, source: Tensor | None, device: torch.device) -> boo
         shape.quad and not shape.lin and shape.scaled and shape.silu and source is None and shape.G == 1
         and shape.dtype == torch.bfloat16 and shape.N == shape.C and shape.N % 128 == 0 and shape.E % 128 == 0
     )  # fmt: skip
+    return fits and scan_for(device)
+
+
+def weighs(shape: Shape, device: torch.device) -> bool:
+    """Whether scores.py's kernel computes the attention weights within chunks: on Hopper, for whole tiles. Ragged rows
+    have whole chunks, too."""
+    fits = shape.quad and shape.dtype == torch.bfloat16 and shape.S == 128 and shape.C % 128 == 0
     return fits and scan_for(device)
 
 

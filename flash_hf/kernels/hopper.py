@@ -68,6 +68,16 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr = 1):
 
 
 @gluon.jit
+def lower_tile(tile):
+    """Row and column of the tile of this number among those not above a square's diagonal, row by row."""
+    # The last row whose tiles, and those of all before it, are at most `tile`.
+    row = ((gl.sqrt((8 * tile + 1).to(gl.float32)) - 1.0) * 0.5).to(gl.int32)
+    row = gl.where(row * (row + 1) // 2 > tile, row - 1, row)
+    row = gl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
+    return row, tile - row * (row + 1) // 2
+
+
+@gluon.jit
 def sigmoid(x):
     half = gl.inline_asm_elementwise(
         "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=gl.float32, is_pure=True, pack=1

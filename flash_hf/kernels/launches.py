@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backward, choice, delta, forward, residual
-from .choice import gate, hopper, product, quadratic, reduce, rowscan, scan
+from .choice import gate, hopper, product, quadratic, reduce, rowscan, scan, scores
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
 from .tiles import (
@@ -102,6 +102,9 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor, skip: bool = Fals
         return heads.new_empty((0,))
     weights = heads.new_empty((shape.GT, t.CP, t.CP))
     biased = inputs.bias_R is not None
+    if choice.weighs(shape, heads.device):
+        launch_hopper_scores(shape, inputs, heads, weights, skip)
+        return weights
     forward.scores_kernel(
         (shape.score_tiles * shape.GT,),  # a grid's second dimension ends at 65,535
         heads[0], heads[1], inputs.bias_R if biased else inputs.index.factor_G, weights, *shape.grid, shape.scale,
@@ -109,6 +112,19 @@ def launch_scores(shape: Shape, inputs: Inputs, heads: Tensor, skip: bool = Fals
         BLOCK=t.block, BLOCK_S=t.block_s, PRECISION=dot_precision(shape.dtype), num_warps=4,
     )  # fmt: skip
     return weights
+
+
+def launch_hopper_scores(shape: Shape, inputs: Inputs, heads: Tensor, weights: Tensor, skip: bool) -> None:
+    """`launch_scores` where `choice.weighs` is true, into `weights`."""
+    blocks, biased = shape.C // 128, inputs.bias_R is not None
+    run, tasks = scores.tasks_of(shape.GT, blocks, shape.causal, multiprocessors(heads.device))
+    scores.scores_kernel(
+        scan_grid(tasks, heads.device),
+        hopper.matrix(heads[0], 64, 128), hopper.matrix(heads[1]), hopper.matrix(weights, 64, 128),
+        inputs.bias_R if biased else inputs.index.factor_G, shape.N, shape.G, shape.shift, shape.scale, shape.GT,
+        blocks, run, tasks, BIAS=biased, CAUSAL=shape.causal, SKIP=skip and shape.skips, STAGES=scores.STAGES,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def launch_states(

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, halves, load_async, sigmoid, store_async
+from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, halves, load_async, lower_tile, sigmoid, store_async
 
 
 # Depth of one step of a product, and steps in flight: with two tiles for the ends they fill the shared memory.
@@ -42,11 +42,7 @@ def place_of(task, ROWS, N, E, KIND: gl.constexpr, CAUSAL: gl.constexpr):
             per_row = blocks * (blocks + 1) // 2
             row = task // per_row
             tile = task % per_row
-            # The last block whose tiles, and those of all before it, are at most `tile`.
-            block = ((gl.sqrt((8 * tile + 1).to(gl.float32)) - 1.0) * 0.5).to(gl.int32)
-            block = gl.where(block * (block + 1) // 2 > tile, block - 1, block)
-            block = gl.where((block + 1) * (block + 2) // 2 <= tile, block + 1, block)
-            column = tile - block * (block + 1) // 2
+            block, column = lower_tile(tile)
         else:
             row = task // (blocks * blocks)
             block = (task // blocks) % blocks

@@ -159,7 +159,7 @@ COMPILE = """
 import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from flash_hf.kernels import gate, hopper, product, quadratic, reduce, rowscan, scan
+from flash_hf.kernels import gate, hopper, product, quadratic, reduce, rowscan, scan, scores
 
 def layout(block):
     return hopper.TOKENS if len(block) == 3 else hopper.tile_layout(block)
@@ -172,7 +172,7 @@ def compiled(kernel, descriptors, warps=4, **constants):
         name: "constexpr" if name in constants else
         f"tensordesc<bf16{descriptors[name]},{layout(descriptors[name])!r}>"
         if name in descriptors else kinds.get(name, "*bf16") if name.endswith("_ptr") else
-        "fp32" if name == "inverse" else "i32"
+        "fp32" if name in ("inverse", "scale") else "i32"
         for name in names
     }
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name.endswith("_ptr")}
@@ -235,6 +235,11 @@ found = {
         quadratic.quadratic_kernel, {"x": x, "y": y, "held": square, "result": square}, KIND=kind, CAUSAL=True,
         STEP=quadratic.STEP, STAGES=quadratic.STAGES)
     for kind, (x, y) in factors.items()
+} | {
+    f"scores {bias} {causal} {skip}": compiled(
+        scores.scores_kernel, {"q": [64, 128], "k": square, "a": [64, 128]}, BIAS=bias, CAUSAL=causal, SKIP=skip,
+        STAGES=scores.STAGES)
+    for bias, causal, skip in ((True, True, False), (True, False, True), (False, False, False))
 }
 tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 for name, kernel in found.items():
@@ -259,7 +264,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 28
+    assert len(rows) == 31
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -502,6 +507,26 @@ def quadratic_in_torch(
             sums[row * N // 128 : (row + 1) * N // 128] = d_h.view(N // 128, 128, -1).sum(1)
 
 
+def scores_in_torch(
+    grid, q, k, a, bias, N, G, shift, scale, chunks, blocks, run, tasks, *, BIAS, CAUSAL, SKIP, **constants,
+):  # fmt: skip
+    C = 128 * blocks
+    assert (run, tasks) == choice.scores.tasks_of(chunks, blocks, CAUSAL, 132)
+    slot = torch.arange(C)
+    block = slot // 128
+    seen = block[:, None] >= block if CAUSAL else torch.ones(C, C, dtype=torch.bool)
+    for chunk in range(chunks):
+        own = slice(chunk * C, (chunk + 1) * C)
+        score = scale * q[own] @ k[own].T
+        if BIAS:
+            score += bias[slot - slot[:, None] + C - 1]
+        weight = score.relu().square()
+        if SKIP:
+            computed = slots_of(chunk, N, G, shift, SKIP)[2]
+            seen = computed[:, None] & computed & (block[:, None] >= block if CAUSAL else True)
+        a[own] = torch.where(seen, weight.tril() if CAUSAL else weight, torch.nan)
+
+
 @pytest.fixture
 def in_torch(monkeypatch):
     """The kernels for Hopper in torch, chosen as for bfloat16 on Hopper; how often each one has run."""
@@ -518,7 +543,7 @@ def in_torch(monkeypatch):
         return changed
 
     monkeypatch.setattr(choice, "scan_for", lambda device: True)
-    for name in ("scans", "multiplies", "spans_rows"):
+    for name in ("scans", "multiplies", "spans_rows", "weighs"):
         monkeypatch.setattr(choice, name, as_in_bfloat16(getattr(choice, name)))
     ends_layer = choice.ends_layer
     monkeypatch.setattr(choice, "ends_layer", lambda x, out: ends_layer(x.bfloat16(), out.bfloat16()))
@@ -532,7 +557,7 @@ def in_torch(monkeypatch):
         (choice.reduce, "reduce_kernel", reduce_in_torch),
         (choice.gate, "gate_product_kernel", gate_product_in_torch),
         (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
-        (choice.product, "product_kernel", product_in_torch),
+        (choice.scores, "scores_kernel", scores_in_torch), (choice.product, "product_kernel", product_in_torch),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted(name, function))
     monkeypatch.setattr(choice.hopper, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
@@ -582,6 +607,7 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
     assert in_torch["row_kernel"] == 2 * held
     assert in_torch["scan_kernel" if causal else "whole_kernel"] == 2 * (layers - held)
     assert in_torch["reduce_kernel"] == layers
+    assert in_torch["scores_kernel"] == 2 * layers
     summed = 0 if causal and not pieces and length < 1000 else layers - held
     assert in_torch["totals_kernel"] == 2 * summed
     assert in_torch["gate_product_kernel"] == layers
@@ -651,6 +677,7 @@ def test_the_launches_around_quadratic_attention_are_right(causal, parts, in_tor
     )  # fmt: skip
     compare(config, "odd", length=384)
     assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1)
+    assert in_torch["scores_kernel"] == 2 * (2 if parts else 1)
     assert in_torch["gate_product_kernel"] == 1
 
 
@@ -663,8 +690,9 @@ def in_numbers(monkeypatch):
     numbers.where = lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y)
     numbers.int32 = torch.int32
     numbers.minimum = lambda x, y: x.clamp(max=y)
-    for module in (choice.reduce, choice.quadratic):
+    for module in (choice.reduce, choice.quadratic, choice.hopper):
         monkeypatch.setattr(module, "gl", numbers)
+    monkeypatch.setattr(choice.quadratic, "lower_tile", choice.hopper.lower_tile.fn)
     monkeypatch.setattr(choice.quadratic, "BLOCK", 128)
     monkeypatch.setattr(choice.reduce, "BLOCK", 128)
     monkeypatch.setattr(choice.quadratic, "GROUP_ROWS", 8)
@@ -820,6 +848,32 @@ def test_the_last_product_is_right_and_bit_equal(T, D, K):
     assert (around[:256] == 7).all() and (around[256 + T :] == 7).all()
     assert error_ratio(y, exact) < 3e-3
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("B", "N", "G", "C", "shift"),
+    [(128, 512, 2, 256, 0), (90, 512, 3, 256, 128), (1, 200, 1, 256, 0), (9, 2048, 1, 2048, 0), (3, 128, 1, 128, 0)],
+)  # fmt: skip
+def test_attention_weights_are_those_of_the_general_kernel(B, N, G, C, shift, causal, biased, monkeypatch):
+    """Bit for bit, but where neither writes: above the diagonal in tiles, and in halves of chunks without tokens."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(SHAPE, B=B, N=N, G=G, C=C, shift=shift, causal=causal, scale=1 / C)
+    heads = torch.randn(4, B * G, C, 128, device=DEVICE, dtype=torch.bfloat16)
+    bias = torch.randn(2 * C - 1, device=DEVICE, dtype=torch.bfloat16) if biased else None
+    inputs = SimpleNamespace(bias_R=bias, index=SimpleNamespace(factor_G=torch.ones(B * G, device=DEVICE)))
+    ours = launches.launch_scores(shape, inputs, heads, True)
+    monkeypatch.setattr(choice, "weighs", lambda *a: False)
+    general = launches.launch_scores(shape, inputs, heads, True)
+    blocks = C // 128
+    same = (ours == general).view(B * G, blocks, 128, blocks, 128).all(4).all(2)
+    computed = torch.tensor([half in shape.halves for half in range(G * blocks)] * B, device=DEVICE)
+    computed = computed.view(B * G, blocks) | (not shape.skips)
+    needed = computed[:, :, None] & computed[:, None]
+    assert same[needed.tril() if causal else needed].all()
 
 
 @needs_hopper
