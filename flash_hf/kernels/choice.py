@@ -85,8 +85,8 @@ def spans_rows(shape: Shape, source: Tensor | None, device: torch.device) -> boo
 
 
 def weighs(shape: Shape, device: torch.device) -> bool:
-    """Whether scores.py's kernel computes the attention weights within chunks: on Hopper, for whole tiles. Ragged rows
-    have whole chunks, too."""
+    """Whether scores.py's kernels compute the attention weights within chunks, and their heads' gradients: on Hopper,
+    for whole tiles. Ragged rows have whole chunks, too."""
     fits = shape.quad and shape.dtype == torch.bfloat16 and shape.S == 128 and shape.C % 128 == 0
     return fits and scan_for(device)
 

@@ -633,14 +633,30 @@ def launch_quadratic_heads_gradient(
     or None where there is none."""
     if not shape.quad:
         return None
-    t = shape.tiles
-    backward.quadratic_heads_kernel(
-        (shape.GT, shape.row_tiles, 2),
-        d_scores, heads[0], heads[1], d_heads[0], d_heads[1], *shape.grid, shape.scale, CP=t.CP, SP=t.SP,
-        CAUSAL=shape.causal, SKIP=skip and shape.skips, BLOCK=t.block, BLOCK_K=t.block_k,
-        PRECISION=dot_precision(shape.dtype), STAGES=t.stages, **t.launch,
-    )  # fmt: skip
+    t, skip = shape.tiles, skip and shape.skips
+    if choice.weighs(shape, heads.device):
+        launch_hopper_heads_gradient(shape, heads, d_scores, d_heads, skip)
+    else:
+        backward.quadratic_heads_kernel(
+            (shape.GT, shape.row_tiles, 2),
+            d_scores, heads[0], heads[1], d_heads[0], d_heads[1], *shape.grid, shape.scale, CP=t.CP, SP=t.SP,
+            CAUSAL=shape.causal, SKIP=skip, BLOCK=t.block, BLOCK_K=t.block_k, PRECISION=dot_precision(shape.dtype),
+            STAGES=t.stages, **t.launch,
+        )  # fmt: skip
     return None if inputs.bias_R is None else launch_bias(shape, d_scores, skip)
+
+
+def launch_hopper_heads_gradient(shape: Shape, heads: Tensor, d_scores: Tensor, d_heads: Tensor, skip: bool) -> None:
+    """`launch_quadratic_heads_gradient` where `choice.weighs` is true, without the bias."""
+    step, blocks = scores.STEP, shape.C // 128
+    tasks = shape.GT * blocks
+    scores.score_heads_kernel(
+        scan_grid(tasks, heads.device),
+        hopper.matrix(d_scores, 128, step), hopper.matrix(d_scores, step, 128), hopper.matrix(heads[0], step, 128),
+        hopper.matrix(heads[1], step, 128), hopper.matrix(d_heads[0], 128, step),
+        hopper.matrix(d_heads[1], 128, step), shape.N, shape.G, shape.shift, shape.scale, blocks, tasks,
+        CAUSAL=shape.causal, SKIP=skip, STEP=step, STAGES=scores.GRADIENT_STAGES, num_warps=4,
+    )  # fmt: skip
 
 
 def launch_scan_gradients(

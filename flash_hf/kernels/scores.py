@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention weights within chunks, for Hopper.
+"""Attention weights within chunks, and the gradients of their heads, for Hopper.
 
-A warp loads tiles of queries and keys, and two groups of four warps multiply, each for half of a tile's queries. The
-groups do not wait for each other, so that one's end runs while the tensor cores work for the other. README.md beside
-this file has the bytes.
+Warps load tiles, and two groups of four multiply: weights each for half of a tile's queries, gradients one those of
+queries, the other those of keys. The groups do not wait for each other, so that one's end runs while the tensor cores
+work for the other. README.md beside this file has the bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import BLOCK, TILE_BYTES, barriers, load_async, lower_tile, store_async
+from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, lower_tile, store_async
 from .scan import has_tokens
 from .tiles import cdiv
 
@@ -31,6 +31,9 @@ from .tiles import cdiv
 STAGES = 3
 # Queries of a group of warps.
 HALF = gl.constexpr(64)
+# Of a gradient: the depth of a step of the product, which is also the width of its end's tiles, and steps in flight of
+# each group.
+STEP, GRADIENT_STAGES = 64, 3
 
 
 @functools.cache
@@ -170,4 +173,143 @@ def scores_kernel(
         ],
         [4, 1],
         [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def depth_of(
+    chunk, block, N, G, shift, BLOCKS, KEYS: gl.constexpr, CAUSAL: gl.constexpr, SKIP: gl.constexpr
+):  # fmt: skip
+    """Where the product for a block of queries (KEYS: of keys) begins and ends, in blocks: nowhere without tokens."""
+    begin = 0
+    end = BLOCKS
+    if SKIP:
+        token = (chunk % G) * BLOCKS * BLOCK - shift
+        begin = gl.where(has_tokens(token, N), 0, 1)
+        end = gl.where(has_tokens(token + (BLOCKS - 1) * BLOCK, N), BLOCKS, BLOCKS - 1)
+        end = gl.where(has_tokens(token + block * BLOCK, N), end, begin)
+    if CAUSAL:
+        if KEYS:
+            begin = gl.maximum(begin, block)
+        else:
+            end = gl.minimum(end, block + 1)
+    return begin, end
+
+
+@gluon.jit
+def load_gradients(
+    d_score, head, left, right, full, empty, N, G, shift, BLOCKS, TASKS, KEYS: gl.constexpr, CAUSAL: gl.constexpr,
+    SKIP: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What `add` reads, in its order."""
+    grid_wait()
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        chunk = task // BLOCKS
+        block = task % BLOCKS
+        begin, end = depth_of(chunk, block, N, G, shift, BLOCKS, KEYS, CAUSAL, SKIP)
+        first = chunk * BLOCKS * BLOCK
+        for start in range(begin * BLOCK, end * BLOCK, STEP):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), 2 * BLOCK * STEP * 2)
+            if KEYS:
+                load_async(d_score, [first + start, block * BLOCK], full.index(slot), left.index(slot))
+            else:
+                load_async(d_score, [first + block * BLOCK, start], full.index(slot), left.index(slot))
+            load_async(head, [first + start, 0], full.index(slot), right.index(slot))
+            step += 1
+
+
+@gluon.jit
+def add(
+    result, left, right, full, empty, tile, N, G, shift, scale, BLOCKS, TASKS, KEYS: gl.constexpr,
+    CAUSAL: gl.constexpr, SKIP: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The gradients of queries, or with KEYS of keys, see `score_heads_kernel`."""
+    grid_wait()
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STEP, 16])
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        chunk = task // BLOCKS
+        block = task % BLOCKS
+        begin, end = depth_of(chunk, block, N, G, shift, BLOCKS, KEYS, CAUSAL, SKIP)
+        if not SKIP or begin < end:
+            acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+            for start in range(begin * BLOCK, end * BLOCK, STEP):
+                slot = step % STAGES
+                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+                x = left.index(slot).permute((1, 0)) if KEYS else left.index(slot)
+                acc = warpgroup_mma(x, right.index(slot), acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                if start > begin * BLOCK:
+                    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+                step += 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+            parts = halves(acc, narrow)
+            for part in gl.static_range(2):
+                tma.store_wait(0)
+                tile.store((parts[part] * scale).to(gl.bfloat16))
+                fence_async_shared()
+                store_async(result, [task * BLOCK, part * STEP], tile)
+    tma.store_wait(0)
+
+
+@kernel
+@gluon.jit
+def score_heads_kernel(
+    d_score, d_score_rows, q, k, d_q, d_k, N, G, shift, scale, BLOCKS, TASKS, CAUSAL: gl.constexpr,
+    SKIP: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """`d_q = scale d_score k` and `d_k = scale d_score^T q` within chunks of so many blocks of 128 slots.
+    `d_score_rows` is d_score, described for `STEP` of its rows. What lies above the diagonal of a causal model in
+    blocks, and with SKIP halves of chunks without tokens, are neither read nor written.
+
+    A task is a block of queries, for one group of warps, and the same block of keys, for the other.
+    """
+    query_left = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, STEP], d_score.layout)
+    query_right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, STEP, BLOCK], k.layout)
+    key_left = gl.allocate_shared_memory(gl.bfloat16, [STAGES, STEP, BLOCK], d_score_rows.layout)
+    key_right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, STEP, BLOCK], q.layout)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, STEP], d_q.layout)
+    query_full = barriers(STAGES)
+    query_empty = barriers(STAGES)
+    key_full = barriers(STAGES)
+    key_empty = barriers(STAGES)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                add,
+                (
+                    d_q, query_left, query_right, query_full, query_empty, tiles.index(0), N, G, shift, scale, BLOCKS,
+                    TASKS, False, CAUSAL, SKIP, STEP, STAGES,
+                ),
+            ),
+            (
+                add,
+                (
+                    d_k, key_left, key_right, key_full, key_empty, tiles.index(1), N, G, shift, scale, BLOCKS, TASKS,
+                    True, CAUSAL, SKIP, STEP, STAGES,
+                ),
+            ),
+            (
+                load_gradients,
+                (
+                    d_score, k, query_left, query_right, query_full, query_empty, N, G, shift, BLOCKS, TASKS, False,
+                    CAUSAL, SKIP, STEP, STAGES,
+                ),
+            ),
+            (
+                load_gradients,
+                (
+                    d_score_rows, q, key_left, key_right, key_full, key_empty, N, G, shift, BLOCKS, TASKS, True,
+                    CAUSAL, SKIP, STEP, STAGES,
+                ),
+            ),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

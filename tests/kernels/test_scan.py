@@ -240,6 +240,13 @@ found = {
         scores.scores_kernel, {"q": [64, 128], "k": square, "a": [64, 128]}, BIAS=bias, CAUSAL=causal, SKIP=skip,
         STAGES=scores.STAGES)
     for bias, causal, skip in ((True, True, False), (True, False, True), (False, False, False))
+} | {
+    f"score heads {causal} {skip}": compiled(
+        scores.score_heads_kernel,
+        dict.fromkeys(("d_score_rows", "q", "k"), [scores.STEP, 128])
+        | dict.fromkeys(("d_score", "d_q", "d_k"), [128, scores.STEP]),
+        CAUSAL=causal, SKIP=skip, STEP=scores.STEP, STAGES=scores.GRADIENT_STAGES)
+    for causal, skip in ((True, True), (False, False))
 }
 tools = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 for name, kernel in found.items():
@@ -264,7 +271,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 31
+    assert len(rows) == 33
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -527,6 +534,21 @@ def scores_in_torch(
         a[own] = torch.where(seen, weight.tril() if CAUSAL else weight, torch.nan)
 
 
+def score_heads_in_torch(
+    grid, d_score, d_score_rows, q, k, d_q, d_k, N, G, shift, scale, blocks, tasks, *, CAUSAL, SKIP, **constants,
+):  # fmt: skip
+    C = 128 * blocks
+    block = torch.arange(C) // 128
+    for chunk in range(tasks // blocks):
+        own = slice(chunk * C, (chunk + 1) * C)
+        computed = slots_of(chunk, N, G, shift, SKIP)[2] if SKIP else torch.ones(C, dtype=torch.bool)
+        seen = computed[:, None] & computed & (block[:, None] >= block if CAUSAL else True)
+        d = torch.where(seen, d_score[own], 0) * scale
+        for target, gradient in ((d_q, d @ torch.where(computed[:, None], k[own], 0)),
+                                 (d_k, d.T @ torch.where(computed[:, None], q[own], 0))):  # fmt: skip
+            target[own] = torch.where(computed[:, None], gradient, torch.nan)
+
+
 @pytest.fixture
 def in_torch(monkeypatch):
     """The kernels for Hopper in torch, chosen as for bfloat16 on Hopper; how often each one has run."""
@@ -557,7 +579,9 @@ def in_torch(monkeypatch):
         (choice.reduce, "reduce_kernel", reduce_in_torch),
         (choice.gate, "gate_product_kernel", gate_product_in_torch),
         (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
-        (choice.scores, "scores_kernel", scores_in_torch), (choice.product, "product_kernel", product_in_torch),
+        (choice.scores, "scores_kernel", scores_in_torch),
+        (choice.scores, "score_heads_kernel", score_heads_in_torch),
+        (choice.product, "product_kernel", product_in_torch),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted(name, function))
     monkeypatch.setattr(choice.hopper, "matrix", lambda x, *block: x.view(-1, x.shape[-1]))
@@ -607,7 +631,7 @@ def test_the_launches_around_the_scan_are_right(length, form, pieces, causal, wi
     assert in_torch["row_kernel"] == 2 * held
     assert in_torch["scan_kernel" if causal else "whole_kernel"] == 2 * (layers - held)
     assert in_torch["reduce_kernel"] == layers
-    assert in_torch["scores_kernel"] == 2 * layers
+    assert in_torch["scores_kernel"] == 2 * in_torch["score_heads_kernel"] == 2 * layers
     summed = 0 if causal and not pieces and length < 1000 else layers - held
     assert in_torch["totals_kernel"] == 2 * summed
     assert in_torch["gate_product_kernel"] == layers
@@ -677,7 +701,7 @@ def test_the_launches_around_quadratic_attention_are_right(causal, parts, in_tor
     )  # fmt: skip
     compare(config, "odd", length=384)
     assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1)
-    assert in_torch["scores_kernel"] == 2 * (2 if parts else 1)
+    assert in_torch["scores_kernel"] == 2 * in_torch["score_heads_kernel"] == 2 * (2 if parts else 1)
     assert in_torch["gate_product_kernel"] == 1
 
 
@@ -850,30 +874,59 @@ def test_the_last_product_is_right_and_bit_equal(T, D, K):
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+some_chunks = pytest.mark.parametrize(
+    ("B", "N", "G", "C", "shift"),
+    [(128, 512, 2, 256, 0), (90, 512, 3, 256, 128), (1, 200, 1, 256, 0), (9, 2048, 1, 2048, 0), (3, 128, 1, 128, 0)],
+)
+
+
+def chunked(B, N, G, C, shift, causal):
+    """A shape, heads, and which blocks of 128 slots are computed, `[chunks, blocks]`."""
+    torch.manual_seed(0)
+    shape = dataclasses.replace(SHAPE, B=B, N=N, G=G, C=C, shift=shift, causal=causal, scale=1 / C)
+    heads = torch.randn(4, B * G, C, 128, device=DEVICE, dtype=torch.bfloat16)
+    computed = [half in shape.halves or not shape.skips for half in range(G * C // 128)] * B
+    return shape, heads, torch.tensor(computed, device=DEVICE).view(B * G, C // 128)
+
+
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("B", "N", "G", "C", "shift"),
-    [(128, 512, 2, 256, 0), (90, 512, 3, 256, 128), (1, 200, 1, 256, 0), (9, 2048, 1, 2048, 0), (3, 128, 1, 128, 0)],
-)  # fmt: skip
+@some_chunks
 def test_attention_weights_are_those_of_the_general_kernel(B, N, G, C, shift, causal, biased, monkeypatch):
     """Bit for bit, but where neither writes: above the diagonal in tiles, and in halves of chunks without tokens."""
-    torch.manual_seed(0)
-    shape = dataclasses.replace(SHAPE, B=B, N=N, G=G, C=C, shift=shift, causal=causal, scale=1 / C)
-    heads = torch.randn(4, B * G, C, 128, device=DEVICE, dtype=torch.bfloat16)
+    shape, heads, computed = chunked(B, N, G, C, shift, causal)
     bias = torch.randn(2 * C - 1, device=DEVICE, dtype=torch.bfloat16) if biased else None
     inputs = SimpleNamespace(bias_R=bias, index=SimpleNamespace(factor_G=torch.ones(B * G, device=DEVICE)))
     ours = launches.launch_scores(shape, inputs, heads, True)
     monkeypatch.setattr(choice, "weighs", lambda *a: False)
     general = launches.launch_scores(shape, inputs, heads, True)
-    blocks = C // 128
-    same = (ours == general).view(B * G, blocks, 128, blocks, 128).all(4).all(2)
-    computed = torch.tensor([half in shape.halves for half in range(G * blocks)] * B, device=DEVICE)
-    computed = computed.view(B * G, blocks) | (not shape.skips)
+    same = (ours == general).view(B * G, C // 128, 128, C // 128, 128).all(4).all(2)
     needed = computed[:, :, None] & computed[:, None]
     assert same[needed.tril() if causal else needed].all()
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@some_chunks
+def test_gradients_of_quadratic_heads_are_those_of_the_general_kernel(B, N, G, C, shift, causal, monkeypatch):
+    """Bit for bit, and of halves of chunks without tokens neither writes any."""
+    shape, heads, computed = chunked(B, N, G, C, shift, causal)
+    d_scores = torch.randn(B * G, C, C, device=DEVICE, dtype=torch.bfloat16)
+    found = []
+    for ours in (True, True, False):
+        if not ours:
+            monkeypatch.setattr(choice, "weighs", lambda *a: False)
+        found.append(torch.full_like(heads, torch.nan))
+        launches.launch_quadratic_heads_gradient(
+            shape, SimpleNamespace(bias_R=None), heads, d_scores, found[-1], True
+        )  # fmt: skip
+    written = computed.repeat_interleave(128, 1)
+    for d_heads in found:
+        assert d_heads[2:].isnan().all() and torch.equal(~d_heads[:2].isnan().any(3), written.expand(2, -1, -1))
+        assert torch.equal(d_heads[:2, written], found[0][:2, written])
 
 
 @needs_hopper
