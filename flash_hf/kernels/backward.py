@@ -541,7 +541,7 @@ def heads_gradient_kernel(
 @triton.jit
 def norm_gradient_kernel(
     p_ptr, x_ptr, dy_ptr, rms_ptr, gain_ptr, dx_ptr, sums_ptr, T, D,
-    RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Backward of ScaleNorm, `dx = p - x (p . x) / (D rms^2)` with the gradient p that includes the norm's gain; and
     the program's sum of `(p . x) / gain` for the gain's gradient, in the last column of `sums`.
@@ -555,7 +555,7 @@ def norm_gradient_kernel(
     column = tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
     dots = tl.zeros((BLOCK_T,), tl.float32)
-    for step in range(STEPS):
+    for step in tl.range(0, STEPS, num_stages=STAGES):
         token = (program * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
         real = token < T
         mask = real[:, None] & (column < D)[None, :]

@@ -59,10 +59,11 @@ def join_weights(
 def norm_kernel(
     x_ptr, gain_ptr, rms_ptr, out_ptr, u_ptr, v_ptr, z_ptr, gates_ptr, w_ptr, T, D, token_blocks, wide, narrow, gates,
     padded, eps, CAST: tl.constexpr, SCALE: tl.constexpr, JOIN: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm. With
-    JOIN, programs behind those of the tokens join the weights of the projections."""
+    """`1 / sqrt(mean(x^2) + eps)` of each token; with CAST also x in the products' type, with SCALE the norm. For
+    `STEPS` blocks of tokens, of which some are loaded ahead. With JOIN, programs behind those of the tokens join the
+    weights of the projections."""
     grid_wait()
     if JOIN:
         block = tl.program_id(0) - token_blocks
@@ -71,18 +72,19 @@ def norm_kernel(
                 u_ptr, v_ptr, z_ptr, gates_ptr, w_ptr, wide, narrow, gates, padded, block, BLOCK_T * BLOCK_D
             )  # fmt: skip
             return
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
-    real = token < T
-    mask = real[:, None] & (column < D)[None, :]
-    offset = token[:, None] * D + column[None, :]
-    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-    tl.store(rms_ptr + token, rms, mask=real)
-    if SCALE:
-        x = x * (rms * tl.load(gain_ptr).to(tl.float32))[:, None]
-    if CAST or SCALE:
-        tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=mask)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        token = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK_T + tl.arange(0, BLOCK_T)
+        real = token < T
+        mask = real[:, None] & (column < D)[None, :]
+        offset = token[:, None] * D + column[None, :]
+        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        rms = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+        tl.store(rms_ptr + token, rms, mask=real)
+        if SCALE:
+            x = x * (rms * tl.load(gain_ptr).to(tl.float32))[:, None]
+        if CAST or SCALE:
+            tl.store(out_ptr + offset, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @kernel

@@ -869,6 +869,14 @@ def product_blocks(dtype: torch.dtype) -> dict:
 
 # Columns of the gates in h: two, and zeros that keep its rows aligned to 16 bytes.
 GATE_COLUMNS = 8
+# Blocks of tokens from which on a program of the norm takes several, and how many.
+NORM_BLOCKS, NORM_STEPS = 8192, 16
+
+
+def fits_ahead(tile: int, *loaded: Tensor) -> bool:
+    """Whether a pass over tokens loads its next tiles ahead: the shared memory has to hold them beside those of other
+    programs."""
+    return tile * sum(x.element_size() for x in loaded) <= 24 * 1024
 
 
 def launch_norm(
@@ -883,16 +891,19 @@ def launch_norm(
     T, D = x.shape[:-1].numel(), x.shape[-1]
     block_d = power_of_2(D)
     block_t = max(1, 4096 // block_d)
+    steps = NORM_STEPS if cdiv(T, block_t) >= NORM_BLOCKS else 1
     parts, sizes = [x] * 5, [0] * 4
     if weights is not None:
         u, v, z, *gates = (w.contiguous() for w in weights)
         parts = [u, v, z, *(gates or [z]), joined]
         sizes = [u.numel(), z.numel(), sum(w.numel() for w in gates), GATE_COLUMNS * D * len(gates)]
-    blocks, (wide, narrow, _, padded) = cdiv(T, block_t), (cdiv(size, block_t * block_d) for size in sizes)
+    blocks = cdiv(T, block_t * steps)
+    wide, narrow, _, padded = (cdiv(size, block_t * block_d) for size in sizes)
     forward.norm_kernel(
         (blocks + 2 * wide + narrow + padded,),
         x, gain, rms, out, *parts, T, D, blocks, *sizes, eps, CAST=cast, SCALE=scale, JOIN=weights is not None,
-        BLOCK_T=block_t, BLOCK_D=block_d, num_warps=8,
+        BLOCK_T=block_t, BLOCK_D=block_d, STEPS=steps,
+        STAGES=3 if steps > 1 and fits_ahead(block_t * block_d, x) else 1, num_warps=8,
     )  # fmt: skip
 
 
@@ -903,10 +914,11 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
     block_t, steps = max(1, 4096 // block_d), 16
     programs = cdiv(T, block_t * steps)
     sums = x.new_empty((programs, 1 if p is None else D + 1), dtype=torch.float32)
+    loaded = (x, d_y) if p is None else (x, d_y, p)
     backward.norm_gradient_kernel(
         (programs,),
         d_y if p is None else p, x, d_y, rms, gain, d_x, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
-        BLOCK_D=block_d, STEPS=steps, num_warps=4,
+        BLOCK_D=block_d, STEPS=steps, STAGES=2 if fits_ahead(block_t * block_d, *loaded) else 1, num_warps=4,
     )  # fmt: skip
     return sums
 

@@ -402,6 +402,17 @@ def test_weights_are_joined_beside_the_norm(gates, wide, dtype):
     assert x.dtype == dtype or torch.equal(cast, as_cast(x))
 
 
+def test_norms_of_many_tokens(monkeypatch):
+    """A program takes several blocks of tokens, of which the last have none."""
+    monkeypatch.setattr(launches, "NORM_BLOCKS", 1)
+    x, gain = torch.randn(1100, 48, device=DEVICE), torch.tensor(1.5, device=DEVICE)
+    expected = (x.square().mean(1) + 1e-6).rsqrt()
+    rms, out = torch.full_like(expected, torch.nan), torch.full_like(x, torch.nan)
+    launches.launch_norm(x, gain, 1e-6, rms, out, cast=False, scale=True)
+    torch.testing.assert_close(rms, expected)
+    torch.testing.assert_close(out, 1.5 * x * expected[:, None])
+
+
 def test_a_gain_of_zero_has_a_gradient():
     model = make_model(FlashModel, config_of(), dtype=torch.float32).to(DEVICE)
     with torch.no_grad():
