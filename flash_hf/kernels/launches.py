@@ -276,7 +276,7 @@ def launch_heads(shape: Shape, inputs: Inputs, cached: Cached, skip: bool = Fals
         inputs.index.factor_G, inputs.tokens, inputs.index.opens_G, heads, *shape.grid, shape.GT, S, shape.rotary_dim,
         table_rows, first, blocks, H=shape.H, LIN_Q=shape.lin_row, PREVIOUS=shape.previous, LOCAL=shape.local_shift,
         CP=t.CP, SP=t.SP, **shape.pairs, INTERLEAVED=shape.interleaved, **switches(shape, inputs), BLOCK_M=block,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
     if cached.kept is not None:
         for row, keys, mask in zip(shape.key_rows, cached.kept, cached.kept_mask, strict=True):
