@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,22 +65,25 @@ def launch_carry(shape: Shape, index: ChunkIndex, total: Tensor, initial, carrie
     return carry, last
 
 
-def launch_shared_carry(
+def start_carry(
     shape: Shape, index: ChunkIndex, total: Tensor, initial, carried: bool, final: str, reverse: bool, exchange
-):  # fmt: skip
+) -> Callable[[], tuple[Tensor, Tensor]]:  # fmt: skip
     """`launch_carry`, with the sums that come from pieces of rows on other processes (`parallel.Neighbours`), if
-    `exchange` is not None."""
+    `exchange` is not None. Begins to exchange these; what is launched before the returned function is called runs
+    meanwhile."""
     if exchange is None:
-        return launch_carry(shape, index, total, initial, carried, final, reverse)
-    if not shape.causal:
-        carry, last = launch_carry(shape, index, total, None, carried, "total", reverse)
-        exchange.add_documents(last, index)
-        return carry, (last / shape.C).to(shape.dtype)
-    if not reverse:
-        return launch_carry(shape, index, total, exchange.sums_before(total, index), carried, final, reverse)
-    carry, last = launch_carry(shape, index, total, None, carried, final, reverse)
-    exchange.add_gradients(total, carry, 1.0 / shape.C, index)
-    return carry, last
+        results = launch_carry(shape, index, total, initial, carried, final, reverse)
+        return lambda: results
+    if shape.causal and not reverse:
+        sums_before = exchange.start_sums(total, index)
+        return lambda: launch_carry(shape, index, total, sums_before(), carried, final, reverse)
+    if shape.causal:
+        add_gradients = exchange.start_gradients(total, 1.0 / shape.C, index)
+        carry, last = launch_carry(shape, index, total, None, carried, final, reverse)
+        return lambda: (add_gradients(carry), last)
+    carry, last = launch_carry(shape, index, total, None, carried, "total", reverse)
+    add_documents = exchange.start_documents(last, index)
+    return lambda: (carry, (add_documents() / shape.C).to(shape.dtype))
 
 
 def piece_launch(shape: Shape, inputs: Inputs) -> dict:
@@ -146,14 +149,15 @@ def launch_states(
     )  # fmt: skip
 
 
-def launch_totals(
+def start_totals(
     shape: Shape, inputs: Inputs, keys: Tensor, x: Tensor, cut: int, *, back: bool = False, exchange=None,
     final: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Callable[[], tuple[Tensor, Tensor]]:  # fmt: skip
     """The sum of `keys^T values` before each piece, over C, `[pieces, SP, E]`: of the values made from x, or with
     `back` of `keys^T x` behind each piece. `[rows, SP, E]` with `cut`, over the first (with `back` the last) `cut`
     chunks of each row, and of bidirectional models, over all; with the delta rule over each piece itself, a chunk.
-    With `final`, which needs pieces, also the float32 sum over each document; otherwise an empty tensor."""
+    With `final`, which needs pieces, also the float32 sum over each document; otherwise an empty tensor. As
+    `start_carry`, this returns a function that gives them."""
     index, E = inputs.index, shape.E
     pieces = shape.B if cut else index.pieces
     # A row of one piece needs no second pass.
@@ -169,10 +173,10 @@ def launch_totals(
         SLOTS=scan.SLOTS, num_warps=8,
     )  # fmt: skip
     if whole:
-        return total, total.new_empty((0,))
+        return lambda: (total, total.new_empty((0,)))
     kept = ("total" if final else "") if shape.causal else "state"
-    before, sums = launch_shared_carry(shape, index, total, None, shape.causal, kept, back, exchange)
-    return (before, sums) if shape.causal else (sums, before)
+    finish = start_carry(shape, index, total, None, shape.causal, kept, back, exchange)
+    return finish if shape.causal else lambda: finish()[::-1]
 
 
 @functools.cache
@@ -336,23 +340,25 @@ def launch_quadratic(
 
 
 def launch_output(
-    shape: Shape, inputs: Inputs, heads: Tensor, prefix: Tensor, carry: Tensor, value: Tensor, skip: bool
+    shape: Shape, inputs: Inputs, heads: Tensor, weights: Tensor | None, prefix: Tensor, carry: Tensor, value: Tensor,
+    skip: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(out, attended)`, see `AttentionResults`.
 
     Args:
+        weights: of `launch_scores`; None for rows that are computed in parts.
         skip: whether nothing precedes the first chunk of a row or document.
     """
     size = shape.T, shape.E
     out = value.new_zeros(size) if inputs.source is not None else value.new_empty(size)
     attended = torch.zeros_like(out) if shape.keeps_attended else value.new_empty((0,))
     for part, own, rows, tokens in row_parts(shape, inputs):
-        weights = launch_scores(part, own, heads[:, rows])
+        scores = launch_scores(part, own, heads[:, rows]) if weights is None else weights
         if choice.spans_rows(part, own.source, out.device):
-            launch_quadratic("output", part, own, weights, value[tokens], own.u, out[tokens], own.bias_u, own.rms)
+            launch_quadratic("output", part, own, scores, value[tokens], own.u, out[tokens], own.bias_u, own.rms)
         else:
             launch_chunk_outputs(
-                part, own, weights, heads[part.lin_row, rows], prefix, carry, value[tokens], out[tokens],
+                part, own, scores, heads[part.lin_row, rows], prefix, carry, value[tokens], out[tokens],
                 attended[tokens], skip,
             )  # fmt: skip
     return out, attended
@@ -381,7 +387,7 @@ def launch_chunk_outputs(
 def launch_forward(
     shape: Shape, inputs: Inputs, cached: Cached, want_final: bool, exchange=None
 ) -> AttentionResults:  # fmt: skip
-    """Heads, attention and the gate; `exchange` as of `launch_shared_carry`."""
+    """Heads, attention and the gate; `exchange` as of `start_carry`."""
     new, index, row = inputs.v.new_empty, inputs.index, shape.lin_row
 
     def nothing() -> Tensor:
@@ -396,25 +402,27 @@ def launch_forward(
         out = new((shape.T, shape.E))
         carried, cut = scan_parts(shape, index, exchange, inputs.v.device, want_final)
         held = choice.holds_rows(shape, exchange)
-        before, final = None, nothing()
+        before, final, finish = None, nothing(), None
         if carried and not held:
-            before, final = launch_totals(
+            finish = start_totals(
                 shape, inputs, heads[row + 1], inputs.v, cut, exchange=exchange, final=want_final
             )  # fmt: skip
+        weights = launch_scores(shape, inputs, heads, True)  # while sums are exchanged
+        if finish is not None:
+            before, final = finish()
         if shape.delta:
             # The scan writes what it reads, chunk by chunk.
             prefix = before = delta.launch_states(shape, inputs, before, own, scaled=True)
         else:
             prefix = new((shape.GT, shape.tiles.SP, shape.E)) if shape.causal else nothing()
         biases = inputs.bias_v, inputs.bias_u
-        weights = launch_scores(shape, inputs, heads, True)
         if held:
             before = launch_row_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out)
         else:
             launch_scan(shape, inputs, weights, heads, inputs.v, inputs.u, biases, out, prefix, before, cut)
         carry = nothing() if shape.causal else before
         return AttentionResults(out, heads, prefix, carry, nothing(), final, *own)
-    prefix, carry, final = nothing(), nothing(), nothing()
+    prefix, carry, final, weights = nothing(), nothing(), nothing(), None
     if shape.lin:
         carried = has_carry(shape, index, cached.initial is not None or exchange is not None)
         kept = "total" if want_final else "" if shape.causal else "state"
@@ -424,13 +432,15 @@ def launch_forward(
         if shape.delta:
             prefix = delta.launch_states(shape, inputs, total, own)
         else:
-            carry, final = launch_shared_carry(shape, index, total, cached.initial, carried, kept, False, exchange)
+            finish = start_carry(shape, index, total, cached.initial, carried, kept, False, exchange)
+            weights = launch_scores(shape, inputs, heads)  # while sums are exchanged
+            carry, final = finish()
         if not shape.causal:
             carry, final = final, nothing()
     else:
         value = launch_values(shape, inputs)
     skip = shape.causal and cached.initial is None
-    out, attended = launch_output(shape, inputs, heads, prefix, carry, value, skip)
+    out, attended = launch_output(shape, inputs, heads, weights, prefix, carry, value, skip)
     return AttentionResults(out, heads, prefix, carry, attended, final, *own)
 
 
@@ -547,7 +557,7 @@ def launch_attention_gradients(
     T, E, row = shape.T, shape.E, shape.lin_row
     new = gated.new_empty
     carried = carry.numel() > 0 and shape.causal
-    d_prefix, d_carry = new((0,)), new((0,))
+    d_prefix, d_carry, weights = new((0,)), new((0,)), None
     if isinstance(d_out, Product):
         d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
         value = launch_values(shape, inputs)
@@ -563,7 +573,9 @@ def launch_attention_gradients(
                 d_prefix = delta.launch_states(shape, inputs, total, saved, reverse=True)
             else:
                 kept = "" if shape.causal else "state"
-                d_carry, final = launch_shared_carry(shape, inputs.index, total, None, carried, kept, True, exchange)
+                finish = start_carry(shape, inputs.index, total, None, carried, kept, True, exchange)
+                weights = launch_scores(shape, inputs, heads)  # while sums are exchanged
+                d_carry, final = finish()
                 d_carry = d_carry if shape.causal else final
         else:
             d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, value)
@@ -572,16 +584,16 @@ def launch_attention_gradients(
     squares = None
     for part, own, rows, tokens in row_parts(shape, inputs):
         own_heads, d_own_heads = heads[:, rows], d_heads[:, rows]
-        weights = launch_scores(part, own, own_heads)
-        d_scores = torch.empty_like(weights)
+        scores = launch_scores(part, own, own_heads) if weights is None else weights
+        d_scores = torch.empty_like(scores)
         d_own, own_value = d_attended[tokens], value[tokens]
         own_sums = d_bias_v[(rows.start or 0) * part.row_tiles :]
         if choice.spans_rows(part, own.source, gated.device):
-            launch_quadratic("values", part, own, weights, d_own, own.v, d_h.v[tokens], own.bias_v, own_sums)
-            launch_quadratic("scores", part, own, d_own, own_value, weights, d_scores, own.bias_v, own_sums)
+            launch_quadratic("values", part, own, scores, d_own, own.v, d_h.v[tokens], own.bias_v, own_sums)
+            launch_quadratic("scores", part, own, d_own, own_value, scores, d_scores, own.bias_v, own_sums)
         else:
             launch_chunk_gradients(
-                part, own, (own_heads, prefix, carry), weights, d_own, own_value, d_prefix, d_carry, d_scores,
+                part, own, (own_heads, prefix, carry), scores, d_own, own_value, d_prefix, d_carry, d_scores,
                 d_h.v[tokens], d_own_heads, own_sums,
             )  # fmt: skip
         own_squares = launch_quadratic_heads_gradient(part, own, own_heads, d_scores, d_own_heads)
@@ -668,17 +680,19 @@ def launch_scan_gradients(
     gated = saved.attended if shape.keeps_attended else saved.out
     E, T, row = shape.E, shape.T, shape.lin_row
     new = gated.new_empty
-    weights = launch_scores(shape, inputs, heads, True)
-    d_scores = torch.empty_like(weights)
     carried, cut = scan_parts(shape, inputs.index, exchange, gated.device)
     if isinstance(d_out, Product):
         d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
     else:
         d_attended = d_out if reuse else new((T, E))
         d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None)
-    behind, held = None, choice.holds_rows(shape, exchange)
+    behind, finish, held = None, None, choice.holds_rows(shape, exchange)
     if carried and not held:
-        behind, _ = launch_totals(shape, inputs, heads[row], d_attended, cut, back=True, exchange=exchange)
+        finish = start_totals(shape, inputs, heads[row], d_attended, cut, back=True, exchange=exchange)
+    weights = launch_scores(shape, inputs, heads, True)  # while sums are exchanged
+    d_scores = torch.empty_like(weights)
+    if finish is not None:
+        behind, _ = finish()
     if shape.delta:
         behind = delta.launch_states(shape, inputs, behind, saved, scaled=True, reverse=True)
     value, d_prefix = new((T, E)), behind if shape.delta else torch.empty_like(prefix)
@@ -743,7 +757,7 @@ def launch_backward(
         saved: has heads, prefix, carry, out, the fields of `delta.Prepared` and, if `Shape.keeps_attended`, attended
             of the forward. The weights are computed again, which is cheaper than their memory.
         d_out: gradient of the output, `[T, E]`, or the product that gives it; overwritten with `reuse`.
-        exchange: as of `launch_shared_carry`.
+        exchange: as of `start_carry`.
     """
     heads = saved.heads
     # Branches that a first chunk alone does not need have no gradient.

@@ -175,17 +175,24 @@ class Neighbours:
         """Leave the `hidden` tokens out of linear keys, or of their gradient, `[B * G, C, S]`."""
         keys[self.hidden] = 0
 
-    def add_documents(self, total_DSE: Tensor, index: ChunkIndex) -> None:
-        """Add to sums over documents those of the same documents on other processes (bidirectional). The gradients of
-        sums are added alike, since all of these processes read the same sum."""
+    def start_documents(self, total_DSE: Tensor, index: ChunkIndex) -> Callable[[], Tensor]:
+        """Begin to exchange sums over documents (bidirectional).
+
+        Returns:
+            A function that adds those of the same documents on other processes to `total_DSE`, and returns it. The
+            gradients of sums are added alike, since all of these processes read the same sum.
+        """
         first_B = torch.arange(len(self.open_B), device=total_DSE.device) * (len(index.group_G) // len(self.open_B))
         own_KB = torch.stack([first_B, first_B + self.final_B])
         own_KB = index.group_G.long()[own_KB[-len(self.sum_KBG) :]]
-        given = total_DSE[own_KB]
-        taken = given.new_empty(len(self.left_weight), *given.shape)
-        all_gather(taken.view(-1), given.view(-1), group=self.group)
-        total_DSE.index_add_(0, own_KB[0], (taken[:, -1] * self.left_weight).sum(0))
-        total_DSE.index_add_(0, own_KB[-1], (taken[:, 0] * self.right_weight).sum(0))
+        taken, wait = self.gather(total_DSE[own_KB])
+
+        def finish() -> Tensor:
+            wait()
+            total_DSE.index_add_(0, own_KB[0], (taken[:, -1] * self.left_weight).sum(0))
+            return total_DSE.index_add_(0, own_KB[-1], (taken[:, 0] * self.right_weight).sum(0))
+
+        return finish
 
     # Causal sums are over runs of a row's chunks, one after the other: see `flash_hf.kernels.plan`.
     def piece_borders(self, chunks: int, longest: int) -> list[int]:
@@ -210,30 +217,43 @@ class Neighbours:
         begin_P = index.piece_begin.long()
         return begin_P // value_BG.shape[1], value_BG.flatten()[begin_P].float()[:, None, None]
 
-    def sums_before(self, total_PSE: Tensor, index: ChunkIndex) -> Tensor:
-        """The sums before documents, float32 `[documents, S, E]`, from those over runs. Only the first document of a
-        row goes on from another process."""
+    def start_sums(self, total_PSE: Tensor, index: ChunkIndex) -> Callable[[], Tensor]:
+        """Begin to exchange sums over runs.
+
+        Returns:
+            A function that waits, and returns the sums before documents, float32 `[documents, S, E]`. Only the first
+            document of a row goes on from another process.
+        """
         if self.first_BG is None:
             given = self.given_runs(total_PSE).sum(1)
         else:
             row_P, weight_P = self.runs(index, self.sum_KBG[-1])
             given = total_PSE.new_zeros(len(self.open_B), *total_PSE.shape[1:])
             given.index_add_(0, row_P, total_PSE * weight_P)
-        taken = given.new_empty(self.left_weight.shape[0], *given.shape)
-        all_gather(taken.view(-1), given.view(-1), group=self.group)
-        before_BSE = (taken * self.left_weight).sum(0)
-        if self.first_BG is None:
-            return before_BSE
-        B, G = self.first_BG.shape
-        chunk_D = index.piece_begin[index.document_begin.long()]
-        document_B = torch.searchsorted(chunk_D, torch.arange(B, dtype=chunk_D.dtype, device=chunk_D.device) * G)
-        return before_BSE.new_zeros(index.documents, *given.shape[1:]).index_copy_(0, document_B, before_BSE)
+        taken, wait = self.gather(given)
 
-    def add_gradients(self, d_total_PSE: Tensor, d_carry_PSE: Tensor, scale: float, index: ChunkIndex) -> None:
-        """Add to the gradients behind runs what other processes return for the sums given to them, and return theirs.
+        def finish() -> Tensor:
+            wait()
+            before_BSE = (taken * self.left_weight).sum(0)
+            if self.first_BG is None:
+                return before_BSE
+            B, G = self.first_BG.shape
+            chunk_D = index.piece_begin[index.document_begin.long()]
+            document_B = torch.searchsorted(chunk_D, torch.arange(B, dtype=chunk_D.dtype, device=chunk_D.device) * G)
+            return before_BSE.new_zeros(index.documents, *given.shape[1:]).index_copy_(0, document_B, before_BSE)
+
+        return finish
+
+    def start_gradients(
+        self, d_total_PSE: Tensor, scale: float, index: ChunkIndex
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
+        """Begin to return the gradients of the sums that other processes gave.
 
         Args:
-            d_total_PSE: gradients of `sums_before` over `scale`, by runs.
+            d_total_PSE: gradients of the sums before documents over `scale`, by runs.
+
+        Returns:
+            A function that adds, to the gradients behind runs, what other processes return for the sums given to them.
         """
         if self.first_BG is None:
             d_initial = d_total_PSE.view(len(self.open_B), -1, *d_total_PSE.shape[1:]).sum(1)
@@ -241,14 +261,19 @@ class Neighbours:
             row_P, first_P = self.runs(index, self.first_BG == 0)
             d_initial = d_total_PSE.new_zeros(len(self.open_B), *d_total_PSE.shape[1:])
             d_initial.index_add_(0, row_P, d_total_PSE * first_P)
-        d_initial = d_initial * scale
+        parts = d_initial * scale * self.left_weight
         d_given = torch.empty_like(d_initial)
-        reduce_scatter(d_given.view(-1), (d_initial * self.left_weight).view(-1), group=self.group)
-        if self.first_BG is None:
-            self.given_runs(d_carry_PSE).add_(d_given[:, None])
-        else:
+        work = reduce_scatter(d_given.view(-1), parts.view(-1), group=self.group, async_op=True)
+
+        def finish(d_carry_PSE: Tensor) -> Tensor:
+            work.wait()
+            if self.first_BG is None:
+                self.given_runs(d_carry_PSE).add_(d_given[:, None])
+                return d_carry_PSE
             row_P, weight_P = self.runs(index, self.sum_KBG[-1])
-            d_carry_PSE.add_(d_given[row_P] * weight_P)
+            return d_carry_PSE.add_(d_given[row_P] * weight_P)
+
+        return finish
 
 
 def with_ends(layout: ChunkLayout) -> ChunkLayout:

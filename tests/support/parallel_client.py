@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM
 from flash_hf.cache_flash import CACHE_NAME
-from flash_hf.parallel import context_parallel, shard_sequence
+from flash_hf.parallel import context_parallel, exchange, shard_sequence
 from flash_hf.parallel.exchange import Neighbours
 from scripts.benchmark import length
 from scripts.benchmark.tiny import error_ratio, make_model, random_ids, tiny_config
@@ -123,9 +124,11 @@ def batch_of(config, marks, causal):
     return batch
 
 
-def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, checkpointing=False, again=False):
+def compare(
+    cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, checkpointing=False, again=False, states=True
+):  # fmt: skip
     """What differs between pieces and whole rows in float64 and plain torch, as a list of sentences; with `again`
-    also between two runs, bit by bit."""
+    also between two runs, bit by bit; with `states` also what causal models leave to decoding."""
     causal = cls is FlashForCausalLM
     rank, size = mesh.get_local_rank(), mesh.size()
     wrong = []
@@ -167,7 +170,7 @@ def compare(cls, config, marks, mesh, *, dtype=torch.float64, tolerance=1e-9, ch
     for name, gradient in gradients(model).items():
         dist.all_reduce(gradient)
         same(name, gradient / size, expected[name])
-    if causal:
+    if causal and states:
         wrong += compare_states(model, batch, mesh, same) or []
     context_parallel(model, None)
     return wrong
@@ -232,9 +235,9 @@ def kernels(mesh):
     most = "plus, shifted local keys"
     if mesh.size() > 2:  # the interpreter takes minutes for all forms and kinds of rows
         forms = {most: forms[most]}
-    calls, sums, documents = set(), Neighbours.sums_before, Neighbours.add_documents
-    Neighbours.sums_before = lambda self, *given: calls.add((True, self.first_BG is None)) or sums(self, *given)
-    Neighbours.add_documents = lambda self, *given: (
+    calls, sums, documents = set(), Neighbours.start_sums, Neighbours.start_documents
+    Neighbours.start_sums = lambda self, *given: calls.add((True, self.first_BG is None)) or sums(self, *given)
+    Neighbours.start_documents = lambda self, *given: (
         calls.add((False, self.first_BG is None)) or documents(self, *given)
     )
     for (name, changes), cls in itertools.product(forms.items(), (FlashForCausalLM, FlashForMaskedLM)):
@@ -255,7 +258,56 @@ def kernels(mesh):
             again = kind == "packed"
             yield f"{cls.__name__}, kernels, {name}, {kind}", compare(cls, config, marks, mesh, again=again, **options)
     yield "kernels ran", [] if len(calls) == 4 else [f"causal or not, for plain and other rows: {calls}"]
-    Neighbours.sums_before, Neighbours.add_documents = sums, documents
+    Neighbours.start_sums, Neighbours.start_documents = sums, documents
+
+
+def overlap(mesh):
+    """Kernels: scores are launched after a layer's exchange of sums has begun, and before it is waited for."""
+    from flash_hf.kernels import launches
+
+    spare_repetitions()
+    events, exchanging = [], []
+
+    class Watched:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            events.append("wait")
+            return self.work.wait()
+
+    def watched(collective):
+        def begin(*tensors, group, async_op=False):
+            work = collective(*tensors, group=group, async_op=async_op)
+            if not exchanging:
+                return work
+            events.append("begin")
+            return Watched(work)
+
+        return begin
+
+    def noted(start):
+        def begin(*given):
+            exchanging.append(start)
+            finish = start(*given)
+            exchanging.clear()
+            return finish
+
+        return begin
+
+    launch_scores = launches.launch_scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launches, "launch_scores", lambda *given: events.append("scores") or launch_scores(*given))
+        for name in ("all_gather", "reduce_scatter"):
+            patch.setattr(exchange, name, watched(getattr(exchange, name)))
+        for name in ("start_sums", "start_documents", "start_gradients"):
+            patch.setattr(Neighbours, name, noted(getattr(Neighbours, name)))
+        config = tiny_config(**PLUS, hidden_size=32, query_key_dim=16, num_hidden_layers=2, backend="triton")
+        for cls in (FlashForCausalLM, FlashForMaskedLM):
+            events.clear()
+            wrong = compare(cls, config, 32, mesh, dtype=torch.float32, tolerance=2e-4, states=False)
+            expected = 4 * ["begin", "scores", "wait"]  # two layers, forward and backward
+            yield f"{cls.__name__}, overlap", wrong + ([] if events == expected else [events])
 
 
 def losses(cls, config, mesh):
@@ -311,12 +363,12 @@ def measured(mesh):
 
         return fault
 
-    for name, exchange, right in (
+    for name, given, right in (
         ("right", gather, True),
         ("no halo", without(3), False),
         ("no sums", without(4), False),
     ):
-        Neighbours.gather = exchange
+        Neighbours.gather = given
         with tempfile.TemporaryDirectory() as folder:
             forms = ["plus"] if name == "no halo" else ["flash", "plus", "bidirectional"]
             args = SimpleNamespace(

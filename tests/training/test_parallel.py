@@ -11,7 +11,7 @@ from helpers import ROOT, run_python
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "sizes", "least"),
-    [("exact,others,refused", "2,4", 400), ("kernels,measured", "2", 37), ("kernels", "4", 27)],
+    [("exact,others,refused", "2,4", 400), ("kernels,overlap,measured", "2", 41), ("kernels", "4", 27)],
 )
 def test_pieces_give_what_whole_rows_give(cases, sizes, least):
     """Loss, logits, every gradient and the decoding state, float64 to 1e-9: see parallel_client.py."""
