@@ -19,12 +19,14 @@ from .tiles import (
     AttentionResults,
     Cached,
     Inputs,
+    Own,
     Projections,
     Shape,
     absent,
     cdiv,
     has_tma,
     power_of_2,
+    rows_of,
     switches,
     tiled,
 )
@@ -494,27 +496,43 @@ def launch_gate(
 
 
 class Product(NamedTuple):
-    """The output's gradient as a product, `left right`, which the kernel that reads it computes."""
+    """The output's gradient as a product, `left right`, which the kernel that reads it computes: of the `own` tokens,
+    and 0 for others."""
 
     left: Tensor
     right: Tensor
+    own: Own
+
+    def made(self) -> Tensor:
+        if self.own.whole:
+            return torch.mm(self.left, self.right)
+        out = self.left.new_empty(self.own.B * self.own.M, self.right.shape[1])
+        for x, h in self.own.parts:
+            torch.mm(self.left[x], self.right, out=out[h])
+        self.own.clear(out)
+        return out
 
 
 def launch_gate_product(
     shape: Shape, inputs: Inputs, gated: Tensor, d_out: Product, d_u: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`launch_gate` without the gradient of the output in memory: `(d_attended, d_bias_u)`."""
-    T, D, E = shape.T, shape.D, shape.E
+    D, E, right, parts = shape.D, shape.E, d_out.right.contiguous(), d_out.own.parts
+    T = len(d_out.left) // len(parts)
     blocks = cdiv(T, 128)
-    d_attended = gated.new_empty((T, E))
-    d_bias_u = gated.new_empty((blocks, E), dtype=torch.float32)
+    d_attended = gated.new_empty((shape.T, E))
+    d_bias_u = gated.new_empty((len(parts) * blocks, E), dtype=torch.float32)
     tasks = blocks * (E // 128)
-    gate.gate_product_kernel(
-        scan_grid(tasks, gated.device),
-        hopper.matrix(d_out.left, 128, gate.STEP), hopper.matrix(d_out.right.contiguous(), gate.STEP, 128),
-        hopper.matrix(inputs.u), hopper.matrix(gated), hopper.matrix(d_attended), hopper.matrix(d_u), inputs.rms,
-        inputs.gain, inputs.bias_u, d_bias_u, T, D, E // 128, tasks, STEP=gate.STEP, STAGES=gate.STAGES, num_warps=4,
-    )  # fmt: skip
+    for number, (x, h) in enumerate(parts):
+        gate.gate_product_kernel(
+            scan_grid(tasks, gated.device),
+            hopper.matrix(rows_of(d_out.left, x), 128, gate.STEP), hopper.matrix(right, gate.STEP, 128),
+            *(hopper.matrix(rows_of(each, h)) for each in (inputs.u, gated, d_attended, d_u)), rows_of(inputs.rms, h),
+            inputs.gain, inputs.bias_u, d_bias_u[number * blocks :] if number else d_bias_u, T, D, E // 128, tasks,
+            STEP=gate.STEP, STAGES=gate.STAGES, num_warps=4,
+        )  # fmt: skip
+    d_out.own.clear(d_attended)
+    d_out.own.clear(d_u)
     return d_attended, d_bias_u
 
 
@@ -766,7 +784,7 @@ def launch_backward(
     # What a cache contributes is in `carry`, not in the states of the chunks, which scans read.
     scanned = not (shape.causal and saved.carry.numel()) and choice.scans(shape, inputs.source, heads.device)
     if isinstance(d_out, Product) and not choice.multiplies(shape, inputs.source, scanned, heads.device):
-        d_out = torch.mm(*d_out)
+        d_out = d_out.made()
     launch = launch_scan_gradients if scanned else launch_attention_gradients
     d_bias_u, d_bias_v, squares, d_prefix = launch(shape, inputs, saved, d_out, d_h, d_heads, reuse, exchange)
     if exchange is not None and shape.lin:
@@ -937,14 +955,16 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
     return sums
 
 
-def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor) -> Tensor:
-    """`x + out w_o^T + b_o`, `[..., D]` like x and in its type."""
-    if choice.ends_layer(x, out):
-        return launch_product(x, out, w_o, b_o, torch.empty_like(x))
-    if not has_tma(x.device):
-        return x + torch.addmm(b_o.to(out.dtype), out, w_o.t()).view(x.shape)
+def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor, y: Tensor | None = None) -> Tensor:
+    """`x + out w_o^T + b_o`, `[..., D]` like x and in its type; in `y`, if it is given."""
+    ends = choice.ends_layer(x, out)
+    if not ends and not has_tma(x.device):
+        result = x + torch.addmm(b_o.to(out.dtype), out, w_o.t()).view(x.shape)
+        return result if y is None else y.copy_(result)
+    y = torch.empty_like(x) if y is None else y
+    if ends:
+        return launch_product(x, out, w_o, b_o, y)
     (T, E), D = out.shape, x.shape[-1]
-    y = torch.empty_like(x)
     blocks = product_blocks(out.dtype)
     residual.residual_kernel(
         (cdiv(T, blocks["BLOCK_M"]) * cdiv(D, blocks["BLOCK_N"]),),

@@ -36,7 +36,7 @@ from .launches import (
 )
 from .plan import ChunkIndex
 from .replay import replayed
-from .tiles import AttentionResults, Cached, Inputs, Projections, Shape, absent, on_device
+from .tiles import AttentionResults, Cached, Inputs, Own, Projections, Shape, absent, on_device, rows_of
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ gated_attention = register(GatedAttention)
 # ------------------------------------------------------------------------------------------------------------------
 # The whole layer
 # ------------------------------------------------------------------------------------------------------------------
-# x is the layer's input `[B, N, D]`; gain is of its norm; w and b are weights and biases of projections.
+# x is the layer's input `[B, tokens, D]`; gain is of its norm; w and b are weights and biases of projections.
 LayerTensors = group("LayerTensors", f"x gain w_u b_u w_v b_v w_z b_z w_o b_o {HEADS}", f"w_gates {OPTIONAL} {CACHED}")
 # y is the layer's output; rms is `1 / sqrt(mean(x^2) + eps)` per token; cast is x in the products' type, `[T, D]`, or
 # empty if x has that type; h is `x w^T`, where w joins the weights of u, v, z and the gates; the others are as in
@@ -374,6 +374,32 @@ def layer_results(attention: AttentionResults, **others: Tensor) -> LayerResults
     return LayerResults(
         **others, **{name: getattr(attention, name) for name in LayerResults._fields if name not in others}
     )  # fmt: skip
+
+
+def own_tokens(x: Tensor, shape: Shape, exchange) -> Own:
+    """Where the tokens of x, `[B, N, D]`, are among those that attention reads."""
+    if exchange is None:
+        return Own(shape.B, shape.N, shape.N, 0)
+    return Own(shape.B, x.shape[1], shape.N, exchange.left)
+
+
+def project(x: Tensor, w: Tensor, own: Own) -> Tensor:
+    """`x w^T` where attention reads it, `[B * M, F]`; other rows are not filled."""
+    if own.whole:
+        return torch.mm(x, w.t())
+    h = x.new_empty(own.B * own.M, len(w))
+    for x_rows, h_rows in own.parts:
+        torch.mm(x[x_rows], w.t(), out=h[h_rows])
+    return h
+
+
+def product_over_tokens(left: Tensor, right: Tensor, parts: list[tuple[slice, slice]]) -> Tensor:
+    """`left^T right` over the tokens of parts, which are given for either."""
+    (here, there), *others = parts
+    out = torch.mm(rows_of(left, here).t(), rows_of(right, there))
+    for here, there in others:
+        out.addmm_(left[here].t(), right[there])
+    return out
 
 
 def columns(shape: Shape) -> list[int]:
@@ -402,18 +428,31 @@ class Layer:
         tensors: LayerTensors, shape: Shape, *, eps: float, want_final: bool, exchange=None
     ) -> LayerResults:  # fmt: skip
         # A view outside of the operation would have its own node in autograd's graph.
-        x, dtype = tensors.x.view(shape.T, shape.D), shape.dtype
+        x, dtype = tensors.x.view(-1, shape.D), shape.dtype
+        own = own_tokens(tensors.x, shape, exchange)
         casts = x.dtype != dtype
         rms = x.new_empty(shape.T, dtype=torch.float32)
         cast = x.new_empty(x.shape, dtype=dtype) if casts else absent(x.device, dtype)
         w = x.new_empty((sum(columns(shape)), shape.D), dtype=dtype)
         weights = [tensors.w_u, tensors.w_v, tensors.w_z, *[tensors.w_gates] * shape.delta]
         with on_device(x):
-            launch_norm(x, tensors.gain, eps, rms, cast, cast=casts, weights=weights, joined=w)
-            h = torch.mm(cast if casts else x, w.t())
+            for number, (here, there) in enumerate(own.parts):
+                joined = {} if number else {"weights": weights, "joined": w}
+                launch_norm(
+                    rows_of(x, here), tensors.gain, eps, rows_of(rms, there), rows_of(cast, here), cast=casts, **joined
+                )  # fmt: skip
+            h = project(cast if casts else x, w, own)
+            if exchange is not None:
+                exchange.take_halo(h, rms)
             inputs = layer_inputs(tensors, h, rms, shape)
             attention = launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
-            y = launch_residual(tensors.x, attention.out, tensors.w_o.to(dtype), tensors.b_o)
+            w_o = tensors.w_o.to(dtype)
+            if own.whole:
+                y = launch_residual(tensors.x, attention.out, w_o, tensors.b_o)
+            else:
+                y = torch.empty_like(tensors.x)
+                for here, there in own.parts:
+                    launch_residual(x[here], attention.out[there], w_o, tensors.b_o, y.view(x.shape)[here])
         return layer_results(attention, y=y, rms=rms, cast=cast, h=h, w=w)
 
     @staticmethod
@@ -434,20 +473,31 @@ class Layer:
 
     @staticmethod
     def backward(d_out: Tensor, saved: SavedLayer, shape: Shape, exchange=None) -> list[Tensor]:
-        d_y, x, h = d_out.view(shape.T, shape.D), saved.x.view(shape.T, shape.D), saved.h
+        d_y, x, h = d_out.view(-1, shape.D), saved.x.view(-1, shape.D), saved.h
+        own = own_tokens(d_out, shape, exchange)
+        parts_of_h = [(there, here) for here, there in own.parts]
         raw_dy = d_y.to(h.dtype)
         with on_device(d_y):
             d_h = h.new_empty(h.shape) if saved.source is None else h.new_zeros(h.shape)
-            d_w_o = torch.mm(raw_dy.t(), saved.out)
+            d_w_o = product_over_tokens(raw_dy, saved.out, own.parts)
             inputs = layer_inputs(saved, h, saved.rms, shape)
-            d_attention = Product(raw_dy, saved.w_o.to(h.dtype))
+            d_attention = Product(raw_dy, saved.w_o.to(h.dtype), own)
             d_projections = split_columns(d_h, shape)
             parts = launch_backward(shape, inputs, saved, d_attention, d_projections, True, exchange)
-            p = torch.mm(d_h, saved.w)
-            d_w = torch.mm(d_h.t(), x)
+            rms = saved.rms
+            if exchange is not None:
+                exchange.return_halo(d_h)
+            if own.whole:
+                p = torch.mm(d_h, saved.w)
+            else:
+                p = torch.empty_like(x)
+                for here, there in own.parts:
+                    torch.mm(d_h[there], saved.w, out=p[here])
+                rms = torch.cat([rms[there] for _, there in own.parts])
+            d_w = product_over_tokens(d_h, x, parts_of_h)
             del d_h
             d_x = torch.empty_like(d_out)
-            norm = launch_norm_gradient(p, x, d_y, saved.rms, saved.gain, d_x)
+            norm = launch_norm_gradient(p, x, d_y, rms, saved.gain, d_x)
             sums = Sums.of(shape, saved.bias_R is not None)
             small = launch_sums(shape, sums, parts._replace(norm=norm), sums_dtype(saved))
         gates = [parts.gates.sum(0)] if shape.delta else []

@@ -288,6 +288,40 @@ class Cached(NamedTuple):
     kept_mask: Tensor | None
 
 
+class Own(NamedTuple):
+    """Which of the tokens that attention reads, `[B * M]`, are those of x, `[B * N]`: all, or of rows that are cut
+    over processes all but `left` before each row and some behind it."""
+
+    B: int
+    N: int
+    M: int
+    left: int
+
+    @property
+    def whole(self) -> bool:
+        return self.N == self.M
+
+    @property
+    def parts(self) -> list[tuple[slice, slice]]:
+        """Runs of tokens of equal length among those of x, and the same among those that attention reads."""
+        if self.whole:
+            return [(slice(None), slice(None))]
+        begins = [(row * self.N, row * self.M + self.left) for row in range(self.B)]
+        return [(slice(x, x + self.N), slice(h, h + self.N)) for x, h in begins]
+
+    def clear(self, x: Tensor) -> None:
+        """Set the other tokens' rows of x, `[B * M, ...]`, to 0."""
+        if not self.whole:
+            x_BM = x.unflatten(0, (self.B, self.M))
+            x_BM[:, : self.left] = 0
+            x_BM[:, self.left + self.N :] = 0
+
+
+def rows_of(x: Tensor, rows: slice) -> Tensor:
+    """`x[rows]`, without a view of all."""
+    return x if rows == slice(None) else x[rows]
+
+
 class AttentionResults(NamedTuple):
     """Results of the forward launches; tensors without a meaning for the call are empty.
 

@@ -6,7 +6,8 @@ A chunk's past is one sum of S x E numbers, so what a piece needs of the others 
 - the sum of `lin_k v^T` over its first document's earlier pieces (bidirectional: also over its last document's later
   ones): one all-gather per layer, and one reduce-scatter of the gradients in the backward;
 - the tokens beyond the cut that share a chunk with its own, and with shifted keys the token before: a second
-  all-gather of at most a chunk of hidden states, in layers where chunks cross a cut or keys are shifted.
+  all-gather of at most a chunk of hidden states, or with kernels of what the projections give, in layers where chunks
+  cross a cut or keys are shifted.
 
 ```python
 >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "cp"))  # doctest: +SKIP

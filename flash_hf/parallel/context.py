@@ -326,7 +326,7 @@ class Context:
         config = model.config
         shifts = (0, config.chunk_shift) if config.chunk_shift else (0,)
         fused = self._fuses(model, x_BND, cuts, cached)
-        return documents, [self._layout(model, x_BND, cuts, documents, shift, fused) for shift in shifts]
+        return documents, [self._layout(model, x_BND, cuts, documents, shift, fused, cached) for shift in shifts]
 
     def _fuses(self, model: FlashModel, x_BND: Tensor, cuts: Cuts, cached: bool) -> bool:
         """Whether kernels compute this call; the same on all processes."""
@@ -342,7 +342,7 @@ class Context:
         return fits
 
     def _layout(
-        self, model: FlashModel, x_BND: Tensor, cuts: Cuts, own: Documents, shift: int, fused: bool
+        self, model: FlashModel, x_BND: Tensor, cuts: Cuts, own: Documents, shift: int, fused: bool, cached: bool
     ) -> ChunkLayout:
         """The layout of this process's tokens and their halo, in layers whose chunks begin `shift` slots early."""
         (B, N), device, config = x_BND.shape[:2], x_BND.device, model.config
@@ -384,10 +384,13 @@ class Context:
         behind_H = torch.arange(int(own_right.max())).expand(B, -1)
         first_B1 = cuts.seen[rank][:, None] - own_left  # position of the first token with its halo
         total_B1 = (cuts.seen + cuts.rest)[rank + 1][:, None]
+        filled = 0, 0
 
         if fused and cuts.is_plain(N):
             first, length = int(first_B1[0]), before_H.shape[1] + N + behind_H.shape[1]
-            layout = fused_layout(length, first, C, shift, B, device)
+            layout, *filled = fused_layout(
+                length, first, C, shift, B, device, last=rank == size - 1, fill=not cached
+            )  # fmt: skip
         elif cuts.is_plain(N):
             # A reshape, as of whole rows.
             length = before_H.shape[1] + N + behind_H.shape[1]
@@ -440,10 +443,11 @@ class Context:
         hidden = None
         if fused:
             # Tokens whose keys this process must not add to sums: causal, the token before its first chunk, and
-            # otherwise all of the halo, whose sum is that of the process that has them.
+            # otherwise all of the halo, whose sum is that of the process that has them; and those that fill the ends.
             until_B1 = before_H.shape[1] - own_left + alone if causal else torch.full((B, 1), before_H.shape[1])
             until_B1, slots = until_B1.to(device), torch.arange(layout.position_BGC[0].numel(), device=device)
             token_BK = (slots - layout.shift).expand(B, -1) if layout.source_BK is None else layout.source_BK
+            token_BK = token_BK - filled[0]
             others_BK = (token_BK < until_B1) | (token_BK >= before_H.shape[1] + N)
             others_BGC = others_BK.view(B, -1, C) & layout.occupied_BGC
             hidden = others_BGC.flatten(0, 1).nonzero(as_tuple=True)
@@ -452,15 +456,28 @@ class Context:
             before_B1 = torch.where(earlier[rank][:, None], from_left(own_left + 1), -1).to(device)
             if config.use_rope:
                 before_rotary = model.rotary_emb(x_BND, (first_B1 - 1).clamp(min=0).to(device))
+        left_BH = F.pad(torch.where(before_H <= own_left, from_left(before_H), -1), (filled[0], 0), value=-1)
+        right_BH = F.pad(torch.where(behind_H < own_right, from_right(behind_H), -1), (0, filled[1]), value=-1)
+        give_BK = self._given(own, B, N, tails, heads, device) if tails + heads else None
+        # Where the kernels have these tokens: rows of M tokens, the halo's around the own ones.
+        M, K, row_B1 = left_BH.shape[1] + N + right_BH.shape[1], max(1, tails + heads), torch.arange(B)[:, None]
+        given_rows = None
+        if give_BK is not None:
+            given_rows = (give_BK.clamp(min=0) + left_BH.shape[1] + (row_B1 * M).to(device)).flatten()
+        place_BH = torch.cat([left_BH, right_BH], 1)
+        slot_BH = torch.cat([torch.arange(left_BH.shape[1]), torch.arange(M - right_BH.shape[1], M)]) + row_B1 * M
+        source_BH = place_BH // K * (B * K) + row_B1 * K + place_BH % K
         neighbours = Neighbours(
             group=self.group,
             causal=causal,
-            left=before_H.shape[1],
-            halo=bool((left + right)[inner].any()),
-            give_BK=self._given(own, B, N, tails, heads, device) if tails + heads else None,
-            left_BH=torch.where(before_H <= own_left, from_left(before_H), -1).to(device),
-            right_BH=torch.where(behind_H < own_right, from_right(behind_H), -1).to(device),
+            halo=fused or bool((left + right)[inner].any()),
+            give_BK=give_BK,
+            tails=tails,
+            left_BH=left_BH.to(device),
+            right_BH=right_BH.to(device),
             before_B1=before_B1,
+            given_rows=given_rows,
+            halo_rows=(slot_BH[place_BH >= 0].to(device), source_BH[place_BH >= 0].to(device)),
             before_rotary=before_rotary,
             crossed=bool(crossed[rank + 1].all()),
             open_B=crossed_B,

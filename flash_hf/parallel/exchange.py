@@ -66,11 +66,15 @@ class Neighbours:
 
     Attributes:
         group: the processes. causal: the model's direction.
-        left: slots of the halo before the own tokens.
         halo: whether the own tokens of any process have a halo.
-        give_BK: own tokens that others need, -1 for none, int64 `[B, K]`; None if there are none.
+        give_BK: own tokens that others need, -1 for none, int64 `[B, K]`; None if there are none. The first `tails`
+            are a piece's last ones.
         left_BH, right_BH, before_B1: the halo's tokens, and the one before, among those of all processes,
-            int64 `[B, ..]` into `size * K`; -1 for none.
+            int64 `[B, ..]` into `size * K`; -1 for none, as of the slots that fill the ends of a `fused_layout`.
+        given_rows: for kernels, the rows of give_BK in what the projections give, `[B * M, F]`, int64 `[B * K]`; any
+            for -1, which nobody takes.
+        halo_rows: for kernels, the rows there that take a token, and its rows in what all processes give,
+            `[size * B * K, F]`.
         before_rotary: cos and sin of the position of the token before.
         crossed: whether a chunk goes on in another piece, in all rows (which are alike if they are plain).
         open_B: whether the last chunk of a row's grid goes on in another piece, which then counts it, bool `[B]`.
@@ -79,19 +83,21 @@ class Neighbours:
         left_weight, right_weight: which sums of other processes to take, float `[size, B, 1, 1]`.
         first_BG: for kernels, the first chunk of the chunk's document, int64 `[B, G]`; None for plain rows.
         hidden: for kernels, chunks (flat over rows) and slots of tokens whose linear keys are left out, int64 each:
-            their values are in the sums of another process.
+            their values are in the sums of another process, or they fill an end.
         columns: columns of the rows up to the end of this piece, without padding behind the last row's end.
         fused: whether kernels compute this; see `fused_layout` and `with_ends`.
     """
 
     group: dist.ProcessGroup
     causal: bool
-    left: int
     halo: bool
     give_BK: Tensor | None
+    tails: int
     left_BH: Tensor | None
     right_BH: Tensor | None
     before_B1: Tensor | None
+    given_rows: Tensor | None
+    halo_rows: tuple[Tensor, Tensor]
     before_rotary: tuple[Tensor, Tensor] | None
     crossed: bool
     open_B: Tensor
@@ -110,10 +116,19 @@ class Neighbours:
         out = AllGather.apply(x, self.group, works)
         return out, works[0].wait
 
+    @property
+    def left(self) -> int:
+        """Slots of the halo before the own tokens."""
+        return self.left_BH.shape[1]
+
+    @property
+    def right(self) -> int:
+        return self.right_BH.shape[1]
+
     def extend(self, x_BND: Tensor) -> tuple[Tensor, Tensor | None]:
         """The own tokens with their halo, and the token before."""
         if self.give_BK is None:
-            return x_BND, None
+            return F.pad(x_BND, (0, 0, self.left, self.right)) if self.left + self.right else x_BND, None
         given, wait = self.gather(take_rows(x_BND, self.give_BK))
         wait()
         given_BTD = given.transpose(0, 1).flatten(1, 2)
@@ -124,13 +139,13 @@ class Neighbours:
 
     def compute(self, layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
         """A `FlashLayer`'s output for the own tokens, `[B, N, D]`."""
-        x_BMD, before_B1D = self.extend(x_BND)
-        own = slice(self.left, self.left + x_BND.shape[1])
-        if fuses_layer(layer, x_BMD, places):
-            out_BND = fused_layer(layer, x_BMD, places, cache)[:, own]
+        if fuses_layer(layer, x_BND, places):
+            out_BND = fused_layer(layer, x_BND, places, cache)
             if cache is not None:
                 cache.cumulative_length = self.columns
             return out_BND
+        x_BMD, before_B1D = self.extend(x_BND)
+        own = slice(self.left, self.left + x_BND.shape[1])
         if before_B1D is not None:
             before_B1D = layer.norm(before_B1D)
         normed_BMD = normalise(layer.norm, x_BMD, places)
@@ -171,6 +186,38 @@ class Neighbours:
         return finish
 
     # -- for kernels
+    def take_halo(self, h: Tensor, rms: Tensor) -> None:
+        """Fill the halo's rows of what the projections give, `[B * M, F]`, and of the norms, float32 `[B * M]`, with
+        those of other processes, and the ends with 0. So nothing is projected twice, nor copied for its halo."""
+        F, slots, sources = h.shape[1], *self.halo_rows
+        for x in (h, rms):
+            x_BM = x.unflatten(0, (len(self.open_B), -1))
+            x_BM[:, : self.left] = 0
+            x_BM[:, x_BM.shape[1] - self.right :] = 0
+        if self.give_BK is None:
+            return
+        # A collective takes one type, and a norm has more bits than bfloat16.
+        given = torch.cat([h[self.given_rows], rms[self.given_rows, None].view(h.dtype)], 1)
+        taken, wait = self.gather(given)
+        wait()
+        halo = taken.flatten(0, 1)[sources]
+        h[slots] = halo[:, :F]
+        rms[slots] = halo[:, F:].contiguous().view(rms.dtype)[:, 0]
+
+    def return_halo(self, d_h: Tensor) -> None:
+        """Add to the gradients of what the projections gave, `[B * M, F]`, those from the halos of other processes."""
+        if self.give_BK is None:
+            return
+        (B, K), F, (slots, sources) = self.give_BK.shape, d_h.shape[1], self.halo_rows
+        d_taken = d_h.new_zeros(len(self.left_weight) * B * K, F)
+        d_taken[sources] = d_h[slots]
+        d_given = d_h.new_empty(B, K, F)
+        reduce_scatter(d_given.view(-1), d_taken.view(-1), group=self.group)
+        # One by one: in a short piece a token may be among those of both ends.
+        for end in (slice(self.tails), slice(self.tails, K)):
+            if end.start != end.stop:
+                d_h.index_add_(0, self.given_rows.view(B, K)[:, end].flatten(), d_given[:, end].flatten(0, 1))
+
     def hide(self, keys: Tensor) -> None:
         """Leave the `hidden` tokens out of linear keys, or of their gradient, `[B * G, C, S]`."""
         keys[self.hidden] = 0
@@ -199,7 +246,7 @@ class Neighbours:
         """Where a plain row's runs of at most `longest` chunks begin, and the last one ends. The first and the last
         chunk of a `fused_layout` are runs of their own, and one that goes on in another process."""
         end = chunks - 1 - self.crossed
-        return [0, *range(1, end, longest), end, *[chunks - 1] * self.crossed, chunks]
+        return sorted({0, *range(1, end, longest), end, chunks - 1, chunks})
 
     def starts_piece(self, chunks: int) -> Tensor:
         """The same borders in other rows, which `with_ends` gives their chunks at either end, bool `[B, G]`."""
@@ -301,26 +348,38 @@ def with_ends(layout: ChunkLayout) -> ChunkLayout:
 
 
 def fused_layout(
-    length: int, first: int, chunk_size: int, shift: int, batch: int, device: torch.device
-) -> ChunkLayout:
-    """The layout of plain rows for kernels, with a chunk more at either end of a row. A row's first chunk has nothing
-    before it, and its last nothing behind it: so sums before and behind the real chunks may come from other processes.
-    The first chunk's last slot holds the token before, if any, which is `hidden` and adds nothing.
+    length: int, first: int, chunk_size: int, shift: int, batch: int, device: torch.device, *, last: bool, fill: bool
+) -> tuple[ChunkLayout, int, int]:
+    """The layout of plain rows for kernels, with a chunk more at either end that is not the row's own. A first chunk
+    has nothing before it, and a last one nothing behind it: so sums before and behind the others may come from other
+    processes. The first chunk's last slot holds the token before, if any, which is `hidden` and adds nothing.
+
+    From the middle of the first of these chunks, and to that of the last, slots without a token are filled with tokens
+    that are hidden, too. Then whole halves of chunks have tokens, as in whole rows.
 
     Args:
         length: tokens with the halo. first: position of the first one.
         shift: empty slots before a document's first token.
+        last: whether the row ends here.
+        fill: whether to fill the end, too. The chunk of a decoding state must not be.
+
+    Returns:
+        The layout, and how many slots are filled at either end.
     """
     C, slot = chunk_size, (first + shift) % chunk_size
-    before = slot if first and slot == C - 1 else C + slot
-    G = -(-(before + length) // C) + 1
+    before = slot if not first or slot == C - 1 else C + slot
+    end = before + length
+    G = -(-end // C) + (not last)
+    empty = C // 2 if first else before
+    filled = (G - 1) * C + C // 2 - end if fill and not last else 0
     position_K = torch.arange(-before, G * C - before, device=device)
-    return ChunkLayout(
-        token_BN=torch.arange(length, device=device)[None],
+    layout = ChunkLayout(
+        token_BN=torch.arange(end + filled - empty, device=device)[None],
         position_BGC=(position_K + first).clamp(min=0).view(1, G, C),
-        occupied_BGC=((position_K >= 0) & (position_K < length)).view(1, G, C),
+        occupied_BGC=((position_K >= empty - before) & (position_K < length + filled)).view(1, G, C),
         seen_after_B=torch.full((1,), first + length, device=device),
         count_BG=torch.full((1, 1), first + length, device=device),
-        final_B=torch.full((batch,), G - 2, device=device),
-        shift=before,
+        final_B=torch.full((batch,), G - 1 - (not last), device=device),
+        shift=empty,
     )
+    return layout, before - empty, filled

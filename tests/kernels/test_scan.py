@@ -551,6 +551,11 @@ def score_heads_in_torch(
 
 @pytest.fixture
 def in_torch(monkeypatch):
+    """See `replace_by_torch`."""
+    return replace_by_torch(monkeypatch)
+
+
+def replace_by_torch(monkeypatch):
     """The kernels for Hopper in torch, chosen as for bfloat16 on Hopper; how often each one has run."""
     ran = collections.Counter()
 

@@ -255,14 +255,15 @@ def kernels(mesh):
             else:
                 kinds["padded"] = padded(32, [(0, 32)], [(3, 14)], [(0, 16)])
         for kind, marks in kinds.items():
-            again = kind == "packed"
-            yield f"{cls.__name__}, kernels, {name}, {kind}", compare(cls, config, marks, mesh, again=again, **options)
+            given = {"again": kind == "packed", "checkpointing": name == "plus", **options}
+            yield f"{cls.__name__}, kernels, {name}, {kind}", compare(cls, config, marks, mesh, **given)
     yield "kernels ran", [] if len(calls) == 4 else [f"causal or not, for plain and other rows: {calls}"]
     Neighbours.start_sums, Neighbours.start_documents = sums, documents
 
 
 def overlap(mesh):
-    """Kernels: scores are launched after a layer's exchange of sums has begun, and before it is waited for."""
+    """Kernels: scores are launched after a layer's exchange of sums has begun, and before it is waited for; and no
+    hidden states are copied for their halo."""
     from flash_hf.kernels import launches
 
     spare_repetitions()
@@ -295,9 +296,10 @@ def overlap(mesh):
 
         return begin
 
-    launch_scores = launches.launch_scores
+    launch_scores, extend = launches.launch_scores, Neighbours.extend
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches, "launch_scores", lambda *given: events.append("scores") or launch_scores(*given))
+        patch.setattr(Neighbours, "extend", lambda *given: events.append("copy") or extend(*given))
         for name in ("all_gather", "reduce_scatter"):
             patch.setattr(exchange, name, watched(getattr(exchange, name)))
         for name in ("start_sums", "start_documents", "start_gradients"):
@@ -308,6 +310,37 @@ def overlap(mesh):
             wrong = compare(cls, config, 32, mesh, dtype=torch.float32, tolerance=2e-4, states=False)
             expected = 4 * ["begin", "scores", "wait"]  # two layers, forward and backward
             yield f"{cls.__name__}, overlap", wrong + ([] if events == expected else [events])
+
+
+def scans(mesh):
+    """What is around the kernels for Hopper, with these in torch: all half chunks have tokens, as without cuts."""
+    tests = Path(__file__).resolve().parents[1]
+    sys.path += [str(tests), str(tests / "kernels")]
+    from flash_hf.kernels import launches
+    from test_scan import replace_by_torch
+
+    spare_repetitions()
+    shapes, launch_scan = [], launches.launch_scan
+
+    def noted(shape, *given):
+        shapes.append(shape)
+        launch_scan(shape, *given)
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "query_key_dim": 128, "chunk_size": 256, "backend": "triton"}
+    plus = {**PLUS, "chunk_shift": 128, "local_key_shift": True}
+    cases = (FlashForCausalLM, "paper", {}), (FlashForCausalLM, "plus", plus), (FlashForMaskedLM, "plus", plus)
+    with pytest.MonkeyPatch.context() as patch:
+        ran = replace_by_torch(patch)
+        patch.setattr(launches, "launch_scan", noted)
+        for cls, name, form in cases:
+            shapes.clear()
+            ran.clear()
+            options = {"dtype": torch.float32, "tolerance": 2e-4, "states": name == "plus"}
+            wrong = compare(cls, tiny_config(**sizes, **form), 512 * mesh.size(), mesh, **options)
+            even = [shape.even and shape.halves.start * 128 == shape.shift for shape in shapes[:4]]
+            # Two layers, forward and backward.
+            right = even == [True] * 4 and ran["reduce_kernel"] == 2
+            yield f"{cls.__name__}, scans, {name}", wrong + ([] if right else [even, dict(ran)])
 
 
 def losses(cls, config, mesh):
