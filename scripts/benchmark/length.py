@@ -164,9 +164,8 @@ class Bench:
             model.zero_grad()
             model(**inputs, use_cache=False).loss.backward()
             if group is not None:
-                works = [dist.all_reduce(p.grad, group=group, async_op=True) for p in model.parameters()]
-                for work in works:
-                    work.wait()
+                bucket = torch.cat([p.grad.flatten() for p in model.parameters()])  # as DDP does
+                dist.all_reduce(bucket, group=group)
 
         step(warm_up or batch)
         times = []
