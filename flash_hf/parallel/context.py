@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..backend_flash import compute_dtype, is_bare, kernels_for
+from ..backend_flash import compute_dtype, is_bare, is_stock, kernels_for
 from ..chunking_flash import (
     ChunkLayout,
     Documents,
@@ -241,7 +241,8 @@ class Context:
             if name != "facts" and any(part[name] != own[name] for part in parts):
                 raise ValueError(
                     f"All processes must be called alike, but `{name}` differs for context parallelism: "
-                    f"{[part[name] for part in parts]}. Cut the same batch on all of them with shard_sequence."
+                    f"{[part[name] for part in parts]}. Cut the same batch on all of them with shard_sequence, and "
+                    "hook or replace modules on all or on none."
                 )
         cuts = Cuts([part["facts"] for part in parts])
         if (message := cuts.unexpected()) is not None:
@@ -290,6 +291,9 @@ class Context:
             resolve_documents(B, N, device, attention_mask=mask, position_ids=positions, cache=claimed)
         facts, start_BN = facts_of(B, N, valid_BN, positions)
         self._own = valid_BN, start_BN
+        # What kernels exchange for a whole layer is not what its modules exchange.
+        kernels = model.config.backend == "triton" or (model.config.backend == "auto" and device.type == "cuda")
+        layers = model.base_model.layers if kernels else []
         return {
             "rows": B,
             "tokens": N,
@@ -297,6 +301,7 @@ class Context:
             "labels": labels is not None,
             "gradients": torch.is_grad_enabled(),
             "training": model.training,
+            "layers with hooks or other modules": [i for i, layer in enumerate(layers) if not is_stock(layer)],
             "facts": facts,
         }
 

@@ -310,6 +310,14 @@ def overlap(mesh):
             wrong = compare(cls, config, 32, mesh, dtype=torch.float32, tolerance=2e-4, states=False)
             expected = 4 * ["begin", "scores", "wait"]  # two layers, forward and backward
             yield f"{cls.__name__}, overlap", wrong + ([] if events == expected else [events])
+    model = context_parallel(make_model(FlashForCausalLM, config, dtype=torch.float32), mesh)
+    if mesh.get_local_rank():
+        model.model.layers[1].gau.u_proj.register_forward_hook(lambda *_: None)
+    try:
+        model(**shard_sequence({"input_ids": random_ids(config, 1, 32)}, mesh))
+        yield "hooks on one process", ["nothing was raised"]
+    except ValueError as error:
+        yield "hooks on one process", [] if "[[], [1]]" in str(error) else [str(error)]
 
 
 def scans(mesh):

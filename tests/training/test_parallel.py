@@ -15,7 +15,7 @@ from helpers import ROOT, run_python
         ("exact,others,refused", "2,4", 400),
         ("kernels,measured", "2", 37),
         ("kernels", "4", 27),
-        ("overlap,scans", "2", 9),
+        ("overlap,scans", "2", 11),
     ],
 )
 def test_pieces_give_what_whole_rows_give(cases, sizes, least):
