@@ -361,7 +361,7 @@ def bias_kernel(
     place = m[:, None] * CP + n[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     begin = tl.program_id(1) * PER_PROGRAM
-    for step in tl.range(0, tl.minimum(PER_PROGRAM, GT - begin), num_stages=4):
+    for step in tl.range(0, tl.minimum(PER_PROGRAM, GT - begin), num_stages=8):
         tile = d_score_ptr + (begin + step).to(tl.int64) * CP * CP + place
         if SKIP:
             inside = has_tokens(begin + step, block_m * BLOCK, N, G, C, shift)
@@ -411,12 +411,13 @@ def head_gradient(
 ):  # fmt: skip
     """Columns of a head's gradient, `[slots, columns]` float32: with AFTER those of the slot after, with MIXED those
     that are `taken`. Both rows are loaded then: single columns of either would not be vectors."""
+    # Places within a head are those of all heads.
+    d_head = d_heads_ptr + head * (tl.cast(GT, tl.int64) * (CP * SP))
     row, at = head_rows(opens_ptr, chunk, slot, followed if AFTER else real, C, CP, GT, AFTER)
-    d_head = d_heads_ptr + column[None, :]
-    found = tl.load(d_head + (head * GT * CP + at) * SP, mask=row & inside[None, :], other=0.0)
+    found = tl.load(d_head + (at * SP + column[None, :]), mask=row & inside[None, :], other=0.0)
     if MIXED:
         row, at = head_rows(opens_ptr, chunk, slot, followed, C, CP, GT, True)
-        after = tl.load(d_head + (head * GT * CP + at) * SP, mask=row & inside[None, :], other=0.0)
+        after = tl.load(d_head + (at * SP + column[None, :]), mask=row & inside[None, :], other=0.0)
         found = tl.where(taken[None, :], after, found)
     return found.to(tl.float32)
 
@@ -434,8 +435,8 @@ def heads_gradient_kernel(
     beta and z's bias, `[programs, 2 H + 1, S]`. A rotation's transpose turns the other way; with PREVIOUS the last
     head's gradient comes from the slot after, with LOCAL that of every second pair of the local key, too.
 
-    A program walks through its slots and adds up in registers what only its end sums over threads. SKIP: unless it has
-    half a chunk without tokens."""
+    A program walks through its slots, loads two steps ahead, and adds up in registers what only its end sums over
+    threads. SKIP: unless it has half a chunk without tokens."""
     grid_wait()
     blocks: tl.constexpr = CP // ROWS
     program = tl.program_id(0)
@@ -449,7 +450,12 @@ def heads_gradient_kernel(
         one, two, inside = rotated_pair(rotary_dim, HALF, INTERLEAVED)
         taken = tl.arange(0, HALF) % 2 == 1
         totals = no_totals(4 * H + 2, BLOCK_M, HALF)
-        for start in range(0, rows, BLOCK_M):
+        gammas = ()
+        for head in tl.static_range(H):
+            gammas = gammas + (
+                vector(gamma_ptr, head, S, one, inside), vector(gamma_ptr, head, S, two, inside),
+            )  # fmt: skip
+        for start in tl.range(0, rows, BLOCK_M, num_stages=3):
             slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
             token, real, followed, gain = gained_rows(
                 source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED, SCALED
@@ -476,8 +482,8 @@ def heads_gradient_kernel(
                 )  # fmt: skip
                 if not (PREVIOUS and head >= H - 2):
                     p_one, p_two = p_one * cos + p_two * sin, p_two * cos - p_one * sin
-                d_one += p_one * vector(gamma_ptr, head, S, one, inside)
-                d_two += p_two * vector(gamma_ptr, head, S, two, inside)
+                d_one += p_one * gammas[2 * head]
+                d_two += p_two * gammas[2 * head + 1]
                 added = added + (
                     totals[4 * head] + p_one * z_one, totals[4 * head + 1] + p_two * z_two,
                     totals[4 * head + 2] + p_one, totals[4 * head + 3] + p_two,
@@ -503,7 +509,7 @@ def heads_gradient_kernel(
         inside = column < S
         taken = (column // 2 if INTERLEAVED else column) % 2 == 1
         totals = no_totals(2 * H + 1, BLOCK_M, REST)
-        for start in range(0, rows, BLOCK_M):
+        for start in tl.range(0, rows, BLOCK_M, num_stages=3):
             slot = (program % blocks) * ROWS + start + tl.arange(0, BLOCK_M)
             token, real, followed, gain = gained_rows(
                 source_ptr, rms_ptr, gain_ptr, chunk, slot, N, G, C, shift, RAGGED, SCALED
@@ -580,7 +586,7 @@ def column_sums(ptr, rows, width, block, out_ptr, BLOCK: tl.constexpr, ROWS: tl.
     """Sums over the rows of a float32 matrix, for a block of its columns."""
     column = block * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(0, rows, ROWS, num_stages=3):
+    for start in tl.range(0, rows, ROWS, num_stages=6):
         row = start + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (column < width)[None, :]
         acc += tl.load(ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
@@ -594,7 +600,7 @@ def diagonal_sums(
     """Sums along the diagonals of some float32 squares `[squares, CP, CP]`, for a block of offsets `n - m + C - 1`."""
     offset = block * BLOCK + tl.arange(0, BLOCK) - (C - 1)
     acc = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in tl.range(0, squares * CP, ROWS, num_stages=3):
+    for start in tl.range(0, squares * CP, ROWS, num_stages=6):
         row = start + tl.arange(0, ROWS)
         m = (row % CP)[:, None]
         n = m + offset[None, :]

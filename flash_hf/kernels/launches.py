@@ -734,7 +734,7 @@ def launch_backward(
     return PartialSums(u=d_bias_u, v=d_bias_v, heads=d_gamma_beta, norm=None, squares=squares, gates=gates)
 
 
-# Of `heads_gradient_kernel`: numbers in a step, and the slots of a program.
+# Of `heads_gradient_kernel`: numbers in a step, and the slots of a program, of which four run on a multiprocessor.
 HEADS_STEP, HEADS_ROWS = 256, 128
 
 
@@ -752,6 +752,7 @@ def launch_heads_gradient(shape: Shape, inputs: Inputs, d_heads: Tensor, d_z: Te
         H=shape.H, PREVIOUS=shape.previous, LOCAL=shape.local_shift, CP=t.CP, SP=t.SP, **shape.pairs,
         INTERLEAVED=shape.interleaved, **switches(shape, inputs), SKIP=shape.skips and inputs.source is None,
         ROWS=rows, BLOCK_M=min(rows, max(1, HEADS_STEP // max(shape.pairs.values()))), num_warps=4,
+        maxnreg=128,
     )  # fmt: skip
     return sums
 
