@@ -189,7 +189,7 @@ class Neighbours:
     def take_halo(self, h: Tensor, rms: Tensor) -> None:
         """Fill the halo's rows of what the projections give, `[B * M, F]`, and of the norms, float32 `[B * M]`, with
         those of other processes, and the ends with 0. So nothing is projected twice, nor copied for its halo."""
-        F, slots, sources = h.shape[1], *self.halo_rows
+        width, (slots, sources) = h.shape[1], self.halo_rows
         for x in (h, rms):
             x_BM = x.unflatten(0, (len(self.open_B), -1))
             x_BM[:, : self.left] = 0
@@ -201,17 +201,17 @@ class Neighbours:
         taken, wait = self.gather(given)
         wait()
         halo = taken.flatten(0, 1)[sources]
-        h[slots] = halo[:, :F]
-        rms[slots] = halo[:, F:].contiguous().view(rms.dtype)[:, 0]
+        h[slots] = halo[:, :width]
+        rms[slots] = halo[:, width:].contiguous().view(rms.dtype)[:, 0]
 
     def return_halo(self, d_h: Tensor) -> None:
         """Add to the gradients of what the projections gave, `[B * M, F]`, those from the halos of other processes."""
         if self.give_BK is None:
             return
-        (B, K), F, (slots, sources) = self.give_BK.shape, d_h.shape[1], self.halo_rows
-        d_taken = d_h.new_zeros(len(self.left_weight) * B * K, F)
+        (B, K), width, (slots, sources) = self.give_BK.shape, d_h.shape[1], self.halo_rows
+        d_taken = d_h.new_zeros(len(self.left_weight) * B * K, width)
         d_taken[sources] = d_h[slots]
-        d_given = d_h.new_empty(B, K, F)
+        d_given = d_h.new_empty(B, K, width)
         reduce_scatter(d_given.view(-1), d_taken.view(-1), group=self.group)
         # One by one: in a short piece a token may be among those of both ends.
         for end in (slice(self.tails), slice(self.tails, K)):
