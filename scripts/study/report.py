@@ -66,9 +66,9 @@ def rates_tried(results: Results, cell: Cell) -> str:
                      for rate, loss in found)  # fmt: skip
 
 
-def step_ms(results: Results, cell: Cell) -> float | None:
-    """Milliseconds of a training step alone on `TIMED_ON`, in the cell's direction; its corpus makes no difference."""
-    result = timed(results).get((*timed_as(cell), TIMED_ON))
+def step_ms(results: Results, cell: Cell, machine: str = TIMED_ON) -> float | None:
+    """Milliseconds of a training step alone on a machine, in the cell's direction; its corpus makes no difference."""
+    result = timed(results).get((*timed_as(cell), machine))
     return None if result is None else result["step"]["median"]
 
 
@@ -323,26 +323,22 @@ SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 def crossings(results: Results) -> str:
     """Validation loss during the long trainings, against tokens, and when they reach what Transformer++ ends with."""
-    rows, quietest = [], timed(results)
-    cells = passed(results)
-    for cell in cells:
+    rows, best = [], best_rates(results)
+    for cell in passed(results):
         curve = results[cell]["valid_curve"]
         points = [curve[max(0, round(share * len(curve)) - 1)] for share in SHARES]
         per_step = results[cell]["tokens_per_step"] / 1e6
-        rival = next(
-            (c for c in cells if replace(c, model=cell.model, rate=cell.rate) == cell and c.model == RIVAL), None
-        )
-        steps = None if rival is None else steps_to(curve, results[rival]["valid_curve"][-1][1])
-        own, other = (
-            None if c is None else quietest.get((*timed_as(c), results[c]["machine"])) for c in (cell, rival)
-        )
-        reached, seconds = "-" if rival is None else "never" if steps is None else f"{steps * per_step:.0f} M", "-"
-        if steps is not None and own and other:
-            took, whole = (n * found["step"]["median"] / 1e3
-                           for n, found in ((steps, own), (results[rival]["steps"], other)))  # fmt: skip
-            seconds = f"{took:,.0f} of {whole:,.0f}"
+        ms, reached, seconds = step_ms(results, cell, results[cell]["machine"]), "-", "-"
+        rival = best.get((RIVAL, cell.size, cell.task, cell.context, cell.tokens))
+        if rival is not None:
+            other = results[rival]
+            steps = steps_to(curve, other["valid_curve"][-1][1])
+            reached = "never" if steps is None else f"{steps * per_step:.0f} M"
+            other_ms = step_ms(results, rival, other["machine"])
+            if None not in (steps, ms, other_ms):
+                seconds = f"{steps * ms / 1e3:,.0f} of {other['steps'] * other_ms / 1e3:,.0f}"
         rows.append([*long_head(results, cell), *(f"{loss:.3f} ({step * per_step:.0f} M)" for step, loss in points),
-                     f"{own['step']['median']:.1f}" if own else "-", reached, seconds])  # fmt: skip
+                     "-" if ms is None else f"{ms:.1f}", reached, seconds])  # fmt: skip
     head = [*LONG_HEAD, *(f"{share:.0%}" for share in SHARES), "ms per step", f"{MODELS[RIVAL].title}'s end after",
             "in seconds, of its"]  # fmt: skip
     return table(head, rows) if rows else "No cells yet."
@@ -492,7 +488,6 @@ def draw(results: Results, folder: Path) -> list[Path]:
     cells = [cell for cell in passed(results) if cell.tokens in (grid.ONE_PASS, grid.BASE_TOKENS)]
     groups = list(dict.fromkeys((cell.size, cell.context, cell.tokens) for cell in cells))
     if cells:
-        times = timed(results)
         colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(cell.model for cell in cells))}
         figure, axes = plt.subplots(2, len(groups), figsize=(4.8 * len(groups), 7.5), squeeze=False, sharey=True)
         for (tokens, seconds), group in zip(axes.T, groups, strict=True):
@@ -500,8 +495,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 steps, losses = zip(*results[cell]["valid_curve"][1:], strict=True)
                 look = {"color": colours[cell.model], "label": MODELS[cell.model].title}
                 tokens.plot([step * results[cell]["tokens_per_step"] / 1e6 for step in steps], losses, **look)
-                if (own := times.get((*timed_as(cell), results[cell]["machine"]))) is not None:
-                    seconds.plot([step * own["step"]["median"] / 1e3 for step in steps], losses, **look)
+                if (ms := step_ms(results, cell, results[cell]["machine"])) is not None:
+                    seconds.plot([step * ms / 1e3 for step in steps], losses, **look)
             tokens.set(title="size {}, context {:,}, {:g} M tokens".format(*group), xlabel="million tokens")
             seconds.set(xlabel="seconds, alone on the " + results[cells[0]]["machine"].removeprefix("NVIDIA "))
         for axis in axes.flat:
