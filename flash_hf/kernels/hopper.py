@@ -31,11 +31,13 @@ MATRIX = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 # A row of 32 bfloat16 numbers has 64 bytes.
 NARROW = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
 TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+NARROW_TOKENS = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=3)
 
 
 def tile_layout(block: tuple[int, ...]):
-    """The layout in shared memory of a matrix's tile."""
-    return NARROW if block[1] == 32 else MATRIX
+    """The layout in shared memory of a matrix's tile, or of a tile of rows' tokens, which has three sizes."""
+    wide, narrow = (MATRIX, NARROW) if len(block) == 2 else (TOKENS, NARROW_TOKENS)
+    return narrow if block[-1] == 32 else wide
 
 
 @functools.lru_cache(4096)
@@ -45,7 +47,7 @@ def matrix_form(size: tuple, strides: tuple, block: tuple) -> Form:
 
 @functools.lru_cache(4096)
 def tokens_form(B: int, N: int, width: int, stride: int, block: tuple) -> Form:
-    return Form(TensorDescriptor, (B, N, width), (N * stride, stride, 1), (1, *block), layout=TOKENS)
+    return Form(TensorDescriptor, (B, N, width), (N * stride, stride, 1), (1, *block), layout=tile_layout((1, *block)))
 
 
 def matrix(x: Tensor, *block: int):

@@ -224,13 +224,15 @@ def launch_scan(
     # Tiles that begin before a row are not those of a shift of whole halves.
     slots = {"SKIP": shape.skips, "EVEN": shape.even, "SHIFTED": shape.halves.start * 128 < shape.shift}
     if not shape.causal:
+        step, end = ((128, 128), (128, 128)) if back else ((128, scan.DEPTH.value), (128, scan.END.value))
         scan.whole_kernel(
             scan_grid(tasks, x.device),
-            hopper.tokens(x, B, N), hopper.tokens(h, B, N), hopper.matrix(weights), hopper.matrix(heads[reader]),
-            hopper.tokens(out, B, N), hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain,
-            *biases, carry, inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end,
-            out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks,
-            BACK=back, **slots, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+            hopper.tokens(x, B, N), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
+            hopper.matrix(heads[reader], *step), hopper.matrix(carry), hopper.tokens(out, B, N, *end),
+            hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+            inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end, out, out.stride(0),
+            out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back, **slots,
+            SLOTS=scan.SLOTS if back else scan.DEPTH_SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8 if back else 4,
         )  # fmt: skip
         return
     scan.scan_kernel(

@@ -28,6 +28,9 @@ SLOTS, VALUE_SLOTS = 3, 3
 # Warps that activate a forward scan's values, and those of its totals, their registers, and the tokens that fit these.
 ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.constexpr(8), gl.constexpr(72)
 PART = gl.constexpr(64)
+# Of the forward of `whole_kernel`: the ring's tiles and their columns, columns of the tiles of the ends, and registers
+# of the two groups of warps.
+DEPTH_SLOTS, DEPTH, END, GROUP_REGISTERS = 4, gl.constexpr(64), gl.constexpr(32), gl.constexpr(208)
 
 
 @gluon.jit
@@ -263,19 +266,20 @@ def activate_tiles(
 def gate(
     tile, values, acc, scale, real, bias_ptr, sums_ptr, out_ptr, out_stride, value_ptr, E, token, before,
     first: gl.constexpr, BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr,
+    WIDTH: gl.constexpr = BLOCK // 2,
 ):  # fmt: skip
-    """The end of half a tile, whose columns begin at `first`: `tile` holds h and takes `silu(h) acc`; BACK, it takes
-    `silu'(h) acc`, whose sums go to `sums`, and `values` takes `silu(h)`.
+    """The end of `WIDTH` columns of a tile, which begin at `first`: `tile` holds h and takes `silu(h) acc`; BACK, it
+    takes `silu'(h) acc`, whose sums go to `sums`, and `values` takes `silu(h)`.
 
     SHIFTED: where the tile begins `before` its row, which the memory accelerator reads but does not write, its tokens,
     from `token` on, are stored from here."""
-    columns = first + gl.arange(0, BLOCK // 2, gl.SliceLayout(0, layout))
-    tile = tile.slice(first, BLOCK // 2, dim=1)
+    columns = first + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    tile = tile.slice(first, WIDTH, dim=1)
     h = tile.load(layout).to(gl.float32) * scale + gl.expand_dims(gl.load(bias_ptr + columns).to(gl.float32), 0)
     if BACK:
         s = sigmoid(h)
         value = (h * s).to(gl.bfloat16)
-        values.slice(first, BLOCK // 2, dim=1).store(value)
+        values.slice(first, WIDTH, dim=1).store(value)
         acc = acc * (s * (1.0 + h * (1.0 - s)))
         if not EVEN:
             acc = gl.where(real, acc, 0.0)
@@ -530,16 +534,25 @@ def scan_kernel(
 
 
 @gluon.jit
+def fetch_state(x, place, tile, full, empty, number):
+    """Load the state of the program's task `number`, once the task before has left its tile."""
+    mbarrier.wait(empty.index(0), (number & 1) ^ 1)
+    mbarrier.expect(full.index(0), TILE_BYTES)
+    load_async(x, place, full.index(0), tile)
+
+
+@gluon.jit
 def load_whole(
-    x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    x, h, a, reader, state, values, x_full, x_empty, ring, full, empty, state_tile, state_full, state_empty, begin_ptr,
+    end_ptr, N, G, shift, E_BLOCKS, TASKS, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply_whole` reads, in its order."""
     grid_wait()
     value_step = 0
     step = 0
+    number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, BACK, "pieces")
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, True, "pieces")
         column = (task % E_BLOCKS) * BLOCK
         for chunk in range(begin, end):
             row = chunk // G
@@ -549,28 +562,27 @@ def load_whole(
                 if not SKIP or has_tokens(token + half * BLOCK, N):
                     place = [row, token + half * BLOCK, column]
                     value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
+            if chunk == begin:
+                fetch_state(state, [row * BLOCK, column], state_tile, state_full, state_empty, number)
             for half in gl.static_range(2):
                 if not SKIP or has_tokens(token + half * BLOCK, N):
                     step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
                     for other in gl.static_range(2):
                         if not SKIP or has_tokens(token + other * BLOCK, N):
-                            if BACK:
-                                step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
-                            else:
-                                step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
+                            step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
             for half in gl.static_range(2):
                 if not SKIP or has_tokens(token + half * BLOCK, N):
                     step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
+        number += 1
 
 
 @gluon.jit
 def multiply_whole(
-    out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, x_full, x_empty, ring,
-    full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
-    BACK: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
-    VALUE_SLOTS: gl.constexpr,
+    out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full, empty, state_tile,
+    state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
+    SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """What `whole_kernel` computes."""
+    """What `whole_kernel` computes, BACK."""
     grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
@@ -582,14 +594,12 @@ def multiply_whole(
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     value_step = 0
     step = 0
+    number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, BACK, "pieces")
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, True, "pieces")
         first_e = (task % E_BLOCKS) * BLOCK
-        columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
-        s = gl.arange(0, BLOCK, gl.SliceLayout(1, wide))
-        state = state_ptr + (begin // G).to(gl.int64) * BLOCK * E
-        state_tile.store(gl.load(state + gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)))
-        fence_async_shared()
+        mbarrier.wait(state_full.index(0), number & 1)
+        number += 1
         for chunk in range(begin, end):
             row = chunk // G
             token = (chunk % G) * (2 * BLOCK) - shift
@@ -616,19 +626,21 @@ def multiply_whole(
                 acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
                 if SKIP:
                     acc_0, step = products(
-                        ring, full, empty, step, values, value_step, count, acc_0, BACK, SLOTS, VALUE_SLOTS
+                        ring, full, empty, step, values, value_step, count, acc_0, True, SLOTS, VALUE_SLOTS
                     )  # fmt: skip
                 else:
-                    acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, BACK, SLOTS)
+                    acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, True, SLOTS)
             acc_1 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
             if not SKIP or has_1:
                 acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
                 if SKIP:
                     acc_1, step = products(
-                        ring, full, empty, step, values, value_step, count, acc_1, BACK, SLOTS, VALUE_SLOTS
+                        ring, full, empty, step, values, value_step, count, acc_1, True, SLOTS, VALUE_SLOTS
                     )  # fmt: skip
                 else:
-                    acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, BACK, SLOTS)
+                    acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, True, SLOTS)
+            if chunk == end - 1:
+                mbarrier.arrive(state_empty.index(0), count=1)
             first = step
             for half in gl.static_range(2):
                 start = token + half * BLOCK
@@ -650,18 +662,17 @@ def multiply_whole(
                     before = start < 0
                     gate(
                         tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                        value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
+                        value_ptr + first_e, E, row * N + start, before, 0, True, EVEN, SHIFTED, narrow,
                     )  # fmt: skip
                     gate(
                         tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                        value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                        value_ptr + first_e, E, row * N + start, before, BLOCK // 2, True, EVEN, SHIFTED, narrow,
                     )  # fmt: skip
                     fence_async_shared()
                     if not SHIFTED or not before:
                         store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
-                        if BACK:
-                            store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
-                elif BACK:
+                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+                else:
                     no_sums(sums_ptr + (chunk * 2 + half) * E + first_e, gl.SliceLayout(0, wide))
             tma.store_wait(0)
             mbarrier.arrive(empty.index(first % SLOTS), count=1)
@@ -673,41 +684,267 @@ def multiply_whole(
     tma.store_wait(0)
 
 
+@gluon.jit
+def load_values(
+    x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
+    SKIP: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The values' tiles that `multiply_half` reads, in its order."""
+    grid_wait()
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, False, SPLIT)
+        for half in range(2 * begin, 2 * end):
+            token = (half % (2 * G)) * BLOCK - shift
+            if not SKIP or has_tokens(token, N):
+                place = [half // (2 * G), token, (task % E_BLOCKS) * BLOCK]
+                step = fetch_tokens(x, place, values, x_full, x_empty, step, VALUE_SLOTS)
+
+
+@gluon.jit
+def load_ends(
+    h, tiles, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr, SKIP: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
+    own."""
+    grid_wait()
+    step = 0
+    group = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, False, SPLIT)
+        for half in range(2 * begin, 2 * end):
+            token = (half % (2 * G)) * BLOCK - shift
+            if not SKIP or has_tokens(token, N):
+                for first in gl.static_range(0, BLOCK, END):
+                    place = [half // (2 * G), token, (task % E_BLOCKS) * BLOCK + first]
+                    slot = step % TILES
+                    arrived = full.index(group * TILES + slot)
+                    mbarrier.wait(empty.index(slot), ((step // TILES) & 1) ^ 1)
+                    mbarrier.expect(arrived, BLOCK * END * 2)
+                    load_async(h, place, arrived, tiles.index(slot).reshape([1, BLOCK, END]))
+                    step += 1
+                group = 1 - group
+
+
+@gluon.jit
+def fetch_depths(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr):
+    """Load a tile of 128 by 128 in steps of 64 of its columns into the ring's next slots, once they are free."""
+    for depth in gl.static_range(0, BLOCK, DEPTH):
+        slot = step % SLOTS
+        mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+        mbarrier.expect(full.index(slot), BLOCK * DEPTH * 2)
+        load_async(x, [row, column + depth], full.index(slot), ring.index(slot))
+        step += 1
+    return step
+
+
+@gluon.jit
+def load_factors(
+    a, reader, state, ring, full, empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, N, G, shift,
+    E_BLOCKS, TASKS, SKIP: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The states and left factors that `multiply_half` reads, in its order."""
+    grid_wait()
+    step = 0
+    number = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, False, "pieces")
+        place = [(begin // G) * BLOCK, (task % E_BLOCKS) * BLOCK]
+        fetch_state(state, place, state_tile, state_full, state_empty, number)
+        number += 1
+        for half in range(2 * begin, 2 * end):
+            chunk = half // 2
+            token = (chunk % G) * (2 * BLOCK) - shift
+            if not SKIP or has_tokens(token + (half % 2) * BLOCK, N):
+                step = fetch_depths(reader, half * BLOCK, 0, ring, full, empty, step, SLOTS)
+                for other in gl.static_range(2):
+                    if not SKIP or has_tokens(token + other * BLOCK, N):
+                        step = fetch_depths(a, half * BLOCK, other * BLOCK, ring, full, empty, step, SLOTS)
+
+
+@gluon.jit
+def sum_half(
+    values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, step, value_step, count, turn, last,
+    GROUP: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The products of half a chunk with the state and with `count` tiles of values, 128 by 128, in the group's turn of
+    this number. Leaves the values, and where it is the `last` of a walk, the state."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+    # The first group has the first turn. What both groups read is waited for in turn.
+    mbarrier.wait(turns.index(GROUP), (turn + 1 - GROUP) & 1)
+    for depth in gl.static_range(2):
+        slot = step % SLOTS
+        mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+        right = state_tile.slice(depth * DEPTH, DEPTH, dim=0)
+        acc = warpgroup_mma(ring.index(slot), right, acc, is_async=True)
+        if depth == 1:
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+        step += 1
+    for part in range(count):
+        value = value_step + part
+        mbarrier.wait(ready.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
+        x = values.index(value % VALUE_SLOTS)
+        for depth in gl.static_range(2):
+            slot = step % SLOTS
+            mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+            right = x.slice(depth * DEPTH, DEPTH, dim=0)
+            acc = warpgroup_mma(ring.index(slot), right, acc, is_async=True)
+            # The product before, while this one runs.
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+            if depth == 0:
+                if part > 0:
+                    mbarrier.arrive(x_empty.index((value - 1) % VALUE_SLOTS), count=1)
+                elif last:
+                    mbarrier.arrive(state_empty.index(0), count=1)
+            step += 1
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+    held = (value_step + count - 1) % VALUE_SLOTS
+    mbarrier.arrive(x_empty.index(held), count=1)
+    if SKIP:
+        if count == 1:
+            # For the other group, which does not read it.
+            mbarrier.arrive(x_empty.index(held), count=1)
+    return acc
+
+
+@gluon.jit
+def finish_half(
+    acc, out, out_ptr, out_stride, scale, real, bias_ptr, tiles, full, empty, number, row, token, column, N,
+    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, TILES: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The end of the group's half of this number: `gate` in parts of `END` columns, since more does not fit the
+    registers."""
+    middle: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK // 2, 16]
+    )
+    scale = gl.expand_dims(scale, 1)
+    real = gl.expand_dims(real, 1)
+    before = token < 0
+    step = number * (BLOCK // END // TILES)
+    sides = halves(acc, middle)
+    for side in gl.static_range(2):
+        quarters = halves(sides[side], layout)
+        for quarter in gl.static_range(2):
+            part = 2 * side + quarter
+            first = column + part * END
+            tile = tiles.index(part % TILES)
+            mbarrier.wait(full.index(GROUP * TILES + part % TILES), (step + part // TILES) & 1)
+            gate(
+                tile, tile, quarters[quarter], scale, real, bias_ptr + first, bias_ptr, out_ptr + first, out_stride,
+                out_ptr, 0, row * N + token, before, 0, False, EVEN, SHIFTED, layout, END,
+            )  # fmt: skip
+            fence_async_shared()
+            if not SHIFTED or not before:
+                store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
+            if part > 0:
+                tma.store_wait(1)
+                mbarrier.arrive(empty.index((part - 1) % TILES), count=1)
+    tma.store_wait(0)
+    mbarrier.arrive(empty.index((BLOCK // END - 1) % TILES), count=1)
+
+
+@gluon.jit
+def multiply_half(
+    out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles, end_full, end_empty,
+    state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride, N, G, shift, E_BLOCKS, TASKS,
+    GROUP: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """What `whole_kernel` computes, forward, for every other half of a chunk."""
+    grid_wait()
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
+    gain = gl.load(gain_ptr).to(gl.float32)
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    # Halves of this group before the chunk, of both groups, and their tiles.
+    number = 0
+    taken = 0
+    first = 0
+    value_step = 0
+    walks = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, False, "pieces")
+        mbarrier.wait(state_full.index(0), walks & 1)
+        walks += 1
+        for chunk in range(begin, end):
+            row = chunk // G
+            token = (chunk % G) * (2 * BLOCK) - shift
+            half = GROUP
+            count = 2
+            own = True
+            if SKIP:
+                has_0 = has_tokens(token, N)
+                count = gl.where(has_0 & has_tokens(token + BLOCK, N), 2, 1)
+                half = gl.where(count == 2, (GROUP + taken) % 2, gl.where(has_0, 0, 1))
+                own = (count == 2) | (taken % 2 == GROUP)
+            if not SKIP or own:
+                start = token + half * BLOCK
+                # Early, so that nothing waits for it.
+                scale, real = gain_of(rms_ptr, gain, row, start, N, EVEN, gl.SliceLayout(1, narrow))
+                step = first + half * 6
+                if SKIP:
+                    step = gl.where(count == 2, step, first)
+                acc = sum_half(
+                    values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, step, value_step, count,
+                    number, chunk == end - 1, GROUP, SKIP, SLOTS, VALUE_SLOTS,
+                )  # fmt: skip
+                finish_half(
+                    acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, number, row,
+                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, TILES, narrow,
+                )  # fmt: skip
+                number += 1
+            elif chunk == end - 1:
+                mbarrier.arrive(state_empty.index(0), count=1)
+            first += 2 * count * (1 + count)
+            value_step += count
+            taken += count
+
+
 @kernel
 @gluon.jit
 def whole_kernel(
-    x, h, a, reader, out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, state_ptr, sums_ptr, begin_ptr,
-    end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr, SKIP: gl.constexpr,
+    x, h, a, reader, state, out, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, sums_ptr, begin_ptr, end_ptr,
+    out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr, SKIP: gl.constexpr,
     EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """`scan_kernel` for bidirectional models, where a row has one state, `state`, that of all its chunks over C, and
-    every token of a chunk sees all others."""
+    every token of a chunk sees all others.
+
+    Forward, two groups of four warps take halves of chunks in turn, see hopper.py: `a` and `reader` are described for
+    tiles of 128 by 64, which come in a ring of `SLOTS`, h and `out` for tiles of 128 by `END`.
+    """
     layout: gl.constexpr = a.layout
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
     x_full = barriers(VALUE_SLOTS)
-    x_empty = barriers(VALUE_SLOTS)
+    state_full = barriers(1)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
-    ready = x_full if BACK else barriers(VALUE_SLOTS)
-    fence_async_shared()
     if BACK:
+        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
+        x_empty = barriers(VALUE_SLOTS)
+        state_empty = barriers(1)
+        fence_async_shared()
         gl.warp_specialize(
             [
                 (
                     multiply_whole,
                     (
-                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready, x_empty,
-                        ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift,
-                        E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full,
+                        empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr,
+                        N, G, shift, E_BLOCKS, TASKS, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
                     load_whole,
                     (
-                        x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift,
-                        E_BLOCKS, TASKS, BACK, SKIP, SLOTS, VALUE_SLOTS,
+                        x, h, a, reader, state, values, x_full, x_empty, ring, full, empty, state_tile, state_full,
+                        state_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SKIP, SLOTS, VALUE_SLOTS,
                     ),
                 ),
             ],
@@ -715,14 +952,34 @@ def whole_kernel(
             [24],
         )  # fmt: skip
     else:
+        TILES: gl.constexpr = BLOCK // END
+        end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
+        tiles = gl.allocate_shared_memory(gl.bfloat16, [TILES, BLOCK, END], end_layout)
+        # Both groups read values and states.
+        x_empty = barriers(VALUE_SLOTS, 2)
+        state_empty = barriers(1, 2)
+        ready = barriers(VALUE_SLOTS)
+        turns = barriers(2)
+        end_full = barriers(2 * TILES)
+        end_empty = barriers(TILES)
+        fence_async_shared()
         gl.warp_specialize(
             [
                 (
-                    multiply_whole,
+                    multiply_half,
                     (
-                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, state_ptr, sums_ptr, values, ready, x_empty,
-                        ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift,
-                        E_BLOCKS, TASKS, BACK, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
+                        end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr,
+                        out_stride, N, G, shift, E_BLOCKS, TASKS, 0, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                    ),
+                ),
+                (
+                    multiply_half,
+                    (
+                        out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
+                        end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr,
+                        out_stride, N, G, shift, E_BLOCKS, TASKS, 1, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
                     ),
                 ),
                 (
@@ -733,15 +990,29 @@ def whole_kernel(
                     ),
                 ),
                 (
-                    load_whole,
+                    load_values,
                     (
-                        x, h, a, reader, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift,
-                        E_BLOCKS, TASKS, BACK, SKIP, SLOTS, VALUE_SLOTS,
+                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces", SKIP,
+                        VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    load_factors,
+                    (
+                        a, reader, state, ring, full, empty, state_tile, state_full, state_empty, begin_ptr, end_ptr,
+                        N, G, shift, E_BLOCKS, TASKS, SKIP, SLOTS,
+                    ),
+                ),
+                (
+                    load_ends,
+                    (
+                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces",
+                        SKIP, TILES,
                     ),
                 ),
             ],
-            [ACTIVATING, 1],
-            [ACTIVATING_REGISTERS, 24],
+            [4, ACTIVATING, 1, 1, 1],
+            [GROUP_REGISTERS, ACTIVATING_REGISTERS, 24, 24, 24],
         )  # fmt: skip
 
 

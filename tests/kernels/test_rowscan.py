@@ -44,11 +44,13 @@ class Pointer:
 
 @dataclasses.dataclass(eq=False)
 class NumberTile(Tile):
+    shape: tuple = (128, 128)
+
     def permute(self, order):
         return Part(self, lambda held: held.T)
 
     def slice(self, first, width, dim):
-        return Part(self, lambda held: held.narrow(dim, first, width))
+        return Part(self, lambda held: held.narrow(dim, first, getattr(width, "value", width)))
 
     def reshape(self, shape):
         return self
@@ -82,13 +84,13 @@ class Tensor3(Described):
 
     numbers: torch.Tensor = None
 
-    def part(self, place):
-        """What a tile from `place` on covers, in the tensor and in the tile."""
+    def part(self, place, tile):
+        """What a tile at `place` covers, in the tensor and in the tile."""
         row, first, column = (0, *place) if len(place) == 2 else place
         row, first, column = int(row), int(first), int(column)
         begin = max(0, first)
-        end = max(begin, min(first + 128, self.numbers.shape[1]))
-        return self.numbers[row, begin:end, column : column + 128], slice(begin - first, end - first)
+        end = max(begin, min(first + tile.shape[0], self.numbers.shape[1]))
+        return self.numbers[row, begin:end, column : column + tile.shape[1]], slice(begin - first, end - first)
 
 
 class EmulatedNumbers(Emulated):
@@ -106,10 +108,11 @@ class EmulatedNumbers(Emulated):
             load=lambda x, **masks: x.load(**masks), store=lambda x, *a, **mask: x.store(*a, **mask),
             allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
+            NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
             gl=gl, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid, PART=64,
-            halves=lambda acc, layout: acc.split(64, 1),
+            halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
         for module in (scan, rowscan):
@@ -123,9 +126,9 @@ class EmulatedNumbers(Emulated):
         if kind == torch.int64:
             made = [Barrier() for _ in range(shape[0])]
         elif len(shape) == 2:
-            return NumberTile(shape[0] * shape[1] * 2)
+            return NumberTile(shape[0] * shape[1] * 2, shape=shape)
         else:
-            made = [NumberTile(shape[1] * shape[2] * 2) for _ in range(shape[0])]
+            made = [NumberTile(shape[1] * shape[2] * 2, shape=shape[1:]) for _ in range(shape[0])]
         return SimpleNamespace(index=lambda number: made[number])
 
     def specialize(self, parts, warps, registers):
@@ -137,7 +140,7 @@ class EmulatedNumbers(Emulated):
         tile.held = None
 
         def arrive():
-            held, (part, rows) = torch.zeros(128, 128, dtype=torch.float64), source.part(place)
+            held, (part, rows) = torch.zeros(*tile.shape, dtype=torch.float64), source.part(place, tile)
             held[rows] = part
             tile.held = held
             barrier.receive(tile.bytes)
@@ -150,7 +153,9 @@ class EmulatedNumbers(Emulated):
         for tile in read:
             tile.readers += 1
         self.reads.setdefault(self.warps.here.name, []).append(read)
-        acc = acc + x.load(None) @ y.load(None)
+        # In the depth of an instruction, so that sums are those of any tiles.
+        for left, right in zip(x.load(None).split(16, 1), y.load(None).split(16), strict=True):
+            acc = acc + left.contiguous() @ right.contiguous()
         self.warps.wait()
         return acc
 
@@ -160,7 +165,7 @@ class EmulatedNumbers(Emulated):
     def store(self, target, place, tile):
         if min(place) < 0:
             raise Fault("a tile is stored that begins before its tensor")
-        part, rows = target.part(place)
+        part, rows = target.part(place, tile)
         assert part.isnan().all(), "a tile is stored twice"
         part.copy_(tile.load(None)[rows])
         tile.readers += 1
@@ -170,6 +175,11 @@ class EmulatedNumbers(Emulated):
 
 def described(numbers, rows=1):
     return Tensor3("", None, numbers.view(rows, -1, numbers.shape[-1]))
+
+
+def slots(back):
+    """Of `whole_kernel`."""
+    return {"SLOTS": scan.SLOTS if back else scan.DEPTH_SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 
 
 # One, two and three tasks per program, and some programs with one less than others.
@@ -219,9 +229,9 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
         1 / 256, E // 128, tasks, **options, SPLIT="pieces", SKIP=False, SLOTS=scan.SLOTS,
     )  # fmt: skip
     emulated.run(
-        scan.whole_kernel, programs, x, h, weights, reader, described(out, B), described(value, B), rms, gain, bias_x,
-        bias_h, *map(Pointer, (states, sums)), begin, end, Pointer(out), E, Pointer(value), N, G, shift, E // 128,
-        tasks, **options, SKIP=False, SHIFTED=shift > 0, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS,
+        scan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B), described(value, B),
+        rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), N, G, shift, E // 128,
+        tasks, **options, SKIP=False, SHIFTED=shift > 0, **slots(back),
     )  # fmt: skip
     for one, two, right in zip(got[: 4 if back else 2], apart, expected, strict=False):
         assert torch.equal(one, two)
@@ -229,10 +239,14 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
 
 
 @pytest.mark.parametrize("back", [False, True])
-@pytest.mark.parametrize(("N", "shift"), [(512, 256), (300, 300), (257, 511)])
-def test_rows_with_an_empty_chunk_at_either_end(N, shift, back, monkeypatch):
-    """Longer rows, by pieces of one chunk or two, cut over processes."""
-    B, E, G, programs = 2, 256, -(-(N + shift) // 256) + 1, 3
+@pytest.mark.parametrize(
+    ("N", "shift", "skip"),
+    [(512, 256, False), (300, 300, False), (257, 511, False), (200, 150, True), (300, 128, True), (640, 0, True)],
+)
+def test_rows_with_empty_slots_at_either_end(N, shift, skip, back, monkeypatch):
+    """By pieces of one chunk or two: rows cut over processes, which have an empty chunk, or with half a chunk that is
+    left out."""
+    B, E, G, programs = 2, 256, -(-(N + shift) // 256) + (not skip), 3
     torch.manual_seed(0)
     x, h, rms = (torch.rand(B * N, width, dtype=torch.float64) - 0.3 for width in (E, E, 1))
     heads = torch.randn(2, B * G * 256, 128, dtype=torch.float64)
@@ -242,7 +256,7 @@ def test_rows_with_an_empty_chunk_at_either_end(N, shift, back, monkeypatch):
     rms = rms.flatten()
     begin = torch.tensor([row * G + first for row in range(B) for first in (0, 1, 2, 4) if first < G])
     end = torch.cat([begin[1:], torch.tensor([B * G])])
-    tasks, options = len(begin) * E // 128, {"BACK": back, "EVEN": False, "SKIP": False}
+    tasks, options = len(begin) * E // 128, {"BACK": back, "EVEN": False, "SKIP": skip}
 
     def outputs():
         sizes = (len(begin), 128, E), (B * N, E), (B * N, E), (B * G * 2, E)
@@ -257,12 +271,12 @@ def test_rows_with_an_empty_chunk_at_either_end(N, shift, back, monkeypatch):
         SPLIT="pieces", **options,
     )  # fmt: skip
     whole_in_torch(
-        (programs,), x, h, weights, heads[0], out, value, rms, gain, bias_x, bias_h, states, sums, begin, end, out, E,
+        (programs,), x, h, weights, heads[0], states, out, value, rms, gain, bias_x, bias_h, sums, begin, end, out, E,
         value, *place, E // 128, tasks, **options,
     )  # fmt: skip
 
     emulated = EmulatedNumbers(monkeypatch, programs)
-    rms, gain, bias_x, bias_h, begin, end, states = map(Pointer, (rms, gain, bias_x, bias_h, begin, end, states))
+    rms, gain, bias_x, bias_h, begin, end = map(Pointer, (rms, gain, bias_x, bias_h, begin, end))
     x, h = (described(numbers, B) for numbers in (x, h))
     weights, reader, writer = map(described, (weights, *heads))
     total, out, value, sums = got
@@ -271,9 +285,9 @@ def test_rows_with_an_empty_chunk_at_either_end(N, shift, back, monkeypatch):
         E // 128, tasks, **options, SPLIT="pieces", SLOTS=scan.SLOTS,
     )  # fmt: skip
     emulated.run(
-        scan.whole_kernel, programs, x, h, weights, reader, described(out, B), described(value, B), rms, gain, bias_x,
-        bias_h, states, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), *place, E // 128, tasks, **options,
-        SHIFTED=True, SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS,
+        scan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B), described(value, B),
+        rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), *place, E // 128, tasks,
+        **options, SHIFTED=True, **slots(back),
     )  # fmt: skip
     for one, right in zip(got[: 4 if back else 2], expected, strict=False):
         torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)

@@ -162,7 +162,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from flash_hf.kernels import gate, hopper, product, quadratic, reduce, rowscan, scan, scores
 
 def layout(block):
-    return hopper.TOKENS if len(block) == 3 else hopper.tile_layout(block)
+    return hopper.tile_layout(block)
 
 def compiled(kernel, descriptors, warps=4, **constants):
     names = kernel.function.arg_names
@@ -183,7 +183,9 @@ def compiled(kernel, descriptors, warps=4, **constants):
 
 tokens, square = [1, 128, 128], [128, 128]
 scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.fromkeys(
-    ("a", "reader", "writer", "states"), square)
+    ("a", "reader", "writer", "state", "states"), square)
+end = [1, 128, scan.END.value]
+halved = scanned | {"h": end, "out": end} | dict.fromkeys(("a", "reader"), [128, scan.DEPTH.value])
 reduced = {"d_attended": [1, 128, reduce.STEP], "value": [1, 128, reduce.STEP], "state": [128, reduce.STEP],
            "d_state": [128, reduce.STEP]} | dict.fromkeys(("a", "d_score", "d_query", "d_key"), square)
 added = {"x": tokens, "keys": square}
@@ -212,9 +214,12 @@ found = {
         **slots)
     for split in ("rows", "pieces", "ends") for back in (False, True)
 } | {
-    "whole": compiled(scan.whole_kernel, scanned, BACK=False, SKIP=False, EVEN=False, SHIFTED=True, **slots),
+    f"whole {skip}": compiled(
+        scan.whole_kernel, halved, BACK=False, SKIP=skip, EVEN=skip, SHIFTED=not skip, SLOTS=scan.DEPTH_SLOTS,
+        VALUE_SLOTS=scan.VALUE_SLOTS)
+    for skip in (False, True)
+} | {
     "whole, backward": compiled(scan.whole_kernel, scanned, BACK=True, SKIP=False, EVEN=True, SHIFTED=False, **slots),
-    "whole, skipping": compiled(scan.whole_kernel, scanned, BACK=False, SKIP=True, EVEN=True, SHIFTED=False, **slots),
     "whole, backward, skipping": compiled(
         scan.whole_kernel, scanned, BACK=True, SKIP=True, EVEN=False, SHIFTED=True, **slots),
     "totals": compiled(
@@ -373,9 +378,10 @@ def scan_in_torch(
 
 
 def whole_in_torch(
-    grid, x, h, a, reader, out, value_out, rms, gain, bias_x, bias_h, state, sums, begin, end, _, __, ___, N, G, shift,
-    e_blocks, tasks, *, BACK, SKIP, EVEN, **constants,
+    grid, x, h, a, reader, states, out, value_out, rms, gain, bias_x, bias_h, sums, begin, end, _, __, ___, N, G,
+    shift, e_blocks, tasks, *, BACK, SKIP, EVEN, **constants,
 ):  # fmt: skip
+    state = states.view(-1, 128, states.shape[-1])
     assert len(begin) == tasks // e_blocks
     for chunk in range(len(a) // 256):
         assert ((begin <= chunk) & (chunk < end)).sum() == 1
@@ -412,7 +418,7 @@ def rows_in_torch(
         SPLIT="pieces", SKIP=False, EVEN=EVEN,
     )  # fmt: skip
     whole_in_torch(
-        grid, x, h, a, reader, out, value_out, rms, gain, bias_x, bias_h, state, sums, begin, end, _, __, ___, N, G,
+        grid, x, h, a, reader, states, out, value_out, rms, gain, bias_x, bias_h, sums, begin, end, _, __, ___, N, G,
         shift, e_blocks, tasks, BACK=BACK, SKIP=False, EVEN=EVEN,
     )  # fmt: skip
 

@@ -182,6 +182,7 @@ class Emulated:
             mbarrier=barrier, tma=SimpleNamespace(store_wait=self.store_wait), load_async=self.load,
             store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
             fence_async_shared=lambda: None, grid_wait=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2, PART=128,
+            DEPTH=64, END=32,
         )  # fmt: skip
 
     def __init__(self, monkeypatch, seed):
@@ -193,6 +194,7 @@ class Emulated:
             load=lambda place, **k: place.load() if isinstance(place, Pointer) else Number(1.0), store=self.put,
             expand_dims=lambda x, axis: x, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
+            NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
             gl=gl, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
@@ -209,7 +211,8 @@ class Emulated:
         monkeypatch.setattr(reduce, "place_of", reduce.place_of.fn)
         for name in (
             "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "product", "two_products", "products",
-            "summands_of",
+            "summands_of", "fetch_state", "fetch_depths",
+            "sum_half", "finish_half",
         ):  # fmt: skip
             monkeypatch.setattr(scan, name, getattr(scan, name).fn)
         walk_of = scan.walk_of
@@ -299,7 +302,7 @@ class Emulated:
 
     def finish_scan(
         self, tile, values, acc, scale, real, bias, sums, out, stride, value, E, token, before, first, BACK, EVEN,
-        SHIFTED, layout,
+        SHIFTED, layout, width=64,
     ):  # fmt: skip
         if first == 0:
             h = tile.load(None)
@@ -492,12 +495,12 @@ def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emu
     halves, walks = halves_of(N, G, shift), walks_of("pieces" if N > 512 else "rows", B, G, 0, back)
     begin, end = (Pointer("border", tuple(walk[part] for walk in walks)) for part in (1, 2))
     emulated.run(
-        scan.whole_kernel, programs, *map(Described, ("x", "h", "a", "reader", "out", "value")), 0, 0, 0, 0,
-        Pointer("state"), Pointer("sums"), begin, end, 0, 0, 0, N, G, shift, 1, len(walks), BACK=back,
-        SKIP=len(halves) < 2 * G, EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3,
-        VALUE_SLOTS=3,
+        scan.whole_kernel, programs, *map(Described, ("x", "h", "a", "reader", "state", "out", "value")), 0, 0, 0, 0,
+        Pointer("sums"), begin, end, 0, 0, 0, N, G, shift, 1, len(walks), BACK=back, SKIP=len(halves) < 2 * G,
+        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3 if back else 4, VALUE_SLOTS=3,
     )  # fmt: skip
     expected = {}
+    step, width = (128, 128) if back else (64, 32)
     for chunk, half in itertools.product(range(B * G), range(2)):
         row, slot, first = chunk // G, chunk * 256, chunk % G * 256 - shift
         own = [other for other in range(2) if chunk % G * 2 + other in halves]
@@ -505,15 +508,20 @@ def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emu
             if back:
                 expected["sums", (chunk * 2 + half) * E] = None
             continue
-        parts = [(("reader", slot + half * 128, 0), Product((("state", row * 128 * E),)))]
+        parts = [(("reader", slot + half * 128, depth), ("state", row * 128, 0)) for depth in range(0, 128, step)]
         for other in own:
             x = ("x", row, first + other * 128, 0)
-            a = (slot + other * 128, half * 128) if back else (slot + half * 128, other * 128)
-            parts.append((("a", *a), x if back else Product((("silu", *x),))))
-        token, h = row * N + first + half * 128, ("h", row, first + half * 128, 0)
-        expected["out", token, 0] = (*parts, h)
+            row_a, column = (other, half) if back else (half, other)
+            for depth in range(0, 128, step):
+                a = ("a", slot + row_a * 128, column * 128 + depth)
+                parts.append((a, x if back else Product((("silu", *x),))))
+        token = row * N + first + half * 128
+        for column in range(0, E, width):
+            h = ("h", row, first + half * 128, column)
+            expected["out", token, column] = (*parts, h)
+            if back:
+                expected["value", token, column] = (h,)
         if back:
-            expected["value", token, 0] = (h,)
             expected["sums", (chunk * 2 + half) * E] = tuple(parts)
     assert flat(emulated.stored, N) == expected
 
