@@ -203,6 +203,11 @@ def scan_parts(
     return cut > 0, cut
 
 
+def scan_tiles(back: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Tiles of the left factors and of the ends of a scan over bidirectional rows."""
+    return ((128, 128), (128, 128)) if back else ((128, scan.DEPTH.value), (128, scan.END.value))
+
+
 def launch_scan(
     shape: Shape, inputs: Inputs, weights: Tensor, heads: Tensor, x: Tensor, h: Tensor, biases: tuple[Tensor, Tensor],
     out: Tensor, states: Tensor, carry: Tensor | None, cut: int, value: Tensor | None = None,
@@ -224,7 +229,7 @@ def launch_scan(
     # Tiles that begin before a row are not those of a shift of whole halves.
     slots = {"SKIP": shape.skips, "EVEN": shape.even, "SHIFTED": shape.halves.start * 128 < shape.shift}
     if not shape.causal:
-        step, end = ((128, 128), (128, 128)) if back else ((128, scan.DEPTH.value), (128, scan.END.value))
+        step, end = scan_tiles(back)
         scan.whole_kernel(
             scan_grid(tasks, x.device),
             hopper.tokens(x, B, N), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
@@ -256,14 +261,16 @@ def launch_row_scan(
     reader, writer = (row + 1, row) if back else (row, row + 1)
     states = x.new_empty((B, shape.tiles.SP, shape.E))
     tasks = B * (shape.E // 128)
+    step, end = scan_tiles(back)
     rowscan.row_kernel(
         scan_grid(tasks, x.device),
-        hopper.tokens(x, B, N), hopper.tokens(h, B, N), hopper.matrix(weights), hopper.matrix(heads[reader]),
-        hopper.matrix(heads[writer]), hopper.tokens(out, B, N), hopper.matrix(states),
-        hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+        hopper.tokens(x, B, N), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
+        hopper.matrix(heads[reader], *step), hopper.matrix(heads[writer], *step), hopper.tokens(out, B, N, *end),
+        hopper.matrix(states), hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
         inputs.rms if sums is None else sums, out, out.stride(0), out if value is None else value, N, shape.G,
-        shape.shift, shape.E // 128, tasks, BACK=back, EVEN=shape.even,
-        SHIFTED=shape.shift > 0, SLOTS=rowscan.SLOTS, VALUE_SLOTS=rowscan.VALUE_SLOTS, num_warps=8,
+        shape.shift, shape.E // 128, tasks, BACK=back, EVEN=shape.even, SHIFTED=shape.shift > 0,
+        SLOTS=rowscan.SLOTS if back else rowscan.DEPTH_SLOTS, VALUE_SLOTS=rowscan.VALUE_SLOTS,
+        num_warps=8 if back else 4,
     )  # fmt: skip
     return states
 

@@ -24,18 +24,29 @@ from .hopper import BLOCK, barriers, halves, store_async
 from .scan import (
     ACTIVATING,
     ACTIVATING_REGISTERS,
+    DEPTH,
+    END,
+    GROUP_REGISTERS,
     activate_tiles,
     fetch,
+    fetch_depths,
+    fetch_half,
     fetch_tokens,
+    finish_half,
     gain_of,
     gate,
+    load_ends,
+    load_values,
     product,
+    sum_half,
     two_products,
 )
 
 
 # Tiles of the ring, and of the values: two for each chunk. With the state's they fill the shared memory.
 SLOTS, VALUE_SLOTS = 2, 4
+# Of the forward: tiles of the ring, and of the ends.
+DEPTH_SLOTS, END_TILES = 3, gl.constexpr(2)
 
 
 @gluon.jit
@@ -52,7 +63,7 @@ def fetch_values(
 
 @gluon.jit
 def load_tiles(
-    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS, TASKS,
     SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order; but values as soon as the row before has left their tiles, and behind what
@@ -76,11 +87,8 @@ def load_tiles(
             for half in gl.static_range(2):
                 step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
                 for other in gl.static_range(2):
-                    if BACK:
-                        step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
-                    else:
-                        step = fetch(a, [slot + half * BLOCK, other * BLOCK], ring, full, empty, step, SLOTS)
-                if BACK and half == 0:
+                    step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
+                if half == 0:
                     if number > 0:
                         value_step = fetch_values(
                             x, values, x_full, x_empty, value_step, following, number - 1, G, shift, E_BLOCKS, TASKS,
@@ -88,23 +96,18 @@ def load_tiles(
                         )  # fmt: skip
             for half in gl.static_range(2):
                 step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
-            if not BACK:
-                value_step = fetch_values(
-                    x, values, x_full, x_empty, value_step, following, number, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS
-                )
-        if BACK:
-            value_step = fetch_values(
-                x, values, x_full, x_empty, value_step, following, G - 1, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS
-            )
+        value_step = fetch_values(
+            x, values, x_full, x_empty, value_step, following, G - 1, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS
+        )
 
 
 @gluon.jit
 def multiply(
     out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full, empty,
-    state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr,
-    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, EVEN: gl.constexpr,
+    SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """What `row_kernel` computes."""
+    """What `row_kernel` computes, BACK."""
     grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
@@ -147,13 +150,10 @@ def multiply(
             x_1 = values.index(slot_1)
             acc_0 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
             acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
-            acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, BACK, SLOTS)
+            acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, True, SLOTS)
             acc_1 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
             acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
-            acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, BACK, SLOTS)
-            if not BACK:
-                mbarrier.arrive(x_empty.index(slot_0), count=1)
-                mbarrier.arrive(x_empty.index(slot_1), count=1)
+            acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, True, SLOTS)
             first = step
             for half in gl.static_range(2):
                 held = step % SLOTS
@@ -169,24 +169,105 @@ def multiply(
                 before_row = start < 0
                 gate(
                     tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before_row, 0, BACK, EVEN, SHIFTED, narrow,
+                    value_ptr + first_e, E, row * N + start, before_row, 0, True, EVEN, SHIFTED, narrow,
                 )  # fmt: skip
                 gate(
                     tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before_row, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                    value_ptr + first_e, E, row * N + start, before_row, BLOCK // 2, True, EVEN, SHIFTED, narrow,
                 )  # fmt: skip
                 fence_async_shared()
                 if not SHIFTED or not before_row:
                     store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
-                    if BACK:
-                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+                    store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
             tma.store_wait(0)
             mbarrier.arrive(empty.index(first % SLOTS), count=1)
             mbarrier.arrive(empty.index((first + 1) % SLOTS), count=1)
-            if BACK:
-                mbarrier.arrive(x_empty.index(slot_0), count=1)
-                mbarrier.arrive(x_empty.index(slot_1), count=1)
+            mbarrier.arrive(x_empty.index(slot_0), count=1)
+            mbarrier.arrive(x_empty.index(slot_1), count=1)
     tma.store_wait(0)
+
+
+@gluon.jit
+def load_factors(
+    a, reader, writer, ring, full, empty, G, E_BLOCKS, TASKS, SLOTS: gl.constexpr
+):  # fmt: skip
+    """The left factors that `multiply_half` reads, in its order."""
+    grid_wait()
+    step = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        first = (task // E_BLOCKS) * (2 * G)
+        for group in gl.static_range(2):
+            for tile in range(first, first + 2 * G):
+                step = fetch_half(writer, tile * BLOCK, group * DEPTH, ring, full, empty, step, SLOTS)
+        for half in range(first, first + 2 * G):
+            step = fetch_depths(reader, half * BLOCK, 0, ring, full, empty, step, SLOTS)
+            for other in gl.static_range(2):
+                step = fetch_depths(a, half * BLOCK, other * BLOCK, ring, full, empty, step, SLOTS)
+
+
+@gluon.jit
+def multiply_half(
+    out, states, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles, end_full,
+    end_empty, state_tile, state_full, state_empty, out_ptr, out_stride, N, G, shift, E_BLOCKS, TASKS,
+    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """What `row_kernel` computes, forward: half of the state's rows, and every other half of a chunk."""
+    grid_wait()
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
+    gain = gl.load(gain_ptr).to(gl.float32)
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `scan_kernel`
+    first = 0
+    value_step = 0
+    walks = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        row = task // E_BLOCKS
+        first_e = (task % E_BLOCKS) * BLOCK
+        step = first + GROUP * (2 * G)
+        state = gl.zeros([DEPTH, BLOCK], gl.float32, mma)
+        # See `sum_half`. The group has had its turns for the state and half of the chunks' halves of each row.
+        mbarrier.wait(turns.index(GROUP), (walks * (1 + G) + 1 - GROUP) & 1)
+        for number in range(0, 2 * G):
+            value = value_step + number
+            slot = step % SLOTS
+            mbarrier.wait(ready.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
+            mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+            left = ring.index(slot).permute((1, 0))
+            state = warpgroup_mma(left, values.index(value % VALUE_SLOTS), state, is_async=True)
+            state = warpgroup_mma_wait(1, deps=[state])
+            if number > 0:
+                mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+            step += 1
+        mbarrier.arrive(turns.index(1 - GROUP), count=1)
+        state = warpgroup_mma_wait(0, deps=[state])
+        mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
+        # Once both groups have left the row before's state.
+        mbarrier.wait(state_empty.index(0), (walks & 1) ^ 1)
+        state_tile.slice(GROUP * DEPTH, DEPTH, dim=0).store((state * (1.0 / (2 * BLOCK))).to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(state_full.index(0), count=1)
+        mbarrier.wait(state_full.index(0), walks & 1)
+        if GROUP == 0:
+            store_async(states, [row * BLOCK, first_e], state_tile)
+        first += 4 * G
+        for number in range(0, G):
+            start = (2 * number + GROUP) * BLOCK - shift
+            scale, real = gain_of(rms_ptr, gain, row, start, N, EVEN, gl.SliceLayout(1, narrow))
+            last = number == G - 1
+            if last:
+                # The state's tile is stored.
+                tma.store_wait(0)
+            acc = sum_half(
+                values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, first + GROUP * 6,
+                value_step, 2, walks * (1 + G) + 1 + number, last, GROUP, False, SLOTS, VALUE_SLOTS,
+            )  # fmt: skip
+            finish_half(
+                acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, walks * G + number,
+                row, start, first_e, N, GROUP, EVEN, SHIFTED, END_TILES, narrow,
+            )  # fmt: skip
+            first += 12
+            value_step += 2
+        walks += 1
 
 
 @kernel
@@ -199,34 +280,34 @@ def row_kernel(
     """`totals_kernel` and `whole_kernel` of scan.py in one, for rows of at most `VALUE_SLOTS / 2` chunks of 256: the
     row's state `sum writer^T V / C`, which goes to `states`, and the chunks' outputs.
 
-    A task is a row and 128 value dimensions.
+    A task is a row and 128 value dimensions. Forward, two groups of four warps have half of the state's rows each, and
+    halves of chunks in turn: descriptors are those of `whole_kernel`, with `writer` as `reader`.
     """
     layout: gl.constexpr = a.layout
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
     x_full = barriers(VALUE_SLOTS)
-    x_empty = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
-    ready = x_full if BACK else barriers(VALUE_SLOTS)
-    fence_async_shared()
     if BACK:
+        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
+        x_empty = barriers(VALUE_SLOTS)
+        fence_async_shared()
         gl.warp_specialize(
             [
                 (
                     multiply,
                     (
-                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring,
-                        full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK,
-                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring,
+                        full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, EVEN,
+                        SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
                     load_tiles,
                     (
                         x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS,
-                        TASKS, BACK, SLOTS, VALUE_SLOTS,
+                        TASKS, SLOTS, VALUE_SLOTS,
                     ),
                 ),
             ],
@@ -234,14 +315,34 @@ def row_kernel(
             [24],
         )  # fmt: skip
     else:
+        end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
+        tiles = gl.allocate_shared_memory(gl.bfloat16, [END_TILES, BLOCK, END], end_layout)
+        # Both groups read values, and write and read the state.
+        x_empty = barriers(VALUE_SLOTS, 2)
+        state_full = barriers(1, 2)
+        state_empty = barriers(1, 2)
+        ready = barriers(VALUE_SLOTS)
+        turns = barriers(2)
+        end_full = barriers(2 * END_TILES)
+        end_empty = barriers(END_TILES)
+        fence_async_shared()
         gl.warp_specialize(
             [
                 (
-                    multiply,
+                    multiply_half,
                     (
-                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring,
-                        full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK,
-                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, states, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns,
+                        tiles, end_full, end_empty, state_tile, state_full, state_empty, out_ptr, out_stride, N, G,
+                        shift, E_BLOCKS, TASKS, 0, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    multiply_half,
+                    (
+                        out, states, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns,
+                        tiles, end_full, end_empty, state_tile, state_full, state_empty, out_ptr, out_stride, N, G,
+                        shift, E_BLOCKS, TASKS, 1, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -252,13 +353,21 @@ def row_kernel(
                     ),
                 ),
                 (
-                    load_tiles,
+                    load_values,
                     (
-                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS,
-                        TASKS, BACK, SLOTS, VALUE_SLOTS,
+                        x, values, x_full, x_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
+                        VALUE_SLOTS,
+                    ),
+                ),
+                (load_factors, (a, reader, writer, ring, full, empty, G, E_BLOCKS, TASKS, SLOTS)),
+                (
+                    load_ends,
+                    (
+                        h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
+                        END_TILES,
                     ),
                 ),
             ],
-            [ACTIVATING, 1],
-            [ACTIVATING_REGISTERS, 24],
+            [4, ACTIVATING, 1, 1, 1],
+            [GROUP_REGISTERS, ACTIVATING_REGISTERS, 24, 24, 24],
         )  # fmt: skip

@@ -728,14 +728,20 @@ def load_ends(
 
 
 @gluon.jit
+def fetch_half(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr):
+    """Load half a tile, 128 by 64, into the ring's next slot, once it is free."""
+    slot = step % SLOTS
+    mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
+    mbarrier.expect(full.index(slot), BLOCK * DEPTH * 2)
+    load_async(x, [row, column], full.index(slot), ring.index(slot))
+    return step + 1
+
+
+@gluon.jit
 def fetch_depths(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr):
-    """Load a tile of 128 by 128 in steps of 64 of its columns into the ring's next slots, once they are free."""
+    """Load the left and the right half of a tile."""
     for depth in gl.static_range(0, BLOCK, DEPTH):
-        slot = step % SLOTS
-        mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
-        mbarrier.expect(full.index(slot), BLOCK * DEPTH * 2)
-        load_async(x, [row, column + depth], full.index(slot), ring.index(slot))
-        step += 1
+        step = fetch_half(x, row, column + depth, ring, full, empty, step, SLOTS)
     return step
 
 

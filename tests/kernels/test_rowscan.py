@@ -73,7 +73,9 @@ class Part:
         return self.of(self.tile.load(layout))
 
     def store(self, numbers):
-        whole = self.tile.load(None)
+        whole = torch.full(self.tile.shape, torch.nan, dtype=numbers.dtype)
+        if self.tile.held is not None:
+            whole = self.tile.load(None)
         self.of(whole).copy_(numbers)
         self.tile.store(whole)
 
@@ -111,7 +113,7 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid, PART=64,
+            gl=gl, END_TILES=2, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid, PART=64,
             halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
@@ -177,9 +179,8 @@ def described(numbers, rows=1):
     return Tensor3("", None, numbers.view(rows, -1, numbers.shape[-1]))
 
 
-def slots(back):
-    """Of `whole_kernel`."""
-    return {"SLOTS": scan.SLOTS if back else scan.DEPTH_SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
+def slots(module, back):
+    return {"SLOTS": module.SLOTS if back else module.DEPTH_SLOTS, "VALUE_SLOTS": module.VALUE_SLOTS}
 
 
 # One, two and three tasks per program, and some programs with one less than others.
@@ -221,7 +222,7 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
     emulated.run(
         rowscan.row_kernel, programs, x, h, weights, reader, writer, described(out, B), described(states),
         described(value, B), rms, gain, bias_x, bias_h, *map(Pointer, (sums, out)), E, Pointer(value), N, G, shift,
-        E // 128, tasks, **options, SHIFTED=shift > 0, SLOTS=rowscan.SLOTS, VALUE_SLOTS=rowscan.VALUE_SLOTS,
+        E // 128, tasks, **options, SHIFTED=shift > 0, **slots(rowscan, back),
     )  # fmt: skip
     out, states, value, sums = apart
     emulated.run(
@@ -231,7 +232,7 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
     emulated.run(
         scan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B), described(value, B),
         rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), N, G, shift, E // 128,
-        tasks, **options, SKIP=False, SHIFTED=shift > 0, **slots(back),
+        tasks, **options, SKIP=False, SHIFTED=shift > 0, **slots(scan, back),
     )  # fmt: skip
     for one, two, right in zip(got[: 4 if back else 2], apart, expected, strict=False):
         assert torch.equal(one, two)
@@ -287,7 +288,7 @@ def test_rows_with_empty_slots_at_either_end(N, shift, skip, back, monkeypatch):
     emulated.run(
         scan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B), described(value, B),
         rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), *place, E // 128, tasks,
-        **options, SHIFTED=True, **slots(back),
+        **options, SHIFTED=True, **slots(scan, back),
     )  # fmt: skip
     for one, right in zip(got[: 4 if back else 2], expected, strict=False):
         torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)

@@ -185,7 +185,7 @@ tokens, square = [1, 128, 128], [128, 128]
 scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.fromkeys(
     ("a", "reader", "writer", "state", "states"), square)
 end = [1, 128, scan.END.value]
-halved = scanned | {"h": end, "out": end} | dict.fromkeys(("a", "reader"), [128, scan.DEPTH.value])
+halved = scanned | {"h": end, "out": end} | dict.fromkeys(("a", "reader", "writer"), [128, scan.DEPTH.value])
 reduced = {"d_attended": [1, 128, reduce.STEP], "value": [1, 128, reduce.STEP], "state": [128, reduce.STEP],
            "d_state": [128, reduce.STEP]} | dict.fromkeys(("a", "d_score", "d_query", "d_key"), square)
 added = {"x": tokens, "keys": square}
@@ -203,6 +203,7 @@ wide, high = [128, quadratic.STEP], [quadratic.STEP, 128]
 factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide)}
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 held = {"warps": 8, "SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
+halves_held = {"SLOTS": rowscan.DEPTH_SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
 found = {
     f"scan {split} {back}": compiled(
         scan.scan_kernel, scanned, BACK=back, SPLIT=split, SKIP=False, EVEN=split == "rows", SHIFTED=split != "rows",
@@ -226,7 +227,8 @@ found = {
         scan.totals_kernel, added, 8, BACK=False, SPLIT="cut", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
     "totals, backward": compiled(
         scan.totals_kernel, added, 8, BACK=True, SPLIT="pieces", SKIP=False, EVEN=True, SLOTS=scan.SLOTS),
-    "rows": compiled(rowscan.row_kernel, scanned, BACK=False, EVEN=True, SHIFTED=False, **held),
+    "rows": compiled(rowscan.row_kernel, halved, BACK=False, EVEN=True, SHIFTED=False, **halves_held),
+    "rows, odd": compiled(rowscan.row_kernel, halved, BACK=False, EVEN=False, SHIFTED=True, **halves_held),
     "rows, backward": compiled(rowscan.row_kernel, scanned, BACK=True, EVEN=False, SHIFTED=True, **held),
     "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),
     "product": ends(768),
@@ -276,7 +278,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 33
+    assert len(rows) == 34
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:

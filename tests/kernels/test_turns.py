@@ -211,8 +211,7 @@ class Emulated:
         monkeypatch.setattr(reduce, "place_of", reduce.place_of.fn)
         for name in (
             "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "product", "two_products", "products",
-            "summands_of", "fetch_state", "fetch_depths",
-            "sum_half", "finish_half",
+            "summands_of", "fetch_state", "fetch_half", "fetch_depths", "sum_half", "finish_half",
         ):  # fmt: skip
             monkeypatch.setattr(scan, name, getattr(scan, name).fn)
         walk_of = scan.walk_of
