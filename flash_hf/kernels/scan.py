@@ -216,12 +216,9 @@ def gain_of(rms_ptr, gain, row, token, N, EVEN: gl.constexpr, layout: gl.constex
 
 
 @gluon.jit
-def activate(
-    values, rms_ptr, gain, bias, row, token, N, EVEN: gl.constexpr, layout: gl.constexpr, COUNT: gl.constexpr = BLOCK
-):
+def activate(values, scale, real, bias, EVEN: gl.constexpr, layout: gl.constexpr):
     """In shared memory: what the projection gave becomes values `silu(h)`, 0 where there is no token. A fence must
     follow before products read them."""
-    scale, real = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, layout), COUNT)
     h = values.load(layout).to(gl.float32) * gl.expand_dims(scale, 1) + gl.expand_dims(bias, 0)
     value = h * sigmoid(h)
     if not EVEN:
@@ -250,13 +247,15 @@ def activate_tiles(
             token = (half % (2 * G)) * BLOCK - shift
             if not SKIP or has_tokens(token, N):
                 slot = step % VALUE_SLOTS
+                row = half // (2 * G)
+                # Before the tile arrives, and in parts, since more does not fit the registers.
+                rows: gl.constexpr = gl.SliceLayout(1, wide)
+                scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, rows, PART)
+                scale_1, real_1 = gain_of(rms_ptr, gain, row, token + PART, N, EVEN, rows, PART)
                 mbarrier.wait(x_full.index(slot), (step // VALUE_SLOTS) & 1)
                 tile = values.index(slot)
-                row = half // (2 * G)
-                # In parts, since more does not fit the registers.
-                for first in gl.static_range(0, BLOCK, PART):
-                    part = tile.slice(first, PART, dim=0)
-                    activate(part, rms_ptr, gain, bias, row, token + first, N, EVEN, wide, PART)
+                activate(tile.slice(0, PART, dim=0), scale_0, real_0, bias, EVEN, wide)
+                activate(tile.slice(PART, PART, dim=0), scale_1, real_1, bias, EVEN, wide)
                 fence_async_shared()
                 mbarrier.arrive(ready.index(slot), count=1)
                 step += 1
