@@ -51,6 +51,8 @@ PASSED = {2048: {RIVAL: 1e-3, PLUS: 2e-3, PLUS_LOCAL: 2e-3, "flash-quad": 1e-3, 
                  FLASH: 2e-3},
           8192: {RIVAL: 1e-3, PLUS: 2e-3, FLASH: 2e-3}}  # fmt: skip
 SEVERAL_PASSES = 600
+# Masked, too, with rates searched at each context.
+PASSED_MASKED = (8192, 512)
 # The paper's size once, its rates searched with a tenth of the tokens.
 BASE = {"task": "mixed-causal", "context": 8192, "size": "base"}
 BASE_TOKENS = 300
@@ -189,10 +191,13 @@ def passes(results: Results) -> list[Cell]:
         cells += train(model, task, 2048, [rate], tokens=SEARCHED)
     long += [cell for form in LASTING_FORMS for context, rates in PASSED.items()
              for cell in train(f"plus-{form}", task, context, [rates[PLUS]])]  # fmt: skip
-    for model in BASE_FORMS:
-        cells += tuning(results, model, **BASE, tokens=BASE_TOKENS // 10)
-        rated = tuned(results, model, **BASE, tokens=BASE_TOKENS // 10)
-        cells += [] if rated is None else [replace(rated, tokens=BASE_TOKENS)]
+    rivals = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]
+    for context in PASSED_MASKED:
+        rivals += [(model, {"task": "mixed-masked", "context": context}, ONE_PASS) for model in HEADLINE]
+    for model, place, tokens in rivals:
+        cells += tuning(results, model, **place, tokens=tokens / 10)
+        tenth = tuned(results, model, **place, tokens=tokens / 10)
+        cells += [] if tenth is None else [replace(tenth, tokens=tokens)]
     return cells + [replace(cell, tokens=SEVERAL_PASSES) for cell in long]
 
 

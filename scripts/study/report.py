@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from . import grid
@@ -274,13 +274,25 @@ def eighths(final: dict) -> list[float]:
     return [statistics.mean(bins[i * len(bins) // 8 : (i + 1) * len(bins) // 8]) for i in range(8)]
 
 
-def passed(results: Results) -> list[Cell]:
+def context_worth(final: dict, causal: bool) -> tuple[float, float]:
+    """Loss where a token has the least context, and where it has the most: in the first and in the last eighth; of
+    masked models, which read both sides, at both ends and in the middle two eighths."""
+    parts = eighths(final)
+    ends = parts[0], parts[-1]
+    return ends if causal else (statistics.mean(ends), statistics.mean(parts[3:5]))
+
+
+def passed(results: Results, causal: bool = True) -> list[Cell]:
     """The long trainings on all text at their best rates: by size, context and tokens, the lowest loss first."""
     cells = [cell for cell in best_rates(results).values()
-             if cell.task.startswith(MIXED) and cell.tokens >= grid.ONE_PASS]  # fmt: skip
+             if cell.task == mixed(causal) and cell.tokens >= grid.ONE_PASS]  # fmt: skip
     return sorted(cells, key=lambda cell: (
         -SIZES_PASSED.index(cell.size), cell.context, -cell.tokens, mean_loss(results, cell)
     ))  # fmt: skip
+
+
+def mixed(causal: bool) -> str:
+    return f"{MIXED}-{'causal' if causal else 'masked'}"
 
 
 def long_head(results: Results, cell: Cell) -> Row:
@@ -292,39 +304,41 @@ def long_head(results: Results, cell: Cell) -> Row:
 LONG_HEAD = ["size, parameters", "context", "tokens", "model"]
 
 
-def lasting(results: Results) -> str:
+def lasting(results: Results, causal: bool = True) -> str:
     """Long trainings on all text: each corpus apart, the training's own loss, and what the context is worth."""
     rows = []
-    for cell in passed(results):
+    for cell in passed(results, causal):
         result = results[cell]
         curve = result["train_curve"]["loss"]
         row = [*long_head(results, cell), f"{cell.rate:g}", f"{statistics.mean(curve[-len(curve) // 10 :]):.3f}"]
         for corpus, found in result["corpora"].items():
-            parts = eighths(found["final"])
-            row += [f"{found['final']['loss']:.3f} ({bits_per_byte(result, corpus):.3f})",
-                    f"{parts[0]:.3f}, {parts[-1]:.3f}", f"{round(parts[0] - parts[-1], 3) + 0.0:.3f}"]  # fmt: skip
+            least, most = context_worth(found["final"], causal)
+            size = f" ({bits_per_byte(result, corpus):.3f})" if causal else ""
+            row += [f"{found['final']['loss']:.3f}{size}", f"{least:.3f}, {most:.3f}",
+                    f"{round(least - most, 3) + 0.0:.3f}"]  # fmt: skip
         beyond = next(iter(result["corpora"].values()))["lengths"]
         row.append(", ".join(f"{found['loss']:.3f}" for found in beyond.values()) or "-")
         rows.append(row)
+    size, ends = (" (bits per byte)", "first, last eighth") if causal else ("", "ends, middle")
     head = [*LONG_HEAD, "learning rate", "training, last tenth"]
     for corpus in CORPORA:
-        head += [f"{corpus} (bits per byte)", f"{corpus}: first, last eighth", "difference"]
+        head += [f"{corpus}{size}", f"{corpus}: {ends}", "difference"]
     head.append(f"{CORPORA[0]} at 2 and 4 times the context")
     tenths = [("m", grid.ONE_PASS / 10), ("base", grid.BASE_TOKENS / 10)]
-    searched = [f"{MODELS[cell.model].title} ({cell.size}) {rates_tried(results, cell)}"
+    searched = [f"{MODELS[cell.model].title} ({cell.size}, {cell.context:,}) {rates_tried(results, cell)}"
                 for cell in best_rates(results).values()
-                if cell.task.startswith(MIXED) and (cell.size, cell.tokens) in tenths]  # fmt: skip
+                if cell.task == mixed(causal) and (cell.size, cell.tokens) in tenths]  # fmt: skip
     rates = f"\n\nLearning rates with a tenth of the tokens: {'; '.join(sorted(searched))}." if searched else ""
-    return table(head, rows) + rates if rows else "No cells yet."
+    return (table(head, rows) if rows else "No cells yet.") + rates
 
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
-def crossings(results: Results) -> str:
+def crossings(results: Results, causal: bool = True) -> str:
     """Validation loss during the long trainings, against tokens, and when they reach what Transformer++ ends with."""
     rows, best = [], best_rates(results)
-    for cell in passed(results):
+    for cell in passed(results, causal):
         curve = results[cell]["valid_curve"]
         points = [curve[max(0, round(share * len(curve)) - 1)] for share in SHARES]
         per_step = results[cell]["tokens_per_step"] / 1e6
@@ -346,7 +360,7 @@ def crossings(results: Results) -> str:
 
 def searched(results: Results) -> str:
     """Changed forms of FLASH+ after a quarter of a pass, and what each gains from the context."""
-    cells = [cell for cell in results if cell.task.startswith(MIXED) and cell.tokens == grid.SEARCHED]
+    cells = [cell for cell in results if cell.task == mixed(causal=True) and cell.tokens == grid.SEARCHED]
     base, rows = mean_or_none(results, cells, grid.PLUS), []
     for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
         result = results[cell]
@@ -374,20 +388,20 @@ COMPARED = (grid.PLUS, RIVAL, "gau-softmax", "plus-keys-delta")
 def unfinished(results: Results) -> str:
     """Trainings that were interrupted and left no cell: the last validation seen of each, beside that of finished
     trainings with the same schedule after the same steps."""
-    rows = []
+    rows, best = [], best_rates(results)
     for path in sorted(UNFINISHED.glob("*.json")):
         cell, result = Cell.parse(path.stem), json.loads(path.read_text(encoding="utf-8"))
         if cell in results:
             continue
         step, loss = result["valid_curve"][-1]
-        row = [f"{cell.tokens:g} M", f"{step:,} of {result['steps']:,}", MODELS[cell.model].title, f"{loss:.3f}"]
+        row = [cell.task.replace("-", ", "), f"{cell.context:,}", f"{cell.tokens:g} M",
+               f"{step:,} of {result['steps']:,}", MODELS[cell.model].title, f"{loss:.3f}"]  # fmt: skip
         for model in COMPARED:
-            rate = grid.PASSED[cell.context].get(model, grid.PASSED[cell.context][grid.PLUS])
-            other = results.get(replace(cell, model=model, rate=rate))
-            seen = {} if other is None else dict(other["valid_curve"])
+            other = best.get((model, cell.size, cell.task, cell.context, cell.tokens))
+            seen = {} if other is None else dict(results[other]["valid_curve"])
             row.append(f"{loss - seen[step]:+.3f}" if step in seen and cell.model != model else "-")
-        rows.append((-cell.tokens, loss, [*row, result["why"]]))
-    head = ["tokens of the schedule", "steps", "model", "validation loss"]
+        rows.append((cell.task, -cell.tokens, loss, [*row, result["why"]]))
+    head = ["task", "context", "tokens of the schedule", "steps", "model", "validation loss"]
     head += [f"less {MODELS[model].title}'s" for model in COMPARED]
     return table([*head, "ended because"], [row for *_, row in sorted(rows)]) if rows else "None."
 
@@ -420,8 +434,9 @@ def where(results: Results) -> str:
 
 SECTIONS = {
     "goals": goals, "headline": headline, "budgets": budgets, "times": times, "forms": forms, "recall": recall,
-    "positions": positions, "lasting": lasting, "crossings": crossings, "searched": searched, "unfinished": unfinished,
-    "ablations": ablations, "where": where,
+    "positions": positions, "lasting": lasting, "crossings": crossings,
+    "lasting-masked": partial(lasting, causal=False), "crossings-masked": partial(crossings, causal=False),
+    "searched": searched, "unfinished": unfinished, "ablations": ablations, "where": where,
 }  # fmt: skip
 
 
@@ -485,9 +500,11 @@ def draw(results: Results, folder: Path) -> list[Path]:
         axes[0][0].set_ylabel("validation loss, nats per token")
         save(figure, task)
 
-    cells = [cell for cell in passed(results) if cell.tokens in (grid.ONE_PASS, grid.BASE_TOKENS)]
-    groups = list(dict.fromkeys((cell.size, cell.context, cell.tokens) for cell in cells))
-    if cells:
+    for causal, name in ((True, "one-pass"), (False, "one-pass-masked")):
+        cells = [cell for cell in passed(results, causal) if cell.tokens in (grid.ONE_PASS, grid.BASE_TOKENS)]
+        groups = list(dict.fromkeys((cell.size, cell.context, cell.tokens) for cell in cells))
+        if not cells:
+            continue
         colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(cell.model for cell in cells))}
         figure, axes = plt.subplots(2, len(groups), figsize=(4.8 * len(groups), 7.5), squeeze=False, sharey=True)
         for (tokens, seconds), group in zip(axes.T, groups, strict=True):
@@ -505,7 +522,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             axis.set_ylabel("validation loss, nats per token")
         named = {line.get_label(): line for axis in axes[0] for line in axis.lines}
         figure.legend(named.values(), named.keys(), fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0))
-        save(figure, "one-pass")
+        save(figure, name)
 
     figure, axis = plt.subplots(figsize=(4.5, 3.2))
     for model in grid.SCALED:

@@ -186,7 +186,8 @@ def test_names_of_cells_can_be_read_back():
 
 def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
     cells = grid.passes({})
-    assert len({cell.name for cell in cells}) == len(cells) and {cell.context for cell in cells} == {2048, 8192}
+    contexts = {cell.context for cell in cells if cell.causal}
+    assert len({cell.name for cell in cells}) == len(cells) and contexts == {2048, 8192}
     tenths = {grid.ONE_PASS / 10, grid.BASE_TOKENS / 10}
     assert {cell.tokens for cell in cells} == {grid.ONE_PASS, grid.SEARCHED, grid.SEVERAL_PASSES, *tenths}
     searched = finished([cell for cell in cells if cell.tokens < grid.SEARCHED], {0.001: 4.1, 0.002: 4.0})
@@ -203,6 +204,30 @@ def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
     assert [(cell.model, cell.size, cell.rate) for cell in largest] == [
         (model, "base", 0.002) for model in grid.BASE_FORMS
     ]
+
+
+def test_masked_long_trainings_have_rates_of_their_own():
+    """Searched masked and at each context: nothing is taken from the causal ones."""
+
+    def masked(results):
+        return [cell for cell in grid.passes(results) if not cell.causal]
+
+    causal = finished([cell for cell in grid.passes({}) if cell.causal], {0.002: 4.0})
+    tenths, rates = masked(causal), {("flash", 512): 0.004, ("transformer++", 8192): 0.0005}
+    assert {(cell.model, cell.context, cell.tokens, cell.rate) for cell in tenths} == {
+        (model, context, 23.5, rate) for model in grid.HEADLINE for context in (512, 8192) for rate in grid.RATES
+    }
+    results = {}
+    while new := [cell for cell in masked(results) if cell not in results]:
+        for cell in new:
+            best = rates.get((cell.model, cell.context), 0.001)
+            results[cell] = {"final": {"loss": abs(math.log(cell.rate / best))}}
+    assert {(cell.model, cell.context): cell.rate for cell in results if cell.tokens == grid.ONE_PASS} == {
+        (model, context): rates.get((model, context), 0.001) for model in grid.HEADLINE for context in (512, 8192)
+    }
+    assert {cell.name for cell in results} >= {
+        "train_flash_m_mixed-masked_512_23.5_0.008_0", "train_transformer++_m_mixed-masked_8192_235_0.0005_0"
+    }  # fmt: skip
 
 
 def test_shifts_are_of_the_chunks_that_a_form_has():
@@ -514,15 +539,15 @@ def test_seconds_to_a_loss_are_the_mean_of_the_seeds():
     assert report.faster(results, ours, rival) == f"{(30 / 20 + 30 / (20 + 10 / 3)) / 2:.2f} x"
 
 
-def test_long_trainings_are_listed_by_corpus_and_position():
-    """Of each model the best rate, the lowest loss first."""
+def long_trainings(task, context):
+    """Of two models at three rates; the loss is higher in the first eighth and lower in the last."""
     results = {}
     for model, rate, books in (("flash", 0.002, 4.0), ("flash", 0.004, 4.5), ("transformer++", 0.001, 3.0)):
-        cell = grid.Cell("train", model, "m", "mixed-causal", 2048, 235, rate)
+        cell = grid.Cell("train", model, "m", task, context, 235, rate)
         found = {
             name: {
                 "final": {"loss": loss, "by_position": [loss + 0.4] * 4 + [loss] * 24 + [loss - 0.1] * 4},
-                "lengths": {"4096": {"loss": loss + 1}, "8192": {"loss": loss + 2}},
+                "lengths": {f"{2 * context}": {"loss": loss + 1}, f"{4 * context}": {"loss": loss + 2}},
             }
             for name, loss in (("books", books), ("wiki", books + 1))
         }
@@ -534,6 +559,12 @@ def test_long_trainings_are_listed_by_corpus_and_position():
             "valid_curve": [[100 * step, books + 2 - step / 10] for step in range(1, 21)],
             "text": {f"{name}_valid": {"tokens": 100, "bytes": 400} for name in ("books", "wiki")},
         }  # fmt: skip
+    return results
+
+
+def test_long_trainings_are_listed_by_corpus_and_position():
+    """Of each model the best rate, the lowest loss first."""
+    results = long_trainings("mixed-causal", 2048)
     rows = [line.strip("| ").split(" | ") for line in report.lasting(results).splitlines()]
     assert len(rows) == 4 and len({len(row) for row in rows}) == 1
     assert rows[2] == ["m, 24 M", "2,048", "235 M", "Transformer++", "0.001", "2.900", "3.000 (1.082)",
@@ -545,17 +576,52 @@ def test_long_trainings_are_listed_by_corpus_and_position():
     )
     assert crossed[0].endswith("3.000 (66 M) | 20.0 | 66 M | 40 of 40 |")
     assert crossed[1].endswith(" | 15.0 | never | - |")
-    ours = dataclasses.replace(cell, model="flash", rate=0.002)
+    ours = grid.Cell("train", "flash", "m", "mixed-causal", 2048, 235, 0.002)
     sooner = results[ours] | {"valid_curve": [[100 * step, 3.5 - step / 10] for step in range(1, 21)]}
     # At step 500 of 2,000, of 15 and 20 ms.
     assert " | 15.0 | 16 M | 8 of 40 |" in report.crossings(results | {ours: sooner})
-    tenth = dataclasses.replace(cell, model="flash", tokens=23.5)
+    tenth = dataclasses.replace(ours, tokens=23.5)
     results |= {
         dataclasses.replace(tenth, rate=rate): {"final": {"loss": loss}} for rate, loss in ((0.001, 5.0), (0.002, 4.5))
     }
     table = report.lasting(results)
-    assert table.endswith("\n\nLearning rates with a tenth of the tokens: FLASH (m) 0.001: 5.000, **0.002: 4.500**.")
+    assert table.endswith(
+        "\n\nLearning rates with a tenth of the tokens: FLASH (m, 2,048) 0.001: 5.000, **0.002: 4.500**."
+    )
     assert len(table.splitlines()) == len(rows) + 2
+
+
+def test_masked_long_trainings_are_listed_apart():
+    causal, masked = long_trainings("mixed-causal", 8192), {}
+    for context in (8192, 512):
+        masked |= long_trainings("mixed-masked", context)
+        for rate, loss in ((0.001, 5.0), (0.002, 4.5)):
+            cell = grid.Cell("train", "flash", "m", "mixed-masked", context, 23.5, rate)
+            masked[cell] = {"final": {"loss": loss}, "machine": "a GPU"}
+    both = causal | masked
+    for name in ("lasting", "crossings", "searched"):
+        assert report.SECTIONS[name](both) == report.SECTIONS[name](causal)
+    for name in ("lasting-masked", "crossings-masked"):
+        assert report.SECTIONS[name](both) == report.SECTIONS[name](masked)
+        assert report.SECTIONS[name](causal) == "No cells yet."
+    table, rates = report.SECTIONS["lasting-masked"](both).split("\n\n")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert len(rows) == 6 and len({len(row) for row in rows}) == 1 and "bytes" not in table
+    assert [(row[1], row[3]) for row in rows[2:]] == [
+        (context, model) for context in ("512", "8,192") for model in ("Transformer++", "FLASH")
+    ]
+    # Ends: the mean of 3.4 and 2.9.
+    assert rows[2][4:] == ["0.001", "2.900", "3.000", "3.150, 3.000", "0.150", "4.000", "4.150, 4.000", "0.150",
+                           "4.000, 5.000"]  # fmt: skip
+    found = " 0.001: 5.000, **0.002: 4.500**"
+    assert rates.endswith(f": FLASH (m, 512){found}; FLASH (m, 8,192){found}.")
+    only = {cell: result for cell, result in both.items() if cell.tokens == 23.5}
+    assert report.SECTIONS["lasting-masked"](only) == f"No cells yet.\n\n{rates}"
+    # Transformer++'s end is that of the masked training.
+    for cell in causal:
+        if cell.model == grid.RIVAL:
+            both[cell] = {**both[cell], "valid_curve": [[2000, 9.0]]}
+    assert report.SECTIONS["crossings-masked"](both) == report.SECTIONS["crossings-masked"](masked)
 
 
 def test_forms_are_compared_with_flash_plus_after_a_quarter_of_a_pass():
@@ -585,9 +651,14 @@ def test_trainings_cut_off_are_compared_after_the_same_steps(tmp_path, monkeypat
         dataclasses.replace(cell, model=grid.RIVAL, rate=0.001): {"valid_curve": [[40, 4.1], [100, 3.5]]},
     }
     (row,) = report.unfinished(results).splitlines()[2:]
-    assert "| 235 M | 50 of 100 |" in row
+    assert row.startswith("| mixed, causal | 2,048 | 235 M | 50 of 100 |")
     assert row.endswith("| 4.000 | -0.250 | - | - | - | the machine was given back |")
     assert report.unfinished({cell: {}}) == "None."  # it has been run since
+    masked = dataclasses.replace(cell, model="flash", task="mixed-masked", context=512)
+    (tmp_path / f"{masked.name}.json").write_text(json.dumps(facts), encoding="utf-8")
+    results[dataclasses.replace(masked, model=grid.RIVAL, rate=0.001)] = {"valid_curve": [[50, 3.5]]}
+    ours, other = report.unfinished(results).splitlines()[2:]
+    assert ours == row and other.startswith("| mixed, masked | 512 | 235 M | 50 of 100 | FLASH | 4.000 | - | +0.500 |")
 
 
 def test_long_trainings_are_plotted_against_tokens(tmp_path):
@@ -597,6 +668,10 @@ def test_long_trainings_are_plotted_against_tokens(tmp_path):
         results[cell] = {"final": {"loss": 4.0}, "tokens_per_step": 32768, "machine": "a GPU",
                          "valid_curve": [[10, 6.0], [20, 5.0], [30, 4.0]]}  # fmt: skip
     assert [path.name for path in report.draw(results, tmp_path)] == ["one-pass.png"]
+    causal = (tmp_path / "one-pass.png").read_bytes()
+    results |= {dataclasses.replace(cell, task="mixed-masked"): result for cell, result in results.items()}
+    assert [path.name for path in report.draw(results, tmp_path)] == ["one-pass.png", "one-pass-masked.png"]
+    assert (tmp_path / "one-pass.png").read_bytes() == causal
 
 
 def test_figures_are_plotted(tmp_path):
