@@ -382,7 +382,7 @@ def mean_or_none(results: Results, cells: list[Cell], model: str) -> float | Non
 
 
 # Those that interrupted trainings are compared with.
-COMPARED = (grid.PLUS, RIVAL, "gau-softmax", "plus-keys-delta")
+COMPARED = ("flash", grid.PLUS, RIVAL, "gau-softmax", "plus-keys-delta")
 
 
 def unfinished(results: Results) -> str:

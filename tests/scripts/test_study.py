@@ -652,13 +652,13 @@ def test_trainings_cut_off_are_compared_after_the_same_steps(tmp_path, monkeypat
     }
     (row,) = report.unfinished(results).splitlines()[2:]
     assert row.startswith("| mixed, causal | 2,048 | 235 M | 50 of 100 |")
-    assert row.endswith("| 4.000 | -0.250 | - | - | - | the machine was given back |")
+    assert row.endswith("| 4.000 | - | -0.250 | - | - | - | the machine was given back |")
     assert report.unfinished({cell: {}}) == "None."  # it has been run since
     masked = dataclasses.replace(cell, model="flash", task="mixed-masked", context=512)
     (tmp_path / f"{masked.name}.json").write_text(json.dumps(facts), encoding="utf-8")
     results[dataclasses.replace(masked, model=grid.RIVAL, rate=0.001)] = {"valid_curve": [[50, 3.5]]}
     ours, other = report.unfinished(results).splitlines()[2:]
-    assert ours == row and other.startswith("| mixed, masked | 512 | 235 M | 50 of 100 | FLASH | 4.000 | - | +0.500 |")
+    assert ours == row and other.startswith("| mixed, masked | 512 | 235 M | 50 of 100 | FLASH | 4.000 | - | - | +0.500 |")
 
 
 def test_long_trainings_are_plotted_against_tokens(tmp_path):
