@@ -149,7 +149,8 @@ class FlashConfig(PreTrainedConfig):
         lower the loss).
     is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
         head never.
-    use_cache (`bool`, defaults to `True`): Return the decoding state from causal models outside of training.
+    use_cache (`bool`, defaults to `True`): Return the decoding state from causal models; in training only if a
+        call asks for it.
     backend (`str`, defaults to `"auto"`): `"triton"` (kernels for NVIDIA GPUs, an error where they cannot run),
         `"torch"`, or `"auto"`: kernels where they can run, and one warning where they cannot. The results are the
         same.

@@ -21,8 +21,10 @@ Functions of attention_flash.py hold the maths, modules here hold parameters, mo
 
 import contextlib
 import copy
+import functools
 import math
 import os
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -506,6 +508,10 @@ class FlashPreTrainedModel(PreTrainedModel):
     # How rows are cut over processes (`flash_hf.parallel.context_parallel`); None for whole rows.
     context = None
 
+    def __init__(self, config: FlashConfig, *args, **kwargs):
+        config.validate()  # fields may have been set since it was made
+        super().__init__(config, *args, **kwargs)
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.task is not None:
@@ -574,6 +580,18 @@ class FlashPreTrainedModel(PreTrainedModel):
             init.constant_(module.scale, self.config.hidden_size**-0.5)
 
 
+def caches_in_training_on_request(forward: Callable) -> Callable:
+    """In training `config.use_cache` does not count: only calls with `use_cache=True` return a cache."""
+
+    @functools.wraps(forward)
+    def wrapped(self, *args, **kwargs):
+        if self.training and torch.is_grad_enabled() and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False
+        return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
 @auto_docstring
 class FlashModel(FlashPreTrainedModel):
     """FLASH without a head: causal if `config.is_decoder`, bidirectional otherwise."""
@@ -605,6 +623,7 @@ class FlashModel(FlashPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @caches_in_training_on_request
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -635,7 +654,7 @@ class FlashModel(FlashPreTrainedModel):
                 "A cache was given to a bidirectional model, where every token depends on later ones. Use "
                 "FlashForCausalLM, or FlashModel with config.is_decoder=True; with PEFT, not prefix tuning."
             )
-        if cache is None and use_cache and self.is_causal and not (self.training and torch.is_grad_enabled()):
+        if cache is None and use_cache and self.is_causal:
             cache = DynamicCache(config=self.config)
         if cache is not None:
             check_cache(cache, self.config, self.state_forms, B)

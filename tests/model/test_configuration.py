@@ -3,9 +3,9 @@ import json
 from dataclasses import fields
 
 import pytest
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig
 
-from flash_hf import FlashConfig, FlashModel
+from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
 from helpers import tiny_config
 
 
@@ -158,3 +158,16 @@ def test_every_field_is_described():
     described = [line.split(" (")[0].strip() for line in FlashConfig.__doc__.splitlines() if line.endswith("):")]
     assert own <= set(described) and len(described) == len(set(described))
     assert "Not a speed setting" in FlashConfig.__doc__ and "Rows of the embedding matrix" in FlashConfig.__doc__
+
+
+@pytest.mark.parametrize("changes", [
+    {"attention_type": "lokal"}, {"norm_type": "foo"}, {"chunk_size": 0}, {"chunk_shift": 99}, {"query_key_dim": 15},
+], ids=str)  # fmt: skip
+def test_a_model_checks_fields_that_were_set_later(changes):
+    """And not its first checkpoint, after hours of training."""
+    config = tiny_config()
+    ((name, value),) = changes.items()
+    setattr(config, name, value)
+    for build in (FlashModel, FlashForCausalLM, AutoModelForMaskedLM.from_config):
+        with pytest.raises(Exception, match=f"`{name}` must be .*got {value!r}"):
+            build(config)

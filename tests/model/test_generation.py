@@ -380,6 +380,17 @@ def test_training_mode_makes_no_cache():
     assert model.eval()(random_ids(model.config, 1, 9)).past_key_values is not None
 
 
+@pytest.mark.parametrize("form", ["mixed_chunk", "quadratic", "shifted previous_token"])
+def test_training_mode_makes_a_cache_on_request(form):
+    model = build(form).train()
+    ids = random_ids(model.config, 2, 21)
+    first = model(ids[:, :19], use_cache=True)
+    second = model(ids[:, 19:], past_key_values=first.past_key_values)
+    whole = model(ids)
+    assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, 1e-9)
+    assert whole.past_key_values is None
+
+
 def test_caches_that_cannot_fit_are_refused():
     model = build()
     ids = random_ids(model.config, 2, 9)
