@@ -56,7 +56,10 @@ class OptionParser(argparse.ArgumentParser):
         field = name.replace("-", "_")
         known = {option[2:] for option in self._option_string_actions if option.startswith("--")}
         if "config_overrides" in known and field in FlashConfig.__dataclass_fields__:
-            return f"--{name} is a field of FlashConfig, not an option: use --config_overrides {field}=VALUE."
+            return (
+                f"--{name} is a field of FlashConfig, not an option: use --config_overrides {field}=VALUE, or in a "
+                "file for --config its entry model_config."
+            )
         near = difflib.get_close_matches(field, known, n=1)
         cure = f"Did you mean --{near[0]}?" if near else "--help lists the options."
         return f"There is no option --{name}. {cure}"

@@ -534,7 +534,8 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work, c
     (tmp_path / "flat.json").write_text('{"query_key_dim": 16}', encoding="utf-8")
     with pytest.raises(SystemExit):
         run(config=tmp_path / "flat.json")
-    assert "--query_key_dim is a field of FlashConfig, not an option" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--query_key_dim is a field of FlashConfig, not an option" in error and "its entry model_config" in error
     for wrong, message in (("{", "must be JSON"), ("[1]", "must be a mapping of fields, got list")):
         with pytest.raises(ValueError, match=f"--model_config {message}"):
             run(model_config=wrong)
