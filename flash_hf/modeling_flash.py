@@ -508,10 +508,6 @@ class FlashPreTrainedModel(PreTrainedModel):
     # How rows are cut over processes (`flash_hf.parallel.context_parallel`); None for whole rows.
     context = None
 
-    def __init__(self, config: FlashConfig, *args, **kwargs):
-        config.validate()  # fields may have been set since it was made
-        super().__init__(config, *args, **kwargs)
-
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls.task is not None:
@@ -598,6 +594,7 @@ class FlashModel(FlashPreTrainedModel):
 
     def __init__(self, config: FlashConfig):
         super().__init__(config)
+        config.validate()  # fields may have been set since it was made
         for name, plain in (("global_state", "mean"), ("local_window", 1)):
             value = getattr(config, name)
             if value != plain and not config.is_decoder:
