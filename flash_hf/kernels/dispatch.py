@@ -77,8 +77,8 @@ def has_hooks() -> bool:
 
 
 class Launch:
-    """Launches of a compiled kernel with the same numbers, types and forms, by the function in C that triton 3.6 ends
-    in. Its own way there takes longer, and asks the driver about every tensor."""
+    """Launches of a compiled kernel with the same numbers, types and forms, by the function in C that triton ends in.
+    Its own way there takes longer, and asks the driver about every tensor."""
 
     # The stream's place among the arguments.
     STREAM = 3
@@ -89,11 +89,15 @@ class Launch:
         from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
         run, metas = compiled.run, compiled.metadata.tensordesc_meta or ()
-        self.function = getclosurevars(run.launch).nonlocals["launcher"] if metas else run.launch
-        self.head = (
-            compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata,
-            None, None, None,
-        )  # fmt: skip
+        function = getclosurevars(run.launch).nonlocals["launcher"] if metas else run.launch
+        kind, told = (compiled.function, run.launch_cooperative_grid, run.launch_pdl), (compiled.packed_metadata,)
+        if triton_version() == (3, 6):
+            self.function, self.head = function, (*kind, None, None, *told, None, None, None)
+        else:
+            # One function for all kernels, which is given the types of a kernel's arguments, and these as one.
+            self.head = (*kind, *told, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
+            first = self.STREAM + 1 + len(self.head)
+            self.function = lambda *passed: function(*passed[:first], passed[first:])
         self.constants = constants
         self.maps: list[tuple[dict, tuple]] = []
         for form, meta in zip(forms, metas, strict=True):
@@ -102,12 +106,12 @@ class Launch:
 
     @staticmethod
     def fits(compiled, forms: list[Form]) -> bool:
-        """Whether these are launched as in triton 3.6, with nothing besides their arguments."""
-        if triton_version() != (3, 6):
+        """Whether these are launched as in the tried versions of triton, with nothing besides their arguments."""
+        if not tried_triton():
             return False
         run, metas = compiled.run, compiled.metadata.tensordesc_meta or ()
-        scratch = run.global_scratch_size or run.profile_scratch_size
-        return not scratch and len(metas) == len(forms) and None not in metas
+        more = run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)
+        return not more and len(metas) == len(forms) and None not in metas
 
     def map(self, number: int, address: int):
         """The tensor map of a described argument at this address."""
@@ -116,7 +120,10 @@ class Launch:
         if found is None:
             if len(maps) == self.MOST_MAPS:
                 maps.clear()
-            found = maps[address] = driver.active.utils.fill_tma_descriptor(address, *rest)
+            utils = driver.active.utils
+            # The second name is that of triton 3.6.
+            fill = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
+            found = maps[address] = fill(address, *rest)
         return found
 
     def begin(self, grid: tuple[int, ...], stream: int | None) -> list:

@@ -12,7 +12,7 @@ from .common import DTYPES, INTERPRET
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 # Versions of triton with which the kernels for Hopper, and launches that overlap, have run.
-TRIED_TRITON = ((3, 6), (3, 6))
+TRIED_TRITON = ((3, 6), (3, 9))
 MAX_CHUNK, MAX_KEY_DIM = 512, 256
 LARGE_SHARED = 160 * 1024
 

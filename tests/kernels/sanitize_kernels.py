@@ -16,8 +16,12 @@ from flash_hf import FlashConfig, FlashForCausalLM, FlashModel
 
 
 # chunk_size, query_key_dim, hidden_size, tokens: whole chunks (descriptors), an odd length (descriptors of rows),
-# chunks that are no whole tiles (pointers), and what Hopper scans in bfloat16, with and without the gate's product.
-SHAPES = ((128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131), (256, 128, 192, 256 * 3), (256, 128, 64, 600))
+# chunks that are no whole tiles (pointers), and what Hopper scans in bfloat16: with and without the gate's product,
+# and rows of two chunks.
+SHAPES = (
+    (128, 128, 64, 512), (128, 64, 96, 300), (48, 24, 40, 131), (256, 128, 192, 256 * 3), (256, 128, 64, 600),
+    (256, 128, 64, 512),
+)  # fmt: skip
 
 
 def form(name: str, chunk_size: int) -> dict:

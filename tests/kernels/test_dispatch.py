@@ -17,6 +17,7 @@ from test_kernels import DEVICE  # noqa: E402
 
 
 HERE = -1  # the device that CPU tensors say
+META = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [16, 16], "fp4_padded": False}
 
 
 class Stub:
@@ -37,7 +38,8 @@ class Stub:
         self.metadata = SimpleNamespace(tensordesc_meta=list(metas))
         self.run = SimpleNamespace(
             launch=describing if metas else launcher, launch_cooperative_grid=False, launch_pdl=True,
-            global_scratch_size=scratch, profile_scratch_size=0,
+            global_scratch_size=scratch, profile_scratch_size=0, arg_annotations="annotations",
+            kernel_signature="signature",
         )  # fmt: skip
 
     def __getitem__(self, grid):
@@ -64,6 +66,7 @@ def maps(monkeypatch):
         get_current_stream=lambda device: "stream", utils=SimpleNamespace(fill_tma_descriptor=fill)
     )
     monkeypatch.setattr(dispatch, "INTERPRET", False)
+    monkeypatch.setattr(dispatch, "tried_triton", lambda: True)
     monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 6))
     monkeypatch.setattr(dispatch, "overlaps", lambda device: False)
     monkeypatch.setattr(dispatch, "driver", SimpleNamespace(active=active))
@@ -123,13 +126,30 @@ def test_what_triton_has_to_see_goes_through_triton(maps, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(dispatch.knobs.runtime, "launch_enter_hook", SimpleNamespace(calls=[print]))
         assert straight(Stub(), x, y) == 0
-    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 7))
+    monkeypatch.setattr(dispatch, "tried_triton", lambda: False)
     assert straight(Stub(), x, y) == 0
 
 
+@pytest.mark.parametrize("described", [False, True])
+def test_from_triton_3_7_on_one_function_launches_all_kernels(described, maps, monkeypatch):
+    """It gets the types of a kernel's arguments, and these as one."""
+    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 7))
+    utils = dispatch.driver.active.utils
+    utils.fill_tma_descriptor_tiled = utils.fill_tma_descriptor
+    del utils.fill_tma_descriptor
+    stub = Stub(metas=[META] if described else ())
+    kernel, x, y = dispatch.Kernel(stub), torch.zeros(2, 16, 32), torch.zeros(32)
+    form = dispatch.Form.matrix(SimpleNamespace, (2, 16, 32), (512, 32, 1), (16, 16))
+    for _ in range(4):
+        kernel((3,), dispatch.Described(x, form) if described else x, y, 32, BLOCK=16, num_warps=4)
+    address = x.data_ptr()
+    passed = (("map", address), 32, 32, 32, 1) if described else (address,)
+    head = "function", False, True, "metadata", None, None, None, None, None, "annotations", "signature"
+    assert stub.straight == 2 * [(3, 1, 1, "stream", *head, (*passed, y.data_ptr(), 32, 16))]
+
+
 def test_tensor_maps_are_made_once_per_address(maps, monkeypatch):
-    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [16, 16], "fp4_padded": False}
-    stub = Stub(metas=[meta])
+    stub = Stub(metas=[META])
     kernel = dispatch.Kernel(stub)
     form = dispatch.Form.matrix(SimpleNamespace, (2, 16, 32), (512, 32, 1), (16, 16))
     tensors = [torch.zeros(2, 16, 32) for _ in range(3)]
