@@ -9,7 +9,7 @@ import torch
 
 from flash_hf.kernels import choice
 from test_scan import rows_in_torch, totals_in_torch, whole_in_torch
-from test_turns import Barrier, Described, Emulated, Fault, Tile
+from test_turns import Barrier, Described, Emulated, Fault, Tile, functions_of
 
 
 hopper, rowscan, scan = choice.hopper, choice.rowscan, choice.scan
@@ -118,11 +118,7 @@ class EmulatedNumbers(Emulated):
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
         for module in (scan, rowscan):
-            functions = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
-            for function in functions.values():
-                plain = tuple(getattr(value, "value", value) for value in function.__defaults__ or ())
-                monkeypatch.setattr(function, "__defaults__", plain)
-            for name, value in (functions | names).items():
+            for name, value in (functions_of(module, monkeypatch) | names).items():
                 monkeypatch.setattr(module, name, value, raising=False)
         monkeypatch.setattr(hopper, "gl", gl)
         monkeypatch.setattr(hopper, "mbarrier", names["mbarrier"])
