@@ -30,7 +30,7 @@ ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.conste
 PART = gl.constexpr(64)
 # Of the forward of `whole_kernel`: the ring's tiles and their columns, columns of the tiles of the ends, and registers
 # of the two groups of warps.
-DEPTH_SLOTS, DEPTH, END, GROUP_REGISTERS = 4, gl.constexpr(64), gl.constexpr(32), gl.constexpr(208)
+DEPTH_SLOTS, DEPTH, END, GROUP_REGISTERS = 5, gl.constexpr(64), gl.constexpr(32), gl.constexpr(208)
 
 
 @gluon.jit
@@ -962,7 +962,7 @@ def whole_kernel(
             [24],
         )  # fmt: skip
     else:
-        TILES: gl.constexpr = BLOCK // END
+        TILES: gl.constexpr = 2
         end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
         ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
         tiles = gl.allocate_shared_memory(gl.bfloat16, [TILES, BLOCK, END], end_layout)
