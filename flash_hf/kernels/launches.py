@@ -260,17 +260,22 @@ def launch_row_scan(
     (B, N), row, back = (shape.B, shape.N), shape.lin_row, value is not None
     reader, writer = (row + 1, row) if back else (row, row + 1)
     states = x.new_empty((B, shape.tiles.SP, shape.E))
-    tasks = B * (shape.E // 128)
+    width = rowscan.WIDTH.value
+    tasks = B * (shape.E // width)
     step, end = scan_tiles(back)
+    held = 128, width
+    end = held if back else end
+    slots = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
+    if not back:
+        slots = {"SLOTS": rowscan.DEPTH_SLOTS, "VALUE_SLOTS": rowscan.DEPTH_VALUE_SLOTS}
     rowscan.row_kernel(
         scan_grid(tasks, x.device),
-        hopper.tokens(x, B, N), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
+        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
         hopper.matrix(heads[reader], *step), hopper.matrix(heads[writer], *step), hopper.tokens(out, B, N, *end),
-        hopper.matrix(states), hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
-        inputs.rms if sums is None else sums, out, out.stride(0), out if value is None else value, N, shape.G,
-        shape.shift, shape.E // 128, tasks, BACK=back, EVEN=shape.even, SHIFTED=shape.shift > 0,
-        SLOTS=rowscan.SLOTS if back else rowscan.DEPTH_SLOTS, VALUE_SLOTS=rowscan.VALUE_SLOTS,
-        num_warps=8 if back else 4,
+        hopper.matrix(states, *held), hopper.tokens(out if value is None else value, B, N, *held), inputs.rms,
+        inputs.gain, *biases, inputs.rms if sums is None else sums, out, out.stride(0),
+        out if value is None else value, N, shape.G, shape.shift, shape.E // width, tasks, BACK=back, EVEN=shape.even,
+        SHIFTED=shape.shift > 0, **slots, num_warps=8 if back else 4,
     )  # fmt: skip
     return states
 

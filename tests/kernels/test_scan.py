@@ -203,7 +203,10 @@ wide, high = [128, quadratic.STEP], [quadratic.STEP, 128]
 factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide)}
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 held = {"warps": 8, "SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
-halves_held = {"SLOTS": rowscan.DEPTH_SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
+halves_held = {"SLOTS": rowscan.DEPTH_SLOTS, "VALUE_SLOTS": rowscan.DEPTH_VALUE_SLOTS}
+part, rows = [1, 128, rowscan.WIDTH.value], [128, rowscan.WIDTH.value]
+scanned_rows = scanned | {"states": rows} | dict.fromkeys(("x", "h", "out", "value_out"), part)
+halved_rows = halved | {"x": part, "value_out": part, "states": rows}
 found = {
     f"scan {split} {back}": compiled(
         scan.scan_kernel, scanned, BACK=back, SPLIT=split, SKIP=False, EVEN=split == "rows", SHIFTED=split != "rows",
@@ -227,9 +230,9 @@ found = {
         scan.totals_kernel, added, 8, BACK=False, SPLIT="cut", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
     "totals, backward": compiled(
         scan.totals_kernel, added, 8, BACK=True, SPLIT="pieces", SKIP=False, EVEN=True, SLOTS=scan.SLOTS),
-    "rows": compiled(rowscan.row_kernel, halved, BACK=False, EVEN=True, SHIFTED=False, **halves_held),
-    "rows, odd": compiled(rowscan.row_kernel, halved, BACK=False, EVEN=False, SHIFTED=True, **halves_held),
-    "rows, backward": compiled(rowscan.row_kernel, scanned, BACK=True, EVEN=False, SHIFTED=True, **held),
+    "rows": compiled(rowscan.row_kernel, halved_rows, BACK=False, EVEN=True, SHIFTED=False, **halves_held),
+    "rows, odd": compiled(rowscan.row_kernel, halved_rows, BACK=False, EVEN=False, SHIFTED=True, **halves_held),
+    "rows, backward": compiled(rowscan.row_kernel, scanned_rows, BACK=True, EVEN=False, SHIFTED=True, **held),
     "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),
     "product": ends(768),
     "product, 256 columns": ends(1024),

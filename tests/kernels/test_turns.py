@@ -169,6 +169,15 @@ def root(x):
     return x.sqrt() if isinstance(x, torch.Tensor) else x
 
 
+def functions_of(module, monkeypatch):
+    """A module's kernels and what they call, by name, with defaults that are plain numbers."""
+    found = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
+    for function in found.values():
+        plain = tuple(getattr(value, "value", value) for value in function.__defaults__ or ())
+        monkeypatch.setattr(function, "__defaults__", plain)
+    return found
+
+
 class Emulated:
     """Programs of a kernel, one after the other: `stored` has what each stored where."""
 
@@ -205,6 +214,7 @@ class Emulated:
             for name, value in names.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, value)
+        functions_of(scan, monkeypatch)
         monkeypatch.setattr(quadratic, "lower_tile", hopper.lower_tile.fn)
         place_of = quadratic.place_of.fn
         monkeypatch.setattr(quadratic, "place_of", lambda task, *a: map(int, place_of(torch.tensor(task), *a)))
