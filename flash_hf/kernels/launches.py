@@ -346,14 +346,14 @@ def launch_quadratic(
     ends = (128, step) if wide else (128, 128)
     rest = [hopper.matrix(y, step, step)] if wide else []
     y = hopper.matrix(y, *((128, step) if kind == "scores" else (step, 128)))
-    launch, options = quadratic.quadratic_kernel, {"GROUP_ROWS": quadratic.GROUP_ROWS, "STAGES": quadratic.STAGES}
+    launch, span, options = quadratic.quadratic_kernel, quadratic.GROUP_ROWS, {"STAGES": quadratic.STAGES}
     if wide:
-        launch = quadratic.wide_kernel
-        options = {"COLUMNS": columns, "GROUP_ROWS": quadratic.WIDE_GROUP_ROWS, "STAGES": quadratic.WIDE_STAGES}
+        launch, span = quadratic.wide_kernel, quadratic.WIDE_GROUP_ROWS
+        options = {"COLUMNS": columns, "STAGES": quadratic.WIDE_STAGES}
     launch(
         scan_grid(tasks, result.device),
         x, y, *rest, hopper.matrix(held, *ends), hopper.matrix(result, *ends), inputs.rms, inputs.gain, bias, sums, B,
-        N, E, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, num_warps=4, **options,
+        N, E, span, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, num_warps=4, **options,
     )  # fmt: skip
 
 

@@ -62,11 +62,10 @@ def task_count(kind: str, rows: int, N: int, E: int, causal: bool, tall: int, co
 
 @gluon.jit
 def place_of(
-    task, ROWS, N, E, KIND: gl.constexpr, CAUSAL: gl.constexpr, TALL: gl.constexpr, COLUMNS: gl.constexpr,
-    GROUP_ROWS: gl.constexpr,
+    task, ROWS, N, E, SPAN, KIND: gl.constexpr, CAUSAL: gl.constexpr, TALL: gl.constexpr, COLUMNS: gl.constexpr
 ):  # fmt: skip
     """Row, first slot and first column of a task's tile, and where the depth of its product begins and ends: slots, or
-    the value dimensions of a score. Of a group of rows, what takes longest comes first."""
+    the value dimensions of a score. Of each SPAN rows, what takes longest comes first."""
     blocks = N // TALL
     if KIND == "scores":
         begin = 0
@@ -85,9 +84,9 @@ def place_of(
             column = task % columns
     else:
         columns = E // COLUMNS
-        per_group = GROUP_ROWS * blocks * columns
-        first = (task // per_group) * GROUP_ROWS
-        rows = gl.minimum(ROWS - first, GROUP_ROWS)
+        per_group = SPAN * blocks * columns
+        first = (task // per_group) * SPAN
+        rows = gl.minimum(ROWS - first, SPAN)
         inside = task % per_group
         block = inside // (rows * columns)
         row = first + (inside // columns) % rows
@@ -105,15 +104,15 @@ def place_of(
 
 @gluon.jit
 def load_factors(
-    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, TASKS, KIND: gl.constexpr,
-    CAUSAL: gl.constexpr, GROUP_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, SPAN, TASKS, KIND: gl.constexpr,
+    CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
     grid_wait()
     step = 0
     number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        row, place, column, begin, end = place_of(task, ROWS, N, E, KIND, CAUSAL, BLOCK, BLOCK, GROUP_ROWS)
+        row, place, column, begin, end = place_of(task, ROWS, N, E, SPAN, KIND, CAUSAL, BLOCK, BLOCK)
         group = number % 2
         first = row * N
         for start in range(begin, end, STEP):
@@ -175,8 +174,8 @@ def finish(
 @gluon.jit
 def multiply(
     result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, turns, tiles, end_full, end_empty, ROWS,
-    N, E, TASKS, GROUP: gl.constexpr, KIND: gl.constexpr, CAUSAL: gl.constexpr, GROUP_ROWS: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr,
+    N, E, SPAN, TASKS, GROUP: gl.constexpr, KIND: gl.constexpr, CAUSAL: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products and their ends, see `quadratic_kernel`, for every other task."""
     grid_wait()
@@ -189,11 +188,11 @@ def multiply(
     programs = gl.num_programs(0)
     step = 0
     if GROUP == 1:
-        _, _, _, begin, end = place_of(gl.program_id(0), ROWS, N, E, KIND, CAUSAL, BLOCK, BLOCK, GROUP_ROWS)
+        _, _, _, begin, end = place_of(gl.program_id(0), ROWS, N, E, SPAN, KIND, CAUSAL, BLOCK, BLOCK)
         step += (end - begin) // STEP
     number = 0
     for task in range(gl.program_id(0) + GROUP * programs, TASKS, 2 * programs):
-        row, place, column, begin, end = place_of(task, ROWS, N, E, KIND, CAUSAL, BLOCK, BLOCK, GROUP_ROWS)
+        row, place, column, begin, end = place_of(task, ROWS, N, E, SPAN, KIND, CAUSAL, BLOCK, BLOCK)
         token = row * N + place
         # Early, so that nothing waits for it.
         scale = gl.load(rms_ptr + token + gl.arange(0, BLOCK, gl.SliceLayout(1, narrow))) * gain
@@ -204,7 +203,7 @@ def multiply(
         )  # fmt: skip
         # Behind the other group's next task.
         _, _, _, begin, end = place_of(
-            gl.minimum(task + programs, TASKS - 1), ROWS, N, E, KIND, CAUSAL, BLOCK, BLOCK, GROUP_ROWS
+            gl.minimum(task + programs, TASKS - 1), ROWS, N, E, SPAN, KIND, CAUSAL, BLOCK, BLOCK
         )  # fmt: skip
         step += steps + (end - begin) // STEP
         mbarrier.wait(end_full.index(GROUP), number & 1)
@@ -223,8 +222,8 @@ def multiply(
 @kernel
 @gluon.jit
 def quadratic_kernel(
-    x, y, held, result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, ROWS, N, E, TASKS, KIND: gl.constexpr,
-    CAUSAL: gl.constexpr, GROUP_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    x, y, held, result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, ROWS, N, E, SPAN, TASKS, KIND: gl.constexpr,
+    CAUSAL: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One of FLASH-Quad's products, in tiles of 128 slots by 128 columns of whole rows of N tokens.
 
@@ -251,21 +250,21 @@ def quadratic_kernel(
                 multiply,
                 (
                     result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, turns, tiles,
-                    end_full, end_empty, ROWS, N, E, TASKS, 0, KIND, CAUSAL, GROUP_ROWS, STEP, STAGES,
+                    end_full, end_empty, ROWS, N, E, SPAN, TASKS, 0, KIND, CAUSAL, STEP, STAGES,
                 ),
             ),
             (
                 multiply,
                 (
                     result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, full, empty, turns, tiles,
-                    end_full, end_empty, ROWS, N, E, TASKS, 1, KIND, CAUSAL, GROUP_ROWS, STEP, STAGES,
+                    end_full, end_empty, ROWS, N, E, SPAN, TASKS, 1, KIND, CAUSAL, STEP, STAGES,
                 ),
             ),
             (
                 load_factors,
                 (
-                    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, TASKS, KIND, CAUSAL,
-                    GROUP_ROWS, STEP, STAGES,
+                    x, y, held, left, right, full, empty, tiles, end_full, end_empty, ROWS, N, E, SPAN, TASKS, KIND,
+                    CAUSAL, STEP, STAGES,
                 ),
             ),
         ],
@@ -297,17 +296,15 @@ def fetch(x, token, place, start, left, slot, full, GROUP: gl.constexpr, KIND: g
 
 @gluon.jit
 def load_wide(
-    x, y, y_rest, held, left, right, rest, ends, full, empty, ROWS, N, E, TASKS, KIND: gl.constexpr,
-    CAUSAL: gl.constexpr, COLUMNS: gl.constexpr, GROUP_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    x, y, y_rest, held, left, right, rest, ends, full, empty, ROWS, N, E, SPAN, TASKS, KIND: gl.constexpr,
+    CAUSAL: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """What `multiply_wide` reads, in its order."""
     grid_wait()
     ALWAYS: gl.constexpr = 0 if KIND == "values" else 1
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        row, place, column, begin, end = place_of(
-            task, ROWS, N, E, KIND, CAUSAL, 2 * BLOCK, COLUMNS, GROUP_ROWS
-        )  # fmt: skip
+        row, place, column, begin, end = place_of(task, ROWS, N, E, SPAN, KIND, CAUSAL, 2 * BLOCK, COLUMNS)
         token = row * N
         for start in range(begin, end, STEP):
             slot = step % STAGES
@@ -443,9 +440,9 @@ def wide_task(
 
 @gluon.jit
 def multiply_wide(
-    result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, rest, ends, full, empty, ROWS, N, E, TASKS,
-    GROUP: gl.constexpr, KIND: gl.constexpr, CAUSAL: gl.constexpr, COLUMNS: gl.constexpr, GROUP_ROWS: gl.constexpr,
-    STEP: gl.constexpr, STAGES: gl.constexpr,
+    result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, rest, ends, full, empty, ROWS, N, E, SPAN, TASKS,
+    GROUP: gl.constexpr, KIND: gl.constexpr, CAUSAL: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The products and their ends, see `wide_kernel`, for one group's rows of every tile."""
     grid_wait()
@@ -456,9 +453,7 @@ def multiply_wide(
     FREED: gl.constexpr = LESS and KIND != "output"
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        row, place, column, begin, end = place_of(
-            task, ROWS, N, E, KIND, CAUSAL, 2 * BLOCK, COLUMNS, GROUP_ROWS
-        )  # fmt: skip
+        row, place, column, begin, end = place_of(task, ROWS, N, E, SPAN, KIND, CAUSAL, 2 * BLOCK, COLUMNS)
         token = row * N + place + GROUP * BLOCK
         steps = (end - begin) // STEP
         behind = 0
@@ -488,8 +483,8 @@ def multiply_wide(
 @kernel
 @gluon.jit
 def wide_kernel(
-    x, y, y_rest, held, result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, ROWS, N, E, TASKS, KIND: gl.constexpr,
-    CAUSAL: gl.constexpr, COLUMNS: gl.constexpr, GROUP_ROWS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    x, y, y_rest, held, result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, ROWS, N, E, SPAN, TASKS, KIND: gl.constexpr,
+    CAUSAL: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """`quadratic_kernel` in tiles of 256 slots by COLUMNS, of rows of a multiple of 256 tokens. Of 192 columns y is
     read for 128 and `y_rest` for the others."""
@@ -515,21 +510,21 @@ def wide_kernel(
                 multiply_wide,
                 (
                     result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, rest, ends, full, empty, ROWS, N, E,
-                    TASKS, 0, KIND, CAUSAL, COLUMNS, GROUP_ROWS, STEP, STAGES,
+                    SPAN, TASKS, 0, KIND, CAUSAL, COLUMNS, STEP, STAGES,
                 ),
             ),
             (
                 multiply_wide,
                 (
                     result, rms_ptr, gain_ptr, bias_ptr, sums_ptr, left, right, rest, ends, full, empty, ROWS, N, E,
-                    TASKS, 1, KIND, CAUSAL, COLUMNS, GROUP_ROWS, STEP, STAGES,
+                    SPAN, TASKS, 1, KIND, CAUSAL, COLUMNS, STEP, STAGES,
                 ),
             ),
             (
                 load_wide,
                 (
-                    x, y, y_rest, held, left, right, rest, ends, full, empty, ROWS, N, E, TASKS, KIND, CAUSAL, COLUMNS,
-                    GROUP_ROWS, STEP, STAGES,
+                    x, y, y_rest, held, left, right, rest, ends, full, empty, ROWS, N, E, SPAN, TASKS, KIND, CAUSAL,
+                    COLUMNS, STEP, STAGES,
                 ),
             ),
         ],

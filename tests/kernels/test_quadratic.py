@@ -81,11 +81,11 @@ def test_products_in_tiles_of_256_slots_are_right(rows, N, E, stages, kind, caus
     emulated.run(
         quadratic.wide_kernel, min(programs, tasks),
         *(Tiled(numbers, None, block) for numbers, block in zip((x, y, y, held, got), blocks, strict=True)),
-        *map(Pointer, (rms, gain, bias, sums)), rows, N, E, tasks, COLUMNS=columns, GROUP_ROWS=2, STEP=step,
-        STAGES=stages, **constants,
+        *map(Pointer, (rms, gain, bias, sums)), rows, N, E, 2, tasks, COLUMNS=columns, STEP=step, STAGES=stages,
+        **constants,
     )  # fmt: skip
     quadratic_in_torch(
-        None, x, y, held, expected, rms, gain, bias, expected_sums, rows, N, E, tasks, tile=(tall, columns),
+        None, x, y, held, expected, rms, gain, bias, expected_sums, rows, N, E, 2, tasks, tile=(tall, columns),
         **constants,
     )  # fmt: skip
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, equal_nan=True)

@@ -207,7 +207,7 @@ def rows_of(kind, causal, columns):
     step = quadratic.STEP
     descriptors = {"x": x, "y": y, "y_rest": [step, step]} | dict.fromkeys(("held", "result"), wide)
     return compiled(quadratic.wide_kernel, descriptors, KIND=kind, CAUSAL=causal, COLUMNS=columns,
-                    GROUP_ROWS=quadratic.WIDE_GROUP_ROWS, STEP=step, STAGES=quadratic.WIDE_STAGES)
+                    STEP=step, STAGES=quadratic.WIDE_STAGES)
 
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 held = {"warps": 8, "SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
@@ -248,7 +248,7 @@ found = {
 } | {
     kind: compiled(
         quadratic.quadratic_kernel, {"x": x, "y": y, "held": square, "result": square}, KIND=kind, CAUSAL=True,
-        GROUP_ROWS=quadratic.GROUP_ROWS, STEP=quadratic.STEP, STAGES=quadratic.STAGES)
+        STEP=quadratic.STEP, STAGES=quadratic.STAGES)
     for kind, (x, y) in factors.items()
 } | {
     f"{kind} of 256 by {columns} {causal}": rows_of(kind, causal, columns)
@@ -513,7 +513,8 @@ def wide_in_torch(grid, x, y, y_rest, *arguments, COLUMNS, **constants):
 
 
 def quadratic_in_torch(
-    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, tile=(128, 128), **constants,
+    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, span, tasks, *, KIND, CAUSAL, tile=(128, 128),
+    **constants,
 ):  # fmt: skip
     assert tasks == choice.quadratic.task_count(KIND, rows, N, E, CAUSAL, *tile)
     scale = rms[:, None] * gain
@@ -815,7 +816,7 @@ def test_every_tile_of_the_reduction_is_one_task(rows, chunks, empty, causal, in
 def test_every_tile_of_quadratic_attention_is_one_task(rows, N, wide, E, kind, causal, in_numbers):
     tall, wide = choice.quadratic.tile_of(kind, E, wide)
     count = choice.quadratic.task_count(kind, rows, N, E, causal, tall, wide)
-    places = choice.quadratic.place_of.fn(torch.arange(count), rows, N, E, kind, causal, tall, wide, 3)
+    places = choice.quadratic.place_of.fn(torch.arange(count), rows, N, E, 3, kind, causal, tall, wide)
     found = set(zip(*(torch.as_tensor(x).expand(count).tolist() for x in places), strict=True))
     ends = [N if kind == "scores" else E] * N
     if causal and kind == "scores":
