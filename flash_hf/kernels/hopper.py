@@ -99,6 +99,15 @@ def halves(acc, layout: gl.constexpr):
 
 
 @gluon.jit
+def joined(left, right, layout: gl.constexpr):
+    """The tile of which these are the halves."""
+    rows: gl.constexpr = left.shape[0]
+    columns: gl.constexpr = left.shape[1]
+    tile = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [rows, 2 * columns])
+    return gl.convert_layout(tile, layout, True)
+
+
+@gluon.jit
 def accumulate(
     left, right, full, empty, turns, end_empty, number, step, steps, GROUP: gl.constexpr, TRANS_LEFT: gl.constexpr,
     TRANS_RIGHT: gl.constexpr, STAGES: gl.constexpr,

@@ -28,6 +28,7 @@ from .hopper import (
     accumulate,
     barriers,
     halves,
+    joined,
     load_async,
     lower_tile,
     sigmoid,
@@ -359,16 +360,25 @@ def finish_part(
     """The end of the tile's columns from `PART * STEP` on, for a group's rows: x of `ended`, in the ring's place of
     `step`, becomes the result. The place of the part before is free when its store has ended, that of the last part in
     the next task."""
-    columns = PART * STEP + gl.arange(0, STEP, gl.SliceLayout(0, layout))
-    # Early, so that nothing waits for it.
-    bias = columns
+    width: gl.constexpr = STEP // 2
+    half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 16])
+    left_columns = PART * STEP + gl.arange(0, width, gl.SliceLayout(0, half))
+    right_columns = left_columns + width
+    left_bias = left_columns
+    right_bias = left_columns
     if KIND != "scores":
-        bias = gl.load(bias_ptr + columns).to(gl.float32)
+        # Early, so that nothing waits for it.
+        left_bias = gl.load(bias_ptr + left_columns).to(gl.float32)
+        right_bias = gl.load(bias_ptr + right_columns).to(gl.float32)
     slot = step % STAGES
     mbarrier.wait(full.index(slot), (step // STAGES) & 1)
     tile = ends.index(2 * slot + GROUP)
-    x = tile.load(layout).to(gl.float32)
-    tile.store(ended(acc, x, scale, bias, sums_ptr + columns, KIND).to(gl.bfloat16))
+    # In two steps, since more does not fit the registers.
+    left_x, right_x = halves(tile.load(layout), half)
+    left, right = halves(acc, half)
+    left = ended(left, left_x.to(gl.float32), scale, left_bias, sums_ptr + left_columns, KIND).to(gl.bfloat16)
+    right = ended(right, right_x.to(gl.float32), scale, right_bias, sums_ptr + right_columns, KIND).to(gl.bfloat16)
+    tile.store(joined(left, right, layout))
     fence_async_shared()
     store_async(result, [token, column + PART * STEP], tile)
     if PART > 0:
@@ -387,8 +397,11 @@ def wide_task(
     FREED the last place of the task before is free already."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STEP, 16])
+    half: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STEP // 2, 16]
+    )
     # Early, so that nothing waits for it.
-    scale = gl.load(rms_ptr + token + gl.arange(0, BLOCK, gl.SliceLayout(1, narrow))) * gain
+    scale = gl.load(rms_ptr + token + gl.arange(0, BLOCK, gl.SliceLayout(1, half))) * gain
     acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
     if COLUMNS == 192:
         acc_rest = gl.zeros([BLOCK, STEP], gl.float32, narrow)

@@ -31,6 +31,7 @@ class EmulatedRows(EmulatedProducts):
         names = {name: made.fn for name, made in vars(quadratic).items() if hasattr(made, "fn")}
         names |= self.stand_ins() | {"gl": gl, "barriers": hopper.barriers.fn, "sigmoid": torch.sigmoid}
         names["halves"] = lambda acc, layout: acc.chunk(2, 1)
+        names["joined"] = lambda left, right, layout: torch.cat([left, right], 1)
         lower_tile, place_of = hopper.lower_tile.fn, names["place_of"]
         names["lower_tile"] = lambda tile: map(int, lower_tile(torch.tensor(tile)))
         for name, value in names.items():
