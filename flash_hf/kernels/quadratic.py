@@ -364,19 +364,19 @@ def finish_part(
     half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 16])
     left_columns = PART * STEP + gl.arange(0, width, gl.SliceLayout(0, half))
     right_columns = left_columns + width
-    left_bias = left_columns
-    right_bias = left_columns
-    if KIND != "scores":
-        # Early, so that nothing waits for it.
-        left_bias = gl.load(bias_ptr + left_columns).to(gl.float32)
-        right_bias = gl.load(bias_ptr + right_columns).to(gl.float32)
     slot = step % STAGES
     mbarrier.wait(full.index(slot), (step // STAGES) & 1)
     tile = ends.index(2 * slot + GROUP)
+    left_bias = left_columns
+    if KIND != "scores":
+        left_bias = gl.load(bias_ptr + left_columns).to(gl.float32)
     # In two steps, since more does not fit the registers.
     left_x, right_x = halves(tile.load(layout), half)
     left, right = halves(acc, half)
     left = ended(left, left_x.to(gl.float32), scale, left_bias, sums_ptr + left_columns, KIND).to(gl.bfloat16)
+    right_bias = left_columns
+    if KIND != "scores":
+        right_bias = gl.load(bias_ptr + right_columns).to(gl.float32)
     right = ended(right, right_x.to(gl.float32), scale, right_bias, sums_ptr + right_columns, KIND).to(gl.bfloat16)
     tile.store(joined(left, right, layout))
     fence_async_shared()
