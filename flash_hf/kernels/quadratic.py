@@ -140,12 +140,14 @@ def load_factors(
 
 @gluon.jit
 def ended(acc, x, scale, bias, sums, KIND: gl.constexpr):
-    """What becomes of a product: with x = h `silu(h) acc` (output) or `silu'(h) acc` (values, whose sums over the
-    tokens are stored at `sums`), with x = weights A `2 sqrt(A) acc` (scores)."""
+    """What becomes of a product: of h `silu(h) acc` (output) or `silu'(h) acc` (values, whose sums over the tokens are
+    stored at `sums`), of weights A `2 sqrt(A) acc` (scores). x is h before norm and bias, or A; `bias` and `sums`
+    point to the columns."""
+    x = x.to(gl.float32)
     if KIND == "scores":
         acc = acc * (2.0 * gl.sqrt(x))
     else:
-        h = x * scale + gl.expand_dims(bias, 0)
+        h = x * scale + gl.expand_dims(gl.load(bias).to(gl.float32), 0)
         if KIND == "output":
             # The backward recovers the attended value as out / silu(h): h must not be 0.
             h = gl.where(h == 0.0, 1e-20, h)
@@ -155,7 +157,7 @@ def ended(acc, x, scale, bias, sums, KIND: gl.constexpr):
             acc = acc * (s * (1.0 + h * (1.0 - s)))
             gl.store(sums, gl.sum(acc, 0))
             acc = acc * scale
-    return acc
+    return acc.to(gl.bfloat16)
 
 
 @gluon.jit
@@ -164,12 +166,8 @@ def finish(
 ):  # fmt: skip
     """The end of half a tile, whose columns begin at `first`: `tile` holds x of `ended`, and takes the result."""
     tile = tile.slice(first, BLOCK // 2, dim=1)
-    x = tile.load(layout).to(gl.float32)
     columns = first + gl.arange(0, BLOCK // 2, gl.SliceLayout(0, layout))
-    bias = columns
-    if KIND != "scores":
-        bias = gl.load(bias_ptr + columns).to(gl.float32)
-    tile.store(ended(acc, x, scale, bias, sums_ptr + columns, KIND).to(gl.bfloat16))
+    tile.store(ended(acc, tile.load(layout), scale, bias_ptr + columns, sums_ptr + columns, KIND))
 
 
 @gluon.jit
@@ -362,22 +360,16 @@ def finish_part(
     the next task."""
     width: gl.constexpr = STEP // 2
     half: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 16])
-    left_columns = PART * STEP + gl.arange(0, width, gl.SliceLayout(0, half))
-    right_columns = left_columns + width
     slot = step % STAGES
     mbarrier.wait(full.index(slot), (step // STAGES) & 1)
     tile = ends.index(2 * slot + GROUP)
-    left_bias = left_columns
-    if KIND != "scores":
-        left_bias = gl.load(bias_ptr + left_columns).to(gl.float32)
+    bias_ptr += PART * STEP + gl.arange(0, width, gl.SliceLayout(0, half))
+    sums_ptr += PART * STEP + gl.arange(0, width, gl.SliceLayout(0, half))
     # In two steps, since more does not fit the registers.
     left_x, right_x = halves(tile.load(layout), half)
     left, right = halves(acc, half)
-    left = ended(left, left_x.to(gl.float32), scale, left_bias, sums_ptr + left_columns, KIND).to(gl.bfloat16)
-    right_bias = left_columns
-    if KIND != "scores":
-        right_bias = gl.load(bias_ptr + right_columns).to(gl.float32)
-    right = ended(right, right_x.to(gl.float32), scale, right_bias, sums_ptr + right_columns, KIND).to(gl.bfloat16)
+    left = ended(left, left_x, scale, bias_ptr, sums_ptr, KIND)
+    right = ended(right, right_x, scale, bias_ptr + width, sums_ptr + width, KIND)
     tile.store(joined(left, right, layout))
     fence_async_shared()
     store_async(result, [token, column + PART * STEP], tile)

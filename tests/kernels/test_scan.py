@@ -88,6 +88,20 @@ def test_what_the_kernels_over_whole_rows_are_not_for(changes, monkeypatch):
 
 
 @pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
+def test_which_products_over_whole_rows_have_large_tiles():
+    def wide(kind, B=64, N=1024, **changes):
+        return choice.widens(kind, dataclasses.replace(ROWS, B=B, N=N, C=N, **changes))
+
+    for kind in ("output", "values", "scores"):
+        # Too few tiles, rows of half a tile more, and products that are deep enough in a bidirectional model alone.
+        assert wide(kind) and wide(kind, causal=False) and not wide(kind, B=2) and not wide(kind, N=1152)
+        assert wide(kind, B=128, N=512) == (kind == "scores") and wide(kind, B=128, N=512, causal=False)
+        assert choice.quadratic.tile_of(kind, 1536, True) == (256, 128 if kind == "scores" else 192)
+        assert choice.quadratic.tile_of(kind, 1024, True) == (256, 128)
+        assert choice.quadratic.tile_of(kind, 1536, False) == (128, 128)
+
+
+@pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
 @pytest.mark.parametrize(
     "changes", [{"D": 0}, {"D": 772}, {"silu": False}, {"E": 1600}, {"dtype": torch.float32}], ids=str
 )
@@ -970,14 +984,24 @@ def test_gradients_of_quadratic_heads_are_those_of_the_general_kernel(B, N, G, C
         assert torch.equal(d_heads[:2, written], found[0][:2, written])
 
 
+@pytest.fixture(params=[False, True])
+def large_tiles(request, monkeypatch):
+    """Whether FLASH-Quad's products have tiles of 256 slots, where rows allow them; none of them replayed."""
+    monkeypatch.setattr(choice, "FEW_TILES", 0 if request.param else 10**9)
+    monkeypatch.setattr(choice, "WIDE_DEPTH", 0)
+    monkeypatch.setattr(replay, "EARLIER", 10**9)
+
+
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [256, 640, 1024, 333])
-def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, causal, monkeypatch):
+@pytest.mark.parametrize(("length", "hidden"), [(256, 256), (640, 256), (1024, 256), (1024, 192), (333, 256)])
+def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, hidden, causal, large_tiles, monkeypatch):
     ran, launch = [], launches.launch_quadratic
     monkeypatch.setattr(launches, "launch_quadratic", lambda *a: ran.append(a) or launch(*a))
-    config = hopper_config(attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024)
+    config = hopper_config(
+        attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024, hidden_size=hidden
+    )  # fmt: skip
     compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
     assert len(ran) == (0 if length % 128 else 3 * 2 * 2)
 
@@ -985,7 +1009,7 @@ def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, causal, monkey
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
-def test_two_runs_of_quadratic_attention_are_bit_equal(causal):
+def test_two_runs_of_quadratic_attention_are_bit_equal(causal, large_tiles):
     config = hopper_config(attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024)
     model = make_model(FlashModel, config, dtype=torch.bfloat16, scale=0.06).to(DEVICE)
     x = torch.randn(10, 1024, 256, device=DEVICE, dtype=torch.bfloat16)
