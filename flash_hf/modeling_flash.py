@@ -86,6 +86,7 @@ from .cache_flash import (
     FlashChunkCacheLayer,
     StateForm,
     check_cache,
+    count_step,
     resolve_cache,
     takes_both_cache_names,
 )
@@ -685,6 +686,8 @@ class FlashModel(FlashPreTrainedModel):
         # generate(assistant_early_exit=...) lowers num_hidden_layers while it drafts.
         for index, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             hidden_states = layer(hidden_states, places[index % len(places)], **{name: cache})
+        if isinstance(places[0].layout, StepLayout):
+            count_step(cache)
         hidden_states = normalise(self.norm, hidden_states, places[0])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
