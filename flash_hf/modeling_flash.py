@@ -994,6 +994,10 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             position_ids = None  # counted by the cache
             if seen_B is not None and next_sequence_length == 1:
                 attention_mask = None  # generated tokens are real, and checking them would wait for the device
+                if not any(isinstance(value, Tensor) for value in kwargs.values()):
+                    # What transformers' own comes to, in a fifth of its time, in which the GPU waits.
+                    newest_B1 = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+                    return {"input_ids": newest_B1.to(cache.layers[0].device), CACHE_NAME: cache, **kwargs}
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
