@@ -163,8 +163,10 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
 
 # ---- In every layer ----
 def normalise(norm: nn.Module, x: Tensor, places: Places) -> Tensor:
-    """`norm(x)`, by a kernel if kernels compute this call and have this norm."""
-    if places.fused and has_kernel(norm):
+    """`norm(x)`, by a kernel if kernels compute this call and have this norm. A compiler joins that of a step to
+    the sum before."""
+    joins = isinstance(places.layout, StepLayout) and torch.compiler.is_compiling()
+    if places.fused and not joins and has_kernel(norm):
         return load_kernels()[0].scale_norm(x, norm.weight, norm.eps)
     return norm(x)
 

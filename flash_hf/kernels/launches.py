@@ -260,17 +260,22 @@ def launch_row_scan(
     (B, N), row, back = (shape.B, shape.N), shape.lin_row, value is not None
     reader, writer = (row + 1, row) if back else (row, row + 1)
     states = x.new_empty((B, shape.tiles.SP, shape.E))
-    tasks = B * (shape.E // 128)
+    width = rowscan.WIDTH.value
+    tasks = B * (shape.E // width)
     step, end = scan_tiles(back)
+    held = 128, width
+    end = held if back else end
+    slots = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
+    if not back:
+        slots = {"SLOTS": rowscan.DEPTH_SLOTS, "VALUE_SLOTS": rowscan.DEPTH_VALUE_SLOTS}
     rowscan.row_kernel(
         scan_grid(tasks, x.device),
-        hopper.tokens(x, B, N), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
+        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
         hopper.matrix(heads[reader], *step), hopper.matrix(heads[writer], *step), hopper.tokens(out, B, N, *end),
-        hopper.matrix(states), hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
-        inputs.rms if sums is None else sums, out, out.stride(0), out if value is None else value, N, shape.G,
-        shape.shift, shape.E // 128, tasks, BACK=back, EVEN=shape.even, SHIFTED=shape.shift > 0,
-        SLOTS=rowscan.SLOTS if back else rowscan.DEPTH_SLOTS, VALUE_SLOTS=rowscan.VALUE_SLOTS,
-        num_warps=8 if back else 4,
+        hopper.matrix(states, *held), hopper.tokens(out if value is None else value, B, N, *held), inputs.rms,
+        inputs.gain, *biases, inputs.rms if sums is None else sums, out, out.stride(0),
+        out if value is None else value, N, shape.G, shape.shift, shape.E // width, tasks, BACK=back, EVEN=shape.even,
+        SHIFTED=shape.shift > 0, **slots, num_warps=8 if back else 4,
     )  # fmt: skip
     return states
 
@@ -339,14 +344,21 @@ def launch_quadratic(
 ) -> None:  # fmt: skip
     """Fill `result`, and with kind `"values"` `sums`; see `quadratic_kernel`."""
     B, N, E, step = shape.B, shape.N, shape.E, quadratic.STEP
-    tasks = quadratic.task_count(kind, B, N, E, shape.causal)
-    x_block = (step, 128) if kind == "values" else (128, step)
-    y_block = (128, step) if kind == "scores" else (step, 128)
-    quadratic.quadratic_kernel(
-        scan_grid(tasks, x.device),
-        hopper.matrix(x, *x_block), hopper.matrix(y, *y_block), hopper.matrix(held), hopper.matrix(result), inputs.rms,
-        inputs.gain, bias, sums, B, N, E, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, STAGES=quadratic.STAGES,
-        num_warps=4,
+    wide = choice.widens(kind, shape)
+    tall, columns = quadratic.tile_of(kind, E, wide)
+    tasks = quadratic.task_count(kind, B, N, E, shape.causal, tall, columns)
+    x = hopper.matrix(x, *((step, 128) if kind == "values" else (128, step)))
+    ends = (128, step) if wide else (128, 128)
+    rest = [hopper.matrix(y, step, step)] if wide else []
+    y = hopper.matrix(y, *((128, step) if kind == "scores" else (step, 128)))
+    launch, span, options = quadratic.quadratic_kernel, quadratic.GROUP_ROWS, {"STAGES": quadratic.STAGES}
+    if wide:
+        launch, span = quadratic.wide_kernel, quadratic.WIDE_GROUP_ROWS
+        options = {"COLUMNS": columns, "STAGES": quadratic.WIDE_STAGES}
+    launch(
+        scan_grid(tasks, result.device),
+        x, y, *rest, hopper.matrix(held, *ends), hopper.matrix(result, *ends), inputs.rms, inputs.gain, bias, sums, B,
+        N, E, span, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, num_warps=4, **options,
     )  # fmt: skip
 
 

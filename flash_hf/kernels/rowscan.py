@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan over bidirectional rows of at most two chunks, for Hopper: a row's values for 128 value dimensions stay in
+"""The scan over bidirectional rows of at most two chunks, for Hopper: a row's values for 64 value dimensions stay in
 shared memory from the sum that is the row's state to the products that read it.
 
 Warps, tiles and barriers as in scan.py. README.md beside this file derives it.
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import BLOCK, barriers, halves, store_async
+from .hopper import BLOCK, barriers, store_async
 from .scan import (
     ACTIVATING,
     ACTIVATING_REGISTERS,
@@ -43,10 +43,13 @@ from .scan import (
 )
 
 
-# Tiles of the ring, and of the values: two for each chunk. With the state's they fill the shared memory.
-SLOTS, VALUE_SLOTS = 2, 4
-# Of the forward: tiles of the ring, and of the ends.
-DEPTH_SLOTS, END_TILES = 3, gl.constexpr(2)
+# Value dimensions of a task. With 128, values would leave so little room that loads in flight limit the speed.
+WIDTH = gl.constexpr(64)
+# Tiles of the ring, and of the values: two for each chunk, and in the forward two for the next row's.
+SLOTS, VALUE_SLOTS = 3, 4
+DEPTH_SLOTS, DEPTH_VALUE_SLOTS = 6, 6
+# Tiles of the ends: of half a chunk, or in the forward of its parts.
+END_TILES = gl.constexpr(2)
 
 
 @gluon.jit
@@ -56,20 +59,21 @@ def fetch_values(
     """Load the values of chunk `number` of a task's row, if there is such a task."""
     if task < TASKS:
         for half in gl.static_range(2):
-            place = [task // E_BLOCKS, (2 * number + half) * BLOCK - shift, (task % E_BLOCKS) * BLOCK]
-            value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
+            place = [task // E_BLOCKS, (2 * number + half) * BLOCK - shift, (task % E_BLOCKS) * WIDTH]
+            value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS, WIDTH)
     return value_step
 
 
 @gluon.jit
 def load_tiles(
-    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS, TASKS,
-    SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, tiles, end_full, end_empty, G, shift,
+    E_BLOCKS, TASKS, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order; but values as soon as the row before has left their tiles, and behind what
     that row still needs."""
     grid_wait()
     value_step = 0
+    end_step = 0
     step = 0
     for number in range(0, G):
         value_step = fetch_values(
@@ -78,7 +82,7 @@ def load_tiles(
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
         following = task + gl.num_programs(0)
         row = task // E_BLOCKS
-        column = (task % E_BLOCKS) * BLOCK
+        column = (task % E_BLOCKS) * WIDTH
         for tile in range(0, 2 * G):
             step = fetch(writer, [(row * 2 * G + tile) * BLOCK, 0], ring, full, empty, step, SLOTS)
         for number in range(0, G):
@@ -95,7 +99,8 @@ def load_tiles(
                             VALUE_SLOTS,
                         )  # fmt: skip
             for half in gl.static_range(2):
-                step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
+                place = [row, token + half * BLOCK, column]
+                end_step = fetch_tokens(h, place, tiles, end_full, end_empty, end_step, END_TILES, WIDTH)
         value_step = fetch_values(
             x, values, x_full, x_empty, value_step, following, G - 1, G, shift, E_BLOCKS, TASKS, VALUE_SLOTS
         )
@@ -104,24 +109,23 @@ def load_tiles(
 @gluon.jit
 def multiply(
     out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full, empty,
-    state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, EVEN: gl.constexpr,
-    SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    tiles, end_full, end_empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
+    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `row_kernel` computes, BACK."""
     grid_wait()
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
-    )
-    E = E_BLOCKS * BLOCK
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, WIDTH, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    E = E_BLOCKS * WIDTH
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `scan_kernel`
     value_step = 0
+    end_step = 0
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
         row = task // E_BLOCKS
-        first_e = (task % E_BLOCKS) * BLOCK
-        state = warpgroup_mma_init(gl.zeros([BLOCK, BLOCK], gl.float32, mma))
+        first_e = (task % E_BLOCKS) * WIDTH
+        state = warpgroup_mma_init(gl.zeros([BLOCK, WIDTH], gl.float32, mma))
         for number in range(0, 2 * G):
             value_slot = (value_step + number) % VALUE_SLOTS
             slot = step % SLOTS
@@ -141,47 +145,41 @@ def multiply(
         for number in range(0, G):
             chunk = row * G + number
             token = number * (2 * BLOCK) - shift
-            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
-            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
+            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, rows)
+            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, rows)
             slot_0 = value_step % VALUE_SLOTS
             slot_1 = (value_step + 1) % VALUE_SLOTS
             value_step += 2
             x_0 = values.index(slot_0)
             x_1 = values.index(slot_1)
-            acc_0 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+            acc_0 = gl.zeros([BLOCK, WIDTH], gl.float32, mma)
             acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
             acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, True, SLOTS)
-            acc_1 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+            acc_1 = gl.zeros([BLOCK, WIDTH], gl.float32, mma)
             acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
             acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, True, SLOTS)
-            first = step
             for half in gl.static_range(2):
-                held = step % SLOTS
-                mbarrier.wait(full.index(held), (step // SLOTS) & 1)
-                step += 1
+                mbarrier.wait(end_full.index(half), end_step & 1)
                 scale = gl.expand_dims(scale_0 if half == 0 else scale_1, 1)
                 real = gl.expand_dims(real_0 if half == 0 else real_1, 1)
                 x_half = x_0 if half == 0 else x_1
-                tile = ring.index(held)
+                tile = tiles.index(half)
                 sums = sums_ptr + (chunk * 2 + half) * E + first_e
-                left, right = halves(acc_0 if half == 0 else acc_1, narrow)
+                acc = acc_0 if half == 0 else acc_1
                 start = token + half * BLOCK
                 before_row = start < 0
                 gate(
-                    tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before_row, 0, True, EVEN, SHIFTED, narrow,
-                )  # fmt: skip
-                gate(
-                    tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                    value_ptr + first_e, E, row * N + start, before_row, BLOCK // 2, True, EVEN, SHIFTED, narrow,
+                    tile, x_half, acc, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
+                    value_ptr + first_e, E, row * N + start, before_row, 0, True, EVEN, SHIFTED, mma, WIDTH,
                 )  # fmt: skip
                 fence_async_shared()
                 if not SHIFTED or not before_row:
-                    store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
-                    store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
+                    store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, WIDTH]))
+                    store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, WIDTH]))
+            end_step += 1
             tma.store_wait(0)
-            mbarrier.arrive(empty.index(first % SLOTS), count=1)
-            mbarrier.arrive(empty.index((first + 1) % SLOTS), count=1)
+            mbarrier.arrive(end_empty.index(0), count=1)
+            mbarrier.arrive(end_empty.index(1), count=1)
             mbarrier.arrive(x_empty.index(slot_0), count=1)
             mbarrier.arrive(x_empty.index(slot_1), count=1)
     tma.store_wait(0)
@@ -213,7 +211,7 @@ def multiply_half(
 ):  # fmt: skip
     """What `row_kernel` computes, forward: half of the state's rows, and every other half of a chunk."""
     grid_wait()
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `scan_kernel`
@@ -222,9 +220,9 @@ def multiply_half(
     walks = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
         row = task // E_BLOCKS
-        first_e = (task % E_BLOCKS) * BLOCK
+        first_e = (task % E_BLOCKS) * WIDTH
         step = first + GROUP * (2 * G)
-        state = gl.zeros([DEPTH, BLOCK], gl.float32, mma)
+        state = gl.zeros([DEPTH, WIDTH], gl.float32, mma)
         # See `sum_half`. The group has had its turns for the state and half of the chunks' halves of each row.
         mbarrier.wait(turns.index(GROUP), (walks * (1 + G) + 1 - GROUP) & 1)
         for number in range(0, 2 * G):
@@ -260,10 +258,11 @@ def multiply_half(
             acc = sum_half(
                 values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, first + GROUP * 6,
                 value_step, 2, walks * (1 + G) + 1 + number, last, GROUP, False, SLOTS, VALUE_SLOTS,
+                WIDTH,
             )  # fmt: skip
             finish_half(
                 acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, walks * G + number,
-                row, start, first_e, N, GROUP, EVEN, SHIFTED, END_TILES, narrow,
+                row, start, first_e, N, GROUP, EVEN, SHIFTED, END_TILES, narrow, WIDTH,
             )  # fmt: skip
             first += 12
             value_step += 2
@@ -280,18 +279,21 @@ def row_kernel(
     """`totals_kernel` and `whole_kernel` of scan.py in one, for rows of at most `VALUE_SLOTS / 2` chunks of 256: the
     row's state `sum writer^T V / C`, which goes to `states`, and the chunks' outputs.
 
-    A task is a row and 128 value dimensions. Forward, two groups of four warps have half of the state's rows each, and
+    A task is a row and `WIDTH` value dimensions. Forward, two groups of four warps have half of the state's rows each, and
     halves of chunks in turn: descriptors are those of `whole_kernel`, with `writer` as `reader`.
     """
     layout: gl.constexpr = a.layout
-    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
-    state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, WIDTH], layout)
+    state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, WIDTH], layout)
     x_full = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
     if BACK:
         ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
+        tiles = gl.allocate_shared_memory(gl.bfloat16, [END_TILES, BLOCK, WIDTH], layout)
         x_empty = barriers(VALUE_SLOTS)
+        end_full = barriers(END_TILES)
+        end_empty = barriers(END_TILES)
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -299,15 +301,15 @@ def row_kernel(
                     multiply,
                     (
                         out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring,
-                        full, empty, state_tile, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, EVEN,
-                        SHIFTED, SLOTS, VALUE_SLOTS,
+                        full, empty, tiles, end_full, end_empty, state_tile, out_ptr, out_stride, value_ptr, N, G,
+                        shift, E_BLOCKS, TASKS, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
                     load_tiles,
                     (
-                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, G, shift, E_BLOCKS,
-                        TASKS, SLOTS, VALUE_SLOTS,
+                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, tiles, end_full, end_empty,
+                        G, shift, E_BLOCKS, TASKS, SLOTS, VALUE_SLOTS,
                     ),
                 ),
             ],
@@ -349,14 +351,14 @@ def row_kernel(
                     activate_tiles,
                     (
                         values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, rms_ptr, rms_ptr, N, G, shift, 0,
-                        E_BLOCKS, TASKS, "rows", False, EVEN, VALUE_SLOTS, ACTIVATING,
+                        E_BLOCKS, TASKS, "rows", False, EVEN, VALUE_SLOTS, ACTIVATING, WIDTH,
                     ),
                 ),
                 (
                     load_values,
                     (
                         x, values, x_full, x_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
-                        VALUE_SLOTS,
+                        VALUE_SLOTS, WIDTH,
                     ),
                 ),
                 (load_factors, (a, reader, writer, ring, full, empty, G, E_BLOCKS, TASKS, SLOTS)),
@@ -364,7 +366,7 @@ def row_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
-                        END_TILES,
+                        END_TILES, WIDTH,
                     ),
                 ),
             ],

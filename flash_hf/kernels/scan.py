@@ -30,7 +30,7 @@ ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.conste
 PART = gl.constexpr(64)
 # Of the forward of `whole_kernel`: the ring's tiles and their columns, columns of the tiles of the ends, and registers
 # of the two groups of warps.
-DEPTH_SLOTS, DEPTH, END, GROUP_REGISTERS = 4, gl.constexpr(64), gl.constexpr(32), gl.constexpr(208)
+DEPTH_SLOTS, DEPTH, END, GROUP_REGISTERS = 5, gl.constexpr(64), gl.constexpr(32), gl.constexpr(208)
 
 
 @gluon.jit
@@ -91,11 +91,11 @@ def fetch(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def fetch_tokens(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
+def fetch_tokens(x, place, ring, full, empty, step, SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK):
     slot = step % SLOTS
     mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
-    mbarrier.expect(full.index(slot), TILE_BYTES)
-    load_async(x, place, full.index(slot), ring.index(slot).reshape([1, BLOCK, BLOCK]))
+    mbarrier.expect(full.index(slot), BLOCK * WIDTH * 2)
+    load_async(x, place, full.index(slot), ring.index(slot).reshape([1, BLOCK, WIDTH]))
     return step + 1
 
 
@@ -230,18 +230,19 @@ def activate(values, scale, real, bias, EVEN: gl.constexpr, layout: gl.constexpr
 def activate_tiles(
     values, x_full, ready, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
     SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, VALUE_SLOTS: gl.constexpr, WARPS: gl.constexpr,
+    WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
     """`activate` for all tiles of values of a forward scan, or of its totals, in its order: what has arrived becomes
     `ready`."""
     grid_wait()
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
         _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
-        columns = (task % E_BLOCKS) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
+        columns = (task % E_BLOCKS) * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, wide))
         bias = gl.load(bias_ptr + columns).to(gl.float32)
         for half in range(2 * begin, 2 * end):
             token = (half % (2 * G)) * BLOCK - shift
@@ -686,7 +687,7 @@ def multiply_whole(
 @gluon.jit
 def load_values(
     x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
-    SKIP: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    SKIP: gl.constexpr, VALUE_SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
     """The values' tiles that `multiply_half` reads, in its order."""
     grid_wait()
@@ -696,14 +697,14 @@ def load_values(
         for half in range(2 * begin, 2 * end):
             token = (half % (2 * G)) * BLOCK - shift
             if not SKIP or has_tokens(token, N):
-                place = [half // (2 * G), token, (task % E_BLOCKS) * BLOCK]
-                step = fetch_tokens(x, place, values, x_full, x_empty, step, VALUE_SLOTS)
+                place = [half // (2 * G), token, (task % E_BLOCKS) * WIDTH]
+                step = fetch_tokens(x, place, values, x_full, x_empty, step, VALUE_SLOTS, WIDTH)
 
 
 @gluon.jit
 def load_ends(
     h, tiles, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr, SKIP: gl.constexpr,
-    TILES: gl.constexpr,
+    TILES: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
     """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
     own."""
@@ -715,8 +716,8 @@ def load_ends(
         for half in range(2 * begin, 2 * end):
             token = (half % (2 * G)) * BLOCK - shift
             if not SKIP or has_tokens(token, N):
-                for first in gl.static_range(0, BLOCK, END):
-                    place = [half // (2 * G), token, (task % E_BLOCKS) * BLOCK + first]
+                for first in gl.static_range(0, WIDTH, END):
+                    place = [half // (2 * G), token, (task % E_BLOCKS) * WIDTH + first]
                     slot = step % TILES
                     arrived = full.index(group * TILES + slot)
                     mbarrier.wait(empty.index(slot), ((step // TILES) & 1) ^ 1)
@@ -772,11 +773,12 @@ def load_factors(
 def sum_half(
     values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, step, value_step, count, turn, last,
     GROUP: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
-    """The products of half a chunk with the state and with `count` tiles of values, 128 by 128, in the group's turn of
-    this number. Leaves the values, and where it is the `last` of a walk, the state."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
-    acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
+    """The products of half a chunk with the state and with `count` tiles of values, 128 by `WIDTH`, in the group's
+    turn of this number. Leaves the values, and where it is the `last` of a walk, the state."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    acc = gl.zeros([BLOCK, WIDTH], gl.float32, mma)
     # The first group has the first turn. What both groups read is waited for in turn.
     mbarrier.wait(turns.index(GROUP), (turn + 1 - GROUP) & 1)
     for depth in gl.static_range(2):
@@ -822,27 +824,30 @@ def sum_half(
 def finish_half(
     acc, out, out_ptr, out_stride, scale, real, bias_ptr, tiles, full, empty, number, row, token, column, N,
     GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, TILES: gl.constexpr, layout: gl.constexpr,
+    WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
     """The end of the group's half of this number: `gate` in parts of `END` columns, since more does not fit the
     registers."""
     middle: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK // 2, 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH // 2, 16]
     )
     scale = gl.expand_dims(scale, 1)
     real = gl.expand_dims(real, 1)
     before = token < 0
-    step = number * (BLOCK // END // TILES)
+    step = number * (WIDTH // END // TILES)
     sides = halves(acc, middle)
     for side in gl.static_range(2):
-        quarters = halves(sides[side], layout)
-        for quarter in gl.static_range(2):
-            part = 2 * side + quarter
+        if WIDTH == BLOCK:
+            quarters = halves(sides[side], layout)
+        for quarter in gl.static_range(WIDTH // END // 2):
+            part = side * (WIDTH // END // 2) + quarter
             first = column + part * END
             tile = tiles.index(part % TILES)
             mbarrier.wait(full.index(GROUP * TILES + part % TILES), (step + part // TILES) & 1)
             gate(
-                tile, tile, quarters[quarter], scale, real, bias_ptr + first, bias_ptr, out_ptr + first, out_stride,
-                out_ptr, 0, row * N + token, before, 0, False, EVEN, SHIFTED, layout, END,
+                tile, tile, quarters[quarter] if WIDTH == BLOCK else sides[side], scale, real, bias_ptr + first,
+                bias_ptr, out_ptr + first, out_stride, out_ptr, 0, row * N + token, before, 0, False, EVEN, SHIFTED,
+                layout, END,
             )  # fmt: skip
             fence_async_shared()
             if not SHIFTED or not before:
@@ -851,7 +856,7 @@ def finish_half(
                 tma.store_wait(1)
                 mbarrier.arrive(empty.index((part - 1) % TILES), count=1)
     tma.store_wait(0)
-    mbarrier.arrive(empty.index((BLOCK // END - 1) % TILES), count=1)
+    mbarrier.arrive(empty.index((WIDTH // END - 1) % TILES), count=1)
 
 
 @gluon.jit
@@ -957,7 +962,7 @@ def whole_kernel(
             [24],
         )  # fmt: skip
     else:
-        TILES: gl.constexpr = BLOCK // END
+        TILES: gl.constexpr = 2
         end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
         ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
         tiles = gl.allocate_shared_memory(gl.bfloat16, [TILES, BLOCK, END], end_layout)

@@ -255,9 +255,11 @@ def attention_step(
     cos, sin = (None, None) if places.rotary is None else places.rotary
     step, seen = gated_step, state.seen
     if ops.is_watched((u_B1E,)):
-        # Inductor computes positions, which it takes from `seen`, again for the next layer. An operator that had
-        # written to `seen` would be before that.
-        step, seen = step_operator, None
+        step = step_operator
+        if unit.layer_idx == 0:
+            # Inductor computes positions, which it takes from this `seen`, again for the next layer. An operator that
+            # had written to it would be before that.
+            seen = None
     out_B1E = step(
         u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
         state.lin_k, state.value, state.total, seen, bias_R, unit.divisor, unit.normalization == "mean",

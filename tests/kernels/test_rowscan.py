@@ -9,7 +9,7 @@ import torch
 
 from flash_hf.kernels import choice
 from test_scan import rows_in_torch, totals_in_torch, whole_in_torch
-from test_turns import Barrier, Described, Emulated, Fault, Tile
+from test_turns import Barrier, Described, Emulated, Fault, Tile, functions_of
 
 
 hopper, rowscan, scan = choice.hopper, choice.rowscan, choice.scan
@@ -113,13 +113,12 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, END_TILES=2, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid, PART=64,
+            gl=gl, END_TILES=2, WIDTH=rowscan.WIDTH.value, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid, PART=64,
             halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
         for module in (scan, rowscan):
-            functions = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
-            for name, value in (functions | names).items():
+            for name, value in (functions_of(module, monkeypatch) | names).items():
                 monkeypatch.setattr(module, name, value, raising=False)
         monkeypatch.setattr(hopper, "gl", gl)
         monkeypatch.setattr(hopper, "mbarrier", names["mbarrier"])
@@ -155,9 +154,10 @@ class EmulatedNumbers(Emulated):
         for tile in read:
             tile.readers += 1
         self.reads.setdefault(self.warps.here.name, []).append(read)
-        # In the depth of an instruction, so that sums are those of any tiles.
+        # In the depth of an instruction and 64 columns, so that sums are those of any tiles.
         for left, right in zip(x.load(None).split(16, 1), y.load(None).split(16), strict=True):
-            acc = acc + left.contiguous() @ right.contiguous()
+            left = left.contiguous()
+            acc = acc + torch.cat([left @ part.contiguous() for part in right.split(64, 1)], 1)
         self.warps.wait()
         return acc
 
@@ -180,10 +180,13 @@ def described(numbers, rows=1):
 
 
 def slots(module, back):
-    return {"SLOTS": module.SLOTS if back else module.DEPTH_SLOTS, "VALUE_SLOTS": module.VALUE_SLOTS}
+    if back:
+        return {"SLOTS": module.SLOTS, "VALUE_SLOTS": module.VALUE_SLOTS}
+    values = module.DEPTH_VALUE_SLOTS if module is rowscan else module.VALUE_SLOTS
+    return {"SLOTS": module.DEPTH_SLOTS, "VALUE_SLOTS": values}
 
 
-# One, two and three tasks per program, and some programs with one less than others.
+# Two to six tasks per program, and some programs with one less than others.
 @pytest.mark.parametrize("programs", [6, 3, 2, 4])
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize(
@@ -192,12 +195,12 @@ def slots(module, back):
 def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, monkeypatch):
     """Bit for bit, and what they say that they compute."""
     B, E, G = 3, 256, -(-(N + shift) // 256)
-    tasks = B * E // 128
+    tasks, width = B * E // 128, int(rowscan.WIDTH)
     torch.manual_seed(0)
-    x, h, rms = (torch.rand(B * N, width, dtype=torch.float64) - 0.3 for width in (E, E, 1))
+    x, h, rms = (torch.rand(B * N, size, dtype=torch.float64) - 0.3 for size in (E, E, 1))
     heads = torch.randn(2, B * G * 256, 128, dtype=torch.float64)
     weights = torch.randn(B * G * 256, 256, dtype=torch.float64)
-    gain, bias_x, bias_h = (torch.randn(width, dtype=torch.float64) for width in (1, E, E))
+    gain, bias_x, bias_h = (torch.randn(size, dtype=torch.float64) for size in (1, E, E))
     begin, end = (torch.arange(B) * G + first for first in (0, G))
     rms = rms.flatten()
     options = {"BACK": back, "EVEN": N + shift == 256 * G}
@@ -222,7 +225,7 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
     emulated.run(
         rowscan.row_kernel, programs, x, h, weights, reader, writer, described(out, B), described(states),
         described(value, B), rms, gain, bias_x, bias_h, *map(Pointer, (sums, out)), E, Pointer(value), N, G, shift,
-        E // 128, tasks, **options, SHIFTED=shift > 0, **slots(rowscan, back),
+        E // width, B * E // width, **options, SHIFTED=shift > 0, **slots(rowscan, back),
     )  # fmt: skip
     out, states, value, sums = apart
     emulated.run(

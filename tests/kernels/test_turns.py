@@ -169,6 +169,15 @@ def root(x):
     return x.sqrt() if isinstance(x, torch.Tensor) else x
 
 
+def functions_of(module, monkeypatch):
+    """A module's kernels and what they call, by name, with defaults that are plain numbers."""
+    found = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
+    for function in found.values():
+        plain = tuple(getattr(value, "value", value) for value in function.__defaults__ or ())
+        monkeypatch.setattr(function, "__defaults__", plain)
+    return found
+
+
 class Emulated:
     """Programs of a kernel, one after the other: `stored` has what each stored where."""
 
@@ -197,7 +206,7 @@ class Emulated:
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
+            gl=gl, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
             halves=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
@@ -205,6 +214,7 @@ class Emulated:
             for name, value in names.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, value)
+        functions_of(scan, monkeypatch)
         monkeypatch.setattr(quadratic, "lower_tile", hopper.lower_tile.fn)
         place_of = quadratic.place_of.fn
         monkeypatch.setattr(quadratic, "place_of", lambda task, *a: map(int, place_of(torch.tensor(task), *a)))
@@ -392,7 +402,8 @@ def test_the_groups_of_quadratic_attention_take_turns(kind, causal, programs, em
     B, N, E = 2, 384, 256
     emulated.run(
         quadratic.quadratic_kernel, programs, *map(Described, ("x", "y", "held", "result")), 0, 0, 0, 0,
-        B, N, E, quadratic.task_count(kind, B, N, E, causal), KIND=kind, CAUSAL=causal, STEP=64, STAGES=5,
+        B, N, E, 8, quadratic.task_count(kind, B, N, E, causal, 128, 128), KIND=kind, CAUSAL=causal, STEP=64,
+        STAGES=5,
     )  # fmt: skip
     expected = {}
     for row, block, column in itertools.product(range(B), range(3), range(3 if kind == "scores" else 2)):

@@ -6,7 +6,15 @@ import itertools
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TextStreamer, WatermarkingConfig
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    TextStreamer,
+    WatermarkingConfig,
+)
 
 from flash_hf import FlashForCausalLM, FlashForMaskedLM, FlashModel
 from flash_hf.cache_flash import CACHE_NAME
@@ -270,6 +278,24 @@ def test_streaming():
     assert streamer.parts[-1] is None and len(streamer.parts) == GREEDY["max_new_tokens"] + 2
     assert torch.equal(torch.cat(streamer.parts[:-1]), out[0])
     assert issubclass(TextStreamer, object)
+
+
+@pytest.mark.parametrize("more", [{}, {"token_type_ids": torch.zeros(2, 9, dtype=torch.long)}], ids=["ids", "types"])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_step_is_prepared_as_by_transformers(kind, more):
+    model = build("mixed_chunk", dtype=torch.float32)
+    ids = random_ids(model.config, 2, 9)
+    cache = kind(config=model.config, **({"max_cache_len": 16} if kind is StaticCache else {}))
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache)
+    options = {"next_sequence_length": 1, CACHE_NAME: cache, "use_cache": True, "labels": None, **more}
+    own = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids), **options)
+    theirs = GenerationMixin.prepare_inputs_for_generation(model, ids, **options)
+    assert {name: value for name, value in own.items() if value is not None}.keys() == theirs.keys()
+    for name, value in theirs.items():
+        same = torch.equal(own[name], value) if isinstance(value, torch.Tensor) else own[name] is value
+        assert same, name
+    assert own["input_ids"].stride() == (1, 1)
 
 
 def cache_bytes(cache):
