@@ -24,10 +24,8 @@ logger = logging.get_logger(__name__)
 
 # With fewer walks of 128 value dimensions, a large GPU (132 multiprocessors) idles more than a second pass costs.
 FEW_SCANS = 90
-# With fewer large tiles of a product, idle multiprocessors at its end cost what large tiles save (reckoned).
+# With fewer tiles of an output projection, idle multiprocessors at its end cost what large tiles save (reckoned).
 FEW_TILES = 500
-# From this depth of FLASH-Quad's products on, large tiles save more than their ends cost (reckoned).
-WIDE_DEPTH = 512
 
 
 @functools.cache
@@ -84,18 +82,6 @@ def spans_rows(shape: Shape, source: Tensor | None, device: torch.device) -> boo
         and shape.dtype == torch.bfloat16 and shape.N == shape.C and shape.N % 128 == 0 and shape.E % 128 == 0
     )  # fmt: skip
     return fits and scan_for(device)
-
-
-def widens(kind: str, shape: Shape) -> bool:
-    """Whether one of FLASH-Quad's products comes in tiles of 256 slots, where `spans_rows` is true: rows of whole
-    tiles, deep products, and many tiles."""
-    if shape.N % 256:
-        return False
-    tiles = quadratic.task_count(
-        kind, shape.B, shape.N, shape.E, shape.causal, *quadratic.tile_of(kind, shape.E, True)
-    )  # fmt: skip
-    depth = shape.E if kind == "scores" else shape.N // (2 if shape.causal else 1)
-    return depth >= WIDE_DEPTH and tiles >= FEW_TILES
 
 
 def weighs(shape: Shape, device: torch.device) -> bool:

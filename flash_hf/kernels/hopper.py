@@ -24,8 +24,6 @@ from .dispatch import Described, Form
 # Names of triton 3.8 on, and those before.
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-# Triton 3.9's name for `_reinterpret`.
-REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 BLOCK = gl.constexpr(128)
 TILE_BYTES = gl.constexpr(128 * 128 * 2)
@@ -96,15 +94,6 @@ def halves(acc, layout: gl.constexpr):
     columns: gl.constexpr = acc.shape[1]
     left, right = gl.split(gl.permute(gl.reshape(acc, [rows, 2, columns // 2]), (0, 2, 1)))
     return gl.convert_layout(left, layout, True), gl.convert_layout(right, layout, True)
-
-
-@gluon.jit
-def joined(left, right, layout: gl.constexpr):
-    """The tile of which these are the halves."""
-    rows: gl.constexpr = left.shape[0]
-    columns: gl.constexpr = left.shape[1]
-    tile = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [rows, 2 * columns])
-    return gl.convert_layout(tile, layout, True)
 
 
 @gluon.jit

@@ -344,21 +344,14 @@ def launch_quadratic(
 ) -> None:  # fmt: skip
     """Fill `result`, and with kind `"values"` `sums`; see `quadratic_kernel`."""
     B, N, E, step = shape.B, shape.N, shape.E, quadratic.STEP
-    wide = choice.widens(kind, shape)
-    tall, columns = quadratic.tile_of(kind, E, wide)
-    tasks = quadratic.task_count(kind, B, N, E, shape.causal, tall, columns)
-    x = hopper.matrix(x, *((step, 128) if kind == "values" else (128, step)))
-    ends = (128, step) if wide else (128, 128)
-    rest = [hopper.matrix(y, step, step)] if wide else []
-    y = hopper.matrix(y, *((128, step) if kind == "scores" else (step, 128)))
-    launch, span, options = quadratic.quadratic_kernel, quadratic.GROUP_ROWS, {"STAGES": quadratic.STAGES}
-    if wide:
-        launch, span = quadratic.wide_kernel, quadratic.WIDE_GROUP_ROWS
-        options = {"COLUMNS": columns, "STAGES": quadratic.WIDE_STAGES}
-    launch(
-        scan_grid(tasks, result.device),
-        x, y, *rest, hopper.matrix(held, *ends), hopper.matrix(result, *ends), inputs.rms, inputs.gain, bias, sums, B,
-        N, E, span, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, num_warps=4, **options,
+    tasks = quadratic.task_count(kind, B, N, E, shape.causal)
+    x_block = (step, 128) if kind == "values" else (128, step)
+    y_block = (128, step) if kind == "scores" else (step, 128)
+    quadratic.quadratic_kernel(
+        scan_grid(tasks, x.device),
+        hopper.matrix(x, *x_block), hopper.matrix(y, *y_block), hopper.matrix(held), hopper.matrix(result), inputs.rms,
+        inputs.gain, bias, sums, B, N, E, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, STAGES=quadratic.STAGES,
+        num_warps=4,
     )  # fmt: skip
 
 

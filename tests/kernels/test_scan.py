@@ -88,20 +88,6 @@ def test_what_the_kernels_over_whole_rows_are_not_for(changes, monkeypatch):
 
 
 @pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
-def test_which_products_over_whole_rows_have_large_tiles():
-    def wide(kind, B=64, N=1024, **changes):
-        return choice.widens(kind, dataclasses.replace(ROWS, B=B, N=N, C=N, **changes))
-
-    for kind in ("output", "values", "scores"):
-        # Too few tiles, rows of half a tile more, and products that are deep enough in a bidirectional model alone.
-        assert wide(kind) and wide(kind, causal=False) and not wide(kind, B=2) and not wide(kind, N=1152)
-        assert wide(kind, B=128, N=512) == (kind == "scores") and wide(kind, B=128, N=512, causal=False)
-        assert choice.quadratic.tile_of(kind, 1536, True) == (256, 128 if kind == "scores" else 192)
-        assert choice.quadratic.tile_of(kind, 1024, True) == (256, 128)
-        assert choice.quadratic.tile_of(kind, 1536, False) == (128, 128)
-
-
-@pytest.mark.skipif(choice.scan is None, reason="triton has no Gluon")
 @pytest.mark.parametrize(
     "changes", [{"D": 0}, {"D": 772}, {"silu": False}, {"E": 1600}, {"dtype": torch.float32}], ids=str
 )
@@ -215,14 +201,6 @@ def ends(width):
 
 wide, high = [128, quadratic.STEP], [quadratic.STEP, 128]
 factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide)}
-
-def rows_of(kind, causal, columns):
-    x, y = factors[kind]
-    step = quadratic.STEP
-    descriptors = {"x": x, "y": y, "y_rest": [step, step]} | dict.fromkeys(("held", "result"), wide)
-    return compiled(quadratic.wide_kernel, descriptors, KIND=kind, CAUSAL=causal, COLUMNS=columns,
-                    STEP=step, STAGES=quadratic.WIDE_STAGES)
-
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 held = {"warps": 8, "SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
 halves_held = {"SLOTS": rowscan.DEPTH_SLOTS, "VALUE_SLOTS": rowscan.DEPTH_VALUE_SLOTS}
@@ -268,10 +246,6 @@ found = {
         STEP=quadratic.STEP, STAGES=quadratic.STAGES)
     for kind, (x, y) in factors.items()
 } | {
-    f"{kind} of 256 by {columns} {causal}": rows_of(kind, causal, columns)
-    for kind, columns in (("output", 192), ("output", 128), ("values", 192), ("values", 128), ("scores", 128))
-    for causal in (True, False)
-} | {
     f"scores {bias} {causal} {skip}": compiled(
         scores.scores_kernel, {"q": [64, 128], "k": square, "a": [64, 128]}, BIAS=bias, CAUSAL=causal, SKIP=skip,
         STAGES=scores.STAGES)
@@ -307,7 +281,7 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-c", COMPILE, str(tmp_path)], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
-    assert len(rows) == 44
+    assert len(rows) == 34
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
     tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
     for name, shared, stack, products in rows:
@@ -523,17 +497,10 @@ def product_in_torch(
     y.copy_(x + a @ w.T + bias)
 
 
-def wide_in_torch(grid, x, y, y_rest, *arguments, COLUMNS, **constants):
-    tile = choice.quadratic.tile_of(constants["KIND"], y.shape[-1], True)
-    assert tile == (256, COLUMNS) and torch.equal(y_rest, y)
-    quadratic_in_torch(grid, x, y, *arguments, tile=tile, **constants)
-
-
 def quadratic_in_torch(
-    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, span, tasks, *, KIND, CAUSAL, tile=(128, 128),
-    **constants,
+    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, **constants,
 ):  # fmt: skip
-    assert tasks == choice.quadratic.task_count(KIND, rows, N, E, CAUSAL, *tile)
+    assert tasks == choice.quadratic.task_count(KIND, rows, N, E, CAUSAL)
     scale = rms[:, None] * gain
     # Squares of 128 above the diagonal are not read. Those on it are whole in bfloat16, which this is not.
     slot, whole = torch.arange(N), torch.ones(N, N, dtype=torch.bool)
@@ -619,7 +586,6 @@ def replace_by_torch(monkeypatch):
     ends_layer = choice.ends_layer
     monkeypatch.setattr(choice, "ends_layer", lambda x, out: ends_layer(x.bfloat16(), out.bfloat16()))
     monkeypatch.setattr(choice, "FEW_TILES", 0)
-    monkeypatch.setattr(choice, "WIDE_DEPTH", 0)
     monkeypatch.setattr(launches, "multiprocessors", lambda device: 132)
     # Two steps of a program of 128 slots in place of 32: each takes the interpreter as long.
     monkeypatch.setattr(launches, "HEADS_STEP", 64 * 64)
@@ -629,7 +595,6 @@ def replace_by_torch(monkeypatch):
         (choice.reduce, "reduce_kernel", reduce_in_torch),
         (choice.gate, "gate_product_kernel", gate_product_in_torch),
         (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
-        (choice.quadratic, "wide_kernel", wide_in_torch),
         (choice.scores, "scores_kernel", scores_in_torch),
         (choice.scores, "score_heads_kernel", score_heads_in_torch),
         (choice.product, "product_kernel", product_in_torch),
@@ -743,16 +708,15 @@ def test_a_call_that_fills_a_cache_is_scanned(length, rows, form, in_torch, monk
 
 @no_gpu
 @pytest.mark.parametrize("parts", [False, True])
-@pytest.mark.parametrize("length", [384, 512])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_launches_around_quadratic_attention_are_right(causal, length, parts, in_torch, monkeypatch):
+def test_the_launches_around_quadratic_attention_are_right(causal, parts, in_torch, monkeypatch):
     monkeypatch.setattr(launches, "MOST_WEIGHTS", 1 if parts else 10**9)
     config = hopper_config(
         hidden_size=64, num_hidden_layers=1, is_decoder=causal, attention_type="quadratic",
         max_position_embeddings=600,
     )  # fmt: skip
-    compare(config, "odd", length=length)
-    assert in_torch["wide_kernel" if length == 512 else "quadratic_kernel"] == 3 * (2 if parts else 1)
+    compare(config, "odd", length=384)
+    assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1)
     assert in_torch["scores_kernel"] == 2 * in_torch["score_heads_kernel"] == 2 * (2 if parts else 1)
     assert in_torch["gate_product_kernel"] == 1
 
@@ -771,6 +735,7 @@ def in_numbers(monkeypatch):
     monkeypatch.setattr(choice.quadratic, "lower_tile", choice.hopper.lower_tile.fn)
     monkeypatch.setattr(choice.quadratic, "BLOCK", 128)
     monkeypatch.setattr(choice.reduce, "BLOCK", 128)
+    monkeypatch.setattr(choice.quadratic, "GROUP_ROWS", 8)
 
 
 @pytest.mark.parametrize("back", [False, True])
@@ -828,22 +793,19 @@ def test_every_tile_of_the_reduction_is_one_task(rows, chunks, empty, causal, in
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["output", "values", "scores"])
-@pytest.mark.parametrize("E", [384, 512])
-@pytest.mark.parametrize(("rows", "N", "wide"), [(11, 128, 0), (3, 640, 0), (1, 8192, 0), (11, 256, 1), (2, 1792, 1)])
-def test_every_tile_of_quadratic_attention_is_one_task(rows, N, wide, E, kind, causal, in_numbers):
-    tall, wide = choice.quadratic.tile_of(kind, E, wide)
-    count = choice.quadratic.task_count(kind, rows, N, E, causal, tall, wide)
-    places = choice.quadratic.place_of.fn(torch.arange(count), rows, N, E, 3, kind, causal, tall, wide)
+@pytest.mark.parametrize(("rows", "N"), [(11, 128), (3, 640), (1, 8192)])
+def test_every_tile_of_quadratic_attention_is_one_task(rows, N, kind, causal, in_numbers):
+    E = 384
+    count, blocks = choice.quadratic.task_count(kind, rows, N, E, causal), N // 128
+    places = choice.quadratic.place_of.fn(torch.arange(count), rows, N, E, kind, causal)
     found = set(zip(*(torch.as_tensor(x).expand(count).tolist() for x in places), strict=True))
-    ends = [N if kind == "scores" else E] * N
-    if causal and kind == "scores":
-        ends = [slot + tall for slot in range(N)]
     expected = {
         (
-            row, slot, column, slot if causal and kind == "values" else 0,
-            E if kind == "scores" else slot + tall if causal and kind == "output" else N,
+            row, block, column, block * 128 if causal and kind == "values" else 0,
+            E if kind == "scores" else (block + 1) * 128 if causal and kind == "output" else N,
         )
-        for row in range(rows) for slot in range(0, N, tall) for column in range(0, ends[slot], wide)
+        for row in range(rows) for block in range(blocks)
+        for column in range(block + 1 if causal and kind == "scores" else blocks if kind == "scores" else E // 128)
     }  # fmt: skip
     assert found == expected and count == len(expected)
 
@@ -898,7 +860,6 @@ def test_bidirectional_error_is_at_most_twice_the_torch_tiers(length, form, scan
 @pytest.mark.parametrize(("length", "form"), [(512, "paper"), (300, "odd shift"), (777, "shifted keys")])
 def test_error_with_the_last_product_is_at_most_twice_the_torch_tiers(length, form, causal, width, monkeypatch):
     monkeypatch.setattr(choice, "FEW_TILES", 0)
-    monkeypatch.setattr(choice, "WIDE_DEPTH", 0)
     ran, launch = [], launches.launch_product
     monkeypatch.setattr(launches, "launch_product", lambda *a: ran.append(a) or launch(*a))
     config = hopper_config(hidden_size=width, is_decoder=causal, **FORMS[form])
@@ -984,24 +945,14 @@ def test_gradients_of_quadratic_heads_are_those_of_the_general_kernel(B, N, G, C
         assert torch.equal(d_heads[:2, written], found[0][:2, written])
 
 
-@pytest.fixture(params=[False, True])
-def large_tiles(request, monkeypatch):
-    """Whether FLASH-Quad's products have tiles of 256 slots, where rows allow them; none of them replayed."""
-    monkeypatch.setattr(choice, "FEW_TILES", 0 if request.param else 10**9)
-    monkeypatch.setattr(choice, "WIDE_DEPTH", 0)
-    monkeypatch.setattr(replay, "EARLIER", 10**9)
-
-
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("length", "hidden"), [(256, 256), (640, 256), (1024, 256), (1024, 192), (333, 256)])
-def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, hidden, causal, large_tiles, monkeypatch):
+@pytest.mark.parametrize("length", [256, 640, 1024, 333])
+def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, causal, monkeypatch):
     ran, launch = [], launches.launch_quadratic
     monkeypatch.setattr(launches, "launch_quadratic", lambda *a: ran.append(a) or launch(*a))
-    config = hopper_config(
-        attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024, hidden_size=hidden
-    )  # fmt: skip
+    config = hopper_config(attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024)
     compare(config, "odd", torch.bfloat16, length=length, scale=0.06, draws=2)
     assert len(ran) == (0 if length % 128 else 3 * 2 * 2)
 
@@ -1009,7 +960,7 @@ def test_quadratic_error_is_at_most_twice_the_torch_tiers(length, hidden, causal
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [True, False])
-def test_two_runs_of_quadratic_attention_are_bit_equal(causal, large_tiles):
+def test_two_runs_of_quadratic_attention_are_bit_equal(causal):
     config = hopper_config(attention_type="quadratic", is_decoder=causal, max_position_embeddings=1024)
     model = make_model(FlashModel, config, dtype=torch.bfloat16, scale=0.06).to(DEVICE)
     x = torch.randn(10, 1024, 256, device=DEVICE, dtype=torch.bfloat16)

@@ -206,7 +206,7 @@ class Emulated:
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
+            gl=gl, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
             halves=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
@@ -402,8 +402,7 @@ def test_the_groups_of_quadratic_attention_take_turns(kind, causal, programs, em
     B, N, E = 2, 384, 256
     emulated.run(
         quadratic.quadratic_kernel, programs, *map(Described, ("x", "y", "held", "result")), 0, 0, 0, 0,
-        B, N, E, 8, quadratic.task_count(kind, B, N, E, causal, 128, 128), KIND=kind, CAUSAL=causal, STEP=64,
-        STAGES=5,
+        B, N, E, quadratic.task_count(kind, B, N, E, causal), KIND=kind, CAUSAL=causal, STEP=64, STAGES=5,
     )  # fmt: skip
     expected = {}
     for row, block, column in itertools.product(range(B), range(3), range(3 if kind == "scores" else 2)):
