@@ -531,19 +531,13 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
         )
 
 
-def count_step(cache: Cache) -> None:
-    """Count the column of a step in all layers at once: each by itself would take a launch of a static cache, and
-    20 microseconds together of another."""
-    first, *others = cache.layers
-    if is_exporting():
-        for layer in cache.layers:
-            layer.cumulative_length += 1
-    elif isinstance(first.cumulative_length, Tensor):
-        torch._foreach_add_([layer.cumulative_length for layer in cache.layers], 1)
-    else:
-        first.cumulative_length += 1
-        for layer in others:
-            layer._columns = first._columns
+def count_step(layers: list[FlashChunkCacheLayer]) -> None:
+    """Count the column of a step; in a static cache in all layers at once, since each alone would take a launch."""
+    if isinstance(layers[0].cumulative_length, Tensor) and not is_exporting():
+        torch._foreach_add_([layer.cumulative_length for layer in layers], 1)
+        return
+    for layer in layers:
+        layer.cumulative_length += 1
 
 
 def _adopt(cache: Cache, kind: str, forms: list[StateForm]) -> None:

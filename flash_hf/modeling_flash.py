@@ -687,7 +687,7 @@ class FlashModel(FlashPreTrainedModel):
         for index, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             hidden_states = layer(hidden_states, places[index % len(places)], **{name: cache})
         if isinstance(places[0].layout, StepLayout):
-            count_step(cache)
+            count_step(cache.layers[: self.config.num_hidden_layers])
         hidden_states = normalise(self.norm, hidden_states, places[0])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 

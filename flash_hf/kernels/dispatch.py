@@ -214,7 +214,8 @@ class Kernel:
         arguments = [*map(_as_triton_takes, arguments)]
         compiled = self.compiled.get(kinds)
         if compiled is None:
-            options = {} if maxnreg is None else {"maxnreg": maxnreg}
+            # Multiplications and additions are joined, which triton 3.10 will not do unless it is asked to.
+            options = {"enable_fp_fusion": True} if maxnreg is None else {"enable_fp_fusion": True, "maxnreg": maxnreg}
             if overlaps(device):
                 options["launch_pdl"] = True
             self.compiled[kinds] = self.function[grid](*arguments, **constants, num_warps=num_warps, **options)

@@ -279,8 +279,9 @@ def row_kernel(
     """`totals_kernel` and `whole_kernel` of scan.py in one, for rows of at most `VALUE_SLOTS / 2` chunks of 256: the
     row's state `sum writer^T V / C`, which goes to `states`, and the chunks' outputs.
 
-    A task is a row and `WIDTH` value dimensions. Forward, two groups of four warps have half of the state's rows each, and
-    halves of chunks in turn: descriptors are those of `whole_kernel`, with `writer` as `reader`.
+    A task is a row and `WIDTH` value dimensions. Forward, two groups of four warps have half of the state's rows each,
+    and halves of chunks in turn: descriptors are those of `whole_kernel`, with `writer` as `reader`. Those of x, the
+    states and `value_out`, and backward of h and `out`, are for tiles of 128 by `WIDTH`.
     """
     layout: gl.constexpr = a.layout
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, WIDTH], layout)
@@ -308,8 +309,8 @@ def row_kernel(
                 (
                     load_tiles,
                     (
-                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, tiles, end_full, end_empty,
-                        G, shift, E_BLOCKS, TASKS, SLOTS, VALUE_SLOTS,
+                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, tiles, end_full,
+                        end_empty, G, shift, E_BLOCKS, TASKS, SLOTS, VALUE_SLOTS,
                     ),
                 ),
             ],

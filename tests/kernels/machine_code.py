@@ -114,7 +114,8 @@ def after(number, instruction, known):
         return known
     kind, first = target[1], int(target[2])
     wide = 4 if re.search("128|LDSM", name) else 2 if re.search("64|WIDE|^CS2R", name) else 1
-    count = 64 if name.startswith("HGMMA") else wide
+    product = re.match(r"HGMMA\.64x(\d+)x", name)
+    count = int(product[1]) // 2 if product else wide
     new = known | {(kind, first + part): (frozenset([(number, part)]), 0) for part in range(count)}
     for part in {"UIADD3.64": [1], "CS2R": [0, 1]}.get(name, [0] if count == 1 else []):
         new[kind, first + part] = result_of(name, operands[1:], part, known) or new[kind, first + part]

@@ -13,7 +13,7 @@ from machine_code import early_accesses
 
 @pytest.mark.parametrize(
     ("capability", "version", "chosen"),
-    [((9, 0), "3.6.0", True), ((10, 0), "3.6.0", True), ((12, 0), "3.6.0", True), ((8, 9), "3.6.0", False),
+    [((9, 0), "3.6.0", True), ((9, 0), "3.9.0", True), ((10, 0), "3.6.0", True), ((12, 0), "3.6.0", True), ((8, 9), "3.6.0", False),
      ((9, 0), "99.0", False)],
 )  # fmt: skip
 def test_launches_overlap_from_hopper_on(capability, version, chosen, monkeypatch):
@@ -32,7 +32,8 @@ def test_launches_overlap_from_hopper_on(capability, version, chosen, monkeypatc
         dispatch.Kernel(Function())((1,), 2, BLOCK=3, num_warps=4)
     finally:
         dispatch.overlaps.cache_clear()
-    assert options == [{"BLOCK": 3, "num_warps": 4} | ({"launch_pdl": True} if chosen else {})]
+    always = {"BLOCK": 3, "num_warps": 4, "enable_fp_fusion": True}
+    assert options == [always | ({"launch_pdl": True} if chosen else {})]
 
 
 # Compiles the kernels of training steps and decoding as they are launched, without running them, on the CPU.

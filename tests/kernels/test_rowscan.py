@@ -113,8 +113,8 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, END_TILES=2, WIDTH=rowscan.WIDTH.value, warpgroup_mma_init=lambda acc: acc, sigmoid=torch.sigmoid, PART=64,
-            halves=lambda acc, layout: acc.chunk(2, 1),
+            gl=gl, END_TILES=2, WIDTH=rowscan.WIDTH.value, PART=64, warpgroup_mma_init=lambda acc: acc,
+            sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
         for module in (scan, rowscan):
@@ -214,7 +214,7 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
     out, states, value, sums = expected
     rows_in_torch(
         (programs,), x, h, weights, *heads, out, states, value, rms, gain, bias_x, bias_h, sums, out, E, value, N, G,
-        shift, E // 128, tasks, **options,
+        shift, E // width, B * E // width, **options,
     )  # fmt: skip
 
     emulated = EmulatedNumbers(monkeypatch, programs)

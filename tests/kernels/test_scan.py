@@ -132,8 +132,9 @@ def test_which_rows_a_scan_holds():
 
 @pytest.mark.parametrize(
     ("capability", "version", "chosen"),
-    [((9, 0), "3.6.0", True), ((9, 0), "3.5.1", False), ((9, 0), "99.0", False), ((8, 0), "3.6.0", False),
-     ((8, 9), "3.6.0", False), ((10, 0), "3.6.0", False), ((12, 0), "3.6.0", False)],
+    [((9, 0), "3.6.0", True), ((9, 0), "3.7.1", True), ((9, 0), "3.9.0", True), ((9, 0), "3.5.1", False),
+     ((9, 0), "99.0", False), ((8, 0), "3.6.0", False), ((8, 9), "3.6.0", False), ((10, 0), "3.6.0", False),
+     ((12, 0), "3.6.0", False)],
 )  # fmt: skip
 def test_the_scan_is_chosen_by_capability_and_triton(capability, version, chosen, monkeypatch):
     said = []
@@ -283,11 +284,11 @@ def test_the_kernels_for_hopper_compile_without_one(tmp_path, monkeypatch):
     rows = [line.split(";")[1:] for line in done.stdout.splitlines() if line.startswith("kernel;")]
     assert len(rows) == 34
     found = tuple(int(part) for part in choice.triton.__version__.split(".")[:2])
-    tried = choice.TRIED_TRITON[0] <= found <= choice.TRIED_TRITON[1]
+    # Bytes per thread. Versions that are not chosen yet may spill more.
+    most = {(3, 6): 64, (3, 7): 64, (3, 8): 64, (3, 9): 104}.get(found, 256)
     for name, shared, stack, products in rows:
         assert int(shared) <= 227 * 1024, name
-        # Bytes per thread. Versions that are not chosen yet may spill more: 3.9 does, 104 bytes.
-        assert int(stack) <= (64 if tried else 256), name
+        assert int(stack) <= most, name
         assert int(products) > 0, name
         code = (tmp_path / f"{name}.txt").read_text(encoding="utf-8")
         assert early_accesses(code) == [], name
@@ -415,7 +416,8 @@ def rows_in_torch(
     e_blocks, tasks, *, BACK, EVEN, **constants,
 ):  # fmt: skip
     assert G <= 2
-    B, width = len(a) // 256 // G, 128 * e_blocks
+    B, width = len(a) // 256 // G, choice.rowscan.WIDTH.value * e_blocks
+    e_blocks, tasks = width // 128, B * width // 128
     begin, end = (torch.arange(B) * G + first for first in (0, G))
     state = states.view(B, 128, width)
     totals_in_torch(
