@@ -13,8 +13,8 @@ from machine_code import early_accesses
 
 @pytest.mark.parametrize(
     ("capability", "version", "chosen"),
-    [((9, 0), "3.6.0", True), ((9, 0), "3.9.0", True), ((10, 0), "3.6.0", True), ((12, 0), "3.6.0", True), ((8, 9), "3.6.0", False),
-     ((9, 0), "99.0", False)],
+    [((9, 0), "3.6.0", True), ((9, 0), "3.9.0", True), ((10, 0), "3.6.0", True), ((12, 0), "3.6.0", True),
+     ((8, 9), "3.6.0", False), ((9, 0), "99.0", False)],
 )  # fmt: skip
 def test_launches_overlap_from_hopper_on(capability, version, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
