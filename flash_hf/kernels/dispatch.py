@@ -215,7 +215,7 @@ class Kernel:
         compiled = self.compiled.get(kinds)
         if compiled is None:
             # Multiplications and additions are joined, which triton 3.10 will not do unless it is asked to.
-            options = {"enable_fp_fusion": True} if maxnreg is None else {"enable_fp_fusion": True, "maxnreg": maxnreg}
+            options: dict = {"enable_fp_fusion": True} | ({} if maxnreg is None else {"maxnreg": maxnreg})
             if overlaps(device):
                 options["launch_pdl"] = True
             self.compiled[kinds] = self.function[grid](*arguments, **constants, num_warps=num_warps, **options)

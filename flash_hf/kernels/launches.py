@@ -261,13 +261,11 @@ def launch_row_scan(
     reader, writer = (row + 1, row) if back else (row, row + 1)
     states = x.new_empty((B, shape.tiles.SP, shape.E))
     width = rowscan.WIDTH.value
-    tasks = B * (shape.E // width)
+    tasks, held = B * (shape.E // width), (128, width)
     step, end = scan_tiles(back)
-    held = 128, width
-    end = held if back else end
-    slots = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
-    if not back:
-        slots = {"SLOTS": rowscan.DEPTH_SLOTS, "VALUE_SLOTS": rowscan.DEPTH_VALUE_SLOTS}
+    slots, value_slots = rowscan.DEPTH_SLOTS, rowscan.DEPTH_VALUE_SLOTS
+    if back:
+        end, slots, value_slots = held, rowscan.SLOTS, rowscan.VALUE_SLOTS
     rowscan.row_kernel(
         scan_grid(tasks, x.device),
         hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
@@ -275,7 +273,7 @@ def launch_row_scan(
         hopper.matrix(states, *held), hopper.tokens(out if value is None else value, B, N, *held), inputs.rms,
         inputs.gain, *biases, inputs.rms if sums is None else sums, out, out.stride(0),
         out if value is None else value, N, shape.G, shape.shift, shape.E // width, tasks, BACK=back, EVEN=shape.even,
-        SHIFTED=shape.shift > 0, **slots, num_warps=8 if back else 4,
+        SHIFTED=shape.shift > 0, SLOTS=slots, VALUE_SLOTS=value_slots, num_warps=8 if back else 4,
     )  # fmt: skip
     return states
 

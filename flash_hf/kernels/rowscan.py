@@ -26,6 +26,7 @@ from .scan import (
     ACTIVATING_REGISTERS,
     DEPTH,
     END,
+    END_TILES,
     GROUP_REGISTERS,
     activate_tiles,
     fetch,
@@ -48,8 +49,6 @@ WIDTH = gl.constexpr(64)
 # Tiles of the ring, and of the values: two for each chunk, and in the forward two for the next row's.
 SLOTS, VALUE_SLOTS = 3, 4
 DEPTH_SLOTS, DEPTH_VALUE_SLOTS = 6, 6
-# Tiles of the ends: of half a chunk, or in the forward of its parts.
-END_TILES = gl.constexpr(2)
 
 
 @gluon.jit
@@ -262,7 +261,7 @@ def multiply_half(
             )  # fmt: skip
             finish_half(
                 acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, walks * G + number,
-                row, start, first_e, N, GROUP, EVEN, SHIFTED, END_TILES, narrow, WIDTH,
+                row, start, first_e, N, GROUP, EVEN, SHIFTED, narrow, WIDTH,
             )  # fmt: skip
             first += 12
             value_step += 2
@@ -367,7 +366,7 @@ def row_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
-                        END_TILES, WIDTH,
+                        WIDTH,
                     ),
                 ),
             ],

@@ -28,9 +28,10 @@ SLOTS, VALUE_SLOTS = 3, 3
 # Warps that activate a forward scan's values, and those of its totals, their registers, and the tokens that fit these.
 ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.constexpr(8), gl.constexpr(72)
 PART = gl.constexpr(64)
-# Of the forward of `whole_kernel`: the ring's tiles and their columns, columns of the tiles of the ends, and registers
-# of the two groups of warps.
-DEPTH_SLOTS, DEPTH, END, GROUP_REGISTERS = 5, gl.constexpr(64), gl.constexpr(32), gl.constexpr(208)
+# Of the forward of `whole_kernel`: the ring's tiles and their columns, tiles of the ends and their columns, and
+# registers of the two groups of warps.
+DEPTH_SLOTS, DEPTH, END_TILES, END = 5, gl.constexpr(64), gl.constexpr(2), gl.constexpr(32)
+GROUP_REGISTERS = gl.constexpr(208)
 
 
 @gluon.jit
@@ -704,7 +705,7 @@ def load_values(
 @gluon.jit
 def load_ends(
     h, tiles, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr, SKIP: gl.constexpr,
-    TILES: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
+    WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
     """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
     own."""
@@ -718,9 +719,9 @@ def load_ends(
             if not SKIP or has_tokens(token, N):
                 for first in gl.static_range(0, WIDTH, END):
                     place = [half // (2 * G), token, (task % E_BLOCKS) * WIDTH + first]
-                    slot = step % TILES
-                    arrived = full.index(group * TILES + slot)
-                    mbarrier.wait(empty.index(slot), ((step // TILES) & 1) ^ 1)
+                    slot = step % END_TILES
+                    arrived = full.index(group * END_TILES + slot)
+                    mbarrier.wait(empty.index(slot), ((step // END_TILES) & 1) ^ 1)
                     mbarrier.expect(arrived, BLOCK * END * 2)
                     load_async(h, place, arrived, tiles.index(slot).reshape([1, BLOCK, END]))
                     step += 1
@@ -823,8 +824,7 @@ def sum_half(
 @gluon.jit
 def finish_half(
     acc, out, out_ptr, out_stride, scale, real, bias_ptr, tiles, full, empty, number, row, token, column, N,
-    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, TILES: gl.constexpr, layout: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK,
+    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
     """The end of the group's half of this number: `gate` in parts of `END` columns, since more does not fit the
     registers."""
@@ -834,7 +834,7 @@ def finish_half(
     scale = gl.expand_dims(scale, 1)
     real = gl.expand_dims(real, 1)
     before = token < 0
-    step = number * (WIDTH // END // TILES)
+    step = number * (WIDTH // END // END_TILES)
     sides = halves(acc, middle)
     for side in gl.static_range(2):
         if WIDTH == BLOCK:
@@ -842,8 +842,8 @@ def finish_half(
         for quarter in gl.static_range(WIDTH // END // 2):
             part = side * (WIDTH // END // 2) + quarter
             first = column + part * END
-            tile = tiles.index(part % TILES)
-            mbarrier.wait(full.index(GROUP * TILES + part % TILES), (step + part // TILES) & 1)
+            tile = tiles.index(part % END_TILES)
+            mbarrier.wait(full.index(GROUP * END_TILES + part % END_TILES), (step + part // END_TILES) & 1)
             gate(
                 tile, tile, quarters[quarter] if WIDTH == BLOCK else sides[side], scale, real, bias_ptr + first,
                 bias_ptr, out_ptr + first, out_stride, out_ptr, 0, row * N + token, before, 0, False, EVEN, SHIFTED,
@@ -854,9 +854,9 @@ def finish_half(
                 store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
             if part > 0:
                 tma.store_wait(1)
-                mbarrier.arrive(empty.index((part - 1) % TILES), count=1)
+                mbarrier.arrive(empty.index((part - 1) % END_TILES), count=1)
     tma.store_wait(0)
-    mbarrier.arrive(empty.index((WIDTH // END - 1) % TILES), count=1)
+    mbarrier.arrive(empty.index((WIDTH // END - 1) % END_TILES), count=1)
 
 
 @gluon.jit
@@ -864,7 +864,7 @@ def multiply_half(
     out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles, end_full, end_empty,
     state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride, N, G, shift, E_BLOCKS, TASKS,
     GROUP: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
-    VALUE_SLOTS: gl.constexpr, TILES: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `whole_kernel` computes, forward, for every other half of a chunk."""
     grid_wait()
@@ -905,7 +905,7 @@ def multiply_half(
                 )  # fmt: skip
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, number, row,
-                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, TILES, narrow,
+                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow,
                 )  # fmt: skip
                 number += 1
             elif chunk == end - 1:
@@ -962,17 +962,16 @@ def whole_kernel(
             [24],
         )  # fmt: skip
     else:
-        TILES: gl.constexpr = 2
         end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
         ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
-        tiles = gl.allocate_shared_memory(gl.bfloat16, [TILES, BLOCK, END], end_layout)
+        tiles = gl.allocate_shared_memory(gl.bfloat16, [END_TILES, BLOCK, END], end_layout)
         # Both groups read values and states.
         x_empty = barriers(VALUE_SLOTS, 2)
         state_empty = barriers(1, 2)
         ready = barriers(VALUE_SLOTS)
         turns = barriers(2)
-        end_full = barriers(2 * TILES)
-        end_empty = barriers(TILES)
+        end_full = barriers(2 * END_TILES)
+        end_empty = barriers(END_TILES)
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -981,7 +980,7 @@ def whole_kernel(
                     (
                         out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
                         end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr,
-                        out_stride, N, G, shift, E_BLOCKS, TASKS, 0, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                        out_stride, N, G, shift, E_BLOCKS, TASKS, 0, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -989,7 +988,7 @@ def whole_kernel(
                     (
                         out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
                         end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr,
-                        out_stride, N, G, shift, E_BLOCKS, TASKS, 1, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                        out_stride, N, G, shift, E_BLOCKS, TASKS, 1, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -1017,7 +1016,7 @@ def whole_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces",
-                        SKIP, TILES,
+                        SKIP,
                     ),
                 ),
             ],

@@ -113,7 +113,7 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, END_TILES=2, WIDTH=rowscan.WIDTH.value, PART=64, warpgroup_mma_init=lambda acc: acc,
+            gl=gl, WIDTH=rowscan.WIDTH.value, PART=64, warpgroup_mma_init=lambda acc: acc,
             sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip

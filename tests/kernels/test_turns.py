@@ -191,7 +191,7 @@ class Emulated:
             mbarrier=barrier, tma=SimpleNamespace(store_wait=self.store_wait), load_async=self.load,
             store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
             fence_async_shared=lambda: None, grid_wait=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2, PART=64,
-            DEPTH=64, END=32,
+            DEPTH=64, END=32, END_TILES=2,
         )  # fmt: skip
 
     def __init__(self, monkeypatch, seed):
