@@ -5,11 +5,11 @@ import os
 import sys
 
 import pytest
-from support.interpreter import spare_repetitions
+from support.interpreter import patch_interpreter
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    spare_repetitions()
+    patch_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter without what it does again and again: half of its time."""
+"""Triton's interpreter, mended, and without what it does again and again: half of its time."""
 
 import inspect
+
+
+def patch_interpreter() -> None:
+    mend_comparisons()
+    spare_repetitions()
+
+
+def mend_comparisons() -> None:
+    """Call results of comparisons int1. Triton (3.6 to 3.9) leaves them the type of what was compared, so that a mask
+    joined with a comparison of two numbers becomes one of integers, which triton 3.9 neither loads nor stores with."""
+    try:
+        from triton.runtime.interpreter import InterpreterBuilder, tl
+    except ImportError:
+        return
+    compute = getattr(InterpreterBuilder, "binary_op", None)
+    if compute is None:
+        return
+
+    def binary_op(*arguments):
+        result = compute(*arguments)
+        if result.data.dtype == bool:
+            result.dtype = tl.int1
+        return result
+
+    InterpreterBuilder.binary_op = binary_op
 
 
 def spare_repetitions() -> None:

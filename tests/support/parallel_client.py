@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from interpreter import spare_repetitions
+from interpreter import patch_interpreter
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -226,7 +226,7 @@ def others(mesh):
 
 def kernels(mesh):
     """Triton's interpreter in float32: training in whole layers and between the projections, and a cache."""
-    spare_repetitions()
+    patch_interpreter()
     forms = {
         "paper": {}, "plus": PLUS, "plus, shifted local keys": {**PLUS, "local_key_shift": True},
         "local, shifted": FORMS["local, shifted"], "global": FORMS["global"],
@@ -266,7 +266,7 @@ def overlap(mesh):
     hidden states are copied for their halo."""
     from flash_hf.kernels import launches
 
-    spare_repetitions()
+    patch_interpreter()
     events, exchanging = [], []
 
     class Watched:
@@ -327,7 +327,7 @@ def scans(mesh):
     from flash_hf.kernels import launches
     from test_scan import replace_by_torch
 
-    spare_repetitions()
+    patch_interpreter()
     shapes, launch_scan = [], launches.launch_scan
 
     def noted(shape, *given):
