@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -113,6 +114,8 @@ from .loss_flash import IGNORE, can_split, loss_without_logits, may_wait, zero_w
 
 
 logger = logging.get_logger(__name__)
+
+BEFORE_5_21 = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 21)
 
 
 # ---- Norms and positions ----
@@ -1008,6 +1011,24 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: cache},
             **kwargs,
         )
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
+        in_pieces = generation_config.prefill_chunk_size is not None
+        if BEFORE_5_21 and in_pieces and cache is not None and (past := int(cache.get_seq_length())):
+            # It would read as if the cache were empty. Instead, what follows the cache is read in one piece,
+            # and a mask that contradicts the cache is refused, as later versions do where they read pieces.
+            seen_B = getattr(cache.layers[0], "seen_B", None)
+            if seen_B is not None and mask is not None and len(mask) == len(seen_B) and mask.shape[1] > past:
+                _, contradiction = compare_with_cache(mask, None, mask.shape[1] - past, seen_B, past)
+                if contradiction is not None:
+                    raise ValueError(contradiction)
+            logger.warning_once(
+                "With transformers before 5.21, prefill_chunk_size has no effect where generate() continues a cache."
+            )
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
         # The model that an assistant drafts for found no padding: pad_token_id in a draft is a token.

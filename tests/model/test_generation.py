@@ -547,6 +547,26 @@ def test_the_turn_after_one_in_which_a_row_ended_early(attention_type):
             model(turn[:, past:], attention_mask=mask, **{CACHE_NAME: cache})
 
 
+@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("cache_of", [lambda model: None, static], ids=["dynamic", "static"])
+def test_a_turn_in_pieces_is_read_once(cache_of, padded, size):
+    """Whether all tokens are passed or only new ones. Transformers before 5.21 begins at the first one again."""
+    model = build()
+    ids, mask = words(model, 2, 19), torch.ones(2, 19, dtype=torch.long)
+    mask[0, : 6 * padded] = 0
+    out = model.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, **WORDS, **{CACHE_NAME: cache_of(model)}
+    )
+    cache = getattr(out, CACHE_NAME)
+    turn = torch.cat([out.sequences, words(model, 2, 7, seed=1)], 1)
+    mask = torch.cat([mask, mask.new_ones(2, 19)], 1)
+    expected = alone(model, turn, mask, 12)
+    for new in (turn, turn[:, int(cache.get_seq_length()) :]):
+        given = {CACHE_NAME: copy.deepcopy(cache), "attention_mask": mask, "prefill_chunk_size": size}
+        assert torch.equal(model.generate(new, **given, **WORDS)[:, -12:], expected)
+
+
 @pytest.mark.parametrize("attention_type", TYPES)
 def test_a_turn_after_a_reply_with_the_pad_id(attention_type):
     """Without a mask, generate() takes the pad id for padding, with a cache and without one."""
