@@ -90,19 +90,19 @@ class Launch:
 
         run, metas = compiled.run, compiled.metadata.tensordesc_meta or ()
         function = getclosurevars(run.launch).nonlocals["launcher"] if metas else run.launch
-        kind, told = (compiled.function, run.launch_cooperative_grid, run.launch_pdl), (compiled.packed_metadata,)
+        program, metadata = (compiled.function, run.launch_cooperative_grid, run.launch_pdl), compiled.packed_metadata
         if triton_version() == (3, 6):
-            self.function, self.head = function, (*kind, None, None, *told, None, None, None)
+            self.function, self.head = function, (*program, None, None, metadata, None, None, None)
         else:
             # One function for all kernels, which is given the types of a kernel's arguments, and these as one.
-            self.head = (*kind, *told, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
+            self.head = (*program, metadata, None, None, None, None, None, run.arg_annotations, run.kernel_signature)
             first = self.STREAM + 1 + len(self.head)
             self.function = lambda *passed: function(*passed[:first], passed[first:])
         self.constants = constants
         self.maps: list[tuple[dict, tuple]] = []
         for form, meta in zip(forms, metas, strict=True):
-            kind = meta["swizzle"], meta["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"]
-            self.maps.append(({}, (*kind, form.shape, form.strides, 0)))
+            tile = meta["swizzle"], meta["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["block_size"]
+            self.maps.append(({}, (*tile, form.shape, form.strides, 0)))
 
     @staticmethod
     def fits(compiled, forms: list[Form]) -> bool:
