@@ -327,7 +327,10 @@ def multiply(
     gain = gl.where(gain == 0.0, 1e-20, gain)
     value_step = 0
     step = 0
+    # Whether the tiles of the half before, `held` and BACK `held_value`, are still being stored.
+    pending = 0
     held = 0
+    held_value = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
         walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
@@ -365,7 +368,8 @@ def multiply(
             x_0 = values.index(value_step % VALUE_SLOTS)
             x_1 = values.index(value_1 % VALUE_SLOTS)
             if reads:
-                tma.store_wait(0)
+                # The state before has been stored. What was stored since, a half at least, has time.
+                tma.store_wait(0 if SHIFTED else 2 if BACK else 1)
                 state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
                 fence_async_shared()
                 store_async(states, [chunk * BLOCK, first_e], state_tile)
@@ -383,16 +387,20 @@ def multiply(
                         scale = scale_0 if half == 0 else scale_1
                         real = real_0 if half == 0 else real_1
                     x_half = x_0 if half == 0 else x_1
+                    value = value_step if half == 0 else value_1
                     if not BACK:
-                        value = value_step if half == 0 else value_1
                         mbarrier.wait(x_full.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
-                        if half == 1:
-                            if not SKIP or has_0:
-                                tma.store_wait(0)
-                                mbarrier.arrive(empty.index(held), count=1)
                     acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
                     if reads:
                         acc, step = product(ring, full, empty, step, state_tile, acc, False, SLOTS)
+                        # What the half before stores has had the time of this product; this chunk's state came last.
+                        tma.store_wait(1 if half == 0 else 0)
+                    if pending > 0:
+                        if not reads:
+                            tma.store_wait(0)
+                        mbarrier.arrive(empty.index(held), count=1)
+                        if BACK:
+                            mbarrier.arrive(x_empty.index(held_value), count=1)
                     if (half == 0) != BACK:
                         acc, step = product(ring, full, empty, step, x_half, acc, BACK, SLOTS)
                     elif SKIP:
@@ -402,15 +410,11 @@ def multiply(
                     else:
                         acc, step = two_products(ring, full, empty, step, x_0, x_1, acc, BACK, SLOTS)
                     if BACK:
-                        if half == 1:
-                            if not SKIP or has_0:
-                                # The first half's stores have had the time of these products.
-                                tma.store_wait(0)
-                                mbarrier.arrive(empty.index(held), count=1)
-                                mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
                         if writes:
                             state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
                     held = step % SLOTS
+                    held_value = value % VALUE_SLOTS
+                    pending = 1
                     mbarrier.wait(full.index(held), (step // SLOTS) & 1)
                     step += 1
                     scale = gl.expand_dims(scale, 1)
@@ -436,14 +440,15 @@ def multiply(
                     if not BACK:
                         if writes:
                             state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
+                            tma.store_wait(0)
+                            mbarrier.arrive(empty.index(held), count=1)
+                            pending = 0
                 elif BACK:
                     no_sums(sums_ptr + (chunk * 2 + half) * E + first_e, gl.SliceLayout(0, wide))
-            tma.store_wait(0)
-            mbarrier.arrive(empty.index(held), count=1)
             if not BACK:
                 if not SKIP or count == 2:
                     mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
-            mbarrier.arrive(x_empty.index((value_step + count - 1) % VALUE_SLOTS), count=1)
+                mbarrier.arrive(x_empty.index((value_step + count - 1) % VALUE_SLOTS), count=1)
             value_step += count
     tma.store_wait(0)
 
