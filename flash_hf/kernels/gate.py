@@ -12,64 +12,100 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, halves, load_async, sigmoid, store_async
+from .hopper import BLOCK, accumulate, barriers, halves, load_async, store_async, tanh, upper_and_lower
 
 
-# Model dimensions of one step of the product, and steps in flight: with four tiles for the ends of the tasks they fill
-# the shared memory.
-STEP, STAGES = 32, 6
+# Model dimensions of one step of the product, and steps in flight.
+STEP, STAGES = 64, 5
+# Columns of the tiles in which the end of a task comes and goes, and how many a task has.
+END = gl.constexpr(32)
+PARTS = gl.constexpr(4)
 
 
 @gluon.jit
 def load_operands(
-    d_y, w, u, out, left, right, full, empty, u_tiles, out_tiles, end_full, end_empty, D, E_BLOCKS, TASKS,
-    STEP: gl.constexpr, STAGES: gl.constexpr,
+    d_y, w, left, right, full, empty, D, E_BLOCKS, TASKS, STEP: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """What `multiply` reads, in its order."""
+    """The factors that `multiply` reads, in its order."""
     grid_wait()
-    steps = (D + STEP - 1) // STEP
     step = 0
-    number = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
         row = (task // E_BLOCKS) * BLOCK
         column = (task % E_BLOCKS) * BLOCK
-        group = number % 2
-        for part in range(steps):
+        for part in range((D + STEP - 1) // STEP):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(slot), 2 * BLOCK * STEP * 2)
             load_async(d_y, [row, part * STEP], full.index(slot), left.index(slot))
             load_async(w, [part * STEP, column], full.index(slot), right.index(slot))
             step += 1
-            if part == gl.minimum(steps, STAGES) - 1:
-                # The group's task before has stored its tiles by now, and these have the rest of the product to
-                # arrive.
-                mbarrier.wait(end_empty.index(group), (number // 2) & 1)
-                mbarrier.expect(end_full.index(group), 2 * TILE_BYTES)
-                load_async(u, [row, column], end_full.index(group), u_tiles.index(group))
-                load_async(out, [row, column], end_full.index(group), out_tiles.index(group))
+
+
+@gluon.jit
+def load_ends(u, out, u_tiles, out_tiles, full, empty, E_BLOCKS, TASKS):
+    """What `finish_columns` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of
+    its own."""
+    grid_wait()
+    number = 0
+    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
+        row = (task // E_BLOCKS) * BLOCK
+        column = (task % E_BLOCKS) * BLOCK
+        for part in gl.static_range(PARTS):
+            arrived = full.index((number % 2) * PARTS + part)
+            mbarrier.wait(empty.index(part), (number & 1) ^ 1)
+            mbarrier.expect(arrived, 2 * BLOCK * END * 2)
+            load_async(u, [row, column + part * END], arrived, u_tiles.index(part))
+            load_async(out, [row, column + part * END], arrived, out_tiles.index(part))
         number += 1
 
 
 @gluon.jit
-def gate_gradient(
-    u_tile, out_tile, d_out, scale, bias_ptr, sums_ptr, first: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    """Of half a tile, whose columns begin at `first`: `u_tile` holds h and takes the gradient of h, times the norm's
-    gain, `out_tile` holds `out = silu(h) a` and takes that of a. See `backward.gate_gradient`."""
-    columns = first + gl.arange(0, BLOCK // 2, gl.SliceLayout(0, layout))
-    u_tile = u_tile.slice(first, BLOCK // 2, dim=1)
-    out_tile = out_tile.slice(first, BLOCK // 2, dim=1)
-    h = u_tile.load(layout).to(gl.float32) * scale + gl.expand_dims(gl.load(bias_ptr + columns).to(gl.float32), 0)
-    h = gl.where(h == 0.0, 1e-20, h)
-    s = sigmoid(h)
+def gate_gradient(u_tile, out_tile, d_out, scale, half_bias, layout: gl.constexpr):
+    """`u_tile` holds h and takes the gradient of h, times the norm's gain, `out_tile` holds `out = silu(h) a` and
+    takes that of a. Returns the gradient of h. See `backward.gate_gradient`; here with t = tanh(h / 2),
+
+        silu(h) = h / 2 (1 + t),  silu'(h) / silu(h) = 1 / h + 1 - sigmoid(h) = (1 / (h / 2) - t + 1) / 2.
+    """
+    half = u_tile.load(layout).to(gl.float32) * (scale * 0.5) + half_bias
+    half = gl.where(half == 0.0, 0.5e-20, half)
+    t = tanh(half)
     inverse = gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [h], dtype=gl.float32, is_pure=True, pack=1
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [half], dtype=gl.float32, is_pure=True, pack=1
     )
-    d_gate = d_out * out_tile.load(layout).to(gl.float32) * (inverse + 1.0 - s)
-    out_tile.store((d_out * h * s).to(gl.bfloat16))
-    gl.store(sums_ptr + columns, gl.sum(d_gate, 0))
+    d_gate = d_out * out_tile.load(layout).to(gl.float32) * ((inverse - t) * 0.5 + 0.5)
+    out_tile.store((d_out * (half * t + half)).to(gl.bfloat16))
     u_tile.store((d_gate * scale).to(gl.bfloat16))
+    return d_gate
+
+
+@gluon.jit
+def finish_columns(
+    d_attended, d_u, acc, scale_0, scale_1, half_bias, sums_ptr, u_tiles, out_tiles, full, empty, number, row, column,
+    PART: gl.constexpr, GROUP: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """The end of `END` columns of the group's task of this number, from `column` on: part `PART` of the tile. In
+    halves of its rows, since more does not fit the registers."""
+    mbarrier.wait(full.index(GROUP * PARTS + PART), number & 1)
+    u_tile = u_tiles.index(PART)
+    out_tile = out_tiles.index(PART)
+    upper, lower = upper_and_lower(acc, layout)
+    ROWS: gl.constexpr = BLOCK // 2
+    sum_0 = gate_gradient(
+        u_tile.slice(0, ROWS, dim=0), out_tile.slice(0, ROWS, dim=0), upper, scale_0, half_bias, layout
+    )
+    sum_1 = gate_gradient(
+        u_tile.slice(ROWS, ROWS, dim=0), out_tile.slice(ROWS, ROWS, dim=0), lower, scale_1, half_bias, layout
+    )
+    gl.store(sums_ptr + gl.arange(0, END, gl.SliceLayout(0, layout)), gl.sum(sum_0 + sum_1, 0))
+    fence_async_shared()
+    store_async(d_u, [row, column], u_tile)
+    store_async(d_attended, [row, column], out_tile)
+    if PART > 0:
+        tma.store_wait(2)
+        mbarrier.arrive(empty.index(PART - 1), count=1)
+    if PART == PARTS - 1:
+        tma.store_wait(0)
+        mbarrier.arrive(empty.index(PART), count=1)
 
 
 @gluon.jit
@@ -79,11 +115,10 @@ def multiply(
 ):  # fmt: skip
     """The product and its epilogue, see `gate_product_kernel`, for every other task."""
     grid_wait()
-    narrow: gl.constexpr = gl.NVMMADistributedLayout(
+    half: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK // 2, 16]
     )
-    u_tile = u_tiles.index(GROUP)
-    out_tile = out_tiles.index(GROUP)
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply`
     steps = (D + STEP - 1) // STEP
@@ -93,23 +128,28 @@ def multiply(
         block = task // E_BLOCKS
         column = (task % E_BLOCKS) * BLOCK
         # Early, so that nothing waits for it.
-        token = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, narrow))
-        scale = gl.expand_dims(gl.load(rms_ptr + token, mask=token < T, other=0.0) * gain, 1)
-        acc = accumulate(
-            left, right, full, empty, turns, end_empty, number, step, steps, GROUP, False, False, STAGES
-        )  # fmt: skip
+        token = block * BLOCK + gl.arange(0, BLOCK // 2, gl.SliceLayout(1, narrow))
+        scale_0 = gl.expand_dims(gl.load(rms_ptr + token, mask=token < T, other=0.0) * gain, 1)
+        token += BLOCK // 2
+        scale_1 = gl.expand_dims(gl.load(rms_ptr + token, mask=token < T, other=0.0) * gain, 1)
+        columns = bias_ptr + column + gl.arange(0, END, gl.SliceLayout(0, narrow))
+        bias_0 = gl.expand_dims(gl.load(columns).to(gl.float32) * 0.5, 0)
+        bias_1 = gl.expand_dims(gl.load(columns + END).to(gl.float32) * 0.5, 0)
+        bias_2 = gl.expand_dims(gl.load(columns + 2 * END).to(gl.float32) * 0.5, 0)
+        bias_3 = gl.expand_dims(gl.load(columns + 3 * END).to(gl.float32) * 0.5, 0)
+        acc = accumulate(left, right, full, empty, turns, number, step, steps, GROUP, False, False, STAGES)
         step += 2 * steps
-        mbarrier.wait(end_full.index(GROUP), number & 1)
+        sides = halves(acc, half)
+        parts = halves(sides[0], narrow) + halves(sides[1], narrow)
+        biases = (bias_0, bias_1, bias_2, bias_3)
+        for part in gl.static_range(PARTS):
+            first = column + part * END
+            finish_columns(
+                d_attended, d_u, parts[part], scale_0, scale_1, biases[part],
+                sums_ptr + block * (E_BLOCKS * BLOCK) + first, u_tiles, out_tiles, end_full, end_empty, number,
+                block * BLOCK, first, part, GROUP, narrow,
+            )  # fmt: skip
         number += 1
-        sums = sums_ptr + block * (E_BLOCKS * BLOCK) + column
-        # In two steps, since more does not fit the registers.
-        one, two = halves(acc, narrow)
-        gate_gradient(u_tile, out_tile, one, scale, bias_ptr + column, sums, 0, narrow)
-        gate_gradient(u_tile, out_tile, two, scale, bias_ptr + column, sums, BLOCK // 2, narrow)
-        fence_async_shared()
-        store_async(d_u, [block * BLOCK, column], u_tile)
-        store_async(d_attended, [block * BLOCK, column], out_tile)
-    tma.store_wait(0)
 
 
 @kernel
@@ -123,16 +163,15 @@ def gate_product_kernel(
 
     Rows behind the last token are read as 0 and not written. Tasks are tiles of 128 tokens by 128 value dimensions.
     """
-    layout: gl.constexpr = u.layout
     left = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK, STEP], d_y.layout)
     right = gl.allocate_shared_memory(gl.bfloat16, [STAGES, STEP, BLOCK], w.layout)
-    u_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, BLOCK], layout)
-    out_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, BLOCK], layout)
+    u_tiles = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK, END], u.layout)
+    out_tiles = gl.allocate_shared_memory(gl.bfloat16, [PARTS, BLOCK, END], u.layout)
     full = barriers(STAGES)
     empty = barriers(STAGES)
     turns = barriers(2)
-    end_full = barriers(2)
-    end_empty = barriers(2)
+    end_full = barriers(2 * PARTS)
+    end_empty = barriers(PARTS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -150,14 +189,9 @@ def gate_product_kernel(
                     u_tiles, out_tiles, end_full, end_empty, T, D, E_BLOCKS, TASKS, 1, STEP, STAGES,
                 ),
             ),
-            (
-                load_operands,
-                (
-                    d_y, w, u, out, left, right, full, empty, u_tiles, out_tiles, end_full, end_empty, D,
-                    E_BLOCKS, TASKS, STEP, STAGES,
-                ),
-            ),
+            (load_operands, (d_y, w, left, right, full, empty, D, E_BLOCKS, TASKS, STEP, STAGES)),
+            (load_ends, (u, out, u_tiles, out_tiles, end_full, end_empty, E_BLOCKS, TASKS)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip

@@ -80,11 +80,13 @@ def lower_tile(tile):
 
 
 @gluon.jit
+def tanh(x):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def sigmoid(x):
-    half = gl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;", "=f,f", [x * 0.5], dtype=gl.float32, is_pure=True, pack=1
-    )
-    return half * 0.5 + 0.5
+    return tanh(x * 0.5) * 0.5 + 0.5
 
 
 @gluon.jit
@@ -97,12 +99,21 @@ def halves(acc, layout: gl.constexpr):
 
 
 @gluon.jit
+def upper_and_lower(x, layout: gl.constexpr):
+    """The first and the second half of a tile's rows, without moving anything."""
+    rows: gl.constexpr = x.shape[0]
+    first, second = gl.split(gl.permute(gl.reshape(x, [2, rows // 2, x.shape[1]]), (1, 2, 0)))
+    return gl.convert_layout(first, layout, True), gl.convert_layout(second, layout, True)
+
+
+@gluon.jit
 def accumulate(
-    left, right, full, empty, turns, end_empty, number, step, steps, GROUP: gl.constexpr, TRANS_LEFT: gl.constexpr,
-    TRANS_RIGHT: gl.constexpr, STAGES: gl.constexpr,
+    left, right, full, empty, turns, number, step, steps, GROUP: gl.constexpr, TRANS_LEFT: gl.constexpr,
+    TRANS_RIGHT: gl.constexpr, STAGES: gl.constexpr, end_empty=None,
 ):  # fmt: skip
     """The product of `steps` pairs of tiles from the ring, of which `step` is the first, 128 by 128, for the group's
-    task `number`. Also frees the tiles of the end of its task before, whose stores have had the time since."""
+    task `number`. Also frees at `end_empty`, if given, the tiles of the end of its task before, whose stores have had
+    the time since."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
     # The first group has the first turn.
@@ -114,11 +125,11 @@ def accumulate(
         y = right.index(slot).permute((1, 0)) if TRANS_RIGHT else right.index(slot)
         acc = warpgroup_mma(x, y, acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        if part == 0:
+        if part > 0:
+            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+        elif end_empty is not None:
             tma.store_wait(0)
             mbarrier.arrive(end_empty.index(GROUP), count=1)
-        else:
-            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
         step += 1
     mbarrier.arrive(turns.index(1 - GROUP), count=1)
     acc = warpgroup_mma_wait(0, deps=[acc])

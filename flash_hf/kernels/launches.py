@@ -539,9 +539,10 @@ def launch_gate_product(
         gate.gate_product_kernel(
             scan_grid(tasks, gated.device),
             hopper.matrix(rows_of(d_out.left, x), 128, gate.STEP), hopper.matrix(right, gate.STEP, 128),
-            *(hopper.matrix(rows_of(each, h)) for each in (inputs.u, gated, d_attended, d_u)), rows_of(inputs.rms, h),
-            inputs.gain, inputs.bias_u, d_bias_u[number * blocks :] if number else d_bias_u, T, D, E // 128, tasks,
-            STEP=gate.STEP, STAGES=gate.STAGES, num_warps=4,
+            *(hopper.matrix(rows_of(each, h), 128, gate.END.value) for each in (inputs.u, gated, d_attended, d_u)),
+            rows_of(inputs.rms, h), inputs.gain, inputs.bias_u,
+            d_bias_u[number * blocks :] if number else d_bias_u, T, D, E // 128, tasks, STEP=gate.STEP,
+            STAGES=gate.STAGES, num_warps=4,
         )  # fmt: skip
     d_out.own.clear(d_attended)
     d_out.own.clear(d_u)

@@ -154,8 +154,8 @@ def multiply(
         scale = gl.load(rms_ptr + token + gl.arange(0, BLOCK, gl.SliceLayout(1, narrow))) * gain
         steps = (end - begin) // STEP
         acc = accumulate(
-            left, right, full, empty, turns, end_empty, number, step, steps, GROUP, KIND == "values",
-            KIND == "scores", STAGES,
+            left, right, full, empty, turns, number, step, steps, GROUP, KIND == "values", KIND == "scores", STAGES,
+            end_empty,
         )  # fmt: skip
         # Behind the other group's next task.
         _, _, _, begin, end = place_of(gl.minimum(task + programs, TASKS - 1), ROWS, N, E, KIND, CAUSAL)

@@ -149,7 +149,9 @@ def multiply(
     for task in range(gl.program_id(0) + GROUP * gl.num_programs(0), TASKS, 2 * gl.num_programs(0)):
         row, chunk, product, half, other = place_of(task, N, G, shift, CAUSAL, SKIP)
         factor = gl.load(factor_ptr + row * G + chunk)
-        acc = accumulate(left, right, full, empty, turns, end_empty, number, step, steps, GROUP, False, True, STAGES)
+        acc = accumulate(
+            left, right, full, empty, turns, number, step, steps, GROUP, False, True, STAGES, end_empty
+        )  # fmt: skip
         step += 2 * steps
         mbarrier.wait(end_full.index(GROUP), number & 1)
         number += 1

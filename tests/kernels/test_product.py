@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product that a layer ends with, without a GPU: as test_rowscan.py runs the scan of held rows, with numbers."""
+"""The product that a layer ends with, and the gate's gradient, without a GPU: as test_rowscan.py runs the scan of held
+rows, with numbers."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from test_rowscan import EmulatedNumbers, NumberTile, Pointer
 from test_turns import Barrier, Fault
 
 
-product = choice.product
+gate, product = choice.gate, choice.product
 
 
 @dataclasses.dataclass(eq=False)
@@ -39,11 +40,20 @@ class EmulatedProducts(EmulatedNumbers):
 
     def __init__(self, monkeypatch, seed):
         super().__init__(monkeypatch, seed)
-        names = {name: made.fn for name, made in vars(product).items() if hasattr(made, "fn")}
-        names |= self.stand_ins() | {"gl": choice.hopper.gl, "barriers": choice.hopper.barriers.fn}
-        names["halves"] = lambda acc, layout: acc.chunk(2, 1)
-        for name, value in names.items():
-            monkeypatch.setattr(product, name, value, raising=False)
+        monkeypatch.setattr(
+            choice.hopper.gl, "inline_asm_elementwise", lambda code, registers, x, **k: 1 / x[0], raising=False
+        )
+        for module in (product, gate):
+            names = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
+            names |= self.stand_ins() | {"gl": choice.hopper.gl, "barriers": choice.hopper.barriers.fn}
+            names["halves"] = lambda acc, layout: acc.chunk(2, 1)
+            names["upper_and_lower"] = lambda acc, layout: acc.chunk(2, 0)
+            names["tanh"] = torch.tanh
+            for name, value in names.items():
+                monkeypatch.setattr(module, name, value, raising=False)
+        for name in ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "BLOCK"):
+            monkeypatch.setattr(choice.hopper, name, names[name])
+        monkeypatch.setattr(gate, "PARTS", gate.PARTS.value)
 
     def allocate(self, kind, shape, layout):
         if kind == torch.int64:
@@ -93,3 +103,31 @@ def test_the_product_and_its_end_are_right(T, D, K, stages, programs, monkeypatc
         K // product.STEP, column_blocks, tasks, ROWS=rows, COLUMNS=columns, STEP=product.STEP, STAGES=stages,
     )  # fmt: skip
     torch.testing.assert_close(got, x + a @ w.T + bias, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 4, 12])
+@pytest.mark.parametrize(("T", "E", "D", "stages"), [(300, 256, 200, 2), (128, 384, 64, 5), (257, 512, 448, 3)])
+def test_the_gates_gradient_is_right(T, E, D, stages, programs, monkeypatch):
+    torch.manual_seed(0)
+    u, attended = (torch.randn(T, E, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    d_y, w, rms, bias = (torch.randn(*size, dtype=torch.float64) for size in ((T, D), (D, E), (T,), (E,)))
+    gain = torch.tensor([1.5], dtype=torch.float64)
+    with torch.no_grad():
+        rms[:2], u[:2], bias[:4] = 0.5, 0, 0  # the gate is not 0 there: see `gate` of scan.py
+    h = u * (rms[:, None] * gain) + bias
+    h = torch.where(h == 0, 1e-20, h)
+    out = torch.nn.functional.silu(h) * attended
+    d_u, d_h, d_attended = torch.autograd.grad(out, (u, h, attended), d_y @ w)
+    got = [torch.full((T, E), torch.nan, dtype=torch.float64) for _ in range(2)]
+    sums = torch.full((-(-T // 128), E), torch.nan, dtype=torch.float64)
+    tasks = len(sums) * (E // 128)
+    emulated = EmulatedProducts(monkeypatch, programs)
+    emulated.run(
+        gate.gate_product_kernel, min(programs, tasks), *map(Matrix, (d_y, w, u.detach(), out.detach(), *got)),
+        *map(Pointer, (rms, gain, bias, sums)), T, D, E // 128, tasks, STEP=gate.STEP, STAGES=stages,
+    )  # fmt: skip
+    # What `where` gave no gradient.
+    d_u = torch.where(u == 0, d_h * rms[:, None] * gain, d_u)
+    for result, right in zip(got, (d_attended, d_u), strict=True):
+        torch.testing.assert_close(result, right, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sums, torch.stack([part.sum(0) for part in d_h.split(128)]), rtol=1e-9, atol=1e-9)

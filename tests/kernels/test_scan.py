@@ -191,7 +191,7 @@ reduced = {"d_attended": [1, 128, reduce.STEP], "value": [1, 128, reduce.STEP], 
            "d_state": [128, reduce.STEP]} | dict.fromkeys(("a", "d_score", "d_query", "d_key"), square)
 added = {"x": tokens, "keys": square}
 multiplied = {"d_y": [128, gate.STEP], "w": [gate.STEP, 128]} | dict.fromkeys(
-    ("u", "out", "d_attended", "d_u"), square)
+    ("u", "out", "d_attended", "d_u"), [128, gate.END.value])
 
 def ends(width):
     rows, columns = product.tile_of(width)

@@ -127,6 +127,10 @@ class Product:
     def __mul__(self, other):
         return Product(self.parts + getattr(other, "parts", ()))
 
+    def __add__(self, other):
+        assert self == other
+        return self
+
     __rmul__ = __mul__
 
 
@@ -203,11 +207,11 @@ class Emulated:
             load=lambda place, **k: place.load() if isinstance(place, Pointer) else Number(1.0), store=self.put,
             expand_dims=lambda x, axis: x, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
             SliceLayout=lambda *a: None, NVMMADistributedLayout=lambda **k: None, BlockedLayout=lambda *a: None,
-            NVMMASharedLayout=lambda **k: None,
+            NVMMASharedLayout=lambda **k: None, sum=lambda x, axis: x,
         )  # fmt: skip
         names = self.stand_ins() | dict(
             gl=gl, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
-            halves=lambda acc, layout: (acc, acc),
+            halves=lambda acc, layout: (acc, acc), upper_and_lower=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
         for module in (hopper, gate, quadratic, reduce, scan):
@@ -215,6 +219,8 @@ class Emulated:
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, value)
         functions_of(scan, monkeypatch)
+        monkeypatch.setattr(gate, "PARTS", gate.PARTS.value)
+        monkeypatch.setattr(gate, "finish_columns", gate.finish_columns.fn)
         monkeypatch.setattr(quadratic, "lower_tile", hopper.lower_tile.fn)
         place_of = quadratic.place_of.fn
         monkeypatch.setattr(quadratic, "place_of", lambda task, *a: map(int, place_of(torch.tensor(task), *a)))
@@ -308,10 +314,12 @@ class Emulated:
         # The first of two parts stands for both.
         tile.store(tile.held if isinstance(tile.held, Product) else Product((("silu", *tile.held),)))
 
-    def finish_gate(self, u_tile, out_tile, acc, scale, bias, sums, first, layout):
-        if first == 0:
-            u_tile.store(acc * u_tile.load(None))
-            out_tile.store(acc * out_tile.load(None))
+    def finish_gate(self, u_tile, out_tile, acc, scale, half_bias, layout):
+        # The upper half stands for both.
+        for tile in (u_tile, out_tile):
+            if not isinstance(tile.held, Product):
+                tile.store(acc * tile.load(None))
+        return acc
 
     def finish_scan(
         self, tile, values, acc, scale, real, bias, sums, out, stride, value, E, token, before, first, BACK, EVEN,
@@ -352,15 +360,18 @@ PROGRAMS = pytest.mark.parametrize("programs", [1, 2, 3, 5, 12])
 def test_the_groups_of_the_gates_product_take_turns(D, stages, programs, emulated):
     d_y, w, u, out, d_attended, d_u = map(Described, ("d_y", "w", "u", "out", "d_attended", "d_u"))
     T, columns = 300, 4
+    E = columns * 128
     emulated.run(
-        gate.gate_product_kernel, min(programs, 3 * columns), d_y, w, u, out, d_attended, d_u, 0, 0, 0, 0,
-        T, D, columns, 3 * columns, STEP=gate.STEP, STAGES=stages,
+        gate.gate_product_kernel, min(programs, 3 * columns), d_y, w, u, out, d_attended, d_u, 0, 0, 0,
+        Pointer("sums"), T, D, columns, 3 * columns, STEP=gate.STEP, STAGES=stages,
     )  # fmt: skip
     expected = {}
-    for row, column in itertools.product(range(0, T, 128), range(0, columns * 128, 128)):
-        product = tuple((("d_y", row, part), ("w", part, column)) for part in range(0, D, gate.STEP))
+    for row, column in itertools.product(range(0, T, 128), range(0, E, 32)):
+        first = column // 128 * 128
+        product = tuple((("d_y", row, part), ("w", part, first)) for part in range(0, D, gate.STEP))
         expected["d_u", row, column] = (*product, ("u", row, column))
         expected["d_attended", row, column] = (*product, ("out", row, column))
+        expected["sums", row // 128 * E + column] = product
     assert emulated.stored == expected
 
 
