@@ -262,18 +262,19 @@ def launch_row_scan(
     states = x.new_empty((B, shape.tiles.SP, shape.E))
     width = rowscan.WIDTH.value
     tasks, held = B * (shape.E // width), (128, width)
-    step, end = scan_tiles(back)
-    slots, value_slots = rowscan.DEPTH_SLOTS, rowscan.DEPTH_VALUE_SLOTS
+    step, end = scan_tiles(False)
+    slots = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
     if back:
-        end, slots, value_slots = held, rowscan.SLOTS, rowscan.VALUE_SLOTS
+        slots = {"SLOTS": rowscan.BACK_SLOTS, "VALUE_SLOTS": rowscan.BACK_VALUE_SLOTS}
     rowscan.row_kernel(
         scan_grid(tasks, x.device),
-        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
-        hopper.matrix(heads[reader], *step), hopper.matrix(heads[writer], *step), hopper.tokens(out, B, N, *end),
-        hopper.matrix(states, *held), hopper.tokens(out if value is None else value, B, N, *held), inputs.rms,
-        inputs.gain, *biases, inputs.rms if sums is None else sums, out, out.stride(0),
-        out if value is None else value, N, shape.G, shape.shift, shape.E // width, tasks, BACK=back, EVEN=shape.even,
-        SHIFTED=shape.shift > 0, SLOTS=slots, VALUE_SLOTS=value_slots, num_warps=8 if back else 4,
+        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end),
+        hopper.matrix(weights, *(reversed(step) if back else step)), hopper.matrix(heads[reader], *step),
+        hopper.matrix(heads[writer], *step), hopper.tokens(out, B, N, *end), hopper.matrix(states, *held),
+        hopper.tokens(out if value is None else value, B, N, *end), inputs.rms, inputs.gain, *biases,
+        inputs.rms if sums is None else sums, out, out.stride(0), out if value is None else value, N, shape.G,
+        shape.shift, shape.E // width, tasks, BACK=back, EVEN=shape.even, SHIFTED=shape.shift > 0, **slots,
+        num_warps=4,
     )  # fmt: skip
     return states
 

@@ -710,7 +710,7 @@ def load_values(
 @gluon.jit
 def load_ends(
     h, tiles, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr, SKIP: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK,
+    WIDTH: gl.constexpr = BLOCK, TILES: gl.constexpr = END_TILES,
 ):  # fmt: skip
     """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
     own."""
@@ -724,9 +724,9 @@ def load_ends(
             if not SKIP or has_tokens(token, N):
                 for first in gl.static_range(0, WIDTH, END):
                     place = [half // (2 * G), token, (task % E_BLOCKS) * WIDTH + first]
-                    slot = step % END_TILES
-                    arrived = full.index(group * END_TILES + slot)
-                    mbarrier.wait(empty.index(slot), ((step // END_TILES) & 1) ^ 1)
+                    slot = step % TILES
+                    arrived = full.index(group * TILES + slot)
+                    mbarrier.wait(empty.index(slot), ((step // TILES) & 1) ^ 1)
                     mbarrier.expect(arrived, BLOCK * END * 2)
                     load_async(h, place, arrived, tiles.index(slot).reshape([1, BLOCK, END]))
                     step += 1
@@ -734,12 +734,18 @@ def load_ends(
 
 
 @gluon.jit
-def fetch_half(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr):
-    """Load half a tile, 128 by 64, into the ring's next slot, once it is free."""
+def flat(tile):
+    """A slot of the ring, 128 by 64, as one of 64 by 128."""
+    return tile._reinterpret(gl.bfloat16, [DEPTH, BLOCK], tile.layout)
+
+
+@gluon.jit
+def fetch_half(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr, FLAT: gl.constexpr = False):
+    """Load half a tile, 128 by 64, or FLAT 64 by 128, into the ring's next slot, once it is free."""
     slot = step % SLOTS
     mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
     mbarrier.expect(full.index(slot), BLOCK * DEPTH * 2)
-    load_async(x, [row, column], full.index(slot), ring.index(slot))
+    load_async(x, [row, column], full.index(slot), flat(ring.index(slot)) if FLAT else ring.index(slot))
     return step + 1
 
 
@@ -779,10 +785,11 @@ def load_factors(
 def sum_half(
     values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, step, value_step, count, turn, last,
     GROUP: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK,
+    WIDTH: gl.constexpr = BLOCK, TRANS: gl.constexpr = False,
 ):  # fmt: skip
     """The products of half a chunk with the state and with `count` tiles of values, 128 by `WIDTH`, in the group's
-    turn of this number. Leaves the values, and where it is the `last` of a walk, the state."""
+    turn of this number; with TRANS, the left factors of values are transposed. Leaves the values, and where it is the
+    `last` of a walk, the state."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     acc = gl.zeros([BLOCK, WIDTH], gl.float32, mma)
     # The first group has the first turn. What both groups read is waited for in turn.
@@ -803,8 +810,9 @@ def sum_half(
         for depth in gl.static_range(2):
             slot = step % SLOTS
             mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
+            left = flat(ring.index(slot)).permute((1, 0)) if TRANS else ring.index(slot)
             right = x.slice(depth * DEPTH, DEPTH, dim=0)
-            acc = warpgroup_mma(ring.index(slot), right, acc, is_async=True)
+            acc = warpgroup_mma(left, right, acc, is_async=True)
             # The product before, while this one runs.
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)

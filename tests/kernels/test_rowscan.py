@@ -45,6 +45,12 @@ class Pointer:
 @dataclasses.dataclass(eq=False)
 class NumberTile(Tile):
     shape: tuple = (128, 128)
+    layout = None
+
+    def _reinterpret(self, kind, shape, layout):
+        """128 by 64 as 64 by 128, or the other way: their rows of 128 bytes, squares of 64 one after the other."""
+        assert sorted([*shape, *self.shape]) == [64, 64, 128, 128]
+        return Part(self, lambda held: torch.cat(held.split(64), 1), shape)
 
     def permute(self, order):
         return Part(self, lambda held: held.T)
@@ -64,10 +70,14 @@ class NumberTile(Tile):
 
 @dataclasses.dataclass
 class Part:
-    """A part of a tile, or its transpose."""
+    """A part of a tile, its transpose, or a tile of another shape in the same place."""
 
     tile: NumberTile
     of: object
+    shape: tuple = ()
+
+    def permute(self, order):
+        return Part(self.tile, lambda held: self.of(held).T)
 
     def load(self, layout):
         return self.of(self.tile.load(layout))
@@ -113,7 +123,7 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, WIDTH=rowscan.WIDTH.value, PART=64, warpgroup_mma_init=lambda acc: acc,
+            gl=gl, WIDTH=rowscan.WIDTH.value, PART=64, BACK_END_TILES=rowscan.BACK_END_TILES.value,
             sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
@@ -136,15 +146,16 @@ class EmulatedNumbers(Emulated):
         self.warps.run([lambda function=function, a=a: function(*a) for function, a in parts])
 
     def load(self, source, place, barrier, tile):
-        if tile.readers:
+        whole = tile.tile if isinstance(tile, Part) else tile
+        if whole.readers:
             raise Fault("a tile is overwritten while it is read")
-        tile.held = None
+        whole.held = None
 
         def arrive():
             held, (part, rows) = torch.zeros(*tile.shape, dtype=torch.float64), source.part(place, tile)
             held[rows] = part
-            tile.held = held
-            barrier.receive(tile.bytes)
+            whole.held = held if whole is tile else torch.cat(held.split(64, 1))
+            barrier.receive(whole.bytes)
 
         self.warps.copies.append(arrive)
         self.warps.wait()
@@ -180,10 +191,11 @@ def described(numbers, rows=1):
 
 
 def slots(module, back):
-    if back:
-        return {"SLOTS": module.SLOTS, "VALUE_SLOTS": module.VALUE_SLOTS}
-    values = module.DEPTH_VALUE_SLOTS if module is rowscan else module.VALUE_SLOTS
-    return {"SLOTS": module.DEPTH_SLOTS, "VALUE_SLOTS": values}
+    if module is rowscan:
+        names = ("BACK_SLOTS", "BACK_VALUE_SLOTS") if back else ("SLOTS", "VALUE_SLOTS")
+    else:
+        names = ("SLOTS" if back else "DEPTH_SLOTS", "VALUE_SLOTS")
+    return dict(zip(("SLOTS", "VALUE_SLOTS"), (getattr(module, name) for name in names), strict=True))
 
 
 # Two to six tasks per program, and some programs with one less than others.
