@@ -170,8 +170,8 @@ def multiply_half(
                 )  # fmt: skip
             else:
                 finish_half(
-                    acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, walks * G + number,
-                    row, start, first_e, N, GROUP, EVEN, SHIFTED, narrow, WIDTH,
+                    acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty,
+                    walks * G + number, row, start, first_e, N, GROUP, EVEN, SHIFTED, narrow, WIDTH,
                 )  # fmt: skip
             first += 12
             value_step += 2

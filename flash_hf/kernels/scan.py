@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, sigmoid, store_async
+from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, reinterpret, sigmoid, store_async
 
 
 # Tiles of the ring, and of the values, whose tiles stay longer. With the state's they fill the shared memory.
@@ -736,7 +736,7 @@ def load_ends(
 @gluon.jit
 def flat(tile):
     """A slot of the ring, 128 by 64, as one of 64 by 128."""
-    return tile._reinterpret(gl.bfloat16, [DEPTH, BLOCK], tile.layout)
+    return reinterpret(tile, gl.bfloat16, [DEPTH, BLOCK], tile.layout)
 
 
 @gluon.jit

@@ -47,11 +47,6 @@ class NumberTile(Tile):
     shape: tuple = (128, 128)
     layout = None
 
-    def _reinterpret(self, kind, shape, layout):
-        """128 by 64 as 64 by 128, or the other way: their rows of 128 bytes, squares of 64 one after the other."""
-        assert sorted([*shape, *self.shape]) == [64, 64, 128, 128]
-        return Part(self, lambda held: torch.cat(held.split(64), 1), shape)
-
     def permute(self, order):
         return Part(self, lambda held: held.T)
 
@@ -90,6 +85,12 @@ class Part:
         self.tile.store(whole)
 
 
+def reinterpret(tile, kind, shape, layout):
+    """A tile of 128 by 64 as one of 64 by 128, which has squares of 64 one after the other, in rows of 128 bytes."""
+    assert (*tile.shape, *shape) == (128, 64, 64, 128)
+    return Part(tile, lambda held: torch.cat(held.split(64), 1), shape)
+
+
 @dataclasses.dataclass
 class Tensor3(Described):
     """A tensor `[rows, tokens, width]` or `[1, rows, width]`, outside of which there is 0."""
@@ -124,7 +125,7 @@ class EmulatedNumbers(Emulated):
         )  # fmt: skip
         names = self.stand_ins() | dict(
             gl=gl, WIDTH=rowscan.WIDTH.value, PART=64, BACK_END_TILES=rowscan.BACK_END_TILES.value,
-            sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
+            reinterpret=reinterpret, sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
         for module in (scan, rowscan):
