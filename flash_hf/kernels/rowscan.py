@@ -70,12 +70,11 @@ def finish_back(
         )  # fmt: skip
         fence_async_shared()
         if not SHIFTED or not before:
-            store_async(value_out, [row, token, first], value_tile.reshape([1, BLOCK, END]))
             store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
-        # The values are stored.
-        tma.store_wait(1 - part)
-    mbarrier.arrive(empty.index(2 * GROUP), count=1)
-    mbarrier.arrive(empty.index(2 * GROUP + 1), count=1)
+            store_async(value_out, [row, token, first], value_tile.reshape([1, BLOCK, END]))
+        # The next part's values come to the same tile.
+        tma.store_wait(0)
+        mbarrier.arrive(empty.index(2 * GROUP + part), count=1)
 
 
 @gluon.jit
@@ -193,7 +192,7 @@ def row_kernel(
     of x and the states are for tiles of 128 by `WIDTH`; BACK, those of `value_out` for such as `out`, and those of a,
     which is transposed, for tiles of 64 by 128.
     """
-    layout: gl.constexpr = reader.layout
+    layout: gl.constexpr = a.layout
     end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, WIDTH], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, WIDTH], layout)
