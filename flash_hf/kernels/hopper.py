@@ -21,10 +21,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .dispatch import Described, Form
 
 
-# Names of triton 3.8 on (the last: 3.9), and those before.
+# Names of triton 3.8 on, and those before.
 load_async = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_async = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+# A tile in shared memory in another shape, by a name of triton 3.9 on, or the one before.
+SHARED = gl.shared_memory_descriptor
+reinterpret = getattr(SHARED, "reinterpret", None) or SHARED._reinterpret
 
 BLOCK = gl.constexpr(128)
 TILE_BYTES = gl.constexpr(128 * 128 * 2)

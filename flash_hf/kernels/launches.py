@@ -203,9 +203,9 @@ def scan_parts(
     return cut > 0, cut
 
 
-def scan_tiles(back: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+def scan_tiles() -> tuple[tuple[int, int], tuple[int, int]]:
     """Tiles of the left factors and of the ends of a scan over bidirectional rows."""
-    return ((128, 128), (128, 128)) if back else ((128, scan.DEPTH.value), (128, scan.END.value))
+    return (128, scan.DEPTH.value), (128, scan.END.value)
 
 
 def launch_scan(
@@ -229,15 +229,16 @@ def launch_scan(
     # Tiles that begin before a row are not those of a shift of whole halves.
     slots = {"SKIP": shape.skips, "EVEN": shape.even, "SHIFTED": shape.halves.start * 128 < shape.shift}
     if not shape.causal:
-        step, end = scan_tiles(back)
+        step, end = scan_tiles()
+        held, left = (step[::-1], step[::-1]) if back else ((128, 128), step)
         scan.whole_kernel(
             scan_grid(tasks, x.device),
-            hopper.tokens(x, B, N), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *step),
+            hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *left),
             hopper.matrix(heads[reader], *step), hopper.matrix(carry), hopper.tokens(out, B, N, *end),
-            hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+            hopper.tokens(out if value is None else value, B, N, *end), inputs.rms, inputs.gain, *biases,
             inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end, out, out.stride(0),
             out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back, **slots,
-            SLOTS=scan.SLOTS if back else scan.DEPTH_SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8 if back else 4,
+            SLOTS=scan.DEPTH_SLOTS, VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS, num_warps=4,
         )  # fmt: skip
         return
     scan.scan_kernel(
@@ -262,7 +263,7 @@ def launch_row_scan(
     states = x.new_empty((B, shape.tiles.SP, shape.E))
     width = rowscan.WIDTH.value
     tasks, held = B * (shape.E // width), (128, width)
-    step, end = scan_tiles(False)
+    step, end = scan_tiles()
     slots = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
     if back:
         slots = {"SLOTS": rowscan.BACK_SLOTS, "VALUE_SLOTS": rowscan.BACK_VALUE_SLOTS}

@@ -94,9 +94,7 @@ def load_factors(
             for other in gl.static_range(2):
                 if BACK:
                     above = (half - half % 2 + other) * BLOCK
-                    for depth in gl.static_range(0, BLOCK, DEPTH):
-                        place = above + depth
-                        step = fetch_half(a, place, (half % 2) * BLOCK, ring, full, empty, step, SLOTS, True)
+                    step = fetch_depths(a, above, (half % 2) * BLOCK, ring, full, empty, step, SLOTS, True)
                 else:
                     step = fetch_depths(a, half * BLOCK, other * BLOCK, ring, full, empty, step, SLOTS)
 

@@ -28,10 +28,11 @@ SLOTS, VALUE_SLOTS = 3, 3
 # Warps that activate a forward scan's values, and those of its totals, their registers, and the tokens that fit these.
 ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.constexpr(8), gl.constexpr(72)
 PART = gl.constexpr(64)
-# Of the forward of `whole_kernel`: the ring's tiles and their columns, tiles of the ends and their columns, and
-# registers of the two groups of warps.
+# Of `whole_kernel`: the ring's tiles and their columns, tiles of the ends and their columns, and registers of the two
+# groups of warps. Backward: halves of tiles of x, tiles of the ends, which are those of one half, and registers.
 DEPTH_SLOTS, DEPTH, END_TILES, END = 5, gl.constexpr(64), gl.constexpr(2), gl.constexpr(32)
 GROUP_REGISTERS = gl.constexpr(208)
+BACK_VALUE_SLOTS, BACK_END_TILES, BACK_REGISTERS = 4, gl.constexpr(4), gl.constexpr(240)
 
 
 @gluon.jit
@@ -92,11 +93,13 @@ def fetch(x, place, ring, full, empty, step, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def fetch_tokens(x, place, ring, full, empty, step, SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK):
+def fetch_tokens(
+    x, place, ring, full, empty, step, SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK, ROWS: gl.constexpr = BLOCK
+):
     slot = step % SLOTS
     mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
-    mbarrier.expect(full.index(slot), BLOCK * WIDTH * 2)
-    load_async(x, place, full.index(slot), ring.index(slot).reshape([1, BLOCK, WIDTH]))
+    mbarrier.expect(full.index(slot), ROWS * WIDTH * 2)
+    load_async(x, place, full.index(slot), ring.index(slot).reshape([1, ROWS, WIDTH]))
     return step + 1
 
 
@@ -280,6 +283,9 @@ def gate(
     if BACK:
         s = sigmoid(h)
         value = (h * s).to(gl.bfloat16)
+        if WIDTH == END:
+            # `finish_half` has stored the values before from the same tile, and then `out`.
+            tma.store_wait(1)
         values.slice(first, WIDTH, dim=1).store(value)
         acc = acc * (s * (1.0 + h * (1.0 - s)))
         if not EVEN:
@@ -548,154 +554,11 @@ def fetch_state(x, place, tile, full, empty, number):
 
 
 @gluon.jit
-def load_whole(
-    x, h, a, reader, state, values, x_full, x_empty, ring, full, empty, state_tile, state_full, state_empty, begin_ptr,
-    end_ptr, N, G, shift, E_BLOCKS, TASKS, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
-):  # fmt: skip
-    """What `multiply_whole` reads, in its order."""
-    grid_wait()
-    value_step = 0
-    step = 0
-    number = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, True, "pieces")
-        column = (task % E_BLOCKS) * BLOCK
-        for chunk in range(begin, end):
-            row = chunk // G
-            token = (chunk % G) * (2 * BLOCK) - shift
-            slot = chunk * (2 * BLOCK)
-            for half in gl.static_range(2):
-                if not SKIP or has_tokens(token + half * BLOCK, N):
-                    place = [row, token + half * BLOCK, column]
-                    value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
-            if chunk == begin:
-                fetch_state(state, [row * BLOCK, column], state_tile, state_full, state_empty, number)
-            for half in gl.static_range(2):
-                if not SKIP or has_tokens(token + half * BLOCK, N):
-                    step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
-                    for other in gl.static_range(2):
-                        if not SKIP or has_tokens(token + other * BLOCK, N):
-                            step = fetch(a, [slot + other * BLOCK, half * BLOCK], ring, full, empty, step, SLOTS)
-            for half in gl.static_range(2):
-                if not SKIP or has_tokens(token + half * BLOCK, N):
-                    step = fetch_tokens(h, [row, token + half * BLOCK, column], ring, full, empty, step, SLOTS)
-        number += 1
-
-
-@gluon.jit
-def multiply_whole(
-    out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full, empty, state_tile,
-    state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS,
-    SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
-):  # fmt: skip
-    """What `whole_kernel` computes, BACK."""
-    grid_wait()
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
-    )
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
-    E = E_BLOCKS * BLOCK
-    gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
-    value_step = 0
-    step = 0
-    number = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, True, "pieces")
-        first_e = (task % E_BLOCKS) * BLOCK
-        mbarrier.wait(state_full.index(0), number & 1)
-        number += 1
-        for chunk in range(begin, end):
-            row = chunk // G
-            token = (chunk % G) * (2 * BLOCK) - shift
-            if not SKIP:
-                scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
-                scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
-            has_0 = has_tokens(token, N)
-            has_1 = has_tokens(token + BLOCK, N)
-            value_1 = value_step + 1  # as in `multiply`
-            count = 2
-            if SKIP:
-                value_1 = value_step + gl.where(has_0, 1, 0)
-                count = gl.where(has_0, 1, 0) + gl.where(has_1, 1, 0)
-            slot_0 = value_step % VALUE_SLOTS
-            slot_1 = value_1 % VALUE_SLOTS
-            x_0 = values.index(slot_0)
-            x_1 = values.index(slot_1)
-            if not SKIP or has_0:
-                mbarrier.wait(x_full.index(slot_0), (value_step // VALUE_SLOTS) & 1)
-            if not SKIP or has_1:
-                mbarrier.wait(x_full.index(slot_1), (value_1 // VALUE_SLOTS) & 1)
-            acc_0 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-            if not SKIP or has_0:
-                acc_0, step = product(ring, full, empty, step, state_tile, acc_0, False, SLOTS)
-                if SKIP:
-                    acc_0, step = products(
-                        ring, full, empty, step, values, value_step, count, acc_0, True, SLOTS, VALUE_SLOTS
-                    )  # fmt: skip
-                else:
-                    acc_0, step = two_products(ring, full, empty, step, x_0, x_1, acc_0, True, SLOTS)
-            acc_1 = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-            if not SKIP or has_1:
-                acc_1, step = product(ring, full, empty, step, state_tile, acc_1, False, SLOTS)
-                if SKIP:
-                    acc_1, step = products(
-                        ring, full, empty, step, values, value_step, count, acc_1, True, SLOTS, VALUE_SLOTS
-                    )  # fmt: skip
-                else:
-                    acc_1, step = two_products(ring, full, empty, step, x_0, x_1, acc_1, True, SLOTS)
-            if chunk == end - 1:
-                mbarrier.arrive(state_empty.index(0), count=1)
-            first = step
-            for half in gl.static_range(2):
-                start = token + half * BLOCK
-                if not SKIP or (has_0 if half == 0 else has_1):
-                    held = step % SLOTS
-                    mbarrier.wait(full.index(held), (step // SLOTS) & 1)
-                    step += 1
-                    if SKIP:
-                        scale, real = gain_of(rms_ptr, gain, row, start, N, EVEN, gl.SliceLayout(1, narrow))
-                    else:
-                        scale = scale_0 if half == 0 else scale_1
-                        real = real_0 if half == 0 else real_1
-                    scale = gl.expand_dims(scale, 1)
-                    real = gl.expand_dims(real, 1)
-                    x_half = x_0 if half == 0 else x_1
-                    tile = ring.index(held)
-                    sums = sums_ptr + (chunk * 2 + half) * E + first_e
-                    left, right = halves(acc_0 if half == 0 else acc_1, narrow)
-                    before = start < 0
-                    gate(
-                        tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                        value_ptr + first_e, E, row * N + start, before, 0, True, EVEN, SHIFTED, narrow,
-                    )  # fmt: skip
-                    gate(
-                        tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                        value_ptr + first_e, E, row * N + start, before, BLOCK // 2, True, EVEN, SHIFTED, narrow,
-                    )  # fmt: skip
-                    fence_async_shared()
-                    if not SHIFTED or not before:
-                        store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
-                        store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
-                else:
-                    no_sums(sums_ptr + (chunk * 2 + half) * E + first_e, gl.SliceLayout(0, wide))
-            tma.store_wait(0)
-            mbarrier.arrive(empty.index(first % SLOTS), count=1)
-            mbarrier.arrive(x_empty.index(slot_0), count=1)
-            if not SKIP or count == 2:
-                mbarrier.arrive(empty.index((first + 1) % SLOTS), count=1)
-                mbarrier.arrive(x_empty.index(slot_1), count=1)
-            value_step += count
-    tma.store_wait(0)
-
-
-@gluon.jit
 def load_values(
     x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
-    SKIP: gl.constexpr, VALUE_SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
+    SKIP: gl.constexpr, VALUE_SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK, ROWS: gl.constexpr = BLOCK,
 ):  # fmt: skip
-    """The values' tiles that `multiply_half` reads, in its order."""
+    """The values' tiles that `multiply_half` reads, of `ROWS` tokens, in its order."""
     grid_wait()
     step = 0
     for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
@@ -703,8 +566,9 @@ def load_values(
         for half in range(2 * begin, 2 * end):
             token = (half % (2 * G)) * BLOCK - shift
             if not SKIP or has_tokens(token, N):
-                place = [half // (2 * G), token, (task % E_BLOCKS) * WIDTH]
-                step = fetch_tokens(x, place, values, x_full, x_empty, step, VALUE_SLOTS, WIDTH)
+                for first in gl.static_range(0, BLOCK, ROWS):
+                    place = [half // (2 * G), token + first, (task % E_BLOCKS) * WIDTH]
+                    step = fetch_tokens(x, place, values, x_full, x_empty, step, VALUE_SLOTS, WIDTH, ROWS)
 
 
 @gluon.jit
@@ -734,33 +598,36 @@ def load_ends(
 
 
 @gluon.jit
-def flat(tile):
-    """A slot of the ring, 128 by 64, as one of 64 by 128."""
+def high(tile):
+    """Half a tile of 128 by 64 as one of 64 by 128."""
     return reinterpret(tile, gl.bfloat16, [DEPTH, BLOCK], tile.layout)
 
 
 @gluon.jit
-def fetch_half(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr, FLAT: gl.constexpr = False):
-    """Load half a tile, 128 by 64, or FLAT 64 by 128, into the ring's next slot, once it is free."""
+def fetch_half(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr, HIGH: gl.constexpr = False):
+    """Load half a tile, 128 by 64, or with HIGH 64 by 128, into the ring's next slot, once it is free."""
     slot = step % SLOTS
     mbarrier.wait(empty.index(slot), ((step // SLOTS) & 1) ^ 1)
     mbarrier.expect(full.index(slot), BLOCK * DEPTH * 2)
-    load_async(x, [row, column], full.index(slot), flat(ring.index(slot)) if FLAT else ring.index(slot))
+    load_async(x, [row, column], full.index(slot), high(ring.index(slot)) if HIGH else ring.index(slot))
     return step + 1
 
 
 @gluon.jit
-def fetch_depths(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr):
-    """Load the left and the right half of a tile."""
+def fetch_depths(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr, HIGH: gl.constexpr = False):
+    """Load the left and the right half of a tile, or with HIGH the upper and the lower."""
     for depth in gl.static_range(0, BLOCK, DEPTH):
-        step = fetch_half(x, row, column + depth, ring, full, empty, step, SLOTS)
+        if HIGH:
+            step = fetch_half(x, row + depth, column, ring, full, empty, step, SLOTS, HIGH)
+        else:
+            step = fetch_half(x, row, column + depth, ring, full, empty, step, SLOTS)
     return step
 
 
 @gluon.jit
 def load_factors(
     a, reader, state, ring, full, empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, N, G, shift,
-    E_BLOCKS, TASKS, SKIP: gl.constexpr, SLOTS: gl.constexpr,
+    E_BLOCKS, TASKS, BACK: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The states and left factors that `multiply_half` reads, in its order."""
     grid_wait()
@@ -778,18 +645,22 @@ def load_factors(
                 step = fetch_depths(reader, half * BLOCK, 0, ring, full, empty, step, SLOTS)
                 for other in gl.static_range(2):
                     if not SKIP or has_tokens(token + other * BLOCK, N):
-                        step = fetch_depths(a, half * BLOCK, other * BLOCK, ring, full, empty, step, SLOTS)
+                        if BACK:
+                            slot = (2 * chunk + other) * BLOCK
+                            step = fetch_depths(a, slot, (half % 2) * BLOCK, ring, full, empty, step, SLOTS, True)
+                        else:
+                            step = fetch_depths(a, half * BLOCK, other * BLOCK, ring, full, empty, step, SLOTS)
 
 
 @gluon.jit
 def sum_half(
     values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, step, value_step, count, turn, last,
     GROUP: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK, TRANS: gl.constexpr = False,
+    WIDTH: gl.constexpr = BLOCK, TRANS: gl.constexpr = False, HALVED: gl.constexpr = False,
 ):  # fmt: skip
     """The products of half a chunk with the state and with `count` tiles of values, 128 by `WIDTH`, in the group's
     turn of this number; with TRANS, the left factors of values are transposed. Leaves the values, and where it is the
-    `last` of a walk, the state."""
+    `last` of a walk, the state. HALVED: tiles of values come in upper and lower halves."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     acc = gl.zeros([BLOCK, WIDTH], gl.float32, mma)
     # The first group has the first turn. What both groups read is waited for in turn.
@@ -797,40 +668,46 @@ def sum_half(
     for depth in gl.static_range(2):
         slot = step % SLOTS
         mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
-        right = state_tile.slice(depth * DEPTH, DEPTH, dim=0)
-        acc = warpgroup_mma(ring.index(slot), right, acc, is_async=True)
+        state_half = state_tile.slice(depth * DEPTH, DEPTH, dim=0)
+        acc = warpgroup_mma(ring.index(slot), state_half, acc, is_async=True)
         if depth == 1:
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
         step += 1
     for part in range(count):
-        value = value_step + part
-        mbarrier.wait(ready.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
-        x = values.index(value % VALUE_SLOTS)
+        value = 2 * (value_step + part) if HALVED else value_step + part
         for depth in gl.static_range(2):
             slot = step % SLOTS
+            if HALVED or depth == 0:
+                held = (value + depth) % VALUE_SLOTS
+                mbarrier.wait(ready.index(held), ((value + depth) // VALUE_SLOTS) & 1)
+                x = values.index(held)
             mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
-            left = flat(ring.index(slot)).permute((1, 0)) if TRANS else ring.index(slot)
-            right = x.slice(depth * DEPTH, DEPTH, dim=0)
+            left = high(ring.index(slot)).permute((1, 0)) if TRANS else ring.index(slot)
+            right = x if HALVED else x.slice(depth * DEPTH, DEPTH, dim=0)
             acc = warpgroup_mma(left, right, acc, is_async=True)
             # The product before, while this one runs.
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
-            if depth == 0:
-                if part > 0:
-                    mbarrier.arrive(x_empty.index((value - 1) % VALUE_SLOTS), count=1)
-                elif last:
-                    mbarrier.arrive(state_empty.index(0), count=1)
+            if depth == 1:
+                if HALVED:
+                    mbarrier.arrive(x_empty.index(value % VALUE_SLOTS), count=1)
+            elif part > 0:
+                mbarrier.arrive(x_empty.index((value - 1) % VALUE_SLOTS), count=1)
+            elif last:
+                mbarrier.arrive(state_empty.index(0), count=1)
             step += 1
     mbarrier.arrive(turns.index(1 - GROUP), count=1)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
-    held = (value_step + count - 1) % VALUE_SLOTS
-    mbarrier.arrive(x_empty.index(held), count=1)
+    held = 2 * (value_step + count) - 1 if HALVED else value_step + count - 1
+    mbarrier.arrive(x_empty.index(held % VALUE_SLOTS), count=1)
     if SKIP:
         if count == 1:
             # For the other group, which does not read it.
-            mbarrier.arrive(x_empty.index(held), count=1)
+            mbarrier.arrive(x_empty.index(held % VALUE_SLOTS), count=1)
+            if HALVED:
+                mbarrier.arrive(x_empty.index((held - 1) % VALUE_SLOTS), count=1)
     return acc
 
 
@@ -838,16 +715,18 @@ def sum_half(
 def finish_half(
     acc, out, out_ptr, out_stride, scale, real, bias_ptr, tiles, full, empty, number, row, token, column, N,
     GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
+    TILES: gl.constexpr = END_TILES, BACK: gl.constexpr = False, value_out=None, value_tile=None, value_ptr=None,
+    sums_ptr=None, E=0,
 ):  # fmt: skip
     """The end of the group's half of this number: `gate` in parts of `END` columns, since more does not fit the
-    registers."""
+    registers. BACK, values leave by a tile of the group's own."""
     middle: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH // 2, 16]
     )
     scale = gl.expand_dims(scale, 1)
     real = gl.expand_dims(real, 1)
     before = token < 0
-    step = number * (WIDTH // END // END_TILES)
+    step = number * (WIDTH // END // TILES)
     sides = halves(acc, middle)
     for side in gl.static_range(2):
         if WIDTH == BLOCK:
@@ -855,33 +734,37 @@ def finish_half(
         for quarter in gl.static_range(WIDTH // END // 2):
             part = side * (WIDTH // END // 2) + quarter
             first = column + part * END
-            tile = tiles.index(part % END_TILES)
-            mbarrier.wait(full.index(GROUP * END_TILES + part % END_TILES), (step + part // END_TILES) & 1)
+            tile = tiles.index(part % TILES)
+            mbarrier.wait(full.index(GROUP * TILES + part % TILES), (step + part // TILES) & 1)
             gate(
-                tile, tile, quarters[quarter] if WIDTH == BLOCK else sides[side], scale, real, bias_ptr + first,
-                bias_ptr, out_ptr + first, out_stride, out_ptr, 0, row * N + token, before, 0, False, EVEN, SHIFTED,
-                layout, END,
+                tile, value_tile if BACK else tile, quarters[quarter] if WIDTH == BLOCK else sides[side], scale, real,
+                bias_ptr + first, sums_ptr + first if BACK else bias_ptr, out_ptr + first, out_stride,
+                value_ptr + first if BACK else out_ptr, E, row * N + token, before, 0, BACK, EVEN, SHIFTED, layout,
+                END,
             )  # fmt: skip
             fence_async_shared()
             if not SHIFTED or not before:
+                if BACK:
+                    store_async(value_out, [row, token, first], value_tile.reshape([1, BLOCK, END]))
                 store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
             if part > 0:
-                tma.store_wait(1)
-                mbarrier.arrive(empty.index((part - 1) % END_TILES), count=1)
+                tma.store_wait(2 if BACK else 1)
+                mbarrier.arrive(empty.index((part - 1) % TILES), count=1)
     tma.store_wait(0)
-    mbarrier.arrive(empty.index((WIDTH // END - 1) % END_TILES), count=1)
+    mbarrier.arrive(empty.index((WIDTH // END - 1) % TILES), count=1)
 
 
 @gluon.jit
 def multiply_half(
-    out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles, end_full, end_empty,
-    state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride, N, G, shift, E_BLOCKS, TASKS,
-    GROUP: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
-    VALUE_SLOTS: gl.constexpr,
+    out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
+    value_tiles, end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride,
+    value_ptr, N, G, shift, E_BLOCKS, TASKS, GROUP: gl.constexpr, BACK: gl.constexpr, SKIP: gl.constexpr,
+    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
-    """What `whole_kernel` computes, forward, for every other half of a chunk."""
+    """What `whole_kernel` computes, for every other half of a chunk."""
     grid_wait()
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
+    E = E_BLOCKS * BLOCK
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     # Halves of this group before the chunk, of both groups, and their tiles.
@@ -914,12 +797,19 @@ def multiply_half(
                     step = gl.where(count == 2, step, first)
                 acc = sum_half(
                     values, ready, x_empty, ring, full, empty, turns, state_tile, state_empty, step, value_step, count,
-                    number, chunk == end - 1, GROUP, SKIP, SLOTS, VALUE_SLOTS,
+                    number, chunk == end - 1, GROUP, SKIP, SLOTS, VALUE_SLOTS, BLOCK, BACK,
+                    BACK,
                 )  # fmt: skip
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, number, row,
-                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow,
+                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow, BLOCK, TILES, BACK, value_out,
+                    value_tiles.index(GROUP), value_ptr, sums_ptr + (chunk * 2 + half) * E, E,
                 )  # fmt: skip
+                if BACK:
+                    if SKIP:
+                        if count == 1:
+                            other = sums_ptr + (chunk * 2 + 1 - half) * E + (task % E_BLOCKS) * BLOCK
+                            no_sums(other, gl.SliceLayout(0, narrow))
                 number += 1
             elif chunk == end - 1:
                 mbarrier.arrive(state_empty.index(0), count=1)
@@ -938,70 +828,96 @@ def whole_kernel(
     """`scan_kernel` for bidirectional models, where a row has one state, `state`, that of all its chunks over C, and
     every token of a chunk sees all others.
 
-    Forward, two groups of four warps take halves of chunks in turn, see hopper.py: `a` and `reader` are described for
-    tiles of 128 by 64, which come in a ring of `SLOTS`, h and `out` for tiles of 128 by `END`.
+    Two groups of four warps take halves of chunks in turn, see hopper.py: `reader` and forward `a` are described for
+    tiles of 128 by 64, which come in a ring of `SLOTS`, h, `out` and `value_out` for tiles of 128 by `END`; backward
+    `a` and x for tiles of 64 by 128.
     """
-    layout: gl.constexpr = a.layout
-    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
+    layout: gl.constexpr = reader.layout
+    end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    ROWS: gl.constexpr = DEPTH if BACK else BLOCK
+    TILES: gl.constexpr = BACK_END_TILES if BACK else END_TILES
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, ROWS, BLOCK], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [TILES, BLOCK, END], end_layout)
+    # Both groups read values and states.
     x_full = barriers(VALUE_SLOTS)
+    x_empty = barriers(VALUE_SLOTS, 2)
     state_full = barriers(1)
+    state_empty = barriers(1, 2)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
+    turns = barriers(2)
+    end_full = barriers(2 * TILES)
+    end_empty = barriers(TILES)
+    ready = x_full if BACK else barriers(VALUE_SLOTS)
+    value_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, END], end_layout) if BACK else tiles
+    fence_async_shared()
     if BACK:
-        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
-        x_empty = barriers(VALUE_SLOTS)
-        state_empty = barriers(1)
-        fence_async_shared()
         gl.warp_specialize(
             [
                 (
-                    multiply_whole,
+                    multiply_half,
                     (
-                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring, full,
-                        empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr,
-                        N, G, shift, E_BLOCKS, TASKS, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
+                        empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
+                        begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 0, BACK,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
                     ),
                 ),
                 (
-                    load_whole,
+                    multiply_half,
                     (
-                        x, h, a, reader, state, values, x_full, x_empty, ring, full, empty, state_tile, state_full,
-                        state_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SKIP, SLOTS, VALUE_SLOTS,
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
+                        empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
+                        begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 1, BACK,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                    ),
+                ),
+                (
+                    load_values,
+                    (
+                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces", SKIP,
+                        VALUE_SLOTS, BLOCK, ROWS,
+                    ),
+                ),
+                (
+                    load_factors,
+                    (
+                        a, reader, state, ring, full, empty, state_tile, state_full, state_empty, begin_ptr, end_ptr,
+                        N, G, shift, E_BLOCKS, TASKS, BACK, SKIP, SLOTS,
+                    ),
+                ),
+                (
+                    load_ends,
+                    (
+                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces",
+                        SKIP, BLOCK, TILES,
                     ),
                 ),
             ],
-            [1],
-            [24],
+            [4, 1, 1, 1],
+            [BACK_REGISTERS, 24, 24, 24],
         )  # fmt: skip
     else:
-        end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
-        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
-        tiles = gl.allocate_shared_memory(gl.bfloat16, [END_TILES, BLOCK, END], end_layout)
-        # Both groups read values and states.
-        x_empty = barriers(VALUE_SLOTS, 2)
-        state_empty = barriers(1, 2)
-        ready = barriers(VALUE_SLOTS)
-        turns = barriers(2)
-        end_full = barriers(2 * END_TILES)
-        end_empty = barriers(END_TILES)
-        fence_async_shared()
         gl.warp_specialize(
             [
                 (
                     multiply_half,
                     (
-                        out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
-                        end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr,
-                        out_stride, N, G, shift, E_BLOCKS, TASKS, 0, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
+                        empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
+                        begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 0, BACK,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
                     ),
                 ),
                 (
                     multiply_half,
                     (
-                        out, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
-                        end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr,
-                        out_stride, N, G, shift, E_BLOCKS, TASKS, 1, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
+                        empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
+                        begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 1, BACK,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
                     ),
                 ),
                 (
@@ -1015,21 +931,21 @@ def whole_kernel(
                     load_values,
                     (
                         x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces", SKIP,
-                        VALUE_SLOTS,
+                        VALUE_SLOTS, BLOCK, ROWS,
                     ),
                 ),
                 (
                     load_factors,
                     (
                         a, reader, state, ring, full, empty, state_tile, state_full, state_empty, begin_ptr, end_ptr,
-                        N, G, shift, E_BLOCKS, TASKS, SKIP, SLOTS,
+                        N, G, shift, E_BLOCKS, TASKS, BACK, SKIP, SLOTS,
                     ),
                 ),
                 (
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces",
-                        SKIP,
+                        SKIP, BLOCK, TILES,
                     ),
                 ),
             ],

@@ -97,13 +97,13 @@ class Tensor3(Described):
 
     numbers: torch.Tensor = None
 
-    def part(self, place, tile):
-        """What a tile at `place` covers, in the tensor and in the tile."""
+    def part(self, place, shape):
+        """What a tile of `shape` at `place` covers, in the tensor and in the tile."""
         row, first, column = (0, *place) if len(place) == 2 else place
         row, first, column = int(row), int(first), int(column)
         begin = max(0, first)
-        end = max(begin, min(first + tile.shape[0], self.numbers.shape[1]))
-        return self.numbers[row, begin:end, column : column + tile.shape[1]], slice(begin - first, end - first)
+        end = max(begin, min(first + shape[0], self.numbers.shape[1]))
+        return self.numbers[row, begin:end, column : column + shape[1]], slice(begin - first, end - first)
 
 
 class EmulatedNumbers(Emulated):
@@ -147,13 +147,14 @@ class EmulatedNumbers(Emulated):
         self.warps.run([lambda function=function, a=a: function(*a) for function, a in parts])
 
     def load(self, source, place, barrier, tile):
+        shape = [int(size) for size in tile.shape]
         whole = tile.tile if isinstance(tile, Part) else tile
         if whole.readers:
             raise Fault("a tile is overwritten while it is read")
         whole.held = None
 
         def arrive():
-            held, (part, rows) = torch.zeros(*tile.shape, dtype=torch.float64), source.part(place, tile)
+            held, (part, rows) = torch.zeros(*shape, dtype=torch.float64), source.part(place, shape)
             held[rows] = part
             whole.held = held if whole is tile else torch.cat(held.split(64, 1))
             barrier.receive(whole.bytes)
@@ -179,7 +180,7 @@ class EmulatedNumbers(Emulated):
     def store(self, target, place, tile):
         if min(place) < 0:
             raise Fault("a tile is stored that begins before its tensor")
-        part, rows = target.part(place, tile)
+        part, rows = target.part(place, tile.shape)
         assert part.isnan().all(), "a tile is stored twice"
         part.copy_(tile.load(None)[rows])
         tile.readers += 1
@@ -195,7 +196,7 @@ def slots(module, back):
     if module is rowscan:
         names = ("BACK_SLOTS", "BACK_VALUE_SLOTS") if back else ("SLOTS", "VALUE_SLOTS")
     else:
-        names = ("SLOTS" if back else "DEPTH_SLOTS", "VALUE_SLOTS")
+        names = ("DEPTH_SLOTS", "BACK_VALUE_SLOTS" if back else "VALUE_SLOTS")
     return dict(zip(("SLOTS", "VALUE_SLOTS"), (getattr(module, name) for name in names), strict=True))
 
 

@@ -186,7 +186,10 @@ tokens, square = [1, 128, 128], [128, 128]
 scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.fromkeys(
     ("a", "reader", "writer", "state", "states"), square)
 end = [1, 128, scan.END.value]
-halved = scanned | {"h": end, "out": end} | dict.fromkeys(("a", "reader", "writer"), [128, scan.DEPTH.value])
+depth = scan.DEPTH.value
+halved = scanned | dict.fromkeys(("a", "reader", "writer"), [128, depth]) | dict.fromkeys(
+    ("h", "out", "value_out"), end)
+halved_back = halved | {"x": [1, depth, 128], "a": [depth, 128]}
 reduced = {"d_attended": [1, 128, reduce.STEP], "value": [1, 128, reduce.STEP], "state": [128, reduce.STEP],
            "d_state": [128, reduce.STEP]} | dict.fromkeys(("a", "d_score", "d_query", "d_key"), square)
 added = {"x": tokens, "keys": square}
@@ -224,9 +227,11 @@ found = {
         VALUE_SLOTS=scan.VALUE_SLOTS)
     for skip in (False, True)
 } | {
-    "whole, backward": compiled(scan.whole_kernel, scanned, BACK=True, SKIP=False, EVEN=True, SHIFTED=False, **slots),
-    "whole, backward, skipping": compiled(
-        scan.whole_kernel, scanned, BACK=True, SKIP=True, EVEN=False, SHIFTED=True, **slots),
+    f"whole {skip}, backward": compiled(
+        scan.whole_kernel, halved_back, BACK=True, SKIP=skip, EVEN=not skip, SHIFTED=skip, SLOTS=scan.DEPTH_SLOTS,
+        VALUE_SLOTS=scan.BACK_VALUE_SLOTS)
+    for skip in (False, True)
+} | {
     "totals": compiled(
         scan.totals_kernel, added, 8, BACK=False, SPLIT="cut", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
     "totals, backward": compiled(

@@ -102,7 +102,8 @@ class Tile:
     def permute(self, *a, **k):
         return self
 
-    reshape = slice = permute
+    reshape = slice = reinterpret = permute
+    layout = None
 
     def load(self, layout):
         if self.held is None:
@@ -194,8 +195,9 @@ class Emulated:
         return dict(
             mbarrier=barrier, tma=SimpleNamespace(store_wait=self.store_wait), load_async=self.load,
             store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
+            reinterpret=lambda tile, *a: tile.reinterpret(*a),
             fence_async_shared=lambda: None, grid_wait=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2, PART=64,
-            DEPTH=64, END=32, END_TILES=2,
+            DEPTH=64, END=32, END_TILES=2, BACK_END_TILES=4,
         )  # fmt: skip
 
     def __init__(self, monkeypatch, seed):
@@ -227,7 +229,8 @@ class Emulated:
         monkeypatch.setattr(reduce, "place_of", reduce.place_of.fn)
         for name in (
             "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "product", "two_products", "products",
-            "summands_of", "fetch_state", "fetch_half", "fetch_depths", "sum_half", "finish_half",
+            "summands_of", "fetch_state", "high", "fetch_half", "fetch_depths", "sum_half",
+            "finish_half",
         ):  # fmt: skip
             monkeypatch.setattr(scan, name, getattr(scan, name).fn)
         walk_of = scan.walk_of
@@ -327,10 +330,12 @@ class Emulated:
     ):  # fmt: skip
         if first == 0:
             h = tile.load(None)
-            tile.store(acc * h)
             if BACK:
                 self.put(sums, acc)
+                if width == 32:
+                    self.store_wait(1)
                 values.store(h)
+            tile.store(acc * h)
             if SHIFTED and before:
                 self.keep(("out", token, out), acc * h)
                 if BACK:
@@ -521,10 +526,9 @@ def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emu
     emulated.run(
         scan.whole_kernel, programs, *map(Described, ("x", "h", "a", "reader", "state", "out", "value")), 0, 0, 0, 0,
         Pointer("sums"), begin, end, 0, 0, 0, N, G, shift, 1, len(walks), BACK=back, SKIP=len(halves) < 2 * G,
-        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3 if back else 4, VALUE_SLOTS=3,
+        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=4, VALUE_SLOTS=4 if back else 3,
     )  # fmt: skip
     expected = {}
-    step, width = (128, 128) if back else (64, 32)
     for chunk, half in itertools.product(range(B * G), range(2)):
         row, slot, first = chunk // G, chunk * 256, chunk % G * 256 - shift
         own = [other for other in range(2) if chunk % G * 2 + other in halves]
@@ -532,21 +536,20 @@ def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emu
             if back:
                 expected["sums", (chunk * 2 + half) * E] = None
             continue
-        parts = [(("reader", slot + half * 128, depth), ("state", row * 128, 0)) for depth in range(0, 128, step)]
-        for other in own:
+        parts = [(("reader", slot + half * 128, depth), ("state", row * 128, 0)) for depth in (0, 64)]
+        for other, depth in itertools.product(own, (0, 64)):
             x = ("x", row, first + other * 128, 0)
-            row_a, column = (other, half) if back else (half, other)
-            for depth in range(0, 128, step):
-                a = ("a", slot + row_a * 128, column * 128 + depth)
-                parts.append((a, x if back else Product((("silu", *x),))))
+            if back:
+                parts.append((("a", slot + other * 128 + depth, half * 128), ("x", row, x[2] + depth, 0)))
+            else:
+                parts.append((("a", slot + half * 128, other * 128 + depth), Product((("silu", *x),))))
         token = row * N + first + half * 128
-        for column in range(0, E, width):
+        for column in range(0, E, 32):
             h = ("h", row, first + half * 128, column)
             expected["out", token, column] = (*parts, h)
             if back:
                 expected["value", token, column] = (h,)
-        if back:
-            expected["sums", (chunk * 2 + half) * E] = tuple(parts)
+                expected["sums", (chunk * 2 + half) * E + column] = tuple(parts)
     assert flat(emulated.stored, N) == expected
 
 
