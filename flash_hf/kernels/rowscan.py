@@ -23,6 +23,8 @@ from .hopper import BLOCK, barriers, halves, store_async
 from .scan import (
     ACTIVATING,
     ACTIVATING_REGISTERS,
+    BACK_END_TILES,
+    BACK_REGISTERS,
     DEPTH,
     END,
     END_TILES,
@@ -41,12 +43,9 @@ from .scan import (
 
 # Value dimensions of a task. With 128, values would leave so little room that loads in flight limit the speed.
 WIDTH = gl.constexpr(64)
-# Tiles of the ring, and of the values: four for a row's, the others for the next row's. The backward has four for the
-# ends of h, and two for those of values.
+# Tiles of the ring, and of the values: four for a row's, the others for the next row's.
 SLOTS, VALUE_SLOTS = 6, 6
-BACK_SLOTS, BACK_VALUE_SLOTS, BACK_END_TILES = 5, 5, gl.constexpr(4)
-# Of the backward's groups, which leave none to warps that activate.
-BACK_REGISTERS = gl.constexpr(240)
+BACK_SLOTS, BACK_VALUE_SLOTS = 5, 5
 
 
 @gluon.jit
