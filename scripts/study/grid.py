@@ -181,8 +181,10 @@ def passes(results: Results) -> list[Cell]:
         for context, rates in PASSED.items():
             cells += train(f"plus-{form}", task, context, [rates[PLUS]], tokens=ONE_PASS)
     searched = {"context": 2048, "tokens": ONE_PASS / 10}
-    for model in (RIVAL, PLUS):
+    for model in (RIVAL, PLUS, MODERN):
         cells += tuning(results, model, task, **searched)
+    modern = tuned(results, MODERN, task, **searched)
+    cells += [] if modern is None else [replace(modern, context=context, tokens=ONE_PASS) for context in PASSED]
     best = [cell for model in (RIVAL, PLUS) if (cell := tuned(results, model, task, **searched)) is not None]
     long = [replace(cell, context=context, tokens=ONE_PASS) for context in PASSED for cell in best]
     cells += long + [replace(cell, seed=1) for cell in long]
