@@ -23,7 +23,6 @@ from .hopper import BLOCK, barriers, store_async
 from .scan import (
     ACTIVATING,
     ACTIVATING_REGISTERS,
-    BACK_END_TILES,
     BACK_REGISTERS,
     DEPTH,
     END,
@@ -43,8 +42,8 @@ from .scan import (
 
 # Value dimensions of a task. With 128, values would leave so little room that loads in flight limit the speed.
 WIDTH = gl.constexpr(64)
-# Tiles of the ring, and of the values: four for a row's, the others for the next row's.
-SLOTS, VALUE_SLOTS = 6, 6
+# Tiles of the ring, of the values, four for a row's, the others for the next row's, and forward of the ends.
+SLOTS, VALUE_SLOTS, FORWARD_END_TILES = 6, 6, gl.constexpr(2)
 BACK_SLOTS, BACK_VALUE_SLOTS = 6, 5
 
 
@@ -142,6 +141,7 @@ def multiply_half(
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty,
                     walks * G + number, row, start, first_e, N, GROUP, EVEN, SHIFTED, narrow, WIDTH,
+                    FORWARD_END_TILES,
                 )  # fmt: skip
             first += 12
             value_step += 2
@@ -168,7 +168,7 @@ def row_kernel(
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, WIDTH], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, WIDTH], layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
-    ENDS: gl.constexpr = BACK_END_TILES if BACK else END_TILES
+    ENDS: gl.constexpr = END_TILES if BACK else FORWARD_END_TILES
     tiles = gl.allocate_shared_memory(gl.bfloat16, [ENDS, BLOCK, END], end_layout)
     x_full = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)

@@ -29,11 +29,11 @@ SLOTS, VALUE_SLOTS = 3, 3
 # Warps that activate a forward scan's values, and those of its totals, their registers, and the tokens that fit these.
 ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.constexpr(8), gl.constexpr(72)
 PART = gl.constexpr(64)
-# Of `whole_kernel`: the ring's tiles and their columns, tiles of the ends and their columns, and registers of the two
-# groups of warps. Backward: halves of tiles of x, tiles of the ends, which are those of one half, and registers.
-DEPTH_SLOTS, DEPTH, END_TILES, END = 5, gl.constexpr(64), gl.constexpr(2), gl.constexpr(32)
+# Of `whole_kernel`: the ring's tiles and their columns, tiles of the ends, which are those of one half, and their
+# columns, and registers of the two groups of warps. Backward: the ring's tiles, halves of tiles of x, and registers.
+DEPTH_SLOTS, DEPTH, END_TILES, END = 4, gl.constexpr(64), gl.constexpr(4), gl.constexpr(32)
 GROUP_REGISTERS = gl.constexpr(208)
-BACK_VALUE_SLOTS, BACK_END_TILES, BACK_REGISTERS = 4, gl.constexpr(4), gl.constexpr(240)
+BACK_DEPTH_SLOTS, BACK_VALUE_SLOTS, BACK_REGISTERS = 5, 4, gl.constexpr(240)
 # Of the backward of `scan_kernel`, besides `BACK_...`: the ring's tiles, and value dimensions of a group of warps.
 SIDE_SLOTS, SIDE = 6, gl.constexpr(64)
 
@@ -701,11 +701,11 @@ def scan_kernel(
         values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, SIDE], layout)
         ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
         state_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, SIDE], layout)
-        tiles = gl.allocate_shared_memory(gl.bfloat16, [BACK_END_TILES, BLOCK, END], end_layout)
+        tiles = gl.allocate_shared_memory(gl.bfloat16, [END_TILES, BLOCK, END], end_layout)
         # Both groups read the ring.
         empty = barriers(SLOTS, 2)
-        end_full = barriers(BACK_END_TILES)
-        end_empty = barriers(BACK_END_TILES)
+        end_full = barriers(END_TILES)
+        end_empty = barriers(END_TILES)
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -745,7 +745,7 @@ def scan_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT,
-                        SKIP, BLOCK, BACK_END_TILES, True, True,
+                        SKIP, BLOCK, END_TILES, True, True,
                     ),
                 ),
             ],
@@ -932,7 +932,7 @@ def multiply_half(
     out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full, empty, turns, tiles,
     value_tiles, end_full, end_empty, state_tile, state_full, state_empty, begin_ptr, end_ptr, out_ptr, out_stride,
     value_ptr, N, G, shift, E_BLOCKS, TASKS, GROUP: gl.constexpr, BACK: gl.constexpr, SKIP: gl.constexpr,
-    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr, TILES: gl.constexpr,
+    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `whole_kernel` computes, for every other half of a chunk."""
     grid_wait()
@@ -975,8 +975,8 @@ def multiply_half(
                 )  # fmt: skip
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, number, row,
-                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow, BLOCK, TILES, BACK, value_out,
-                    value_tiles.index(GROUP), value_ptr, sums_ptr + (chunk * 2 + half) * E, E,
+                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow, BLOCK, END_TILES, BACK,
+                    value_out, value_tiles.index(GROUP), value_ptr, sums_ptr + (chunk * 2 + half) * E, E,
                 )  # fmt: skip
                 if BACK:
                     if SKIP:
@@ -1008,11 +1008,10 @@ def whole_kernel(
     layout: gl.constexpr = reader.layout
     end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     ROWS: gl.constexpr = DEPTH if BACK else BLOCK
-    TILES: gl.constexpr = BACK_END_TILES
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, ROWS, BLOCK], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
-    tiles = gl.allocate_shared_memory(gl.bfloat16, [TILES, BLOCK, END], end_layout)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [END_TILES, BLOCK, END], end_layout)
     # Both groups read values and states.
     x_full = barriers(VALUE_SLOTS)
     x_empty = barriers(VALUE_SLOTS, 2)
@@ -1021,8 +1020,8 @@ def whole_kernel(
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
     turns = barriers(2)
-    end_full = barriers(2 * TILES)
-    end_empty = barriers(TILES)
+    end_full = barriers(2 * END_TILES)
+    end_empty = barriers(END_TILES)
     ready = x_full if BACK else barriers(VALUE_SLOTS)
     value_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, END], end_layout) if BACK else tiles
     fence_async_shared()
@@ -1035,7 +1034,7 @@ def whole_kernel(
                         out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
                         empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
                         begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 0, BACK,
-                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -1044,7 +1043,7 @@ def whole_kernel(
                         out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
                         empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
                         begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 1, BACK,
-                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -1065,7 +1064,7 @@ def whole_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "pieces",
-                        SKIP, BLOCK, TILES,
+                        SKIP,
                     ),
                 ),
             ],
@@ -1081,7 +1080,7 @@ def whole_kernel(
                         out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
                         empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
                         begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 0, BACK,
-                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -1090,7 +1089,7 @@ def whole_kernel(
                         out, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full,
                         empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty,
                         begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 1, BACK,
-                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS, TILES,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
@@ -1118,7 +1117,7 @@ def whole_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "pieces",
-                        SKIP, BLOCK, TILES,
+                        SKIP,
                     ),
                 ),
             ],

@@ -127,7 +127,7 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, WIDTH=rowscan.WIDTH.value, BACK_END_TILES=rowscan.BACK_END_TILES.value,
+            gl=gl, WIDTH=rowscan.WIDTH.value, FORWARD_END_TILES=rowscan.FORWARD_END_TILES.value,
             reinterpret=reinterpret, sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
@@ -199,7 +199,7 @@ def slots(module, back):
     if module is rowscan:
         names = ("BACK_SLOTS", "BACK_VALUE_SLOTS") if back else ("SLOTS", "VALUE_SLOTS")
     else:
-        names = ("DEPTH_SLOTS", "BACK_VALUE_SLOTS" if back else "VALUE_SLOTS")
+        names = ("BACK_DEPTH_SLOTS", "BACK_VALUE_SLOTS") if back else ("DEPTH_SLOTS", "VALUE_SLOTS")
     return dict(zip(("SLOTS", "VALUE_SLOTS"), (getattr(module, name) for name in names), strict=True))
 
 

@@ -225,7 +225,7 @@ found = {
     for skip in (False, True)
 } | {
     f"whole {skip}, backward": compiled(
-        scan.whole_kernel, halved_back, BACK=True, SKIP=skip, EVEN=not skip, SHIFTED=skip, SLOTS=scan.DEPTH_SLOTS,
+        scan.whole_kernel, halved_back, BACK=True, SKIP=skip, EVEN=not skip, SHIFTED=skip, SLOTS=scan.BACK_DEPTH_SLOTS,
         VALUE_SLOTS=scan.BACK_VALUE_SLOTS)
     for skip in (False, True)
 } | {

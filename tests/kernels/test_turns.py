@@ -197,7 +197,7 @@ class Emulated:
             store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
             reinterpret=lambda tile, *a: tile.reinterpret(*a),
             fence_async_shared=lambda: None, grid_wait=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2, PART=64,
-            DEPTH=64, END=32, END_TILES=2, BACK_END_TILES=4, SIDE=64,
+            DEPTH=64, END=32, END_TILES=4, SIDE=64,
         )  # fmt: skip
 
     def __init__(self, monkeypatch, seed):
