@@ -241,15 +241,22 @@ def launch_scan(
             SLOTS=scan.DEPTH_SLOTS, VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS, num_warps=4,
         )  # fmt: skip
         return
+    held = end = read = left = ()
+    slots |= {"SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
+    if back:
+        (read, end), held = scan_tiles(), (128, scan.SIDE.value)
+        left = read[::-1]
+        slots |= {"SLOTS": scan.DEPTH_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
     scan.scan_kernel(
         (multiprocessors(x.device),) if cut else scan_grid(tasks, x.device),
-        hopper.tokens(x, B, N), hopper.tokens(h, B, N), hopper.matrix(weights), hopper.matrix(heads[reader]),
-        hopper.matrix(heads[writer]), hopper.tokens(out, B, N), hopper.matrix(states),
-        hopper.tokens(out if value is None else value, B, N), inputs.rms, inputs.gain, *biases,
+        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *left),
+        hopper.matrix(heads[reader], *read), hopper.matrix(heads[writer], *left), hopper.tokens(out, B, N, *end),
+        hopper.matrix(states, *held), hopper.tokens(out if value is None else value, B, N, *end), inputs.rms,
+        inputs.gain, *biases,
         states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index.piece_begin,
         inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, cut,
         shape.E // 128, tasks, BACK=back, SPLIT="ends" if cut else "rows" if carry is None else "pieces", **slots,
-        SLOTS=scan.SLOTS, VALUE_SLOTS=scan.VALUE_SLOTS, num_warps=8,
+        num_warps=4 if back else 8,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import BLOCK, barriers, halves, store_async
+from .hopper import BLOCK, barriers, store_async
 from .scan import (
     ACTIVATING,
     ACTIVATING_REGISTERS,
@@ -32,9 +32,9 @@ from .scan import (
     activate_tiles,
     fetch_depths,
     fetch_half,
+    finish_back,
     finish_half,
     gain_of,
-    gate,
     load_ends,
     load_values,
     sum_half,
@@ -46,34 +46,6 @@ WIDTH = gl.constexpr(64)
 # Tiles of the ring, and of the values: four for a row's, the others for the next row's.
 SLOTS, VALUE_SLOTS = 6, 6
 BACK_SLOTS, BACK_VALUE_SLOTS = 5, 5
-
-
-@gluon.jit
-def finish_back(
-    acc, out, value_out, sums_ptr, out_ptr, out_stride, value_ptr, scale, real, bias_ptr, tiles, value_tile, full,
-    empty, number, row, token, column, E, N, GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """`finish_half`, BACK: each group has two of the ends' tiles, and one from which values are stored."""
-    scale = gl.expand_dims(scale, 1)
-    real = gl.expand_dims(real, 1)
-    before = token < 0
-    sides = halves(acc, layout)
-    for part in gl.static_range(2):
-        first = column + part * END
-        tile = tiles.index(2 * GROUP + part)
-        mbarrier.wait(full.index(GROUP * BACK_END_TILES + 2 * GROUP + part), number & 1)
-        gate(
-            tile, value_tile, sides[part], scale, real, bias_ptr + first, sums_ptr + first, out_ptr + first,
-            out_stride, value_ptr + first, E, row * N + token, before, 0, True, EVEN, SHIFTED, layout, END,
-        )  # fmt: skip
-        fence_async_shared()
-        if not SHIFTED or not before:
-            store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
-            store_async(value_out, [row, token, first], value_tile.reshape([1, BLOCK, END]))
-        # The next part's values come to the same tile.
-        tma.store_wait(0)
-        mbarrier.arrive(empty.index(2 * GROUP + part), count=1)
 
 
 @gluon.jit
@@ -164,6 +136,8 @@ def multiply_half(
                     value_tiles.index(GROUP), end_full, end_empty, walks * G + number, row, start, first_e, E, N,
                     GROUP, EVEN, SHIFTED, narrow,
                 )  # fmt: skip
+                tma.store_wait(0)
+                mbarrier.arrive(end_empty.index(2 * GROUP + 1), count=1)
             else:
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty,
@@ -232,7 +206,7 @@ def row_kernel(
                 (
                     load_values,
                     (
-                        x, values, x_full, x_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
+                        x, values, x_full, x_empty, rms_ptr, rms_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "rows", False,
                         VALUE_SLOTS, WIDTH,
                     ),
                 ),
@@ -240,8 +214,8 @@ def row_kernel(
                 (
                     load_ends,
                     (
-                        h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
-                        WIDTH, ENDS,
+                        h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "rows",
+                        False, WIDTH, ENDS, True,
                     ),
                 ),
             ],
@@ -281,7 +255,7 @@ def row_kernel(
                 (
                     load_values,
                     (
-                        x, values, x_full, x_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
+                        x, values, x_full, x_empty, rms_ptr, rms_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "rows", False,
                         VALUE_SLOTS, WIDTH,
                     ),
                 ),
@@ -289,8 +263,8 @@ def row_kernel(
                 (
                     load_ends,
                     (
-                        h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, E_BLOCKS, TASKS, "rows", False,
-                        WIDTH, ENDS,
+                        h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "rows",
+                        False, WIDTH, ENDS,
                     ),
                 ),
             ],

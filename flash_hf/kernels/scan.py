@@ -33,6 +33,8 @@ PART = gl.constexpr(64)
 DEPTH_SLOTS, DEPTH, END_TILES, END = 5, gl.constexpr(64), gl.constexpr(2), gl.constexpr(32)
 GROUP_REGISTERS = gl.constexpr(208)
 BACK_VALUE_SLOTS, BACK_END_TILES, BACK_REGISTERS = 4, gl.constexpr(4), gl.constexpr(240)
+# Value dimensions of a group of warps in the backward of `scan_kernel`.
+SIDE = gl.constexpr(64)
 
 
 @gluon.jit
@@ -106,8 +108,7 @@ def fetch_tokens(
 @gluon.jit
 def load_tiles(
     x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
-    E_BLOCKS, TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr,
-    VALUE_SLOTS: gl.constexpr,
+    E_BLOCKS, TASKS, SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """What `multiply` reads, in its order."""
     grid_wait()
@@ -115,46 +116,30 @@ def load_tiles(
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
-        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
+        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
         column = (task % E_BLOCKS) * BLOCK
-        for number in range(0, end - begin):
-            chunk = end - 1 - number if BACK else begin + number
-            reads = number > 0
+        for chunk in range(begin, end):
+            reads = chunk > begin
             if SPLIT != "rows":
-                border = end if BACK else begin
-                reads = reads | (border % G != 0)
-            writes = number < end - begin - 1
+                reads = reads | (begin % G != 0)
+            writes = chunk < end - 1
             row = chunk // G
             token = (chunk % G) * (2 * BLOCK) - shift
             slot = chunk * (2 * BLOCK)
-            if BACK:
-                for half in gl.static_range(2):
-                    if not SKIP or has_tokens(token + half * BLOCK, N):
-                        place = [row, token + half * BLOCK, column]
-                        value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
             for half in gl.static_range(2):
                 if not SKIP or has_tokens(token + half * BLOCK, N):
                     place = [row, token + half * BLOCK, column]
-                    if not BACK:
-                        value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
+                    value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
                     if reads:
                         step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
                     for other in gl.static_range(2):
-                        if not SKIP or has_tokens(token + other * BLOCK, N):
-                            if BACK:
-                                if other >= half:
-                                    place_a = [slot + other * BLOCK, half * BLOCK]
-                                    step = fetch(a, place_a, ring, full, empty, step, SLOTS)
-                            elif other <= half:
+                        if other <= half:
+                            if not SKIP or has_tokens(token + other * BLOCK, N):
                                 place_a = [slot + half * BLOCK, other * BLOCK]
                                 step = fetch(a, place_a, ring, full, empty, step, SLOTS)
-                    if BACK:
-                        if writes:
-                            step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
                     step = fetch_tokens(h, place, ring, full, empty, step, SLOTS)
-                    if not BACK:
-                        if writes:
-                            step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
+                    if writes:
+                        step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
 
 
 @gluon.jit
@@ -170,15 +155,22 @@ def product(ring, full, empty, step, right, acc, TRANS: gl.constexpr, SLOTS: gl.
 
 
 @gluon.jit
-def two_products(ring, full, empty, step, right_0, right_1, acc, TRANS: gl.constexpr, SLOTS: gl.constexpr):
-    """Two of `product`, the second of which begins while the first runs."""
+def high(tile):
+    """Half a tile of 128 by 64 as one of 64 by 128."""
+    return reinterpret(tile, gl.bfloat16, [DEPTH, BLOCK], tile.layout)
+
+
+@gluon.jit
+def two_products(ring, full, empty, step, right_0, right_1, acc, HIGH: gl.constexpr, SLOTS: gl.constexpr):
+    """Two of `product`, the second of which begins while the first runs; with HIGH, the left factors are transposed
+    tiles of 64 by 128."""
     slot_0 = step % SLOTS
     slot_1 = (step + 1) % SLOTS
     mbarrier.wait(full.index(slot_0), (step // SLOTS) & 1)
-    left_0 = ring.index(slot_0).permute((1, 0)) if TRANS else ring.index(slot_0)
+    left_0 = high(ring.index(slot_0)).permute((1, 0)) if HIGH else ring.index(slot_0)
     acc = warpgroup_mma(left_0, right_0, acc, is_async=True)
     mbarrier.wait(full.index(slot_1), ((step + 1) // SLOTS) & 1)
-    left_1 = ring.index(slot_1).permute((1, 0)) if TRANS else ring.index(slot_1)
+    left_1 = high(ring.index(slot_1)).permute((1, 0)) if HIGH else ring.index(slot_1)
     acc = warpgroup_mma(left_1, right_1, acc, is_async=True)
     acc = warpgroup_mma_wait(1, deps=[acc])
     mbarrier.arrive(empty.index(slot_0), count=1)
@@ -189,16 +181,14 @@ def two_products(ring, full, empty, step, right_0, right_1, acc, TRANS: gl.const
 
 @gluon.jit
 def products(
-    ring, full, empty, step, values, first, count, acc, TRANS: gl.constexpr, SLOTS: gl.constexpr,
-    VALUE_SLOTS: gl.constexpr,
+    ring, full, empty, step, values, first, count, acc, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr
 ):  # fmt: skip
     """`product` with `count` values, of which `first` is the first: each begins while the one before runs. A loop,
     since ptxas of CUDA 12.8 lost halves of descriptors where one product or two were chosen by a branch."""
     for part in range(count):
         slot = step % SLOTS
         mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
-        left = ring.index(slot).permute((1, 0)) if TRANS else ring.index(slot)
-        acc = warpgroup_mma(left, values.index((first + part) % VALUE_SLOTS), acc, is_async=True)
+        acc = warpgroup_mma(ring.index(slot), values.index((first + part) % VALUE_SLOTS), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
         if part > 0:
             mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
@@ -283,10 +273,9 @@ def gate(
     if BACK:
         s = sigmoid(h)
         value = (h * s).to(gl.bfloat16)
-        if WIDTH == END:
-            # `finish_half` has stored the values before from the same tile, and then `out`.
-            tma.store_wait(1)
-        values.slice(first, WIDTH, dim=1).store(value)
+        # The values before have been stored from the same tile, and then `out`.
+        tma.store_wait(1)
+        values.store(value)
         acc = acc * (s * (1.0 + h * (1.0 - s)))
         if not EVEN:
             acc = gl.where(real, acc, 0.0)
@@ -307,25 +296,23 @@ def gate(
 
 
 @gluon.jit
-def no_sums(sums_ptr, layout: gl.constexpr):
+def no_sums(sums_ptr, layout: gl.constexpr, COUNT: gl.constexpr = BLOCK):
     """The sums of half a chunk without tokens."""
-    gl.store(sums_ptr + gl.arange(0, BLOCK, layout), gl.zeros([BLOCK], gl.float32, layout))
+    gl.store(sums_ptr + gl.arange(0, COUNT, layout), gl.zeros([COUNT], gl.float32, layout))
 
 
 @gluon.jit
 def multiply(
-    out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty,
-    ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS,
-    TASKS, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
-    SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    out, states, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, values, ready, x_empty, ring, full, empty, state_tile,
+    begin_ptr, end_ptr, out_ptr, out_stride, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
+    SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The scan itself, see `scan_kernel`."""
+    """The forward scan itself, see `scan_kernel`."""
     grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
     )
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     E = E_BLOCKS * BLOCK
     CHUNK: gl.constexpr = 2 * BLOCK
     gain = gl.load(gain_ptr).to(gl.float32)
@@ -333,30 +320,26 @@ def multiply(
     gain = gl.where(gain == 0.0, 1e-20, gain)
     value_step = 0
     step = 0
-    # Whether the tiles of the half before, `held` and BACK `held_value`, are still being stored.
+    # Whether the tile of the half before, `held`, is still being stored.
     pending = 0
     held = 0
-    held_value = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
-        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
+        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
         first_e = (task % E_BLOCKS) * BLOCK
         columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, mma))
         state = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
         if SPLIT != "rows":
-            border = end if BACK else begin
-            if border % G != 0:
+            if begin % G != 0:
                 s = gl.arange(0, BLOCK, gl.SliceLayout(1, mma))
                 piece = walk.to(gl.int64) * BLOCK * E
                 place = gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)
                 state = gl.load(carry_ptr + piece + place).to(gl.float32) * CHUNK
-        for number in range(0, end - begin):
-            chunk = end - 1 - number if BACK else begin + number
-            reads = number > 0
+        for chunk in range(begin, end):
+            reads = chunk > begin
             if SPLIT != "rows":
-                border = end if BACK else begin
-                reads = reads | (border % G != 0)
-            writes = number < end - begin - 1
+                reads = reads | (begin % G != 0)
+            writes = chunk < end - 1
             row = chunk // G
             token = (chunk % G) * CHUNK - shift
             if not SKIP:
@@ -375,15 +358,10 @@ def multiply(
             x_1 = values.index(value_1 % VALUE_SLOTS)
             if reads:
                 # The state before has been stored. What was stored since, a half at least, has time.
-                tma.store_wait(0 if SHIFTED else 2 if BACK else 1)
+                tma.store_wait(0 if SHIFTED else 1)
                 state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
                 fence_async_shared()
                 store_async(states, [chunk * BLOCK, first_e], state_tile)
-            if BACK:
-                if not SKIP or has_0:
-                    mbarrier.wait(x_full.index(value_step % VALUE_SLOTS), (value_step // VALUE_SLOTS) & 1)
-                if not SKIP or has_1:
-                    mbarrier.wait(x_full.index(value_1 % VALUE_SLOTS), (value_1 // VALUE_SLOTS) & 1)
             for half in gl.static_range(2):
                 start = token + half * BLOCK
                 if not SKIP or (has_0 if half == 0 else has_1):
@@ -394,8 +372,7 @@ def multiply(
                         real = real_0 if half == 0 else real_1
                     x_half = x_0 if half == 0 else x_1
                     value = value_step if half == 0 else value_1
-                    if not BACK:
-                        mbarrier.wait(x_full.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
+                    mbarrier.wait(ready.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
                     acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
                     if reads:
                         acc, step = product(ring, full, empty, step, state_tile, acc, False, SLOTS)
@@ -405,202 +382,108 @@ def multiply(
                         if not reads:
                             tma.store_wait(0)
                         mbarrier.arrive(empty.index(held), count=1)
-                        if BACK:
-                            mbarrier.arrive(x_empty.index(held_value), count=1)
-                    if (half == 0) != BACK:
-                        acc, step = product(ring, full, empty, step, x_half, acc, BACK, SLOTS)
+                    if half == 0:
+                        acc, step = product(ring, full, empty, step, x_half, acc, False, SLOTS)
                     elif SKIP:
                         acc, step = products(
-                            ring, full, empty, step, values, value_step, count, acc, BACK, SLOTS, VALUE_SLOTS
+                            ring, full, empty, step, values, value_step, count, acc, SLOTS, VALUE_SLOTS
                         )  # fmt: skip
                     else:
-                        acc, step = two_products(ring, full, empty, step, x_0, x_1, acc, BACK, SLOTS)
-                    if BACK:
-                        if writes:
-                            state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
+                        acc, step = two_products(ring, full, empty, step, x_0, x_1, acc, False, SLOTS)
                     held = step % SLOTS
-                    held_value = value % VALUE_SLOTS
                     pending = 1
                     mbarrier.wait(full.index(held), (step // SLOTS) & 1)
                     step += 1
                     scale = gl.expand_dims(scale, 1)
                     real = gl.expand_dims(real, 1)
                     tile = ring.index(held)
-                    sums = sums_ptr + (chunk * 2 + half) * E + first_e
                     # In two steps, since more does not fit the registers.
                     left, right = halves(acc, narrow)
                     before = start < 0
                     gate(
-                        tile, x_half, left, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                        value_ptr + first_e, E, row * N + start, before, 0, BACK, EVEN, SHIFTED, narrow,
+                        tile, tile, left, scale, real, bias_h_ptr + first_e, out_ptr, out_ptr + first_e, out_stride,
+                        out_ptr, E, row * N + start, before, 0, False, EVEN, SHIFTED, narrow,
                     )  # fmt: skip
                     gate(
-                        tile, x_half, right, scale, real, bias_h_ptr + first_e, sums, out_ptr + first_e, out_stride,
-                        value_ptr + first_e, E, row * N + start, before, BLOCK // 2, BACK, EVEN, SHIFTED, narrow,
+                        tile, tile, right, scale, real, bias_h_ptr + first_e, out_ptr, out_ptr + first_e, out_stride,
+                        out_ptr, E, row * N + start, before, BLOCK // 2, False, EVEN, SHIFTED, narrow,
                     )  # fmt: skip
                     fence_async_shared()
                     if not SHIFTED or not before:
                         store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
-                        if BACK:
-                            store_async(value_out, [row, start, first_e], x_half.reshape([1, BLOCK, BLOCK]))
-                    if not BACK:
-                        if writes:
-                            state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
-                            tma.store_wait(0)
-                            mbarrier.arrive(empty.index(held), count=1)
-                            pending = 0
-                elif BACK:
-                    no_sums(sums_ptr + (chunk * 2 + half) * E + first_e, gl.SliceLayout(0, wide))
-            if not BACK:
-                if not SKIP or count == 2:
-                    mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
-                mbarrier.arrive(x_empty.index((value_step + count - 1) % VALUE_SLOTS), count=1)
+                    if writes:
+                        state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
+                        tma.store_wait(0)
+                        mbarrier.arrive(empty.index(held), count=1)
+                        pending = 0
+            if not SKIP or count == 2:
+                mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
+            mbarrier.arrive(x_empty.index((value_step + count - 1) % VALUE_SLOTS), count=1)
             value_step += count
     tma.store_wait(0)
 
 
-@kernel
 @gluon.jit
-def scan_kernel(
-    x, h, a, reader, writer, out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr,
-    begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK: gl.constexpr,
-    SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
-    VALUE_SLOTS: gl.constexpr,
-):  # fmt: skip
-    """Forward: `out = silu(u) * (A V + q_lin S)` with `V = silu(x)`, `u` from h, and `S += k_lin^T V` from chunk to
-    chunk, which is stored as it was before each chunk, over C.
-
-    BACK, from the last chunk to the first: with x = d_attended and h the values' input, its gradient
-    `out = silu'(h) * (A^T x + k_lin dS)`, and `dS += q_lin^T x`. Also stores the values, and per half chunk the sums
-    of `out` for the bias.
-
-    reader, writer: the linear head that multiplies the state, and that whose product with x is added to it.
-    SPLIT: what a task walks along: "rows"; "pieces", whose first states are `carry`; or "ends", rows without their
-    first `cut` chunks (BACK: the last), which are tasks of their own and before which (behind which) `carry` is the
-    rows' state. Where the state is 0 it is neither read nor stored. SKIP: leave out halves of chunks without tokens.
-    EVEN: all slots, of what is not left out, have tokens. SHIFTED: a row's first slots have none.
-    """
-    layout: gl.constexpr = a.layout
-    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
-    state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
-    x_full = barriers(VALUE_SLOTS)
-    x_empty = barriers(VALUE_SLOTS)
-    full = barriers(SLOTS)
-    empty = barriers(SLOTS)
-    ready = x_full if BACK else barriers(VALUE_SLOTS)
-    fence_async_shared()
-    if BACK:
-        gl.warp_specialize(
-            [
-                (
-                    multiply,
-                    (
-                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
-                        ready, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
-                        value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SHIFTED, SLOTS,
-                        VALUE_SLOTS,
-                    ),
-                ),
-                (
-                    load_tiles,
-                    (
-                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-                        shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
-                    ),
-                ),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
+def half_of(number, begin, end, DOWN: gl.constexpr):
+    """The half, of all chunks' halves, of this number in a walk, or with DOWN in one from the last chunk to the first,
+    in which a chunk's halves keep their order."""
+    if DOWN:
+        return 2 * (end - 1 - number // 2) + number % 2
     else:
-        gl.warp_specialize(
-            [
-                (
-                    multiply,
-                    (
-                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values,
-                        ready, x_empty, ring, full, empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride,
-                        value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, EVEN, SHIFTED, SLOTS,
-                        VALUE_SLOTS,
-                    ),
-                ),
-                (
-                    activate_tiles,
-                    (
-                        values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, begin_ptr, end_ptr, N, G, shift, cut,
-                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, VALUE_SLOTS, ACTIVATING,
-                    ),
-                ),
-                (
-                    load_tiles,
-                    (
-                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-                        shift, cut, E_BLOCKS, TASKS, BACK, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
-                    ),
-                ),
-            ],
-            [ACTIVATING, 1],
-            [ACTIVATING_REGISTERS, 24],
-        )  # fmt: skip
-
-
-@gluon.jit
-def fetch_state(x, place, tile, full, empty, number):
-    """Load the state of the program's task `number`, once the task before has left its tile."""
-    mbarrier.wait(empty.index(0), (number & 1) ^ 1)
-    mbarrier.expect(full.index(0), TILE_BYTES)
-    load_async(x, place, full.index(0), tile)
+        return 2 * begin + number
 
 
 @gluon.jit
 def load_values(
-    x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
+    x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
     SKIP: gl.constexpr, VALUE_SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK, ROWS: gl.constexpr = BLOCK,
+    DOWN: gl.constexpr = False,
 ):  # fmt: skip
-    """The values' tiles that `multiply_half` reads, of `ROWS` tokens, in its order."""
+    """The values' tiles that `multiply_half` reads, of `ROWS` tokens, in its order; or with DOWN those of
+    `multiply_back`, one for each group."""
     grid_wait()
     step = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, False, SPLIT)
-        for half in range(2 * begin, 2 * end):
+    SIDES: gl.constexpr = 2 if DOWN else 1
+    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
+    for task in range(first_task, last_task, distance):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, DOWN, SPLIT)
+        for number in range(0, 2 * (end - begin)):
+            half = half_of(number, begin, end, DOWN)
             token = (half % (2 * G)) * BLOCK - shift
             if not SKIP or has_tokens(token, N):
                 for first in gl.static_range(0, BLOCK, ROWS):
-                    place = [half // (2 * G), token + first, (task % E_BLOCKS) * WIDTH]
-                    step = fetch_tokens(x, place, values, x_full, x_empty, step, VALUE_SLOTS, WIDTH, ROWS)
+                    for side in gl.static_range(SIDES):
+                        place = [half // (2 * G), token + first, ((task % E_BLOCKS) * SIDES + side) * WIDTH]
+                        step = fetch_tokens(x, place, values, x_full, x_empty, step, VALUE_SLOTS, WIDTH, ROWS)
 
 
 @gluon.jit
 def load_ends(
-    h, tiles, full, empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, SPLIT: gl.constexpr, SKIP: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK, TILES: gl.constexpr = END_TILES,
+    h, tiles, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
+    SKIP: gl.constexpr, WIDTH: gl.constexpr = BLOCK, TILES: gl.constexpr = END_TILES, OWN: gl.constexpr = False,
+    DOWN: gl.constexpr = False,
 ):  # fmt: skip
     """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
-    own."""
+    own; or with OWN what `finish_back` reads, whose groups have tiles of their own."""
     grid_wait()
     step = 0
     group = 0
-    for task in range(gl.program_id(0), TASKS, gl.num_programs(0)):
-        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, 0, E_BLOCKS, TASKS, False, SPLIT)
-        for half in range(2 * begin, 2 * end):
+    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
+    for task in range(first_task, last_task, distance):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, DOWN, SPLIT)
+        for number in range(0, 2 * (end - begin)):
+            half = half_of(number, begin, end, DOWN)
             token = (half % (2 * G)) * BLOCK - shift
             if not SKIP or has_tokens(token, N):
                 for first in gl.static_range(0, WIDTH, END):
                     place = [half // (2 * G), token, (task % E_BLOCKS) * WIDTH + first]
                     slot = step % TILES
-                    arrived = full.index(group * TILES + slot)
+                    arrived = full.index(slot if OWN else group * TILES + slot)
                     mbarrier.wait(empty.index(slot), ((step // TILES) & 1) ^ 1)
                     mbarrier.expect(arrived, BLOCK * END * 2)
                     load_async(h, place, arrived, tiles.index(slot).reshape([1, BLOCK, END]))
                     step += 1
                 group = 1 - group
-
-
-@gluon.jit
-def high(tile):
-    """Half a tile of 128 by 64 as one of 64 by 128."""
-    return reinterpret(tile, gl.bfloat16, [DEPTH, BLOCK], tile.layout)
 
 
 @gluon.jit
@@ -622,6 +505,287 @@ def fetch_depths(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr, H
         else:
             step = fetch_half(x, row, column + depth, ring, full, empty, step, SLOTS)
     return step
+
+
+@gluon.jit
+def load_back(
+    a, reader, writer, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
+    SKIP: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The left factors that `multiply_back` reads, in its order."""
+    grid_wait()
+    step = 0
+    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
+    for task in range(first_task, last_task, distance):
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, True, SPLIT)
+        for number in range(0, 2 * (end - begin)):
+            half = half_of(number, begin, end, True)
+            chunk = half // 2
+            reads = number > 1
+            if SPLIT != "rows":
+                reads = reads | (end % G != 0)
+            token = (chunk % G) * (2 * BLOCK) - shift
+            if not SKIP or has_tokens(token + (half % 2) * BLOCK, N):
+                if reads:
+                    step = fetch_depths(reader, half * BLOCK, 0, ring, full, empty, step, SLOTS)
+                for other in gl.static_range(2):
+                    seen = half % 2 <= other
+                    if SKIP:
+                        seen = seen & has_tokens(token + other * BLOCK, N)
+                    if seen:
+                        slot = (2 * chunk + other) * BLOCK
+                        step = fetch_depths(a, slot, (half % 2) * BLOCK, ring, full, empty, step, SLOTS, True)
+                if chunk > begin:
+                    step = fetch_depths(writer, half * BLOCK, 0, ring, full, empty, step, SLOTS, True)
+
+
+@gluon.jit
+def finish_back(
+    acc, out, value_out, sums_ptr, out_ptr, out_stride, value_ptr, scale, real, bias_ptr, tiles, value_tile, full,
+    empty, number, row, token, column, E, N, GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """`finish_half`, BACK, for 64 columns: each group has two of the ends' tiles, and one from which values are
+    stored. The second of the ends' tiles is still being stored."""
+    scale = gl.expand_dims(scale, 1)
+    real = gl.expand_dims(real, 1)
+    before = token < 0
+    sides = halves(acc, layout)
+    for part in gl.static_range(2):
+        first = column + part * END
+        tile = tiles.index(2 * GROUP + part)
+        mbarrier.wait(full.index(2 * GROUP + part), number & 1)
+        gate(
+            tile, value_tile, sides[part], scale, real, bias_ptr + first, sums_ptr + first, out_ptr + first,
+            out_stride, value_ptr + first, E, row * N + token, before, 0, True, EVEN, SHIFTED, layout, END,
+        )  # fmt: skip
+        fence_async_shared()
+        if not SHIFTED or not before:
+            store_async(value_out, [row, token, first], value_tile.reshape([1, BLOCK, END]))
+            store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
+    tma.store_wait(2)
+    mbarrier.arrive(empty.index(2 * GROUP), count=1)
+
+
+@gluon.jit
+def multiply_back(
+    out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty, ring, full,
+    empty, tiles, value_tiles, end_full, end_empty, state_tiles, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N,
+    G, shift, cut, E_BLOCKS, TASKS, GROUP: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr,
+    SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """The backward scan itself, see `scan_kernel`, for `SIDE` of a task's value dimensions."""
+    grid_wait()
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
+    E = E_BLOCKS * BLOCK
+    CHUNK: gl.constexpr = 2 * BLOCK
+    gain = gl.load(gain_ptr).to(gl.float32)
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    state_tile = state_tiles.index(GROUP)
+    value_tile = value_tiles.index(GROUP)
+    # Halves with tokens before.
+    count = 0
+    step = 0
+    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
+    for task in range(first_task, last_task, distance):
+        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, True, SPLIT)
+        first_e = (task % E_BLOCKS) * BLOCK + GROUP * SIDE
+        state = gl.zeros([BLOCK, SIDE], gl.float32, mma)
+        if SPLIT != "rows":
+            if end % G != 0:
+                s = gl.arange(0, BLOCK, gl.SliceLayout(1, mma))
+                columns = first_e + gl.arange(0, SIDE, gl.SliceLayout(0, mma))
+                place = walk.to(gl.int64) * BLOCK * E + gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)
+                state = gl.load(carry_ptr + place).to(gl.float32) * CHUNK
+        for number in range(0, 2 * (end - begin)):
+            half = half_of(number, begin, end, True)
+            chunk = half // 2
+            row = chunk // G
+            token = (chunk % G) * CHUNK - shift
+            start = token + (half % 2) * BLOCK
+            reads = number > 1
+            if SPLIT != "rows":
+                reads = reads | (end % G != 0)
+            stores = reads & (half % 2 == 0)
+            if stores:
+                # The state before has been stored. What was stored since has time.
+                tma.store_wait(0 if SHIFTED else 2)
+                state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
+                fence_async_shared()
+                store_async(states, [chunk * BLOCK, first_e], state_tile)
+            sums = sums_ptr + half * E
+            if not SKIP or has_tokens(start, N):
+                # Early, so that nothing waits for it.
+                scale, real = gain_of(rms_ptr, gain, row, start, N, EVEN, gl.SliceLayout(1, narrow))
+                acc = gl.zeros([BLOCK, SIDE], gl.float32, mma)
+                if reads:
+                    upper = state_tile.slice(0, DEPTH, dim=0)
+                    lower = state_tile.slice(DEPTH, DEPTH, dim=0)
+                    acc, step = two_products(ring, full, empty, step, upper, lower, acc, False, SLOTS)
+                if count > 0:
+                    # What the half before stores has had the time of this product; this chunk's state came last.
+                    if stores:
+                        tma.store_wait(1)
+                    else:
+                        tma.store_wait(0)
+                    mbarrier.arrive(end_empty.index(2 * GROUP + 1), count=1)
+                others = 2 - half % 2
+                if SKIP:
+                    others = gl.where(has_tokens(token + BLOCK, N), others, 1)
+                for other in range(others):
+                    value = 2 * (count + other) + GROUP
+                    mbarrier.wait(x_full.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
+                    x = values.index(value % VALUE_SLOTS)
+                    upper = x.slice(0, DEPTH, dim=0)
+                    lower = x.slice(DEPTH, DEPTH, dim=0)
+                    acc, step = two_products(ring, full, empty, step, upper, lower, acc, True, SLOTS)
+                value = (2 * count + GROUP) % VALUE_SLOTS
+                if chunk > begin:
+                    x = values.index(value)
+                    upper = x.slice(0, DEPTH, dim=0)
+                    lower = x.slice(DEPTH, DEPTH, dim=0)
+                    state, step = two_products(ring, full, empty, step, upper, lower, state, True, SLOTS)
+                mbarrier.arrive(x_empty.index(value), count=1)
+                finish_back(
+                    acc, out, value_out, sums, out_ptr, out_stride, value_ptr, scale, real, bias_h_ptr, tiles,
+                    value_tile, end_full, end_empty, count, row, start, first_e, E, N, GROUP, EVEN, SHIFTED, narrow,
+                )  # fmt: skip
+                count += 1
+            else:
+                no_sums(sums + first_e, gl.SliceLayout(0, narrow), SIDE)
+    tma.store_wait(0)
+
+
+@kernel
+@gluon.jit
+def scan_kernel(
+    x, h, a, reader, writer, out, states, value_out, rms_ptr, gain_ptr, bias_x_ptr, bias_h_ptr, carry_ptr, sums_ptr,
+    begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr,
+    VALUE_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """Forward: `out = silu(u) * (A V + q_lin S)` with `V = silu(x)`, `u` from h, and `S += k_lin^T V` from chunk to
+    chunk, which is stored as it was before each chunk, over C.
+
+    BACK, from the last chunk to the first: with x = d_attended and h the values' input, its gradient
+    `out = silu'(h) * (A^T x + k_lin dS)`, and `dS += q_lin^T x`. Also stores the values, and per half chunk the sums
+    of `out` for the bias.
+
+    BACK, two groups of four warps have `SIDE` of a task's value dimensions each, and share the left factors:
+    `reader` is described for tiles of 128 by 64, which come in a ring of `SLOTS`, a and `writer` for tiles of 64 by
+    128, x and the states for tiles of 128 by `SIDE`, h, `out` and `value_out` for tiles of 128 by `END`.
+
+    reader, writer: the linear head that multiplies the state, and that whose product with x is added to it.
+    SPLIT: what a task walks along: "rows"; "pieces", whose first states are `carry`; or "ends", rows without their
+    first `cut` chunks (BACK: the last), which are tasks of their own and before which (behind which) `carry` is the
+    rows' state. Where the state is 0 it is neither read nor stored. SKIP: leave out halves of chunks without tokens.
+    EVEN: all slots, of what is not left out, have tokens. SHIFTED: a row's first slots have none.
+    """
+    layout: gl.constexpr = a.layout
+    x_full = barriers(VALUE_SLOTS)
+    x_empty = barriers(VALUE_SLOTS)
+    full = barriers(SLOTS)
+    if BACK:
+        end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+        values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, SIDE], layout)
+        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
+        state_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, SIDE], layout)
+        tiles = gl.allocate_shared_memory(gl.bfloat16, [BACK_END_TILES, BLOCK, END], end_layout)
+        value_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, END], end_layout)
+        # Both groups read the ring.
+        empty = barriers(SLOTS, 2)
+        end_full = barriers(BACK_END_TILES)
+        end_empty = barriers(BACK_END_TILES)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (
+                    multiply_back,
+                    (
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full,
+                        x_empty, ring, full, empty, tiles, value_tiles, end_full, end_empty, state_tiles, begin_ptr,
+                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 0, SPLIT, SKIP,
+                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    multiply_back,
+                    (
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full,
+                        x_empty, ring, full, empty, tiles, value_tiles, end_full, end_empty, state_tiles, begin_ptr,
+                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 1, SPLIT, SKIP,
+                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    load_values,
+                    (
+                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT, SKIP,
+                        VALUE_SLOTS, SIDE, BLOCK, True,
+                    ),
+                ),
+                (
+                    load_back,
+                    (
+                        a, reader, writer, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
+                        SPLIT, SKIP, SLOTS,
+                    ),
+                ),
+                (
+                    load_ends,
+                    (
+                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT,
+                        SKIP, BLOCK, BACK_END_TILES, True, True,
+                    ),
+                ),
+            ],
+            [4, 1, 1, 1],
+            [BACK_REGISTERS, 24, 24, 24],
+        )  # fmt: skip
+    else:
+        values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
+        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
+        state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
+        empty = barriers(SLOTS)
+        ready = barriers(VALUE_SLOTS)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (
+                    multiply,
+                    (
+                        out, states, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, values, ready, x_empty, ring, full,
+                        empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, N, G, shift, cut, E_BLOCKS, TASKS,
+                        SPLIT, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    activate_tiles,
+                    (
+                        values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, begin_ptr, end_ptr, N, G, shift, cut,
+                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, VALUE_SLOTS, ACTIVATING,
+                    ),
+                ),
+                (
+                    load_tiles,
+                    (
+                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
+                        shift, cut, E_BLOCKS, TASKS, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+            ],
+            [ACTIVATING, 1],
+            [ACTIVATING_REGISTERS, 24],
+        )  # fmt: skip
+
+
+@gluon.jit
+def fetch_state(x, place, tile, full, empty, number):
+    """Load the state of the program's task `number`, once the task before has left its tile."""
+    mbarrier.wait(empty.index(0), (number & 1) ^ 1)
+    mbarrier.expect(full.index(0), TILE_BYTES)
+    load_async(x, place, full.index(0), tile)
 
 
 @gluon.jit
@@ -877,8 +1041,8 @@ def whole_kernel(
                 (
                     load_values,
                     (
-                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces", SKIP,
-                        VALUE_SLOTS, BLOCK, ROWS,
+                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "pieces",
+                        SKIP, VALUE_SLOTS, BLOCK, ROWS,
                     ),
                 ),
                 (
@@ -891,7 +1055,7 @@ def whole_kernel(
                 (
                     load_ends,
                     (
-                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces",
+                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "pieces",
                         SKIP, BLOCK, TILES,
                     ),
                 ),
@@ -930,8 +1094,8 @@ def whole_kernel(
                 (
                     load_values,
                     (
-                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces", SKIP,
-                        VALUE_SLOTS, BLOCK, ROWS,
+                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "pieces",
+                        SKIP, VALUE_SLOTS, BLOCK, ROWS,
                     ),
                 ),
                 (
@@ -944,7 +1108,7 @@ def whole_kernel(
                 (
                     load_ends,
                     (
-                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, E_BLOCKS, TASKS, "pieces",
+                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "pieces",
                         SKIP, BLOCK, TILES,
                     ),
                 ),

@@ -211,16 +211,13 @@ held_back = {"SLOTS": rowscan.BACK_SLOTS, "VALUE_SLOTS": rowscan.BACK_VALUE_SLOT
 part, rows = [1, 128, rowscan.WIDTH.value], [128, rowscan.WIDTH.value]
 halved_rows = halved | {"x": part, "value_out": end, "states": rows}
 rows_back = halved_rows | {"a": [scan.DEPTH.value, 128]}
+scanned_back = halved | {"x": part, "states": rows} | dict.fromkeys(("a", "writer"), [depth, 128])
+slots_back = {"SLOTS": scan.DEPTH_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
 found = {
-    f"scan {split} {back}": compiled(
-        scan.scan_kernel, scanned, BACK=back, SPLIT=split, SKIP=False, EVEN=split == "rows", SHIFTED=split != "rows",
-        **slots)
-    for split in ("rows", "pieces", "ends") for back in (False, True)
-} | {
-    f"scan {split} {back}, skipping": compiled(
-        scan.scan_kernel, scanned, BACK=back, SPLIT=split, SKIP=True, EVEN=split == "rows", SHIFTED=split == "pieces",
-        **slots)
-    for split in ("rows", "pieces", "ends") for back in (False, True)
+    f"scan {split} {back}" + ", skipping" * skip: compiled(
+        scan.scan_kernel, scanned_back if back else scanned, BACK=back, SPLIT=split, SKIP=skip, EVEN=split == "rows",
+        SHIFTED=split != "rows" and not (skip and split == "ends"), **(slots_back if back else slots))
+    for skip in (False, True) for split in ("rows", "pieces", "ends") for back in (False, True)
 } | {
     f"whole {skip}": compiled(
         scan.whole_kernel, halved, BACK=False, SKIP=skip, EVEN=skip, SHIFTED=not skip, SLOTS=scan.DEPTH_SLOTS,

@@ -197,7 +197,7 @@ class Emulated:
             store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
             reinterpret=lambda tile, *a: tile.reinterpret(*a),
             fence_async_shared=lambda: None, grid_wait=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2, PART=64,
-            DEPTH=64, END=32, END_TILES=2, BACK_END_TILES=4,
+            DEPTH=64, END=32, END_TILES=2, BACK_END_TILES=4, SIDE=64,
         )  # fmt: skip
 
     def __init__(self, monkeypatch, seed):
@@ -229,8 +229,8 @@ class Emulated:
         monkeypatch.setattr(reduce, "place_of", reduce.place_of.fn)
         for name in (
             "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "product", "two_products", "products",
-            "summands_of", "fetch_state", "high", "fetch_half", "fetch_depths", "sum_half",
-            "finish_half",
+            "summands_of", "fetch_state", "high", "fetch_half", "fetch_depths", "sum_half", "half_of",
+            "finish_half", "finish_back",
         ):  # fmt: skip
             monkeypatch.setattr(scan, name, getattr(scan, name).fn)
         walk_of = scan.walk_of
@@ -239,7 +239,7 @@ class Emulated:
         monkeypatch.setattr(scan, "gain_of", lambda *a: (Number(1.0), True))
         monkeypatch.setattr(scan, "activate", self.activate)
         monkeypatch.setattr(scan, "gate", self.finish_scan)
-        monkeypatch.setattr(scan, "no_sums", lambda place, layout: self.put(place, None))
+        monkeypatch.setattr(scan, "no_sums", lambda place, *a: self.put(place, None))
 
     def run(self, kernel, programs, *arguments, **constants):
         self.programs = programs
@@ -332,8 +332,7 @@ class Emulated:
             h = tile.load(None)
             if BACK:
                 self.put(sums, acc)
-                if width == 32:
-                    self.store_wait(1)
+                self.store_wait(1)
                 values.store(h)
             tile.store(acc * h)
             if SHIFTED and before:
@@ -473,10 +472,12 @@ def test_the_warps_of_the_scan_agree(split, back, programs, N, shift, emulated):
     emulated.run(
         scan.scan_kernel, programs, *map(Described, names), 0, 0, 0, 0, Pointer("carry"), Pointer("sums"), begin, end,
         0, 0, 0, N, G, shift, cut, blocks, len(walks) * blocks, BACK=back, SPLIT=split, SKIP=len(halves) < 2 * G,
-        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3, VALUE_SLOTS=3,
+        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3, VALUE_SLOTS=4 if back else 3,
     )  # fmt: skip
     expected = {}
-    for (number, first, last), column in itertools.product(walks, range(0, E, 128)):
+    # Columns of the state, and of the end; backward, left factors come in two tiles.
+    width, end_width, depths = (64, 32, (0, 64)) if back else (128, 128, (0,))
+    for (number, first, last), column in itertools.product(walks, range(0, E, width)):
         border = last if back else first
         chunks = range(first, last)[::-1] if back else range(first, last)
         state = Product() if border % G == 0 else Product((("carry", number * 128 * E + column),))
@@ -490,24 +491,25 @@ def test_the_warps_of_the_scan_agree(split, back, programs, N, shift, emulated):
             for half in own:
                 x = ("x", row, tokens[half], column)
                 value[half] = x if back else Product((("silu", *x),))
-                state *= Product(((("writer", slot + half * 128, 0), value[half]),))
+                state *= Product(tuple((("writer", slot + half * 128 + depth, 0), value[half]) for depth in depths))
             for half in range(2):
                 sums = "sums", (chunk * 2 + half) * E + column
                 if half not in own:
                     if back:
                         expected[sums] = None
                     continue
-                parts = [(("reader", slot + half * 128, 0), before)] if before.parts else []
-                for other in own:
+                parts = [(("reader", slot + half * 128, depth), before) for depth in depths if before.parts]
+                for other, depth in itertools.product(own, depths):
                     if back and other >= half:
-                        parts.append((("a", slot + other * 128, half * 128), value[other]))
+                        parts.append((("a", slot + other * 128 + depth, half * 128), value[other]))
                     elif not back and other <= half:
                         parts.append((("a", slot + half * 128, other * 128), value[other]))
-                token, h = row * N + tokens[half], ("h", row, tokens[half], column)
-                expected["out", token, column] = (*parts, h)
-                if back:
-                    expected["value", token, column] = (h,)
-                    expected[sums] = tuple(parts)
+                for end_column in range(column, column + width, end_width):
+                    token, h = row * N + tokens[half], ("h", row, tokens[half], end_column)
+                    expected["out", token, end_column] = (*parts, h)
+                    if back:
+                        expected["value", token, end_column] = (h,)
+                        expected["sums", (chunk * 2 + half) * E + end_column] = tuple(parts)
     assert flat(emulated.stored, N) == expected
 
 
