@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flash_hf.kernels import choice
-from test_scan import rows_in_torch, totals_in_torch, whole_in_torch
+from test_scan import rows_in_torch, scan_in_torch, totals_in_torch, whole_in_torch
 from test_turns import Barrier, Described, Emulated, Fault, Tile, functions_of
 
 
@@ -18,6 +18,9 @@ hopper, rowscan, scan = choice.hopper, choice.rowscan, choice.scan
 class Integer(int):
     def __floordiv__(self, other):
         return Integer(int(self) // int(other))
+
+    def __mod__(self, other):
+        return Integer(int(self) % int(other))
 
     def to(self, dtype):
         return self
@@ -124,7 +127,7 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, WIDTH=rowscan.WIDTH.value, PART=64, BACK_END_TILES=rowscan.BACK_END_TILES.value,
+            gl=gl, WIDTH=rowscan.WIDTH.value, BACK_END_TILES=rowscan.BACK_END_TILES.value,
             reinterpret=reinterpret, sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
@@ -309,3 +312,52 @@ def test_rows_with_empty_slots_at_either_end(N, shift, skip, back, monkeypatch):
     )  # fmt: skip
     for one, right in zip(got[: 4 if back else 2], expected, strict=False):
         torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("split", ["rows", "pieces", "ends"])
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize(("N", "shift", "skip"), [(1024, 0, False), (900, 77, False), (1024, 128, True)])
+def test_the_causal_scan(N, shift, skip, back, split, monkeypatch):
+    """What it says that it computes; with programs that have two tasks or one."""
+    B, E, G = 2, 256, -(-(N + shift) // 256)
+    torch.manual_seed(0)
+    x, h, rms = (torch.rand(B * N, width, dtype=torch.float64) - 0.3 for width in (E, E, 1))
+    heads = torch.randn(2, B * G * 256, 128, dtype=torch.float64)
+    weights = torch.randn(B * G, 256, 256, dtype=torch.float64).tril()
+    weights[:, :128, 128:] = torch.nan  # not read
+    weights = weights.flatten(0, 1)
+    gain, bias_x, bias_h = (torch.randn(width, dtype=torch.float64) for width in (1, E, E))
+    rms, cut = rms.flatten(), 2
+    begin = torch.tensor([row * G + first for row in range(B) for first in (0, 1, 3)])
+    end = torch.cat([begin[1:], torch.tensor([B * G])])
+    walks = {"rows": B, "pieces": len(begin), "ends": 2 * B}[split]
+    carry = torch.randn(walks, 128, E, dtype=torch.float64)
+    tasks, programs = walks * E // 128, 6 if split == "ends" else 3
+    options = {"BACK": back, "SPLIT": split, "SKIP": skip, "EVEN": N + shift == 256 * G or skip}
+
+    def outputs():
+        sizes = (B * N, E), (B * G * 128, E), (B * N, E), (B * G * 2, E)
+        out, states, value, sums = (torch.full(size, torch.nan, dtype=torch.float64) for size in sizes)
+        return out, states, value if back else out, sums
+
+    place = N, G, shift, cut, E // 128, tasks
+    expected, got = outputs(), outputs()
+    out, states, value, sums = expected
+    scan_in_torch(
+        (132,), x, h, weights, *heads, out, states, value, rms, gain, bias_x, bias_h, carry, sums, begin, end, out, E,
+        value, *place, **options,
+    )  # fmt: skip
+
+    emulated = EmulatedNumbers(monkeypatch, 0)
+    rms, gain, bias_x, bias_h, begin, end = map(Pointer, (rms, gain, bias_x, bias_h, begin, end))
+    x, h = (described(numbers, B) for numbers in (x, h))
+    weights, reader, writer = map(described, (weights, *heads))
+    out, states, value, sums = got
+    emulated.run(
+        scan.scan_kernel, programs, x, h, weights, reader, writer, described(out, B), described(states),
+        described(value, B), rms, gain, bias_x, bias_h, Pointer(carry), Pointer(sums), begin, end, Pointer(out), E,
+        Pointer(value), *place, **options, SHIFTED=shift % 128 > 0, SLOTS=scan.DEPTH_SLOTS if back else scan.SLOTS,
+        VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS,
+    )  # fmt: skip
+    for one, right in zip(got[: 4 if back else 2], expected, strict=False):
+        torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9, equal_nan=True)
