@@ -273,14 +273,14 @@ def gate(
     if BACK:
         s = sigmoid(h)
         value = (h * s).to(gl.bfloat16)
-        # The values before have been stored from the same tile, and then `out`.
-        tma.store_wait(1)
-        values.store(value)
         acc = acc * (s * (1.0 + h * (1.0 - s)))
         if not EVEN:
             acc = gl.where(real, acc, 0.0)
         gl.store(sums_ptr + columns, gl.sum(acc, 0))
         acc = acc * scale
+        # Late, so that nothing waits: the values before have been stored from the same tile, and then `out`.
+        tma.store_wait(1)
+        values.store(value)
     else:
         # The backward recovers the attended value as out / silu(h): h must not be 0.
         h = gl.where(h == 0.0, 1e-20, h)
