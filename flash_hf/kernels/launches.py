@@ -246,7 +246,7 @@ def launch_scan(
     if back:
         (read, end), held = scan_tiles(), (128, scan.SIDE.value)
         left = read[::-1]
-        slots |= {"SLOTS": scan.DEPTH_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
+        slots |= {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
     scan.scan_kernel(
         (multiprocessors(x.device),) if cut else scan_grid(tasks, x.device),
         hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *left),

@@ -45,7 +45,7 @@ from .scan import (
 WIDTH = gl.constexpr(64)
 # Tiles of the ring, and of the values: four for a row's, the others for the next row's.
 SLOTS, VALUE_SLOTS = 6, 6
-BACK_SLOTS, BACK_VALUE_SLOTS = 5, 5
+BACK_SLOTS, BACK_VALUE_SLOTS = 6, 5
 
 
 @gluon.jit
@@ -73,7 +73,7 @@ def load_factors(
 @gluon.jit
 def multiply_half(
     out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring, full, empty, turns,
-    tiles, value_tiles, end_full, end_empty, state_tile, state_full, state_empty, out_ptr, out_stride, value_ptr, N, G,
+    tiles, end_full, end_empty, state_tile, state_full, state_empty, out_ptr, out_stride, value_ptr, N, G,
     shift, E_BLOCKS, TASKS, GROUP: gl.constexpr, BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
     SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
@@ -133,10 +133,10 @@ def multiply_half(
                 sums = sums_ptr + (2 * (row * G + number) + GROUP) * E
                 finish_back(
                     acc, out, value_out, sums, out_ptr, out_stride, value_ptr, scale, real, bias_h_ptr, tiles,
-                    value_tiles.index(GROUP), end_full, end_empty, walks * G + number, row, start, first_e, E, N,
-                    GROUP, EVEN, SHIFTED, narrow,
+                    end_full, walks * G + number, row, start, first_e, E, N, GROUP, EVEN, SHIFTED, narrow,
                 )  # fmt: skip
                 tma.store_wait(0)
+                mbarrier.arrive(end_empty.index(2 * GROUP), count=1)
                 mbarrier.arrive(end_empty.index(2 * GROUP + 1), count=1)
             else:
                 finish_half(
@@ -181,7 +181,6 @@ def row_kernel(
     end_full = barriers(2 * ENDS)
     end_empty = barriers(ENDS)
     if BACK:
-        value_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, END], end_layout)
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -189,7 +188,7 @@ def row_kernel(
                     multiply_half,
                     (
                         out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring,
-                        full, empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full,
+                        full, empty, turns, tiles, end_full, end_empty, state_tile, state_full,
                         state_empty, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 0, BACK, EVEN,
                         SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
@@ -198,7 +197,7 @@ def row_kernel(
                     multiply_half,
                     (
                         out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, x_full, x_empty, ring,
-                        full, empty, turns, tiles, value_tiles, end_full, end_empty, state_tile, state_full,
+                        full, empty, turns, tiles, end_full, end_empty, state_tile, state_full,
                         state_empty, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 1, BACK, EVEN,
                         SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
@@ -231,7 +230,7 @@ def row_kernel(
                     multiply_half,
                     (
                         out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring,
-                        full, empty, turns, tiles, tiles, end_full, end_empty, state_tile, state_full,
+                        full, empty, turns, tiles, end_full, end_empty, state_tile, state_full,
                         state_empty, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 0, BACK, EVEN,
                         SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
@@ -240,7 +239,7 @@ def row_kernel(
                     multiply_half,
                     (
                         out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, sums_ptr, values, ready, x_empty, ring,
-                        full, empty, turns, tiles, tiles, end_full, end_empty, state_tile, state_full,
+                        full, empty, turns, tiles, end_full, end_empty, state_tile, state_full,
                         state_empty, out_ptr, out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, 1, BACK, EVEN,
                         SHIFTED, SLOTS, VALUE_SLOTS,
                     ),

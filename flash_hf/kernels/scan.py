@@ -33,8 +33,8 @@ PART = gl.constexpr(64)
 DEPTH_SLOTS, DEPTH, END_TILES, END = 5, gl.constexpr(64), gl.constexpr(2), gl.constexpr(32)
 GROUP_REGISTERS = gl.constexpr(208)
 BACK_VALUE_SLOTS, BACK_END_TILES, BACK_REGISTERS = 4, gl.constexpr(4), gl.constexpr(240)
-# Value dimensions of a group of warps in the backward of `scan_kernel`.
-SIDE = gl.constexpr(64)
+# Of the backward of `scan_kernel`: the ring's tiles, and value dimensions of a group of warps.
+SIDE_SLOTS, SIDE = 6, gl.constexpr(64)
 
 
 @gluon.jit
@@ -260,16 +260,19 @@ def activate_tiles(
 def gate(
     tile, values, acc, scale, real, bias_ptr, sums_ptr, out_ptr, out_stride, value_ptr, E, token, before,
     first: gl.constexpr, BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK // 2,
+    WIDTH: gl.constexpr = BLOCK // 2, h=None,
 ):  # fmt: skip
-    """The end of `WIDTH` columns of a tile, which begin at `first`: `tile` holds h and takes `silu(h) acc`; BACK, it
-    takes `silu'(h) acc`, whose sums go to `sums`, and `values` takes `silu(h)`.
+    """The end of `WIDTH` columns of a tile, which begin at `first`: `tile` holds `h`, if it is not given, and takes
+    `silu(h) acc`; BACK, it takes `silu'(h) acc`, whose sums go to `sums`, and `values` takes `silu(h)`.
 
     SHIFTED: where the tile begins `before` its row, which the memory accelerator reads but does not write, its tokens,
     from `token` on, are stored from here."""
     columns = first + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     tile = tile.slice(first, WIDTH, dim=1)
-    h = tile.load(layout).to(gl.float32) * scale + gl.expand_dims(gl.load(bias_ptr + columns).to(gl.float32), 0)
+    held: gl.constexpr = h is not None
+    if not held:
+        h = tile.load(layout)
+    h = h.to(gl.float32) * scale + gl.expand_dims(gl.load(bias_ptr + columns).to(gl.float32), 0)
     if BACK:
         s = sigmoid(h)
         value = (h * s).to(gl.bfloat16)
@@ -278,8 +281,9 @@ def gate(
             acc = gl.where(real, acc, 0.0)
         gl.store(sums_ptr + columns, gl.sum(acc, 0))
         acc = acc * scale
-        # Late, so that nothing waits: the values before have been stored from the same tile, and then `out`.
-        tma.store_wait(1)
+        # Late, so that nothing waits: the values before have been stored from the same tile, and then `out`, which
+        # has the same tile only where that does not hold h.
+        tma.store_wait(0 if held else 1)
         values.store(value)
     else:
         # The backward recovers the attended value as out / silu(h): h must not be 0.
@@ -541,37 +545,39 @@ def load_back(
 
 @gluon.jit
 def finish_back(
-    acc, out, value_out, sums_ptr, out_ptr, out_stride, value_ptr, scale, real, bias_ptr, tiles, value_tile, full,
-    empty, number, row, token, column, E, N, GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
-    layout: gl.constexpr,
+    acc, out, value_out, sums_ptr, out_ptr, out_stride, value_ptr, scale, real, bias_ptr, tiles, full, number, row,
+    token, column, E, N, GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """`finish_half`, BACK, for 64 columns: each group has two of the ends' tiles, and one from which values are
-    stored. The second of the ends' tiles is still being stored."""
+    """`finish_half`, BACK, for 64 columns: each group has two of the ends' tiles. h goes to registers, so that values
+    leave by the first and `out` by the second, which are still being stored."""
     scale = gl.expand_dims(scale, 1)
     real = gl.expand_dims(real, 1)
     before = token < 0
     sides = halves(acc, layout)
+    value_tile = tiles.index(2 * GROUP)
+    tile = tiles.index(2 * GROUP + 1)
+    mbarrier.wait(full.index(2 * GROUP), number & 1)
+    mbarrier.wait(full.index(2 * GROUP + 1), number & 1)
+    h_0 = value_tile.load(layout)
+    h_1 = tile.load(layout)
     for part in gl.static_range(2):
         first = column + part * END
-        tile = tiles.index(2 * GROUP + part)
-        mbarrier.wait(full.index(2 * GROUP + part), number & 1)
         gate(
             tile, value_tile, sides[part], scale, real, bias_ptr + first, sums_ptr + first, out_ptr + first,
             out_stride, value_ptr + first, E, row * N + token, before, 0, True, EVEN, SHIFTED, layout, END,
+            h_0 if part == 0 else h_1,
         )  # fmt: skip
         fence_async_shared()
         if not SHIFTED or not before:
             store_async(value_out, [row, token, first], value_tile.reshape([1, BLOCK, END]))
             store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
-    tma.store_wait(2)
-    mbarrier.arrive(empty.index(2 * GROUP), count=1)
 
 
 @gluon.jit
 def multiply_back(
     out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty, ring, full,
-    empty, tiles, value_tiles, end_full, end_empty, state_tiles, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N,
-    G, shift, cut, E_BLOCKS, TASKS, GROUP: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr,
+    empty, tiles, end_full, end_empty, state_tiles, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift,
+    cut, E_BLOCKS, TASKS, GROUP: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr,
     SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The backward scan itself, see `scan_kernel`, for `SIDE` of a task's value dimensions."""
@@ -583,7 +589,6 @@ def multiply_back(
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     state_tile = state_tiles.index(GROUP)
-    value_tile = value_tiles.index(GROUP)
     # Halves with tokens before.
     count = 0
     step = 0
@@ -629,6 +634,7 @@ def multiply_back(
                         tma.store_wait(1)
                     else:
                         tma.store_wait(0)
+                    mbarrier.arrive(end_empty.index(2 * GROUP), count=1)
                     mbarrier.arrive(end_empty.index(2 * GROUP + 1), count=1)
                 others = 2 - half % 2
                 if SKIP:
@@ -649,7 +655,7 @@ def multiply_back(
                 mbarrier.arrive(x_empty.index(value), count=1)
                 finish_back(
                     acc, out, value_out, sums, out_ptr, out_stride, value_ptr, scale, real, bias_h_ptr, tiles,
-                    value_tile, end_full, end_empty, count, row, start, first_e, E, N, GROUP, EVEN, SHIFTED, narrow,
+                    end_full, count, row, start, first_e, E, N, GROUP, EVEN, SHIFTED, narrow,
                 )  # fmt: skip
                 count += 1
             else:
@@ -692,7 +698,6 @@ def scan_kernel(
         ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
         state_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, SIDE], layout)
         tiles = gl.allocate_shared_memory(gl.bfloat16, [BACK_END_TILES, BLOCK, END], end_layout)
-        value_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, END], end_layout)
         # Both groups read the ring.
         empty = barriers(SLOTS, 2)
         end_full = barriers(BACK_END_TILES)
@@ -704,7 +709,7 @@ def scan_kernel(
                     multiply_back,
                     (
                         out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full,
-                        x_empty, ring, full, empty, tiles, value_tiles, end_full, end_empty, state_tiles, begin_ptr,
+                        x_empty, ring, full, empty, tiles, end_full, end_empty, state_tiles, begin_ptr,
                         end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 0, SPLIT, SKIP,
                         EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
@@ -713,7 +718,7 @@ def scan_kernel(
                     multiply_back,
                     (
                         out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full,
-                        x_empty, ring, full, empty, tiles, value_tiles, end_full, end_empty, state_tiles, begin_ptr,
+                        x_empty, ring, full, empty, tiles, end_full, end_empty, state_tiles, begin_ptr,
                         end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 1, SPLIT, SKIP,
                         EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),

@@ -356,7 +356,7 @@ def test_the_causal_scan(N, shift, skip, back, split, monkeypatch):
     emulated.run(
         scan.scan_kernel, programs, x, h, weights, reader, writer, described(out, B), described(states),
         described(value, B), rms, gain, bias_x, bias_h, Pointer(carry), Pointer(sums), begin, end, Pointer(out), E,
-        Pointer(value), *place, **options, SHIFTED=shift % 128 > 0, SLOTS=scan.DEPTH_SLOTS if back else scan.SLOTS,
+        Pointer(value), *place, **options, SHIFTED=shift % 128 > 0, SLOTS=scan.SIDE_SLOTS if back else scan.SLOTS,
         VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS,
     )  # fmt: skip
     for one, right in zip(got[: 4 if back else 2], expected, strict=False):

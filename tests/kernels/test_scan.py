@@ -212,7 +212,7 @@ part, rows = [1, 128, rowscan.WIDTH.value], [128, rowscan.WIDTH.value]
 halved_rows = halved | {"x": part, "value_out": end, "states": rows}
 rows_back = halved_rows | {"a": [scan.DEPTH.value, 128]}
 scanned_back = halved | {"x": part, "states": rows} | dict.fromkeys(("a", "writer"), [depth, 128])
-slots_back = {"SLOTS": scan.DEPTH_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
+slots_back = {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
 found = {
     f"scan {split} {back}" + ", skipping" * skip: compiled(
         scan.scan_kernel, scanned_back if back else scanned, BACK=back, SPLIT=split, SKIP=skip, EVEN=split == "rows",

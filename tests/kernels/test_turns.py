@@ -326,13 +326,13 @@ class Emulated:
 
     def finish_scan(
         self, tile, values, acc, scale, real, bias, sums, out, stride, value, E, token, before, first, BACK, EVEN,
-        SHIFTED, layout, width=64,
+        SHIFTED, layout, width=64, held=None,
     ):  # fmt: skip
         if first == 0:
-            h = tile.load(None)
+            h = held or tile.load(None)
             if BACK:
                 self.put(sums, acc)
-                self.store_wait(1)
+                self.store_wait(0 if held else 1)
                 values.store(h)
             tile.store(acc * h)
             if SHIFTED and before:
