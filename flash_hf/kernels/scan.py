@@ -3,7 +3,8 @@
 the state in the tensor cores' accumulators, and leaves nothing to be read again but what the backward needs.
 
 Written in Gluon, which comes with triton: tiles of 128 by 128 go by the tensor memory accelerator into a ring in
-shared memory, filled by one warp ahead of the eight warps that multiply. README.md beside this file derives them.
+shared memory, filled by one warp ahead of the eight warps that multiply; backward, two groups of four warps have 64
+value dimensions each. README.md beside this file derives them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PART = gl.constexpr(64)
 DEPTH_SLOTS, DEPTH, END_TILES, END = 5, gl.constexpr(64), gl.constexpr(2), gl.constexpr(32)
 GROUP_REGISTERS = gl.constexpr(208)
 BACK_VALUE_SLOTS, BACK_END_TILES, BACK_REGISTERS = 4, gl.constexpr(4), gl.constexpr(240)
-# Of the backward of `scan_kernel`: the ring's tiles, and value dimensions of a group of warps.
+# Of the backward of `scan_kernel`, besides `BACK_...`: the ring's tiles, and value dimensions of a group of warps.
 SIDE_SLOTS, SIDE = 6, gl.constexpr(64)
 
 
@@ -614,8 +615,7 @@ def multiply_back(
                 reads = reads | (end % G != 0)
             stores = reads & (half % 2 == 0)
             if stores:
-                # The state before has been stored. What was stored since has time.
-                tma.store_wait(0 if SHIFTED else 2)
+                # The state before has been stored: each chunk has tokens, and `gate` waits.
                 state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
                 fence_async_shared()
                 store_async(states, [chunk * BLOCK, first_e], state_tile)
