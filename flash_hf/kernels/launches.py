@@ -268,21 +268,22 @@ def launch_row_scan(
     (B, N), row, back = (shape.B, shape.N), shape.lin_row, value is not None
     reader, writer = (row + 1, row) if back else (row, row + 1)
     states = x.new_empty((B, shape.tiles.SP, shape.E))
-    width = rowscan.WIDTH.value
-    tasks, held = B * (shape.E // width), (128, width)
+    width = rowscan.WIDTH.value if back else 128
+    tasks, held = B * (shape.E // width), (128, scan.SIDE.value)
     step, end = scan_tiles()
     slots = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
+    left, written = step, step[::-1]
     if back:
         slots = {"SLOTS": rowscan.BACK_SLOTS, "VALUE_SLOTS": rowscan.BACK_VALUE_SLOTS}
+        left, written = written, left
     rowscan.row_kernel(
         scan_grid(tasks, x.device),
-        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end),
-        hopper.matrix(weights, *(reversed(step) if back else step)), hopper.matrix(heads[reader], *step),
-        hopper.matrix(heads[writer], *step), hopper.tokens(out, B, N, *end), hopper.matrix(states, *held),
-        hopper.tokens(out if value is None else value, B, N, *end), inputs.rms, inputs.gain, *biases,
-        inputs.rms if sums is None else sums, out, out.stride(0), out if value is None else value, N, shape.G,
-        shape.shift, shape.E // width, tasks, BACK=back, EVEN=shape.even, SHIFTED=shape.shift > 0, **slots,
-        num_warps=4,
+        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *left),
+        hopper.matrix(heads[reader], *step), hopper.matrix(heads[writer], *written), hopper.tokens(out, B, N, *end),
+        hopper.matrix(states, *held), hopper.tokens(out if value is None else value, B, N, *end), inputs.rms,
+        inputs.gain, *biases, inputs.rms if sums is None else sums, out, out.stride(0),
+        out if value is None else value, N, shape.G, shape.shift, shape.E // width, tasks, BACK=back, EVEN=shape.even,
+        SHIFTED=shape.shift > 0, **slots, num_warps=4,
     )  # fmt: skip
     return states
 

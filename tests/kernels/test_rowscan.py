@@ -212,7 +212,7 @@ def slots(module, back):
 def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, monkeypatch):
     """Bit for bit, and what they say that they compute."""
     B, E, G = 3, 256, -(-(N + shift) // 256)
-    tasks, width = B * E // 128, int(rowscan.WIDTH)
+    tasks, width = B * E // 128, int(rowscan.WIDTH) if back else 128
     torch.manual_seed(0)
     x, h, rms = (torch.rand(B * N, size, dtype=torch.float64) - 0.3 for size in (E, E, 1))
     heads = torch.randn(2, B * G * 256, 128, dtype=torch.float64)

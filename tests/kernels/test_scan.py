@@ -127,7 +127,8 @@ def test_which_rows_a_scan_holds():
     for changes in ({"causal": True}, {"delta": True}, {"N": 513, "G": 3}, {"N": 384}):
         assert not choice.holds_rows(dataclasses.replace(rows, **changes), None), changes
     if choice.rowscan is not None:
-        assert min(choice.rowscan.VALUE_SLOTS, choice.rowscan.BACK_VALUE_SLOTS) >= 2 * rows.G
+        # Two tiles for each group's values of a chunk, or a tile of both groups' for each half chunk.
+        assert choice.rowscan.VALUE_SLOTS >= 4 and choice.rowscan.BACK_VALUE_SLOTS >= 2 * rows.G
 
 
 @pytest.mark.parametrize(
@@ -208,9 +209,9 @@ factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide
 slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
 held = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
 held_back = {"SLOTS": rowscan.BACK_SLOTS, "VALUE_SLOTS": rowscan.BACK_VALUE_SLOTS}
-part, rows = [1, 128, rowscan.WIDTH.value], [128, rowscan.WIDTH.value]
-halved_rows = halved | {"x": part, "value_out": end, "states": rows}
-rows_back = halved_rows | {"a": [scan.DEPTH.value, 128]}
+part, rows = [1, 128, scan.SIDE.value], [128, scan.SIDE.value]
+rows_back = halved | {"x": part, "states": rows, "a": [depth, 128]}
+halved_rows = halved | {"x": part, "states": rows, "writer": [depth, 128]}
 scanned_back = halved | {"x": part, "states": rows} | dict.fromkeys(("a", "writer"), [depth, 128])
 slots_back = {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
 found = {
@@ -419,7 +420,8 @@ def rows_in_torch(
     e_blocks, tasks, *, BACK, EVEN, **constants,
 ):  # fmt: skip
     assert G <= 2
-    B, width = len(a) // 256 // G, choice.rowscan.WIDTH.value * e_blocks
+    B, width = len(a) // 256 // G, (choice.rowscan.WIDTH.value if BACK else 128) * e_blocks
+    assert tasks == B * e_blocks
     e_blocks, tasks = width // 128, B * width // 128
     begin, end = (torch.arange(B) * G + first for first in (0, G))
     state = states.view(B, 128, width)
