@@ -225,19 +225,18 @@ def activate(values, scale, real, bias, EVEN: gl.constexpr, layout: gl.constexpr
 def activate_tiles(
     values, x_full, ready, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
     SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, VALUE_SLOTS: gl.constexpr, WARPS: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK,
 ):  # fmt: skip
     """`activate` for all tiles of values of a forward scan, or of its totals, in its order: what has arrived becomes
     `ready`."""
     grid_wait()
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
         _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
-        columns = (task % E_BLOCKS) * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, wide))
+        columns = (task % E_BLOCKS) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
         bias = gl.load(bias_ptr + columns).to(gl.float32)
         for half in range(2 * begin, 2 * end):
             token = (half % (2 * G)) * BLOCK - shift
@@ -469,11 +468,11 @@ def load_values(
 @gluon.jit
 def load_ends(
     h, tiles, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
-    SKIP: gl.constexpr, WIDTH: gl.constexpr = BLOCK, TILES: gl.constexpr = END_TILES, OWN: gl.constexpr = False,
+    SKIP: gl.constexpr, WIDTH: gl.constexpr, TILES: gl.constexpr, OWN: gl.constexpr = False,
     DOWN: gl.constexpr = False,
 ):  # fmt: skip
     """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
-    own; or with OWN what `finish_back` reads, whose groups have tiles of their own."""
+    own; or with OWN what `finish_back` and `finish_side` of rowscan.py read, whose groups have tiles of their own."""
     grid_wait()
     step = 0
     group = 0
@@ -887,31 +886,28 @@ def sum_half(
 @gluon.jit
 def finish_half(
     acc, out, out_ptr, out_stride, scale, real, bias_ptr, tiles, full, empty, number, row, token, column, N,
-    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
-    TILES: gl.constexpr = END_TILES, BACK: gl.constexpr = False, value_out=None, value_tile=None, value_ptr=None,
-    sums_ptr=None, E=0,
+    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr, TILES: gl.constexpr,
+    BACK: gl.constexpr, value_out, value_tile, value_ptr, sums_ptr, E,
 ):  # fmt: skip
     """The end of the group's half of this number: `gate` in parts of `END` columns, since more does not fit the
     registers. BACK, values leave by a tile of the group's own."""
-    middle: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH // 2, 16]
-    )
+    PARTS: gl.constexpr = BLOCK // END
+    middle: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     scale = gl.expand_dims(scale, 1)
     real = gl.expand_dims(real, 1)
     before = token < 0
-    step = number * (WIDTH // END // TILES)
+    step = number * (PARTS // TILES)
     sides = halves(acc, middle)
     for side in gl.static_range(2):
-        if WIDTH == BLOCK:
-            quarters = halves(sides[side], layout)
-        for quarter in gl.static_range(WIDTH // END // 2):
-            part = side * (WIDTH // END // 2) + quarter
+        quarters = halves(sides[side], layout)
+        for quarter in gl.static_range(2):
+            part = side * 2 + quarter
             first = column + part * END
             tile = tiles.index(part % TILES)
             mbarrier.wait(full.index(GROUP * TILES + part % TILES), (step + part // TILES) & 1)
             gate(
-                tile, value_tile if BACK else tile, quarters[quarter] if WIDTH == BLOCK else sides[side], scale, real,
-                bias_ptr + first, sums_ptr + first if BACK else bias_ptr, out_ptr + first, out_stride,
+                tile, value_tile if BACK else tile, quarters[quarter], scale, real, bias_ptr + first,
+                sums_ptr + first if BACK else bias_ptr, out_ptr + first, out_stride,
                 value_ptr + first if BACK else out_ptr, E, row * N + token, before, 0, BACK, EVEN, SHIFTED, layout,
                 END,
             )  # fmt: skip
@@ -924,7 +920,7 @@ def finish_half(
                 tma.store_wait(2 if BACK else 1)
                 mbarrier.arrive(empty.index((part - 1) % TILES), count=1)
     tma.store_wait(0)
-    mbarrier.arrive(empty.index((WIDTH // END - 1) % TILES), count=1)
+    mbarrier.arrive(empty.index((PARTS - 1) % TILES), count=1)
 
 
 @gluon.jit
@@ -975,7 +971,7 @@ def multiply_half(
                 )  # fmt: skip
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, number, row,
-                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow, BLOCK, TILES, BACK, value_out,
+                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow, TILES, BACK, value_out,
                     value_tiles.index(GROUP), value_ptr, sums_ptr + (chunk * 2 + half) * E, E,
                 )  # fmt: skip
                 if BACK:
