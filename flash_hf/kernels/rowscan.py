@@ -21,14 +21,10 @@ from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, barriers, halves, store_async
 from .scan import (
-    ACTIVATING,
-    ACTIVATING_REGISTERS,
     BACK_END_TILES,
     BACK_REGISTERS,
     DEPTH,
     END,
-    GROUP_REGISTERS,
-    PART,
     SIDE,
     activate,
     fetch_depths,
@@ -52,6 +48,8 @@ WIDTH = gl.constexpr(64)
 # for the next row's.
 SLOTS, VALUE_SLOTS = 5, 5
 BACK_SLOTS, BACK_VALUE_SLOTS = 6, 5
+# Forward: warps that activate, their registers, and those of the two groups.
+SIDE_ACTIVATING, SIDE_ACTIVATING_REGISTERS, SIDE_REGISTERS = gl.constexpr(8), gl.constexpr(80), gl.constexpr(144)
 
 
 @gluon.jit
@@ -82,8 +80,7 @@ def activate_sides(
 ):  # fmt: skip
     """`activate` for the tiles of `load_sides`: what has arrived becomes `ready`."""
     grid_wait()
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SIDE, SIDE // 8], [ACTIVATING, 1], [1, 0])
-    rows: gl.constexpr = gl.SliceLayout(1, wide)
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // SIDE, SIDE // 8], [SIDE_ACTIVATING, 1], [1, 0])
     gain = gl.load(gain_ptr).to(gl.float32)
     gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `scan_kernel`
     step = 0
@@ -95,15 +92,11 @@ def activate_sides(
         for number in range(0, 2 * (2 * G - 1)):
             token = token_of(number // 2, G, shift) + (number % 2) * BLOCK
             # Before the tiles arrive.
-            scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, rows, PART)
-            scale_1, real_1 = gain_of(rms_ptr, gain, row, token + PART, N, EVEN, rows, PART)
+            scale, real = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, wide))
             for side in gl.static_range(2):
                 slot = step % VALUE_SLOTS
-                bias = bias_0 if side == 0 else bias_1
                 mbarrier.wait(x_full.index(slot), (step // VALUE_SLOTS) & 1)
-                tile = values.index(slot)
-                activate(tile.slice(0, PART, dim=0), scale_0, real_0, bias, EVEN, wide)
-                activate(tile.slice(PART, PART, dim=0), scale_1, real_1, bias, EVEN, wide)
+                activate(values.index(slot), scale, real, bias_0 if side == 0 else bias_1, EVEN, wide)
                 fence_async_shared()
                 mbarrier.arrive(ready.index(slot), count=1)
                 step += 1
@@ -448,6 +441,6 @@ def row_kernel(
                     ),
                 ),
             ],
-            [4, ACTIVATING, 1, 1, 1],
-            [GROUP_REGISTERS, ACTIVATING_REGISTERS, 24, 24, 24],
+            [4, SIDE_ACTIVATING, 1, 1, 1],
+            [SIDE_REGISTERS, SIDE_ACTIVATING_REGISTERS, 24, 24, 24],
         )  # fmt: skip
