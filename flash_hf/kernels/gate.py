@@ -120,7 +120,7 @@ def multiply(
     )
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply`
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply_side`
     steps = (D + STEP - 1) // STEP
     step = GROUP * steps
     number = 0

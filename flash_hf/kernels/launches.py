@@ -204,7 +204,7 @@ def scan_parts(
 
 
 def scan_tiles() -> tuple[tuple[int, int], tuple[int, int]]:
-    """Tiles of the left factors and of the ends of a scan over bidirectional rows."""
+    """Tiles of the left factors and of the ends of a scan."""
     return (128, scan.DEPTH.value), (128, scan.END.value)
 
 
@@ -228,8 +228,8 @@ def launch_scan(
     tasks = walks * (shape.E // 128)
     # Tiles that begin before a row are not those of a shift of whole halves.
     slots = {"SKIP": shape.skips, "EVEN": shape.even, "SHIFTED": shape.halves.start * 128 < shape.shift}
+    step, end = scan_tiles()
     if not shape.causal:
-        step, end = scan_tiles()
         held, left = (step[::-1], step[::-1]) if back else ((128, 128), step)
         scan.whole_kernel(
             scan_grid(tasks, x.device),
@@ -241,22 +241,18 @@ def launch_scan(
             SLOTS=scan.DEPTH_SLOTS, VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS, num_warps=4,
         )  # fmt: skip
         return
-    held = end = read = left = ()
-    slots |= {"SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
-    if back:
-        (read, end), held = scan_tiles(), (128, scan.SIDE.value)
-        left = read[::-1]
-        slots |= {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
+    held, high = (128, scan.SIDE.value), step[::-1]
     scan.scan_kernel(
         (multiprocessors(x.device),) if cut else scan_grid(tasks, x.device),
-        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *left),
-        hopper.matrix(heads[reader], *read), hopper.matrix(heads[writer], *left), hopper.tokens(out, B, N, *end),
+        hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end),
+        hopper.matrix(weights, *(high if back else step)), hopper.matrix(heads[reader], *step),
+        hopper.matrix(heads[writer], *high), hopper.tokens(out, B, N, *end),
         hopper.matrix(states, *held), hopper.tokens(out if value is None else value, B, N, *end), inputs.rms,
         inputs.gain, *biases,
         states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index.piece_begin,
         inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, cut,
         shape.E // 128, tasks, BACK=back, SPLIT="ends" if cut else "rows" if carry is None else "pieces", **slots,
-        num_warps=4 if back else 8,
+        SLOTS=scan.SIDE_SLOTS, VALUE_SLOTS=scan.SIDE_VALUE_SLOTS, num_warps=4,
     )  # fmt: skip
 
 

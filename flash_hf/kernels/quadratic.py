@@ -140,7 +140,7 @@ def multiply(
     )
     tile = tiles.index(GROUP)
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply`
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply_side`
     programs = gl.num_programs(0)
     step = 0
     if GROUP == 1:

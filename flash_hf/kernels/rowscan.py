@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .common import grid_wait
 from .dispatch import kernel
-from .hopper import BLOCK, barriers, halves, store_async
+from .hopper import BLOCK, barriers, store_async
 from .scan import (
     BACK_END_TILES,
     BACK_REGISTERS,
@@ -31,10 +31,11 @@ from .scan import (
     fetch_half,
     fetch_tokens,
     finish_back,
+    finish_half,
     gain_of,
-    gate,
     half_of,
     high,
+    leave_ends,
     load_ends,
     load_values,
     sum_half,
@@ -119,38 +120,6 @@ def load_shared(a, reader, writer, ring, full, empty, G, E_BLOCKS, TASKS, SLOTS:
 
 
 @gluon.jit
-def leave_ends(end_empty, GROUP: gl.constexpr):
-    """Free the group's tiles of the ends, once they are stored."""
-    tma.store_wait(0)
-    mbarrier.arrive(end_empty.index(2 * GROUP), count=1)
-    mbarrier.arrive(end_empty.index(2 * GROUP + 1), count=1)
-
-
-@gluon.jit
-def finish_side(
-    acc, out, out_ptr, out_stride, scale, real, bias_ptr, tiles, full, number, row, token, column, N,
-    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """The end of the group's half chunk of this number, in two parts of `END` columns, which are still being stored
-    then."""
-    scale = gl.expand_dims(scale, 1)
-    real = gl.expand_dims(real, 1)
-    before = token < 0
-    sides = halves(acc, layout)
-    for part in gl.static_range(2):
-        first = column + part * END
-        tile = tiles.index(2 * GROUP + part)
-        mbarrier.wait(full.index(2 * GROUP + part), number & 1)
-        gate(
-            tile, tile, sides[part], scale, real, bias_ptr + first, bias_ptr, out_ptr + first, out_stride, out_ptr, 0,
-            row * N + token, before, 0, False, EVEN, SHIFTED, layout, END,
-        )  # fmt: skip
-        fence_async_shared()
-        if not SHIFTED or not before:
-            store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
-
-
-@gluon.jit
 def multiply_side(
     out, states, rms_ptr, gain_ptr, bias_h_ptr, values, ready, x_empty, ring, full, empty, tiles, end_full, end_empty,
     state_tiles, out_ptr, out_stride, N, G, shift, E_BLOCKS, TASKS, GROUP: gl.constexpr, EVEN: gl.constexpr,
@@ -191,7 +160,7 @@ def multiply_side(
                         mbarrier.arrive(x_empty.index(before % VALUE_SLOTS), count=1)
                 elif count > 0:
                     # The ends of the row before have been stored.
-                    leave_ends(end_empty, GROUP)
+                    leave_ends(end_empty, False, GROUP, False)
                 step += 1
         state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
@@ -225,16 +194,16 @@ def multiply_side(
                         if half % 2 == 1:
                             mbarrier.arrive(x_empty.index((2 * value + GROUP) % VALUE_SLOTS), count=1)
                 elif number > 0:
-                    leave_ends(end_empty, GROUP)
+                    leave_ends(end_empty, False, GROUP, False)
                 step += 1
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
             if half % 2 == 1:
                 mbarrier.arrive(x_empty.index((2 * value + 2 + GROUP) % VALUE_SLOTS), count=1)
                 value += 2
-            finish_side(
-                acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, count, row, start, first_e, N,
-                GROUP, EVEN, SHIFTED, narrow,
+            finish_half(
+                acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, count, row, start,
+                first_e, N, GROUP, EVEN, SHIFTED, narrow, SIDE, OWN=True,
             )  # fmt: skip
             count += 1
     tma.store_wait(0)
@@ -320,7 +289,7 @@ def multiply_half(
                 acc, out, value_out, sums, out_ptr, out_stride, value_ptr, scale, real, bias_h_ptr, tiles, end_full,
                 walks * G + number, row, start, first_e, E, N, GROUP, EVEN, SHIFTED, narrow,
             )  # fmt: skip
-            leave_ends(end_empty, GROUP)
+            leave_ends(end_empty, False, GROUP, True)
             first += 12
             value_step += 2
         walks += 1

@@ -2,9 +2,9 @@
 """Scans over the chunks of a document, for Hopper: one program walks along some chunks for 128 value dimensions, keeps
 the state in the tensor cores' accumulators, and leaves nothing to be read again but what the backward needs.
 
-Written in Gluon, which comes with triton: tiles of 128 by 128 go by the tensor memory accelerator into a ring in
-shared memory, filled by one warp ahead of the eight warps that multiply; backward, two groups of four warps have 64
-value dimensions each. README.md beside this file derives them.
+Written in Gluon, which comes with triton: tiles go by the tensor memory accelerator into rings in shared memory, each
+filled by one warp ahead of the two groups of four warps that multiply, which have 64 value dimensions each. README.md
+beside this file derives them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .dispatch import kernel
 from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, reinterpret, sigmoid, store_async
 
 
-# Tiles of the ring, and of the values, whose tiles stay longer. With the state's they fill the shared memory.
+# Tiles of 128 by 128: of the rings of totals, and of the values of `whole_kernel`, whose tiles stay longer.
 SLOTS, VALUE_SLOTS = 3, 3
 # Warps that activate a forward scan's values, and those of its totals, their registers, and the tokens that fit these.
 ACTIVATING, TOTALS_ACTIVATING, ACTIVATING_REGISTERS = gl.constexpr(4), gl.constexpr(8), gl.constexpr(72)
@@ -34,8 +34,8 @@ PART = gl.constexpr(64)
 DEPTH_SLOTS, DEPTH, END_TILES, END = 5, gl.constexpr(64), gl.constexpr(2), gl.constexpr(32)
 GROUP_REGISTERS = gl.constexpr(208)
 BACK_VALUE_SLOTS, BACK_END_TILES, BACK_REGISTERS = 4, gl.constexpr(4), gl.constexpr(240)
-# Of the backward of `scan_kernel`, besides `BACK_...`: the ring's tiles, and value dimensions of a group of warps.
-SIDE_SLOTS, SIDE = 6, gl.constexpr(64)
+# Of `scan_kernel`: the ring's tiles, those of values, and value dimensions of a group of warps.
+SIDE_SLOTS, SIDE_VALUE_SLOTS, SIDE = 6, 4, gl.constexpr(64)
 
 
 @gluon.jit
@@ -107,55 +107,6 @@ def fetch_tokens(
 
 
 @gluon.jit
-def load_tiles(
-    x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut,
-    E_BLOCKS, TASKS, SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
-):  # fmt: skip
-    """What `multiply` reads, in its order."""
-    grid_wait()
-    value_step = 0
-    step = 0
-    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
-    for task in range(first_task, last_task, distance):
-        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
-        column = (task % E_BLOCKS) * BLOCK
-        for chunk in range(begin, end):
-            reads = chunk > begin
-            if SPLIT != "rows":
-                reads = reads | (begin % G != 0)
-            writes = chunk < end - 1
-            row = chunk // G
-            token = (chunk % G) * (2 * BLOCK) - shift
-            slot = chunk * (2 * BLOCK)
-            for half in gl.static_range(2):
-                if not SKIP or has_tokens(token + half * BLOCK, N):
-                    place = [row, token + half * BLOCK, column]
-                    value_step = fetch_tokens(x, place, values, x_full, x_empty, value_step, VALUE_SLOTS)
-                    if reads:
-                        step = fetch(reader, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
-                    for other in gl.static_range(2):
-                        if other <= half:
-                            if not SKIP or has_tokens(token + other * BLOCK, N):
-                                place_a = [slot + half * BLOCK, other * BLOCK]
-                                step = fetch(a, place_a, ring, full, empty, step, SLOTS)
-                    step = fetch_tokens(h, place, ring, full, empty, step, SLOTS)
-                    if writes:
-                        step = fetch(writer, [slot + half * BLOCK, 0], ring, full, empty, step, SLOTS)
-
-
-@gluon.jit
-def product(ring, full, empty, step, right, acc, TRANS: gl.constexpr, SLOTS: gl.constexpr):
-    """`acc + left right`, or with TRANS `left^T`, for the ring's next tile, whose slot is then free."""
-    slot = step % SLOTS
-    mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
-    left = ring.index(slot).permute((1, 0)) if TRANS else ring.index(slot)
-    acc = warpgroup_mma(left, right, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(slot), count=1)
-    return acc, step + 1
-
-
-@gluon.jit
 def high(tile):
     """Half a tile of 128 by 64 as one of 64 by 128."""
     return reinterpret(tile, gl.bfloat16, [DEPTH, BLOCK], tile.layout)
@@ -178,25 +129,6 @@ def two_products(ring, full, empty, step, right_0, right_1, acc, HIGH: gl.conste
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(slot_1), count=1)
     return acc, step + 2
-
-
-@gluon.jit
-def products(
-    ring, full, empty, step, values, first, count, acc, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr
-):  # fmt: skip
-    """`product` with `count` values, of which `first` is the first: each begins while the one before runs. A loop,
-    since ptxas of CUDA 12.8 lost halves of descriptors where one product or two were chosen by a branch."""
-    for part in range(count):
-        slot = step % SLOTS
-        mbarrier.wait(full.index(slot), (step // SLOTS) & 1)
-        acc = warpgroup_mma(ring.index(slot), values.index((first + part) % VALUE_SLOTS), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-        if part > 0:
-            mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
-        step += 1
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index((step - 1) % SLOTS), count=1)
-    return acc, step
 
 
 @gluon.jit
@@ -225,50 +157,53 @@ def activate(values, scale, real, bias, EVEN: gl.constexpr, layout: gl.constexpr
 def activate_tiles(
     values, x_full, ready, rms_ptr, gain_ptr, bias_ptr, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
     SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr, VALUE_SLOTS: gl.constexpr, WARPS: gl.constexpr,
+    WIDTH: gl.constexpr = BLOCK, SIDES: gl.constexpr = 1,
 ):  # fmt: skip
     """`activate` for all tiles of values of a forward scan, or of its totals, in its order: what has arrived becomes
-    `ready`."""
+    `ready`. Tokens have as many tiles as SIDES."""
     grid_wait()
-    wide: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply_side`
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
         _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
-        columns = (task % E_BLOCKS) * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, wide))
+        columns = (task % E_BLOCKS) * (SIDES * WIDTH) + gl.arange(0, WIDTH, gl.SliceLayout(0, wide))
         bias = gl.load(bias_ptr + columns).to(gl.float32)
+        if SIDES == 2:
+            bias_1 = gl.load(bias_ptr + columns + WIDTH).to(gl.float32)
         for half in range(2 * begin, 2 * end):
             token = (half % (2 * G)) * BLOCK - shift
             if not SKIP or has_tokens(token, N):
-                slot = step % VALUE_SLOTS
                 row = half // (2 * G)
                 # Before the tile arrives, and in parts, since more does not fit the registers.
                 rows: gl.constexpr = gl.SliceLayout(1, wide)
                 scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, rows, PART)
                 scale_1, real_1 = gain_of(rms_ptr, gain, row, token + PART, N, EVEN, rows, PART)
-                mbarrier.wait(x_full.index(slot), (step // VALUE_SLOTS) & 1)
-                tile = values.index(slot)
-                activate(tile.slice(0, PART, dim=0), scale_0, real_0, bias, EVEN, wide)
-                activate(tile.slice(PART, PART, dim=0), scale_1, real_1, bias, EVEN, wide)
-                fence_async_shared()
-                mbarrier.arrive(ready.index(slot), count=1)
-                step += 1
+                for side in gl.static_range(SIDES):
+                    slot = step % VALUE_SLOTS
+                    mbarrier.wait(x_full.index(slot), (step // VALUE_SLOTS) & 1)
+                    tile = values.index(slot)
+                    side_bias = bias if side == 0 else bias_1
+                    activate(tile.slice(0, PART, dim=0), scale_0, real_0, side_bias, EVEN, wide)
+                    activate(tile.slice(PART, PART, dim=0), scale_1, real_1, side_bias, EVEN, wide)
+                    fence_async_shared()
+                    mbarrier.arrive(ready.index(slot), count=1)
+                    step += 1
 
 
 @gluon.jit
 def gate(
     tile, values, acc, scale, real, bias_ptr, sums_ptr, out_ptr, out_stride, value_ptr, E, token, before,
-    first: gl.constexpr, BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr,
-    WIDTH: gl.constexpr = BLOCK // 2, h=None,
+    BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr, h=None,
 ):  # fmt: skip
-    """The end of `WIDTH` columns of a tile, which begin at `first`: `tile` holds `h`, if it is not given, and takes
-    `silu(h) acc`; BACK, it takes `silu'(h) acc`, whose sums go to `sums`, and `values` takes `silu(h)`.
+    """The end of `END` columns: `tile` holds `h`, if it is not given, and takes `silu(h) acc`; BACK, it takes
+    `silu'(h) acc`, whose sums go to `sums`, and `values` takes `silu(h)`.
 
     SHIFTED: where the tile begins `before` its row, which the memory accelerator reads but does not write, its tokens,
     from `token` on, are stored from here."""
-    columns = first + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
-    tile = tile.slice(first, WIDTH, dim=1)
+    columns = gl.arange(0, END, gl.SliceLayout(0, layout))
     held: gl.constexpr = h is not None
     if not held:
         h = tile.load(layout)
@@ -310,128 +245,6 @@ def no_sums(sums_ptr, layout: gl.constexpr, COUNT: gl.constexpr = BLOCK):
 
 
 @gluon.jit
-def multiply(
-    out, states, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, values, ready, x_empty, ring, full, empty, state_tile,
-    begin_ptr, end_ptr, out_ptr, out_stride, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
-    SKIP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
-):  # fmt: skip
-    """The forward scan itself, see `scan_kernel`."""
-    grid_wait()
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[8, 1], instr_shape=[16, BLOCK // 2, 16]
-    )
-    E = E_BLOCKS * BLOCK
-    CHUNK: gl.constexpr = 2 * BLOCK
-    gain = gl.load(gain_ptr).to(gl.float32)
-    # A gain of exactly 0 would hide its own gradient, which is recovered by a division.
-    gain = gl.where(gain == 0.0, 1e-20, gain)
-    value_step = 0
-    step = 0
-    # Whether the tile of the half before, `held`, is still being stored.
-    pending = 0
-    held = 0
-    first_task, last_task, distance = tasks_of(TASKS, SPLIT)
-    for task in range(first_task, last_task, distance):
-        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, False, SPLIT)
-        first_e = (task % E_BLOCKS) * BLOCK
-        columns = first_e + gl.arange(0, BLOCK, gl.SliceLayout(0, mma))
-        state = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-        if SPLIT != "rows":
-            if begin % G != 0:
-                s = gl.arange(0, BLOCK, gl.SliceLayout(1, mma))
-                piece = walk.to(gl.int64) * BLOCK * E
-                place = gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)
-                state = gl.load(carry_ptr + piece + place).to(gl.float32) * CHUNK
-        for chunk in range(begin, end):
-            reads = chunk > begin
-            if SPLIT != "rows":
-                reads = reads | (begin % G != 0)
-            writes = chunk < end - 1
-            row = chunk // G
-            token = (chunk % G) * CHUNK - shift
-            if not SKIP:
-                # Early, so that nothing waits for it.
-                scale_0, real_0 = gain_of(rms_ptr, gain, row, token, N, EVEN, gl.SliceLayout(1, narrow))
-                scale_1, real_1 = gain_of(rms_ptr, gain, row, token + BLOCK, N, EVEN, gl.SliceLayout(1, narrow))
-            has_0 = has_tokens(token, N)
-            has_1 = has_tokens(token + BLOCK, N)
-            # The places of the halves' values, and how many there are.
-            value_1 = value_step + 1
-            count = 2
-            if SKIP:
-                value_1 = value_step + gl.where(has_0, 1, 0)
-                count = gl.where(has_0, 1, 0) + gl.where(has_1, 1, 0)
-            x_0 = values.index(value_step % VALUE_SLOTS)
-            x_1 = values.index(value_1 % VALUE_SLOTS)
-            if reads:
-                # The state before has been stored. What was stored since, a half at least, has time.
-                tma.store_wait(0 if SHIFTED else 1)
-                state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
-                fence_async_shared()
-                store_async(states, [chunk * BLOCK, first_e], state_tile)
-            for half in gl.static_range(2):
-                start = token + half * BLOCK
-                if not SKIP or (has_0 if half == 0 else has_1):
-                    if SKIP:
-                        scale, real = gain_of(rms_ptr, gain, row, start, N, EVEN, gl.SliceLayout(1, narrow))
-                    else:
-                        scale = scale_0 if half == 0 else scale_1
-                        real = real_0 if half == 0 else real_1
-                    x_half = x_0 if half == 0 else x_1
-                    value = value_step if half == 0 else value_1
-                    mbarrier.wait(ready.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
-                    acc = gl.zeros([BLOCK, BLOCK], gl.float32, mma)
-                    if reads:
-                        acc, step = product(ring, full, empty, step, state_tile, acc, False, SLOTS)
-                        # What the half before stores has had the time of this product; this chunk's state came last.
-                        tma.store_wait(1 if half == 0 else 0)
-                    if pending > 0:
-                        if not reads:
-                            tma.store_wait(0)
-                        mbarrier.arrive(empty.index(held), count=1)
-                    if half == 0:
-                        acc, step = product(ring, full, empty, step, x_half, acc, False, SLOTS)
-                    elif SKIP:
-                        acc, step = products(
-                            ring, full, empty, step, values, value_step, count, acc, SLOTS, VALUE_SLOTS
-                        )  # fmt: skip
-                    else:
-                        acc, step = two_products(ring, full, empty, step, x_0, x_1, acc, False, SLOTS)
-                    held = step % SLOTS
-                    pending = 1
-                    mbarrier.wait(full.index(held), (step // SLOTS) & 1)
-                    step += 1
-                    scale = gl.expand_dims(scale, 1)
-                    real = gl.expand_dims(real, 1)
-                    tile = ring.index(held)
-                    # In two steps, since more does not fit the registers.
-                    left, right = halves(acc, narrow)
-                    before = start < 0
-                    gate(
-                        tile, tile, left, scale, real, bias_h_ptr + first_e, out_ptr, out_ptr + first_e, out_stride,
-                        out_ptr, E, row * N + start, before, 0, False, EVEN, SHIFTED, narrow,
-                    )  # fmt: skip
-                    gate(
-                        tile, tile, right, scale, real, bias_h_ptr + first_e, out_ptr, out_ptr + first_e, out_stride,
-                        out_ptr, E, row * N + start, before, BLOCK // 2, False, EVEN, SHIFTED, narrow,
-                    )  # fmt: skip
-                    fence_async_shared()
-                    if not SHIFTED or not before:
-                        store_async(out, [row, start, first_e], tile.reshape([1, BLOCK, BLOCK]))
-                    if writes:
-                        state, step = product(ring, full, empty, step, x_half, state, True, SLOTS)
-                        tma.store_wait(0)
-                        mbarrier.arrive(empty.index(held), count=1)
-                        pending = 0
-            if not SKIP or count == 2:
-                mbarrier.arrive(x_empty.index(value_step % VALUE_SLOTS), count=1)
-            mbarrier.arrive(x_empty.index((value_step + count - 1) % VALUE_SLOTS), count=1)
-            value_step += count
-    tma.store_wait(0)
-
-
-@gluon.jit
 def half_of(number, begin, end, DOWN: gl.constexpr):
     """The half, of all chunks' halves, of this number in a walk, or with DOWN in one from the last chunk to the first,
     in which a chunk's halves keep their order."""
@@ -445,13 +258,12 @@ def half_of(number, begin, end, DOWN: gl.constexpr):
 def load_values(
     x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
     SKIP: gl.constexpr, VALUE_SLOTS: gl.constexpr, WIDTH: gl.constexpr = BLOCK, ROWS: gl.constexpr = BLOCK,
-    DOWN: gl.constexpr = False,
+    SIDES: gl.constexpr = 1, DOWN: gl.constexpr = False,
 ):  # fmt: skip
-    """The values' tiles that `multiply_half` reads, of `ROWS` tokens, in its order; or with DOWN those of
-    `multiply_back`, one for each group."""
+    """The values' tiles that `multiply_half` reads, of `ROWS` tokens, in its order; or with two SIDES those of
+    `multiply_side`, one for each group."""
     grid_wait()
     step = 0
-    SIDES: gl.constexpr = 2 if DOWN else 1
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
         _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, DOWN, SPLIT)
@@ -472,7 +284,7 @@ def load_ends(
     DOWN: gl.constexpr = False,
 ):  # fmt: skip
     """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
-    own; or with OWN what `finish_back` and `finish_side` of rowscan.py read, whose groups have tiles of their own."""
+    own; or with OWN those of groups that have tiles of their own."""
     grid_wait()
     step = 0
     group = 0
@@ -516,34 +328,38 @@ def fetch_depths(x, row, column, ring, full, empty, step, SLOTS: gl.constexpr, H
 
 
 @gluon.jit
-def load_back(
-    a, reader, writer, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT: gl.constexpr,
-    SKIP: gl.constexpr, SLOTS: gl.constexpr,
+def load_sides(
+    a, reader, writer, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, BACK: gl.constexpr,
+    SPLIT: gl.constexpr, SKIP: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The left factors that `multiply_back` reads, in its order."""
+    """The left factors that `multiply_side` reads, in its order."""
     grid_wait()
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
-        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, True, SPLIT)
+        _, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
+        border = end if BACK else begin
         for number in range(0, 2 * (end - begin)):
-            half = half_of(number, begin, end, True)
+            half = half_of(number, begin, end, BACK)
             chunk = half // 2
             reads = number > 1
             if SPLIT != "rows":
-                reads = reads | (end % G != 0)
+                reads = reads | (border % G != 0)
             token = (chunk % G) * (2 * BLOCK) - shift
             if not SKIP or has_tokens(token + (half % 2) * BLOCK, N):
                 if reads:
                     step = fetch_depths(reader, half * BLOCK, 0, ring, full, empty, step, SLOTS)
                 for other in gl.static_range(2):
-                    seen = half % 2 <= other
+                    seen = half % 2 <= other if BACK else half % 2 >= other
                     if SKIP:
                         seen = seen & has_tokens(token + other * BLOCK, N)
                     if seen:
-                        slot = (2 * chunk + other) * BLOCK
-                        step = fetch_depths(a, slot, (half % 2) * BLOCK, ring, full, empty, step, SLOTS, True)
-                if chunk > begin:
+                        if BACK:
+                            slot = (2 * chunk + other) * BLOCK
+                            step = fetch_depths(a, slot, (half % 2) * BLOCK, ring, full, empty, step, SLOTS, True)
+                        else:
+                            step = fetch_depths(a, half * BLOCK, other * BLOCK, ring, full, empty, step, SLOTS)
+                if chunk > begin if BACK else chunk < end - 1:
                     step = fetch_depths(writer, half * BLOCK, 0, ring, full, empty, step, SLOTS, True)
 
 
@@ -568,7 +384,7 @@ def finish_back(
         first = column + part * END
         gate(
             tile, value_tile, sides[part], scale, real, bias_ptr + first, sums_ptr + first, out_ptr + first,
-            out_stride, value_ptr + first, E, row * N + token, before, 0, True, EVEN, SHIFTED, layout, END,
+            out_stride, value_ptr + first, E, row * N + token, before, True, EVEN, SHIFTED, layout,
             h_0 if part == 0 else h_1,
         )  # fmt: skip
         fence_async_shared()
@@ -578,47 +394,62 @@ def finish_back(
 
 
 @gluon.jit
-def multiply_back(
-    out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full, x_empty, ring, full,
+def leave_ends(end_empty, stores, GROUP: gl.constexpr, BACK: gl.constexpr):
+    """Frees the tiles of the group's end before, whose stores have had the time of a product; forward, the first is
+    free. A state that this chunk `stores` came last."""
+    if stores:
+        tma.store_wait(1)
+    else:
+        tma.store_wait(0)
+    if BACK:
+        mbarrier.arrive(end_empty.index(2 * GROUP), count=1)
+    mbarrier.arrive(end_empty.index(2 * GROUP + 1), count=1)
+
+
+@gluon.jit
+def multiply_side(
+    out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, ready, x_empty, ring, full,
     empty, tiles, end_full, end_empty, state_tiles, begin_ptr, end_ptr, out_ptr, out_stride, value_ptr, N, G, shift,
-    cut, E_BLOCKS, TASKS, GROUP: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr, EVEN: gl.constexpr,
-    SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
+    cut, E_BLOCKS, TASKS, GROUP: gl.constexpr, BACK: gl.constexpr, SPLIT: gl.constexpr, SKIP: gl.constexpr,
+    EVEN: gl.constexpr, SHIFTED: gl.constexpr, SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The backward scan itself, see `scan_kernel`, for `SIDE` of a task's value dimensions."""
+    """The scan itself, see `scan_kernel`, for `SIDE` of a task's value dimensions."""
     grid_wait()
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
     E = E_BLOCKS * BLOCK
     CHUNK: gl.constexpr = 2 * BLOCK
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    # A gain of exactly 0 would hide its own gradient, which is recovered by a division.
+    gain = gl.where(gain == 0.0, 1e-20, gain)
     state_tile = state_tiles.index(GROUP)
     # Halves with tokens before.
     count = 0
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):
-        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, True, SPLIT)
+        walk, begin, end = walk_of(task, begin_ptr, end_ptr, G, cut, E_BLOCKS, TASKS, BACK, SPLIT)
+        border = end if BACK else begin
         first_e = (task % E_BLOCKS) * BLOCK + GROUP * SIDE
         state = gl.zeros([BLOCK, SIDE], gl.float32, mma)
         if SPLIT != "rows":
-            if end % G != 0:
+            if border % G != 0:
                 s = gl.arange(0, BLOCK, gl.SliceLayout(1, mma))
                 columns = first_e + gl.arange(0, SIDE, gl.SliceLayout(0, mma))
                 place = walk.to(gl.int64) * BLOCK * E + gl.expand_dims(s * E, 1) + gl.expand_dims(columns, 0)
                 state = gl.load(carry_ptr + place).to(gl.float32) * CHUNK
         for number in range(0, 2 * (end - begin)):
-            half = half_of(number, begin, end, True)
+            half = half_of(number, begin, end, BACK)
             chunk = half // 2
             row = chunk // G
             token = (chunk % G) * CHUNK - shift
             start = token + (half % 2) * BLOCK
             reads = number > 1
             if SPLIT != "rows":
-                reads = reads | (end % G != 0)
+                reads = reads | (border % G != 0)
             stores = reads & (half % 2 == 0)
             if stores:
-                # The state before has been stored: each chunk has tokens, and `gate` waits.
+                # The state before has been stored: each chunk has tokens, and ends wait.
                 state_tile.store((state * (1.0 / CHUNK)).to(gl.bfloat16))
                 fence_async_shared()
                 store_async(states, [chunk * BLOCK, first_e], state_tile)
@@ -631,37 +462,52 @@ def multiply_back(
                     upper = state_tile.slice(0, DEPTH, dim=0)
                     lower = state_tile.slice(DEPTH, DEPTH, dim=0)
                     acc, step = two_products(ring, full, empty, step, upper, lower, acc, False, SLOTS)
-                if count > 0:
-                    # What the half before stores has had the time of this product; this chunk's state came last.
-                    if stores:
-                        tma.store_wait(1)
-                    else:
-                        tma.store_wait(0)
-                    mbarrier.arrive(end_empty.index(2 * GROUP), count=1)
-                    mbarrier.arrive(end_empty.index(2 * GROUP + 1), count=1)
-                others = 2 - half % 2
+                if BACK or reads:
+                    if count > 0:
+                        leave_ends(end_empty, stores, GROUP, BACK)
+                # Of the chunk's two halves, those that this one sees: BACK the later, else the earlier.
+                others = 2 - half % 2 if BACK else 1 + half % 2
                 if SKIP:
-                    others = gl.where(has_tokens(token + BLOCK, N), others, 1)
+                    others = gl.where(has_tokens(token + (BLOCK if BACK else 0), N), others, 1)
+                first = count if BACK else count + 1 - others
                 for other in range(others):
-                    value = 2 * (count + other) + GROUP
-                    mbarrier.wait(x_full.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
+                    value = 2 * (first + other) + GROUP
+                    mbarrier.wait(ready.index(value % VALUE_SLOTS), (value // VALUE_SLOTS) & 1)
                     x = values.index(value % VALUE_SLOTS)
                     upper = x.slice(0, DEPTH, dim=0)
                     lower = x.slice(DEPTH, DEPTH, dim=0)
-                    acc, step = two_products(ring, full, empty, step, upper, lower, acc, True, SLOTS)
+                    acc, step = two_products(ring, full, empty, step, upper, lower, acc, BACK, SLOTS)
+                    if not BACK:
+                        if first + other < count:
+                            mbarrier.arrive(x_empty.index(value % VALUE_SLOTS), count=1)
+                if not BACK:
+                    if count > 0 and not reads:
+                        leave_ends(end_empty, stores, GROUP, BACK)
                 value = (2 * count + GROUP) % VALUE_SLOTS
-                if chunk > begin:
+                if chunk > begin if BACK else chunk < end - 1:
                     x = values.index(value)
                     upper = x.slice(0, DEPTH, dim=0)
                     lower = x.slice(DEPTH, DEPTH, dim=0)
                     state, step = two_products(ring, full, empty, step, upper, lower, state, True, SLOTS)
-                mbarrier.arrive(x_empty.index(value), count=1)
-                finish_back(
-                    acc, out, value_out, sums, out_ptr, out_stride, value_ptr, scale, real, bias_h_ptr, tiles,
-                    end_full, count, row, start, first_e, E, N, GROUP, EVEN, SHIFTED, narrow,
-                )  # fmt: skip
+                if BACK:
+                    mbarrier.arrive(x_empty.index(value), count=1)
+                    finish_back(
+                        acc, out, value_out, sums, out_ptr, out_stride, value_ptr, scale, real, bias_h_ptr, tiles,
+                        end_full, count, row, start, first_e, E, N, GROUP, EVEN, SHIFTED, narrow,
+                    )  # fmt: skip
+                else:
+                    # The chunk's second half reads the first's values, too.
+                    last = half % 2 == 1
+                    if SKIP:
+                        last = last | (token + BLOCK >= N)
+                    if last:
+                        mbarrier.arrive(x_empty.index(value), count=1)
+                    finish_half(
+                        acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, count, row,
+                        start, first_e, N, GROUP, EVEN, SHIFTED, narrow, SIDE, OWN=True,
+                    )  # fmt: skip
                 count += 1
-            else:
+            elif BACK:
                 no_sums(sums + first_e, gl.SliceLayout(0, narrow), SIDE)
     tma.store_wait(0)
 
@@ -681,9 +527,10 @@ def scan_kernel(
     `out = silu'(h) * (A^T x + k_lin dS)`, and `dS += q_lin^T x`. Also stores the values, and per half chunk the sums
     of `out` for the bias.
 
-    BACK, two groups of four warps have `SIDE` of a task's value dimensions each, and share the left factors:
-    `reader` is described for tiles of 128 by 64, which come in a ring of `SLOTS`, a and `writer` for tiles of 64 by
-    128, x and the states for tiles of 128 by `SIDE`, h, `out` and `value_out` for tiles of 128 by `END`.
+    Two groups of four warps have `SIDE` of a task's value dimensions each, and share the left factors: `reader` and
+    forward a are described for tiles of 128 by 64, which come in a ring of `SLOTS`, `writer` and backward a, which are
+    transposed, for tiles of 64 by 128, x and the states for tiles of 128 by `SIDE`, h, `out` and `value_out` for tiles
+    of 128 by `END`.
 
     reader, writer: the linear head that multiplies the state, and that whose product with x is added to it.
     SPLIT: what a task walks along: "rows"; "pieces", whose first states are `carry`; or "ends", rows without their
@@ -692,59 +539,60 @@ def scan_kernel(
     EVEN: all slots, of what is not left out, have tokens. SHIFTED: a row's first slots have none.
     """
     layout: gl.constexpr = a.layout
+    end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+    values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, SIDE], layout)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
+    state_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, SIDE], layout)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [BACK_END_TILES, BLOCK, END], end_layout)
     x_full = barriers(VALUE_SLOTS)
     x_empty = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)
+    # Both groups read the ring.
+    empty = barriers(SLOTS, 2)
+    end_full = barriers(BACK_END_TILES)
+    end_empty = barriers(BACK_END_TILES)
+    ready = x_full if BACK else barriers(VALUE_SLOTS)
+    fence_async_shared()
     if BACK:
-        end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
-        values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, SIDE], layout)
-        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
-        state_tiles = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK, SIDE], layout)
-        tiles = gl.allocate_shared_memory(gl.bfloat16, [BACK_END_TILES, BLOCK, END], end_layout)
-        # Both groups read the ring.
-        empty = barriers(SLOTS, 2)
-        end_full = barriers(BACK_END_TILES)
-        end_empty = barriers(BACK_END_TILES)
-        fence_async_shared()
         gl.warp_specialize(
             [
                 (
-                    multiply_back,
+                    multiply_side,
                     (
-                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full,
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, ready,
                         x_empty, ring, full, empty, tiles, end_full, end_empty, state_tiles, begin_ptr,
-                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 0, SPLIT, SKIP,
-                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 0, BACK, SPLIT,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
-                    multiply_back,
+                    multiply_side,
                     (
-                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, x_full,
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, ready,
                         x_empty, ring, full, empty, tiles, end_full, end_empty, state_tiles, begin_ptr,
-                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 1, SPLIT, SKIP,
-                        EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 1, BACK, SPLIT,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
                     load_values,
                     (
                         x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT, SKIP,
-                        VALUE_SLOTS, SIDE, BLOCK, True,
+                        VALUE_SLOTS, SIDE, BLOCK, 2, BACK,
                     ),
                 ),
                 (
-                    load_back,
+                    load_sides,
                     (
                         a, reader, writer, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
-                        SPLIT, SKIP, SLOTS,
+                        BACK, SPLIT, SKIP, SLOTS,
                     ),
                 ),
                 (
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT,
-                        SKIP, BLOCK, BACK_END_TILES, True, True,
+                        SKIP, BLOCK, BACK_END_TILES, True, BACK,
                     ),
                 ),
             ],
@@ -752,39 +600,57 @@ def scan_kernel(
             [BACK_REGISTERS, 24, 24, 24],
         )  # fmt: skip
     else:
-        values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, BLOCK], layout)
-        ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, BLOCK], layout)
-        state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
-        empty = barriers(SLOTS)
-        ready = barriers(VALUE_SLOTS)
-        fence_async_shared()
         gl.warp_specialize(
             [
                 (
-                    multiply,
+                    multiply_side,
                     (
-                        out, states, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, values, ready, x_empty, ring, full,
-                        empty, state_tile, begin_ptr, end_ptr, out_ptr, out_stride, N, G, shift, cut, E_BLOCKS, TASKS,
-                        SPLIT, SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, ready,
+                        x_empty, ring, full, empty, tiles, end_full, end_empty, state_tiles, begin_ptr,
+                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 0, BACK, SPLIT,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
+                    ),
+                ),
+                (
+                    multiply_side,
+                    (
+                        out, states, value_out, rms_ptr, gain_ptr, bias_h_ptr, carry_ptr, sums_ptr, values, ready,
+                        x_empty, ring, full, empty, tiles, end_full, end_empty, state_tiles, begin_ptr,
+                        end_ptr, out_ptr, out_stride, value_ptr, N, G, shift, cut, E_BLOCKS, TASKS, 1, BACK, SPLIT,
+                        SKIP, EVEN, SHIFTED, SLOTS, VALUE_SLOTS,
                     ),
                 ),
                 (
                     activate_tiles,
                     (
                         values, x_full, ready, rms_ptr, gain_ptr, bias_x_ptr, begin_ptr, end_ptr, N, G, shift, cut,
-                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, VALUE_SLOTS, ACTIVATING,
+                        E_BLOCKS, TASKS, SPLIT, SKIP, EVEN, VALUE_SLOTS, ACTIVATING, SIDE, 2,
                     ),
                 ),
                 (
-                    load_tiles,
+                    load_values,
                     (
-                        x, h, a, reader, writer, values, x_full, x_empty, ring, full, empty, begin_ptr, end_ptr, N, G,
-                        shift, cut, E_BLOCKS, TASKS, SPLIT, SKIP, SLOTS, VALUE_SLOTS,
+                        x, values, x_full, x_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT, SKIP,
+                        VALUE_SLOTS, SIDE, BLOCK, 2, BACK,
+                    ),
+                ),
+                (
+                    load_sides,
+                    (
+                        a, reader, writer, ring, full, empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS,
+                        BACK, SPLIT, SKIP, SLOTS,
+                    ),
+                ),
+                (
+                    load_ends,
+                    (
+                        h, tiles, end_full, end_empty, begin_ptr, end_ptr, N, G, shift, cut, E_BLOCKS, TASKS, SPLIT,
+                        SKIP, BLOCK, BACK_END_TILES, True, BACK,
                     ),
                 ),
             ],
-            [ACTIVATING, 1],
-            [ACTIVATING_REGISTERS, 24],
+            [4, ACTIVATING, 1, 1, 1],
+            [GROUP_REGISTERS, ACTIVATING_REGISTERS, 24, 24, 24],
         )  # fmt: skip
 
 
@@ -886,30 +752,34 @@ def sum_half(
 @gluon.jit
 def finish_half(
     acc, out, out_ptr, out_stride, scale, real, bias_ptr, tiles, full, empty, number, row, token, column, N,
-    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr, TILES: gl.constexpr,
-    BACK: gl.constexpr, value_out, value_tile, value_ptr, sums_ptr, E,
+    GROUP: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr, layout: gl.constexpr, WIDTH: gl.constexpr = BLOCK,
+    TILES: gl.constexpr = END_TILES, BACK: gl.constexpr = False, value_out=None, value_tile=None, value_ptr=None,
+    sums_ptr=None, E=0, OWN: gl.constexpr = False,
 ):  # fmt: skip
     """The end of the group's half of this number: `gate` in parts of `END` columns, since more does not fit the
-    registers. BACK, values leave by a tile of the group's own."""
-    PARTS: gl.constexpr = BLOCK // END
-    middle: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    registers. BACK, values leave by a tile of the group's own. OWN, each group has `TILES` of its own, of which the
+    last is still being stored."""
+    middle: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH // 2, 16]
+    )
     scale = gl.expand_dims(scale, 1)
     real = gl.expand_dims(real, 1)
     before = token < 0
-    step = number * (PARTS // TILES)
+    step = number * (WIDTH // END // TILES)
+    own: gl.constexpr = GROUP * TILES if OWN else 0
     sides = halves(acc, middle)
     for side in gl.static_range(2):
-        quarters = halves(sides[side], layout)
-        for quarter in gl.static_range(2):
-            part = side * 2 + quarter
+        if WIDTH == BLOCK:
+            quarters = halves(sides[side], layout)
+        for quarter in gl.static_range(WIDTH // END // 2):
+            part = side * (WIDTH // END // 2) + quarter
             first = column + part * END
-            tile = tiles.index(part % TILES)
+            tile = tiles.index(own + part % TILES)
             mbarrier.wait(full.index(GROUP * TILES + part % TILES), (step + part // TILES) & 1)
             gate(
-                tile, value_tile if BACK else tile, quarters[quarter], scale, real, bias_ptr + first,
-                sums_ptr + first if BACK else bias_ptr, out_ptr + first, out_stride,
-                value_ptr + first if BACK else out_ptr, E, row * N + token, before, 0, BACK, EVEN, SHIFTED, layout,
-                END,
+                tile, value_tile if BACK else tile, quarters[quarter] if WIDTH == BLOCK else sides[side], scale, real,
+                bias_ptr + first, sums_ptr + first if BACK else bias_ptr, out_ptr + first, out_stride,
+                value_ptr + first if BACK else out_ptr, E, row * N + token, before, BACK, EVEN, SHIFTED, layout,
             )  # fmt: skip
             fence_async_shared()
             if not SHIFTED or not before:
@@ -918,9 +788,10 @@ def finish_half(
                 store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
             if part > 0:
                 tma.store_wait(2 if BACK else 1)
-                mbarrier.arrive(empty.index((part - 1) % TILES), count=1)
-    tma.store_wait(0)
-    mbarrier.arrive(empty.index((PARTS - 1) % TILES), count=1)
+                mbarrier.arrive(empty.index(own + (part - 1) % TILES), count=1)
+    if not OWN:
+        tma.store_wait(0)
+        mbarrier.arrive(empty.index((WIDTH // END - 1) % TILES), count=1)
 
 
 @gluon.jit
@@ -935,7 +806,7 @@ def multiply_half(
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
     E = E_BLOCKS * BLOCK
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply_side`
     # Halves of this group before the chunk, of both groups, and their tiles.
     number = 0
     taken = 0
@@ -971,7 +842,7 @@ def multiply_half(
                 )  # fmt: skip
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty, number, row,
-                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow, TILES, BACK, value_out,
+                    start, (task % E_BLOCKS) * BLOCK, N, GROUP, EVEN, SHIFTED, narrow, BLOCK, TILES, BACK, value_out,
                     value_tiles.index(GROUP), value_ptr, sums_ptr + (chunk * 2 + half) * E, E,
                 )  # fmt: skip
                 if BACK:

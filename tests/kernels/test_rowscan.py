@@ -356,8 +356,8 @@ def test_the_causal_scan(N, shift, skip, back, split, monkeypatch):
     emulated.run(
         scan.scan_kernel, programs, x, h, weights, reader, writer, described(out, B), described(states),
         described(value, B), rms, gain, bias_x, bias_h, Pointer(carry), Pointer(sums), begin, end, Pointer(out), E,
-        Pointer(value), *place, **options, SHIFTED=shift % 128 > 0, SLOTS=scan.SIDE_SLOTS if back else scan.SLOTS,
-        VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS,
+        Pointer(value), *place, **options, SHIFTED=shift % 128 > 0,
+        SLOTS=scan.SIDE_SLOTS, VALUE_SLOTS=scan.SIDE_VALUE_SLOTS,
     )  # fmt: skip
     for one, right in zip(got[: 4 if back else 2], expected, strict=False):
         torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9, equal_nan=True)

@@ -184,11 +184,9 @@ def compiled(kernel, descriptors, warps=4, **constants):
                           options={"num_warps": warps, "launch_pdl": True})
 
 tokens, square = [1, 128, 128], [128, 128]
-scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.fromkeys(
-    ("a", "reader", "writer", "state", "states"), square)
 end = [1, 128, scan.END.value]
 depth = scan.DEPTH.value
-halved = scanned | dict.fromkeys(("a", "reader", "writer"), [128, depth]) | dict.fromkeys(
+halved = {"x": tokens, "state": square} | dict.fromkeys(("a", "reader", "writer"), [128, depth]) | dict.fromkeys(
     ("h", "out", "value_out"), end)
 halved_back = halved | {"x": [1, depth, 128], "a": [depth, 128]}
 reduced = {"d_attended": [1, 128, reduce.STEP], "value": [1, 128, reduce.STEP], "state": [128, reduce.STEP],
@@ -206,18 +204,17 @@ def ends(width):
 
 wide, high = [128, quadratic.STEP], [quadratic.STEP, 128]
 factors = {"output": (wide, high), "values": (high, high), "scores": (wide, wide)}
-slots = {"warps": 8, "SLOTS": scan.SLOTS, "VALUE_SLOTS": scan.VALUE_SLOTS}
+slots = {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.SIDE_VALUE_SLOTS}
 held = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
 held_back = {"SLOTS": rowscan.BACK_SLOTS, "VALUE_SLOTS": rowscan.BACK_VALUE_SLOTS}
 part, rows = [1, 128, scan.SIDE.value], [128, scan.SIDE.value]
 rows_back = halved | {"x": part, "states": rows, "a": [depth, 128]}
-halved_rows = halved | {"x": part, "states": rows, "writer": [depth, 128]}
-scanned_back = halved | {"x": part, "states": rows} | dict.fromkeys(("a", "writer"), [depth, 128])
-slots_back = {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
+scanned = halved | {"x": part, "states": rows, "writer": [depth, 128]}
+scanned_back = scanned | {"a": [depth, 128]}
 found = {
     f"scan {split} {back}" + ", skipping" * skip: compiled(
         scan.scan_kernel, scanned_back if back else scanned, BACK=back, SPLIT=split, SKIP=skip, EVEN=split == "rows",
-        SHIFTED=split != "rows" and not (skip and split == "ends"), **(slots_back if back else slots))
+        SHIFTED=split != "rows" and not (skip and split == "ends"), **slots)
     for skip in (False, True) for split in ("rows", "pieces", "ends") for back in (False, True)
 } | {
     f"whole {skip}": compiled(
@@ -234,8 +231,8 @@ found = {
         scan.totals_kernel, added, 8, BACK=False, SPLIT="cut", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
     "totals, backward": compiled(
         scan.totals_kernel, added, 8, BACK=True, SPLIT="pieces", SKIP=False, EVEN=True, SLOTS=scan.SLOTS),
-    "rows": compiled(rowscan.row_kernel, halved_rows, BACK=False, EVEN=True, SHIFTED=False, **held),
-    "rows, odd": compiled(rowscan.row_kernel, halved_rows, BACK=False, EVEN=False, SHIFTED=True, **held),
+    "rows": compiled(rowscan.row_kernel, scanned, BACK=False, EVEN=True, SHIFTED=False, **held),
+    "rows, odd": compiled(rowscan.row_kernel, scanned, BACK=False, EVEN=False, SHIFTED=True, **held),
     "rows, backward": compiled(rowscan.row_kernel, rows_back, BACK=True, EVEN=False, SHIFTED=True, **held_back),
     "rows, backward, even": compiled(rowscan.row_kernel, rows_back, BACK=True, EVEN=True, SHIFTED=False, **held_back),
     "gate product": compiled(gate.gate_product_kernel, multiplied, STEP=gate.STEP, STAGES=gate.STAGES),

@@ -228,8 +228,8 @@ class Emulated:
         monkeypatch.setattr(quadratic, "place_of", lambda task, *a: map(int, place_of(torch.tensor(task), *a)))
         monkeypatch.setattr(reduce, "place_of", reduce.place_of.fn)
         for name in (
-            "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "product", "two_products", "products",
-            "summands_of", "fetch_state", "high", "fetch_half", "fetch_depths", "sum_half", "half_of",
+            "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "two_products", "leave_ends", "summands_of",
+            "fetch_state", "high", "fetch_half", "fetch_depths", "sum_half", "half_of",
             "finish_half", "finish_back",
         ):  # fmt: skip
             monkeypatch.setattr(scan, name, getattr(scan, name).fn)
@@ -325,20 +325,19 @@ class Emulated:
         return acc
 
     def finish_scan(
-        self, tile, values, acc, scale, real, bias, sums, out, stride, value, E, token, before, first, BACK, EVEN,
-        SHIFTED, layout, width=64, held=None,
+        self, tile, values, acc, scale, real, bias, sums, out, stride, value, E, token, before, BACK, EVEN, SHIFTED,
+        layout, held=None,
     ):  # fmt: skip
-        if first == 0:
-            h = held or tile.load(None)
+        h = held or tile.load(None)
+        if BACK:
+            self.put(sums, acc)
+            self.store_wait(0 if held else 1)
+            values.store(h)
+        tile.store(acc * h)
+        if SHIFTED and before:
+            self.keep(("out", token, out), acc * h)
             if BACK:
-                self.put(sums, acc)
-                self.store_wait(0 if held else 1)
-                values.store(h)
-            tile.store(acc * h)
-            if SHIFTED and before:
-                self.keep(("out", token, out), acc * h)
-                if BACK:
-                    self.keep(("value", token, value), h)
+                self.keep(("value", token, value), h)
 
     def finish(self, tile, acc, scale, bias, sums, first, kind, layout):
         if first == 0:
@@ -472,12 +471,10 @@ def test_the_warps_of_the_scan_agree(split, back, programs, N, shift, emulated):
     emulated.run(
         scan.scan_kernel, programs, *map(Described, names), 0, 0, 0, 0, Pointer("carry"), Pointer("sums"), begin, end,
         0, 0, 0, N, G, shift, cut, blocks, len(walks) * blocks, BACK=back, SPLIT=split, SKIP=len(halves) < 2 * G,
-        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3, VALUE_SLOTS=4 if back else 3,
+        EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=3, VALUE_SLOTS=4,
     )  # fmt: skip
-    expected = {}
-    # Columns of the state, and of the end; backward, left factors come in two tiles.
-    width, end_width, depths = (64, 32, (0, 64)) if back else (128, 128, (0,))
-    for (number, first, last), column in itertools.product(walks, range(0, E, width)):
+    expected, depths = {}, (0, 64)
+    for (number, first, last), column in itertools.product(walks, range(0, E, 64)):
         border = last if back else first
         chunks = range(first, last)[::-1] if back else range(first, last)
         state = Product() if border % G == 0 else Product((("carry", number * 128 * E + column),))
@@ -503,8 +500,8 @@ def test_the_warps_of_the_scan_agree(split, back, programs, N, shift, emulated):
                     if back and other >= half:
                         parts.append((("a", slot + other * 128 + depth, half * 128), value[other]))
                     elif not back and other <= half:
-                        parts.append((("a", slot + half * 128, other * 128), value[other]))
-                for end_column in range(column, column + width, end_width):
+                        parts.append((("a", slot + half * 128, other * 128 + depth), value[other]))
+                for end_column in (column, column + 32):
                     token, h = row * N + tokens[half], ("h", row, tokens[half], end_column)
                     expected["out", token, end_column] = (*parts, h)
                     if back:
