@@ -238,7 +238,8 @@ def launch_scan(
             hopper.tokens(out if value is None else value, B, N, *end), inputs.rms, inputs.gain, *biases,
             inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end, out, out.stride(0),
             out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back, **slots,
-            SLOTS=scan.DEPTH_SLOTS, VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS, num_warps=4,
+            SLOTS=scan.DEPTH_SLOTS if back else 4,
+            VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS, num_warps=4,
         )  # fmt: skip
         return
     held, high = (128, scan.SIDE.value), step[::-1]

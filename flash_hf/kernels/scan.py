@@ -875,7 +875,7 @@ def whole_kernel(
     layout: gl.constexpr = reader.layout
     end_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
     ROWS: gl.constexpr = DEPTH if BACK else BLOCK
-    TILES: gl.constexpr = BACK_END_TILES if BACK else END_TILES
+    TILES: gl.constexpr = BACK_END_TILES
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, ROWS, BLOCK], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, BLOCK], layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
