@@ -252,7 +252,7 @@ def launch_scan(
         states if carry is None else carry, inputs.rms if sums is None else sums, inputs.index.piece_begin,
         inputs.index.piece_end, out, out.stride(0), out if value is None else value, N, shape.G, shape.shift, cut,
         shape.E // 128, tasks, BACK=back, SPLIT="ends" if cut else "rows" if carry is None else "pieces", **slots,
-        SLOTS=scan.SIDE_SLOTS, VALUE_SLOTS=scan.SIDE_VALUE_SLOTS, num_warps=4,
+        SLOTS=scan.SIDE_SLOTS if back else 5, VALUE_SLOTS=scan.SIDE_VALUE_SLOTS if back else 5, num_warps=4,
     )  # fmt: skip
 
 
