@@ -15,9 +15,9 @@ from .tiles import Shape, cdiv
 
 
 try:
-    from . import gate, hopper, product, quadratic, reduce, rowscan, scan, scores
+    from . import gate, hopper, product, quadratic, reduce, rowscan, scan, scores, totals, walk, wholescan
 except ImportError:  # a triton without Gluon, or with another version of it
-    gate = hopper = product = quadratic = reduce = rowscan = scan = scores = None
+    gate = hopper = product = quadratic = reduce = rowscan = scan = scores = totals = walk = wholescan = None
 
 
 logger = logging.get_logger(__name__)
@@ -30,7 +30,7 @@ FEW_TILES = 500
 
 @functools.cache
 def scan_for(device: torch.device) -> bool:
-    """Whether the kernels of scan.py run on this device."""
+    """Whether the kernels for Hopper run on this device."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     if scan is not None and tried_triton():
@@ -45,7 +45,7 @@ def scan_for(device: torch.device) -> bool:
 
 
 def scans(shape: Shape, source: Tensor | None, device: torch.device) -> bool:
-    """Whether the kernels of scan.py compute this call: the common form of a layer, on Hopper."""
+    """Whether the scans for Hopper compute this call: the common form of a layer, on Hopper."""
     fits = (
         shape.quad and shape.lin and shape.scaled and shape.silu and source is None
         and shape.dtype == torch.bfloat16 and (shape.C, shape.S) == (256, 128) and shape.E % 128 == 0

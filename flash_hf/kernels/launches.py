@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backward, choice, delta, forward, residual
-from .choice import gate, hopper, product, quadratic, reduce, rowscan, scan, scores
+from .choice import gate, hopper, product, quadratic, reduce, rowscan, scan, scores, totals, walk, wholescan
 from .common import dot_precision, fast_math
 from .plan import ChunkIndex
 from .tiles import (
@@ -167,12 +167,12 @@ def start_totals(
     whole = cut > 0 or shape.delta or one_piece
     total = x.new_empty((pieces, shape.tiles.SP, E), dtype=shape.dtype if whole else torch.float32)
     tasks = pieces * (E // 128)
-    scan.totals_kernel(
+    totals.totals_kernel(
         scan_grid(tasks, x.device),
         hopper.tokens(x, shape.B, shape.N), hopper.matrix(keys), total, inputs.rms, inputs.gain, inputs.bias_v,
         index.piece_begin, index.piece_end, shape.N, shape.G, shape.shift, cut, 1.0 / shape.C if whole else 1.0,
         E // 128, tasks, BACK=back, SPLIT="cut" if cut else "pieces", SKIP=shape.skips, EVEN=shape.even,
-        SLOTS=scan.SLOTS, num_warps=8,
+        SLOTS=totals.SLOTS, num_warps=8,
     )  # fmt: skip
     if whole:
         return lambda: (total, total.new_empty((0,)))
@@ -205,7 +205,7 @@ def scan_parts(
 
 def scan_tiles() -> tuple[tuple[int, int], tuple[int, int]]:
     """Tiles of the left factors and of the ends of a scan over bidirectional rows."""
-    return (128, scan.DEPTH.value), (128, scan.END.value)
+    return (128, walk.DEPTH.value), (128, walk.END.value)
 
 
 def launch_scan(
@@ -231,15 +231,15 @@ def launch_scan(
     if not shape.causal:
         step, end = scan_tiles()
         held, left = (step[::-1], step[::-1]) if back else ((128, 128), step)
-        scan.whole_kernel(
+        wholescan.whole_kernel(
             scan_grid(tasks, x.device),
             hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *left),
             hopper.matrix(heads[reader], *step), hopper.matrix(carry), hopper.tokens(out, B, N, *end),
             hopper.tokens(out if value is None else value, B, N, *end), inputs.rms, inputs.gain, *biases,
             inputs.rms if sums is None else sums, inputs.index.piece_begin, inputs.index.piece_end, out, out.stride(0),
             out if value is None else value, N, shape.G, shape.shift, shape.E // 128, tasks, BACK=back, **slots,
-            SLOTS=scan.BACK_DEPTH_SLOTS if back else scan.DEPTH_SLOTS,
-            VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS, num_warps=4,
+            SLOTS=wholescan.BACK_SLOTS if back else wholescan.SLOTS,
+            VALUE_SLOTS=wholescan.BACK_VALUE_SLOTS if back else wholescan.VALUE_SLOTS, num_warps=4,
         )  # fmt: skip
         return
     held = end = read = left = ()
@@ -247,7 +247,7 @@ def launch_scan(
     if back:
         (read, end), held = scan_tiles(), (128, scan.SIDE.value)
         left = read[::-1]
-        slots |= {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
+        slots |= {"SLOTS": scan.BACK_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
     scan.scan_kernel(
         (multiprocessors(x.device),) if cut else scan_grid(tasks, x.device),
         hopper.tokens(x, B, N, *held), hopper.tokens(h, B, N, *end), hopper.matrix(weights, *left),
@@ -716,7 +716,7 @@ def launch_scan_gradients(
     shape: Shape, inputs: Inputs, saved, d_out: Tensor | Product, d_h: Projections, d_heads: Tensor, reuse: bool,
     exchange=None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """`launch_attention_gradients` by the kernels of scan.py."""
+    """`launch_attention_gradients` by the kernels for Hopper."""
     heads, prefix, carry = saved.heads, saved.prefix, saved.carry
     gated = saved.attended if shape.keeps_attended else saved.out
     E, T, row = shape.E, shape.T, shape.lin_row

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, barriers, store_async
-from .scan import (
+from .walk import (
     ACTIVATING,
     ACTIVATING_REGISTERS,
     BACK_REGISTERS,
@@ -36,8 +36,8 @@ from .scan import (
     gain_of,
     load_ends,
     load_values,
-    sum_half,
 )
+from .wholescan import sum_half
 
 
 # Value dimensions of a task. With 128, values would leave so little room that loads in flight limit the speed.
@@ -155,7 +155,7 @@ def row_kernel(
     out_stride, value_ptr, N, G, shift, E_BLOCKS, TASKS, BACK: gl.constexpr, EVEN: gl.constexpr, SHIFTED: gl.constexpr,
     SLOTS: gl.constexpr, VALUE_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """`totals_kernel` and `whole_kernel` of scan.py in one, for rows of at most two chunks of 256: the row's state
+    """`totals_kernel` and `whole_kernel` in one, for rows of at most two chunks of 256: the row's state
     `sum writer^T V / C`, which goes to `states`, and the chunks' outputs.
 
     A task is a row and `WIDTH` value dimensions. Two groups of four warps have half of the state's rows each, and

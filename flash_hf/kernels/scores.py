@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .common import grid_wait
 from .dispatch import kernel
 from .hopper import BLOCK, TILE_BYTES, barriers, halves, load_async, lower_tile, store_async
-from .scan import has_tokens
 from .tiles import cdiv
+from .walk import has_tokens
 
 
 # Pairs of tiles in flight: with a tile for the ends they fill the shared memory.

@@ -9,10 +9,11 @@ import torch
 
 from flash_hf.kernels import choice
 from test_scan import rows_in_torch, scan_in_torch, totals_in_torch, whole_in_torch
-from test_turns import Barrier, Described, Emulated, Fault, Tile, functions_of
+from test_turns import SCANS, Barrier, Described, Emulated, Fault, Tile, functions_of
 
 
 hopper, rowscan, scan = choice.hopper, choice.rowscan, choice.scan
+totals, wholescan = choice.totals, choice.wholescan
 
 
 class Integer(int):
@@ -110,7 +111,7 @@ class Tensor3(Described):
 
 
 class EmulatedNumbers(Emulated):
-    """Emulated programs of the kernels of scan.py and rowscan.py, in float64."""
+    """Emulated programs of the scans, in float64."""
 
     def __init__(self, monkeypatch, seed):
         self.warps, self.seed = None, seed
@@ -131,7 +132,7 @@ class EmulatedNumbers(Emulated):
             reinterpret=reinterpret, sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
             range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
-        for module in (scan, rowscan):
+        for module in (*SCANS, rowscan):
             for name, value in (functions_of(module, monkeypatch) | names).items():
                 monkeypatch.setattr(module, name, value, raising=False)
         monkeypatch.setattr(hopper, "gl", gl)
@@ -196,10 +197,7 @@ def described(numbers, rows=1):
 
 
 def slots(module, back):
-    if module is rowscan:
-        names = ("BACK_SLOTS", "BACK_VALUE_SLOTS") if back else ("SLOTS", "VALUE_SLOTS")
-    else:
-        names = ("BACK_DEPTH_SLOTS", "BACK_VALUE_SLOTS") if back else ("DEPTH_SLOTS", "VALUE_SLOTS")
+    names = ("BACK_SLOTS", "BACK_VALUE_SLOTS") if back else ("SLOTS", "VALUE_SLOTS")
     return dict(zip(("SLOTS", "VALUE_SLOTS"), (getattr(module, name) for name in names), strict=True))
 
 
@@ -246,13 +244,13 @@ def test_the_scan_of_held_rows_is_two_kernels_in_one(N, shift, back, programs, m
     )  # fmt: skip
     out, states, value, sums = apart
     emulated.run(
-        scan.totals_kernel, programs, x, writer, Pointer(states), rms, gain, bias_x, begin, end, N, G, shift, 0,
-        1 / 256, E // 128, tasks, **options, SPLIT="pieces", SKIP=False, SLOTS=scan.SLOTS,
+        totals.totals_kernel, programs, x, writer, Pointer(states), rms, gain, bias_x, begin, end, N, G, shift, 0,
+        1 / 256, E // 128, tasks, **options, SPLIT="pieces", SKIP=False, SLOTS=totals.SLOTS,
     )  # fmt: skip
     emulated.run(
-        scan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B), described(value, B),
-        rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), N, G, shift, E // 128,
-        tasks, **options, SKIP=False, SHIFTED=shift > 0, **slots(scan, back),
+        wholescan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B),
+        described(value, B), rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), N,
+        G, shift, E // 128, tasks, **options, SKIP=False, SHIFTED=shift > 0, **slots(wholescan, back),
     )  # fmt: skip
     for one, two, right in zip(got[: 4 if back else 2], apart, expected, strict=False):
         assert torch.equal(one, two)
@@ -302,13 +300,13 @@ def test_rows_with_empty_slots_at_either_end(N, shift, skip, back, monkeypatch):
     weights, reader, writer = map(described, (weights, *heads))
     total, out, value, sums = got
     emulated.run(
-        scan.totals_kernel, programs, x, writer, Pointer(total), rms, gain, bias_x, begin, end, *place, 0, 1.0,
-        E // 128, tasks, **options, SPLIT="pieces", SLOTS=scan.SLOTS,
+        totals.totals_kernel, programs, x, writer, Pointer(total), rms, gain, bias_x, begin, end, *place, 0, 1.0,
+        E // 128, tasks, **options, SPLIT="pieces", SLOTS=totals.SLOTS,
     )  # fmt: skip
     emulated.run(
-        scan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B), described(value, B),
-        rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value), *place, E // 128, tasks,
-        **options, SHIFTED=True, **slots(scan, back),
+        wholescan.whole_kernel, programs, x, h, weights, reader, described(states), described(out, B),
+        described(value, B), rms, gain, bias_x, bias_h, Pointer(sums), begin, end, Pointer(out), E, Pointer(value),
+        *place, E // 128, tasks, **options, SHIFTED=True, **slots(wholescan, back),
     )  # fmt: skip
     for one, right in zip(got[: 4 if back else 2], expected, strict=False):
         torch.testing.assert_close(one, right, rtol=1e-9, atol=1e-9)
@@ -356,7 +354,7 @@ def test_the_causal_scan(N, shift, skip, back, split, monkeypatch):
     emulated.run(
         scan.scan_kernel, programs, x, h, weights, reader, writer, described(out, B), described(states),
         described(value, B), rms, gain, bias_x, bias_h, Pointer(carry), Pointer(sums), begin, end, Pointer(out), E,
-        Pointer(value), *place, **options, SHIFTED=shift % 128 > 0, SLOTS=scan.SIDE_SLOTS if back else scan.SLOTS,
+        Pointer(value), *place, **options, SHIFTED=shift % 128 > 0, SLOTS=scan.BACK_SLOTS if back else scan.SLOTS,
         VALUE_SLOTS=scan.BACK_VALUE_SLOTS if back else scan.VALUE_SLOTS,
     )  # fmt: skip
     for one, right in zip(got[: 4 if back else 2], expected, strict=False):

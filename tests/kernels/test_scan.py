@@ -160,7 +160,8 @@ COMPILE = """
 import pathlib, re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
-from flash_hf.kernels import gate, hopper, product, quadratic, reduce, rowscan, scan, scores
+from flash_hf.kernels import (
+    gate, hopper, product, quadratic, reduce, rowscan, scan, scores, totals, walk, wholescan)
 
 def layout(block):
     return hopper.tile_layout(block)
@@ -185,8 +186,8 @@ def compiled(kernel, descriptors, warps=4, **constants):
 tokens, square = [1, 128, 128], [128, 128]
 scanned = {"x": tokens, "h": tokens, "out": tokens, "value_out": tokens} | dict.fromkeys(
     ("a", "reader", "writer", "state", "states"), square)
-end = [1, 128, scan.END.value]
-depth = scan.DEPTH.value
+end = [1, 128, walk.END.value]
+depth = walk.DEPTH.value
 halved = scanned | dict.fromkeys(("a", "reader", "writer"), [128, depth]) | dict.fromkeys(
     ("h", "out", "value_out"), end)
 halved_back = halved | {"x": [1, depth, 128], "a": [depth, 128]}
@@ -210,9 +211,9 @@ held = {"SLOTS": rowscan.SLOTS, "VALUE_SLOTS": rowscan.VALUE_SLOTS}
 held_back = {"SLOTS": rowscan.BACK_SLOTS, "VALUE_SLOTS": rowscan.BACK_VALUE_SLOTS}
 part, rows = [1, 128, rowscan.WIDTH.value], [128, rowscan.WIDTH.value]
 halved_rows = halved | {"x": part, "value_out": end, "states": rows}
-rows_back = halved_rows | {"a": [scan.DEPTH.value, 128]}
+rows_back = halved_rows | {"a": [walk.DEPTH.value, 128]}
 scanned_back = halved | {"x": part, "states": rows} | dict.fromkeys(("a", "writer"), [depth, 128])
-slots_back = {"SLOTS": scan.SIDE_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
+slots_back = {"SLOTS": scan.BACK_SLOTS, "VALUE_SLOTS": scan.BACK_VALUE_SLOTS}
 found = {
     f"scan {split} {back}" + ", skipping" * skip: compiled(
         scan.scan_kernel, scanned_back if back else scanned, BACK=back, SPLIT=split, SKIP=skip, EVEN=split == "rows",
@@ -220,19 +221,19 @@ found = {
     for skip in (False, True) for split in ("rows", "pieces", "ends") for back in (False, True)
 } | {
     f"whole {skip}": compiled(
-        scan.whole_kernel, halved, BACK=False, SKIP=skip, EVEN=skip, SHIFTED=not skip, SLOTS=scan.DEPTH_SLOTS,
-        VALUE_SLOTS=scan.VALUE_SLOTS)
+        wholescan.whole_kernel, halved, BACK=False, SKIP=skip, EVEN=skip, SHIFTED=not skip, SLOTS=wholescan.SLOTS,
+        VALUE_SLOTS=wholescan.VALUE_SLOTS)
     for skip in (False, True)
 } | {
     f"whole {skip}, backward": compiled(
-        scan.whole_kernel, halved_back, BACK=True, SKIP=skip, EVEN=not skip, SHIFTED=skip, SLOTS=scan.BACK_DEPTH_SLOTS,
-        VALUE_SLOTS=scan.BACK_VALUE_SLOTS)
+        wholescan.whole_kernel, halved_back, BACK=True, SKIP=skip, EVEN=not skip, SHIFTED=skip,
+        SLOTS=wholescan.BACK_SLOTS, VALUE_SLOTS=wholescan.BACK_VALUE_SLOTS)
     for skip in (False, True)
 } | {
     "totals": compiled(
-        scan.totals_kernel, added, 8, BACK=False, SPLIT="cut", SKIP=True, EVEN=False, SLOTS=scan.SLOTS),
+        totals.totals_kernel, added, 8, BACK=False, SPLIT="cut", SKIP=True, EVEN=False, SLOTS=totals.SLOTS),
     "totals, backward": compiled(
-        scan.totals_kernel, added, 8, BACK=True, SPLIT="pieces", SKIP=False, EVEN=True, SLOTS=scan.SLOTS),
+        totals.totals_kernel, added, 8, BACK=True, SPLIT="pieces", SKIP=False, EVEN=True, SLOTS=totals.SLOTS),
     "rows": compiled(rowscan.row_kernel, halved_rows, BACK=False, EVEN=True, SHIFTED=False, **held),
     "rows, odd": compiled(rowscan.row_kernel, halved_rows, BACK=False, EVEN=False, SHIFTED=True, **held),
     "rows, backward": compiled(rowscan.row_kernel, rows_back, BACK=True, EVEN=False, SHIFTED=True, **held_back),
@@ -595,8 +596,8 @@ def replace_by_torch(monkeypatch):
     # Two steps of a program of 128 slots in place of 32: each takes the interpreter as long.
     monkeypatch.setattr(launches, "HEADS_STEP", 64 * 64)
     for module, name, function in (
-        (choice.scan, "scan_kernel", scan_in_torch), (choice.scan, "whole_kernel", whole_in_torch),
-        (choice.scan, "totals_kernel", totals_in_torch), (choice.rowscan, "row_kernel", rows_in_torch),
+        (choice.scan, "scan_kernel", scan_in_torch), (choice.wholescan, "whole_kernel", whole_in_torch),
+        (choice.totals, "totals_kernel", totals_in_torch), (choice.rowscan, "row_kernel", rows_in_torch),
         (choice.reduce, "reduce_kernel", reduce_in_torch),
         (choice.gate, "gate_product_kernel", gate_product_in_torch),
         (choice.quadratic, "quadratic_kernel", quadratic_in_torch),
@@ -750,13 +751,13 @@ def test_every_chunk_is_in_one_walk(rows, blocks, chunks, cut, split, back, monk
     if choice.scan is None:
         pytest.skip("triton has no Gluon")
     grid = SimpleNamespace(num_programs=lambda axis: 132, where=lambda condition, x, y: x if condition else y)
-    monkeypatch.setattr(choice.scan, "gl", grid)
+    monkeypatch.setattr(choice.walk, "gl", grid)
     tasks, walked, longest = rows * blocks * (2 if split == "ends" else 1), [], 0
     for program in range(132):
         grid.program_id = lambda axis, program=program: program
         steps = 0
-        for task in range(*choice.scan.tasks_of.fn(tasks, split)):
-            row, begin, end = choice.scan.walk_of.fn(task, None, None, chunks, cut, blocks, tasks, back, split)
+        for task in range(*choice.walk.tasks_of.fn(tasks, split)):
+            row, begin, end = choice.walk.walk_of.fn(task, None, None, chunks, cut, blocks, tasks, back, split)
             steps += end - begin
             # The longer walks begin with a sum of the others.
             if split == "ends":

@@ -4,6 +4,7 @@ run as threads, one at a time in a random order. Numbers are not: a tile is what
 pairs of tiles that it multiplied."""
 
 import dataclasses
+import functools
 import itertools
 import random
 import threading
@@ -18,6 +19,8 @@ from flash_hf.kernels import choice
 if choice.scan is None:
     pytest.skip("triton has no Gluon", allow_module_level=True)
 gate, hopper, quadratic, reduce, scan = choice.gate, choice.hopper, choice.quadratic, choice.reduce, choice.scan
+totals, walk, wholescan = choice.totals, choice.walk, choice.wholescan
+SCANS = (walk, scan, wholescan, totals)
 
 
 class Fault(Exception):
@@ -216,30 +219,26 @@ class Emulated:
             halves=lambda acc, layout: (acc, acc), upper_and_lower=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
-        for module in (hopper, gate, quadratic, reduce, scan):
+        for module in (hopper, gate, quadratic, reduce, *SCANS):
             for name, value in names.items():
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, value)
-        functions_of(scan, monkeypatch)
         monkeypatch.setattr(gate, "PARTS", gate.PARTS.value)
         monkeypatch.setattr(gate, "finish_columns", gate.finish_columns.fn)
         monkeypatch.setattr(quadratic, "lower_tile", hopper.lower_tile.fn)
         place_of = quadratic.place_of.fn
         monkeypatch.setattr(quadratic, "place_of", lambda task, *a: map(int, place_of(torch.tensor(task), *a)))
         monkeypatch.setattr(reduce, "place_of", reduce.place_of.fn)
-        for name in (
-            "tasks_of", "walk_of", "has_tokens", "fetch", "fetch_tokens", "product", "two_products", "products",
-            "summands_of", "fetch_state", "high", "fetch_half", "fetch_depths", "sum_half", "half_of",
-            "finish_half", "finish_back",
-        ):  # fmt: skip
-            monkeypatch.setattr(scan, name, getattr(scan, name).fn)
-        walk_of = scan.walk_of
-        monkeypatch.setattr(scan, "walk_of", lambda *a: map(Whole, walk_of(*a)))
-        monkeypatch.setattr(scan, "range", lambda *a: map(Whole, range(*a)), raising=False)
-        monkeypatch.setattr(scan, "gain_of", lambda *a: (Number(1.0), True))
-        monkeypatch.setattr(scan, "activate", self.activate)
-        monkeypatch.setattr(scan, "gate", self.finish_scan)
-        monkeypatch.setattr(scan, "no_sums", lambda place, *a: self.put(place, None))
+        walk_of = walk.walk_of.fn
+        plain = {
+            "walk_of": lambda *a: map(Whole, walk_of(*a)), "gain_of": lambda *a: (Number(1.0), True),
+            "activate": self.activate, "gate": self.finish_scan, "no_sums": lambda place, *a: self.put(place, None),
+        }  # fmt: skip
+        for module in SCANS:
+            for name, value in (functions_of(module, monkeypatch) | plain).items():
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
+            monkeypatch.setattr(module, "range", lambda *a: map(Whole, range(*a)), raising=False)
 
     def run(self, kernel, programs, *arguments, **constants):
         self.programs = programs
@@ -258,7 +257,7 @@ class Emulated:
         return SimpleNamespace(index=made.__getitem__)
 
     def specialize(self, parts, warps, registers):
-        self.warps.run([lambda function=function, a=a: function.fn(*a) for function, a in parts])
+        self.warps.run([functools.partial(getattr(function, "fn", function), *a) for function, a in parts])
 
     def arrive(self, barrier, bytes=0, count=1):
         self.warps.wait()
@@ -526,8 +525,8 @@ def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emu
     halves, walks = halves_of(N, G, shift), walks_of("pieces" if N > 512 else "rows", B, G, 0, back)
     begin, end = (Pointer("border", tuple(walk[part] for walk in walks)) for part in (1, 2))
     emulated.run(
-        scan.whole_kernel, programs, *map(Described, ("x", "h", "a", "reader", "state", "out", "value")), 0, 0, 0, 0,
-        Pointer("sums"), begin, end, 0, 0, 0, N, G, shift, 1, len(walks), BACK=back, SKIP=len(halves) < 2 * G,
+        wholescan.whole_kernel, programs, *map(Described, ("x", "h", "a", "reader", "state", "out", "value")), 0, 0, 0,
+        0, Pointer("sums"), begin, end, 0, 0, 0, N, G, shift, 1, len(walks), BACK=back, SKIP=len(halves) < 2 * G,
         EVEN=len(halves) * 128 == N, SHIFTED=halves.start * 128 < shift, SLOTS=4, VALUE_SLOTS=4 if back else 3,
     )  # fmt: skip
     expected = {}
@@ -567,7 +566,7 @@ def test_the_warps_of_the_totals_agree(split, back, programs, N, shift, emulated
     if split == "cut":
         walks = walks[1::2] if back else walks[::2]
     emulated.run(
-        scan.totals_kernel, programs, Described("x"), Described("keys"), Pointer("total"), 0, 0, 0, begin, end, N, G,
+        totals.totals_kernel, programs, Described("x"), Described("keys"), Pointer("total"), 0, 0, 0, begin, end, N, G,
         shift, cut, 1.0, 1, len(walks), BACK=back, SPLIT=split, SKIP=len(halves) < 2 * G, EVEN=len(halves) * 128 == N,
         SLOTS=3,
     )  # fmt: skip
