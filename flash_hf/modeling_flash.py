@@ -823,8 +823,11 @@ def check_single(documents: Documents, single: bool) -> None:
         )
 
 
-def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep=0) -> None:
-    """Refuse labels (ValueError) of another shape than the input, or without the logits of all tokens."""
+def check_labels(
+    labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep=0, vocab_size=None
+) -> None:
+    """Refuse labels (ValueError) of another shape than the input, without the logits of all tokens, or for losses of
+    transformers, which then have a `vocab_size`, of another type or, on a CPU, beyond it."""
     expected = tuple((input_ids if input_ids is not None else inputs_embeds).shape[:2])
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels must have the shape of the input, {expected}, got {tuple(labels.shape)}.")
@@ -832,6 +835,30 @@ def check_labels(labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor
         raise ValueError(
             "labels need the logits of all tokens: leave logits_to_keep at 0, and mark labels to skip with -100."
         )
+    if vocab_size is None or is_tracing():
+        return
+    rule = f"labels must be int64 and lie in [0, vocab_size = {vocab_size}), or be -100 where there is none"
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{rule}, got {labels.dtype}.")
+    if labels.device.type == "cpu":
+        wrong = labels[((labels < 0) & (labels != IGNORE)) | (labels >= vocab_size)]
+        if len(wrong):
+            raise ValueError(f"{rule}, got {int(wrong[0])}.")
+
+
+def known_labels(model: PreTrainedModel) -> int | None:
+    """The vocabulary that labels are of; None with a loss of the user's own, which may take others."""
+    return None if hasattr(model, "_loss_function") else model.config.vocab_size
+
+
+def without_first_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Causal labels without those of a row's first token behind padding, which has nothing before it to predict it."""
+    if attention_mask is None or attention_mask.shape != labels.shape:
+        return labels
+    real = attention_mask.bool()
+    # The first column is not predicted either: losses shift it out.
+    first = F.pad(real[:, 1:] & ~real[:, :-1], (1, 0))
+    return labels.masked_fill(first.to(labels.device), IGNORE)
 
 
 def logits_and_loss(
@@ -916,7 +943,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         past_key_values (`Cache`, *optional*):
             The same argument under the name that transformers had for it until 5.23.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted.
+            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted. The
+            first token behind padding is not predicted.
         skip_logits (`bool`, *optional*):
             With labels: return the loss and no logits, which saves most of a step's memory where the vocabulary is
             large. By default as the attribute `model.skip_logits` says (False), in training.
@@ -931,9 +959,11 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         torch.Size([1, 3, 100])
         ```"""
         if labels is not None:
-            check_labels(labels, input_ids, inputs_embeds, logits_to_keep)
+            check_labels(labels, input_ids, inputs_embeds, logits_to_keep, known_labels(self))
         memory = {"cache": resolve_cache(cache, past_key_values, **kwargs), "use_cache": use_cache}
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **memory, **kwargs)
+        if labels is not None:
+            labels = without_first_tokens(labels, attention_mask)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = logits_and_loss(
             self, outputs.last_hidden_state[:, keep, :], labels, kwargs, shift=True, skip_logits=skip_logits
@@ -1122,7 +1152,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
             attribute `model.skip_logits` says (False), in training.
         """
         if labels is not None:
-            check_labels(labels, input_ids, inputs_embeds, 0)
+            check_labels(labels, input_ids, inputs_embeds, 0, known_labels(self))
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:

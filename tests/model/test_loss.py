@@ -58,6 +58,27 @@ def test_no_label_at_all_gives_zero(cls, items, skip_logits):
     assert found and all(not gradient.any() for gradient in found.values())
 
 
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_padding_on_either_side_leaves_the_loss(skip_logits):
+    """The labels that transformers' collator makes have the first token, which padding on the left would predict."""
+    model = make_model(FlashForCausalLM, tiny_config()).train()
+    ids = random_ids(model.config, 3, 11)
+    lengths = (4, 11, 7)
+    alone = [model(row[None, :n], labels=row[None, :n]).loss * (n - 1) for row, n in zip(ids, lengths, strict=True)]
+    expected = sum(alone) / sum(n - 1 for n in lengths)
+    wanted = gradients(model, expected)
+    for side in ("left", "right"):
+        rolls = [11 - n if side == "left" else 0 for n in lengths]
+        mask = torch.stack([(torch.arange(11) < n).roll(k) for n, k in zip(lengths, rolls, strict=True)])
+        moved = torch.stack([row.roll(k) for row, k in zip(ids, rolls, strict=True)])
+        labels = moved.masked_fill(~mask, -100)
+        loss = model(moved, attention_mask=mask.long(), labels=labels, skip_logits=skip_logits).loss
+        assert_close(loss, expected, 1e-6, side)
+        got = gradients(model, loss)
+        for name in wanted:
+            assert_close(got[name], wanted[name], 1e-6, f"{side} {name}")
+
+
 def test_the_attribute_acts_in_training_alone():
     model = make_model(FlashForCausalLM, tiny_config())
     ids = random_ids(model.config, 1, 9)

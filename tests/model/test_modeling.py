@@ -516,6 +516,15 @@ def test_bad_labels_are_refused(cls):
     ids = random_ids(model.config, 2, 10)
     with pytest.raises(ValueError, match=r"labels must have the shape of the input, \(2, 10\), got \(2, 9\)"):
         model(ids, labels=ids[:, :9])
+    for value in (-1, model.config.vocab_size):
+        labels = ids.masked_fill(torch.arange(10) == 3, value)
+        for options in ({}, {"skip_logits": True}):
+            with pytest.raises(ValueError, match=rf"labels must be int64 and lie in .*, got {value}\."):
+                model(ids, labels=labels, **options)
+    with pytest.raises(ValueError, match=r"labels must be int64 .* got torch.float32"):
+        model(ids, labels=ids.float())
+    model.loss_function = lambda logits, labels, *_, **__: labels.sum()
+    assert model(ids, labels=ids.float()).loss == ids.sum()
     if cls is FlashForCausalLM:
         with pytest.raises(ValueError, match="logits_to_keep"):
             model(ids, labels=ids, logits_to_keep=1)
