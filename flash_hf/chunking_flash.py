@@ -132,10 +132,10 @@ def check_mask(
     # The length of a static cache is on the device, and not read here.
     fits = width == length or (width == past_length + length if isinstance(past_length, int) else width > length)
     if attention_mask.shape[0] != batch or not fits:
-        raise ValueError(
-            f"attention_mask must have shape ({batch}, {length}), or ({batch}, {past_length} + {length}) with the "
-            f"{past_length} cached tokens in front, got {tuple(attention_mask.shape)}."
-        )
+        either = f"({batch}, {length})"
+        if not isinstance(past_length, int) or past_length > 0:
+            either += f", or ({batch}, {past_length} + {length}) with the {past_length} cached tokens in front"
+        raise ValueError(f"attention_mask must have shape {either}, got {tuple(attention_mask.shape)}.")
     mask = attention_mask[:, -length:]
     valid = mask != 0
     if is_tracing():
@@ -286,7 +286,8 @@ def _check_marks(name: str, marks: Tensor, batch: int, length: int) -> Tensor:
     if marks.ndim == 1:
         marks = marks[None]
     if marks.ndim != 2 or marks.shape[0] not in (1, batch) or marks.shape[1] != length:
-        raise ValueError(f"{name} must have shape ({batch}, {length}) or (1, {length}), got {tuple(marks.shape)}.")
+        shapes = f"({batch}, {length})" + (f" or (1, {length})" if batch > 1 else "")
+        raise ValueError(f"{name} must have shape {shapes}, got {tuple(marks.shape)}.")
     return marks
 
 
