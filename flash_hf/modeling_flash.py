@@ -851,14 +851,30 @@ def known_labels(model: PreTrainedModel) -> int | None:
     return None if hasattr(model, "_loss_function") else model.config.vocab_size
 
 
-def without_first_tokens(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Causal labels without those of a row's first token behind padding, which has nothing before it to predict it."""
-    if attention_mask is None or attention_mask.shape != labels.shape:
-        return labels
-    real = attention_mask.bool()
-    # The first column is not predicted either: losses shift it out.
-    first = F.pad(real[:, 1:] & ~real[:, :-1], (1, 0))
-    return labels.masked_fill(first.to(labels.device), IGNORE)
+def without_first_tokens(
+    labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, marks: dict[str, Any]
+) -> Tensor:
+    """Causal labels without those of each document's first token, which nothing of the document predicts: behind
+    padding, or where position_ids, or cu_seq_lens_q or seq_idx in `marks`, begin one. Labels of a row's first column
+    need no care: losses shift them out."""
+    first = None
+
+    def mark(found: Tensor) -> None:
+        nonlocal first
+        found = found.to(labels.device)
+        first = found if first is None else first | found
+
+    if attention_mask is not None and attention_mask.shape == labels.shape:
+        real = attention_mask != 0
+        mark(F.pad(real[:, 1:] & ~real[:, :-1], (1, 0)))
+    if position_ids is not None:
+        mark(position_ids == 0)
+    if (borders := marks.get("cu_seq_lens_q")) is not None:
+        begins = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=borders.device)
+        mark(begins.index_fill(0, borders.flatten().long(), True)[:-1])
+    if (number := marks.get("seq_idx")) is not None:
+        mark(F.pad(number[..., 1:] != number[..., :-1], (1, 0)))
+    return labels if first is None else labels.masked_fill(first, IGNORE)
 
 
 def logits_and_loss(
@@ -943,8 +959,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         past_key_values (`Cache`, *optional*):
             The same argument under the name that transformers had for it until 5.23.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted. The
-            first token behind padding is not predicted.
+            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted. No
+            document's first token is predicted.
         skip_logits (`bool`, *optional*):
             With labels: return the loss and no logits, which saves most of a step's memory where the vocabulary is
             large. By default as the attribute `model.skip_logits` says (False), in training.
@@ -963,7 +979,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         memory = {"cache": resolve_cache(cache, past_key_values, **kwargs), "use_cache": use_cache}
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **memory, **kwargs)
         if labels is not None:
-            labels = without_first_tokens(labels, attention_mask)
+            labels = without_first_tokens(labels, attention_mask, position_ids, kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = logits_and_loss(
             self, outputs.last_hidden_state[:, keep, :], labels, kwargs, shift=True, skip_logits=skip_logits

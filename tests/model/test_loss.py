@@ -58,25 +58,36 @@ def test_no_label_at_all_gives_zero(cls, items, skip_logits):
     assert found and all(not gradient.any() for gradient in found.values())
 
 
+def batches(ids, lengths):
+    """Rows of these lengths as transformers' collators make batches, whose labels have each first token."""
+    for side in ("left", "right"):
+        rolls = [ids.shape[1] - n if side == "left" else 0 for n in lengths]
+        mask = torch.stack([(torch.arange(ids.shape[1]) < n).roll(k) for n, k in zip(lengths, rolls, strict=True)])
+        moved = torch.stack([row.roll(k) for row, k in zip(ids, rolls, strict=True)])
+        yield side, moved, moved.masked_fill(~mask, -100), {"attention_mask": mask.long()}
+    packed = torch.cat([row[:n] for row, n in zip(ids, lengths, strict=True)])[None]
+    number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    yield "positions", packed, packed, {"position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+    yield "borders", packed, packed, {"cu_seq_lens_q": borders}
+    yield "numbers", packed, packed, {"seq_idx": number.int()}
+
+
 @pytest.mark.parametrize("skip_logits", [False, True])
-def test_padding_on_either_side_leaves_the_loss(skip_logits):
-    """The labels that transformers' collator makes have the first token, which padding on the left would predict."""
+def test_documents_have_the_loss_that_they_have_alone(skip_logits):
+    """Padded on either side, or packed: no first token is predicted by padding or by another document."""
     model = make_model(FlashForCausalLM, tiny_config()).train()
     ids = random_ids(model.config, 3, 11)
     lengths = (4, 11, 7)
     alone = [model(row[None, :n], labels=row[None, :n]).loss * (n - 1) for row, n in zip(ids, lengths, strict=True)]
     expected = sum(alone) / sum(n - 1 for n in lengths)
     wanted = gradients(model, expected)
-    for side in ("left", "right"):
-        rolls = [11 - n if side == "left" else 0 for n in lengths]
-        mask = torch.stack([(torch.arange(11) < n).roll(k) for n, k in zip(lengths, rolls, strict=True)])
-        moved = torch.stack([row.roll(k) for row, k in zip(ids, rolls, strict=True)])
-        labels = moved.masked_fill(~mask, -100)
-        loss = model(moved, attention_mask=mask.long(), labels=labels, skip_logits=skip_logits).loss
-        assert_close(loss, expected, 1e-6, side)
+    for name, tokens, labels, marks in batches(ids, lengths):
+        loss = model(tokens, labels=labels, skip_logits=skip_logits, **marks).loss
+        assert_close(loss, expected, 1e-6, name)
         got = gradients(model, loss)
-        for name in wanted:
-            assert_close(got[name], wanted[name], 1e-6, f"{side} {name}")
+        for parameter in wanted:
+            assert_close(got[parameter], wanted[parameter], 1e-6, f"{name} {parameter}")
 
 
 def test_the_attribute_acts_in_training_alone():
