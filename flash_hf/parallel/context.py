@@ -32,6 +32,7 @@ from ..modeling_flash import (
     FlashPreTrainedModel,
     check_inputs,
     check_labels,
+    without_first_tokens,
 )  # fmt: skip
 from .cuts import Cuts, facts_of, first_positions
 from .exchange import Neighbours, Total, fused_layout, with_ends
@@ -128,6 +129,7 @@ def shard_sequence(
         whole["position_ids"] = documents.position_BN.expand(B, -1)
     labels = whole.get("labels")
     if labels is not None and context.causal and whole.get("shift_labels") is None:
+        labels = without_first_tokens(labels, batch.get("attention_mask"), batch.get("position_ids"), batch)
         whole["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
     def cut(name: str, value: Any) -> Any:
