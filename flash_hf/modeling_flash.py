@@ -24,7 +24,7 @@ import copy
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -846,35 +846,30 @@ def check_labels(
             raise ValueError(f"{rule}, got {int(wrong[0])}.")
 
 
-def known_labels(model: PreTrainedModel) -> int | None:
+def vocabulary_of_labels(model: PreTrainedModel) -> int | None:
     """The vocabulary that labels are of; None with a loss of the user's own, which may take others."""
     return None if hasattr(model, "_loss_function") else model.config.vocab_size
 
 
-def without_first_tokens(
-    labels: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, marks: dict[str, Any]
-) -> Tensor:
+def without_first_tokens(labels: Tensor, given: Mapping[str, Any]) -> Tensor:
     """Causal labels without those of each document's first token, which nothing of the document predicts: behind
-    padding, or where position_ids, or cu_seq_lens_q or seq_idx in `marks`, begin one. Labels of a row's first column
-    need no care: losses shift them out."""
-    first = None
-
-    def mark(found: Tensor) -> None:
-        nonlocal first
-        found = found.to(labels.device)
-        first = found if first is None else first | found
-
-    if attention_mask is not None and attention_mask.shape == labels.shape:
-        real = attention_mask != 0
-        mark(F.pad(real[:, 1:] & ~real[:, :-1], (1, 0)))
-    if position_ids is not None:
-        mark(position_ids == 0)
-    if (borders := marks.get("cu_seq_lens_q")) is not None:
+    padding, or where `position_ids`, `cu_seq_lens_q` or `seq_idx` begin one, of the arguments `given` to the model.
+    Labels of a row's first column need no care: losses shift them out."""
+    first = []
+    mask, positions, borders, number = map(given.get, ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"))
+    if mask is not None and mask.shape == labels.shape:
+        real = mask != 0
+        first.append(F.pad(real[:, 1:] & ~real[:, :-1], (1, 0)))
+    if positions is not None:
+        first.append(positions == 0)
+    if borders is not None:
         begins = torch.zeros(labels.shape[1] + 1, dtype=torch.bool, device=borders.device)
-        mark(begins.index_fill(0, borders.flatten().long(), True)[:-1])
-    if (number := marks.get("seq_idx")) is not None:
-        mark(F.pad(number[..., 1:] != number[..., :-1], (1, 0)))
-    return labels if first is None else labels.masked_fill(first, IGNORE)
+        first.append(begins.index_fill(0, borders.flatten().long(), True)[:-1])
+    if number is not None:
+        first.append(F.pad(number[..., 1:] != number[..., :-1], (1, 0)))
+    for found in first:
+        labels = labels.masked_fill(found.to(labels.device), IGNORE)
+    return labels
 
 
 def logits_and_loss(
@@ -975,11 +970,12 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         torch.Size([1, 3, 100])
         ```"""
         if labels is not None:
-            check_labels(labels, input_ids, inputs_embeds, logits_to_keep, known_labels(self))
+            check_labels(labels, input_ids, inputs_embeds, logits_to_keep, vocabulary_of_labels(self))
         memory = {"cache": resolve_cache(cache, past_key_values, **kwargs), "use_cache": use_cache}
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **memory, **kwargs)
         if labels is not None:
-            labels = without_first_tokens(labels, attention_mask, position_ids, kwargs)
+            given = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+            labels = without_first_tokens(labels, given)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = logits_and_loss(
             self, outputs.last_hidden_state[:, keep, :], labels, kwargs, shift=True, skip_logits=skip_logits
@@ -1168,7 +1164,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
             attribute `model.skip_logits` says (False), in training.
         """
         if labels is not None:
-            check_labels(labels, input_ids, inputs_embeds, 0, known_labels(self))
+            check_labels(labels, input_ids, inputs_embeds, 0, vocabulary_of_labels(self))
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:

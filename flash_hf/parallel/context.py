@@ -129,7 +129,7 @@ def shard_sequence(
         whole["position_ids"] = documents.position_BN.expand(B, -1)
     labels = whole.get("labels")
     if labels is not None and context.causal and whole.get("shift_labels") is None:
-        labels = without_first_tokens(labels, batch.get("attention_mask"), batch.get("position_ids"), batch)
+        labels = without_first_tokens(labels, batch)
         whole["shift_labels"] = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
     def cut(name: str, value: Any) -> Any:
