@@ -81,7 +81,7 @@ def multiply_half(
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `scan_kernel`
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply`
     first = 0
     value_step = 0
     walks = 0

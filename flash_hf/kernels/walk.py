@@ -147,7 +147,7 @@ def activate_tiles(
     grid_wait()
     wide: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply`
     step = 0
     first_task, last_task, distance = tasks_of(TASKS, SPLIT)
     for task in range(first_task, last_task, distance):

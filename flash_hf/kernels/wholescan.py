@@ -152,7 +152,7 @@ def multiply_half(
     narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, END, 16])
     E = E_BLOCKS * BLOCK
     gain = gl.load(gain_ptr).to(gl.float32)
-    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in `multiply`
+    gain = gl.where(gain == 0.0, 1e-20, gain)  # as in scan.py's `multiply`
     # Halves of this group before the chunk, of both groups, and their tiles.
     number = 0
     taken = 0
