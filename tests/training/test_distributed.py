@@ -162,6 +162,7 @@ tokens = model.generate(
 )
 if torch.distributed.get_rank() == 0:
     torch.save({"logits": logits, "tokens": tokens}, sys.argv[1] + "/out.pt")
+torch.distributed.destroy_process_group()  # its threads can abort a process whose interpreter ends with them running
 """
 
 
