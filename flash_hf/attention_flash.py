@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunking_flash import ChunkLayout, QuadraticLayout, StepLayout, is_exporting, is_tracing
+from .chunking_flash import (
+    AppendLayout,
+    ChunkLayout,
+    QuadraticLayout,
+    StepLayout,
+    held_before,
+    is_exporting,
+    is_tracing,
+)
 
 
 Activation = Literal["relu2", "softmax", "laplace"]
@@ -243,11 +251,6 @@ def previous_chunks(
         chunk_G = torch.arange(G, device=k_BGCS.device)
         visible_BGC = visible_BGC & ((layout.first_BG < chunk_G) | (chunk_G == 0))[..., None]
     return PreviousChunks(before(first_k, k_BGCS), before(first_value, value_BGCE), visible_BGC)
-
-
-def held_before(closed_B: Tensor, chunk_size: int) -> Tensor:
-    """Which slots of the chunk before the open one hold tokens, bool `[B, C]`, after `closed_B` in closed chunks."""
-    return torch.arange(chunk_size, device=closed_B.device) >= chunk_size - closed_B[:, None]
 
 
 def chunk_products(lin_k_BGCS: Tensor, value_BGCE: Tensor) -> Tensor:
@@ -562,6 +565,121 @@ def mixed_chunk_step(
         out = torch.baddbmm(out, before_B1C, state.previous_value.to(dtype))
     state.seen.add_(1 if valid_B1 is None else valid_B1[:, 0].to(state.seen.dtype))
     return out if remote_B1E is None else out + remote_B1E
+
+
+def mixed_chunk_append(
+    qk: QueryKeys,
+    value_BNE: Tensor,
+    layout: AppendLayout,
+    state: DecodingState,
+    *,
+    activation: Activation = "relu2",
+    divisor: float,
+    bias_R: Tensor | None = None,
+    normalization: Normalization = "mean",
+    dropout: float = 0.0,
+    previous_key: bool = False,
+    shifted_S: Tensor | None = None,
+    window: int = 1,
+) -> tuple[Tensor, DecodingState]:
+    """Mixed chunk attention for up to C tokens per row, with the sums of [`mixed_chunk_step`] but not in place:
+    `out_n = sum_m (A_nm + s_nm c_n lin_q_n lin_k_m) v_m + c_n lin_q_n total`, with the signs s of `layout`.
+
+    Args:
+        qk: each `[B, N, S]`, or None.
+        value_BNE: `[B, N, E]`.
+        bias_R: relative bias `[2 * window * C - 1]`, or None.
+
+    Returns:
+        `[B, N, E]`, any finite values where the token is padding; and the new state, detached from the graph.
+    """
+    (B, C, _), slots, dtype = state.value.shape, layout.slots, value_BNE.dtype
+    quad_k, lin_k, newest_quad, newest_lin = qk.quad_k, qk.lin_k, None, None
+    newest_B = torch.where(layout.phase_B == 0, C, layout.phase_B)
+
+    def shift(cache_BKS: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
+        index_B1S = newest_B[:, None, None].expand(-1, 1, cache_BKS.shape[2])
+        before_B1S = cache_BKS.gather(1, index_B1S).masked_fill((state.seen == 0)[:, None, None], 0)
+        return layout.tokens_before(before_B1S, own_BNS)
+
+    def written(cache_BXF: Tensor | None, new_BNF: Tensor | None) -> Tensor | None:
+        if cache_BXF is None:
+            return None
+        X, slot_BN = cache_BXF.shape[1], layout.slot_BN
+        if layout.valid_BN is not None:  # padding goes behind the last slot, which is cut off
+            cache_BXF, slot_BN = F.pad(cache_BXF, (0, 0, 0, 1)), torch.where(layout.valid_BN, slot_BN, X)
+        row_B1 = cache_BXF.shape[1] * torch.arange(B, device=slot_BN.device)[:, None]
+        new = new_BNF.detach().to(cache_BXF.dtype).flatten(0, 1)
+        out = cache_BXF.flatten(0, 1).index_copy(0, (slot_BN + row_B1).flatten(), new)
+        return out.view_as(cache_BXF)[:, :X].contiguous()
+
+    def leave(cache_BKS: Tensor, newest_B1S: Tensor) -> None:
+        place_B = (newest_B - 1 + layout.seen_after_B - state.seen) % C + 1
+        index_B1S = place_B[:, None, None].expand_as(newest_B1S)
+        cache_BKS.scatter_(1, index_B1S, newest_B1S.detach().to(cache_BKS.dtype))
+
+    if quad_k is not None and shifted_S is not None:
+        moved_BNS, newest_quad = shift(state.quad_k, quad_k)
+        quad_k = torch.where(shifted_S, moved_BNS, quad_k)
+    if lin_k is not None and previous_key:
+        lin_k, newest_lin = shift(state.lin_k, lin_k)
+    previous_k = previous_value = None
+    if window > 1:
+        opens_B11 = (layout.phase_B == 0)[:, None, None]
+        previous_k = torch.where(opens_B11, state.quad_k[:, :C], state.previous_k)
+        previous_value = torch.where(opens_B11, state.value, state.previous_value)
+
+    out = weights = None
+    if qk.quad_q is not None:
+        keys = [state.quad_k[:, :slots].to(quad_k.dtype), quad_k]
+        keys = keys if window == 1 else [previous_k.to(quad_k.dtype), *keys]
+        bias_BNM = None
+        if bias_R is not None:
+            reach = window * C - 1
+            bias_BNM = bias_R.to(qk.quad_q.dtype)[layout.offset_BNM.clamp(-reach, reach) + reach]
+        scale = score_scale(activation, divisor, qk.quad_q.shape[-1])
+        scores = scores_of(qk.quad_q, torch.cat(keys, 1), scale, bias_BNM)
+        # As in local_attention: queries without keys must stay finite under a softmax.
+        hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
+        weights = activate(scores.masked_fill(~layout.visible_BNM, hidden), activation)
+        weights = (F.dropout(weights, dropout) if dropout else weights).to(dtype)
+        if window > 1:
+            out, weights = weights[..., :C] @ previous_value.to(dtype), weights[..., C:]
+    total = state.total
+    if qk.lin_q is not None:
+        scale_BN = global_scale(layout.closed_BN, normalization, C, total.dtype)
+        query = qk.lin_q.to(total.dtype) * scale_BN[..., None]
+        # Outside of autocast: sums must cancel as exactly as possible.
+        with torch.autocast(total.device.type, enabled=False):
+            keys = torch.cat([state.lin_k[:, :slots].to(query.dtype), lin_k.to(query.dtype)], 1)
+            signed = (torch.bmm(query, keys.transpose(1, 2)) * layout.sign_BNM).to(dtype)
+            remote = torch.bmm(query, total).to(dtype)
+            added = keys[:, slots:].detach()
+            if layout.valid_BN is not None:
+                added = torch.where(layout.valid_BN[..., None], added, 0)
+            total = torch.baddbmm(total, added.transpose(1, 2), value_BNE.detach().to(query.dtype))
+        weights = signed if weights is None else weights + signed
+        out = remote if out is None else out + remote
+    inside = weights[..., :slots] @ state.value[:, :slots].to(dtype) + weights[..., slots:] @ value_BNE
+    out = inside if out is None else out + inside
+
+    open_k, stored_k, open_value = (
+        written(cache, new) for cache, new in ((state.quad_k, quad_k), (state.lin_k, lin_k), (state.value, value_BNE))
+    )
+    if window > 1:
+        # Where a row goes on into the next chunk, its open one is closed: the old slots, and the first new tokens.
+        crosses_B11, slot_C = layout.crosses_B[:, None, None], torch.arange(C, device=value_BNE.device)
+        new_BC1 = (slot_C >= layout.phase_B[:, None])[..., None]
+        closed_k = torch.where(new_BC1, open_k[:, :C], state.quad_k[:, :C])
+        previous_k = torch.where(crosses_B11, closed_k, previous_k)
+        previous_value = torch.where(crosses_B11, torch.where(new_BC1, open_value, state.value), previous_value)
+    for cache, newest_B1S in ((open_k, newest_quad), (stored_k, newest_lin)):
+        if newest_B1S is not None:
+            leave(cache, newest_B1S)
+    seen_B = layout.seen_after_B.clone()
+    return out, DecodingState(
+        open_k, stored_k, open_value, total, seen_B, previous_k=previous_k, previous_value=previous_value
+    )
 
 
 # ---- FLASH-Quad ----

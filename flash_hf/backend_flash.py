@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .chunking_flash import (
+    AppendLayout,
+    Documents,
     Places,
     QuadraticLayout,
     StepLayout,
+    can_append,
     child,
     chunk_layout,
     is_exporting,
@@ -124,10 +127,20 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
     return [_with_plan(each, kernels, config, len(x_BND), causal, cache) for each in places]
 
 
+def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bool, cache) -> bool:
+    """Whether embedded tokens `x_BND` on a constant-size cache are few, and no kernels compute this call: those want a
+    grid of chunks. Arguments as of `with_plans`."""
+    if cache is None or not can_append(documents, config.chunk_size):
+        return False
+    if cache.record_past or config.global_state == "delta" or torch.is_grad_enabled():
+        return True
+    return kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout) is None
+
+
 def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
     layout = places.layout
     neighbours = getattr(layout, "neighbours", None)
-    if neighbours is not None and not neighbours.fused:
+    if isinstance(layout, AppendLayout) or (neighbours is not None and not neighbours.fused):
         return places
     # CODEPATH: FLASHQuad checkpoints. To the kernels, a row that is one document is one chunk.
     if isinstance(layout, QuadraticLayout):

@@ -16,10 +16,21 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_flash import DecodingState, QueryKeys, mixed_chunk_attention, shifted_dims, wide
-from .chunking_flash import Documents, Places, QuadraticLayout, chunk_layout, count_positions, is_exporting, is_tracing
+from .attention_flash import DecodingState, QueryKeys, mixed_chunk_append, mixed_chunk_attention, shifted_dims, wide
+from .chunking_flash import (
+    ChunkLayout,
+    Documents,
+    Places,
+    QuadraticLayout,
+    append_layout,
+    can_append,
+    chunk_layout,
+    count_positions,
+    is_exporting,
+    is_tracing,
+)
 from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
-from .delta_flash import delta_chunk_attention
+from .delta_flash import delta_chunk_append, delta_chunk_attention
 
 
 # transformers 5.24 renamed `past_key_values` to `cache`. A model takes both; this is the name that the installed
@@ -190,14 +201,16 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     def update(
         self, state: DecodingState, places: Places, qk: QueryKeys | None = None, value_BNE: Tensor | None = None
     ) -> None:
-        """Store the state after a call of several tokens. With `record_past` it needs their keys, on the grid of
-        `places.layout`, and their values `[B, N, E]`."""
+        """Store the state after a call of several tokens. With `record_past` it needs their keys, `[B, N, S]` or on
+        the grid of `places.layout`, and their values `[B, N, E]`."""
         if not self.is_initialized:
             # Fixed addresses, and a state to come back to, are those of tensors of its own.
             begin = self.lazy_initialization if self.is_compileable or self.record_past else self._begin
             begin(state.value)
         if self.record_past:
-            keys = _each(places.layout.merge, (qk.quad_k, qk.lin_k, qk.gates))
+            keys = qk.quad_k, qk.lin_k, qk.gates
+            if isinstance(places.layout, ChunkLayout):
+                keys = _each(places.layout.merge, keys)
             self._record(keys, value_BNE, places.documents)
         self._set(state)
         self.cumulative_length += places.documents.position_BN.shape[1]
@@ -263,14 +276,18 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         quad_ks, lin_ks, gates, values, valid, starts = zip(*self._recorded, strict=True)
         documents = count_positions(B, keep, device, joined(valid, True), joined(starts, False), self._snapshot.seen)
         form = self.form
-        layout = chunk_layout(documents, B, C, causal=True, shift=form.shift)
-        quad_k, lin_k, gate, value = _each(layout.split, tuple(map(joined, (quad_ks, lin_ks, gates, values))))
-        qk = QueryKeys(None, quad_k, lin_k, lin_k, gate)  # any queries will do, since the output is dropped
+        quad_k, lin_k, gate, value = map(joined, (quad_ks, lin_ks, gates, values))
+        qk = QueryKeys(quad_k, quad_k, lin_k, lin_k, gate)  # any queries will do, since the output is dropped
         shifted_S = shifted_dims(form.key_dim, form.interleaved, device) if form.local_key_shift else None
-        options = {"chunk_size": C, "divisor": 1.0, "previous_key": form.previous_key, "shifted_S": shifted_S}
-        options["window"] = form.window
+        options = {"divisor": 1.0, "previous_key": form.previous_key, "shifted_S": shifted_S, "window": form.window}
+        if can_append(documents, C):
+            append = delta_chunk_append if form.delta else mixed_chunk_append
+            layout = append_layout(documents, C, window=form.window, shift=form.shift)
+            return append(qk, value, layout, self._snapshot, **options)[1]
         attention = delta_chunk_attention if form.delta else mixed_chunk_attention
-        return attention(qk, value, layout, causal=True, state=self._snapshot, return_state=True, **options)[1]
+        layout = chunk_layout(documents, B, C, causal=True, shift=form.shift)
+        options |= {"causal": True, "chunk_size": C, "state": self._snapshot, "return_state": True}
+        return attention(QueryKeys(*_each(layout.split, qk)), layout.split(value), layout, **options)[1]
 
     # -- transformers' interface
     def get_seq_length(self) -> int | Tensor:

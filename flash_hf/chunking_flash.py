@@ -508,6 +508,112 @@ class StepLayout(Movable):
 
 
 @dataclass(frozen=True)
+class AppendLayout(Movable):
+    """Up to C new tokens per row, appended to a constant-size cache: no grid, only the new tokens are queries.
+
+    A row's tokens belong to its open chunk, or to the one after it. M keys: with a window of two chunks the C slots of
+    the chunk before the open one, then the first slots of the open chunk, then the new tokens.
+
+    Attributes:
+        position_BN: position of every token in its document, int64 `[B, N]`.
+        valid_BN: False at padding, bool `[B, N]`; None if every token is real.
+        phase_B: slot of the open chunk where the tokens continue, int64 `[B]`.
+        slot_BN: slot of every token in its chunk, int64 `[B, N]`.
+        second_BN: whether the token is behind the open chunk, bool `[B, N]`.
+        crosses_B: whether any real token is, bool `[B]`.
+        before_BN: where the token before each real one is among the N + 1 of the cache's newest and these, int64
+            `[B, N]`; None if every token is real.
+        last_B: where the newest real one is among the same, int64 `[B]`.
+        closed_BN: tokens of the document in chunks before each token's, int64 `[B, N]`.
+        visible_BNM, offset_BNM: keys that each query sees in the local part, and key slot minus query slot.
+        sign_BNM: keys to add to the cache's sum (1) or to take from it (-1), so that each query reads closed chunks,
+            int8 `[B, N, M]`; of the open chunk and the new tokens only.
+        seen_after_B: tokens of the document after this call, int64 `[B]`.
+        slots: slots of the open chunk among the keys.
+        chunks: 1 where the host knows that no row goes beyond its open chunk, else 2.
+    """
+
+    position_BN: Tensor
+    valid_BN: Tensor | None
+    phase_B: Tensor
+    slot_BN: Tensor
+    second_BN: Tensor
+    crosses_B: Tensor
+    before_BN: Tensor | None
+    last_B: Tensor
+    closed_BN: Tensor
+    visible_BNM: Tensor
+    offset_BNM: Tensor
+    sign_BNM: Tensor
+    seen_after_B: Tensor
+    slots: int
+    chunks: int
+
+    def tokens_before(self, newest_B1S: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
+        """What belongs to the token before each, `[B, N, S]`, and to the newest of all, `[B, 1, S]`."""
+        all_BKS = torch.cat([newest_B1S.to(own_BNS.dtype), own_BNS], 1)
+        if self.before_BN is None:
+            return all_BKS[:, :-1], all_BKS[:, -1:]
+        index_BK = torch.cat([self.before_BN, self.last_B[:, None]], 1)
+        taken_BKS = all_BKS.gather(1, index_BK[..., None].expand(-1, -1, own_BNS.shape[2]))
+        return taken_BKS[:, :-1], taken_BKS[:, -1:]
+
+
+def can_append(documents: Documents, chunk_size: int) -> bool:
+    """Whether these tokens can have an [`AppendLayout`]."""
+    few = documents.seen_B is not None and 1 <= documents.position_BN.shape[1] <= chunk_size
+    return few and documents.start_BN is None and not is_tracing()
+
+
+def append_layout(documents: Documents, chunk_size: int, *, window: int, shift: int = 0) -> AppendLayout:
+    """Lay out a few tokens behind those of a cache; `can_append` says whether they are few enough."""
+    seen_B, valid_BN, C = documents.seen_B, documents.valid_BN, chunk_size
+    (B, N), device = documents.position_BN.shape, seen_B.device
+    position_BN = documents.position_BN
+    phase_B, slot_BN = (seen_B + shift) % C, (position_BN + shift) % C
+    # Padding in front of the first new token has the position of the token before it.
+    second_BN = (position_BN + shift) // C > ((seen_B + shift) // C)[:, None]
+    real_BN = torch.ones(B, N, dtype=torch.bool, device=device) if valid_BN is None else valid_BN
+    crosses_B = (second_BN & real_BN).any(1)
+    place_N = torch.arange(1, N + 1, device=device)
+    last_BN = torch.where(real_BN, place_N, 0).cummax(1).values
+    # A CPU need not read the slots behind the newest token; elsewhere their number would have to be waited for.
+    slots = int(phase_B.max()) if device.type == "cpu" else C
+
+    slot_C = torch.arange(C, device=device)
+    held_BC = (slot_C < phase_B[:, None]) & (slot_C >= (phase_B - seen_B)[:, None])
+    column_BN = slot_BN + C * second_BN
+    visible, offset, sign = [], [], []
+
+    def add(key_slot: Tensor, seen: Tensor, key_sign: Tensor | None = None) -> None:
+        visible.append(seen)
+        offset.append((key_slot - column_BN[..., None]).expand(B, N, -1))
+        if key_sign is not None:
+            sign.append(key_sign.to(torch.int8))
+
+    if window > 1:
+        before_BC = held_before(seen_B - phase_B, C)
+        add(slot_C - C, before_BC[:, None] & ~second_BN[..., None])
+    held_B1C, first_BN1 = held_BC[:, None, :slots], ~second_BN[..., None]
+    add(slot_C[:slots], held_B1C & (first_BN1 | (window > 1)), -(held_B1C & first_BN1).to(torch.int8))
+    earlier_BNN = real_BN[:, None] & (place_N <= place_N[:, None])
+    apart_BNN = second_BN[..., None] & ~second_BN[:, None]
+    add(column_BN[:, None], earlier_BNN & (~apart_BNN | (window > 1)), earlier_BNN & apart_BNN)
+    return AppendLayout(
+        position_BN, valid_BN, phase_B, slot_BN, second_BN, crosses_B,
+        before_BN=None if valid_BN is None else F.pad(last_BN[:, :-1], (1, 0)), last_B=last_BN[:, -1],
+        closed_BN=(position_BN - slot_BN).clamp(min=0), visible_BNM=torch.cat(visible, 2),
+        offset_BNM=torch.cat(offset, 2), sign_BNM=torch.cat(sign, 2), seen_after_B=seen_B + real_BN.sum(1),
+        slots=slots, chunks=1 if slots + N <= C else 2,
+    )  # fmt: skip
+
+
+def held_before(closed_B: Tensor, chunk_size: int) -> Tensor:
+    """Which slots of the chunk before the open one hold tokens, bool `[B, C]`, after `closed_B` in closed chunks."""
+    return torch.arange(chunk_size, device=closed_B.device) >= chunk_size - closed_B[:, None]
+
+
+@dataclass(frozen=True)
 class QuadraticLayout(Movable):
     """Which keys each query sees in attention over whole documents.
 
@@ -569,7 +675,7 @@ class Places(Movable):
     """Where the tokens of one forward are: made once, and passed to all layers that share a `chunk_shift`.
 
     Attributes:
-        layout: the grid of chunks, the single new token, or the keys that each query sees.
+        layout: the grid of chunks, the single new token, the few new tokens, or the keys that each query sees.
         documents: the tokens' documents and positions.
         rotary: cos and sin of the layout's positions, `[..., r / 2]`; None without RoPE.
         bias_rotary: cos and sin of the offsets `-(bias_length - 1) ... bias_length - 1`; None without a rotary bias.
@@ -578,7 +684,7 @@ class Places(Movable):
         plan: how they walk through a grid of chunks (`flash_hf.kernels.ChunkPlan`).
     """
 
-    layout: ChunkLayout | StepLayout | QuadraticLayout
+    layout: ChunkLayout | StepLayout | AppendLayout | QuadraticLayout
     documents: Documents
     rotary: tuple[Tensor, Tensor] | None
     bias_rotary: tuple[Tensor, Tensor] | None

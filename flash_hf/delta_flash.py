@@ -27,8 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention_flash import DecodingState, QueryKeys, at_final, mixed_chunk_attention, mixed_chunk_step, previous_keys
-from .chunking_flash import ChunkLayout, StepLayout, is_exporting
+from .attention_flash import (
+    DecodingState,
+    QueryKeys,
+    at_final,
+    mixed_chunk_append,
+    mixed_chunk_attention,
+    mixed_chunk_step,
+    previous_keys,
+)
+from .chunking_flash import AppendLayout, ChunkLayout, StepLayout, is_exporting
 
 
 # Programs for any length take rows of up to this many tokens.
@@ -67,7 +75,8 @@ def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
             from there on they are cut out.
     """
     width = strict_XCC.shape[-1]
-    size = max(block, 1 << (width - 1).bit_length())
+    size = max(2, 1 << (width - 1).bit_length())
+    block = min(block, size)
     strict_XCC = F.pad(strict_XCC, (0, size - width, 0, size - width))
 
     def diagonal(count: int) -> Tensor:
@@ -108,8 +117,8 @@ class TransposedSolve(torch.autograd.Function):
         return -(solved @ grad_y.transpose(1, 2)).tril(-1), grad_y
 
 
-def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What each chunk does to the state: `S' = decay S - erased S + entering^T value`.
+def writes(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each chunk writes into the state: `S' = decay S + entering^T (value - diag(exp F) K S)`.
 
     Args:
         k_BGCS: keys of length 1.
@@ -117,7 +126,7 @@ def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[
         write_BGC: w, 0 at empty slots.
 
     Returns:
-        entering `[B, G, C, S]`, erased `[B, G, S, S]`, decay `[B, G]`, and the running sums F `[B, G, C]`.
+        entering `[B, G, C, S]`, decay `[B, G]`, and the running sums F `[B, G, C]`.
     """
     C = forget_BGC.shape[2]
     # By a product, since torch 2.11 cannot compile a cumsum here.
@@ -132,9 +141,15 @@ def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[
         solved = lower_inverse(strict).transpose(1, 2) @ kept
     else:
         solved = TransposedSolve.apply(strict, kept)
-    entering_BGCS = solved.view_as(k_BGCS) * write_BGC[..., None]
+    return solved.view_as(k_BGCS) * write_BGC[..., None], torch.exp(all_BG), since_BGC
+
+
+def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with what is erased as a matrix, which states then pass through: `S' = decay S - erased S + entering^T
+    value`. Arguments of `writes`; returns entering, erased `[B, G, S, S]`, decay and F."""
+    entering_BGCS, decay_BG, since_BGC = writes(k_BGCS, forget_BGC, write_BGC)
     erased_BGSS = entering_BGCS.transpose(2, 3) @ (torch.exp(since_BGC)[..., None] * k_BGCS)
-    return entering_BGCS, erased_BGSS, torch.exp(all_BG), since_BGC
+    return entering_BGCS, erased_BGSS, decay_BG, since_BGC
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -353,3 +368,52 @@ def delta_chunk_step(
         return remote_B1E
     own = qk._replace(lin_q=None, lin_k=None)
     return remote_B1E + mixed_chunk_step(own, value_B1E, layout, replace(state, lin_k=None), **options)
+
+
+def delta_chunk_append(
+    qk: QueryKeys,
+    value_BNE: Tensor,
+    layout: AppendLayout,
+    state: DecodingState,
+    *,
+    previous_key: bool = False,
+    **options: Any,
+) -> tuple[Tensor, DecodingState]:
+    """[`mixed_chunk_append`] with the delta rule for its global part; `qk` has gates, `[B, N, 2]`."""
+    dtype, key, after = qk.gates.dtype, qk.lin_k, {}
+    if previous_key:
+        before_B1S = state.lin_k.masked_fill((state.seen == 0)[:, None, None], 0)
+        key, newest_B1S = layout.tokens_before(before_B1S, qk.lin_k)
+        after["lin_k"] = newest_B1S.detach().to(state.lin_k.dtype)
+    # Short chunks: the tokens of the open one, and those of the next.
+    takes_BGN = torch.stack([~layout.second_BN, layout.second_BN][: layout.chunks], 1)
+    if layout.valid_BN is not None:
+        takes_BGN = takes_BGN & layout.valid_BN[:, None]
+    gates_BGN2 = qk.gates[:, None] * takes_BGN[..., None]
+    amid_B11, crosses_B11 = (layout.phase_B > 0)[:, None, None], layout.crosses_B[:, None, None]
+    value, behind, read, remote = value_BNE.to(dtype), state.total, [], []
+    with exactly(value_BNE):
+        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (qk.lin_q, key))
+        k_BGNS = k[:, None].expand(-1, layout.chunks, -1, -1)
+        entering, decay, since = writes(k_BGNS, *gates_BGN2.unbind(-1))
+        for g in range(layout.chunks):
+            # With fewer tokens than S, what is erased is cheaper by token than as a matrix [S, S].
+            missing = value - (torch.exp(since[:, g])[..., None] * k) @ behind
+            read.append(behind)
+            behind = decay[:, g, None, None] * behind + entering[:, g].transpose(1, 2) @ missing
+        read[0] = torch.where(amid_B11, state.opened, read[0])
+        since = list(since.unbind(1))
+        since[0] = since[0] + torch.where(amid_B11[..., 0], state.since[:, None], 0)
+        for since_BN, read_BSE in zip(since, read, strict=True):
+            remote.append((torch.exp(since_BN)[..., None] * q @ read_BSE).to(value_BNE.dtype))
+    after |= {
+        "total": behind.detach(),
+        "opened": torch.where(crosses_B11, read[-1], read[0]).detach(),
+        "since": torch.where(layout.crosses_B, since[-1][:, -1], since[0][:, -1]).detach(),
+    }
+    out = torch.where(layout.second_BN[..., None], remote[-1], remote[0])
+    if qk.quad_q is None:
+        return out, replace(state, seen=layout.seen_after_B.clone(), **after)
+    own = qk._replace(lin_q=None, lin_k=None)
+    local, local_state = mixed_chunk_append(own, value_BNE, layout, replace(state, lin_k=None), **options)
+    return local + out, replace(local_state, **after)

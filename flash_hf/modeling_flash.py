@@ -58,6 +58,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_flash import (
     QueryKeys,
     angle_dtype,
+    mixed_chunk_append,
     mixed_chunk_attention,
     mixed_chunk_step,
     offset_scale,
@@ -69,6 +70,7 @@ from .attention_flash import (
 )
 from .backend_flash import (
     SILU,
+    appends_in_torch,
     compute_dtype,
     continuation,
     fused_attention,
@@ -92,11 +94,13 @@ from .cache_flash import (
     takes_both_cache_names,
 )
 from .chunking_flash import (
+    AppendLayout,
     ChunkLayout,
     Documents,
     Places,
     QuadraticLayout,
     StepLayout,
+    append_layout,
     child,
     chunk_layout,
     compare_with_cache,
@@ -109,7 +113,7 @@ from .chunking_flash import (
     resolve_documents,
 )
 from .configuration_flash import FlashConfig
-from .delta_flash import delta_chunk_attention, delta_chunk_step
+from .delta_flash import delta_chunk_append, delta_chunk_attention, delta_chunk_step
 from .loss_flash import IGNORE, can_split, loss_without_logits, may_wait, zero_without_labels
 
 
@@ -399,7 +403,7 @@ class FlashGatedAttentionUnit(nn.Module):
         before_B1S: Tensor | None = None,
     ) -> Tensor:
         """Attention over values v with queries and keys made from z, `[B, N, E]`: within whole documents, for one new
-        token, or within and across chunks."""
+        token or a few, or within and across chunks."""
         layout = places.layout
         options = {"activation": self.activation, "divisor": self.divisor, "bias_R": self.bias(places)}
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -411,17 +415,21 @@ class FlashGatedAttentionUnit(nn.Module):
             return quadratic_attention(q_BNS, key, value, layout, causal=self.is_causal, dropout=dropout, **options)
 
         options |= {"previous_key": self.previous_key, "window": self.window}
-        step, attention = mixed_chunk_step, mixed_chunk_attention
+        step, append, attention = mixed_chunk_step, mixed_chunk_append, mixed_chunk_attention
         # CODEPATH: no released checkpoint has global_state="delta" yet.
         if self.delta:
-            step, attention = delta_chunk_step, delta_chunk_attention
+            step, append, attention = delta_chunk_step, delta_chunk_append, delta_chunk_attention
         else:
             options["normalization"] = self.normalization
         if self.local_key_shift:
             options["shifted_S"] = shifted_dims(z_BNS.shape[-1], self.interleaved, z_BNS.device)
-        if isinstance(layout, StepLayout):
+        if isinstance(layout, (StepLayout, AppendLayout)):
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
-            return step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
+            if isinstance(layout, StepLayout):
+                return step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
+            out_BNE, state = append(qk, v_BNE, layout, cache.state, dropout=dropout, **options)
+            cache.update(state, places, qk, v_BNE)
+            return out_BNE
 
         qk, v_BGCE = self.query_keys(layout.split(z_BNS), places.rotary), layout.split(v_BNE)
         if self.delta:
@@ -695,27 +703,30 @@ class FlashModel(FlashPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def layouts(
-        self, batch: int, documents: Documents, cache: CacheLayerMixin | None
-    ) -> list[ChunkLayout | StepLayout | QuadraticLayout]:
+        self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None, dropout: bool
+    ) -> list[ChunkLayout | StepLayout | AppendLayout | QuadraticLayout]:
         """The layouts that layers take in turn: two with `chunk_shift`, else one. The cache is the first layer's."""
         config, causal = self.config, self.is_causal
+        B, N = x_BND.shape[:2]
         # CODEPATH: FLASHQuad checkpoints; FLASH checkpoints have chunks.
         if config.attention_type == "quadratic":
-            N, device = documents.position_BN.shape[1], documents.position_BN.device
-            past = {} if cache is None else cache.past(batch, N, device)
-            return [quadratic_layout(documents, batch, causal=causal, cached=cache is not None, **past)]
+            past = {} if cache is None else cache.past(B, N, documents.position_BN.device)
+            return [quadratic_layout(documents, B, causal=causal, cached=cache is not None, **past)]
         # CODEPATH: in the paper all layers have the same chunks; FLASH+ shifts those of odd layers.
         shifts = (0, config.chunk_shift) if config.chunk_shift else (0,)
+        C, window = config.chunk_size, config.local_window
         # A step goes through the state, which carries no gradient.
-        single = cache is not None and documents.position_BN.shape[1] == 1 and documents.start_BN is None
+        single = cache is not None and N == 1 and documents.start_BN is None
         if single and not torch.is_grad_enabled():
             return [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
-        return [chunk_layout(documents, batch, config.chunk_size, causal=causal, shift=shift) for shift in shifts]
+        if appends_in_torch(config, x_BND, documents, dropout=dropout, cache=cache):
+            return [append_layout(documents, C, window=window, shift=shift) for shift in shifts]
+        return [chunk_layout(documents, B, C, causal=causal, shift=shift) for shift in shifts]
 
     def places(
         self, x_BND: Tensor, documents: Documents, cache: CacheLayerMixin | None, layouts: list | None = None
     ) -> list[Places]:
-        """The places that layers take in turn; arguments as of `layouts`, and its result if it is known."""
+        """The places that layers take in turn: those of `layouts`, unless that is given, with what goes with them."""
         # An empty cache is only filled. A single token is a step, for which the cache is looked at.
         fills = isinstance(cache, FlashChunkCacheLayer) and not cache.record_past and x_BND.shape[1] > 1
         plain = (cache is None or fills) and layouts is None and documents.is_plain
@@ -737,16 +748,18 @@ class FlashModel(FlashPreTrainedModel):
     ) -> list[Places]:
         """What `places` returns, made anew."""
         config = self.config
+        dropout = bool(config.attention_dropout) and self.training
         places: list[Places] = []
-        for layout in self.layouts(x_BND.shape[0], documents, cache) if layouts is None else layouts:
+        for layout in self.layouts(x_BND, documents, cache, dropout) if layouts is None else layouts:
+            by_token = isinstance(layout, (StepLayout, AppendLayout))
             if isinstance(layout, ChunkLayout):
                 position, bias_length = layout.position_BGC, layout.position_BGC.shape[2] * config.local_window
-            elif isinstance(layout, StepLayout):
+            elif by_token:
                 position, bias_length = layout.position_BN, config.chunk_size * config.local_window
             else:
                 position, bias_length = layout.position_BN, self.quadratic_span(layout)
             rotary = bias_rotary = None
-            if isinstance(layout, StepLayout) and places:  # one token has the same position in every grid
+            if by_token and places:  # a token has the same position in every grid
                 rotary, bias_rotary = places[0].rotary, places[0].bias_rotary
             else:
                 # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
@@ -757,7 +770,6 @@ class FlashModel(FlashPreTrainedModel):
                     offsets = torch.arange(1 - bias_length, bias_length, device=position.device)
                     bias_rotary = self.rotary_emb(x_BND, offsets)
             places.append(Places(layout, documents, rotary, bias_rotary, bias_length))
-        dropout = bool(config.attention_dropout) and self.training
         return with_plans(places, config, x_BND, causal=self.is_causal, dropout=dropout, cache=cache)
 
     def quadratic_span(self, layout: QuadraticLayout) -> int:
