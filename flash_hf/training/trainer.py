@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.utils import logging
 
 from ..configuration_flash import FlashConfig
 from ..loss_flash import zero_without_labels
+from ..modeling_flash import without_first_tokens
 from .arguments import warmup_length
 from .budget import TimeBudget
 from .checkpoints import is_complete
@@ -108,9 +110,16 @@ class FlashTrainer(Trainer):
         context_parallel(self.model, mesh)
         return mesh
 
-    def compute_loss(self, model, *args, **kwargs):
+    def _with_predicted_labels(self, batch):
+        """A causal model's batch without the labels of documents' first tokens. The model leaves them out itself, but
+        Trainer counts labels, and smooths them, without it."""
+        if not self._loss_shifts_labels or not isinstance(batch, Mapping) or batch.get("labels") is None:
+            return batch
+        return {**batch, "labels": without_first_tokens(batch["labels"], batch)}
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
         """Trainer's own. The processes that share rows return the same loss, which Trainer would count for each."""
-        loss = super().compute_loss(model, *args, **kwargs)
+        loss = super().compute_loss(model, self._with_predicted_labels(inputs), *args, **kwargs)
         return loss / self._mesh.size() if self._mesh is not None and model.training else loss
 
     def _shared_steps(self, model, inputs, num_items_in_batch) -> Tensor:
@@ -160,14 +169,16 @@ class FlashTrainer(Trainer):
             self.args.dataloader_drop_last = drop
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step, with rows cut to the current length of the sequence warm-up."""
+        """The batches of a step, with rows cut to the current length of the sequence warm-up, and the number of labels
+        that the model predicts."""
         steps = getattr(self.args, "sequence_warmup_steps", 0)
         if self.state.global_step < steps:
             length = partial(warmup_length, self.state.global_step, steps=steps, start=self.args.sequence_warmup_start)
             epoch_iterator = (
                 cut_rows(batch, length(block_size=batch["input_ids"].shape[-1])) for batch in epoch_iterator
             )
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        labelled = map(self._with_predicted_labels, epoch_iterator)
+        batches, count = super().get_batch_samples(labelled, num_batches, device)
         self._batches_used += len(batches)
         if self._resumed_from is not None:
             # As Trainer does after skipping batches: fetching them has used random numbers.

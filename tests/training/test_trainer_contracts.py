@@ -117,6 +117,37 @@ def test_label_smoothing(cls, wrap, trainer_class, make_trainer):
     assert_close(loss, expected / 2, 1e-6)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, EPSILON])
+@pytest.mark.parametrize("place", ["left", "right", "packed"])
+def test_a_document_has_the_loss_that_it_has_alone(place, epsilon, make_trainer):
+    """Wherever padding or other documents stand: smoothed or not, and as a share of accumulated batches."""
+    model = make_model(FlashForCausalLM, tiny_config())
+    texts = [random_ids(model.config, 1, length) for length in (13, 5, 2)]
+    batches = [{"input_ids": ids, "labels": ids} for ids in texts]
+    trainer = make_trainer(FlashTrainer, model, label_smoothing_factor=epsilon)
+    count = sum(ids.shape[1] - 1 for ids in texts)
+    with torch.no_grad():
+        alone = [trainer.compute_loss(model, dict(batch)) * (batch["labels"].shape[1] - 1) for batch in batches]
+        expected = sum(alone) / count
+        if place == "packed":
+            ids = torch.cat(texts, 1)
+            batch = {"position_ids": torch.cat([torch.arange(text.shape[1]) for text in texts])[None]}
+            labels = ids
+        else:
+            pads = [13 - text.shape[1] for text in texts]
+            sides = [(pad, 0) if place == "left" else (0, pad) for pad in pads]
+            ids = torch.cat([F.pad(text, side) for text, side in zip(texts, sides, strict=True)])
+            mask = torch.cat([F.pad(torch.ones_like(text), side) for text, side in zip(texts, sides, strict=True)])
+            labels, batch = ids.masked_fill(mask == 0, IGNORE), {"attention_mask": mask}
+        batch |= {"input_ids": ids, "labels": labels}
+        assert_close(trainer.compute_loss(model, dict(batch)), expected, 1e-6)
+        (first, second), items = trainer.get_batch_samples(iter([batch, batch]), 2, torch.device("cpu"))
+        assert items == 2 * count
+        shares = [trainer.compute_loss(model, dict(each), num_items_in_batch=items) for each in (first, second)]
+        assert_close(sum(shares), expected, 1e-6)
+    assert torch.equal(batch["labels"], labels)
+
+
 @TRAINERS
 def test_label_smoothing_is_llamas(trainer_class, make_trainer):
     """The same logits from either model give the same loss."""
