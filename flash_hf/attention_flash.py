@@ -6,6 +6,7 @@ Alphabet: B rows, N tokens, G chunks, C slots of a chunk, M keys, D model width,
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -78,6 +79,10 @@ class DecodingState:
     # Not a NamedTuple: transformers' exporters cannot rebuild one.
     def __iter__(self):
         return iter(getattr(self, field.name) for field in fields(self))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "DecodingState":
+        """The state with every tensor changed."""
+        return DecodingState(*(None if x is None else change(x) for x in self))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -581,39 +586,43 @@ def mixed_chunk_append(
     previous_key: bool = False,
     shifted_S: Tensor | None = None,
     window: int = 1,
-) -> tuple[Tensor, DecodingState]:
+) -> tuple[Tensor | None, DecodingState]:
     """Mixed chunk attention for up to C tokens per row, with the sums of [`mixed_chunk_step`] but not in place:
     `out_n = sum_m (A_nm + s_nm c_n lin_q_n lin_k_m) v_m + c_n lin_q_n total`, with the signs s of `layout`.
 
     Args:
-        qk: each `[B, N, S]`, or None.
-        value_BNE: `[B, N, E]`.
+        qk: each `[B, N, S]`, or None; finite at padding, too.
+        value_BNE: `[B, N, E]`, likewise.
         bias_R: relative bias `[2 * window * C - 1]`, or None.
 
     Returns:
-        `[B, N, E]`, any finite values where the token is padding; and the new state, detached from the graph.
+        `[B, N, E]`, any finite values where the token is padding, or None without queries; and the new state, detached
+        from the graph.
     """
     (B, C, _), slots, dtype = state.value.shape, layout.slots, value_BNE.dtype
     quad_k, lin_k, newest_quad, newest_lin = qk.quad_k, qk.lin_k, None, None
     newest_B = torch.where(layout.phase_B == 0, C, layout.phase_B)
 
     def shift(cache_BKS: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys of the token before each, and of the newest one."""
         index_B1S = newest_B[:, None, None].expand(-1, 1, cache_BKS.shape[2])
         before_B1S = cache_BKS.gather(1, index_B1S).masked_fill((state.seen == 0)[:, None, None], 0)
         return layout.tokens_before(before_B1S, own_BNS)
 
     def written(cache_BXF: Tensor | None, new_BNF: Tensor | None) -> Tensor | None:
+        """The cached slots, with the new tokens in theirs."""
         if cache_BXF is None:
             return None
         X, slot_BN = cache_BXF.shape[1], layout.slot_BN
         if layout.valid_BN is not None:  # padding goes behind the last slot, which is cut off
             cache_BXF, slot_BN = F.pad(cache_BXF, (0, 0, 0, 1)), torch.where(layout.valid_BN, slot_BN, X)
         row_B1 = cache_BXF.shape[1] * torch.arange(B, device=slot_BN.device)[:, None]
-        new = new_BNF.detach().to(cache_BXF.dtype).flatten(0, 1)
+        new = new_BNF.to(cache_BXF.dtype).flatten(0, 1)
         out = cache_BXF.flatten(0, 1).index_copy(0, (slot_BN + row_B1).flatten(), new)
         return out.view_as(cache_BXF)[:, :X].contiguous()
 
     def leave(cache_BKS: Tensor, newest_B1S: Tensor) -> None:
+        """Leave the newest token's own key for the next call, in the slot behind it."""
         place_B = (newest_B - 1 + layout.seen_after_B - state.seen) % C + 1
         index_B1S = place_B[:, None, None].expand_as(newest_B1S)
         cache_BKS.scatter_(1, index_B1S, newest_B1S.detach().to(cache_BKS.dtype))
@@ -646,22 +655,24 @@ def mixed_chunk_append(
         if window > 1:
             out, weights = weights[..., :C] @ previous_value.to(dtype), weights[..., C:]
     total = state.total
-    if qk.lin_q is not None:
-        scale_BN = global_scale(layout.closed_BN, normalization, C, total.dtype)
-        query = qk.lin_q.to(total.dtype) * scale_BN[..., None]
+    if lin_k is not None:
         # Outside of autocast: sums must cancel as exactly as possible.
         with torch.autocast(total.device.type, enabled=False):
-            keys = torch.cat([state.lin_k[:, :slots].to(query.dtype), lin_k.to(query.dtype)], 1)
-            signed = (torch.bmm(query, keys.transpose(1, 2)) * layout.sign_BNM).to(dtype)
-            remote = torch.bmm(query, total).to(dtype)
-            added = keys[:, slots:].detach()
+            new_k = lin_k.to(total.dtype)
+            if qk.lin_q is not None:
+                scale_BN = global_scale(layout.closed_BN, normalization, C, total.dtype)
+                query = qk.lin_q.to(total.dtype) * scale_BN[..., None]
+                keys = torch.cat([state.lin_k[:, :slots].to(total.dtype), new_k], 1)
+                signed = (torch.bmm(query, keys.transpose(1, 2)) * layout.sign_BNM).to(dtype)
+                remote = torch.bmm(query, total).to(dtype)
+                weights = signed if weights is None else weights + signed
+                out = remote if out is None else out + remote
             if layout.valid_BN is not None:
-                added = torch.where(layout.valid_BN[..., None], added, 0)
-            total = torch.baddbmm(total, added.transpose(1, 2), value_BNE.detach().to(query.dtype))
-        weights = signed if weights is None else weights + signed
-        out = remote if out is None else out + remote
-    inside = weights[..., :slots] @ state.value[:, :slots].to(dtype) + weights[..., slots:] @ value_BNE
-    out = inside if out is None else out + inside
+                new_k = torch.where(layout.valid_BN[..., None], new_k, 0)
+            total = torch.baddbmm(total, new_k.transpose(1, 2), value_BNE.to(total.dtype))
+    if weights is not None:
+        inside = weights[..., :slots] @ state.value[:, :slots].to(dtype) + weights[..., slots:] @ value_BNE
+        out = inside if out is None else out + inside
 
     open_k, stored_k, open_value = (
         written(cache, new) for cache, new in ((state.quad_k, quad_k), (state.lin_k, lin_k), (state.value, value_BNE))
@@ -677,9 +688,10 @@ def mixed_chunk_append(
         if newest_B1S is not None:
             leave(cache, newest_B1S)
     seen_B = layout.seen_after_B.clone()
-    return out, DecodingState(
+    after = DecodingState(
         open_k, stored_k, open_value, total, seen_B, previous_k=previous_k, previous_value=previous_value
     )
+    return out, after.map(torch.detach)
 
 
 # ---- FLASH-Quad ----

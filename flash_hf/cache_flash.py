@@ -224,8 +224,13 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             self._record((qk.quad_k, qk.lin_k, qk.gates), value_B1E, places.documents)
             if self._snapshot is self.state:
                 # The step overwrites the state, but not the snapshot.
-                self.state = DecodingState(*_each(torch.clone, self.state))
+                self.state = self.state.map(torch.clone)
         return self.state
+
+    def begin_append(self) -> DecodingState:
+        """The state before a few tokens. With gradients a copy: backward reads it when the cache may have overwritten
+        its own, and torch saves no inference tensors for it."""
+        return self.state.map(torch.clone) if torch.is_grad_enabled() else self.state
 
     def _set(self, state: DecodingState) -> None:
         self.state = state
@@ -277,7 +282,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         documents = count_positions(B, keep, device, joined(valid, True), joined(starts, False), self._snapshot.seen)
         form = self.form
         quad_k, lin_k, gate, value = map(joined, (quad_ks, lin_ks, gates, values))
-        qk = QueryKeys(quad_k, quad_k, lin_k, lin_k, gate)  # any queries will do, since the output is dropped
+        qk = QueryKeys(None, quad_k, None, lin_k, gate)
         shifted_S = shifted_dims(form.key_dim, form.interleaved, device) if form.local_key_shift else None
         options = {"divisor": 1.0, "previous_key": form.previous_key, "shifted_S": shifted_S, "window": form.window}
         if can_append(documents, C):
@@ -287,7 +292,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         attention = delta_chunk_attention if form.delta else mixed_chunk_attention
         layout = chunk_layout(documents, B, C, causal=True, shift=form.shift)
         options |= {"causal": True, "chunk_size": C, "state": self._snapshot, "return_state": True}
-        return attention(QueryKeys(*_each(layout.split, qk)), layout.split(value), layout, **options)[1]
+        qk = QueryKeys(*_each(layout.split, qk._replace(lin_q=lin_k)))  # any queries will do: the output is dropped
+        return attention(qk, layout.split(value), layout, **options)[1]
 
     # -- transformers' interface
     def get_seq_length(self) -> int | Tensor:
@@ -307,9 +313,9 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if not self.is_initialized:
             return
         shared = self._snapshot is self.state
-        self.state = DecodingState(*_each(change, self.state))
+        self.state = self.state.map(change)
         if self._snapshot is not None:
-            self._snapshot = self.state if shared else DecodingState(*_each(change, self._snapshot))
+            self._snapshot = self.state if shared else self._snapshot.map(change)
         self._recorded = [tuple(_each(change, entry)) for entry in self._recorded]
 
 
@@ -379,7 +385,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
     def _map(self, change) -> None:
         if not self.is_initialized:
             return
-        state = DecodingState(*_each(change, self.state))
+        state = self.state.map(change)
         if state.value.shape == self.state.value.shape and state.value.device == self.state.value.device:
             self._set(state)
         else:

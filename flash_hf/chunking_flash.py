@@ -521,9 +521,9 @@ class AppendLayout(Movable):
         slot_BN: slot of every token in its chunk, int64 `[B, N]`.
         second_BN: whether the token is behind the open chunk, bool `[B, N]`.
         crosses_B: whether any real token is, bool `[B]`.
-        before_BN: where the token before each real one is among the N + 1 of the cache's newest and these, int64
-            `[B, N]`; None if every token is real.
-        last_B: where the newest real one is among the same, int64 `[B]`.
+        before_BN: the real token before each, counted from 1; 0 is the cache's newest; int64 `[B, N]`. None if every
+            token is real.
+        last_B: the last real token, counted likewise, int64 `[B]`.
         closed_BN: tokens of the document in chunks before each token's, int64 `[B, N]`.
         visible_BNM, offset_BNM: keys that each query sees in the local part, and key slot minus query slot.
         sign_BNM: keys to add to the cache's sum (1) or to take from it (-1), so that each query reads closed chunks,

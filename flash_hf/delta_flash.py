@@ -378,22 +378,20 @@ def delta_chunk_append(
     *,
     previous_key: bool = False,
     **options: Any,
-) -> tuple[Tensor, DecodingState]:
-    """[`mixed_chunk_append`] with the delta rule for its global part; `qk` has gates, `[B, N, 2]`."""
+) -> tuple[Tensor | None, DecodingState]:
+    """[`mixed_chunk_append`] with the delta rule for its global part; `qk` has gates, `[B, N, 2]`, 0 at padding."""
     dtype, key, after = qk.gates.dtype, qk.lin_k, {}
     if previous_key:
         before_B1S = state.lin_k.masked_fill((state.seen == 0)[:, None, None], 0)
         key, newest_B1S = layout.tokens_before(before_B1S, qk.lin_k)
-        after["lin_k"] = newest_B1S.detach().to(state.lin_k.dtype)
+        after["lin_k"] = newest_B1S.to(state.lin_k.dtype)
     # Short chunks: the tokens of the open one, and those of the next.
     takes_BGN = torch.stack([~layout.second_BN, layout.second_BN][: layout.chunks], 1)
-    if layout.valid_BN is not None:
-        takes_BGN = takes_BGN & layout.valid_BN[:, None]
     gates_BGN2 = qk.gates[:, None] * takes_BGN[..., None]
     amid_B11, crosses_B11 = (layout.phase_B > 0)[:, None, None], layout.crosses_B[:, None, None]
-    value, behind, read, remote = value_BNE.to(dtype), state.total, [], []
+    value, behind, read = value_BNE.to(dtype), state.total, []
     with exactly(value_BNE):
-        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (qk.lin_q, key))
+        k = F.normalize(key.to(dtype), dim=-1)
         k_BGNS = k[:, None].expand(-1, layout.chunks, -1, -1)
         entering, decay, since = writes(k_BGNS, *gates_BGN2.unbind(-1))
         for g in range(layout.chunks):
@@ -404,16 +402,21 @@ def delta_chunk_append(
         read[0] = torch.where(amid_B11, state.opened, read[0])
         since = list(since.unbind(1))
         since[0] = since[0] + torch.where(amid_B11[..., 0], state.since[:, None], 0)
-        for since_BN, read_BSE in zip(since, read, strict=True):
-            remote.append((torch.exp(since_BN)[..., None] * q @ read_BSE).to(value_BNE.dtype))
+        out = None
+        if qk.lin_q is not None:
+            q = F.normalize(qk.lin_q.to(dtype), dim=-1)
+            outs = [
+                torch.exp(since_BN)[..., None] * q @ read_BSE for since_BN, read_BSE in zip(since, read, strict=True)
+            ]
+            out = torch.where(layout.second_BN[..., None], outs[-1], outs[0]).to(value_BNE.dtype)
     after |= {
-        "total": behind.detach(),
-        "opened": torch.where(crosses_B11, read[-1], read[0]).detach(),
-        "since": torch.where(layout.crosses_B, since[-1][:, -1], since[0][:, -1]).detach(),
+        "total": behind,
+        "opened": torch.where(crosses_B11, read[-1], read[0]),
+        "since": torch.where(layout.crosses_B, since[-1][:, -1], since[0][:, -1]),
     }
-    out = torch.where(layout.second_BN[..., None], remote[-1], remote[0])
-    if qk.quad_q is None:
-        return out, replace(state, seen=layout.seen_after_B.clone(), **after)
+    after = {name: x.detach() for name, x in after.items()}
+    if qk.quad_k is None:
+        return out, replace(state.map(torch.detach), seen=layout.seen_after_B.clone(), **after)
     own = qk._replace(lin_q=None, lin_k=None)
     local, local_state = mixed_chunk_append(own, value_BNE, layout, replace(state, lin_k=None), **options)
-    return local + out, replace(local_state, **after)
+    return None if out is None else local + out, replace(local_state, **after)

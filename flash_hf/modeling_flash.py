@@ -424,10 +424,15 @@ class FlashGatedAttentionUnit(nn.Module):
         if self.local_key_shift:
             options["shifted_S"] = shifted_dims(z_BNS.shape[-1], self.interleaved, z_BNS.device)
         if isinstance(layout, (StepLayout, AppendLayout)):
+            if layout.valid_BN is not None:  # padding may hold anything, which times 0 must be 0
+                z_BNS, v_BNE, gates_BN2 = (
+                    None if x is None else torch.where(layout.valid_BN[..., None], x, 0)
+                    for x in (z_BNS, v_BNE, gates_BN2)
+                )
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
             if isinstance(layout, StepLayout):
                 return step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
-            out_BNE, state = append(qk, v_BNE, layout, cache.state, dropout=dropout, **options)
+            out_BNE, state = append(qk, v_BNE, layout, cache.begin_append(), dropout=dropout, **options)
             cache.update(state, places, qk, v_BNE)
             return out_BNE
 
@@ -676,6 +681,11 @@ class FlashModel(FlashPreTrainedModel):
             marks = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
             documents = resolve_documents(B, N, inputs_embeds.device, cache=first, **marks)
         check_single(documents, kwargs.get("single_document", False))
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and documents.seen_B is not None:
+            raise ValueError(
+                "Gradient checkpointing drops the cache, which holds tokens that these continue. Call "
+                "model.gradient_checkpointing_disable(), or continue it under torch.no_grad()."
+            )
         if kwargs.get("output_attentions", self.config.output_attentions) and not is_tracing():
             logger.warning_once(
                 "output_attentions has no effect: FLASH never builds a map of all tokens by all tokens. "

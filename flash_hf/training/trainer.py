@@ -111,11 +111,15 @@ class FlashTrainer(Trainer):
         return mesh
 
     def _with_predicted_labels(self, batch):
-        """A causal model's batch without the labels of documents' first tokens. The model leaves them out itself, but
-        Trainer counts labels, and smooths them, without it."""
-        if not self._loss_shifts_labels or not isinstance(batch, Mapping) or batch.get("labels") is None:
+        """A batch of a causal FLASH model without the labels of documents' first tokens. The model leaves them out
+        itself, but Trainer counts labels, and smooths them, without it. Labels of another form are the user's."""
+        causal = isinstance(getattr(self.model, "config", None), FlashConfig) and self._loss_shifts_labels
+        if not causal or not isinstance(batch, Mapping) or "shift_labels" in batch:
             return batch
-        return {**batch, "labels": without_first_tokens(batch["labels"], batch)}
+        labels, ids = batch.get("labels"), batch.get("input_ids", batch.get("inputs_embeds"))
+        if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape[:2]:
+            return batch
+        return {**batch, "labels": without_first_tokens(labels, batch)}
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Trainer's own. The processes that share rows return the same loss, which Trainer would count for each."""

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from flash_hf import FlashForCausalLM, backend_flash, cache_flash
 from flash_hf.chunking_flash import AppendLayout, ChunkLayout
@@ -115,6 +115,66 @@ def test_a_few_tokens_in_bfloat16(form, monkeypatch):
             exact = torch.cat([first, exact(ids[:, :1], past_key_values=cache).logits[:, 0]]).float()
         few, grid = ((each - exact).norm() / exact.norm() for each in found)
         assert few <= 2 * grid, f"autocast {autocast}: error {few:.3g}, on the grid {grid:.3g}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [1, 3, C + 1])
+def test_padding_may_hold_anything(length, form):
+    """Also in the embeddings of one new token, of a few, or of many."""
+    model = build(form)
+    prompt, mask, ids, _ = rows(model, length)
+    more = torch.ones_like(ids)
+    more[1:4, length // 2] = 0
+    embedded, found = model.get_input_embeddings()(ids).detach(), []
+    for padding in (0.0, torch.nan, torch.inf):
+        given = torch.where(more[..., None] == 0, padding, embedded)
+        with torch.no_grad():
+            cache = model(prompt, attention_mask=mask, use_cache=True).cache
+            first = model(inputs_embeds=given, attention_mask=more, past_key_values=cache).logits[more.bool()]
+            found.append(torch.cat([first, model(prompt[:, :2], past_key_values=cache).logits.flatten(0, 1)]))
+    assert found[0].isfinite().all() and torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+
+
+@pytest.mark.parametrize("kind", ["static", "inference mode", "learnt state"])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_through_a_continuation(form, length, kind, monkeypatch):
+    """Of a cache that is overwritten, of one that torch saves nothing of, and of one that has a gradient itself."""
+    model = build(form)
+    prompt, ids = random_ids(model.config, 2, C + 3), random_ids(model.config, 2, 2 * length)
+    found = []
+    for grid in (False, True):
+        static = StaticCache(config=model.config, max_cache_len=64)
+        with torch.inference_mode(kind == "inference mode"), torch.no_grad():
+            cache = model(prompt, past_key_values=static if kind == "static" else None, use_cache=True).cache
+        learnt = []
+        if kind == "learnt state":
+            for layer in cache.layers:
+                layer.state = layer.state.map(lambda x: x.requires_grad_() if x.is_floating_point() else x)
+                learnt += [x for x in layer.state if x is not None and x.requires_grad]
+        with monkeypatch.context() as patch:
+            if grid:
+                on_the_grid(patch)
+            for part in ids.split(length, 1):
+                model(part, past_key_values=cache).logits.square().sum().backward()
+                assert not any(x.requires_grad for layer in cache.layers for x in layer.state if x is not None)
+        own = [torch.zeros_like(x) if x.grad is None else x.grad for x in learnt]
+        found.append({**gradients(model), **dict(enumerate(own))})
+    for name, gradient in found[1].items():
+        assert_close(found[0][name], gradient, 1e-8, str(name))
+
+
+def test_gradient_checkpointing_cannot_continue_a_cache():
+    model = build("paper").train()
+    model.gradient_checkpointing_enable()
+    ids = random_ids(model.config, 2, 3 * C)
+    for length in (1, 3, C + 1):
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).cache
+            model(ids[:, :length], past_key_values=cache)
+        with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+            model(ids[:, :length], past_key_values=cache)
+        assert cache.get_seq_length() == 3 * C + length
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -148,6 +148,23 @@ def test_a_document_has_the_loss_that_it_has_alone(place, epsilon, make_trainer)
     assert torch.equal(batch["labels"], labels)
 
 
+def test_labels_of_another_form_are_the_users(make_trainer):
+    """Those of a user's own loss, of shifted labels, and of other models."""
+    config = tiny_config()
+    ids = random_ids(config, 5, 5)
+    batch = {"input_ids": ids, "attention_mask": F.pad(torch.ones(5, 3, dtype=torch.long), (2, 0)), "labels": ids}
+    trainer = make_trainer(FlashTrainer, make_model(FlashForCausalLM, config))
+    assert not torch.equal(trainer._with_predicted_labels(batch)["labels"], ids)
+    for labels in (ids[:, 0], ids[:, 1:], ids[..., None].expand(-1, -1, 2), ids.tolist(), ids.numpy(), None):
+        assert trainer._with_predicted_labels({**batch, "labels": labels})["labels"] is labels
+    for given in ({**batch, "shift_labels": ids}, (ids, ids), {"input_ids": ids}):
+        assert trainer._with_predicted_labels(given) is given
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=24, **sizes))
+    for model in (make_model(FlashForMaskedLM, config), llama):
+        assert make_trainer(FlashTrainer, model)._with_predicted_labels(batch) is batch
+
+
 @TRAINERS
 def test_label_smoothing_is_llamas(trainer_class, make_trainer):
     """The same logits from either model give the same loss."""
