@@ -73,7 +73,7 @@ def test_a_few_tokens_are_those_of_the_grid(form, length, padded, monkeypatch):
         with monkeypatch.context() as patch, torch.no_grad():
             if grid:
                 on_the_grid(patch)
-            cache = model(prompt, attention_mask=mask, use_cache=True).cache
+            cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
             with torch.enable_grad():
                 parts = []
                 for part in (slice(0, length), slice(length, None)):
@@ -104,13 +104,13 @@ def test_a_few_tokens_in_bfloat16(form, monkeypatch):
             with monkeypatch.context() as patch, torch.no_grad(), torch.autocast("cpu", enabled=autocast):
                 if grid:
                     on_the_grid(patch)
-                cache = model(prompt, attention_mask=mask, use_cache=True).cache
+                cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
                 first = model(ids, attention_mask=more, past_key_values=cache).logits[more.bool()]
                 found.append(torch.cat([first, model(ids[:, :1], past_key_values=cache).logits[:, 0]]).float())
         exact = build(form)
         exact.load_state_dict(model.state_dict())
         with torch.no_grad():
-            cache = exact(prompt, attention_mask=mask, use_cache=True).cache
+            cache = exact(prompt, attention_mask=mask, use_cache=True).past_key_values
             first = exact(ids, attention_mask=more, past_key_values=cache).logits[more.bool()]
             exact = torch.cat([first, exact(ids[:, :1], past_key_values=cache).logits[:, 0]]).float()
         few, grid = ((each - exact).norm() / exact.norm() for each in found)
@@ -129,7 +129,7 @@ def test_padding_may_hold_anything(length, form):
     for padding in (0.0, torch.nan, torch.inf):
         given = torch.where(more[..., None] == 0, padding, embedded)
         with torch.no_grad():
-            cache = model(prompt, attention_mask=mask, use_cache=True).cache
+            cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
             first = model(inputs_embeds=given, attention_mask=more, past_key_values=cache).logits[more.bool()]
             found.append(torch.cat([first, model(prompt[:, :2], past_key_values=cache).logits.flatten(0, 1)]))
     assert found[0].isfinite().all() and torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
@@ -146,7 +146,7 @@ def test_gradients_through_a_continuation(form, length, kind, monkeypatch):
     for grid in (False, True):
         static = StaticCache(config=model.config, max_cache_len=64)
         with torch.inference_mode(kind == "inference mode"), torch.no_grad():
-            cache = model(prompt, past_key_values=static if kind == "static" else None, use_cache=True).cache
+            cache = model(prompt, past_key_values=static if kind == "static" else None, use_cache=True).past_key_values
         learnt = []
         if kind == "learnt state":
             for layer in cache.layers:
@@ -170,7 +170,7 @@ def test_gradient_checkpointing_cannot_continue_a_cache():
     ids = random_ids(model.config, 2, 3 * C)
     for length in (1, 3, C + 1):
         with torch.no_grad():
-            cache = model(ids, use_cache=True).cache
+            cache = model(ids, use_cache=True).past_key_values
             model(ids[:, :length], past_key_values=cache)
         with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
             model(ids[:, :length], past_key_values=cache)
@@ -189,7 +189,7 @@ def test_a_rollback_to_any_token(form, monkeypatch):
             found = []
             for recorded in (length, keep):
                 with torch.no_grad():
-                    cache = model(prompt, attention_mask=mask, use_cache=True).cache
+                    cache = model(prompt, attention_mask=mask, use_cache=True).past_key_values
                     cache.activate_past_recording()
                     if recorded:
                         given = {name: value[:, :recorded] for name, value in options.items()}
@@ -199,7 +199,7 @@ def test_a_rollback_to_any_token(form, monkeypatch):
                     found.append(model(tail, past_key_values=cache).logits)
             assert_close(found[0], found[1], 1e-9, f"{keep} of {length}")
     with torch.no_grad():  # a document begins amid the recorded tokens
-        cache = model(ids[:1, :20], use_cache=True).cache
+        cache = model(ids[:1, :20], use_cache=True).past_key_values
         cache.activate_past_recording()
         model(ids[1:2, : 3 * C], position_ids=packed, past_key_values=cache)
         cache.crop(-5)
@@ -214,7 +214,7 @@ def test_a_few_tokens_on_a_cpu_read_no_slot_behind_the_newest(form):
     ids = random_ids(model.config, 2, 2 * C + 5)
     with torch.no_grad():
         expected = model(ids).logits[:, -3:]
-        cache = model(ids[:, :-3], use_cache=True).cache
+        cache = model(ids[:, :-3], use_cache=True).past_key_values
         for layer in cache.layers:
             phase = (int(layer.state.seen[0]) + layer.form.shift) % C
             for held in (layer.state.quad_k, layer.state.lin_k, layer.state.value):
@@ -231,7 +231,7 @@ def test_a_few_tokens_cost_what_as_many_steps_do(form):
     model = make_model(FlashForCausalLM, config, dtype=torch.float32)
     counts = {}
     with torch.no_grad():
-        cache = model(random_ids(config, 1, 70), use_cache=True).cache
+        cache = model(random_ids(config, 1, 70), use_cache=True).past_key_values
         cache.activate_past_recording()
         for length in (1, 4):
             with FlopCounterMode(display=False) as counter:
@@ -255,7 +255,7 @@ def test_which_calls_append(monkeypatch):
         return [type(layout) for layout in made]
 
     with torch.no_grad():
-        cache = model(ids, use_cache=True).cache
+        cache = model(ids, use_cache=True).past_key_values
         assert kinds(C, past_key_values=cache) == kinds(2, past_key_values=cache) == [AppendLayout] * 2
         assert kinds(C + 1, past_key_values=cache) == [ChunkLayout] * 2
         start = torch.tensor([[0, 1, 0]])
