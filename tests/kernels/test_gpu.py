@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch tier on a CUDA device gives the answers of naive.py on the CPU, in every arrangement users meet first."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import StaticCache
@@ -75,6 +77,39 @@ def test_decoding_equals_the_whole(attention_type):
             for t in range(11, 45):
                 out = model(ids[:, t : t + 1], past_key_values=out.past_key_values)
                 assert_close(out.logits[:, 0], full[:, t], 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "recorded"])
+@pytest.mark.parametrize("dtype, ratio", [(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=["float64", "float32"])
+@pytest.mark.parametrize("form", [
+    {},
+    {"chunk_shift": 5, "global_form": "previous_token", "local_key_shift": True},
+    {"local_window": 2, "attention_activation": "softmax"},
+    {"global_state": "delta", "chunk_shift": 5, "global_form": "previous_token"},
+], ids=["paper", "FLASH+", "window", "delta"])  # fmt: skip
+def test_pieces_of_any_size_equal_the_whole(form, dtype, ratio, kind):
+    """On a cache, with padding inside a piece; and where the tokens of each piece are read twice, and rolled back."""
+    model = make_model(FlashForCausalLM, tiny_config(**form), dtype=dtype).cuda()
+    ids = random_ids(model.config, 3, 45).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[1, 17:20] = 0
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask).logits
+        static = StaticCache(config=model.config, max_cache_len=64)
+        cache = model(
+            ids[:, :11],
+            attention_mask=mask[:, :11],
+            past_key_values=static if kind == "static" else None,
+            use_cache=True,
+        ).past_key_values
+        for begin, end in itertools.pairwise((11, 13, 16, 24, 25, 34, 45)):
+            given = {"attention_mask": mask[:, begin:end], "past_key_values": cache}
+            if kind == "recorded":
+                cache.activate_past_recording()
+                model(ids[:, begin:end].flip(0), **given)
+                cache.crop(begin - end)
+            real = mask[:, begin:end].bool()
+            assert_close(model(ids[:, begin:end], **given).logits[real], full[:, begin:end][real], ratio)
 
 
 def test_generate_compiles_the_static_cache():
