@@ -289,8 +289,9 @@ def delta_attention(
         if not return_state:
             return out, {}
         last = at_final(states, layout)
-        behind = last * at_final(decay[..., None, None], layout) - at_final(erased, layout) @ last
-        behind = behind + (at_final(entering, layout).transpose(1, 2) @ at_final(value_BGCE, layout)).to(dtype)
+        behind = (at_final(entering, layout).transpose(1, 2) @ at_final(value_BGCE, layout)).to(dtype)
+        if takes_any_length(G) or G > 1 or state is not None:  # else the state before is 0
+            behind = behind + last * at_final(decay[..., None, None], layout) - at_final(erased, layout) @ last
         after = {
             "total": behind,
             "opened": at_final(read, layout),

@@ -681,7 +681,8 @@ class FlashModel(FlashPreTrainedModel):
             marks = {"attention_mask": attention_mask, "position_ids": position_ids, **packing}
             documents = resolve_documents(B, N, inputs_embeds.device, cache=first, **marks)
         check_single(documents, kwargs.get("single_document", False))
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and documents.seen_B is not None:
+        drops_cache = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if drops_cache and first is not None and first.seen_B is not None:
             raise ValueError(
                 "Gradient checkpointing drops the cache, which holds tokens that these continue. Call "
                 "model.gradient_checkpointing_disable(), or continue it under torch.no_grad()."
