@@ -165,13 +165,13 @@ def test_gradients_through_a_continuation(form, length, kind, monkeypatch):
 
 
 def test_gradient_checkpointing_cannot_continue_a_cache():
-    model = build("paper").train()
+    model = build("paper")
     model.gradient_checkpointing_enable()
     ids = random_ids(model.config, 2, 3 * C)
     for length in (1, 3, C + 1):
         with torch.no_grad():
-            cache = model(ids, use_cache=True).past_key_values
-            model(ids[:, :length], past_key_values=cache)
+            cache = model.eval()(ids, use_cache=True).past_key_values
+            model.train()(ids[:, :length], past_key_values=cache)
         with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
             model(ids[:, :length], past_key_values=cache)
         assert cache.get_seq_length() == 3 * C + length
