@@ -177,6 +177,32 @@ def scores_of(q_XQS: Tensor, k_XMS: Tensor, scale: float, bias: Tensor | None) -
     return torch.baddbmm(bias, q_XQS, k_XMS.transpose(1, 2), alpha=scale)
 
 
+def visible_scores(
+    q_BNS: Tensor,
+    k_BMS: Tensor,
+    visible_BNM: Tensor,
+    offset_BNM: Tensor,
+    *,
+    activation: Activation,
+    divisor: float,
+    bias_R: Tensor | None,
+) -> Tensor:
+    """Scores of the keys that each query sees, with the relative bias of their offsets, `[B, N, M]`; other keys have
+    scores that give no weight."""
+    bias_BNM = None
+    if bias_R is not None:
+        centre = (bias_R.shape[0] - 1) // 2
+        index_BNM = offset_BNM + centre
+        # An exported program cannot check its length, but ONNX Runtime refuses an index out of range.
+        if not is_exporting():
+            index_BNM = index_BNM.clamp(0, 2 * centre)
+        bias_BNM = bias_R.to(q_BNS.dtype)[index_BNM]
+    scores = scores_of(q_BNS, k_BMS, score_scale(activation, divisor, q_BNS.shape[-1]), bias_BNM)
+    # As in local_attention: queries without keys must stay finite under a softmax.
+    hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
+    return scores.masked_fill(~visible_BNM, hidden)
+
+
 # ---- Mixed chunk attention ----
 class PreviousChunks(NamedTuple):
     """The chunk before each chunk of a grid; `visible_BGC` is False at empty slots and those of other documents."""
@@ -463,6 +489,12 @@ def closed_total(state: DecodingState, open_BC: Tensor) -> Tensor:
         return state.total - key.transpose(1, 2) @ value
 
 
+def own_key(cached_BKS: Tensor, newest_B: Tensor, seen_B: Tensor) -> Tensor:
+    """The newest token's own key, in slot `newest_B`, `[B, 1, S]`; 0 before a document's first token."""
+    index_B1S = newest_B[:, None, None].expand(-1, 1, cached_BKS.shape[2])
+    return cached_BKS.gather(1, index_B1S).masked_fill((seen_B == 0)[:, None, None], 0)
+
+
 def mixed_chunk_step(
     qk: QueryKeys,
     value_B1E: Tensor,
@@ -519,7 +551,7 @@ def mixed_chunk_step(
     def shift(cache_BKS: Tensor, own_B1S: Tensor) -> Tensor:
         """The key of the token before; this token's own is left for the next one."""
         newest_B = torch.where(phase_B == 0, C, phase_B)
-        before_B1S = cache_BKS.gather(1, index_of(newest_B, cache_BKS)).masked_fill((seen_B == 0)[:, None, None], 0)
+        before_B1S = own_key(cache_BKS, newest_B, seen_B)
         write(cache_BKS, own_B1S, phase_B + 1)
         return before_B1S
 
@@ -605,9 +637,7 @@ def mixed_chunk_append(
 
     def shift(cache_BKS: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
         """Keys of the token before each, and of the newest one."""
-        index_B1S = newest_B[:, None, None].expand(-1, 1, cache_BKS.shape[2])
-        before_B1S = cache_BKS.gather(1, index_B1S).masked_fill((state.seen == 0)[:, None, None], 0)
-        return layout.tokens_before(before_B1S, own_BNS)
+        return layout.tokens_before(own_key(cache_BKS, newest_B, state.seen), own_BNS)
 
     def written(cache_BXF: Tensor | None, new_BNF: Tensor | None) -> Tensor | None:
         """The cached slots, with the new tokens in theirs."""
@@ -642,15 +672,9 @@ def mixed_chunk_append(
     if qk.quad_q is not None:
         keys = [state.quad_k[:, :slots].to(quad_k.dtype), quad_k]
         keys = keys if window == 1 else [previous_k.to(quad_k.dtype), *keys]
-        bias_BNM = None
-        if bias_R is not None:
-            reach = window * C - 1
-            bias_BNM = bias_R.to(qk.quad_q.dtype)[layout.offset_BNM.clamp(-reach, reach) + reach]
-        scale = score_scale(activation, divisor, qk.quad_q.shape[-1])
-        scores = scores_of(qk.quad_q, torch.cat(keys, 1), scale, bias_BNM)
-        # As in local_attention: queries without keys must stay finite under a softmax.
-        hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
-        weights = activate(scores.masked_fill(~layout.visible_BNM, hidden), activation)
+        options = {"activation": activation, "divisor": divisor, "bias_R": bias_R}
+        scores = visible_scores(qk.quad_q, torch.cat(keys, 1), layout.visible_BNM, layout.offset_BNM, **options)
+        weights = activate(scores, activation)
         weights = (F.dropout(weights, dropout) if dropout else weights).to(dtype)
         if window > 1:
             out, weights = weights[..., :C] @ previous_value.to(dtype), weights[..., C:]
@@ -713,7 +737,6 @@ def quadratic_attention(
         bias_R: relative bias of offsets `-(L-1) ... L-1` with `L` at least the largest distance plus 1, or None.
     """
     N = q_BNS.shape[1]
-    scale = score_scale(activation, divisor, q_BNS.shape[-1])
     visible_BNM, offset_BNM = layout.visible_BNM, layout.offset_BNM
     if visible_BNM is None and is_tracing() and bias_R is not None:
         # The views used below would fix the length of the graph.
@@ -724,20 +747,11 @@ def quadratic_attention(
         if bias_R is not None:
             margin = (bias_R.shape[0] + 1) // 2 - N
             bias_R = bias_R[margin : bias_R.shape[0] - margin]
+        scale = score_scale(activation, divisor, q_BNS.shape[-1])
         scores = scores_of(q_BNS, k_BMS, scale, score_bias(bias_R, N, causal, q_BNS))
     else:
-        bias_BNM = None
-        if bias_R is not None:
-            centre = (bias_R.shape[0] - 1) // 2
-            index_BNM = offset_BNM + centre
-            # An exported program cannot check its length, but ONNX Runtime refuses an index out of range.
-            if not is_exporting():
-                index_BNM = index_BNM.clamp(0, 2 * centre)
-            bias_BNM = bias_R.to(q_BNS.dtype)[index_BNM]
-        scores = scores_of(q_BNS, k_BMS, scale, bias_BNM)
-        # As in local_attention: queries without keys must stay finite under a softmax.
-        hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
-        scores = scores.masked_fill(~visible_BNM, hidden)
+        options = {"activation": activation, "divisor": divisor, "bias_R": bias_R}
+        scores = visible_scores(q_BNS, k_BMS, visible_BNM, offset_BNM, **options)
     weights = activate(scores, activation)
     if dropout:
         weights = F.dropout(weights, dropout)
