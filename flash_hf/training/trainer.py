@@ -123,7 +123,9 @@ class FlashTrainer(Trainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Trainer's own. The processes that share rows return the same loss, which Trainer would count for each."""
-        loss = super().compute_loss(model, self._with_predicted_labels(inputs), *args, **kwargs)
+        if self.label_smoother is not None or self.compute_loss_func is not None:  # else the model sees the labels
+            inputs = self._with_predicted_labels(inputs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         return loss / self._mesh.size() if self._mesh is not None and model.training else loss
 
     def _shared_steps(self, model, inputs, num_items_in_batch) -> Tensor:
