@@ -43,18 +43,16 @@ def allocated(B, C, E, S, dtype, quad=True, lin=True, previous=False, local=Fals
 
 
 def copied(state):
-    return DecodingState(*(None if x is None else x.clone() for x in state))
+    return state.map(torch.clone)
 
 
 def without_nan(state: DecodingState) -> DecodingState:
     """A copy with 0 instead of what was never written."""
-    return DecodingState(*(None if x is None else x.nan_to_num(0) for x in state))
+    return state.map(lambda x: x.nan_to_num(0))
 
 
 def converted(state, dtype):
-    return DecodingState(
-        *(x if x is None or x.dtype == torch.long else x.to(wide(dtype) if x is state.total else dtype) for x in state)
-    )
+    return state.map(lambda x: x if x.dtype == torch.long else x.to(wide(dtype) if x is state.total else dtype))
 
 
 def angles(position_B1, half):
