@@ -247,8 +247,9 @@ found = {
     for skip in (False, True)
 } | {
     kind: compiled(
-        quadratic.quadratic_kernel, {"x": x, "y": y, "held": square, "result": square}, KIND=kind, CAUSAL=True,
-        STEP=quadratic.STEP, STAGES=quadratic.STAGES)
+        quadratic.quadratic_kernel,
+        {"x": x, "y": y} | dict.fromkeys(("held", "result", "value"), [128, quadratic.HALF.value]), KIND=kind,
+        CAUSAL=True, STEP=quadratic.STEP, STAGES=quadratic.STAGES)
     for kind, (x, y) in factors.items()
 } | {
     f"scores {bias} {causal} {skip}": compiled(
@@ -504,7 +505,7 @@ def product_in_torch(
 
 
 def quadratic_in_torch(
-    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, **constants,
+    grid, x, y, held, result, value, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, **constants,
 ):  # fmt: skip
     assert tasks == choice.quadratic.task_count(KIND, rows, N, E, CAUSAL)
     scale = rms[:, None] * gain
@@ -527,7 +528,7 @@ def quadratic_in_torch(
         else:
             s = h.sigmoid()
             d_h = weight.T @ y[own] * s * (1 + h * (1 - s))
-            result[own] = d_h * scale[own]
+            result[own], value[own] = d_h * scale[own], h * s
             sums[row * N // 128 : (row + 1) * N // 128] = d_h.view(N // 128, 128, -1).sum(1)
 
 
@@ -713,18 +714,31 @@ def test_a_call_that_fills_a_cache_is_scanned(length, rows, form, in_torch, monk
 
 
 @no_gpu
+@pytest.mark.parametrize("product", [False, True])
 @pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_launches_around_quadratic_attention_are_right(causal, parts, in_torch, monkeypatch):
+def test_the_launches_around_quadratic_attention_are_right(causal, parts, product, in_torch, monkeypatch):
+    """A backward makes no values but those beside the gradient of their input."""
     monkeypatch.setattr(launches, "MOST_WEIGHTS", 1 if parts else 10**9)
+    if not product:
+        monkeypatch.setattr(choice, "multiplies", lambda *a: False)
+    forward, backward = launches.forward, launches.backward
+    for module, name, option in ((forward, "values_kernel", "SILU"), (backward, "gate_kernel", "VALUES")):
+        launch = getattr(module, name)
+
+        def counted(*a, launch=launch, option=option, **k):
+            in_torch["values"] += k[option]
+            return launch(*a, **k)
+
+        monkeypatch.setattr(module, name, counted)
     config = hopper_config(
         hidden_size=64, num_hidden_layers=1, is_decoder=causal, attention_type="quadratic",
         max_position_embeddings=600,
     )  # fmt: skip
     compare(config, "odd", length=384)
-    assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1)
+    assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1) and in_torch["values"] == 1
     assert in_torch["scores_kernel"] == 2 * in_torch["score_heads_kernel"] == 2 * (2 if parts else 1)
-    assert in_torch["gate_product_kernel"] == 1
+    assert in_torch["gate_product_kernel"] == product
 
 
 @pytest.fixture
