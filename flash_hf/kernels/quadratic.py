@@ -20,8 +20,8 @@ from .hopper import BLOCK, TILE_BYTES, accumulate, barriers, halves, load_async,
 # the shared memory.
 STEP, STAGES = 64, 5
 HALF = gl.constexpr(64)
-# Rows whose tasks run next to each other and share what they read in the L2 cache.
-GROUP_ROWS = gl.constexpr(8)
+# Tokens whose tasks run next to each other, so that what they read stays in the L2 cache, and the most rows of these.
+GROUP_TOKENS, GROUP_ROWS = gl.constexpr(2048), gl.constexpr(8)
 
 
 def task_count(kind: str, rows: int, N: int, E: int, causal: bool) -> int:
@@ -35,7 +35,8 @@ def task_count(kind: str, rows: int, N: int, E: int, causal: bool) -> int:
 @gluon.jit
 def place_of(task, ROWS, N, E, KIND: gl.constexpr, CAUSAL: gl.constexpr):
     """Row, block of 128 slots and block of 128 columns of a task, and where the depth of its product begins and ends:
-    slots, or the value dimensions of a score. Of a group of rows, what takes longest comes first."""
+    slots, or the value dimensions of a score. Of a group of rows, what takes longest comes first, and in every other
+    group last: programs that take tasks in turn have about as much to do."""
     blocks = N // BLOCK
     if KIND == "scores":
         begin = 0
@@ -51,9 +52,11 @@ def place_of(task, ROWS, N, E, KIND: gl.constexpr, CAUSAL: gl.constexpr):
             column = task % blocks
     else:
         columns = E // BLOCK
-        per_group = GROUP_ROWS * blocks * columns
-        first = (task // per_group) * GROUP_ROWS
-        rows = gl.minimum(ROWS - first, GROUP_ROWS)
+        most = gl.maximum(gl.minimum(GROUP_TOKENS // N, GROUP_ROWS), 1)
+        per_group = most * blocks * columns
+        group = task // per_group
+        first = group * most
+        rows = gl.minimum(ROWS - first, most)
         inside = task % per_group
         block = inside // (rows * columns)
         row = first + (inside // columns) % rows
@@ -62,9 +65,10 @@ def place_of(task, ROWS, N, E, KIND: gl.constexpr, CAUSAL: gl.constexpr):
         end = N
         if CAUSAL:
             if KIND == "output":
-                block = blocks - 1 - block
+                block = gl.where(group % 2 == 0, blocks - 1 - block, block)
                 end = (block + 1) * BLOCK
             else:
+                block = gl.where(group % 2 == 0, block, blocks - 1 - block)
                 begin = block * BLOCK
     return row, block, column, begin, end
 

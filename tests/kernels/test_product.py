@@ -43,7 +43,7 @@ class EmulatedProducts(EmulatedNumbers):
         super().__init__(monkeypatch, seed)
         gl = choice.hopper.gl
         gl.inline_asm_elementwise = lambda code, registers, x, **k: 1 / x[0]
-        gl.int32, gl.sqrt, gl.minimum = torch.int32, torch.sqrt, min
+        gl.int32, gl.sqrt, gl.minimum, gl.maximum = torch.int32, torch.sqrt, min, max
         for module in (product, gate, quadratic):
             names = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
             names |= self.stand_ins() | {"gl": gl, "barriers": choice.hopper.barriers.fn}
@@ -54,7 +54,7 @@ class EmulatedProducts(EmulatedNumbers):
                 monkeypatch.setattr(module, name, value, raising=False)
         for name in ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "BLOCK"):
             monkeypatch.setattr(choice.hopper, name, names[name])
-        names = {"sigmoid": torch.sigmoid, "GROUP_ROWS": 8}
+        names = {"sigmoid": torch.sigmoid, "GROUP_TOKENS": quadratic.GROUP_TOKENS.value, "GROUP_ROWS": 8}
         names["place_of"] = lambda task, *a, place_of=quadratic.place_of: map(int, place_of(torch.tensor(task), *a))
         for name, value in names.items():
             monkeypatch.setattr(quadratic, name, value)

@@ -749,12 +749,16 @@ def in_numbers(monkeypatch):
     numbers = SimpleNamespace(sqrt=torch.sqrt, float32=torch.float32)
     numbers.where = lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y)
     numbers.int32 = torch.int32
-    numbers.minimum = lambda x, y: x.clamp(max=y)
+    numbers.minimum, numbers.maximum = (
+        lambda x, y, chosen=chosen: chosen(torch.as_tensor(x), torch.as_tensor(y))
+        for chosen in (torch.minimum, torch.maximum)
+    )
     for module in (choice.reduce, choice.quadratic, choice.hopper):
         monkeypatch.setattr(module, "gl", numbers)
     monkeypatch.setattr(choice.quadratic, "lower_tile", choice.hopper.lower_tile.fn)
     monkeypatch.setattr(choice.quadratic, "BLOCK", 128)
     monkeypatch.setattr(choice.reduce, "BLOCK", 128)
+    monkeypatch.setattr(choice.quadratic, "GROUP_TOKENS", 2048)
     monkeypatch.setattr(choice.quadratic, "GROUP_ROWS", 8)
 
 

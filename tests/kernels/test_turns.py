@@ -207,7 +207,7 @@ class Emulated:
         self.warps, self.seed, self.stored = None, seed, {}
         gl = SimpleNamespace(
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs, static_range=range,
-            bfloat16=2, int64=8, int32=torch.int32, float32=torch.float32, minimum=min, sqrt=root,
+            bfloat16=2, int64=8, int32=torch.int32, float32=torch.float32, minimum=min, maximum=max, sqrt=root,
             where=lambda condition, x, y: x if condition else y, zeros=lambda *a: Product(), arange=lambda *a: 0,
             load=lambda place, **k: place.load() if isinstance(place, Pointer) else Number(1.0), store=self.put,
             expand_dims=lambda x, axis: x, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
@@ -215,7 +215,7 @@ class Emulated:
             NVMMASharedLayout=lambda **k: None, sum=lambda x, axis: x,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
+            gl=gl, GROUP_TOKENS=2048, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
             halves=lambda acc, layout: (acc, acc), upper_and_lower=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
