@@ -604,10 +604,10 @@ def launch_attention_gradients(
     spans = choice.spans_rows(shape, inputs.source, gated.device)
     if isinstance(d_out, Product):
         d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
-        value = new((T, E)) if spans else launch_values(shape, inputs)
+        value = None if spans else launch_values(shape, inputs)
     else:
         d_attended = d_out if reuse else new((T, E))
-        value = new((T, E)) if shape.silu else inputs.v
+        value = None if spans else new((T, E)) if shape.silu else inputs.v
         if shape.lin:
             d_prefix, total = state_buffers(shape, inputs.index, new, carried or not shape.causal)
             d_bias_u = launch_gate_states(
@@ -622,7 +622,7 @@ def launch_attention_gradients(
                 d_carry, final = finish()
                 d_carry = d_carry if shape.causal else final
         else:
-            d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, None if spans else value)
+            d_bias_u = launch_gate(shape, inputs, gated, d_out, d_attended, d_h.u, value)
 
     d_bias_v = new((shape.GT * shape.row_tiles if shape.scaled else 0, E), dtype=torch.float32)
     squares = None
@@ -630,7 +630,7 @@ def launch_attention_gradients(
         own_heads, d_own_heads = heads[:, rows], d_heads[:, rows]
         scores = launch_scores(part, own, own_heads) if weights is None else weights
         d_scores = torch.empty_like(scores)
-        d_own, own_value = d_attended[tokens], value[tokens]
+        d_own, own_value = d_attended[tokens], new((part.T, E)) if spans else value[tokens]
         own_sums = d_bias_v[(rows.start or 0) * part.row_tiles :]
         if spans:
             launch_quadratic(

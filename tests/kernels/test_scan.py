@@ -817,7 +817,7 @@ def test_every_tile_of_the_reduction_is_one_task(rows, chunks, empty, causal, in
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["output", "values", "scores"])
-@pytest.mark.parametrize(("rows", "N"), [(11, 128), (3, 640), (1, 8192)])
+@pytest.mark.parametrize(("rows", "N"), [(11, 128), (3, 640), (5, 1024), (1, 8192)])
 def test_every_tile_of_quadratic_attention_is_one_task(rows, N, kind, causal, in_numbers):
     E = 384
     count, blocks = choice.quadratic.task_count(kind, rows, N, E, causal), N // 128
