@@ -348,18 +348,19 @@ def row_parts(shape: Shape, inputs: Inputs) -> Iterator[tuple[Shape, Inputs, sli
 
 def launch_quadratic(
     kind: str, shape: Shape, inputs: Inputs, x: Tensor, y: Tensor, held: Tensor, result: Tensor, bias: Tensor,
-    sums: Tensor,
+    sums: Tensor, value: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill `result`, and with kind `"values"` `sums`; see `quadratic_kernel`."""
+    """Fill `result`, and with kind `"values"` `sums` and `value`; see `quadratic_kernel`."""
     B, N, E, step = shape.B, shape.N, shape.E, quadratic.STEP
     tasks = quadratic.task_count(kind, B, N, E, shape.causal)
     x_block = (step, 128) if kind == "values" else (128, step)
     y_block = (128, step) if kind == "scores" else (step, 128)
+    ends = (held, result, result if value is None else value)
     quadratic.quadratic_kernel(
         scan_grid(tasks, x.device),
-        hopper.matrix(x, *x_block), hopper.matrix(y, *y_block), hopper.matrix(held), hopper.matrix(result), inputs.rms,
-        inputs.gain, bias, sums, B, N, E, tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, STAGES=quadratic.STAGES,
-        num_warps=4,
+        hopper.matrix(x, *x_block), hopper.matrix(y, *y_block),
+        *(hopper.matrix(end, 128, quadratic.HALF.value) for end in ends), inputs.rms, inputs.gain, bias, sums, B, N, E,
+        tasks, KIND=kind, CAUSAL=shape.causal, STEP=step, STAGES=quadratic.STAGES, num_warps=4,
     )  # fmt: skip
 
 
@@ -599,12 +600,14 @@ def launch_attention_gradients(
     new = gated.new_empty
     carried = carry.numel() > 0 and shape.causal
     d_prefix, d_carry, weights = new((0,)), new((0,)), None
+    # The launches for whole rows make the values beside the gradient of their input.
+    spans = choice.spans_rows(shape, inputs.source, gated.device)
     if isinstance(d_out, Product):
         d_attended, d_bias_u = launch_gate_product(shape, inputs, gated, d_out, d_h.u)
-        value = launch_values(shape, inputs)
+        value = None if spans else launch_values(shape, inputs)
     else:
         d_attended = d_out if reuse else new((T, E))
-        value = new((T, E)) if shape.silu else inputs.v
+        value = None if spans else new((T, E)) if shape.silu else inputs.v
         if shape.lin:
             d_prefix, total = state_buffers(shape, inputs.index, new, carried or not shape.causal)
             d_bias_u = launch_gate_states(
@@ -627,10 +630,12 @@ def launch_attention_gradients(
         own_heads, d_own_heads = heads[:, rows], d_heads[:, rows]
         scores = launch_scores(part, own, own_heads) if weights is None else weights
         d_scores = torch.empty_like(scores)
-        d_own, own_value = d_attended[tokens], value[tokens]
+        d_own, own_value = d_attended[tokens], new((part.T, E)) if spans else value[tokens]
         own_sums = d_bias_v[(rows.start or 0) * part.row_tiles :]
-        if choice.spans_rows(part, own.source, gated.device):
-            launch_quadratic("values", part, own, scores, d_own, own.v, d_h.v[tokens], own.bias_v, own_sums)
+        if spans:
+            launch_quadratic(
+                "values", part, own, scores, d_own, own.v, d_h.v[tokens], own.bias_v, own_sums, own_value
+            )  # fmt: skip
             launch_quadratic("scores", part, own, d_own, own_value, scores, d_scores, own.bias_v, own_sums)
         else:
             launch_chunk_gradients(

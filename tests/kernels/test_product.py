@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The product that a layer ends with, and the gate's gradient, without a GPU: as test_rowscan.py runs the scan of held
-rows, with numbers."""
+"""The product that a layer ends with, the gate's gradient and FLASH-Quad's products, without a GPU: as test_rowscan.py
+runs the scan of held rows, with numbers."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -10,10 +10,11 @@ import torch
 
 from flash_hf.kernels import choice
 from test_rowscan import EmulatedNumbers, NumberTile, Pointer
+from test_scan import quadratic_in_torch
 from test_turns import Barrier, Fault
 
 
-gate, product = choice.gate, choice.product
+gate, product, quadratic = choice.gate, choice.product, choice.quadratic
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,16 +37,16 @@ class Matrix:
 
 
 class EmulatedProducts(EmulatedNumbers):
-    """Emulated programs of product.py's kernel, in float64."""
+    """Emulated programs of the kernels of product.py, gate.py and quadratic.py, in float64."""
 
     def __init__(self, monkeypatch, seed):
         super().__init__(monkeypatch, seed)
-        monkeypatch.setattr(
-            choice.hopper.gl, "inline_asm_elementwise", lambda code, registers, x, **k: 1 / x[0], raising=False
-        )
-        for module in (product, gate):
+        gl = choice.hopper.gl
+        gl.inline_asm_elementwise = lambda code, registers, x, **k: 1 / x[0]
+        gl.int32, gl.sqrt, gl.minimum, gl.maximum = torch.int32, torch.sqrt, min, max
+        for module in (product, gate, quadratic):
             names = {name: made.fn for name, made in vars(module).items() if hasattr(made, "fn")}
-            names |= self.stand_ins() | {"gl": choice.hopper.gl, "barriers": choice.hopper.barriers.fn}
+            names |= self.stand_ins() | {"gl": gl, "barriers": choice.hopper.barriers.fn}
             names["halves"] = lambda acc, layout: acc.chunk(2, 1)
             names["upper_and_lower"] = lambda acc, layout: acc.chunk(2, 0)
             names["tanh"] = torch.tanh
@@ -53,6 +54,10 @@ class EmulatedProducts(EmulatedNumbers):
                 monkeypatch.setattr(module, name, value, raising=False)
         for name in ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait", "BLOCK"):
             monkeypatch.setattr(choice.hopper, name, names[name])
+        names = {"sigmoid": torch.sigmoid, "GROUP_TOKENS": quadratic.GROUP_TOKENS.value, "GROUP_ROWS": 8}
+        names["place_of"] = lambda task, *a, place_of=quadratic.place_of: map(int, place_of(torch.tensor(task), *a))
+        for name, value in names.items():
+            monkeypatch.setattr(quadratic, name, value)
         monkeypatch.setattr(gate, "PARTS", gate.PARTS.value)
 
     def allocate(self, kind, shape, layout):
@@ -131,3 +136,35 @@ def test_the_gates_gradient_is_right(T, E, D, stages, programs, monkeypatch):
     for result, right in zip(got, (d_attended, d_u), strict=True):
         torch.testing.assert_close(result, right, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(sums, torch.stack([part.sum(0) for part in d_h.split(128)]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("programs", [1, 2, 5, 12])
+@pytest.mark.parametrize(("B", "N", "E"), [(2, 384, 256), (3, 128, 128), (1, 640, 256)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["output", "values", "scores"])
+def test_products_over_whole_rows_are_right(kind, causal, B, N, E, programs, monkeypatch):
+    """Where nothing is read or written, above the diagonal, there is no number."""
+    torch.manual_seed(0)
+    weight, T = torch.rand(B, N, N, dtype=torch.float64), B * N
+    if causal:
+        slot = torch.arange(N)
+        weight = torch.where(slot[:, None] // 128 >= slot // 128, weight.tril(), torch.nan)
+    weight = weight.view(T, N)
+    right, other, rms, bias = (torch.randn(*size, dtype=torch.float64) for size in ((T, E), (T, E), (T,), (E,)))
+    gain = torch.tensor([1.5], dtype=torch.float64)
+    x, held = (other, weight) if kind == "scores" else (weight, other)
+    tasks = quadratic.task_count(kind, B, N, E, causal)
+    made = []
+    for _ in range(2):
+        made.append([torch.full(size, torch.nan, dtype=torch.float64) for size in (held.shape, (T, E), (T // 128, E))])
+    (result, value, sums), expected = made
+    arguments, options = (B, N, E, tasks), {"KIND": kind, "CAUSAL": causal}
+    quadratic_in_torch(None, x, right, held, *expected[:2], rms, gain, bias, expected[2], *arguments, **options)
+    emulated = EmulatedProducts(monkeypatch, programs)
+    emulated.run(
+        quadratic.quadratic_kernel, min(programs, tasks), *map(Matrix, (x, right, held, result, value)),
+        *map(Pointer, (rms, gain, bias, sums)), *arguments, STEP=quadratic.STEP, STAGES=quadratic.STAGES, **options,
+    )  # fmt: skip
+    assert value.isnan().any() == (kind != "values")
+    for found, right in zip((result, value, sums), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9, equal_nan=True)

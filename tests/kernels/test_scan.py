@@ -247,8 +247,9 @@ found = {
     for skip in (False, True)
 } | {
     kind: compiled(
-        quadratic.quadratic_kernel, {"x": x, "y": y, "held": square, "result": square}, KIND=kind, CAUSAL=True,
-        STEP=quadratic.STEP, STAGES=quadratic.STAGES)
+        quadratic.quadratic_kernel,
+        {"x": x, "y": y} | dict.fromkeys(("held", "result", "value"), [128, quadratic.HALF.value]), KIND=kind,
+        CAUSAL=True, STEP=quadratic.STEP, STAGES=quadratic.STAGES)
     for kind, (x, y) in factors.items()
 } | {
     f"scores {bias} {causal} {skip}": compiled(
@@ -504,7 +505,7 @@ def product_in_torch(
 
 
 def quadratic_in_torch(
-    grid, x, y, held, result, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, **constants,
+    grid, x, y, held, result, value, rms, gain, bias, sums, rows, N, E, tasks, *, KIND, CAUSAL, **constants,
 ):  # fmt: skip
     assert tasks == choice.quadratic.task_count(KIND, rows, N, E, CAUSAL)
     scale = rms[:, None] * gain
@@ -527,7 +528,7 @@ def quadratic_in_torch(
         else:
             s = h.sigmoid()
             d_h = weight.T @ y[own] * s * (1 + h * (1 - s))
-            result[own] = d_h * scale[own]
+            result[own], value[own] = d_h * scale[own], h * s
             sums[row * N // 128 : (row + 1) * N // 128] = d_h.view(N // 128, 128, -1).sum(1)
 
 
@@ -713,18 +714,31 @@ def test_a_call_that_fills_a_cache_is_scanned(length, rows, form, in_torch, monk
 
 
 @no_gpu
+@pytest.mark.parametrize("product", [False, True])
 @pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_launches_around_quadratic_attention_are_right(causal, parts, in_torch, monkeypatch):
+def test_the_launches_around_quadratic_attention_are_right(causal, parts, product, in_torch, monkeypatch):
+    """A backward makes no values but those beside the gradient of their input."""
     monkeypatch.setattr(launches, "MOST_WEIGHTS", 1 if parts else 10**9)
+    if not product:
+        monkeypatch.setattr(choice, "multiplies", lambda *a: False)
+    forward, backward = launches.forward, launches.backward
+    for module, name, option in ((forward, "values_kernel", "SILU"), (backward, "gate_kernel", "VALUES")):
+        launch = getattr(module, name)
+
+        def counted(*a, launch=launch, option=option, **k):
+            in_torch["values"] += k[option]
+            return launch(*a, **k)
+
+        monkeypatch.setattr(module, name, counted)
     config = hopper_config(
         hidden_size=64, num_hidden_layers=1, is_decoder=causal, attention_type="quadratic",
         max_position_embeddings=600,
     )  # fmt: skip
     compare(config, "odd", length=384)
-    assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1)
+    assert in_torch["quadratic_kernel"] == 3 * (2 if parts else 1) and in_torch["values"] == 1
     assert in_torch["scores_kernel"] == 2 * in_torch["score_heads_kernel"] == 2 * (2 if parts else 1)
-    assert in_torch["gate_product_kernel"] == 1
+    assert in_torch["gate_product_kernel"] == product
 
 
 @pytest.fixture
@@ -735,12 +749,16 @@ def in_numbers(monkeypatch):
     numbers = SimpleNamespace(sqrt=torch.sqrt, float32=torch.float32)
     numbers.where = lambda condition, x, y: torch.where(torch.as_tensor(condition), x, y)
     numbers.int32 = torch.int32
-    numbers.minimum = lambda x, y: x.clamp(max=y)
+    numbers.minimum, numbers.maximum = (
+        lambda x, y, chosen=chosen: chosen(torch.as_tensor(x), torch.as_tensor(y))
+        for chosen in (torch.minimum, torch.maximum)
+    )
     for module in (choice.reduce, choice.quadratic, choice.hopper):
         monkeypatch.setattr(module, "gl", numbers)
     monkeypatch.setattr(choice.quadratic, "lower_tile", choice.hopper.lower_tile.fn)
     monkeypatch.setattr(choice.quadratic, "BLOCK", 128)
     monkeypatch.setattr(choice.reduce, "BLOCK", 128)
+    monkeypatch.setattr(choice.quadratic, "GROUP_TOKENS", 2048)
     monkeypatch.setattr(choice.quadratic, "GROUP_ROWS", 8)
 
 
@@ -799,7 +817,7 @@ def test_every_tile_of_the_reduction_is_one_task(rows, chunks, empty, causal, in
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["output", "values", "scores"])
-@pytest.mark.parametrize(("rows", "N"), [(11, 128), (3, 640), (1, 8192)])
+@pytest.mark.parametrize(("rows", "N"), [(11, 128), (3, 640), (5, 1024), (1, 8192)])
 def test_every_tile_of_quadratic_attention_is_one_task(rows, N, kind, causal, in_numbers):
     E = 384
     count, blocks = choice.quadratic.task_count(kind, rows, N, E, causal), N // 128

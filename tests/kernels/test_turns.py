@@ -200,14 +200,14 @@ class Emulated:
             store_async=self.store, warpgroup_mma=self.multiply, warpgroup_mma_wait=self.multiply_wait,
             reinterpret=lambda tile, *a: tile.reinterpret(*a),
             fence_async_shared=lambda: None, grid_wait=lambda: None, BLOCK=128, TILE_BYTES=128 * 128 * 2, PART=64,
-            DEPTH=64, END=32, END_TILES=4, SIDE=64,
+            DEPTH=64, END=32, END_TILES=4, SIDE=64, HALF=64,
         )  # fmt: skip
 
     def __init__(self, monkeypatch, seed):
         self.warps, self.seed, self.stored = None, seed, {}
         gl = SimpleNamespace(
             program_id=lambda axis: self.program, num_programs=lambda axis: self.programs, static_range=range,
-            bfloat16=2, int64=8, int32=torch.int32, float32=torch.float32, minimum=min, sqrt=root,
+            bfloat16=2, int64=8, int32=torch.int32, float32=torch.float32, minimum=min, maximum=max, sqrt=root,
             where=lambda condition, x, y: x if condition else y, zeros=lambda *a: Product(), arange=lambda *a: 0,
             load=lambda place, **k: place.load() if isinstance(place, Pointer) else Number(1.0), store=self.put,
             expand_dims=lambda x, axis: x, allocate_shared_memory=self.allocate, warp_specialize=self.specialize,
@@ -215,7 +215,7 @@ class Emulated:
             NVMMASharedLayout=lambda **k: None, sum=lambda x, axis: x,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
+            gl=gl, GROUP_TOKENS=2048, GROUP_ROWS=8, barriers=hopper.barriers.fn, accumulate=hopper.accumulate.fn,
             halves=lambda acc, layout: (acc, acc), upper_and_lower=lambda acc, layout: (acc, acc),
             gate_gradient=self.finish_gate, finish=self.finish, fill_zeros=lambda target, chunk: None,
         )  # fmt: skip
@@ -339,9 +339,13 @@ class Emulated:
                 if BACK:
                     self.keep(("value", token, value), h)
 
-    def finish(self, tile, acc, scale, bias, sums, first, kind, layout):
-        if first == 0:
-            tile.store(acc * tile.load(None))
+    def finish(self, value, place, tile, acc, scale, bias, sums, kind, layout):
+        held = tile.load(None)
+        if kind == "values":
+            tile.store(held)
+            self.store(value, place, tile)
+            self.store_wait(0)
+        tile.store(acc * held)
 
 
 @pytest.fixture(params=range(2))
@@ -415,8 +419,8 @@ def test_the_groups_of_the_reduction_take_turns(shift, causal, programs, emulate
 def test_the_groups_of_quadratic_attention_take_turns(kind, causal, programs, emulated):
     B, N, E = 2, 384, 256
     emulated.run(
-        quadratic.quadratic_kernel, programs, *map(Described, ("x", "y", "held", "result")), 0, 0, 0, 0,
-        B, N, E, quadratic.task_count(kind, B, N, E, causal), KIND=kind, CAUSAL=causal, STEP=64, STAGES=5,
+        quadratic.quadratic_kernel, programs, *map(Described, ("x", "y", "held", "result", "value")), 0, 0,
+        0, 0, B, N, E, quadratic.task_count(kind, B, N, E, causal), KIND=kind, CAUSAL=causal, STEP=64, STAGES=5,
     )  # fmt: skip
     expected = {}
     for row, block, column in itertools.product(range(B), range(3), range(3 if kind == "scores" else 2)):
@@ -433,7 +437,11 @@ def test_the_groups_of_quadratic_attention_take_turns(kind, causal, programs, em
             continue
         else:
             parts = [(("x", slot, part), ("y", first + column * 128, part)) for part in range(0, E, 64)]
-        expected["result", slot, column * 128] = (*parts, ("held", slot, column * 128))
+        for place in range(column * 128, column * 128 + 128, 64):
+            held = "held", slot, place
+            expected["result", slot, place] = (*parts, held)
+            if kind == "values":
+                expected["value", slot, place] = (held,)
     assert emulated.stored == expected
 
 
