@@ -42,8 +42,8 @@ from .wholescan import sum_half
 
 # Value dimensions of a task. With 128, values would leave so little room that loads in flight limit the speed.
 WIDTH = gl.constexpr(64)
-# Tiles of the ring, and of the values, four for a row's, the others for the next row's.
-SLOTS, VALUE_SLOTS = 5, 6
+# Tiles of the ring, and of the values, four for a row's, the other for the next row's.
+SLOTS, VALUE_SLOTS = 6, 5
 BACK_SLOTS, BACK_VALUE_SLOTS = 6, 5
 
 
