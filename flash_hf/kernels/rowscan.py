@@ -42,8 +42,8 @@ from .wholescan import sum_half
 
 # Value dimensions of a task. With 128, values would leave so little room that loads in flight limit the speed.
 WIDTH = gl.constexpr(64)
-# Tiles of the ring, of the values, four for a row's, the others for the next row's, and forward of the ends.
-SLOTS, VALUE_SLOTS, FORWARD_END_TILES = 6, 6, gl.constexpr(2)
+# Tiles of the ring, and of the values, four for a row's, the other for the next row's.
+SLOTS, VALUE_SLOTS = 6, 5
 BACK_SLOTS, BACK_VALUE_SLOTS = 6, 5
 
 
@@ -141,7 +141,6 @@ def multiply_half(
                 finish_half(
                     acc, out, out_ptr, out_stride, scale, real, bias_h_ptr, tiles, end_full, end_empty,
                     walks * G + number, row, start, first_e, N, GROUP, EVEN, SHIFTED, narrow, WIDTH,
-                    FORWARD_END_TILES,
                 )  # fmt: skip
             first += 12
             value_step += 2
@@ -168,8 +167,7 @@ def row_kernel(
     values = gl.allocate_shared_memory(gl.bfloat16, [VALUE_SLOTS, BLOCK, WIDTH], layout)
     state_tile = gl.allocate_shared_memory(gl.bfloat16, [BLOCK, WIDTH], layout)
     ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BLOCK, DEPTH], layout)
-    ENDS: gl.constexpr = END_TILES if BACK else FORWARD_END_TILES
-    tiles = gl.allocate_shared_memory(gl.bfloat16, [ENDS, BLOCK, END], end_layout)
+    tiles = gl.allocate_shared_memory(gl.bfloat16, [END_TILES, BLOCK, END], end_layout)
     x_full = barriers(VALUE_SLOTS)
     full = barriers(SLOTS)
     empty = barriers(SLOTS)
@@ -178,8 +176,8 @@ def row_kernel(
     state_full = barriers(1, 2)
     state_empty = barriers(1, 2)
     turns = barriers(2)
-    end_full = barriers(2 * ENDS)
-    end_empty = barriers(ENDS)
+    end_full = barriers(2 * END_TILES)
+    end_empty = barriers(END_TILES)
     if BACK:
         fence_async_shared()
         gl.warp_specialize(
@@ -214,7 +212,7 @@ def row_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "rows",
-                        False, WIDTH, ENDS, True,
+                        False, WIDTH, END_TILES, True,
                     ),
                 ),
             ],
@@ -263,7 +261,7 @@ def row_kernel(
                     load_ends,
                     (
                         h, tiles, end_full, end_empty, rms_ptr, rms_ptr, N, G, shift, 0, E_BLOCKS, TASKS, "rows",
-                        False, WIDTH, ENDS,
+                        False, WIDTH,
                     ),
                 ),
             ],

@@ -227,14 +227,16 @@ def finish_half(
     sums_ptr=None, E=0,
 ):  # fmt: skip
     """The end of the group's half of this number: `gate` in parts of `END` columns, since more does not fit the
-    registers. BACK, values leave by a tile of the group's own."""
+    registers. With more tiles than parts each group has tiles of its own. BACK, values leave by a tile of the group's
+    own."""
     middle: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH // 2, 16]
     )
     scale = gl.expand_dims(scale, 1)
     real = gl.expand_dims(real, 1)
     before = token < 0
-    step = number * (WIDTH // END // TILES)
+    own: gl.constexpr = GROUP * (WIDTH // END) % TILES
+    step = number * ((WIDTH // END + TILES - 1) // TILES)
     sides = halves(acc, middle)
     for side in gl.static_range(2):
         if WIDTH == BLOCK:
@@ -242,8 +244,8 @@ def finish_half(
         for quarter in gl.static_range(WIDTH // END // 2):
             part = side * (WIDTH // END // 2) + quarter
             first = column + part * END
-            tile = tiles.index(part % TILES)
-            mbarrier.wait(full.index(GROUP * TILES + part % TILES), (step + part // TILES) & 1)
+            tile = tiles.index((own + part) % TILES)
+            mbarrier.wait(full.index(GROUP * TILES + (own + part) % TILES), (step + part // TILES) & 1)
             gate(
                 tile, value_tile if BACK else tile, quarters[quarter] if WIDTH == BLOCK else sides[side], scale, real,
                 bias_ptr + first, sums_ptr + first if BACK else bias_ptr, out_ptr + first, out_stride,
@@ -257,9 +259,9 @@ def finish_half(
                 store_async(out, [row, token, first], tile.reshape([1, BLOCK, END]))
             if part > 0:
                 tma.store_wait(2 if BACK else 1)
-                mbarrier.arrive(empty.index((part - 1) % TILES), count=1)
+                mbarrier.arrive(empty.index((own + part - 1) % TILES), count=1)
     tma.store_wait(0)
-    mbarrier.arrive(empty.index((WIDTH // END - 1) % TILES), count=1)
+    mbarrier.arrive(empty.index((own + WIDTH // END - 1) % TILES), count=1)
 
 
 @gluon.jit
@@ -338,8 +340,9 @@ def load_ends(
     SKIP: gl.constexpr, WIDTH: gl.constexpr = BLOCK, TILES: gl.constexpr = END_TILES, OWN: gl.constexpr = False,
     DOWN: gl.constexpr = False,
 ):  # fmt: skip
-    """What `finish_half` reads: for both groups the same tiles, whose arrivals each group waits for at barriers of its
-    own; or with OWN what `finish_back` reads, whose groups have tiles of their own."""
+    """What `finish_half` reads: for both groups the same tiles, or with `TILES` for two halves those of each group,
+    whose arrivals each group waits for at barriers of its own; or with OWN what `finish_back` reads, whose groups have
+    tiles of their own."""
     grid_wait()
     step = 0
     group = 0

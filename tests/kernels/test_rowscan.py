@@ -128,9 +128,8 @@ class EmulatedNumbers(Emulated):
             NVMMASharedLayout=lambda **k: None,
         )  # fmt: skip
         names = self.stand_ins() | dict(
-            gl=gl, WIDTH=rowscan.WIDTH.value, FORWARD_END_TILES=rowscan.FORWARD_END_TILES.value,
-            reinterpret=reinterpret, sigmoid=torch.sigmoid, halves=lambda acc, layout: acc.chunk(2, 1),
-            range=lambda *a: map(Integer, range(*map(int, a))),
+            gl=gl, WIDTH=rowscan.WIDTH.value, reinterpret=reinterpret, sigmoid=torch.sigmoid,
+            halves=lambda acc, layout: acc.chunk(2, 1), range=lambda *a: map(Integer, range(*map(int, a))),
         )  # fmt: skip
         for module in (*SCANS, rowscan):
             for name, value in (functions_of(module, monkeypatch) | names).items():
