@@ -513,7 +513,7 @@ def means(measured: Iterable[tuple[dict, dict]]) -> tuple[dict, dict]:
 
 
 def measure_text(model: nn.Module, cell: Cell, valid: Callable[[int, int], Stream], recipe: Recipe):
-    """The final loss, by position and by slot in the chunk, and by quarter at 2 and 4 times the context."""
+    """The final loss, by position and by slot in the chunk, and by quarter at 2, 4 and 8 times the context."""
     losses = validate(model, valid(cell.context, recipe.final_tokens), recipe.batch_tokens)
     final = {"loss": losses.nanmean().item(), "tokens": int(losses.isfinite().sum()), "rows": len(losses),
              "row_std": losses.nanmean(1).std().item(), "by_position": binned(losses, BINS)}  # fmt: skip
@@ -522,7 +522,7 @@ def measure_text(model: nn.Module, cell: Cell, valid: Callable[[int, int], Strea
         # Without the first chunk, which has no context before it.
         final["by_slot"] = binned(losses[:, chunk:].reshape(-1, chunk), BINS)
     other = {}
-    for factor in (2, 4) if MODELS[cell.model].long else ():
+    for factor in (2, 4, 8) if MODELS[cell.model].long else ():
         losses = validate(model, valid(factor * cell.context, recipe.final_tokens), recipe.batch_tokens)
         other[str(factor * cell.context)] = {"loss": losses.nanmean().item(), "quarters": binned(losses, 4)}
     return final, other

@@ -268,6 +268,27 @@ def positions(results: Results) -> str:
     return table(head, rows) if rows else "No cells yet."
 
 
+def branch(results: Results) -> str:
+    """What the global branch is worth, by position: the loss of local attention alone minus that of plain-key FLASH+,
+    which starts as it does."""
+    rows, best = [], chosen(results, tokens=grid.ONE_PASS)
+    for (model, task, context), cell in best.items():
+        local = best.get((grid.PLUS_LOCAL, task, context))
+        if model != grid.PLUS or local is None:
+            continue
+        for corpus, found in results[cell]["corpora"].items():
+            other = results[local]["corpora"][corpus]
+            within = zip(eighths(found["final"]), eighths(other["final"]), strict=True)
+            beyond = [zip(found["lengths"][f"{factor * context}"]["quarters"],
+                          other["lengths"][f"{factor * context}"]["quarters"], strict=True)
+                      for factor in (2, 4)]  # fmt: skip
+            rows.append([f"{context:,}", corpus, *(
+                ", ".join(f"{alone - both:.3f}" for both, alone in part) for part in (within, *beyond)
+            )])  # fmt: skip
+    head = ["context", "corpus", "by eighth of the context", "by quarter at 2 times the context", "at 4 times"]
+    return table(head, rows) if rows else "No cells yet."
+
+
 def eighths(final: dict) -> list[float]:
     """Loss by eighth of the context."""
     bins = final["by_position"]
@@ -323,7 +344,7 @@ def lasting(results: Results, causal: bool = True) -> str:
     head = [*LONG_HEAD, "learning rate", "training, last tenth"]
     for corpus in CORPORA:
         head += [f"{corpus}{size}", f"{corpus}: {ends}", "difference"]
-    head.append(f"{CORPORA[0]} at 2 and 4 times the context")
+    head.append(f"{CORPORA[0]} at 2, 4 and 8 times the context")
     tenths = [("m", grid.ONE_PASS / 10), ("base", grid.BASE_TOKENS / 10)]
     searched = [f"{MODELS[cell.model].title} ({cell.size}, {cell.context:,}) {rates_tried(results, cell)}"
                 for cell in best_rates(results).values()
@@ -434,7 +455,7 @@ def where(results: Results) -> str:
 
 SECTIONS = {
     "goals": goals, "headline": headline, "budgets": budgets, "times": times, "forms": forms, "recall": recall,
-    "positions": positions, "lasting": lasting, "crossings": crossings,
+    "positions": positions, "branch": branch, "lasting": lasting, "crossings": crossings,
     "lasting-masked": partial(lasting, causal=False), "crossings-masked": partial(crossings, causal=False),
     "searched": searched, "unfinished": unfinished, "ablations": ablations, "where": where,
 }  # fmt: skip

@@ -591,6 +591,28 @@ def test_long_trainings_are_listed_by_corpus_and_position():
     assert len(table.splitlines()) == len(rows) + 2
 
 
+def test_the_global_branch_is_worth_what_local_attention_alone_lacks():
+    """By position, of trainings of one pass alone."""
+    results = {}
+    for model, tokens, more in ((grid.PLUS, 235, 0), (grid.PLUS_LOCAL, 235, 1), (grid.PLUS_LOCAL, 60, 9)):
+        found = {
+            "final": {"by_position": [3 + more * i / 32 for i in range(32)]},
+            "lengths": {
+                f"{factor * 2048}": {"quarters": [3 + more * factor * i for i in range(4)]} for factor in (2, 4)
+            },
+        }
+        cell = grid.Cell("train", model, "m", "mixed-causal", 2048, tokens, 0.002)
+        results[cell] = {"final": {"loss": 3 + more}, "corpora": {"books": found, "wiki": found}}
+    eighths = "0.047, 0.172, 0.297, 0.422, 0.547, 0.672, 0.797, 0.922"
+    rows = report.branch(results).splitlines()[2:]
+    assert rows == [
+        f"| 2,048 | {corpus} | {eighths} | 0.000, 2.000, 4.000, 6.000 | 0.000, 4.000, 8.000, 12.000 |"
+        for corpus in ("books", "wiki")
+    ]
+    del results[next(iter(results))]
+    assert report.branch(results) == "No cells yet."
+
+
 def test_masked_long_trainings_are_listed_apart():
     causal, masked = long_trainings("mixed-causal", 8192), {}
     for context in (8192, 512):
