@@ -506,57 +506,70 @@ class StepLayout(Movable):
     valid_BN: Tensor | None = None
     shift: int = 0
 
+    @property
+    def padding_BN1(self) -> Tensor | None:
+        """True where the token is padding, bool `[B, 1, 1]`, or None."""
+        return None if self.valid_BN is None else ~self.valid_BN[..., None]
+
 
 @dataclass(frozen=True)
 class AppendLayout(Movable):
     """Up to C new tokens per row, appended to a constant-size cache: no grid, only the new tokens are queries.
 
     A row's tokens belong to its open chunk, or to the one after it. M keys: with a window of two chunks the C slots of
-    the chunk before the open one, then the first slots of the open chunk, then the new tokens.
+    the chunk before the open one, then the first slots of the open chunk, then the new tokens. All that layers need of
+    this is made once, in the shapes in which they use it, since each operation of a layer costs a launch.
 
     Attributes:
         position_BN: position of every token in its document, int64 `[B, N]`.
-        valid_BN: False at padding, bool `[B, N]`; None if every token is real.
-        phase_B: slot of the open chunk where the tokens continue, int64 `[B]`.
-        slot_BN: slot of every token in its chunk, int64 `[B, N]`.
-        second_BN: whether the token is behind the open chunk, bool `[B, N]`.
-        crosses_B: whether any real token is, bool `[B]`.
-        before_BN: the real token before each, counted from 1; 0 is the cache's newest; int64 `[B, N]`. None if every
-            token is real.
-        last_B: the last real token, counted likewise, int64 `[B]`.
-        closed_BN: tokens of the document in chunks before each token's, int64 `[B, N]`.
-        visible_BNM, offset_BNM: keys that each query sees in the local part, and key slot minus query slot.
+        padding_BN1: True at padding, bool `[B, N, 1]`; None if every token is real.
+        takes_BGN1: the tokens of the open chunk (1 or 0), and with two `chunks` those of the next, int8
+            `[B, G, N, 1]`.
+        opens_B11, crosses_B11: whether a row begins at the border of a chunk, or has a real token behind its open
+            chunk, bool `[B, 1, 1]`.
+        empty_B11: whether the cache has no token of the row's document, bool `[B, 1, 1]`.
+        write_BN1: the slot that each token takes, int64 `[B, N, 1]`. Padding takes one that no token does.
+        newest_B11, newest_after_B11: the slot in which shifted keys have their newest token's own key, before and
+            after this call, int64 `[B, 1, 1]`.
+        before_BK1: the real token before each, counted from 1, and the last one, int64 `[B, N + 1, 1]`; 0 is the
+            cache's newest. None if every token is real.
+        scale_BN1: the factor of the sum over closed chunks, `[B, N, 1]`.
+        hidden_BNM: the keys that a query does not see in the local part, bool `[B, N, M]`.
+        offset_BNM: the place of each pair in a relative bias, int64 `[B, N, M]`.
         sign_BNM: keys to add to the cache's sum (1) or to take from it (-1), so that each query reads closed chunks,
             int8 `[B, N, M]`; of the open chunk and the new tokens only.
+        closing_BC1: slots that new tokens fill in the open chunk if they go beyond it, bool `[B, C, 1]`.
         seen_after_B: tokens of the document after this call, int64 `[B]`.
         slots: slots of the open chunk among the keys.
         chunks: 1 where the host knows that no row goes beyond its open chunk, else 2.
     """
 
     position_BN: Tensor
-    valid_BN: Tensor | None
-    phase_B: Tensor
-    slot_BN: Tensor
-    second_BN: Tensor
-    crosses_B: Tensor
-    before_BN: Tensor | None
-    last_B: Tensor
-    closed_BN: Tensor
-    visible_BNM: Tensor
+    padding_BN1: Tensor | None
+    takes_BGN1: Tensor
+    opens_B11: Tensor
+    crosses_B11: Tensor
+    empty_B11: Tensor
+    write_BN1: Tensor
+    newest_B11: Tensor
+    newest_after_B11: Tensor
+    before_BK1: Tensor | None
+    scale_BN1: Tensor
+    hidden_BNM: Tensor
     offset_BNM: Tensor
     sign_BNM: Tensor
+    closing_BC1: Tensor
     seen_after_B: Tensor
     slots: int
     chunks: int
 
     def tokens_before(self, newest_B1S: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
-        """What belongs to the token before each, `[B, N, S]`, and to the newest of all, `[B, 1, S]`."""
-        all_BKS = torch.cat([newest_B1S.to(own_BNS.dtype), own_BNS], 1)
-        if self.before_BN is None:
-            return all_BKS[:, :-1], all_BKS[:, -1:]
-        index_BK = torch.cat([self.before_BN, self.last_B[:, None]], 1)
-        taken_BKS = all_BKS.gather(1, index_BK[..., None].expand(-1, -1, own_BNS.shape[2]))
-        return taken_BKS[:, :-1], taken_BKS[:, -1:]
+        """Own keys of the token before each, `[B, N, S]`, and of the newest of all, `[B, 1, S]`. The cache's newest is
+        0 before a document's first token."""
+        all_BKS = torch.cat([newest_B1S.masked_fill(self.empty_B11, 0).to(own_BNS.dtype), own_BNS], 1)
+        if self.before_BK1 is not None:
+            all_BKS = all_BKS.gather(1, self.before_BK1.expand_as(all_BKS))
+        return all_BKS[:, :-1], all_BKS[:, -1:]
 
 
 def can_append(documents: Documents, chunk_size: int) -> bool:
@@ -565,8 +578,17 @@ def can_append(documents: Documents, chunk_size: int) -> bool:
     return few and documents.start_BN is None and not is_tracing()
 
 
-def append_layout(documents: Documents, chunk_size: int, *, window: int, shift: int = 0) -> AppendLayout:
-    """Lay out a few tokens behind those of a cache; `can_append` says whether they are few enough."""
+def append_layout(
+    documents: Documents,
+    chunk_size: int,
+    *,
+    window: int,
+    shift: int = 0,
+    normalization: str = "mean",
+    dtype: torch.dtype = torch.float32,
+) -> AppendLayout:
+    """Lay out a few tokens behind those of a cache; `can_append` says whether they are few enough. `normalization` and
+    `dtype` are of the sum over closed chunks."""
     seen_B, valid_BN, C = documents.seen_B, documents.valid_BN, chunk_size
     (B, N), device = documents.position_BN.shape, seen_B.device
     position_BN = documents.position_BN
@@ -574,14 +596,22 @@ def append_layout(documents: Documents, chunk_size: int, *, window: int, shift: 
     # Padding in front of the first new token has the position of the token before it.
     second_BN = (position_BN + shift) // C > ((seen_B + shift) // C)[:, None]
     real_BN = torch.ones(B, N, dtype=torch.bool, device=device) if valid_BN is None else valid_BN
-    crosses_B = (second_BN & real_BN).any(1)
+    count_B = real_BN.sum(1)
     place_N = torch.arange(1, N + 1, device=device)
-    last_BN = torch.where(real_BN, place_N, 0).cummax(1).values
     # A CPU need not read the slots behind the newest token; elsewhere their number would have to be waited for.
     slots = int(phase_B.max()) if device.type == "cpu" else C
 
+    # The newest token's own key is behind its slot.
+    newest_B1 = (phase_B[:, None] - 1) % C + 1
+    newest_after_B1 = (newest_B1 - 1 + count_B[:, None]) % C + 1
+    write_BN, before_BK1 = slot_BN, None
+    if valid_BN is not None:
+        write_BN = torch.where(valid_BN, slot_BN, newest_after_B1 % C)
+        before_BK1 = F.pad(torch.where(valid_BN, place_N, 0).cummax(1).values, (1, 0))[..., None]
+
     slot_C = torch.arange(C, device=device)
-    held_BC = (slot_C < phase_B[:, None]) & (slot_C >= (phase_B - seen_B)[:, None])
+    new_BC = slot_C >= phase_B[:, None]
+    held_BC = ~new_BC & (slot_C >= (phase_B - seen_B)[:, None])
     column_BN = slot_BN + C * second_BN
     visible, offset, sign = [], [], []
 
@@ -599,13 +629,24 @@ def append_layout(documents: Documents, chunk_size: int, *, window: int, shift: 
     earlier_BNN = real_BN[:, None] & (place_N <= place_N[:, None])
     apart_BNN = second_BN[..., None] & ~second_BN[:, None]
     add(column_BN[:, None], earlier_BNN & (~apart_BNN | (window > 1)), earlier_BNN & apart_BNN)
+    chunks = 1 if slots + N <= C else 2
+    takes_BGN = torch.stack([~second_BN, second_BN][:chunks], 1).to(torch.int8)
+    closed_BN, farthest = (position_BN - slot_BN).clamp(min=0), window * C - 1
     return AppendLayout(
-        position_BN, valid_BN, phase_B, slot_BN, second_BN, crosses_B,
-        before_BN=None if valid_BN is None else F.pad(last_BN[:, :-1], (1, 0)), last_B=last_BN[:, -1],
-        closed_BN=(position_BN - slot_BN).clamp(min=0), visible_BNM=torch.cat(visible, 2),
-        offset_BNM=torch.cat(offset, 2), sign_BNM=torch.cat(sign, 2), seen_after_B=seen_B + real_BN.sum(1),
-        slots=slots, chunks=1 if slots + N <= C else 2,
+        position_BN, None if valid_BN is None else ~valid_BN[..., None], takes_BGN[..., None],
+        opens_B11=(phase_B == 0)[:, None, None], crosses_B11=(second_BN & real_BN).any(1)[:, None, None],
+        empty_B11=(seen_B == 0)[:, None, None], write_BN1=write_BN[..., None], newest_B11=newest_B1[..., None],
+        newest_after_B11=newest_after_B1[..., None], before_BK1=before_BK1,
+        scale_BN1=global_scale(closed_BN, normalization, C, dtype)[..., None], hidden_BNM=~torch.cat(visible, 2),
+        offset_BNM=(torch.cat(offset, 2) + farthest).clamp(0, 2 * farthest), sign_BNM=torch.cat(sign, 2),
+        closing_BC1=new_BC[..., None], seen_after_B=seen_B + count_B, slots=slots, chunks=chunks,
     )  # fmt: skip
+
+
+def global_scale(count: Tensor, normalization: str, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """The factor of a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 for no tokens."""
+    tokens = count if normalization == "mean" else torch.full_like(count, chunk_size)
+    return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
 
 
 def held_before(closed_B: Tensor, chunk_size: int) -> Tensor:
@@ -680,6 +721,7 @@ class Places(Movable):
         rotary: cos and sin of the layout's positions, `[..., r / 2]`; None without RoPE.
         bias_rotary: cos and sin of the offsets `-(bias_length - 1) ... bias_length - 1`; None without a rotary bias.
         bias_length: distances that the relative bias covers.
+        shifted_S: dimensions of local keys to take from the token before, bool `[S]`; None for none.
         fused: whether kernels compute this call.
         plan: how they walk through a grid of chunks (`flash_hf.kernels.ChunkPlan`).
     """
@@ -689,5 +731,6 @@ class Places(Movable):
     rotary: tuple[Tensor, Tensor] | None
     bias_rotary: tuple[Tensor, Tensor] | None
     bias_length: int
+    shifted_S: Tensor | None = None
     fused: bool = False
     plan: Movable | None = None

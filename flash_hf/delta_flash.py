@@ -19,6 +19,7 @@ Causal only. Alphabet as in attention_flash.py. Gates, and all that is made from
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -117,31 +118,43 @@ class TransposedSolve(torch.autograd.Function):
         return -(solved @ grad_y.transpose(1, 2)).tril(-1), grad_y
 
 
-def writes(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def solve_few(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
+    """[`TransposedSolve`] by one call of a library, which pays for a few tokens. The diagonal of its first argument is
+    not read, nor what is above."""
+    return torch.linalg.solve_triangular(strict_XCC.transpose(1, 2), y_XCS, upper=True, unitriangular=True)
+
+
+def writes(
+    k_BGCS: Tensor,
+    forget_BGC: Tensor,
+    write_BGC: Tensor,
+    solve: Callable[[Tensor, Tensor], Tensor] = TransposedSolve.apply,
+) -> tuple[Tensor, Tensor, Tensor]:
     """What each chunk writes into the state: `S' = decay S + entering^T (value - diag(exp F) K S)`.
 
     Args:
         k_BGCS: keys of length 1.
         forget_BGC: log a, 0 at empty slots.
         write_BGC: w, 0 at empty slots.
+        solve: `(1 + L)^-T y` for strictly lower triangular L.
 
     Returns:
         entering `[B, G, C, S]`, decay `[B, G]`, and the running sums F `[B, G, C]`.
     """
     C = forget_BGC.shape[2]
+    k_XCS, write_XC1 = k_BGCS.flatten(0, 1), write_BGC.flatten(0, 1)[..., None]
     # By a product, since torch 2.11 cannot compile a cumsum here.
-    since_BGC = (torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).tril() @ forget_BGC[..., None])[
-        ..., 0
-    ]
-    apart_BGCC = torch.exp((since_BGC[..., :, None] - since_BGC[..., None, :]).clamp(max=0))
-    strict = (write_BGC[..., None] * apart_BGCC * (k_BGCS @ k_BGCS.transpose(2, 3))).tril(-1).flatten(0, 1)
-    all_BG = since_BGC[:, :, -1]
-    kept = (torch.exp(all_BG[..., None] - since_BGC)[..., None] * k_BGCS).flatten(0, 1)
+    since_BGC = forget_BGC @ torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).triu()
+    since_XC = since_BGC.flatten(0, 1)
+    apart_XCC = torch.exp((since_XC[..., None] - since_XC[:, None]).clamp(max=0))
+    strict = (write_XC1 * apart_XCC * torch.bmm(k_XCS, k_XCS.transpose(1, 2))).tril(-1)
+    all_X1 = since_XC[:, -1:]
+    kept = torch.exp(all_X1 - since_XC)[..., None] * k_XCS
     if takes_any_length(forget_BGC.shape[1]):
-        solved = lower_inverse(strict).transpose(1, 2) @ kept
+        solved = torch.bmm(lower_inverse(strict).transpose(1, 2), kept)
     else:
-        solved = TransposedSolve.apply(strict, kept)
-    return solved.view_as(k_BGCS) * write_BGC[..., None], torch.exp(all_BG), since_BGC
+        solved = solve(strict, kept)
+    return (solved * write_XC1).view_as(k_BGCS), torch.exp(all_X1).view(since_BGC.shape[:2]), since_BGC
 
 
 def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -381,41 +394,40 @@ def delta_chunk_append(
     **options: Any,
 ) -> tuple[Tensor | None, DecodingState]:
     """[`mixed_chunk_append`] with the delta rule for its global part; `qk` has gates, `[B, N, 2]`, 0 at padding."""
-    dtype, key, after = qk.gates.dtype, qk.lin_k, {}
+    dtype, chunks, key, after = qk.gates.dtype, layout.chunks, qk.lin_k, {}
     if previous_key:
-        before_B1S = state.lin_k.masked_fill((state.seen == 0)[:, None, None], 0)
-        key, newest_B1S = layout.tokens_before(before_B1S, qk.lin_k)
+        key, newest_B1S = layout.tokens_before(state.lin_k, qk.lin_k)
         after["lin_k"] = newest_B1S.to(state.lin_k.dtype)
     # Short chunks: the tokens of the open one, and those of the next.
-    takes_BGN = torch.stack([~layout.second_BN, layout.second_BN][: layout.chunks], 1)
-    gates_BGN2 = qk.gates[:, None] * takes_BGN[..., None]
-    amid_B11, crosses_B11 = (layout.phase_B > 0)[:, None, None], layout.crosses_B[:, None, None]
-    value, behind, read = value_BNE.to(dtype), state.total, []
+    forget_BGN, write_BGN = (qk.gates[:, None] * layout.takes_BGN1).unbind(-1)
+    value, behind, read = value_BNE.to(dtype), state.total, [torch.where(layout.opens_B11, state.total, state.opened)]
+    out = None
     with exactly(value_BNE):
         k = F.normalize(key.to(dtype), dim=-1)
-        k_BGNS = k[:, None].expand(-1, layout.chunks, -1, -1)
-        entering, decay, since = writes(k_BGNS, *gates_BGN2.unbind(-1))
-        for g in range(layout.chunks):
-            # With fewer tokens than S, what is erased is cheaper by token than as a matrix [S, S].
-            missing = value - (torch.exp(since[:, g])[..., None] * k) @ behind
+        k_BGNS = k[:, None].expand(-1, chunks, -1, -1)
+        entering, decay, since = writes(k_BGNS, forget_BGN, write_BGN, solve=solve_few)
+        faded = torch.exp(since)[..., None]
+        # With fewer tokens than S, what is erased is cheaper by token than as a matrix [S, S].
+        erasing, decay = (faded * k_BGNS).unbind(1), decay[..., None, None].unbind(1)
+        for g, entering_BNS in enumerate(entering.unbind(1)):
+            missing = torch.baddbmm(value, erasing[g], behind, alpha=-1)
+            behind = torch.baddbmm(decay[g] * behind, entering_BNS.transpose(1, 2), missing)
             read.append(behind)
-            behind = decay[:, g, None, None] * behind + entering[:, g].transpose(1, 2) @ missing
-        read[0] = torch.where(amid_B11, state.opened, read[0])
-        since = list(since.unbind(1))
-        since[0] = since[0] + torch.where(amid_B11[..., 0], state.since[:, None], 0)
-        out = None
+        # The open chunk has forgotten since its beginning.
+        before_B11 = torch.where(layout.opens_B11, 0, state.since[:, None, None])
         if qk.lin_q is not None:
             q = F.normalize(qk.lin_q.to(dtype), dim=-1)
-            outs = [
-                torch.exp(since_BN)[..., None] * q @ read_BSE for since_BN, read_BSE in zip(since, read, strict=True)
-            ]
-            out = torch.where(layout.second_BN[..., None], outs[-1], outs[0]).to(value_BNE.dtype)
-    after |= {
-        "total": behind,
-        "opened": torch.where(crosses_B11, read[-1], read[0]),
-        "since": torch.where(layout.crosses_B, since[-1][:, -1], since[0][:, -1]),
-    }
-    after = {name: x.detach() for name, x in after.items()}
+            queries = (faded * layout.takes_BGN1 * q[:, None]).unbind(1)
+            out = torch.bmm(torch.exp(before_B11) * queries[0], read[0])
+            if chunks > 1:
+                out = torch.baddbmm(out, queries[1], read[1])
+            out = out.to(value_BNE.dtype)
+    with torch.no_grad():
+        opened, since_B = read[0], since[:, 0, -1] + before_B11[:, 0, 0]
+        if chunks > 1:
+            opened = torch.where(layout.crosses_B11, read[1], opened)
+            since_B = torch.where(layout.crosses_B11[:, 0, 0], since[:, 1, -1], since_B)
+    after = {name: x.detach() for name, x in {**after, "total": behind, "opened": opened, "since": since_B}.items()}
     if qk.quad_k is None:
         return out, replace(state.map(torch.detach), seen=layout.seen_after_B.clone(), **after)
     own = qk._replace(lin_q=None, lin_k=None)
