@@ -711,7 +711,7 @@ def quadratic_layout(
     return QuadraticLayout(position_BN, visible_BNM, offset_BNM, query_position_BN, document_BN)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a rollback recalls by them what it made
 class Places(Movable):
     """Where the tokens of one forward are: made once, and passed to all layers that share a `chunk_shift`.
 
