@@ -88,7 +88,7 @@ class DecodingState:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type of sums over tokens: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---- Positions, queries and keys ----

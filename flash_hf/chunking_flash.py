@@ -523,8 +523,8 @@ class AppendLayout(Movable):
     Attributes:
         position_BN: position of every token in its document, int64 `[B, N]`.
         padding_BN1: True at padding, bool `[B, N, 1]`; None if every token is real.
-        takes_BGN1: the tokens of the open chunk (1 or 0), and with two `chunks` those of the next, int8
-            `[B, G, N, 1]`.
+        takes_BGN1: with two `chunks` the tokens of the open one (1 or 0), then all tokens, int8 `[B, G, N, 1]`.
+        others_BN: for the open chunk and the next, the tokens that are not in it, bool, `chunks` times `[B, N]`.
         opens_B11, crosses_B11: whether a row begins at the border of a chunk, or has a real token behind its open
             chunk, bool `[B, 1, 1]`.
         empty_B11: whether the cache has no token of the row's document, bool `[B, 1, 1]`.
@@ -547,6 +547,7 @@ class AppendLayout(Movable):
     position_BN: Tensor
     padding_BN1: Tensor | None
     takes_BGN1: Tensor
+    others_BN: tuple[Tensor, ...]
     opens_B11: Tensor
     crosses_B11: Tensor
     empty_B11: Tensor
@@ -630,10 +631,12 @@ def append_layout(
     apart_BNN = second_BN[..., None] & ~second_BN[:, None]
     add(column_BN[:, None], earlier_BNN & (~apart_BNN | (window > 1)), earlier_BNN & apart_BNN)
     chunks = 1 if slots + N <= C else 2
-    takes_BGN = torch.stack([~second_BN, second_BN][:chunks], 1).to(torch.int8)
+    all_BN = torch.ones(B, N, dtype=torch.int8, device=device)
+    takes_BGN = torch.stack([~second_BN, all_BN][-chunks:], 1)
     closed_BN, farthest = (position_BN - slot_BN).clamp(min=0), window * C - 1
     return AppendLayout(
         position_BN, None if valid_BN is None else ~valid_BN[..., None], takes_BGN[..., None],
+        others_BN=(second_BN, ~second_BN)[:chunks],
         opens_B11=(phase_B == 0)[:, None, None], crosses_B11=(second_BN & real_BN).any(1)[:, None, None],
         empty_B11=(seen_B == 0)[:, None, None], write_BN1=write_BN[..., None], newest_B11=newest_B1[..., None],
         newest_after_B11=newest_after_B1[..., None], before_BK1=before_BK1,
