@@ -523,7 +523,7 @@ class AppendLayout(Movable):
     Attributes:
         position_BN: position of every token in its document, int64 `[B, N]`.
         padding_BN1: True at padding, bool `[B, N, 1]`; None if every token is real.
-        takes_BGN1: with two `chunks` the tokens of the open one (1 or 0), then all tokens, int8 `[B, G, N, 1]`.
+        second_BN1: whether the token is behind the open chunk, bool `[B, N, 1]`.
         others_BN: for the open chunk and the next, the tokens that are not in it, bool, `chunks` times `[B, N]`.
         opens_B11, crosses_B11: whether a row begins at the border of a chunk, or has a real token behind its open
             chunk, bool `[B, 1, 1]`.
@@ -538,15 +538,16 @@ class AppendLayout(Movable):
         offset_BNM: the place of each pair in a relative bias, int64 `[B, N, M]`.
         sign_BNM: keys to add to the cache's sum (1) or to take from it (-1), so that each query reads closed chunks,
             int8 `[B, N, M]`; of the open chunk and the new tokens only.
-        closing_BC1: slots that new tokens fill in the open chunk if they go beyond it, bool `[B, C, 1]`.
         seen_after_B: tokens of the document after this call, int64 `[B]`.
         slots: slots of the open chunk among the keys.
         chunks: 1 where the host knows that no row goes beyond its open chunk, else 2.
+        closing_BC1: slots that new tokens fill in the open chunk if they go beyond it, bool `[B, C, 1]`; None without
+            a window of two chunks.
     """
 
     position_BN: Tensor
     padding_BN1: Tensor | None
-    takes_BGN1: Tensor
+    second_BN1: Tensor
     others_BN: tuple[Tensor, ...]
     opens_B11: Tensor
     crosses_B11: Tensor
@@ -559,10 +560,10 @@ class AppendLayout(Movable):
     hidden_BNM: Tensor
     offset_BNM: Tensor
     sign_BNM: Tensor
-    closing_BC1: Tensor
     seen_after_B: Tensor
     slots: int
     chunks: int
+    closing_BC1: Tensor | None = None
 
     def tokens_before(self, newest_B1S: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
         """Own keys of the token before each, `[B, N, S]`, and of the newest of all, `[B, 1, S]`. The cache's newest is
@@ -590,66 +591,56 @@ def append_layout(
 ) -> AppendLayout:
     """Lay out a few tokens behind those of a cache; `can_append` says whether they are few enough. `normalization` and
     `dtype` are of the sum over closed chunks."""
-    seen_B, valid_BN, C = documents.seen_B, documents.valid_BN, chunk_size
-    (B, N), device = documents.position_BN.shape, seen_B.device
-    position_BN = documents.position_BN
-    phase_B, slot_BN = (seen_B + shift) % C, (position_BN + shift) % C
-    # Padding in front of the first new token has the position of the token before it.
-    second_BN = (position_BN + shift) // C > ((seen_B + shift) // C)[:, None]
-    real_BN = torch.ones(B, N, dtype=torch.bool, device=device) if valid_BN is None else valid_BN
-    count_B = real_BN.sum(1)
-    place_N = torch.arange(1, N + 1, device=device)
+    seen_B, valid_BN, position_BN = documents.seen_B, documents.valid_BN, documents.position_BN
+    (B, N), C, device = position_BN.shape, chunk_size, seen_B.device
+    phase_B = (seen_B + shift) % C
     # A CPU need not read the slots behind the newest token; elsewhere their number would have to be waited for.
     slots = int(phase_B.max()) if device.type == "cpu" else C
+    chunks, before = 1 if slots + N <= C else 2, (window - 1) * C
 
-    # The newest token's own key is behind its slot.
-    newest_B1 = (phase_B[:, None] - 1) % C + 1
-    newest_after_B1 = (newest_B1 - 1 + count_B[:, None]) % C + 1
-    write_BN, before_BK1 = slot_BN, None
+    # Columns are counted from the first slot of the open chunk, whose position is below 0 where that slot is empty.
+    first_B1 = (seen_B - phase_B)[:, None]
+    column_BN = position_BN - first_B1
+    slot_BN, second_BN = column_BN % C, column_BN >= C
+    count_B = N if valid_BN is None else valid_BN.sum(1)
+    seen_B11, phase_B11 = seen_B[:, None, None], phase_B[:, None, None]
+    seen_after_B = seen_B + count_B
+    end_B11 = phase_B11 + (seen_after_B[:, None, None] - seen_B11)
+    write_BN, padding_BN1, before_BK1 = slot_BN, None, None
+    place_N = torch.arange(N, device=device)
+    earlier_BNN = (place_N <= place_N[:, None])[None]
     if valid_BN is not None:
-        write_BN = torch.where(valid_BN, slot_BN, newest_after_B1 % C)
-        before_BK1 = F.pad(torch.where(valid_BN, place_N, 0).cummax(1).values, (1, 0))[..., None]
+        write_BN = torch.where(valid_BN, slot_BN, end_B11[..., 0] % C)
+        padding_BN1 = ~valid_BN[..., None]
+        before_BK1 = F.pad(torch.where(valid_BN, place_N + 1, 0).cummax(1).values, (1, 0))[..., None]
+        earlier_BNN = earlier_BNN & valid_BN[:, None]
 
-    slot_C = torch.arange(C, device=device)
-    new_BC = slot_C >= phase_B[:, None]
-    held_BC = ~new_BC & (slot_C >= (phase_B - seen_B)[:, None])
-    column_BN = slot_BN + C * second_BN
-    visible, offset, sign = [], [], []
-
-    def add(key_slot: Tensor, seen: Tensor, key_sign: Tensor | None = None) -> None:
-        visible.append(seen)
-        offset.append((key_slot - column_BN[..., None]).expand(B, N, -1))
-        if key_sign is not None:
-            sign.append(key_sign.to(torch.int8))
-
-    if window > 1:
-        before_BC = held_before(seen_B - phase_B, C)
-        add(slot_C - C, before_BC[:, None] & ~second_BN[..., None])
-    held_B1C, first_BN1 = held_BC[:, None, :slots], ~second_BN[..., None]
-    add(slot_C[:slots], held_B1C & (first_BN1 | (window > 1)), -(held_B1C & first_BN1).to(torch.int8))
-    earlier_BNN = real_BN[:, None] & (place_N <= place_N[:, None])
-    apart_BNN = second_BN[..., None] & ~second_BN[:, None]
-    add(column_BN[:, None], earlier_BNN & (~apart_BNN | (window > 1)), earlier_BNN & apart_BNN)
-    chunks = 1 if slots + N <= C else 2
-    all_BN = torch.ones(B, N, dtype=torch.int8, device=device)
-    takes_BGN = torch.stack([~second_BN, all_BN][-chunks:], 1)
-    closed_BN, farthest = (position_BN - slot_BN).clamp(min=0), window * C - 1
+    cached_K = torch.arange(-before, slots, device=device)
+    held_BK = (cached_K < phase_B[:, None]) & (cached_K >= -first_B1)
+    there_BNM = torch.cat([held_BK[:, None].expand(B, N, -1), earlier_BNN.expand(B, N, -1)], 2)
+    key_B1M = torch.cat([cached_K.expand(B, -1), column_BN], 1)[:, None]
+    chunk_BN1 = (C * second_BN)[..., None]
+    own_BNM = there_BNM & (key_B1M >= chunk_BN1)
+    visible_BNM = own_BNM if window == 1 else there_BNM & (key_B1M >= chunk_BN1 - before)
+    # The cache's sum has all cached keys and no new ones.
+    new_M = torch.arange(key_B1M.shape[2], device=device) >= cached_K.shape[0]
+    sign_BNM = (there_BNM & new_M).to(torch.int8) - own_BNM.to(torch.int8)
+    farthest = window * C - 1
     return AppendLayout(
-        position_BN, None if valid_BN is None else ~valid_BN[..., None], takes_BGN[..., None],
-        others_BN=(second_BN, ~second_BN)[:chunks],
-        opens_B11=(phase_B == 0)[:, None, None], crosses_B11=(second_BN & real_BN).any(1)[:, None, None],
-        empty_B11=(seen_B == 0)[:, None, None], write_BN1=write_BN[..., None], newest_B11=newest_B1[..., None],
-        newest_after_B11=newest_after_B1[..., None], before_BK1=before_BK1,
-        scale_BN1=global_scale(closed_BN, normalization, C, dtype)[..., None], hidden_BNM=~torch.cat(visible, 2),
-        offset_BNM=(torch.cat(offset, 2) + farthest).clamp(0, 2 * farthest), sign_BNM=torch.cat(sign, 2),
-        closing_BC1=new_BC[..., None], seen_after_B=seen_B + count_B, slots=slots, chunks=chunks,
+        position_BN, padding_BN1, second_BN1=second_BN[..., None], others_BN=(second_BN, ~second_BN)[:chunks],
+        opens_B11=phase_B11 == 0, crosses_B11=end_B11 > C, empty_B11=seen_B11 == 0, write_BN1=write_BN[..., None],
+        newest_B11=(phase_B11 - 1) % C + 1, newest_after_B11=(end_B11 - 1) % C + 1, before_BK1=before_BK1,
+        scale_BN1=global_scale((position_BN - slot_BN).clamp(min=0), normalization, C, dtype)[..., None],
+        hidden_BNM=~visible_BNM, offset_BNM=(key_B1M - (column_BN - farthest)[..., None]).clamp(0, 2 * farthest),
+        sign_BNM=sign_BNM[..., before:], seen_after_B=seen_after_B, slots=slots, chunks=chunks,
+        closing_BC1=None if window == 1 else torch.arange(C, device=device)[:, None] >= phase_B11,
     )  # fmt: skip
 
 
 def global_scale(count: Tensor, normalization: str, chunk_size: int, dtype: torch.dtype) -> Tensor:
     """The factor of a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 for no tokens."""
     tokens = count if normalization == "mean" else torch.full_like(count, chunk_size)
-    return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
+    return (1.0 / tokens.clamp(min=1).to(dtype)).masked_fill(count <= 0, 0)
 
 
 def held_before(closed_B: Tensor, chunk_size: int) -> Tensor:

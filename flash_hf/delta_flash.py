@@ -412,7 +412,8 @@ def delta_chunk_append(
     (B, N, S), value, total = key.shape, value_BNE.to(dtype), state.total
     with exactly(value_BNE):
         # The state after those tokens that belong to the open chunk, and after all of them.
-        forget_BGN, write_BGN = (qk.gates[:, None] * layout.takes_BGN1).unbind(-1)
+        gates = [qk.gates] if G == 1 else [qk.gates.masked_fill(layout.second_BN1, 0), qk.gates]
+        forget_BGN, write_BGN = torch.stack(gates, 1).unbind(-1)
         since_BGN, k_BNS = forget_BGN.cumsum(-1), unit_length(key, dtype)
         faded_BGN1 = torch.exp(since_BGN)[..., None]
         k_BGNS = k_BNS[:, None].expand(-1, G, -1, -1)
