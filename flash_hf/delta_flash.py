@@ -134,9 +134,7 @@ def solve_few(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(strict_XCC.transpose(1, 2), y_XCS, upper=True, unitriangular=True)
 
 
-def writes(
-    k_XCS: Tensor, since_XC: Tensor, write_XC1: Tensor, solve: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def writes(k_XCS: Tensor, since_XC: Tensor, write_XC1: Tensor, solve: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """What tokens in a row write into the state, `[X, C, S]`: `S' = decay S + entering^T (value - diag(exp F) K S)`.
 
     Args:
@@ -146,9 +144,7 @@ def writes(
         solve: `(1 + L)^-T y` for L below the diagonal of its first argument.
     """
     apart_XCC = torch.exp((since_XC[..., None] - since_XC[:, None]).clamp(max=0))
-    solved = solve(
-        write_XC1 * apart_XCC * torch.bmm(k_XCS, k_XCS.transpose(1, 2)), apart_XCC[:, -1, :, None] * k_XCS
-    )
+    solved = solve(write_XC1 * apart_XCC * torch.bmm(k_XCS, k_XCS.transpose(1, 2)), apart_XCC[:, -1, :, None] * k_XCS)
     return solved * write_XC1
 
 
@@ -408,7 +404,7 @@ def delta_chunk_append(
     if previous_key:
         key, newest_B1S = layout.tokens_before(state.lin_k, qk.lin_k)
         after["lin_k"] = newest_B1S.to(state.lin_k.dtype)
-    opens_B1, amid_B11, G = layout.opens_B11[..., 0], ~layout.opens_B11, layout.chunks
+    opens_B11, G = layout.opens_B11, layout.chunks
     (B, N, S), value, total = key.shape, value_BNE.to(dtype), state.total
     with exactly(value_BNE):
         # The state after those tokens that belong to the open chunk, and after all of them.
@@ -423,8 +419,8 @@ def delta_chunk_append(
         written = torch.bmm(entering.transpose(1, 2), (value[:, None] - erased).flatten(0, 1)).view(B, G, S, -1)
         states = torch.addcmul(written, faded_BGN1[:, :, -1:], total[:, None]).unbind(1)
         # Tokens of the open chunk read the state before it, those of the next chunk that before themselves.
-        opened, out = torch.where(amid_B11, state.opened, total), None
-        reads = [(since_BGN[:, 0] + state.since[:, None].masked_fill(opens_B1, 0), opened)]
+        opened, out = torch.where(opens_B11, total, state.opened), None
+        reads = [(since_BGN[:, 0] + state.since[:, None].masked_fill(opens_B11[..., 0], 0), opened)]
         if G > 1:
             reads.append((since_BGN[:, 1] - since_BGN[:, 0], states[0]))
         if qk.lin_q is not None:
