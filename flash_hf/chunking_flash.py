@@ -603,9 +603,7 @@ def append_layout(
     column_BN = position_BN - first_B1
     slot_BN, second_BN = column_BN % C, column_BN >= C
     count_B = N if valid_BN is None else valid_BN.sum(1)
-    seen_B11, phase_B11 = seen_B[:, None, None], phase_B[:, None, None]
-    seen_after_B = seen_B + count_B
-    end_B11 = phase_B11 + (seen_after_B[:, None, None] - seen_B11)
+    phase_B11, end_B11 = phase_B[:, None, None], (phase_B + count_B)[:, None, None]
     write_BN, padding_BN1, before_BK1 = slot_BN, None, None
     place_N = torch.arange(N, device=device)
     earlier_BNN = (place_N <= place_N[:, None])[None]
@@ -628,11 +626,12 @@ def append_layout(
     farthest = window * C - 1
     return AppendLayout(
         position_BN, padding_BN1, second_BN1=second_BN[..., None], others_BN=(second_BN, ~second_BN)[:chunks],
-        opens_B11=phase_B11 == 0, crosses_B11=end_B11 > C, empty_B11=seen_B11 == 0, write_BN1=write_BN[..., None],
-        newest_B11=(phase_B11 - 1) % C + 1, newest_after_B11=(end_B11 - 1) % C + 1, before_BK1=before_BK1,
+        opens_B11=phase_B11 == 0, crosses_B11=end_B11 > C, empty_B11=(seen_B == 0)[:, None, None],
+        write_BN1=write_BN[..., None], newest_B11=(phase_B11 - 1) % C + 1, newest_after_B11=(end_B11 - 1) % C + 1,
+        before_BK1=before_BK1, hidden_BNM=~visible_BNM, sign_BNM=sign_BNM[..., before:],
         scale_BN1=global_scale((position_BN - slot_BN).clamp(min=0), normalization, C, dtype)[..., None],
-        hidden_BNM=~visible_BNM, offset_BNM=(key_B1M - (column_BN - farthest)[..., None]).clamp(0, 2 * farthest),
-        sign_BNM=sign_BNM[..., before:], seen_after_B=seen_after_B, slots=slots, chunks=chunks,
+        offset_BNM=(key_B1M - (column_BN - farthest)[..., None]).clamp(0, 2 * farthest), seen_after_B=seen_B + count_B,
+        slots=slots, chunks=chunks,
         closing_BC1=None if window == 1 else torch.arange(C, device=device)[:, None] >= phase_B11,
     )  # fmt: skip
 

@@ -417,7 +417,9 @@ def delta_chunk_append(
         # With fewer tokens than S, what is erased is cheaper by token than as a matrix [S, S].
         erased = torch.bmm((faded_BGN1 * k_BGNS).flatten(1, 2), total).view(B, G, N, -1)
         written = torch.bmm(entering.transpose(1, 2), (value[:, None] - erased).flatten(0, 1)).view(B, G, S, -1)
-        states = torch.addcmul(written, faded_BGN1[:, :, -1:], total[:, None]).unbind(1)
+        decays = faded_BGN1[:, :, -1:].unbind(1)
+        # Not at once: a part of the result would keep all of it alive as long as the cache.
+        states = [torch.addcmul(*each, total) for each in zip(written.unbind(1), decays, strict=True)]
         # Tokens of the open chunk read the state before it, those of the next chunk that before themselves.
         opened, out = torch.where(opens_B11, total, state.opened), None
         reads = [(since_BGN[:, 0] + state.since[:, None].masked_fill(opens_B11[..., 0], 0), opened)]
