@@ -1042,8 +1042,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             past = int(cache.get_seq_length())
             # The input includes the cached tokens if its mask, or its positions, are as long, and begin at 0.
             marks = position_ids if attention_mask is None else attention_mask
-            begins = position_ids is None or not bool(position_ids[..., :1].any())
-            whole = is_first_iteration and marks is not None and marks.shape[-1] == tokens.shape[1] and begins
+            whole = is_first_iteration and marks is not None and marks.shape[-1] == tokens.shape[1]
+            whole = whole and (position_ids is None or not bool(position_ids[..., :1].any()))
             if whole:
                 # Assisted decoding lets the model skip what the cache holds.
                 new = next_sequence_length = tokens.shape[1] - past
