@@ -118,17 +118,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         cos, sin: broadcastable to `[..., r / 2]`.
         interleaved: pairs are (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
     """
-    half = cos.shape[-1]
+    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     if interleaved:
         first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        kept = [x[..., 2 * half :]] if rest else []
     else:
-        first, second = x[..., :half], x[..., half : 2 * half]
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        first, second, *kept = x.split([half, half, rest] if rest else [half, half], -1)
+    turned = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
     if interleaved:
-        turned = (torch.stack(turned, -1).flatten(-2),)
-    rest = () if x.shape[-1] == 2 * half else (x[..., 2 * half :],)
-    return torch.cat([*turned, *rest], -1)
+        turned = [torch.stack(turned, -1).flatten(-2)]
+    return torch.cat(turned + kept, -1)
 
 
 def offset_scale(z: Tensor, gamma_HS: Tensor, beta_HS: Tensor, rotary, *, interleaved: bool = False) -> Tensor:
