@@ -19,6 +19,7 @@ from .chunking_flash import (
     ChunkLayout,
     QuadraticLayout,
     StepLayout,
+    global_scale,
     held_before,
     is_exporting,
     is_tracing,
@@ -87,7 +88,7 @@ class DecodingState:
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type of sums over tokens: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # ---- Positions, queries and keys ----
@@ -117,22 +118,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         cos, sin: broadcastable to `[..., r / 2]`.
         interleaved: pairs are (0, 1), (2, 3), ... instead of (0, r / 2), (1, r / 2 + 1), ...
     """
-    half = cos.shape[-1]
-    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        kept = [x[..., 2 * half :]] if rest else []
     else:
-        first, second = turned[..., :half], turned[..., half:]
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+        first, second, *kept = x.split([half, half, rest] if rest else [half, half], -1)
+    turned = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+    if interleaved:
+        turned = [torch.stack(turned, -1).flatten(-2)]
+    return torch.cat(turned + kept, -1)
 
 
 def offset_scale(z: Tensor, gamma_HS: Tensor, beta_HS: Tensor, rotary, *, interleaved: bool = False) -> Tensor:
     """Queries and keys `RoPE(gamma_h * z + beta_h)` (eq. 3), `[..., H, S]` from z `[..., S]`; `rotary` is cos and sin,
     `[..., r / 2]`, or None."""
-    scaled = z[..., None, :] * gamma_HS + beta_HS
+    scaled = torch.addcmul(beta_HS, z[..., None, :], gamma_HS)
     if rotary is None:
         return scaled
     return rotate(scaled, rotary[0][..., None, :], rotary[1][..., None, :], interleaved=interleaved)
@@ -180,27 +182,19 @@ def scores_of(q_XQS: Tensor, k_XMS: Tensor, scale: float, bias: Tensor | None) -
 def visible_scores(
     q_BNS: Tensor,
     k_BMS: Tensor,
-    visible_BNM: Tensor,
+    hidden_BNM: Tensor,
     offset_BNM: Tensor,
     *,
     activation: Activation,
     divisor: float,
     bias_R: Tensor | None,
 ) -> Tensor:
-    """Scores of the keys that each query sees, with the relative bias of their offsets, `[B, N, M]`; other keys have
-    scores that give no weight."""
-    bias_BNM = None
-    if bias_R is not None:
-        centre = (bias_R.shape[0] - 1) // 2
-        index_BNM = offset_BNM + centre
-        # An exported program cannot check its length, but ONNX Runtime refuses an index out of range.
-        if not is_exporting():
-            index_BNM = index_BNM.clamp(0, 2 * centre)
-        bias_BNM = bias_R.to(q_BNS.dtype)[index_BNM]
+    """Scores of keys, `[B, N, M]`, with the relative bias at `offset_BNM` in `bias_R`; those of hidden ones give no
+    weight."""
+    bias_BNM = None if bias_R is None else bias_R.to(q_BNS.dtype)[offset_BNM]
     scores = scores_of(q_BNS, k_BMS, score_scale(activation, divisor, q_BNS.shape[-1]), bias_BNM)
     # As in local_attention: queries without keys must stay finite under a softmax.
-    hidden = torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf
-    return scores.masked_fill(~visible_BNM, hidden)
+    return scores.masked_fill(hidden_BNM, torch.finfo(scores.dtype).min if activation == "softmax" else -math.inf)
 
 
 # ---- Mixed chunk attention ----
@@ -300,12 +294,6 @@ def running_states(product_BGSE: Tensor, initial_BSE: Tensor | None) -> Tensor:
 def _select(x_BGXF: Tensor, index_BG: Tensor) -> Tensor:
     """`out[b, g] = x[b, index[b, g]]`."""
     return x_BGXF.gather(1, index_BG[..., None, None].expand(-1, -1, *x_BGXF.shape[2:]))
-
-
-def global_scale(count: Tensor, normalization: Normalization, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """The factor of a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 for no tokens."""
-    tokens = count if normalization == "mean" else torch.full_like(count, chunk_size)
-    return torch.where(count > 0, 1.0 / tokens.clamp(min=1).to(dtype), 0)
 
 
 def previous_keys(own_BGCS: Tensor, layout: ChunkLayout, before_BS: Tensor | None) -> Tensor:
@@ -613,49 +601,31 @@ def mixed_chunk_append(
     activation: Activation = "relu2",
     divisor: float,
     bias_R: Tensor | None = None,
-    normalization: Normalization = "mean",
     dropout: float = 0.0,
     previous_key: bool = False,
     shifted_S: Tensor | None = None,
     window: int = 1,
 ) -> tuple[Tensor | None, DecodingState]:
     """Mixed chunk attention for up to C tokens per row, with the sums of [`mixed_chunk_step`] but not in place:
-    `out_n = sum_m (A_nm + s_nm c_n lin_q_n lin_k_m) v_m + c_n lin_q_n total`, with the signs s of `layout`.
+    `out_n = sum_m (A_nm + s_nm c_n lin_q_n lin_k_m) v_m + c_n lin_q_n total`, with the signs s and the scales c of
+    `layout`.
 
     Args:
         qk: each `[B, N, S]`, or None; finite at padding, too.
-        value_BNE: `[B, N, E]`, likewise.
+        value_BNE: `[B, N, E]`, 0 at padding.
         bias_R: relative bias `[2 * window * C - 1]`, or None.
 
     Returns:
         `[B, N, E]`, any finite values where the token is padding, or None without queries; and the new state, detached
         from the graph.
     """
-    (B, C, _), slots, dtype = state.value.shape, layout.slots, value_BNE.dtype
+    C, slots, dtype = state.value.shape[1], layout.slots, value_BNE.dtype
     quad_k, lin_k, newest_quad, newest_lin = qk.quad_k, qk.lin_k, None, None
-    newest_B = torch.where(layout.phase_B == 0, C, layout.phase_B)
 
     def shift(cache_BKS: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
         """Keys of the token before each, and of the newest one."""
-        return layout.tokens_before(own_key(cache_BKS, newest_B, state.seen), own_BNS)
-
-    def written(cache_BXF: Tensor | None, new_BNF: Tensor | None) -> Tensor | None:
-        """The cached slots, with the new tokens in theirs."""
-        if cache_BXF is None:
-            return None
-        X, slot_BN = cache_BXF.shape[1], layout.slot_BN
-        if layout.valid_BN is not None:  # padding goes behind the last slot, which is cut off
-            cache_BXF, slot_BN = F.pad(cache_BXF, (0, 0, 0, 1)), torch.where(layout.valid_BN, slot_BN, X)
-        row_B1 = cache_BXF.shape[1] * torch.arange(B, device=slot_BN.device)[:, None]
-        new = new_BNF.to(cache_BXF.dtype).flatten(0, 1)
-        out = cache_BXF.flatten(0, 1).index_copy(0, (slot_BN + row_B1).flatten(), new)
-        return out.view_as(cache_BXF)[:, :X].contiguous()
-
-    def leave(cache_BKS: Tensor, newest_B1S: Tensor) -> None:
-        """Leave the newest token's own key for the next call, in the slot behind it."""
-        place_B = (newest_B - 1 + layout.seen_after_B - state.seen) % C + 1
-        index_B1S = place_B[:, None, None].expand_as(newest_B1S)
-        cache_BKS.scatter_(1, index_B1S, newest_B1S.detach().to(cache_BKS.dtype))
+        newest_B1S = cache_BKS.gather(1, layout.newest_B11.expand(-1, 1, own_BNS.shape[2]))
+        return layout.tokens_before(newest_B1S, own_BNS)
 
     if quad_k is not None and shifted_S is not None:
         moved_BNS, newest_quad = shift(state.quad_k, quad_k)
@@ -664,58 +634,66 @@ def mixed_chunk_append(
         lin_k, newest_lin = shift(state.lin_k, lin_k)
     previous_k = previous_value = None
     if window > 1:
-        opens_B11 = (layout.phase_B == 0)[:, None, None]
-        previous_k = torch.where(opens_B11, state.quad_k[:, :C], state.previous_k)
-        previous_value = torch.where(opens_B11, state.value, state.previous_value)
+        previous_k = torch.where(layout.opens_B11, state.quad_k[:, :C], state.previous_k)
+        previous_value = torch.where(layout.opens_B11, state.value, state.previous_value)
 
-    out = weights = None
+    out = weights = total = None
     if qk.quad_q is not None:
         keys = [state.quad_k[:, :slots].to(quad_k.dtype), quad_k]
         keys = keys if window == 1 else [previous_k.to(quad_k.dtype), *keys]
         options = {"activation": activation, "divisor": divisor, "bias_R": bias_R}
-        scores = visible_scores(qk.quad_q, torch.cat(keys, 1), layout.visible_BNM, layout.offset_BNM, **options)
+        scores = visible_scores(qk.quad_q, torch.cat(keys, 1), layout.hidden_BNM, layout.offset_BNM, **options)
         weights = activate(scores, activation)
         weights = (F.dropout(weights, dropout) if dropout else weights).to(dtype)
         if window > 1:
-            out, weights = weights[..., :C] @ previous_value.to(dtype), weights[..., C:]
-    total = state.total
-    if lin_k is not None:
-        # Outside of autocast: sums must cancel as exactly as possible.
-        with torch.autocast(total.device.type, enabled=False):
-            new_k = lin_k.to(total.dtype)
-            if qk.lin_q is not None:
-                scale_BN = global_scale(layout.closed_BN, normalization, C, total.dtype)
-                query = qk.lin_q.to(total.dtype) * scale_BN[..., None]
-                keys = torch.cat([state.lin_k[:, :slots].to(total.dtype), new_k], 1)
-                signed = (torch.bmm(query, keys.transpose(1, 2)) * layout.sign_BNM).to(dtype)
-                remote = torch.bmm(query, total).to(dtype)
-                weights = signed if weights is None else weights + signed
-                out = remote if out is None else out + remote
-            if layout.valid_BN is not None:
-                new_k = torch.where(layout.valid_BN[..., None], new_k, 0)
-            total = torch.baddbmm(total, new_k.transpose(1, 2), value_BNE.to(total.dtype))
+            out, weights = torch.bmm(weights[..., :C], previous_value.to(dtype)), weights[..., C:]
+    # Outside of autocast: sums must cancel as exactly as possible.
+    with torch.autocast(value_BNE.device.type, enabled=False):
+        if qk.lin_q is not None:
+            query = (qk.lin_q * layout.scale_BN1).to(state.total.dtype)
+            keys = torch.cat([state.lin_k[:, :slots], lin_k], 1).to(query.dtype)
+            inside = torch.bmm(query, keys.transpose(1, 2))
+            sign = layout.sign_BNM
+            weights = (inside * sign if weights is None else torch.addcmul(weights, inside, sign)).to(dtype)
+            remote = torch.bmm(query, state.total).to(dtype)
+            out = remote if out is None else out + remote
+        if lin_k is not None:
+            with torch.no_grad():
+                key = lin_k.to(state.total.dtype).transpose(1, 2)
+                total = torch.baddbmm(state.total, key, value_BNE.to(key.dtype))
     if weights is not None:
-        inside = weights[..., :slots] @ state.value[:, :slots].to(dtype) + weights[..., slots:] @ value_BNE
-        out = inside if out is None else out + inside
+        held, new = weights.split([slots, value_BNE.shape[1]], -1)
+        inside = torch.bmm(new, value_BNE) if out is None else torch.baddbmm(out, new, value_BNE)
+        out = torch.baddbmm(inside, held, state.value[:, :slots].to(dtype))
 
-    open_k, stored_k, open_value = (
-        written(cache, new) for cache, new in ((state.quad_k, quad_k), (state.lin_k, lin_k), (state.value, value_BNE))
-    )
-    if window > 1:
-        # Where a row goes on into the next chunk, its open one is closed: the old slots, and the first new tokens.
-        crosses_B11, slot_C = layout.crosses_B[:, None, None], torch.arange(C, device=value_BNE.device)
-        new_BC1 = (slot_C >= layout.phase_B[:, None])[..., None]
-        closed_k = torch.where(new_BC1, open_k[:, :C], state.quad_k[:, :C])
-        previous_k = torch.where(crosses_B11, closed_k, previous_k)
-        previous_value = torch.where(crosses_B11, torch.where(new_BC1, open_value, state.value), previous_value)
-    for cache, newest_B1S in ((open_k, newest_quad), (stored_k, newest_lin)):
-        if newest_B1S is not None:
-            leave(cache, newest_B1S)
-    seen_B = layout.seen_after_B.clone()
-    after = DecodingState(
+    with torch.no_grad():
+        open_k, stored_k, open_value = (
+            None if cache is None else written(cache, new, layout)
+            for cache, new in ((state.quad_k, quad_k), (state.lin_k, lin_k), (state.value, value_BNE))
+        )
+        if window > 1:
+            # Where a row goes on into the next chunk, its open one is closed: the old slots, and the first new tokens.
+            crosses, new = layout.crosses_B11, layout.closing_BC1
+            closed_k = torch.where(new, open_k[:, :C], state.quad_k[:, :C])
+            previous_k = torch.where(crosses, closed_k, previous_k)
+            previous_value = torch.where(crosses, torch.where(new, open_value, state.value), previous_value)
+        # The next call's first key, in the slot behind the newest token.
+        for cache, newest_B1S in ((open_k, newest_quad), (stored_k, newest_lin)):
+            if newest_B1S is not None:
+                index_B1S = layout.newest_after_B11.expand_as(newest_B1S)
+                cache.scatter_(1, index_B1S, newest_B1S.to(cache.dtype))
+        seen_B = layout.seen_after_B.clone()
+    return out, DecodingState(
         open_k, stored_k, open_value, total, seen_B, previous_k=previous_k, previous_value=previous_value
     )
-    return out, after.map(torch.detach)
+
+
+def written(cache_BXF: Tensor, new_BNF: Tensor, layout: AppendLayout) -> Tensor:
+    """The cached slots, with the new tokens in theirs."""
+    index_BNF, new_BNF = layout.write_BN1.expand_as(new_BNF), new_BNF.to(cache_BXF.dtype)
+    if layout.padding_BN1 is not None:
+        new_BNF = torch.where(layout.padding_BN1, cache_BXF.gather(1, index_BNF), new_BNF)
+    return cache_BXF.scatter(1, index_BNF, new_BNF)
 
 
 # ---- FLASH-Quad ----
@@ -751,7 +729,13 @@ def quadratic_attention(
         scores = scores_of(q_BNS, k_BMS, scale, score_bias(bias_R, N, causal, q_BNS))
     else:
         options = {"activation": activation, "divisor": divisor, "bias_R": bias_R}
-        scores = visible_scores(q_BNS, k_BMS, visible_BNM, offset_BNM, **options)
+        if bias_R is not None:
+            centre = (bias_R.shape[0] - 1) // 2
+            offset_BNM = offset_BNM + centre
+            # An exported program cannot check its length, but ONNX Runtime refuses an index out of range.
+            if not is_exporting():
+                offset_BNM = offset_BNM.clamp(0, 2 * centre)
+        scores = visible_scores(q_BNS, k_BMS, ~visible_BNM, offset_BNM, **options)
     weights = activate(scores, activation)
     if dropout:
         weights = F.dropout(weights, dropout)

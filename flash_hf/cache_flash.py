@@ -7,8 +7,8 @@ batch decodes exactly as its sequences would alone.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .attention_flash import DecodingState, QueryKeys, mixed_chunk_append, mixed_chunk_attention, shifted_dims, wide
 from .chunking_flash import (
+    AppendLayout,
     ChunkLayout,
-    Documents,
     Places,
     QuadraticLayout,
     append_layout,
@@ -28,6 +28,7 @@ from .chunking_flash import (
     count_positions,
     is_exporting,
     is_tracing,
+    recall,
 )
 from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
 from .delta_flash import delta_chunk_append, delta_chunk_attention
@@ -72,6 +73,11 @@ def takes_both_cache_names(function: Callable) -> Callable:
 
 def _each(change, tensors: tuple) -> list:
     return [None if x is None else change(x) for x in tensors]
+
+
+def _joined(parts: Sequence[Tensor], keep: int) -> Tensor:
+    """The first `keep` columns of some calls' tensors."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, :keep]
 
 
 @dataclass  # not frozen: transformers' exporters assign to the fields
@@ -145,7 +151,9 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         self.record_past = False
         self.form: StateForm | None = None
         self._snapshot: DecodingState | None = None
+        # What each recorded call leaves: keys, gates, values, and the marks of its documents.
         self._recorded: list[tuple] = []
+        self._calls: list[Places] = []
 
     @property
     def cumulative_length(self) -> int | Tensor:
@@ -211,7 +219,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             keys = qk.quad_k, qk.lin_k, qk.gates
             if isinstance(places.layout, ChunkLayout):
                 keys = _each(places.layout.merge, keys)
-            self._record(keys, value_BNE, places.documents)
+            self._record(keys, value_BNE, places)
         self._set(state)
         self.cumulative_length += places.documents.position_BN.shape[1]
 
@@ -221,7 +229,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(value_B1E)
         if self.record_past:
-            self._record((qk.quad_k, qk.lin_k, qk.gates), value_B1E, places.documents)
+            self._record((qk.quad_k, qk.lin_k, qk.gates), value_B1E, places)
             if self._snapshot is self.state:
                 # The step overwrites the state, but not the snapshot.
                 self.state = self.state.map(torch.clone)
@@ -239,10 +247,12 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def _record(self, keys: tuple, value_BNE: Tensor, documents: Documents) -> None:
+    def _record(self, keys: tuple, value_BNE: Tensor, places: Places) -> None:
         self._snapshot = self.state if self._snapshot is None else self._snapshot
+        documents = places.documents
         entry = (*keys, value_BNE, documents.valid_BN, documents.start_BN)
-        self._recorded.append(tuple(_each(torch.detach, entry)))
+        self._recorded.append(tuple(_each(lambda x: x.detach() if x.requires_grad else x, entry)))
+        self._calls.append(places)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns of input, of those recorded since `activate_past_recording` or
@@ -261,37 +271,47 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if tokens_to_remove:
             self._set(self._replay(recorded + tokens_to_remove))
             self.cumulative_length += tokens_to_remove
-        self._snapshot, self._recorded = None, []
+        self._snapshot, self._recorded, self._calls = None, [], []
 
     def _replay(self, keep: int) -> DecodingState:
         """The state after the first `keep` recorded columns."""
         if keep == 0:
             return self._snapshot
-        B, C = self._snapshot.value.shape[:2]
-        device = self._snapshot.value.device
+        *kept, valid, starts = zip(*self._recorded, strict=True)
+        quad_k, lin_k, gate, value = (None if parts[0] is None else _joined(parts, keep) for parts in kept)
+        shapes, form = [part.shape[:2] for part in kept[3]], self.form
 
-        def joined(parts: tuple, fill: bool | None = None) -> Tensor | None:
-            if all(part is None for part in parts):
-                return None
-            shapes = [value.shape[:2] for value in values]
-            pairs = zip(parts, shapes, strict=True)
-            parts = [torch.full(shape, fill, device=device) if part is None else part for part, shape in pairs]
-            return torch.cat(parts, 1)[:, :keep]
+        def make() -> tuple[ChunkLayout | AppendLayout, Tensor | None, Tensor | None]:
+            """Where the tokens are, which of them are padding, and the dimensions that local keys shift."""
+            seen_B, device = self._snapshot.seen, value.device
 
-        quad_ks, lin_ks, gates, values, valid, starts = zip(*self._recorded, strict=True)
-        documents = count_positions(B, keep, device, joined(valid, True), joined(starts, False), self._snapshot.seen)
-        form = self.form
-        quad_k, lin_k, gate, value = map(joined, (quad_ks, lin_ks, gates, values))
+            def marks(parts: tuple, fill: bool) -> Tensor | None:
+                if all(part is None for part in parts):
+                    return None
+                pairs = zip(parts, shapes, strict=True)
+                made = [torch.full(shape, fill, device=device) if part is None else part for part, shape in pairs]
+                return _joined(made, keep)
+
+            valid_BN = marks(valid, True)
+            documents = count_positions(len(value), keep, device, valid_BN, marks(starts, False), seen_B)
+            if can_append(documents, form.chunk_size):
+                layout = append_layout(documents, form.chunk_size, window=form.window, shift=form.shift)
+            else:
+                layout = chunk_layout(documents, len(value), form.chunk_size, causal=True, shift=form.shift)
+            shifted_S = shifted_dims(form.key_dim, form.interleaved, device) if form.local_key_shift else None
+            return layout, None if valid_BN is None else ~valid_BN[..., None], shifted_S
+
+        # Layers that recorded the same calls are rolled back one after another, to the same token.
+        key = keep, tuple(map(id, self._calls))
+        layout, padding_BN1, shifted_S = recall(self._calls[0], key, make, value)
+        value = value if padding_BN1 is None else value.masked_fill(padding_BN1, 0)
         qk = QueryKeys(None, quad_k, None, lin_k, gate)
-        shifted_S = shifted_dims(form.key_dim, form.interleaved, device) if form.local_key_shift else None
         options = {"divisor": 1.0, "previous_key": form.previous_key, "shifted_S": shifted_S, "window": form.window}
-        if can_append(documents, C):
+        if isinstance(layout, AppendLayout):
             append = delta_chunk_append if form.delta else mixed_chunk_append
-            layout = append_layout(documents, C, window=form.window, shift=form.shift)
             return append(qk, value, layout, self._snapshot, **options)[1]
         attention = delta_chunk_attention if form.delta else mixed_chunk_attention
-        layout = chunk_layout(documents, B, C, causal=True, shift=form.shift)
-        options |= {"causal": True, "chunk_size": C, "state": self._snapshot, "return_state": True}
+        options |= {"causal": True, "chunk_size": form.chunk_size, "state": self._snapshot, "return_state": True}
         qk = QueryKeys(*_each(layout.split, qk._replace(lin_q=lin_k)))  # any queries will do: the output is dropped
         return attention(qk, layout.split(value), layout, **options)[1]
 
@@ -306,7 +326,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
-        self.state, self._snapshot, self._recorded = None, None, []
+        self.state, self._snapshot, self._recorded, self._calls = None, None, [], []
         self.cumulative_length, self.is_initialized = 0, False
 
     def _map(self, change) -> None:
@@ -317,6 +337,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if self._snapshot is not None:
             self._snapshot = self.state if shared else self._snapshot.map(change)
         self._recorded = [tuple(_each(change, entry)) for entry in self._recorded]
+        self._calls = [replace(places) for places in self._calls]  # which were those of other layers, too
 
 
 class Irreversible:

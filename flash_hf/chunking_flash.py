@@ -506,57 +506,72 @@ class StepLayout(Movable):
     valid_BN: Tensor | None = None
     shift: int = 0
 
+    @property
+    def padding_BN1(self) -> Tensor | None:
+        """True where the token is padding, bool `[B, 1, 1]`, or None."""
+        return None if self.valid_BN is None else ~self.valid_BN[..., None]
+
 
 @dataclass(frozen=True)
 class AppendLayout(Movable):
     """Up to C new tokens per row, appended to a constant-size cache: no grid, only the new tokens are queries.
 
     A row's tokens belong to its open chunk, or to the one after it. M keys: with a window of two chunks the C slots of
-    the chunk before the open one, then the first slots of the open chunk, then the new tokens.
+    the chunk before the open one, then the first slots of the open chunk, then the new tokens. All that layers need of
+    this is made once, in the shapes in which they use it, since each operation of a layer costs a launch.
 
     Attributes:
         position_BN: position of every token in its document, int64 `[B, N]`.
-        valid_BN: False at padding, bool `[B, N]`; None if every token is real.
-        phase_B: slot of the open chunk where the tokens continue, int64 `[B]`.
-        slot_BN: slot of every token in its chunk, int64 `[B, N]`.
-        second_BN: whether the token is behind the open chunk, bool `[B, N]`.
-        crosses_B: whether any real token is, bool `[B]`.
-        before_BN: the real token before each, counted from 1; 0 is the cache's newest; int64 `[B, N]`. None if every
-            token is real.
-        last_B: the last real token, counted likewise, int64 `[B]`.
-        closed_BN: tokens of the document in chunks before each token's, int64 `[B, N]`.
-        visible_BNM, offset_BNM: keys that each query sees in the local part, and key slot minus query slot.
+        padding_BN1: True at padding, bool `[B, N, 1]`; None if every token is real.
+        second_BN1: whether the token is behind the open chunk, bool `[B, N, 1]`.
+        others_BN: for the open chunk and the next, the tokens that are not in it, bool, `chunks` times `[B, N]`.
+        opens_B11, crosses_B11: whether a row begins at the border of a chunk, or has a real token behind its open
+            chunk, bool `[B, 1, 1]`.
+        empty_B11: whether the cache has no token of the row's document, bool `[B, 1, 1]`.
+        write_BN1: the slot that each token takes, int64 `[B, N, 1]`. Padding takes one that no token does.
+        newest_B11, newest_after_B11: the slot in which shifted keys have their newest token's own key, before and
+            after this call, int64 `[B, 1, 1]`.
+        before_BK1: the real token before each, counted from 1, and the last one, int64 `[B, N + 1, 1]`; 0 is the
+            cache's newest. None if every token is real.
+        scale_BN1: the factor of the sum over closed chunks, `[B, N, 1]`.
+        hidden_BNM: the keys that a query does not see in the local part, bool `[B, N, M]`.
+        offset_BNM: the place of each pair in a relative bias, int64 `[B, N, M]`.
         sign_BNM: keys to add to the cache's sum (1) or to take from it (-1), so that each query reads closed chunks,
             int8 `[B, N, M]`; of the open chunk and the new tokens only.
         seen_after_B: tokens of the document after this call, int64 `[B]`.
         slots: slots of the open chunk among the keys.
         chunks: 1 where the host knows that no row goes beyond its open chunk, else 2.
+        closing_BC1: slots that new tokens fill in the open chunk if they go beyond it, bool `[B, C, 1]`; None without
+            a window of two chunks.
     """
 
     position_BN: Tensor
-    valid_BN: Tensor | None
-    phase_B: Tensor
-    slot_BN: Tensor
-    second_BN: Tensor
-    crosses_B: Tensor
-    before_BN: Tensor | None
-    last_B: Tensor
-    closed_BN: Tensor
-    visible_BNM: Tensor
+    padding_BN1: Tensor | None
+    second_BN1: Tensor
+    others_BN: tuple[Tensor, ...]
+    opens_B11: Tensor
+    crosses_B11: Tensor
+    empty_B11: Tensor
+    write_BN1: Tensor
+    newest_B11: Tensor
+    newest_after_B11: Tensor
+    before_BK1: Tensor | None
+    scale_BN1: Tensor
+    hidden_BNM: Tensor
     offset_BNM: Tensor
     sign_BNM: Tensor
     seen_after_B: Tensor
     slots: int
     chunks: int
+    closing_BC1: Tensor | None = None
 
     def tokens_before(self, newest_B1S: Tensor, own_BNS: Tensor) -> tuple[Tensor, Tensor]:
-        """What belongs to the token before each, `[B, N, S]`, and to the newest of all, `[B, 1, S]`."""
-        all_BKS = torch.cat([newest_B1S.to(own_BNS.dtype), own_BNS], 1)
-        if self.before_BN is None:
-            return all_BKS[:, :-1], all_BKS[:, -1:]
-        index_BK = torch.cat([self.before_BN, self.last_B[:, None]], 1)
-        taken_BKS = all_BKS.gather(1, index_BK[..., None].expand(-1, -1, own_BNS.shape[2]))
-        return taken_BKS[:, :-1], taken_BKS[:, -1:]
+        """Own keys of the token before each, `[B, N, S]`, and of the newest of all, `[B, 1, S]`. The cache's newest is
+        0 before a document's first token."""
+        all_BKS = torch.cat([newest_B1S.masked_fill(self.empty_B11, 0).to(own_BNS.dtype), own_BNS], 1)
+        if self.before_BK1 is not None:
+            all_BKS = all_BKS.gather(1, self.before_BK1.expand_as(all_BKS))
+        return all_BKS[:, :-1], all_BKS[:, -1:]
 
 
 def can_append(documents: Documents, chunk_size: int) -> bool:
@@ -565,47 +580,66 @@ def can_append(documents: Documents, chunk_size: int) -> bool:
     return few and documents.start_BN is None and not is_tracing()
 
 
-def append_layout(documents: Documents, chunk_size: int, *, window: int, shift: int = 0) -> AppendLayout:
-    """Lay out a few tokens behind those of a cache; `can_append` says whether they are few enough."""
-    seen_B, valid_BN, C = documents.seen_B, documents.valid_BN, chunk_size
-    (B, N), device = documents.position_BN.shape, seen_B.device
-    position_BN = documents.position_BN
-    phase_B, slot_BN = (seen_B + shift) % C, (position_BN + shift) % C
-    # Padding in front of the first new token has the position of the token before it.
-    second_BN = (position_BN + shift) // C > ((seen_B + shift) // C)[:, None]
-    real_BN = torch.ones(B, N, dtype=torch.bool, device=device) if valid_BN is None else valid_BN
-    crosses_B = (second_BN & real_BN).any(1)
-    place_N = torch.arange(1, N + 1, device=device)
-    last_BN = torch.where(real_BN, place_N, 0).cummax(1).values
+def append_layout(
+    documents: Documents,
+    chunk_size: int,
+    *,
+    window: int,
+    shift: int = 0,
+    normalization: str = "mean",
+    dtype: torch.dtype = torch.float32,
+) -> AppendLayout:
+    """Lay out a few tokens behind those of a cache; `can_append` says whether they are few enough. `normalization` and
+    `dtype` are of the sum over closed chunks."""
+    seen_B, valid_BN, position_BN = documents.seen_B, documents.valid_BN, documents.position_BN
+    (B, N), C, device = position_BN.shape, chunk_size, seen_B.device
+    phase_B = (seen_B + shift) % C
     # A CPU need not read the slots behind the newest token; elsewhere their number would have to be waited for.
     slots = int(phase_B.max()) if device.type == "cpu" else C
+    chunks, before = 1 if slots + N <= C else 2, (window - 1) * C
 
-    slot_C = torch.arange(C, device=device)
-    held_BC = (slot_C < phase_B[:, None]) & (slot_C >= (phase_B - seen_B)[:, None])
-    column_BN = slot_BN + C * second_BN
-    visible, offset, sign = [], [], []
+    # Columns are counted from the first slot of the open chunk, whose position is below 0 where that slot is empty.
+    first_B1 = (seen_B - phase_B)[:, None]
+    column_BN = position_BN - first_B1
+    slot_BN, second_BN = column_BN % C, column_BN >= C
+    count_B = N if valid_BN is None else valid_BN.sum(1)
+    phase_B11, end_B11 = phase_B[:, None, None], (phase_B + count_B)[:, None, None]
+    write_BN, padding_BN1, before_BK1 = slot_BN, None, None
+    place_N = torch.arange(N, device=device)
+    earlier_BNN = (place_N <= place_N[:, None])[None]
+    if valid_BN is not None:
+        write_BN = torch.where(valid_BN, slot_BN, end_B11[..., 0] % C)
+        padding_BN1 = ~valid_BN[..., None]
+        before_BK1 = F.pad(torch.where(valid_BN, place_N + 1, 0).cummax(1).values, (1, 0))[..., None]
+        earlier_BNN = earlier_BNN & valid_BN[:, None]
 
-    def add(key_slot: Tensor, seen: Tensor, key_sign: Tensor | None = None) -> None:
-        visible.append(seen)
-        offset.append((key_slot - column_BN[..., None]).expand(B, N, -1))
-        if key_sign is not None:
-            sign.append(key_sign.to(torch.int8))
-
-    if window > 1:
-        before_BC = held_before(seen_B - phase_B, C)
-        add(slot_C - C, before_BC[:, None] & ~second_BN[..., None])
-    held_B1C, first_BN1 = held_BC[:, None, :slots], ~second_BN[..., None]
-    add(slot_C[:slots], held_B1C & (first_BN1 | (window > 1)), -(held_B1C & first_BN1).to(torch.int8))
-    earlier_BNN = real_BN[:, None] & (place_N <= place_N[:, None])
-    apart_BNN = second_BN[..., None] & ~second_BN[:, None]
-    add(column_BN[:, None], earlier_BNN & (~apart_BNN | (window > 1)), earlier_BNN & apart_BNN)
+    cached_K = torch.arange(-before, slots, device=device)
+    held_BK = (cached_K < phase_B[:, None]) & (cached_K >= -first_B1)
+    there_BNM = torch.cat([held_BK[:, None].expand(B, N, -1), earlier_BNN.expand(B, N, -1)], 2)
+    key_B1M = torch.cat([cached_K.expand(B, -1), column_BN], 1)[:, None]
+    chunk_BN1 = (C * second_BN)[..., None]
+    own_BNM = there_BNM & (key_B1M >= chunk_BN1)
+    visible_BNM = own_BNM if window == 1 else there_BNM & (key_B1M >= chunk_BN1 - before)
+    # The cache's sum has all cached keys and no new ones.
+    new_M = torch.arange(key_B1M.shape[2], device=device) >= cached_K.shape[0]
+    sign_BNM = (there_BNM & new_M).to(torch.int8) - own_BNM.to(torch.int8)
+    farthest = window * C - 1
     return AppendLayout(
-        position_BN, valid_BN, phase_B, slot_BN, second_BN, crosses_B,
-        before_BN=None if valid_BN is None else F.pad(last_BN[:, :-1], (1, 0)), last_B=last_BN[:, -1],
-        closed_BN=(position_BN - slot_BN).clamp(min=0), visible_BNM=torch.cat(visible, 2),
-        offset_BNM=torch.cat(offset, 2), sign_BNM=torch.cat(sign, 2), seen_after_B=seen_B + real_BN.sum(1),
-        slots=slots, chunks=1 if slots + N <= C else 2,
+        position_BN, padding_BN1, second_BN1=second_BN[..., None], others_BN=(second_BN, ~second_BN)[:chunks],
+        opens_B11=phase_B11 == 0, crosses_B11=end_B11 > C, empty_B11=(seen_B == 0)[:, None, None],
+        write_BN1=write_BN[..., None], newest_B11=(phase_B11 - 1) % C + 1, newest_after_B11=(end_B11 - 1) % C + 1,
+        before_BK1=before_BK1, hidden_BNM=~visible_BNM, sign_BNM=sign_BNM[..., before:],
+        scale_BN1=global_scale((position_BN - slot_BN).clamp(min=0), normalization, C, dtype)[..., None],
+        offset_BNM=(key_B1M - (column_BN - farthest)[..., None]).clamp(0, 2 * farthest), seen_after_B=seen_B + count_B,
+        slots=slots, chunks=chunks,
+        closing_BC1=None if window == 1 else torch.arange(C, device=device)[:, None] >= phase_B11,
     )  # fmt: skip
+
+
+def global_scale(count: Tensor, normalization: str, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """The factor of a sum over `count` tokens, of `dtype`: 1 / count (mean) or 1 / chunk_size; 0 for no tokens."""
+    tokens = count if normalization == "mean" else torch.full_like(count, chunk_size)
+    return (1.0 / tokens.clamp(min=1).to(dtype)).masked_fill(count <= 0, 0)
 
 
 def held_before(closed_B: Tensor, chunk_size: int) -> Tensor:
@@ -670,7 +704,7 @@ def quadratic_layout(
     return QuadraticLayout(position_BN, visible_BNM, offset_BNM, query_position_BN, document_BN)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a rollback recalls by them what it made
 class Places(Movable):
     """Where the tokens of one forward are: made once, and passed to all layers that share a `chunk_shift`.
 
@@ -680,6 +714,7 @@ class Places(Movable):
         rotary: cos and sin of the layout's positions, `[..., r / 2]`; None without RoPE.
         bias_rotary: cos and sin of the offsets `-(bias_length - 1) ... bias_length - 1`; None without a rotary bias.
         bias_length: distances that the relative bias covers.
+        shifted_S: dimensions of local keys to take from the token before, bool `[S]`; None for none.
         fused: whether kernels compute this call.
         plan: how they walk through a grid of chunks (`flash_hf.kernels.ChunkPlan`).
     """
@@ -689,5 +724,6 @@ class Places(Movable):
     rotary: tuple[Tensor, Tensor] | None
     bias_rotary: tuple[Tensor, Tensor] | None
     bias_length: int
+    shifted_S: Tensor | None = None
     fused: bool = False
     plan: Movable | None = None

@@ -19,6 +19,8 @@ Causal only. Alphabet as in attention_flash.py. Gates, and all that is made from
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -63,12 +65,17 @@ def exactly(x: Tensor):
     return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
+def unit_length(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`F.normalize(x.to(dtype), dim=-1)` in fewer operations."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp(min=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Inside the chunks
 # ------------------------------------------------------------------------------------------------------------------
 def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
-    """`(1 + L)^-1` of strictly lower triangular L, from the diagonal outwards: the inverse of `[[A, 0], [B, D]]` has
-    `-D^-1 B A^-1` in place of B. Stable, unlike a series of powers of L.
+    """`(1 + L)^-1` for L below the diagonal of the argument, from the diagonal outwards: the inverse of
+    `[[A, 0], [B, D]]` has `-D^-1 B A^-1` in place of B. Stable, unlike a series of powers of L.
 
     Args:
         block: up to blocks of this size the corners B are masked in place, since small products cost launches only;
@@ -77,7 +84,7 @@ def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
     width = strict_XCC.shape[-1]
     size = max(2, 1 << (width - 1).bit_length())
     block = min(block, size)
-    strict_XCC = F.pad(strict_XCC, (0, size - width, 0, size - width))
+    strict_XCC = F.pad(strict_XCC.tril(-1), (0, size - width, 0, size - width))
 
     def diagonal(count: int) -> Tensor:
         blocks = strict_XCC.unflatten(2, (count, -1)).unflatten(1, (count, -1))
@@ -100,7 +107,7 @@ def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
 
 
 class TransposedSolve(torch.autograd.Function):
-    """`(1 + L)^-T y` for strictly lower triangular L `[X, C, C]` and y `[X, C, S]`."""
+    """`(1 + L)^-T y` for L below the diagonal of a tensor `[X, C, C]` and y `[X, C, S]`."""
 
     @staticmethod
     def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
@@ -117,8 +124,33 @@ class TransposedSolve(torch.autograd.Function):
         return -(solved @ grad_y.transpose(1, 2)).tril(-1), grad_y
 
 
-def writes(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What each chunk writes into the state: `S' = decay S + entering^T (value - diag(exp F) K S)`.
+def solve_any(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
+    """[`TransposedSolve`] as operations that compilers know."""
+    return torch.bmm(lower_inverse(strict_XCC).transpose(1, 2), y_XCS)
+
+
+def solve_few(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
+    """[`TransposedSolve`] by one call of a library, which pays for a few tokens."""
+    return torch.linalg.solve_triangular(strict_XCC.transpose(1, 2), y_XCS, upper=True, unitriangular=True)
+
+
+def writes(k_XCS: Tensor, since_XC: Tensor, write_XC1: Tensor, solve: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What tokens in a row write into the state, `[X, C, S]`: `S' = decay S + entering^T (value - diag(exp F) K S)`.
+
+    Args:
+        k_XCS: keys of length 1.
+        since_XC: F, the running sums of log a.
+        write_XC1: w, 0 at empty slots.
+        solve: `(1 + L)^-T y` for L below the diagonal of its first argument.
+    """
+    apart_XCC = torch.exp((since_XC[..., None] - since_XC[:, None]).clamp(max=0))
+    solved = solve(write_XC1 * apart_XCC * torch.bmm(k_XCS, k_XCS.transpose(1, 2)), apart_XCC[:, -1, :, None] * k_XCS)
+    return solved * write_XC1
+
+
+def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each chunk writes, and what it erases as a matrix, which states then pass through:
+    `S' = decay S - erased S + entering^T value`.
 
     Args:
         k_BGCS: keys of length 1.
@@ -126,30 +158,17 @@ def writes(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tenso
         write_BGC: w, 0 at empty slots.
 
     Returns:
-        entering `[B, G, C, S]`, decay `[B, G]`, and the running sums F `[B, G, C]`.
+        entering `[B, G, C, S]`, erased `[B, G, S, S]`, decay `[B, G]`, and the running sums F `[B, G, C]`.
     """
     C = forget_BGC.shape[2]
     # By a product, since torch 2.11 cannot compile a cumsum here.
-    since_BGC = (torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).tril() @ forget_BGC[..., None])[
-        ..., 0
-    ]
-    apart_BGCC = torch.exp((since_BGC[..., :, None] - since_BGC[..., None, :]).clamp(max=0))
-    strict = (write_BGC[..., None] * apart_BGCC * (k_BGCS @ k_BGCS.transpose(2, 3))).tril(-1).flatten(0, 1)
-    all_BG = since_BGC[:, :, -1]
-    kept = (torch.exp(all_BG[..., None] - since_BGC)[..., None] * k_BGCS).flatten(0, 1)
-    if takes_any_length(forget_BGC.shape[1]):
-        solved = lower_inverse(strict).transpose(1, 2) @ kept
-    else:
-        solved = TransposedSolve.apply(strict, kept)
-    return solved.view_as(k_BGCS) * write_BGC[..., None], torch.exp(all_BG), since_BGC
-
-
-def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same with what is erased as a matrix, which states then pass through: `S' = decay S - erased S + entering^T
-    value`. Arguments of `writes`; returns entering, erased `[B, G, S, S]`, decay and F."""
-    entering_BGCS, decay_BG, since_BGC = writes(k_BGCS, forget_BGC, write_BGC)
-    erased_BGSS = entering_BGCS.transpose(2, 3) @ (torch.exp(since_BGC)[..., None] * k_BGCS)
-    return entering_BGCS, erased_BGSS, decay_BG, since_BGC
+    since_BGC = forget_BGC @ torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).triu()
+    solve = solve_any if takes_any_length(forget_BGC.shape[1]) else TransposedSolve.apply
+    write_XC1 = write_BGC.flatten(0, 1)[..., None]
+    entering_BGCS = writes(k_BGCS.flatten(0, 1), since_BGC.flatten(0, 1), write_XC1, solve).view_as(k_BGCS)
+    faded_BGC = torch.exp(since_BGC)
+    erased_BGSS = entering_BGCS.transpose(2, 3) @ (faded_BGC[..., None] * k_BGCS)
+    return entering_BGCS, erased_BGSS, faded_BGC[..., -1], since_BGC
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -269,7 +288,7 @@ def delta_attention(
         k = previous_keys(own_k, layout, before_BS)
 
     with exactly(value_BGCE):
-        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (q, k))
+        q, k = (unit_length(x, dtype) for x in (q, k))
         entering, erased, decay, since = transitions(k, *gates_BGC2.unbind(-1))
         entering = entering.to(low)
         linked = entering, value_BGCE, erased, decay
@@ -357,7 +376,7 @@ def delta_chunk_step(
     if valid_B1 is not None:
         forget_B1, write_B1 = forget_B1 * valid_B1, write_B1 * valid_B1
     with exactly(value_B1E):
-        q, k = (F.normalize(x.to(dtype), dim=-1) for x in (qk.lin_q, key.detach()))
+        q, k = (unit_length(x, dtype) for x in (qk.lin_q, key.detach()))
         state.opened.copy_(torch.where(opens_B[:, None, None], state.total, state.opened))
         state.since.copy_(torch.where(opens_B, 0, state.since) + forget_B1[:, 0])
         remote_B1E = torch.bmm(torch.exp(state.since)[:, None, None] * q, state.opened).to(value_B1E.dtype)
@@ -383,38 +402,40 @@ def delta_chunk_append(
     """[`mixed_chunk_append`] with the delta rule for its global part; `qk` has gates, `[B, N, 2]`, 0 at padding."""
     dtype, key, after = qk.gates.dtype, qk.lin_k, {}
     if previous_key:
-        before_B1S = state.lin_k.masked_fill((state.seen == 0)[:, None, None], 0)
-        key, newest_B1S = layout.tokens_before(before_B1S, qk.lin_k)
+        key, newest_B1S = layout.tokens_before(state.lin_k, qk.lin_k)
         after["lin_k"] = newest_B1S.to(state.lin_k.dtype)
-    # Short chunks: the tokens of the open one, and those of the next.
-    takes_BGN = torch.stack([~layout.second_BN, layout.second_BN][: layout.chunks], 1)
-    gates_BGN2 = qk.gates[:, None] * takes_BGN[..., None]
-    amid_B11, crosses_B11 = (layout.phase_B > 0)[:, None, None], layout.crosses_B[:, None, None]
-    value, behind, read = value_BNE.to(dtype), state.total, []
+    opens_B11, G = layout.opens_B11, layout.chunks
+    (B, N, S), value, total = key.shape, value_BNE.to(dtype), state.total
     with exactly(value_BNE):
-        k = F.normalize(key.to(dtype), dim=-1)
-        k_BGNS = k[:, None].expand(-1, layout.chunks, -1, -1)
-        entering, decay, since = writes(k_BGNS, *gates_BGN2.unbind(-1))
-        for g in range(layout.chunks):
-            # With fewer tokens than S, what is erased is cheaper by token than as a matrix [S, S].
-            missing = value - (torch.exp(since[:, g])[..., None] * k) @ behind
-            read.append(behind)
-            behind = decay[:, g, None, None] * behind + entering[:, g].transpose(1, 2) @ missing
-        read[0] = torch.where(amid_B11, state.opened, read[0])
-        since = list(since.unbind(1))
-        since[0] = since[0] + torch.where(amid_B11[..., 0], state.since[:, None], 0)
-        out = None
+        # The state after those tokens that belong to the open chunk, and after all of them.
+        gates = [qk.gates] if G == 1 else [qk.gates.masked_fill(layout.second_BN1, 0), qk.gates]
+        forget_BGN, write_BGN = torch.stack(gates, 1).unbind(-1)
+        since_BGN, k_BNS = forget_BGN.cumsum(-1), unit_length(key, dtype)
+        faded_BGN1 = torch.exp(since_BGN)[..., None]
+        k_BGNS = k_BNS[:, None].expand(-1, G, -1, -1)
+        entering = writes(k_BGNS.flatten(0, 1), since_BGN.flatten(0, 1), write_BGN.flatten(0, 1)[..., None], solve_few)
+        # With fewer tokens than S, what is erased is cheaper by token than as a matrix [S, S].
+        erased = torch.bmm((faded_BGN1 * k_BGNS).flatten(1, 2), total).view(B, G, N, -1)
+        written = torch.bmm(entering.transpose(1, 2), (value[:, None] - erased).flatten(0, 1)).view(B, G, S, -1)
+        decays = faded_BGN1[:, :, -1:].unbind(1)
+        # Not at once: a part of the result would keep all of it alive as long as the cache.
+        states = [torch.addcmul(*each, total) for each in zip(written.unbind(1), decays, strict=True)]
+        # Tokens of the open chunk read the state before it, those of the next chunk that before themselves.
+        opened, out = torch.where(opens_B11, total, state.opened), None
+        reads = [(since_BGN[:, 0] + state.since[:, None].masked_fill(opens_B11[..., 0], 0), opened)]
+        if G > 1:
+            reads.append((since_BGN[:, 1] - since_BGN[:, 0], states[0]))
         if qk.lin_q is not None:
-            q = F.normalize(qk.lin_q.to(dtype), dim=-1)
-            outs = [
-                torch.exp(since_BN)[..., None] * q @ read_BSE for since_BN, read_BSE in zip(since, read, strict=True)
-            ]
-            out = torch.where(layout.second_BN[..., None], outs[-1], outs[0]).to(value_BNE.dtype)
-    after |= {
-        "total": behind,
-        "opened": torch.where(crosses_B11, read[-1], read[0]),
-        "since": torch.where(layout.crosses_B, since[-1][:, -1], since[0][:, -1]),
-    }
+            q_BNS = unit_length(qk.lin_q, dtype)
+            for (since_BN, read_BSE), other_BN in zip(reads, layout.others_BN, strict=True):
+                part = torch.exp(since_BN.masked_fill(other_BN, -math.inf))[..., None] * q_BNS
+                out = torch.bmm(part, read_BSE) if out is None else torch.baddbmm(out, part, read_BSE)
+            out = out.to(value_BNE.dtype)
+        since_B = reads[0][0][:, -1]
+        if G > 1:
+            since_B = torch.where(layout.crosses_B11[:, 0, 0], reads[1][0][:, -1], since_B)
+            opened = torch.where(layout.crosses_B11, states[0], opened)
+    after |= {"total": states[-1], "opened": opened, "since": since_B}
     after = {name: x.detach() for name, x in after.items()}
     if qk.quad_k is None:
         return out, replace(state.map(torch.detach), seen=layout.seen_after_B.clone(), **after)

@@ -309,12 +309,13 @@ class FlashOffsetScale(nn.Module):
 
     def forward(self, z: Tensor, rotary: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """One tensor per row, each `[..., S]` like z."""
-        made: list[Tensor] = []
-        for begin, end, angles in ((0, self.rotated, rotary), (self.rotated, len(self.weight), None)):
-            if begin < end:
-                gamma, beta = self.weight[begin:end], self.bias[begin:end]
-                made += offset_scale(z, gamma, beta, angles, interleaved=self.interleaved).unbind(-2)
-        return made
+        rows, rotated = len(self.weight), 0 if rotary is None else self.rotated
+        if rotated in (0, rows):
+            angles = rotary if rotated else None
+            return list(offset_scale(z, self.weight, self.bias, angles, interleaved=self.interleaved).unbind(-2))
+        turned, rest = offset_scale(z, self.weight, self.bias, None).split([rotated, rows - rotated], -2)
+        cos, sin = (each[..., None, :] for each in rotary)
+        return [*rotate(turned, cos, sin, interleaved=self.interleaved).unbind(-2), *rest.unbind(-2)]
 
 
 class FlashGatedAttentionUnit(nn.Module):
@@ -414,20 +415,18 @@ class FlashGatedAttentionUnit(nn.Module):
                 key, value = cache.extend(key, value, layout)
             return quadratic_attention(q_BNS, key, value, layout, causal=self.is_causal, dropout=dropout, **options)
 
-        options |= {"previous_key": self.previous_key, "window": self.window}
+        options |= {"previous_key": self.previous_key, "window": self.window, "shifted_S": places.shifted_S}
         step, append, attention = mixed_chunk_step, mixed_chunk_append, mixed_chunk_attention
         # CODEPATH: no released checkpoint has global_state="delta" yet.
         if self.delta:
             step, append, attention = delta_chunk_step, delta_chunk_append, delta_chunk_attention
-        else:
+        elif not isinstance(layout, AppendLayout):  # which has the factors
             options["normalization"] = self.normalization
-        if self.local_key_shift:
-            options["shifted_S"] = shifted_dims(z_BNS.shape[-1], self.interleaved, z_BNS.device)
         if isinstance(layout, (StepLayout, AppendLayout)):
-            if layout.valid_BN is not None:  # padding may hold anything, which times 0 must be 0
+            padding_BN1 = layout.padding_BN1
+            if padding_BN1 is not None:  # may hold anything, which times 0 must be 0
                 z_BNS, v_BNE, gates_BN2 = (
-                    None if x is None else torch.where(layout.valid_BN[..., None], x, 0)
-                    for x in (z_BNS, v_BNE, gates_BN2)
+                    None if x is None else x.masked_fill(padding_BN1, 0) for x in (z_BNS, v_BNE, gates_BN2)
                 )
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
             if isinstance(layout, StepLayout):
@@ -731,7 +730,8 @@ class FlashModel(FlashPreTrainedModel):
         if single and not torch.is_grad_enabled():
             return [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
         if appends_in_torch(config, x_BND, documents, dropout=dropout, cache=cache):
-            return [append_layout(documents, C, window=window, shift=shift) for shift in shifts]
+            sums = {"normalization": config.global_normalization, "dtype": wide(compute_dtype(x_BND))}
+            return [append_layout(documents, C, window=window, shift=shift, **sums) for shift in shifts]
         return [chunk_layout(documents, B, C, causal=causal, shift=shift) for shift in shifts]
 
     def places(
@@ -760,6 +760,9 @@ class FlashModel(FlashPreTrainedModel):
         """What `places` returns, made anew."""
         config = self.config
         dropout = bool(config.attention_dropout) and self.training
+        shifted_S = None
+        if config.local_key_shift:
+            shifted_S = shifted_dims(config.query_key_dim, config.rope_interleaved, x_BND.device)
         places: list[Places] = []
         for layout in self.layouts(x_BND, documents, cache, dropout) if layouts is None else layouts:
             by_token = isinstance(layout, (StepLayout, AppendLayout))
@@ -776,11 +779,13 @@ class FlashModel(FlashPreTrainedModel):
                 # CODEPATH: no released checkpoint is without RoPE; the ablations of the paper's section 4 are.
                 if config.use_rope:
                     rotary = self.rotary_emb(x_BND, position)
+                    if isinstance(layout, AppendLayout):  # in the type of its queries and keys
+                        rotary = tuple(each.to(x_BND.dtype) for each in rotary)
                 # CODEPATH: the paper's bias for spans over 512; the FLASH ports have T5's, FLASHQuad the Toeplitz one.
                 if config.relative_bias == "rotary":
                     offsets = torch.arange(1 - bias_length, bias_length, device=position.device)
                     bias_rotary = self.rotary_emb(x_BND, offsets)
-            places.append(Places(layout, documents, rotary, bias_rotary, bias_length))
+            places.append(Places(layout, documents, rotary, bias_rotary, bias_length, shifted_S))
         return with_plans(places, config, x_BND, causal=self.is_causal, dropout=dropout, cache=cache)
 
     def quadratic_span(self, layout: QuadraticLayout) -> int:
@@ -1037,8 +1042,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             past = int(cache.get_seq_length())
             # The input includes the cached tokens if its mask, or its positions, are as long, and begin at 0.
             marks = position_ids if attention_mask is None else attention_mask
-            begins = position_ids is None or not bool(position_ids[..., :1].any())
-            whole = is_first_iteration and marks is not None and marks.shape[-1] == tokens.shape[1] and begins
+            whole = is_first_iteration and marks is not None and marks.shape[-1] == tokens.shape[1]
+            whole = whole and (position_ids is None or not bool(position_ids[..., :1].any()))
             if whole:
                 # Assisted decoding lets the model skip what the cache holds.
                 new = next_sequence_length = tokens.shape[1] - past

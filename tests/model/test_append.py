@@ -3,10 +3,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
-from flash_hf import FlashForCausalLM, backend_flash, cache_flash
+from flash_hf import FlashForCausalLM, backend_flash, cache_flash, chunking_flash
 from flash_hf.chunking_flash import AppendLayout, ChunkLayout
 from helpers import assert_close, make_model, random_ids, tiny_config
 
@@ -241,6 +242,46 @@ def test_a_few_tokens_cost_what_as_many_steps_do(form):
             cache.crop(-2)
     assert 0 < counts[4] < 5 * counts[1]
     assert counter.get_total_flops() < 5 * counts[1]
+
+
+class Operations(TorchDispatchMode):
+    """Counts those of torch, views too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("form", "padded", "in_call", "in_crop"),
+    [
+        ("paper", False, 70, 15), ("paper", True, 78, 22), ("FLASH+", False, 90, 32), ("FLASH+", True, 102, 43),
+        ("delta", False, 147, 66), ("delta", True, 154, 71),
+    ],
+)  # fmt: skip
+def test_a_few_tokens_take_few_operations(form, padded, in_call, in_crop, monkeypatch):
+    """Per layer, of 3 recorded tokens and of a rollback of 2: on a GPU each is a launch. What is the same for all
+    layers is made once."""
+    monkeypatch.setattr(chunking_flash, "is_transformed", lambda: False)  # it would see the counter
+    mask = torch.tensor([[1, 1, 1], [1, 0, 1]])
+    found = []
+    for layers in (2, 4):
+        config = tiny_config(**{**FORMS[form], "num_hidden_layers": layers})
+        model = make_model(FlashForCausalLM, config, dtype=torch.float32)
+        ids = random_ids(config, 2, 2 * C + 2)
+        with torch.no_grad():
+            cache = model(ids[:, :-3], use_cache=True).past_key_values
+            cache.activate_past_recording()
+            with Operations() as call:
+                model(ids[:, -3:], past_key_values=cache, attention_mask=mask if padded else None)
+            with Operations() as crop:
+                cache.crop(-2)
+        found.append((call.count, crop.count))
+    (call, crop), (more_calls, more_crops) = found
+    assert (more_calls - call) / 2 <= in_call
+    assert (more_crops - crop) / 2 <= in_crop
 
 
 def test_which_calls_append(monkeypatch):
