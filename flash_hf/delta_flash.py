@@ -38,7 +38,7 @@ from .attention_flash import (
     mixed_chunk_step,
     previous_keys,
 )
-from .chunking_flash import AppendLayout, ChunkLayout, StepLayout, is_exporting
+from .chunking_flash import AppendLayout, ChunkLayout, StepLayout, is_exporting, is_tracing
 
 
 # Programs for any length take rows of up to this many tokens.
@@ -161,8 +161,10 @@ def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[
         entering `[B, G, C, S]`, erased `[B, G, S, S]`, decay `[B, G]`, and the running sums F `[B, G, C]`.
     """
     C = forget_BGC.shape[2]
-    # By a product, since torch 2.11 cannot compile a cumsum here.
-    since_BGC = forget_BGC @ torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).triu()
+    if is_tracing():  # torch 2.11 cannot compile a cumsum here; a product may be in tf32
+        since_BGC = forget_BGC @ torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).triu()
+    else:
+        since_BGC = forget_BGC.cumsum(-1)
     solve = solve_any if takes_any_length(forget_BGC.shape[1]) else TransposedSolve.apply
     write_XC1 = write_BGC.flatten(0, 1)[..., None]
     entering_BGCS = writes(k_BGCS.flatten(0, 1), since_BGC.flatten(0, 1), write_XC1, solve).view_as(k_BGCS)
