@@ -542,6 +542,8 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
             "change the cache with batch_select_indices or batch_repeat_interleave."
         )
     if isinstance(layer, FlashChunkCacheLayer):
+        if not is_tracing() and not torch.is_inference_mode_enabled():
+            _leave_inference_mode(cache)
         found, expected = [own.form for own in cache.layers[:2]], forms[: len(cache.layers)]
         width = layer.state.value.shape[2]
     else:
@@ -552,6 +554,14 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
             f"The cache was filled by a model of another shape ({found}, values of width {width}); this model needs "
             f"{expected}, {config.intermediate_size}. Start with an empty cache."
         )
+
+
+def _leave_inference_mode(cache: Cache) -> None:
+    """Copy what a dynamic cache holds from torch.inference_mode(): outside of it steps could not overwrite that."""
+    held = cache.layers[0]
+    if not held.is_compileable and any(x is not None and x.is_inference() for x in held.state):
+        for layer in cache.layers:
+            layer._map(torch.clone)
 
 
 def count_step(layers: list[FlashChunkCacheLayer]) -> None:

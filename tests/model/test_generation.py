@@ -399,6 +399,26 @@ def test_branching_a_copied_cache():
     assert_close(second, model(torch.cat([ids[:, :20], other], 1)).logits[:, 20:], 1e-9)
 
 
+@pytest.mark.parametrize("attention_type", TYPES)
+def test_a_cache_filled_in_inference_mode(attention_type):
+    """generate() is not in inference mode: its steps may not overwrite what was made there."""
+    model = build(attention_type)
+    ids = random_ids(model.config, 2, 20)
+    expected = model.generate(ids, **GREEDY)
+    with torch.inference_mode():
+        cache = model(ids[:, :19], use_cache=True).past_key_values
+        model(ids[:, 19:], past_key_values=copy.deepcopy(cache))
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
+    with torch.inference_mode():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for part in (ids[:, 5:6], ids[:, 9:12]):
+            model(part, past_key_values=cache)
+        cache.crop(-3)
+        assert_close(model(ids[:, 6:], past_key_values=cache).logits, model(ids).logits[:, 6:], 1e-9)
+
+
 def test_training_mode_makes_no_cache():
     """It would go unused, and for short sequences it would outweigh the activations."""
     model = build().train()
