@@ -1080,6 +1080,14 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         in_pieces = generation_config.prefill_chunk_size is not None
+        embeds, tokens = model_kwargs.get("inputs_embeds"), input_ids.shape[1]
+        if in_pieces and embeds is not None and not 0 < tokens <= generation_config.prefill_chunk_size:
+            # transformers would pass all of them with each piece of input_ids.
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts input_ids, got inputs_embeds of "
+                f"{embeds.shape[1]} tokens. Leave it out, or first read all but the end of the prompt by calls of the "
+                "model with one cache."
+            )
         if BEFORE_5_21 and in_pieces and cache is not None and (past := int(cache.get_seq_length())):
             # It would read as if the cache were empty. Instead, what follows the cache is read in one piece,
             # and a mask that contradicts the cache is refused, as later versions do where they read pieces.

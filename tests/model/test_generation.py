@@ -708,6 +708,21 @@ def test_an_empty_prompt_is_refused():
         model.generate(words(model, 1, 0), **WORDS)
 
 
+def test_embeddings_are_not_cut_into_pieces():
+    """transformers would cut input_ids, and pass all embeddings with each piece. The message's other way works."""
+    model = build()
+    ids = words(model, 2, 19)
+    embeds, cache = model.get_input_embeddings()(ids), DynamicCache(config=model.config)
+    for given in ({}, {"input_ids": ids}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="prefill_chunk_size=5 cuts input_ids, got inputs_embeds of 19 tokens"):
+            model.generate(inputs_embeds=embeds, prefill_chunk_size=5, **given, **WORDS)
+    with torch.no_grad():
+        for part in embeds[:, :15].split(5, 1):
+            model(inputs_embeds=part, **{CACHE_NAME: cache})
+    got = model.generate(inputs_embeds=embeds, **WORDS, **{CACHE_NAME: cache})
+    assert torch.equal(got[:, -12:], model.generate(ids, **WORDS)[:, 19:])
+
+
 def test_a_cache_of_the_whole_input_or_of_more():
     """transformers would read the input again, or cut it at the wrong position."""
     model = build()
