@@ -478,6 +478,15 @@ class FlashStaticQuadraticCacheLayer(Irreversible, CountsDocuments, StaticLayer)
         return torch.arange(length, device=self.cumulative_length.device) + self.cumulative_length
 
     def past(self, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+        # On a GPU the number of tokens is on the device, and not read here.
+        if not is_tracing() and (not self.is_initialized or self.cumulative_length.device.type == "cpu"):
+            held = int(self.cumulative_length) if self.is_initialized else 0
+            if held + length > self.max_cache_len:
+                raise ValueError(
+                    f"The static cache has max_cache_len = {self.max_cache_len} slots for FLASH-Quad's keys, got "
+                    f"{held} tokens in it and {length} more. Make it with a larger max_cache_len, or pass "
+                    "DynamicCache(config=model.config), which grows."
+                )
         if self.is_initialized:
             position, document, write_N = self.position.to(device), self.document.to(device), self._next(length)
         else:

@@ -768,7 +768,7 @@ class FlashModel(FlashPreTrainedModel):
             elif by_token:
                 position, bias_length = layout.position_BN, config.chunk_size * config.local_window
             else:
-                position, bias_length = layout.position_BN, self.quadratic_span(layout)
+                position, bias_length = layout.position_BN, self.quadratic_span(layout, cache)
             rotary = bias_rotary = None
             if by_token and places:  # a token has the same position in every grid
                 rotary, bias_rotary = places[0].rotary, places[0].bias_rotary
@@ -783,7 +783,7 @@ class FlashModel(FlashPreTrainedModel):
             places.append(Places(layout, documents, rotary, bias_rotary, bias_length))
         return with_plans(places, config, x_BND, causal=self.is_causal, dropout=dropout, cache=cache)
 
-    def quadratic_span(self, layout: QuadraticLayout) -> int:
+    def quadratic_span(self, layout: QuadraticLayout, cache: CacheLayerMixin | None) -> int:
         """Distances that the bias of FLASH-Quad covers."""
         keys = layout.position_BN.shape[1] if layout.visible_BNM is None else layout.visible_BNM.shape[2]
         # CODEPATH: as above.
@@ -791,9 +791,11 @@ class FlashModel(FlashPreTrainedModel):
             return keys
         span = self.config.span
         if (not is_tracing() or is_exporting()) and keys > span:
+            static = getattr(cache, "max_cache_len", None) is not None
+            got = f"a static cache for max_cache_len = {keys}: make a smaller one" if static else keys
             raise ValueError(
                 f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, "
-                f"got {keys}. Use relative_bias='rotary' for longer inputs, or train with a larger "
+                f"got {got}. Use relative_bias='rotary' for longer inputs, or train with a larger "
                 "max_position_embeddings."
             )
         return span

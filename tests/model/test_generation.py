@@ -484,6 +484,20 @@ def test_static_rollback_is_refused(attention_type):
             change()
 
 
+def test_a_static_cache_that_is_too_small():
+    """The state of the chunked forms has one size; FLASH-Quad needs a slot for each token."""
+    for attention_type in ("mixed_chunk", "quadratic"):
+        model = build(attention_type)
+        ids = words(model, 1, 19)
+        for slots, found in ((16, "0 tokens in it and 19 more"), (24, "24 tokens in it and 1 more")):
+            given = {CACHE_NAME: StaticCache(config=model.config, max_cache_len=slots), **WORDS}
+            if attention_type == "mixed_chunk":
+                assert torch.equal(model.generate(ids, **given), model.generate(ids, **WORDS))
+                continue
+            with pytest.raises(ValueError, match=f"max_cache_len = {slots} slots .* got {found}"):
+                model.generate(ids, **given)
+
+
 # -- what generate() makes by itself: masks from pad_token_id, positions from masks, pads for rows that have ended
 PAD, EOS = 0, 7  # ids that `words` leaves out
 WORDS = {**GREEDY, "max_new_tokens": 12, "suppress_tokens": [PAD]}

@@ -534,6 +534,9 @@ def test_quadratic_toeplitz_names_its_limit():
     model = make_model(FlashForCausalLM, tiny_config(attention_type="quadratic", max_position_embeddings=16))
     with pytest.raises(ValueError, match="max_position_embeddings = 16 tokens, got 17.*rotary"):
         model(random_ids(model.config, 1, 17))
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(ValueError, match="= 16 tokens, got a static cache for max_cache_len = 40"):
+        model(random_ids(model.config, 1, 9), past_key_values=cache)
 
 
 def test_positions_that_contradict_a_cache():
