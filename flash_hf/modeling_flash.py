@@ -997,7 +997,9 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, logits_to_keep, vocabulary_of_labels(self))
         memory = {"cache": resolve_cache(cache, past_key_values, **kwargs), "use_cache": use_cache}
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **memory, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **memory, **kwargs
+        )
         if labels is not None:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
             labels = without_first_tokens(labels, given)
@@ -1198,7 +1200,9 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0, vocabulary_of_labels(self))
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:
             hidden_states = self.transform(hidden_states)
@@ -1265,7 +1269,7 @@ class FlashTaskModel(FlashPreTrainedModel):
         marks = attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
         if input_ids is not None and all(mark is None for mark in marks):
             attention_mask = self.padding_mask(input_ids)
-        kwargs = {**kwargs, "use_cache": False, "single_document": single}
+        kwargs = {**kwargs, "use_cache": False, "single_document": single, "return_dict": True}
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         # With a cache, the mask begins before this call.
         length = outputs.last_hidden_state.shape[1]

@@ -71,6 +71,10 @@ def test_outputs(cls):
     assert torch.equal(base(ids).last_hidden_state, out.hidden_states[-1])
     as_tuple = model(ids, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out[0])
+    model.config.return_dict = False
+    as_tuple = model(ids)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out[0])
+    model.config.return_dict = True
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeds)[0], out[0])
 
