@@ -814,12 +814,17 @@ def check_inputs(
             f"is_causal={asked_causal} contradicts this model, which was built with is_causal={model.is_causal}. Load "
             "the checkpoint with FlashModel and config.is_decoder set as needed."
         )
+    D = model.config.hidden_size
     if input_ids is None:
-        tokens, D = inputs_embeds, model.config.hidden_size
-        rule = f"inputs_embeds must be a floating-point tensor (batch, tokens, {D})"
-        fits = tokens.ndim == 3 and tokens.shape[2] == D and tokens.is_floating_point()
+        tokens, rule = inputs_embeds, f"inputs_embeds must be a floating-point tensor (batch, tokens, {D})"
     else:
         tokens, rule = input_ids, "input_ids must be an int64 or int32 tensor (batch, tokens)"
+    if not isinstance(tokens, Tensor):
+        cure = "Tokenize with return_tensors='pt', and pass the result as model(**inputs)."
+        raise ValueError(f"{rule}, got {type(tokens).__name__}. {cure}")
+    if input_ids is None:
+        fits = tokens.ndim == 3 and tokens.shape[2] == D and tokens.is_floating_point()
+    else:
         fits = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32)
     if not fits:
         raise ValueError(f"{rule}, got {tuple(tokens.shape)} of {tokens.dtype}.")
@@ -853,7 +858,13 @@ def check_labels(
 ) -> None:
     """Refuse labels (ValueError) of another shape than the input, without the logits of all tokens, or for losses of
     transformers, which then have a `vocab_size`, of another type or, on a CPU, beyond it."""
-    expected = tuple((input_ids if input_ids is not None else inputs_embeds).shape[:2])
+    given = inputs_embeds if input_ids is None else input_ids
+    if not isinstance(given, Tensor):
+        return  # which `check_inputs` refuses
+    expected = tuple(given.shape[:2])
+    if not isinstance(labels, Tensor):
+        got = type(labels).__name__
+        raise ValueError(f"labels must be a tensor with the shape of the input, {expected}, got {got}.")
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels must have the shape of the input, {expected}, got {tuple(labels.shape)}.")
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:

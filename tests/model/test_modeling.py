@@ -483,6 +483,8 @@ def bad_inputs():
         "id too large": ({"input_ids": ids + 61}, r"\[0, vocab_size = 61\).*resize_token_embeddings"),
         "negative id": ({"input_ids": ids - 61}, r"input_ids must lie in"),
         "float ids": ({"input_ids": ids.float()}, "int64 or int32.*float32"),
+        "a list": ({"input_ids": ids.tolist()}, r"got list\. Tokenize with return_tensors='pt'"),
+        "a tokenizer's output": ({"input_ids": {"input_ids": ids}}, r"got dict\..* model\(\*\*inputs\)"),
         "ids of one dimension": ({"input_ids": ids[0]}, r"\(batch, tokens\), got \(10,\)"),
         "embeddings too wide": ({"inputs_embeds": torch.randn(2, 10, 25)}, r"tokens, 24\), got \(2, 10, 25\)"),
         "integer embeddings": ({"inputs_embeds": torch.zeros(2, 10, 24, dtype=torch.long)}, "floating-point"),
@@ -527,6 +529,10 @@ def test_bad_labels_are_refused(cls):
                 model(ids, labels=labels, **options)
     with pytest.raises(ValueError, match=r"labels must be int64 .* got torch.float32"):
         model(ids, labels=ids.float())
+    with pytest.raises(ValueError, match=r"labels must be a tensor .*\(2, 10\), got list"):
+        model(ids, labels=ids.tolist())
+    with pytest.raises(ValueError, match="Exactly one of input_ids and inputs_embeds must be given, got neither"):
+        model(labels=ids)
     model.loss_function = lambda logits, labels, *_, **__: labels.sum()
     assert model(ids, labels=ids.float()).loss == ids.sum()
     if cls is FlashForCausalLM:
