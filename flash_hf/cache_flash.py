@@ -499,6 +499,15 @@ class FlashStaticQuadraticCacheLayer(Irreversible, CountsDocuments, StaticLayer)
         return torch.arange(length, device=self.cumulative_length.device) + self.cumulative_length
 
     def past(self, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
+        # On a GPU the number of tokens is on the device, and not read here.
+        if not is_tracing() and (not self.is_initialized or self.cumulative_length.device.type == "cpu"):
+            held = int(self.cumulative_length) if self.is_initialized else 0
+            if held + length > self.max_cache_len:
+                raise ValueError(
+                    f"The static cache has max_cache_len = {self.max_cache_len} slots for FLASH-Quad's keys, got "
+                    f"{held} tokens in it and {length} more. Make it with a larger max_cache_len, or pass "
+                    "DynamicCache(config=model.config), which grows."
+                )
         if self.is_initialized:
             position, document, write_N = self.position.to(device), self.document.to(device), self._next(length)
         else:
@@ -563,6 +572,8 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
             "change the cache with batch_select_indices or batch_repeat_interleave."
         )
     if isinstance(layer, FlashChunkCacheLayer):
+        if not is_tracing() and not torch.is_inference_mode_enabled():
+            _leave_inference_mode(cache)
         found, expected = [own.form for own in cache.layers[:2]], forms[: len(cache.layers)]
         width = layer.state.value.shape[2]
     else:
@@ -573,6 +584,14 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
             f"The cache was filled by a model of another shape ({found}, values of width {width}); this model needs "
             f"{expected}, {config.intermediate_size}. Start with an empty cache."
         )
+
+
+def _leave_inference_mode(cache: Cache) -> None:
+    """Copy what a dynamic cache holds from torch.inference_mode(): outside of it steps could not overwrite that."""
+    held = cache.layers[0]
+    if not held.is_compileable and any(x is not None and x.is_inference() for x in held.state):
+        for layer in cache.layers:
+            layer._map(torch.clone)
 
 
 def count_step(layers: list[FlashChunkCacheLayer]) -> None:

@@ -771,7 +771,7 @@ class FlashModel(FlashPreTrainedModel):
             elif by_token:
                 position, bias_length = layout.position_BN, config.chunk_size * config.local_window
             else:
-                position, bias_length = layout.position_BN, self.quadratic_span(layout)
+                position, bias_length = layout.position_BN, self.quadratic_span(layout, cache)
             rotary = bias_rotary = None
             if by_token and places:  # a token has the same position in every grid
                 rotary, bias_rotary = places[0].rotary, places[0].bias_rotary
@@ -788,7 +788,7 @@ class FlashModel(FlashPreTrainedModel):
             places.append(Places(layout, documents, rotary, bias_rotary, bias_length, shifted_S))
         return with_plans(places, config, x_BND, causal=self.is_causal, dropout=dropout, cache=cache)
 
-    def quadratic_span(self, layout: QuadraticLayout) -> int:
+    def quadratic_span(self, layout: QuadraticLayout, cache: CacheLayerMixin | None) -> int:
         """Distances that the bias of FLASH-Quad covers."""
         keys = layout.position_BN.shape[1] if layout.visible_BNM is None else layout.visible_BNM.shape[2]
         # CODEPATH: as above.
@@ -796,9 +796,11 @@ class FlashModel(FlashPreTrainedModel):
             return keys
         span = self.config.span
         if (not is_tracing() or is_exporting()) and keys > span:
+            static = getattr(cache, "max_cache_len", None) is not None
+            got = f"a static cache for max_cache_len = {keys}: make a smaller one" if static else keys
             raise ValueError(
                 f"FLASH-Quad with relative_bias='toeplitz' has biases for max_position_embeddings = {span} tokens, "
-                f"got {keys}. Use relative_bias='rotary' for longer inputs, or train with a larger "
+                f"got {got}. Use relative_bias='rotary' for longer inputs, or train with a larger "
                 "max_position_embeddings."
             )
         return span
@@ -817,12 +819,17 @@ def check_inputs(
             f"is_causal={asked_causal} contradicts this model, which was built with is_causal={model.is_causal}. Load "
             "the checkpoint with FlashModel and config.is_decoder set as needed."
         )
+    D = model.config.hidden_size
     if input_ids is None:
-        tokens, D = inputs_embeds, model.config.hidden_size
-        rule = f"inputs_embeds must be a floating-point tensor (batch, tokens, {D})"
-        fits = tokens.ndim == 3 and tokens.shape[2] == D and tokens.is_floating_point()
+        tokens, rule = inputs_embeds, f"inputs_embeds must be a floating-point tensor (batch, tokens, {D})"
     else:
         tokens, rule = input_ids, "input_ids must be an int64 or int32 tensor (batch, tokens)"
+    if not isinstance(tokens, Tensor):
+        cure = "Tokenize with return_tensors='pt', and pass the result as model(**inputs)."
+        raise ValueError(f"{rule}, got {type(tokens).__name__}. {cure}")
+    if input_ids is None:
+        fits = tokens.ndim == 3 and tokens.shape[2] == D and tokens.is_floating_point()
+    else:
         fits = tokens.ndim == 2 and tokens.dtype in (torch.int64, torch.int32)
     if not fits:
         raise ValueError(f"{rule}, got {tuple(tokens.shape)} of {tokens.dtype}.")
@@ -856,7 +863,13 @@ def check_labels(
 ) -> None:
     """Refuse labels (ValueError) of another shape than the input, without the logits of all tokens, or for losses of
     transformers, which then have a `vocab_size`, of another type or, on a CPU, beyond it."""
-    expected = tuple((input_ids if input_ids is not None else inputs_embeds).shape[:2])
+    given = inputs_embeds if input_ids is None else input_ids
+    if not isinstance(given, Tensor):
+        return  # which `check_inputs` refuses
+    expected = tuple(given.shape[:2])
+    if not isinstance(labels, Tensor):
+        got = type(labels).__name__
+        raise ValueError(f"labels must be a tensor with the shape of the input, {expected}, got {got}.")
     if tuple(labels.shape) != expected:
         raise ValueError(f"labels must have the shape of the input, {expected}, got {tuple(labels.shape)}.")
     if isinstance(logits_to_keep, Tensor) or logits_to_keep:
@@ -1000,7 +1013,9 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, logits_to_keep, vocabulary_of_labels(self))
         memory = {"cache": resolve_cache(cache, past_key_values, **kwargs), "use_cache": use_cache}
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **memory, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **memory, **kwargs
+        )
         if labels is not None:
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
             labels = without_first_tokens(labels, given)
@@ -1085,6 +1100,14 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         in_pieces = generation_config.prefill_chunk_size is not None
+        embeds, tokens = model_kwargs.get("inputs_embeds"), input_ids.shape[1]
+        if in_pieces and embeds is not None and not 0 < tokens <= generation_config.prefill_chunk_size:
+            # transformers would pass all of them with each piece of input_ids.
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts input_ids, got inputs_embeds of "
+                f"{embeds.shape[1]} tokens. Leave it out, or first read all but the end of the prompt by calls of the "
+                "model with one cache."
+            )
         if BEFORE_5_21 and in_pieces and cache is not None and (past := int(cache.get_seq_length())):
             # It would read as if the cache were empty. Instead, what follows the cache is read in one piece,
             # and a mask that contradicts the cache is refused, as later versions do where they read pieces.
@@ -1193,7 +1216,9 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0, vocabulary_of_labels(self))
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
         hidden_states = outputs.last_hidden_state
         if self.transform is not None:
             hidden_states = self.transform(hidden_states)
@@ -1260,7 +1285,7 @@ class FlashTaskModel(FlashPreTrainedModel):
         marks = attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
         if input_ids is not None and all(mark is None for mark in marks):
             attention_mask = self.padding_mask(input_ids)
-        kwargs = {**kwargs, "use_cache": False, "single_document": single}
+        kwargs = {**kwargs, "use_cache": False, "single_document": single, "return_dict": True}
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         # With a cache, the mask begins before this call.
         length = outputs.last_hidden_state.shape[1]

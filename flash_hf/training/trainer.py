@@ -121,6 +121,10 @@ class FlashTrainer(Trainer):
             return batch
         return {**batch, "labels": without_first_tokens(labels, batch)}
 
+    def _get_num_items_in_batch(self, batch_samples: list, *args, **kwargs) -> Tensor | int | None:
+        """Trainer's own count of labels, in training and in evaluation, of those that are predicted."""
+        return super()._get_num_items_in_batch(list(map(self._with_predicted_labels, batch_samples)), *args, **kwargs)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Trainer's own. The processes that share rows return the same loss, which Trainer would count for each."""
         if self.label_smoother is not None or self.compute_loss_func is not None:  # else the model sees the labels
@@ -175,16 +179,15 @@ class FlashTrainer(Trainer):
             self.args.dataloader_drop_last = drop
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of a step, with rows cut to the current length of the sequence warm-up, and the number of labels
-        that the model predicts."""
+        """The batches of a step, with rows cut to the current length of the sequence warm-up, and the number of
+        labels that the model predicts."""
         steps = getattr(self.args, "sequence_warmup_steps", 0)
         if self.state.global_step < steps:
             length = partial(warmup_length, self.state.global_step, steps=steps, start=self.args.sequence_warmup_start)
             epoch_iterator = (
                 cut_rows(batch, length(block_size=batch["input_ids"].shape[-1])) for batch in epoch_iterator
             )
-        labelled = map(self._with_predicted_labels, epoch_iterator)
-        batches, count = super().get_batch_samples(labelled, num_batches, device)
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._batches_used += len(batches)
         if self._resumed_from is not None:
             # As Trainer does after skipping batches: fetching them has used random numbers.

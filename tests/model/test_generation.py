@@ -399,6 +399,26 @@ def test_branching_a_copied_cache():
     assert_close(second, model(torch.cat([ids[:, :20], other], 1)).logits[:, 20:], 1e-9)
 
 
+@pytest.mark.parametrize("attention_type", TYPES)
+def test_a_cache_filled_in_inference_mode(attention_type):
+    """generate() is not in inference mode: its steps may not overwrite what was made there."""
+    model = build(attention_type)
+    ids = random_ids(model.config, 2, 20)
+    expected = model.generate(ids, **GREEDY)
+    with torch.inference_mode():
+        cache = model(ids[:, :19], use_cache=True).past_key_values
+        model(ids[:, 19:], past_key_values=copy.deepcopy(cache))
+    assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
+    with torch.inference_mode():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for part in (ids[:, 5:6], ids[:, 9:12]):
+            model(part, past_key_values=cache)
+        cache.crop(-3)
+        assert_close(model(ids[:, 6:], past_key_values=cache).logits, model(ids).logits[:, 6:], 1e-9)
+
+
 def test_training_mode_makes_no_cache():
     """It would go unused, and for short sequences it would outweigh the activations."""
     model = build().train()
@@ -462,6 +482,20 @@ def test_static_rollback_is_refused(attention_type):
     for change in (cache.activate_past_recording, lambda: cache.crop(-1)):
         with pytest.raises(ValueError, match="cannot be rolled back.*DynamicCache"):
             change()
+
+
+def test_a_static_cache_that_is_too_small():
+    """The state of the chunked forms has one size; FLASH-Quad needs a slot for each token."""
+    for attention_type in ("mixed_chunk", "quadratic"):
+        model = build(attention_type)
+        ids = words(model, 1, 19)
+        for slots, found in ((16, "0 tokens in it and 19 more"), (24, "24 tokens in it and 1 more")):
+            given = {CACHE_NAME: StaticCache(config=model.config, max_cache_len=slots), **WORDS}
+            if attention_type == "mixed_chunk":
+                assert torch.equal(model.generate(ids, **given), model.generate(ids, **WORDS))
+                continue
+            with pytest.raises(ValueError, match=f"max_cache_len = {slots} slots .* got {found}"):
+                model.generate(ids, **given)
 
 
 # -- what generate() makes by itself: masks from pad_token_id, positions from masks, pads for rows that have ended
@@ -686,6 +720,21 @@ def test_an_empty_prompt_is_refused():
     model = build()
     with pytest.raises(ValueError, match="at least one row and one token"):
         model.generate(words(model, 1, 0), **WORDS)
+
+
+def test_embeddings_are_not_cut_into_pieces():
+    """transformers would cut input_ids, and pass all embeddings with each piece. The message's other way works."""
+    model = build()
+    ids = words(model, 2, 19)
+    embeds, cache = model.get_input_embeddings()(ids), DynamicCache(config=model.config)
+    for given in ({}, {"input_ids": ids}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ValueError, match="prefill_chunk_size=5 cuts input_ids, got inputs_embeds of 19 tokens"):
+            model.generate(inputs_embeds=embeds, prefill_chunk_size=5, **given, **WORDS)
+    with torch.no_grad():
+        for part in embeds[:, :15].split(5, 1):
+            model(inputs_embeds=part, **{CACHE_NAME: cache})
+    got = model.generate(inputs_embeds=embeds, **WORDS, **{CACHE_NAME: cache})
+    assert torch.equal(got[:, -12:], model.generate(ids, **WORDS)[:, 19:])
 
 
 def test_a_cache_of_the_whole_input_or_of_more():

@@ -71,6 +71,10 @@ def test_outputs(cls):
     assert torch.equal(base(ids).last_hidden_state, out.hidden_states[-1])
     as_tuple = model(ids, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out[0])
+    model.config.return_dict = False
+    as_tuple = model(ids)
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out[0])
+    model.config.return_dict = True
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeds)[0], out[0])
 
@@ -479,6 +483,8 @@ def bad_inputs():
         "id too large": ({"input_ids": ids + 61}, r"\[0, vocab_size = 61\).*resize_token_embeddings"),
         "negative id": ({"input_ids": ids - 61}, r"input_ids must lie in"),
         "float ids": ({"input_ids": ids.float()}, "int64 or int32.*float32"),
+        "a list": ({"input_ids": ids.tolist()}, r"got list\. Tokenize with return_tensors='pt'"),
+        "a tokenizer's output": ({"input_ids": {"input_ids": ids}}, r"got dict\..* model\(\*\*inputs\)"),
         "ids of one dimension": ({"input_ids": ids[0]}, r"\(batch, tokens\), got \(10,\)"),
         "embeddings too wide": ({"inputs_embeds": torch.randn(2, 10, 25)}, r"tokens, 24\), got \(2, 10, 25\)"),
         "integer embeddings": ({"inputs_embeds": torch.zeros(2, 10, 24, dtype=torch.long)}, "floating-point"),
@@ -523,6 +529,10 @@ def test_bad_labels_are_refused(cls):
                 model(ids, labels=labels, **options)
     with pytest.raises(ValueError, match=r"labels must be int64 .* got torch.float32"):
         model(ids, labels=ids.float())
+    with pytest.raises(ValueError, match=r"labels must be a tensor .*\(2, 10\), got list"):
+        model(ids, labels=ids.tolist())
+    with pytest.raises(ValueError, match="Exactly one of input_ids and inputs_embeds must be given, got neither"):
+        model(labels=ids)
     model.loss_function = lambda logits, labels, *_, **__: labels.sum()
     assert model(ids, labels=ids.float()).loss == ids.sum()
     if cls is FlashForCausalLM:
@@ -534,6 +544,9 @@ def test_quadratic_toeplitz_names_its_limit():
     model = make_model(FlashForCausalLM, tiny_config(attention_type="quadratic", max_position_embeddings=16))
     with pytest.raises(ValueError, match="max_position_embeddings = 16 tokens, got 17.*rotary"):
         model(random_ids(model.config, 1, 17))
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(ValueError, match="= 16 tokens, got a static cache for max_cache_len = 40"):
+        model(random_ids(model.config, 1, 9), past_key_values=cache)
 
 
 def test_positions_that_contradict_a_cache():

@@ -145,6 +145,9 @@ def test_a_document_has_the_loss_that_it_has_alone(place, epsilon, make_trainer)
         assert items == 2 * count
         shares = [trainer.compute_loss(model, dict(each), num_items_in_batch=items) for each in (first, second)]
         assert_close(sum(shares), expected, 1e-6)
+    for loss_only in (True, False):
+        loss, *_ = trainer.prediction_step(model, dict(batch), prediction_loss_only=loss_only)
+        assert_close(loss, expected, 1e-6)
     assert torch.equal(batch["labels"], labels)
 
 
