@@ -284,7 +284,7 @@ def test_a_cell_learns_and_tells_all(tokens):
     losses = [loss for _, loss in result["valid_curve"]]
     assert losses == sorted(losses, reverse=True) and losses[0] < math.log(300) + 0.1
     assert abs(result["final"]["loss"] - np.mean(result["final"]["by_position"])) < 1e-3
-    assert len(result["final"]["by_slot"]) == SIZES["tiny"].chunk and set(result["lengths"]) == {"64", "128"}
+    assert len(result["final"]["by_slot"]) == SIZES["tiny"].chunk and set(result["lengths"]) == {"64", "128", "256"}
     assert result["parameters"] and result["versions"]["torch"] and result["recipe"]["eps"] == 1e-6
     again = training.run_cell(CAUSAL, tokens, Gate(None), training.TINY_RECIPE)
     assert again["valid_curve"] == result["valid_curve"] and again["final"] == result["final"]
@@ -342,7 +342,7 @@ def test_a_mixed_cell_tells_each_corpus_and_their_mean(mixed):
     result = training.run_cell(cell, folder, Gate(None), training.TINY_RECIPE)
     books, wiki = (result["corpora"][name] for name in ("books", "wiki"))
     assert result["final"]["loss"] == pytest.approx((books["final"]["loss"] + wiki["final"]["loss"]) / 2)
-    assert set(books["lengths"]) == set(result["lengths"]) == {"64", "128"}
+    assert set(books["lengths"]) == set(result["lengths"]) == {"64", "128", "256"}
     for (step, mean), (_, first), (_, second) in zip(
         result["valid_curve"], books["valid_curve"], wiki["valid_curve"], strict=True
     ):
@@ -356,7 +356,8 @@ def test_other_tasks_run(tokens, task):
     size = "tiny" if task == "books-masked" else "tiny-recall"
     cell = grid.Cell("train", "flash", size, task, 64, 0.002, 0.002)
     result = training.run_cell(cell, tokens, Gate(None), training.TINY_RECIPE)
-    assert math.isfinite(result["final"]["loss"]) and set(result["lengths"]) == {"128", "256"}
+    lengths = {"128", "256", "512"} if "books" in task else {"128", "256"}
+    assert math.isfinite(result["final"]["loss"]) and set(result["lengths"]) == lengths
     if task != "books-masked":
         assert 0 <= result["final"]["accuracy"] <= 1 and len(result["valid_curve"][0]) == 3
 
