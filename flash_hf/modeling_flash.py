@@ -417,7 +417,7 @@ class FlashGatedAttentionUnit(nn.Module):
 
         options |= {"previous_key": self.previous_key, "window": self.window, "shifted_S": places.shifted_S}
         step, append, attention = mixed_chunk_step, mixed_chunk_append, mixed_chunk_attention
-        # CODEPATH: no released checkpoint has global_state="delta" yet.
+        # CODEPATH: flash-30m-causal has the delta rule, all others the mean.
         if self.delta:
             step, append, attention = delta_chunk_step, delta_chunk_append, delta_chunk_attention
         elif not isinstance(layout, AppendLayout):  # which has the factors
@@ -761,6 +761,7 @@ class FlashModel(FlashPreTrainedModel):
         config = self.config
         dropout = bool(config.attention_dropout) and self.training
         shifted_S = None
+        # CODEPATH: FLASH+ shifts half of the local keys, the paper's models do not.
         if config.local_key_shift:
             shifted_S = shifted_dims(config.query_key_dim, config.rope_interleaved, x_BND.device)
         places: list[Places] = []
