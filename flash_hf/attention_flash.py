@@ -477,12 +477,6 @@ def closed_total(state: DecodingState, open_BC: Tensor) -> Tensor:
         return state.total - key.transpose(1, 2) @ value
 
 
-def own_key(cached_BKS: Tensor, newest_B: Tensor, seen_B: Tensor) -> Tensor:
-    """The newest token's own key, in slot `newest_B`, `[B, 1, S]`; 0 before a document's first token."""
-    index_B1S = newest_B[:, None, None].expand(-1, 1, cached_BKS.shape[2])
-    return cached_BKS.gather(1, index_B1S).masked_fill((seen_B == 0)[:, None, None], 0)
-
-
 def mixed_chunk_step(
     qk: QueryKeys,
     value_B1E: Tensor,
@@ -539,7 +533,7 @@ def mixed_chunk_step(
     def shift(cache_BKS: Tensor, own_B1S: Tensor) -> Tensor:
         """The key of the token before; this token's own is left for the next one."""
         newest_B = torch.where(phase_B == 0, C, phase_B)
-        before_B1S = own_key(cache_BKS, newest_B, seen_B)
+        before_B1S = cache_BKS.gather(1, index_of(newest_B, cache_BKS)).masked_fill((seen_B == 0)[:, None, None], 0)
         write(cache_BKS, own_B1S, phase_B + 1)
         return before_B1S
 

@@ -420,7 +420,7 @@ class FlashGatedAttentionUnit(nn.Module):
         # CODEPATH: flash-30m-causal has the delta rule, all others the mean.
         if self.delta:
             step, append, attention = delta_chunk_step, delta_chunk_append, delta_chunk_attention
-        elif not isinstance(layout, AppendLayout):  # which has the factors
+        elif not isinstance(layout, AppendLayout):  # where it is in the layout's scales
             options["normalization"] = self.normalization
         if isinstance(layout, (StepLayout, AppendLayout)):
             padding_BN1 = layout.padding_BN1
