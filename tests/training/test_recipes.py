@@ -184,7 +184,7 @@ def test_rows_grow_as_the_line_allows():
 
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_the_sequence_warmup_feeds_the_same_tokens_in_shorter_rows(kind, files, tmp_path):
-    fed = {}
+    fed, counted = {}, {}
     for steps in (0, 4):
         command = (
             f"--train_file {files / 'train.jsonl'} --config_overrides {OVERRIDES} --tokenizer_vocab_size 400 "
@@ -197,10 +197,14 @@ def test_the_sequence_warmup_feeds_the_same_tokens_in_shorter_rows(kind, files, 
         tokenizer = train_tokenizer(train, 400)
         model = load_model(kind, model_args, tokenizer, None)
         trainer = training.build_trainer(kind, model, tokenizer, train, validation, data_args, args)
-        seen, step = fed.setdefault(steps, []), trainer.training_step
-        trainer.training_step = lambda model, inputs, *rest, seen=seen, step=step: (
-            seen.append({name: value.clone() for name, value in inputs.items()}) or step(model, inputs, *rest)
-        )
+        seen, counts, step = fed.setdefault(steps, []), counted.setdefault(steps, []), trainer.training_step
+
+        def noted(model, inputs, count, seen=seen, counts=counts, step=step):
+            seen.append({name: value.clone() for name, value in inputs.items()})
+            counts.append(int(count))
+            return step(model, inputs, count)
+
+        trainer.training_step = noted
         trainer.train()
     # 16 + 48 step / 4: 16, 28, 40, 52, and whole blocks from step 4 on; two batches a step.
     assert [batch["input_ids"].shape[1] for batch in fed[4]] == [16] * 4 + [32] * 4 + [64] * 4
@@ -208,6 +212,12 @@ def test_the_sequence_warmup_feeds_the_same_tokens_in_shorter_rows(kind, files, 
         assert torch.equal(short["input_ids"].flatten(), whole["input_ids"].flatten())
         assert torch.equal(short["labels"].flatten(), whole["labels"].flatten())
         assert (short["position_ids"][:, 0] == 0).all()
+    for steps, batches in fed.items():  # no row's first token counts, in a causal model
+        predicted = [
+            int(((batch["labels"] != -100) & ((batch["position_ids"] > 0) | (kind == "masked"))).sum())
+            for batch in batches
+        ]
+        assert counted[steps] == [sum(predicted[i // 2 * 2 : i // 2 * 2 + 2]) for i in range(len(predicted))]
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
