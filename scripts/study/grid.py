@@ -44,12 +44,14 @@ SEARCH = {"size": "s", "tokens": 15}
 SEARCH_CONTEXT = 4096
 # Does the global branch pay with more training?
 LONG = {"size": "s", "tokens": 60}
-# Does the lead last? One pass over all training text at the best rates of the short trainings; rates are searched
-# with a tenth of it.
+# Does the lead last? One pass over all training text, at rates searched with a tenth of it at each context.
 ONE_PASS = 235
-PASSED = {2048: {RIVAL: 1e-3, PLUS: 2e-3, PLUS_LOCAL: 2e-3, "flash-quad": 1e-3, "gau-softmax": 1e-3,
-                 FLASH: 2e-3},
-          8192: {RIVAL: 1e-3, PLUS: 2e-3, FLASH: 2e-3}}  # fmt: skip
+LASTING = "plus-keys-delta"  # FLASH+ with the delta rule
+PASSED = {LASTING: (2048, 8192), "plus-keys": (2048, 8192), PLUS: (2048, 8192), RIVAL: (2048, 8192),
+          "gau-softmax": (2048,), FLASH: (2048, 8192), PLUS_LOCAL: (2048, 8192), "flash-quad": (2048,),
+          MODERN: (2048, 8192)}  # fmt: skip
+# What ends this close to another model gets a second seed.
+CLOSE = 0.02
 SEVERAL_PASSES = 600
 # Masked, too, with rates searched at each context.
 PASSED_MASKED = (8192, 512)
@@ -64,8 +66,6 @@ SEARCHED_FORMS = (
     "window-keys-delta", "keys", "delta", "window", "gated", "window-keys", "keys-delta", "keys-gated",
     "window-keys-gated", "heads", "hybrid", "softmax", "window-keys-heads-delta", "512", "gated-features",
 )  # fmt: skip
-# The best of them after a whole pass.
-LASTING_FORMS = ("window-keys-delta", "keys-delta", "keys", "window-keys")
 # Trained with several seeds, for the spread of the loss.
 SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", SHIFTED, "flash-shifted-conv",
           "flash-shifted-tokens", "flash-shifted-heads", "flash-shifted-heads-tokens")  # fmt: skip
@@ -174,25 +174,16 @@ def tuned(results: Results, model: str, task: str, context: int, **more) -> Cell
 
 def passes(results: Results) -> list[Cell]:
     """The long trainings, on all text."""
-    task = "mixed-causal"
-    cells = [cell for context, rates in PASSED.items() for model, rate in rates.items()
-             for cell in train(model, task, context, [rate], tokens=ONE_PASS)]  # fmt: skip
-    for form in LASTING_FORMS:
-        for context, rates in PASSED.items():
-            cells += train(f"plus-{form}", task, context, [rates[PLUS]], tokens=ONE_PASS)
-    searched = {"context": 2048, "tokens": ONE_PASS / 10}
-    for model in (RIVAL, PLUS, MODERN):
-        cells += tuning(results, model, task, **searched)
-    modern = tuned(results, MODERN, task, **searched)
-    cells += [] if modern is None else [replace(modern, context=context, tokens=ONE_PASS) for context in PASSED]
-    best = [cell for model in (RIVAL, PLUS) if (cell := tuned(results, model, task, **searched)) is not None]
-    long = [replace(cell, context=context, tokens=ONE_PASS) for context in PASSED for cell in best]
-    cells += long + [replace(cell, seed=1) for cell in long]
+    task, tenth = "mixed-causal", ONE_PASS / 10
+    places = [(model, task, context) for model, contexts in PASSED.items() for context in contexts]
+    cells = [cell for place in places for cell in tuning(results, *place, tokens=tenth)]
+    best = [cell for place in places if (cell := tuned(results, *place, tokens=tenth)) is not None]
+    long = [replace(cell, tokens=ONE_PASS) for cell in best]
+    done = [cell for cell in long if cell in results]
+    cells += long + close([lowest(cell, results) for cell in done], results)
+    cells += [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in (LASTING, RIVAL)]
     for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
-        rate = PASSED[2048].get(model, PASSED[2048][PLUS])
-        cells += train(model, task, 2048, [rate], tokens=SEARCHED)
-    long += [cell for form in LASTING_FORMS for context, rates in PASSED.items()
-             for cell in train(f"plus-{form}", task, context, [rates[PLUS]])]  # fmt: skip
+        cells += train(model, task, 2048, RATES[1:] if model == RIVAL else RATES[:1], tokens=SEARCHED)
     rivals = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]
     for context in PASSED_MASKED:
         rivals += [(model, {"task": "mixed-masked", "context": context}, ONE_PASS) for model in HEADLINE]
@@ -200,7 +191,21 @@ def passes(results: Results) -> list[Cell]:
         cells += tuning(results, model, **place, tokens=tokens / 10)
         tenth = tuned(results, model, **place, tokens=tokens / 10)
         cells += [] if tenth is None else [replace(tenth, tokens=tokens)]
-    return cells + [replace(cell, tokens=SEVERAL_PASSES) for cell in long]
+    return cells
+
+
+def lowest(cell: Cell, results: Results) -> Cell:
+    """The same at the rate that ended lowest."""
+    return best_of([other for other in results if replace(other, rate=cell.rate) == cell], results)
+
+
+def close(cells: list[Cell], results: Results) -> list[Cell]:
+    """The second seeds of the cells that ended within `CLOSE` of another model's at the same context."""
+
+    def near(one: Cell, other: Cell) -> bool:
+        return one.context == other.context and abs(final_loss(results[one]) - final_loss(results[other])) < CLOSE
+
+    return [replace(cell, seed=1) for cell in cells if any(near(cell, other) for other in cells if other != cell)]
 
 
 def full_grid(results: Results) -> list[Cell]:
@@ -295,7 +300,7 @@ def full_grid(results: Results) -> list[Cell]:
     for task in ("mqar4", "needle"):
         for model in (PLUS, PLUS_LOCAL):
             cells += train(model, task, 128, [2 * first], **deep)
-    cells += train(f"plus-{LASTING_FORMS[0]}", "needle", 128, [2 * first], **deep)
+    cells += train("plus-window-keys-delta", "needle", 128, [2 * first], **deep)
     return list(dict.fromkeys(cells))
 
 
