@@ -33,7 +33,7 @@ from flash_hf.training import GraphedBackward
 from ..benchmark.timing import quartiles
 from ..evaluation.recall import mqar, needle
 from ..provenance import provenance
-from .grid import Cell
+from .grid import BEYOND, Cell
 from .models import MODELS, SIZES, build
 from .runner import Gate
 from .text import IGNORE, VALIDATED, Stream, load_stream
@@ -522,7 +522,7 @@ def measure_text(model: nn.Module, cell: Cell, valid: Callable[[int, int], Strea
         # Without the first chunk, which has no context before it.
         final["by_slot"] = binned(losses[:, chunk:].reshape(-1, chunk), BINS)
     other = {}
-    for factor in (2, 4, 8) if MODELS[cell.model].long else ():
+    for factor in BEYOND if MODELS[cell.model].long else ():
         losses = validate(model, valid(factor * cell.context, recipe.final_tokens), recipe.batch_tokens)
         other[str(factor * cell.context)] = {"loss": losses.nanmean().item(), "quarters": binned(losses, 4)}
     return final, other

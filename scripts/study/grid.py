@@ -53,6 +53,9 @@ PASSED = {LASTING: (2048, 8192), "plus-keys": (2048, 8192), PLUS: (2048, 8192), 
 # What ends this close to another model gets a second seed.
 CLOSE = 0.02
 SEVERAL_PASSES = 600
+LASTED = (LASTING, "plus-keys", RIVAL)
+# Text is also measured at these times the training context.
+BEYOND = (2, 4, 8)
 # Masked, too, with rates searched at each context.
 PASSED_MASKED = (8192, 512)
 # The paper's size once, its rates searched with a tenth of the tokens.
@@ -181,7 +184,7 @@ def passes(results: Results) -> list[Cell]:
     long = [replace(cell, tokens=ONE_PASS) for cell in best]
     done = [cell for cell in long if cell in results]
     cells += long + close([lowest(cell, results) for cell in done], results)
-    cells += [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in (LASTING, RIVAL)]
+    cells += [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in LASTED]
     for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
         cells += train(model, task, 2048, RATES[1:] if model == RIVAL else RATES[:1], tokens=SEARCHED)
     rivals = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]

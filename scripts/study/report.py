@@ -8,6 +8,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -331,26 +332,50 @@ def lasting(results: Results, causal: bool = True) -> str:
     for cell in passed(results, causal):
         result = results[cell]
         curve = result["train_curve"]["loss"]
-        row = [*long_head(results, cell), f"{cell.rate:g}", f"{statistics.mean(curve[-len(curve) // 10 :]):.3f}"]
+        row = [*long_head(results, cell), f"{cell.rate:g}", f"{statistics.mean(curve[-len(curve) // 10 :]):.3f}",
+               f"{', '.join(f'{final_loss(seed):.3f}' for seed in seeds_of(results, cell))}"]  # fmt: skip
         for corpus, found in result["corpora"].items():
             least, most = context_worth(found["final"], causal)
             size = f" ({bits_per_byte(result, corpus):.3f})" if causal else ""
             row += [f"{found['final']['loss']:.3f}{size}", f"{least:.3f}, {most:.3f}",
                     f"{round(least - most, 3) + 0.0:.3f}"]  # fmt: skip
-        beyond = next(iter(result["corpora"].values()))["lengths"]
-        row.append(", ".join(f"{found['loss']:.3f}" for found in beyond.values()) or "-")
         rows.append(row)
     size, ends = (" (bits per byte)", "first, last eighth") if causal else ("", "ends, middle")
-    head = [*LONG_HEAD, "learning rate", "training, last tenth"]
+    head = [*LONG_HEAD, "learning rate", "training, last tenth", "both corpora, each seed"]
     for corpus in CORPORA:
         head += [f"{corpus}{size}", f"{corpus}: {ends}", "difference"]
-    head.append(f"{CORPORA[0]} at 2, 4 and 8 times the context")
     tenths = [("m", grid.ONE_PASS / 10), ("base", grid.BASE_TOKENS / 10)]
     searched = [f"{MODELS[cell.model].title} ({cell.size}, {cell.context:,}) {rates_tried(results, cell)}"
                 for cell in best_rates(results).values()
                 if cell.task == mixed(causal) and (cell.size, cell.tokens) in tenths]  # fmt: skip
     rates = f"\n\nLearning rates with a tenth of the tokens: {'; '.join(sorted(searched))}." if searched else ""
     return (table(head, rows) if rows else "No cells yet.") + rates
+
+
+def beyond(results: Results, causal: bool = True) -> str:
+    """Loss beyond the training context, mean of both corpora, of the long trainings, and of the longest shorter one of
+    each model without all lengths that has them."""
+
+    def result_of(cell: Cell) -> dict:
+        return max(seeds_of(results, cell), key=lambda seed: len(seed["lengths"]))
+
+    def whole(cell: Cell) -> bool:
+        return len(result_of(cell)["lengths"]) == len(grid.BEYOND)
+
+    cells, best = passed(results, causal), best_rates(results)
+    shown = dict.fromkeys(cells)
+    for cell in cells:
+        like = [other for other in best.values() if replace(other, tokens=cell.tokens, rate=cell.rate) == cell]
+        longest = max((other for other in like if whole(other)), key=lambda other: other.tokens, default=None)
+        shown |= {} if longest is None or any(whole(other) for other in like if other in cells) else {longest: None}
+    head, rows = [*LONG_HEAD, "loss", *(f"at {factor} times the context" for factor in grid.BEYOND)], []
+    for cell in shown:
+        result = result_of(cell)
+        if result["lengths"]:
+            found = [f"{length['loss']:.3f}" for length in result["lengths"].values()]
+            row = [*long_head(results, cell), f"{final_loss(result):.3f}", *found]
+            rows.append(row + ["-"] * (len(head) - len(row)))
+    return table(head, rows) if rows else "No cells yet."
 
 
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -455,8 +480,9 @@ def where(results: Results) -> str:
 
 SECTIONS = {
     "goals": goals, "headline": headline, "budgets": budgets, "times": times, "forms": forms, "recall": recall,
-    "positions": positions, "branch": branch, "lasting": lasting, "crossings": crossings,
-    "lasting-masked": partial(lasting, causal=False), "crossings-masked": partial(crossings, causal=False),
+    "positions": positions, "branch": branch, "lasting": lasting, "beyond": beyond, "crossings": crossings,
+    "lasting-masked": partial(lasting, causal=False), "beyond-masked": partial(beyond, causal=False),
+    "crossings-masked": partial(crossings, causal=False),
     "searched": searched, "unfinished": unfinished, "ablations": ablations, "where": where,
 }  # fmt: skip
 
