@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .attention_flash import (
     DecodingState,
@@ -107,21 +106,36 @@ def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
 
 
 class TransposedSolve(torch.autograd.Function):
-    """`(1 + L)^-T y` for L below the diagonal of a tensor `[X, C, C]` and y `[X, C, S]`."""
+    """`(1 + L)^-T y` and `(1 + L)^-1` for L below the diagonal of a tensor `[X, C, C]` and y `[X, C, S]`.
+
+    The inverse is returned for second derivatives: they pass through what backward reads if it is an input or output.
+    """
 
     @staticmethod
-    def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
+    def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor) -> tuple[Tensor, Tensor]:
         inverse = lower_inverse(strict_XCC)
         solved = inverse.transpose(1, 2) @ y_XCS
         ctx.save_for_backward(inverse, solved)
-        return solved
+        ctx.set_materialize_grads(False)
+        return solved, inverse
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_XCS: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, grad_XCS: Tensor | None, grad_inverse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         inverse, solved = ctx.saved_tensors
-        grad_y = inverse @ grad_XCS
-        return -(solved @ grad_y.transpose(1, 2)).tril(-1), grad_y
+        grad_strict = grad_y = None
+        if grad_XCS is not None:
+            grad_y = inverse @ grad_XCS
+            grad_strict = -(solved @ grad_y.transpose(1, 2)).tril(-1)
+        if grad_inverse is not None:
+            turned = inverse.transpose(1, 2)
+            of_inverse = -(turned @ grad_inverse @ turned).tril(-1)
+            grad_strict = of_inverse if grad_strict is None else grad_strict + of_inverse
+        return grad_strict, grad_y
+
+
+def solve_chunks(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
+    """[`TransposedSolve`] without the inverse."""
+    return TransposedSolve.apply(strict_XCC, y_XCS)[0]
 
 
 def solve_any(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
@@ -165,7 +179,7 @@ def transitions(k_BGCS: Tensor, forget_BGC: Tensor, write_BGC: Tensor) -> tuple[
         since_BGC = forget_BGC @ torch.ones(C, C, dtype=forget_BGC.dtype, device=forget_BGC.device).triu()
     else:
         since_BGC = forget_BGC.cumsum(-1)
-    solve = solve_any if takes_any_length(forget_BGC.shape[1]) else TransposedSolve.apply
+    solve = solve_any if takes_any_length(forget_BGC.shape[1]) else solve_chunks
     write_XC1 = write_BGC.flatten(0, 1)[..., None]
     entering_BGCS = writes(k_BGCS.flatten(0, 1), since_BGC.flatten(0, 1), write_XC1, solve).view_as(k_BGCS)
     faded_BGC = torch.exp(since_BGC)
@@ -210,7 +224,6 @@ class DeltaStates(torch.autograd.Function):
         return states
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_BGSE: Tensor) -> tuple[Tensor | None, ...]:
         entering_BGCS, value_BGCE, erased_BGSS, decay_BG, states_BGSE = ctx.saved_tensors
         G, dtype = value_BGCE.shape[1], value_BGCE.dtype

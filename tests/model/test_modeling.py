@@ -147,6 +147,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(cls, reentrant):
     assert len(calls) == 2  # it was computed again
 
 
+PLUS = {"global_form": "previous_token", "local_key_shift": True, "chunk_shift": 4, "use_scaled_sinusoid": False}
+DERIVED = {
+    "paper": {}, "plus": PLUS, "delta": {"global_state": "delta"}, "quadratic": {"attention_type": "quadratic"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", DERIVED)
+def test_second_derivatives(form):
+    """A product with the Hessian, against the difference of gradients."""
+    model = make_model(FlashForCausalLM, tiny_config(**DERIVED[form]))
+    generator = torch.Generator().manual_seed(0)
+    x, step = (torch.randn(2, 21, 24, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def loss(x):
+        return model(inputs_embeds=x, use_cache=False).logits.square().sum()
+
+    def gradient(x, **options):
+        return torch.autograd.grad(loss(x), x, **options)[0]
+
+    expected = (gradient((x + 1e-6 * step).requires_grad_()) - gradient((x - 1e-6 * step).requires_grad_())) / 2e-6
+    x.requires_grad_()
+    product = torch.autograd.grad((gradient(x, create_graph=True) * step).sum(), x)[0]
+    assert_close(product, expected, 1e-7)
+
+
 def test_dropout_is_active_only_in_training():
     model = make_model(FlashForCausalLM, tiny_config(hidden_dropout=0.2, attention_dropout=0.2))
     ids = random_ids(model.config, 1, 20)
