@@ -18,9 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def has_function_transforms() -> bool:
+    """Whether `torch.func` transforms this call (vmap, grad, jvp)."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_tracing() -> bool:
-    """Whether a graph is being captured: tensors cannot be read on the host."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether tensors cannot be read on the host: a graph is being captured, or they stand for several (vmap)."""
+    # In this order: a compiler does not know the last.
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or has_function_transforms()
 
 
 def is_exporting() -> bool:
@@ -32,7 +38,7 @@ def is_exporting() -> bool:
 def is_transformed() -> bool:
     """Whether a function transform or a dispatch mode (fake tensors, selective checkpointing) stands between calls and
     their results."""
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    return has_function_transforms() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -446,12 +452,12 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
     # Column G (or G * C) collects tokens without a slot, and is cut off.
     def by_chunk(value_BN: Tensor, fill: int) -> Tensor:
         index_BN = torch.where(valid_BN, chunk_BN, G)
-        return torch.full((batch, G + 1), fill, device=device).scatter_(1, index_BN, value_BN)[:, :G]
+        return torch.full((batch, G + 1), fill, device=device).scatter(1, index_BN, value_BN)[:, :G]
 
     flat_BN = torch.where(valid_BN, chunk_BN * C + slot_BN, -1)
     token_BN = torch.arange(N, device=device).expand(batch, N)
     source_BK = torch.full((batch, G * C + 1), -1, device=device)
-    source_BK = source_BK.scatter_(1, torch.where(valid_BN, flat_BN, G * C), token_BN)[:, : G * C]
+    source_BK = source_BK.scatter(1, torch.where(valid_BN, flat_BN, G * C), token_BN)[:, : G * C]
     start_BG = by_chunk(position_BN - slot_BN, 0)
 
     phase_B = continues_B = None

@@ -37,7 +37,7 @@ from .attention_flash import (
     mixed_chunk_step,
     previous_keys,
 )
-from .chunking_flash import AppendLayout, ChunkLayout, StepLayout, is_exporting, is_tracing
+from .chunking_flash import AppendLayout, ChunkLayout, StepLayout, has_function_transforms, is_exporting, is_tracing
 
 
 # Programs for any length take rows of up to this many tokens.
@@ -45,11 +45,12 @@ LONGEST_ROW = 2**24
 
 
 def takes_any_length(chunks: int) -> bool:
-    """Whether a program is being recorded in which the number of chunks is a variable, which a loop would fix."""
+    """Whether a program is being recorded in which the number of chunks is a variable, which a loop would fix. Also
+    under function transforms, which take operations alone, no functions with gradients of their own."""
     if torch.jit.is_tracing():
         return True
     if not torch.compiler.is_compiling():
-        return False
+        return has_function_transforms()
     if is_exporting():
         return True
     from torch.fx.experimental.symbolic_shapes import has_static_value

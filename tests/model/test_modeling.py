@@ -153,9 +153,32 @@ DERIVED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("form", DERIVED)
+def test_gradients_of_each_row_by_vmap(form, padded):
+    """Under torch.func nothing is read on the host, and padding may differ from row to row."""
+    model = make_model(FlashForCausalLM, tiny_config(**DERIVED[form]))
+    ids = random_ids(model.config, 3, 21)
+    mask = torch.ones_like(ids)
+    mask[0, :9], mask[1, 17:] = 0, 0
+    inputs = {"labels": ids, **({"attention_mask": mask} if padded else {})}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(weights, row, inputs):
+        given = {name: x[None] for name, x in inputs.items()}
+        return torch.func.functional_call(model, weights, (row[None],), {"use_cache": False, **given}).loss
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, ids, inputs)
+    for row in range(len(ids)):
+        model.zero_grad()
+        model(ids[row, None], **{name: x[row, None] for name, x in inputs.items()}).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert_close(found[name][row] + 1, parameter.grad + 1, 1e-9, name)  # some are 0
+
+
 @pytest.mark.parametrize("form", DERIVED)
 def test_second_derivatives(form):
-    """A product with the Hessian, against the difference of gradients."""
+    """A product with the Hessian, against the difference of gradients, and the product by forward-mode gradients."""
     model = make_model(FlashForCausalLM, tiny_config(**DERIVED[form]))
     generator = torch.Generator().manual_seed(0)
     x, step = (torch.randn(2, 21, 24, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -170,6 +193,7 @@ def test_second_derivatives(form):
     x.requires_grad_()
     product = torch.autograd.grad((gradient(x, create_graph=True) * step).sum(), x)[0]
     assert_close(product, expected, 1e-7)
+    assert_close(torch.func.jvp(torch.func.grad(loss), (x.detach(),), (step,))[1], expected, 1e-7)
 
 
 def test_dropout_is_active_only_in_training():
