@@ -87,6 +87,16 @@ def recall(owner: nn.Module, key: tuple, make: Callable[[], Any], x_BND: Tensor)
     return last[1]
 
 
+def refuse_second_derivatives() -> None:
+    """For a backward whose operations autograd does not see. `once_differentiable` would not do: where there are other
+    ways to the input, such as residual sums, torch then leaves this one out of second derivatives, without a word."""
+    if torch.is_grad_enabled():  # by create_graph=True
+        raise NotImplementedError(
+            "There are no second derivatives (create_graph=True) of kernels and of rows cut over processes: set "
+            "model.config.backend = 'torch', and leave rows whole."
+        )
+
+
 class Movable:
     """A bundle of tensors that accelerate moves between devices as one, by `.to`."""
 

@@ -15,10 +15,9 @@ from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from ..chunking_flash import is_transformed
+from ..chunking_flash import is_transformed, refuse_second_derivatives
 from . import choice, delta
 from .launches import (
     GATE_COLUMNS,
@@ -213,8 +212,8 @@ def register(operation: type) -> Callable:
             return kept[0]
 
         @staticmethod
-        @once_differentiable
         def backward(ctx, d_out):
+            refuse_second_derivatives()
             return None, None, None, *gradients(partial(run_backward, ctx.exchange), ctx, d_out)
 
     # What `Function.apply` ends in. First it looks for tensors of function transforms that have ended, which takes as
@@ -623,8 +622,8 @@ class DirectNorm(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_y):
+        refuse_second_derivatives()
         return _norm_gradients(run_norm_gradient, ctx, d_y)
 
 
@@ -685,8 +684,8 @@ class DirectRotaryBias(torch.autograd.Function):
         return run_rotary_bias(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_bias):
+        refuse_second_derivatives()
         return _rotary_bias_gradients(run_rotary_bias_gradient, ctx, d_bias)
 
 

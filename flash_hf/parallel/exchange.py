@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention_flash import QueryKeys
 from ..backend_flash import fused_layer, fuses_layer, normalise
-from ..chunking_flash import ChunkLayout, Places, take_rows
+from ..chunking_flash import ChunkLayout, Places, refuse_second_derivatives, take_rows
 
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
+        refuse_second_derivatives()
         d_x = d_out.new_empty(d_out.shape[1:])
         reduce_scatter(d_x.view(-1), d_out.contiguous().view(-1), group=ctx.group)
         return d_x, None, None

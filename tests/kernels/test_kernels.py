@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels equal the torch tier, forward and every gradient: on a GPU, or in triton's interpreter."""
 
+import contextlib
 import itertools
 import shutil
 import subprocess
@@ -538,6 +539,27 @@ def test_dispatch_modes_see_operators():
     assert {"flash_hf.layer.default", "flash_hf.layer_backward.default"} <= seen
     assert torch.equal(plain[0], watched[0])
     assert all(torch.equal(plain[1][name], watched[1][name]) for name in plain[1])
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_second_derivatives_are_refused(watched):
+    """Also where there is a way around the kernels, by which alone they would be wrong."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **kwargs or {})
+
+    model = make_model(FlashModel, config_of(num_hidden_layers=1, relative_bias="rotary"), dtype=torch.float32)
+    x = torch.randn(2, 20, 32, device=DEVICE, requires_grad=True)
+    layer = model.to(DEVICE).layers[0]
+    message = "autograd formula" if watched else "second derivatives"  # of an operator's gradient, torch's own words
+    for compute in (
+        lambda: model(inputs_embeds=x, use_cache=False).last_hidden_state,
+        lambda: x + ops.scale_norm(x, layer.norm.weight, 1e-5),
+    ):
+        with Watch() if watched else contextlib.nullcontext(), pytest.raises(RuntimeError, match=message):
+            first = torch.autograd.grad(compute().square().sum(), x, create_graph=True)[0]
+            torch.autograd.grad(first.square().sum(), x)
 
 
 # ------------------------------------------------------------------------------------------------------------------
