@@ -86,7 +86,7 @@ def number(kind: type, *, least: float | None = None, above: float | None = None
 
 
 natural = number(int, least=1)
-seed = number(int, least=0)
+seed = number(int, least=0, most=2**32 - 1)  # as numpy takes
 
 
 def started_module() -> str | None:

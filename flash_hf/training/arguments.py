@@ -196,8 +196,12 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
     of the validation metrics, without `eval_`."""
     check_least(
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
-        num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0, context_parallel_size=1,
+        num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0, data_seed=0,
+        context_parallel_size=1,
     )  # fmt: skip
+    for name in ("seed", "data_seed"):
+        if (value := getattr(args, name)) >= 2**32:  # numpy's limit
+            raise ValueError(f"{name} must be below 2**32 = {2**32}, got {value}.")
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {args.max_steps}.")
     whole = {"prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True}

@@ -119,6 +119,7 @@ def fail(capsys, monkeypatch, tmp_path):
         (["generate.py", "--model", CARD, "--prompt", "b", "--top_p", 3], 2, "--top_p: must be at most 1, got 3"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--temperature", 0], 2, "must be above 0, got 0"),
         (["generate.py", "--model", CARD, "--prompt", "b", "--seed", "x"], 2, "invalid int value: 'x'"),
+        (["generate.py", "--model", CARD, "--prompt", "b", "--seed", 2**32], 2, "--seed: must be at most 4294967295"),
         (["scripts.finetune", "--task", "qa", "--dataset_name", "/no", "--output_dir", "run"], 1, "no folder /no"),
         (["scripts.evaluation.book", "--model", CARD, "--book", BOOK, "--tokens", 1], 2, "must be at least 2, got 1"),
         (["scripts.evaluation.book", "--model", CARD, "--book", "none.txt"], 1, "No such file or directory: none.txt"),
