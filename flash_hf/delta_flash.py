@@ -81,7 +81,7 @@ def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
         block: up to blocks of this size the corners B are masked in place, since small products cost launches only;
             from there on they are cut out.
     """
-    width = strict_XCC.shape[-1]
+    width = int(strict_XCC.shape[-1])  # a tensor in torch.jit.trace
     size = max(2, 1 << (width - 1).bit_length())
     block = min(block, size)
     strict_XCC = F.pad(strict_XCC.tril(-1), (0, size - width, 0, size - width))
@@ -257,7 +257,7 @@ def doubled_states(
     change = change.index_select(1, before_G).masked_fill(first_G11, 0)
     initial = 0 if initial_BSE is None else initial_BSE[:, None].to(dtype)
     states = torch.where(first_G11, initial, product.index_select(1, before_G))
-    for n in range((LONGEST_ROW // C).bit_length()):
+    for n in range((LONGEST_ROW // int(C)).bit_length()):
         before_G = (chunk_G - 2**n).clamp(min=0)
         states = states + change @ states.index_select(1, before_G)
         change = change @ change.index_select(1, before_G)
