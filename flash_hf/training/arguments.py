@@ -86,7 +86,7 @@ class DataArguments:
 def check_least(args: object, **least: float) -> None:
     """Raise a ValueError if an attribute is below its least value; None is allowed."""
     for name, smallest in least.items():
-        if (value := getattr(args, name)) is not None and value < smallest:
+        if (value := getattr(args, name)) is not None and not value >= smallest:  # also NaN
             raise ValueError(f"{name} must be at least {smallest}, got {value}.")
 
 
@@ -197,8 +197,11 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
     check_least(
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
         num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0, data_seed=0,
-        context_parallel_size=1,
+        context_parallel_size=1, warmup_steps=0, max_grad_norm=0, weight_decay=0, label_smoothing_factor=0,
+        neftune_noise_alpha=0, dataloader_prefetch_factor=1,
     )  # fmt: skip
+    if args.label_smoothing_factor > 1:
+        raise ValueError(f"label_smoothing_factor must be at most 1, got {args.label_smoothing_factor}.")
     for name in ("seed", "data_seed"):
         if (value := getattr(args, name)) >= 2**32:  # numpy's limit
             raise ValueError(f"{name} must be below 2**32 = {2**32}, got {value}.")
