@@ -194,6 +194,8 @@ def config_fields(model_args: ModelArguments) -> dict:
 def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> None:
     """Raise a ValueError for options that would end the training midway, before any work is done. `metrics` are names
     of the validation metrics, without `eval_`."""
+    from accelerate.utils import DynamoBackend  # here, since `--help` does not need the extra
+
     check_least(
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
         num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0, data_seed=0,
@@ -220,6 +222,10 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
     if metric not in metrics:
         known = ", ".join(metrics)
         raise ValueError(f"metric_for_best_model must be one of {known}, got {metric!r}.{nearest(metric, metrics)}")
+    backends = [backend.value.lower() for backend in DynamoBackend]
+    if (backend := args.torch_compile_backend) is not None and backend.lower() not in backends:
+        names = ", ".join(backends)
+        raise ValueError(f"torch_compile_backend must be one of {names}, got {backend!r}.{nearest(backend, backends)}")
     if args.auto_find_batch_size and getattr(args, "batch_tokens", None) is not None:
         raise ValueError("auto_find_batch_size must be left out with batch_tokens, which it would change.")
 

@@ -580,6 +580,7 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work, c
         ("--seed -1", "seed must be at least 0, got -1"),
         ("--data_seed -1", "data_seed must be at least 0, got -1"),
         ("--seed 4294967296", r"seed must be below 2\*\*32 = 4294967296, got 4294967296"),
+        ("--torch_compile --torch_compile_backend eagre", "got 'eagre'. Did you mean 'eager'"),
         ("--auto_find_batch_size --batch_tokens 480", "auto_find_batch_size must be left out with batch_tokens"),
         ("--auto_find_batch_size --streaming", "--streaming needs .* nor auto_find_batch_size"),
         ("--mlm_probability 0", "mlm_probability must be above 0 and at most 1, got 0"),
