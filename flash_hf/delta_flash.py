@@ -107,21 +107,24 @@ def lower_inverse(strict_XCC: Tensor, block: int = 32) -> Tensor:
 
 
 class TransposedSolve(torch.autograd.Function):
-    """`(1 + L)^-T y` and `(1 + L)^-1` for L below the diagonal of a tensor `[X, C, C]` and y `[X, C, S]`.
+    """`(1 + L)^-T y` for L below the diagonal of a tensor `[X, C, C]` and y `[X, C, S]`.
 
-    The inverse is returned for second derivatives: they pass through what backward reads if it is an input or output.
+    With `twice`, which allows second derivatives, the inverse `(1 + L)^-1` is another output: they pass through what
+    backward reads if it is an input or output.
     """
 
     @staticmethod
-    def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, strict_XCC: Tensor, y_XCS: Tensor, twice: bool) -> Tensor | tuple[Tensor, Tensor]:
         inverse = lower_inverse(strict_XCC)
         solved = inverse.transpose(1, 2) @ y_XCS
         ctx.save_for_backward(inverse, solved)
+        if not twice:
+            return solved
         ctx.set_materialize_grads(False)
         return solved, inverse
 
     @staticmethod
-    def backward(ctx, grad_XCS: Tensor | None, grad_inverse: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx, grad_XCS: Tensor | None, grad_inverse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         inverse, solved = ctx.saved_tensors
         grad_strict = grad_y = None
         if grad_XCS is not None:
@@ -131,12 +134,15 @@ class TransposedSolve(torch.autograd.Function):
             turned = inverse.transpose(1, 2)
             of_inverse = -(turned @ grad_inverse @ turned).tril(-1)
             grad_strict = of_inverse if grad_strict is None else grad_strict + of_inverse
-        return grad_strict, grad_y
+        return grad_strict, grad_y, None
 
 
 def solve_chunks(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:
-    """[`TransposedSolve`] without the inverse."""
-    return TransposedSolve.apply(strict_XCC, y_XCS)[0]
+    """[`TransposedSolve`], with second derivatives except in compiled graphs, which have none and would compute the
+    inverse's gradient in the first."""
+    if torch.compiler.is_compiling():
+        return TransposedSolve.apply(strict_XCC, y_XCS, False)
+    return TransposedSolve.apply(strict_XCC, y_XCS, True)[0]
 
 
 def solve_any(strict_XCC: Tensor, y_XCS: Tensor) -> Tensor:

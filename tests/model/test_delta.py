@@ -22,7 +22,7 @@ def test_derivatives_of_the_delta_rule_by_chunks(chunks):
     def random(*shape):
         return torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
 
-    solve = random(5, 5), random(5, 3)
+    solve = random(5, 5), random(5, 3), True
     states = (random(chunks, 5, 3), random(chunks, 5, 4), random(chunks, 3, 3), random(chunks))
     for function, given in ((TransposedSolve, solve), (DeltaStates, states)):
         torch.autograd.gradcheck(function.apply, given)
