@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .attention_flash import DecodingState
 from .chunking_flash import (
     AppendLayout,
     Documents,
@@ -33,13 +34,16 @@ from .chunking_flash import (
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 8
+KERNEL_INTERFACE = 9
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
 
 # With more rows than these, a step's projections are left to cuBLAS.
 MOST_STEP_ROWS = 64
+
+# Up to this many tokens on a cache are taken one after another, by the kernels of a step.
+MOST_STEPS = 16
 
 # The activation that kernels compute themselves, by its names in transformers.
 SILU = ("silu", "swish")
@@ -127,6 +131,19 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
     return [_with_plan(each, kernels, config, len(x_BND), causal, cache) for each in places]
 
 
+def takes_steps(config, x_BND: Tensor, documents: Documents, *, dropout: bool, cache) -> bool:
+    """Whether kernels take embedded tokens `x_BND` on a constant-size cache one after another, each as a step does.
+    Arguments as of `with_plans`."""
+    B, N = x_BND.shape[:2]
+    # A step goes through the state, which carries no gradient.
+    if cache is None or N > MOST_STEPS or B * N > MOST_STEP_ROWS or torch.is_grad_enabled():
+        return False
+    if config.global_state == "delta" or not can_append(documents, config.chunk_size):
+        return False
+    kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
+    return kernels is not None and _fits(cache.state, kernels)
+
+
 def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bool, cache) -> bool:
     """Whether embedded tokens `x_BND` on a constant-size cache are few, and no kernels compute this call: those want a
     grid of chunks. Arguments as of `with_plans`."""
@@ -135,6 +152,13 @@ def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bo
     if cache.record_past or config.global_state == "delta" or torch.is_grad_enabled():
         return True
     return kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout) is None
+
+
+def _fits(state: DecodingState | None, kernels: ModuleType) -> bool:
+    """Whether a step's kernels can advance a state, which the user may have changed."""
+    return state is None or (
+        state.value.dtype in kernels.DTYPES and all(x is None or x.is_contiguous() for x in state)
+    )
 
 
 def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
@@ -150,14 +174,15 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
         layout = chunk_layout(places.documents, batch, length, causal=causal)
         places = replace(places, layout=layout, bias_length=length)
     delta = config.global_state == "delta"
-    # A rollback needs the keys of each token, and kernels neither read nor fill a state of the delta rule.
-    if cache is not None and (cache.record_past or delta):
+    # Kernels neither read nor fill a state of the delta rule.
+    if cache is not None and delta:
         return places
     if isinstance(layout, StepLayout):
-        state = cache.state
-        # Checked here once, for all layers: the user may have changed the state.
-        fits = state is None or all(x is None or x.is_contiguous() for x in state)
-        return replace(places, fused=fits and (state is None or state.value.dtype in kernels.DTYPES))
+        # Checked here once, for all layers.
+        return replace(places, fused=_fits(cache.state, kernels))
+    # A rollback needs the keys of each token.
+    if cache is not None and cache.record_past:
+        return places
     # Kernels cannot put cached slots into the grid of a packed row.
     if cache is not None and places.documents.start_BN is not None:
         return places
@@ -204,9 +229,8 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
         u_BNE, v_BNE, z_BNS = unit.act_fn(u_BNE), unit.act_fn(v_BNE), unit.act_fn(z_BNS)
     options: dict[str, Any] = {"bias_R": fused_bias(unit, places), "silu": silu}
     if isinstance(places.layout, StepLayout):
-        return kernels.attention_step(
-            unit, u_BNE, v_BNE, z_BNS, places, state=cache.begin_step(v_BNE, places), **options
-        )
+        state = begin_step(unit, v_BNE, z_BNS, places, cache, silu=silu)
+        return kernels.attention_step(unit, u_BNE, v_BNE, z_BNS, places, state=state, **options)
     options |= continuation(places, cache)
     if unit.delta:
         options["gates_BN2"] = unit.gate_proj(x_BND)
@@ -273,9 +297,30 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
 
 
 def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
-    """`x + GAU(norm(x))` of one new token per row, `[B, 1, D]`."""
-    state = cache.begin_step(x_BND, places)
-    return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=fused_bias(layer.gau, places), state=state)
+    """`x + GAU(norm(x))` of one new token per row, or of a few, one after another, `[B, N, D]`."""
+
+    unit, (B, N, _) = layer.gau, x_BND.shape
+
+    def begin(h: Tensor) -> DecodingState:
+        if not cache.record_past:
+            return cache.begin_step(x_BND, places)
+        E, S = (parameter(module, "weight").shape[0] for module in (unit.v_proj, unit.z_proj))
+        _, v_BNE, z_BNS = h.view(N, B, -1).transpose(0, 1).split([E, E, S], 2)
+        return begin_step(unit, v_BNE, z_BNS, places, cache, silu=True)
+
+    return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=fused_bias(layer.gau, places), begin=begin)
+
+
+def begin_step(unit: nn.Module, v_BNE: Tensor, z_BNS: Tensor, places: Places, cache, *, silu: bool) -> DecodingState:
+    """The state that kernels advance by new tokens, whose projections v and z are still without SiLU if `silu`; where
+    calls are recorded, for a rollback, their keys and values are."""
+    if not cache.record_past:
+        return cache.begin_step(v_BNE, places)
+    v_BNE, z_BNS = (unit.act_fn(x) if silu else x for x in (v_BNE, z_BNS))
+    padding_BN1 = places.layout.padding_BN1
+    if padding_BN1 is not None:
+        v_BNE, z_BNS = v_BNE.masked_fill(padding_BN1, 0), z_BNS.masked_fill(padding_BN1, 0)
+    return cache.begin_step(v_BNE, places, unit.query_keys(z_BNS, places.rotary))
 
 
 def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:

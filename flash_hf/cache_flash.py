@@ -223,13 +223,13 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         self._set(state)
         self.cumulative_length += places.documents.position_BN.shape[1]
 
-    def begin_step(self, value_B1E: Tensor, places: Places, qk: QueryKeys | None = None) -> DecodingState:
-        """The state before one token, to be advanced in place; arguments as in `update`, with keys `[B, 1, S]`. The
-        token is counted by `count_step`."""
+    def begin_step(self, value_BNE: Tensor, places: Places, qk: QueryKeys | None = None) -> DecodingState:
+        """The state before one token, or a few taken one after another, to be advanced in place; arguments as in
+        `update`, with keys `[B, N, S]`. The tokens are counted by `count_step`."""
         if not self.is_initialized:
-            self.lazy_initialization(value_B1E)
+            self.lazy_initialization(value_BNE)
         if self.record_past:
-            self._record((qk.quad_k, qk.lin_k, qk.gates), value_B1E, places)
+            self._record((qk.quad_k, qk.lin_k, qk.gates), value_BNE, places)
             if self._snapshot is self.state:
                 # The step overwrites the state, but not the snapshot.
                 self.state = self.state.map(torch.clone)
@@ -594,13 +594,13 @@ def _leave_inference_mode(cache: Cache) -> None:
             layer._map(torch.clone)
 
 
-def count_step(layers: list[FlashChunkCacheLayer]) -> None:
-    """Count the column of a step; in a static cache in all layers at once, since each alone would take a launch."""
+def count_step(layers: list[FlashChunkCacheLayer], columns: int) -> None:
+    """Count the columns of steps; in a static cache in all layers at once, since each alone would take a launch."""
     if isinstance(layers[0].cumulative_length, Tensor) and not is_exporting():
-        torch._foreach_add_([layer.cumulative_length for layer in layers], 1)
+        torch._foreach_add_([layer.cumulative_length for layer in layers], columns)
         return
     for layer in layers:
-        layer.cumulative_length += 1
+        layer.cumulative_length += columns
 
 
 def _adopt(cache: Cache, kind: str, forms: list[StateForm]) -> None:

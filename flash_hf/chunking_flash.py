@@ -510,11 +510,12 @@ def chunk_layout(documents: Documents, batch: int, chunk_size: int, *, causal: b
 
 @dataclass(frozen=True)
 class StepLayout(Movable):
-    """One new token per row, appended to a constant-size cache: no grid, each row has its own phase.
+    """One new token per row, or a few, one after another, appended to a constant-size cache: no grid, each row has its
+    own phase.
 
     Attributes:
-        position_BN: position of the token in its document, int64 `[B, 1]`: the number of cached tokens before it.
-        valid_BN: False where the token is padding, which leaves the state as it is, bool `[B, 1]`, or None.
+        position_BN: position of each token in its document, int64 `[B, N]`: the number of cached tokens before it.
+        valid_BN: False where the token is padding, which leaves the state as it is, bool `[B, N]`, or None.
         shift: empty slots before a document's first token.
     """
 
@@ -524,7 +525,7 @@ class StepLayout(Movable):
 
     @property
     def padding_BN1(self) -> Tensor | None:
-        """True where the token is padding, bool `[B, 1, 1]`, or None."""
+        """True where the token is padding, bool `[B, N, 1]`, or None."""
         return None if self.valid_BN is None else ~self.valid_BN[..., None]
 
 
@@ -733,6 +734,7 @@ class Places(Movable):
         shifted_S: dimensions of local keys to take from the token before, bool `[S]`; None for none.
         fused: whether kernels compute this call.
         plan: how they walk through a grid of chunks (`flash_hf.kernels.ChunkPlan`).
+        steps: of a few new tokens that are taken one after another, the places of each; else empty.
     """
 
     layout: ChunkLayout | StepLayout | AppendLayout | QuadraticLayout
@@ -743,3 +745,21 @@ class Places(Movable):
     shifted_S: Tensor | None = None
     fused: bool = False
     plan: Movable | None = None
+    steps: "tuple[Places, ...]" = ()
+
+    def one_by_one(self) -> "Places":
+        """These, with `steps` if they are of a [`StepLayout`] of several tokens."""
+        layout, tokens = self.layout, self.documents.position_BN.shape[1]
+        if not isinstance(layout, StepLayout) or tokens == 1:
+            return self
+
+        def columns(x_BNX: Tensor | None) -> tuple:
+            return (None,) * tokens if x_BNX is None else x_BNX.transpose(0, 1).contiguous().unsqueeze(2).unbind(0)
+
+        rotary = (None,) * tokens
+        if self.rotary is not None:
+            rotary = zip(*map(columns, self.rotary), strict=True)
+        layouts = map(StepLayout, columns(layout.position_BN), columns(layout.valid_BN), (layout.shift,) * tokens)
+        return replace(self, steps=tuple(
+            replace(self, layout=own, rotary=turns) for own, turns in zip(layouts, rotary, strict=True)
+        ))  # fmt: skip

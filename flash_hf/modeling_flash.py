@@ -81,6 +81,7 @@ from .backend_flash import (
     fuses_step,
     load_kernels,
     normalise,
+    takes_steps,
     with_plans,
 )
 from .cache_flash import (
@@ -430,7 +431,14 @@ class FlashGatedAttentionUnit(nn.Module):
                 )
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
             if isinstance(layout, StepLayout):
-                return step(qk, v_BNE, layout, cache.begin_step(v_BNE, places, qk), **options)
+                state = cache.begin_step(v_BNE, places, qk)
+                if not places.steps:
+                    return step(qk, v_BNE, layout, state, **options)
+                out = []
+                for n, own in enumerate(places.steps):
+                    token = QueryKeys(*(None if x is None else x[:, n : n + 1] for x in qk))
+                    out.append(step(token, v_BNE[:, n : n + 1], own.layout, state, **options))
+                return torch.cat(out, 1)
             out_BNE, state = append(qk, v_BNE, layout, cache.begin_append(), dropout=dropout, **options)
             cache.update(state, places, qk, v_BNE)
             return out_BNE
@@ -708,7 +716,7 @@ class FlashModel(FlashPreTrainedModel):
         for index, layer in enumerate(islice(self.layers, self.config.num_hidden_layers)):
             hidden_states = layer(hidden_states, places[index % len(places)], **{name: cache})
         if isinstance(places[0].layout, StepLayout):
-            count_step(cache.layers[: self.config.num_hidden_layers])
+            count_step(cache.layers[: self.config.num_hidden_layers], N)
         hidden_states = normalise(self.norm, hidden_states, places[0])
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
@@ -726,8 +734,8 @@ class FlashModel(FlashPreTrainedModel):
         shifts = (0, config.chunk_shift) if config.chunk_shift else (0,)
         C, window = config.chunk_size, config.local_window
         # A step goes through the state, which carries no gradient.
-        single = cache is not None and N == 1 and documents.start_BN is None
-        if single and not torch.is_grad_enabled():
+        single = cache is not None and N == 1 and documents.start_BN is None and not torch.is_grad_enabled()
+        if single or takes_steps(config, x_BND, documents, dropout=dropout, cache=cache):
             return [StepLayout(documents.position_BN, documents.valid_BN, shift=shift) for shift in shifts]
         if appends_in_torch(config, x_BND, documents, dropout=dropout, cache=cache):
             sums = {"normalization": config.global_normalization, "dtype": wide(compute_dtype(x_BND))}
@@ -786,7 +794,7 @@ class FlashModel(FlashPreTrainedModel):
                 if config.relative_bias == "rotary":
                     offsets = torch.arange(1 - bias_length, bias_length, device=position.device)
                     bias_rotary = self.rotary_emb(x_BND, offsets)
-            places.append(Places(layout, documents, rotary, bias_rotary, bias_length, shifted_S))
+            places.append(Places(layout, documents, rotary, bias_rotary, bias_length, shifted_S).one_by_one())
         return with_plans(places, config, x_BND, causal=self.is_causal, dropout=dropout, cache=cache)
 
     def quadratic_span(self, layout: QuadraticLayout, cache: CacheLayerMixin | None) -> int:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -244,10 +246,15 @@ def attention_step(
     silu: bool,
     state: DecodingState,
 ) -> Tensor:
-    """`u * mixed_chunk_step(queries and keys of z, v)` between the projections, `[B, 1, E]`; advances `state`.
+    """`u * mixed_chunk_step(queries and keys of z, v)` between the projections, `[B, 1, E]`, or of the tokens of
+    `places.steps`, `[B, N, E]`; advances `state`.
 
     Arguments as of `gated_attention`.
     """
+    if places.steps:
+        options = {"bias_R": bias_R, "silu": silu, "state": state}
+        columns = zip(*(x.split(1, 1) for x in (u_B1E, v_B1E, z_B1S)), places.steps, strict=True)
+        return torch.cat([attention_step(unit, *column, **options) for column in columns], 1)
     # Once per layer and token: no lookup that costs, and arguments by position, which saves 3 microseconds.
     layout, scale = places.layout, unit.offset_scale
     if not u_B1E.stride(-1) == v_B1E.stride(-1) == z_B1S.stride(-1) == 1:
@@ -271,25 +278,33 @@ def attention_step(
 
 
 def layer_step(
-    block: nn.Module, x_B1D: Tensor, places: Places, *, bias_R: Tensor | None, state: DecodingState
-) -> Tensor:  # fmt: skip
+    block: nn.Module, x_BND: Tensor, places: Places, *, bias_R: Tensor | None, begin: Callable[[Tensor], DecodingState]
+) -> Tensor:
     """A whole layer's step in three launches, `x + o_proj(gated attention of norm(x))`, `[B, 1, D]`, without
-    gradients; advances `state`.
+    gradients. With `places.steps`, `[B, N, D]`: each token after the first takes a launch more.
 
-    Arguments as of `layer`.
+    Args:
+        begin: gives the state to advance, from the projections u, v and z without SiLU, `[N B, 2 E + S]`, a token's
+            rows next to each other.
+
+    Otherwise as of `layer`.
     """
-    unit, layout, scale = block.gau, places.layout, block.gau.offset_scale
+    unit, scale = block.gau, block.gau.offset_scale
     u, v, z, o = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
-    x = x_B1D[:, 0].contiguous()
+    B, N, D = x_BND.shape
     E, S = v.weight.shape[0], z.weight.shape[0]
-    cos, sin = (None, None) if places.rotary is None else places.rotary
+    steps = places.steps or (places,)
+    x = x_BND[:, 0].contiguous() if N == 1 else x_BND.transpose(0, 1).reshape(N * B, D)  # token by token
     with on_device(x):
-        h = project(
-            x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps
-        ).split([E, E, S], 1)  # fmt: skip
-        out = gated_step(
-            *h, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k, state.lin_k,
-            state.value, state.total, state.seen, bias_R, unit.divisor, unit.normalization == "mean",
-            unit.interleaved, True, layout.shift, unit.previous_key, unit.local_key_shift,
-        )  # fmt: skip
-        return add_output(x, out, o.weight, o.bias)[:, None]
+        h = project(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
+        state, attended = begin(h), []
+        for own, part in zip(steps, (h,) if N == 1 else h.split(B), strict=True):
+            layout, (cos, sin) = own.layout, (None, None) if own.rotary is None else own.rotary
+            attended.append(gated_step(
+                *part.split([E, E, S], 1), scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN,
+                state.quad_k, state.lin_k, state.value, state.total, state.seen, bias_R, unit.divisor,
+                unit.normalization == "mean", unit.interleaved, True, layout.shift, unit.previous_key,
+                unit.local_key_shift,
+            ))  # fmt: skip
+        out = add_output(x, attended[0] if N == 1 else torch.cat(attended), o.weight, o.bias)
+        return out[:, None] if N == 1 else out.view(N, B, D).transpose(0, 1)

@@ -666,6 +666,87 @@ def test_a_step_of_a_layer_is_that_of_its_modules(rows, changes, monkeypatch):
         assert_close(one, other, 1e-5) if one.is_floating_point() else torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static", "recorded"])
+@pytest.mark.parametrize("changes", [
+    {}, LOCAL_KEYS, {"attention_type": "local", "relative_bias": "rotary", "chunk_shift": 5, "local_key_shift": True},
+    {"attention_type": "global", "use_rope": False}, {**LOCAL_KEYS, **PARTIAL, "rope_interleaved": True},
+    {"chunk_size": 11, "hidden_size": 24, "query_key_dim": 10, "global_form": "previous_token"},
+], ids=str)  # fmt: skip
+def test_a_few_tokens_are_steps_of_kernels(changes, cache, monkeypatch):
+    """Over borders of chunks and with padding anywhere; a recorded cache is then rolled back amid the call."""
+    monkeypatch.setattr(kernels, "gated_attention", None)  # of the grid, as is chunk_plan
+    config = config_of(**changes)
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    ids = random_ids(config, 3, 45).to(DEVICE)
+    mask = torch.rand(3, 45, device=DEVICE) < 0.7
+    mask[:, [18, 19, 30]] = True
+    mask[1, 19:31] = False
+    calls, layer_step = [], kernels.layer_step
+    monkeypatch.setattr(kernels, "layer_step", lambda *a, **k: calls.append(1) or layer_step(*a, **k))
+    found = []
+    for backend in ("triton", "torch"):
+        model.config.backend = "torch"
+        options = {"past_key_values": StaticCache(config=config, max_cache_len=64)} if cache == "static" else {}
+        with torch.no_grad():
+            given = model(ids[:, :19], attention_mask=mask[:, :19].long(), use_cache=True, **options).past_key_values
+            if cache == "recorded":
+                given.activate_past_recording()
+            model.config.backend, logits, states = backend, [], []
+            for begin, end in ((19, 21), (21, 32), (32, 33), (33, 44)):
+                marks = mask[:, begin:end]
+                out = model(ids[:, begin:end], attention_mask=marks.long(), past_key_values=given).logits
+                logits.append(out[marks])
+                states += [layer.state.map(torch.clone) for layer in given.layers]
+            if cache == "recorded":
+                given.crop(-15)  # to the middle of the second call
+                logits.append(model(ids[:, :3], past_key_values=given).logits.flatten(0, 1))
+            assert int(given.get_seq_length()) == (32 if cache == "recorded" else 44)
+            model.config.backend = "torch"
+            logits.append(model(ids, past_key_values=given).logits.flatten(0, 1))
+        found.append((torch.cat(logits), *(x for state in states for x in (state.total, state.seen) if x is not None)))
+    assert len(calls) == (5 if cache == "recorded" else 4) * config.num_hidden_layers
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, 1e-5) if ours.is_floating_point() else torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("replaced", ["v_proj", "offset_scale", "gau"])
+def test_a_few_tokens_through_hooked_modules(replaced):
+    """By the kernel of the attention, or one by one in PyTorch."""
+    config = config_of(**LOCAL_KEYS, num_hidden_layers=2)
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    ids, seen, found = random_ids(config, 2, 30).to(DEVICE), [], []
+    for name, module in model.model.layers[1].named_modules():
+        if name.endswith(replaced):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(1))
+    for backend in ("triton", "torch"):
+        model.config.backend = "torch"
+        with torch.no_grad():
+            cache = model(ids[:, :19], use_cache=True).past_key_values
+            model.config.backend = backend
+            found.append(torch.cat([model(ids[:, t : t + 5], past_key_values=cache).logits for t in (19, 24)], 1))
+    assert_close(*found, 1e-5)
+    assert len(seen) == 6
+
+
+def test_which_calls_are_steps(monkeypatch):
+    """A few tokens, of a few rows, in all; not with gradients, and never into another type of state."""
+    model = make_model(FlashForCausalLM, config_of(num_hidden_layers=1), dtype=torch.float32).to(DEVICE)
+    ids, calls, layer_step = random_ids(model.config, 8, 60).to(DEVICE), [], kernels.layer_step
+    monkeypatch.setattr(kernels, "layer_step", lambda block, x, *a, **k: calls.append(x.shape[:2]) or
+                        layer_step(block, x, *a, **k))  # fmt: skip
+    for rows, tokens, grad in ((1, 16, False), (4, 16, False), (5, 16, False), (1, 17, False), (1, 2, True)):
+        with torch.no_grad():
+            cache = model(ids[:rows, :19], use_cache=True).past_key_values
+        with torch.set_grad_enabled(grad):
+            model(ids[:rows, 19 : 19 + tokens], past_key_values=cache)
+    assert calls == [(1, 16), (4, 16)]
+    layer = cache.layers[0]
+    layer.state = layer.state.map(lambda x: x if x.dtype == torch.long else x.double())
+    with torch.no_grad():
+        model(ids[:1, :2], past_key_values=cache)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("form", [*FORMS.values(), LOCAL_KEYS, {"local_key_shift": True}], ids=str)
 def test_chunked_prefill_continues_on_the_border(form):
     config = config_of(**form)
