@@ -134,11 +134,11 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
 def takes_steps(config, x_BND: Tensor, documents: Documents, *, dropout: bool, cache) -> bool:
     """Whether kernels take embedded tokens `x_BND` on a constant-size cache one after another, each as a step does.
     Arguments as of `with_plans`."""
-    B, N = x_BND.shape[:2]
     # A step goes through the state, which carries no gradient.
-    if cache is None or N > MOST_STEPS or B * N > MOST_STEP_ROWS or torch.is_grad_enabled():
+    if cache is None or config.global_state == "delta" or torch.is_grad_enabled():
         return False
-    if config.global_state == "delta" or not can_append(documents, config.chunk_size):
+    B, N = x_BND.shape[:2]
+    if not can_append(documents, config.chunk_size) or N > MOST_STEPS or B * N > MOST_STEP_ROWS:
         return False
     kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
     return kernels is not None and _fits(cache.state, kernels)

@@ -593,8 +593,9 @@ class AppendLayout(Movable):
 
 def can_append(documents: Documents, chunk_size: int) -> bool:
     """Whether these tokens can have an [`AppendLayout`]."""
-    few = documents.seen_B is not None and 1 <= documents.position_BN.shape[1] <= chunk_size
-    return few and documents.start_BN is None and not is_tracing()
+    if is_tracing() or documents.seen_B is None or documents.start_BN is not None:
+        return False
+    return 1 <= documents.position_BN.shape[1] <= chunk_size
 
 
 def append_layout(

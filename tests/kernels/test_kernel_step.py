@@ -300,7 +300,7 @@ def test_a_unit_hands_its_step_to_the_kernel():
         offset_scale=SimpleNamespace(weight=case.gamma, bias=case.beta), divisor=2.0, normalization="mean",
         interleaved=False, previous_key=False, local_key_shift=False,
     )  # fmt: skip
-    places = SimpleNamespace(layout=StepLayout(position, valid), rotary=rotary)
+    places = SimpleNamespace(layout=StepLayout(position, valid), rotary=rotary, steps=())
     sparse = torch.stack([u, u], -1)[..., 0]
     assert sparse.stride(-1) == 2
     bias_R = case.settings["bias_R"]
