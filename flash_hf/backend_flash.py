@@ -298,7 +298,6 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
 
 def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
     """`x + GAU(norm(x))` of one new token per row, or of a few, one after another, `[B, N, D]`."""
-
     unit, (B, N, _) = layer.gau, x_BND.shape
 
     def begin(h: Tensor) -> DecodingState:
