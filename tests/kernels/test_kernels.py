@@ -666,11 +666,12 @@ def test_a_step_of_a_layer_is_that_of_its_modules(rows, changes, monkeypatch):
         assert_close(one, other, 1e-5) if one.is_floating_point() else torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "recorded"])
-@pytest.mark.parametrize("changes", [
-    {}, LOCAL_KEYS, {"attention_type": "local", "relative_bias": "rotary", "chunk_shift": 5, "local_key_shift": True},
-    {"attention_type": "global", "use_rope": False}, {**LOCAL_KEYS, **PARTIAL, "rope_interleaved": True},
-    {"chunk_size": 11, "hidden_size": 24, "query_key_dim": 10, "global_form": "previous_token"},
+@pytest.mark.parametrize("changes, cache", [
+    ({}, "static"), ({}, "recorded"), (LOCAL_KEYS, "dynamic"), (LOCAL_KEYS, "recorded"),
+    ({"attention_type": "local", "relative_bias": "rotary", "chunk_shift": 5, "local_key_shift": True}, "recorded"),
+    ({"attention_type": "global", "use_rope": False}, "dynamic"),
+    ({**LOCAL_KEYS, **PARTIAL, "rope_interleaved": True}, "recorded"),
+    ({"chunk_size": 11, "hidden_size": 24, "query_key_dim": 10, "global_form": "previous_token"}, "static"),
 ], ids=str)  # fmt: skip
 def test_a_few_tokens_are_steps_of_kernels(changes, cache, monkeypatch):
     """Over borders of chunks and with padding anywhere; a recorded cache is then rolled back amid the call."""
