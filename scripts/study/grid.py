@@ -177,29 +177,32 @@ def tuned(results: Results, model: str, task: str, context: int, **more) -> Cell
 
 def passes(results: Results) -> list[Cell]:
     """The long trainings, on all text."""
-    task, tenth = "mixed-causal", ONE_PASS / 10
-    places = [(model, task, context) for model, contexts in PASSED.items() for context in contexts]
-    cells = [cell for place in places for cell in tuning(results, *place, tokens=tenth)]
-    best = [cell for place in places if (cell := tuned(results, *place, tokens=tenth)) is not None]
-    long = [replace(cell, tokens=ONE_PASS) for cell in best]
-    done = [cell for cell in long if cell in results]
-    cells += long + close([lowest(cell, results) for cell in done], results)
+    task = "mixed-causal"
+    places = [(model, {"task": task, "context": context}, ONE_PASS)
+              for model, contexts in PASSED.items() for context in contexts]  # fmt: skip
+    cells, long = searched(results, places)
+    lowest = best_rates(results)
+    ended = [lowest[cell.model, cell.size, cell.task, cell.context, cell.tokens] for cell in long if cell in results]
+    cells += long + close(ended, results)
     cells += [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in LASTED]
     for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
         cells += train(model, task, 2048, RATES[1:] if model == RIVAL else RATES[:1], tokens=SEARCHED)
-    rivals = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]
+    places = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]
     for context in PASSED_MASKED:
-        rivals += [(model, {"task": "mixed-masked", "context": context}, ONE_PASS) for model in HEADLINE]
-    for model, place, tokens in rivals:
-        cells += tuning(results, model, **place, tokens=tokens / 10)
-        tenth = tuned(results, model, **place, tokens=tokens / 10)
-        cells += [] if tenth is None else [replace(tenth, tokens=tokens)]
-    return cells
+        places += [(model, {"task": "mixed-masked", "context": context}, ONE_PASS) for model in HEADLINE]
+    searches, long = searched(results, places)
+    return cells + searches + long
 
 
-def lowest(cell: Cell, results: Results) -> Cell:
-    """The same at the rate that ended lowest."""
-    return best_of([other for other in results if replace(other, rate=cell.rate) == cell], results)
+def searched(results: Results, places: Iterable[tuple[str, dict, int]]) -> tuple[list[Cell], list[Cell]]:
+    """For each model, place and amount of training: the search of its rate with a tenth of the tokens, and the
+    training at the best one, as far as it is known."""
+    searches, long = [], []
+    for model, place, tokens in places:
+        searches += tuning(results, model, **place, tokens=tokens / 10)
+        best = tuned(results, model, **place, tokens=tokens / 10)
+        long += [] if best is None else [replace(best, tokens=tokens)]
+    return searches, long
 
 
 def close(cells: list[Cell], results: Results) -> list[Cell]:

@@ -280,11 +280,11 @@ def branch(results: Results) -> str:
         for corpus, found in results[cell]["corpora"].items():
             other = results[local]["corpora"][corpus]
             within = zip(eighths(found["final"]), eighths(other["final"]), strict=True)
-            beyond = [zip(found["lengths"][f"{factor * context}"]["quarters"],
-                          other["lengths"][f"{factor * context}"]["quarters"], strict=True)
-                      for factor in (2, 4)]  # fmt: skip
+            further = [zip(found["lengths"][f"{factor * context}"]["quarters"],
+                           other["lengths"][f"{factor * context}"]["quarters"], strict=True)
+                       for factor in (2, 4)]  # fmt: skip
             rows.append([f"{context:,}", corpus, *(
-                ", ".join(f"{alone - both:.3f}" for both, alone in part) for part in (within, *beyond)
+                ", ".join(f"{alone - both:.3f}" for both, alone in part) for part in (within, *further)
             )])  # fmt: skip
     head = ["context", "corpus", "by eighth of the context", "by quarter at 2 times the context", "at 4 times"]
     return table(head, rows) if rows else "No cells yet."
@@ -333,7 +333,7 @@ def lasting(results: Results, causal: bool = True) -> str:
         result = results[cell]
         curve = result["train_curve"]["loss"]
         row = [*long_head(results, cell), f"{cell.rate:g}", f"{statistics.mean(curve[-len(curve) // 10 :]):.3f}",
-               f"{', '.join(f'{final_loss(seed):.3f}' for seed in seeds_of(results, cell))}"]  # fmt: skip
+               ", ".join(f"{final_loss(seed):.3f}" for seed in seeds_of(results, cell))]  # fmt: skip
         for corpus, found in result["corpora"].items():
             least, most = context_worth(found["final"], causal)
             size = f" ({bits_per_byte(result, corpus):.3f})" if causal else ""
