@@ -182,9 +182,10 @@ def passes(results: Results) -> list[Cell]:
               for model, contexts in PASSED.items() for context in contexts]  # fmt: skip
     cells, long = searched(results, places)
     lowest = best_rates(results)
-    ended = [lowest[cell.model, cell.size, cell.task, cell.context, cell.tokens] for cell in long if cell in results]
-    cells += long + close(ended, results)
-    cells += [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in LASTED]
+    for trained in (long, [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in LASTED]):
+        ended = [cell for cell in trained if cell in results]
+        ended = [lowest[cell.model, cell.size, cell.task, cell.context, cell.tokens] for cell in ended]
+        cells += trained + close(ended, results)
     for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
         cells += train(model, task, 2048, RATES[1:] if model == RIVAL else RATES[:1], tokens=SEARCHED)
     places = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]

@@ -203,7 +203,8 @@ def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
         for model, contexts in grid.PASSED.items() for context in contexts
     }  # fmt: skip
     assert [cell.name for cell in results if cell.seed] == [
-        "train_plus-keys-delta_m_mixed-causal_8192_235_0.004_1", "train_plus-keys_m_mixed-causal_8192_235_0.002_1"
+        f"train_{model}_m_mixed-causal_8192_{tokens}_{rate}_1"
+        for tokens in (235, 600) for model, rate in (("plus-keys-delta", 0.004), ("plus-keys", 0.002))
     ]  # fmt: skip
     assert {(cell.model, cell.context) for cell in results if cell.tokens == grid.SEVERAL_PASSES} == {
         (model, context) for model in grid.LASTED for context in contexts
