@@ -5,7 +5,7 @@ The choice is made once per forward (`with_plans`), for the device, the configur
 (`fuses_layer`, `fuses_attention`, `normalise`), whose modules may be hooked, quantised or replaced.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .attention_flash import DecodingState
+from .attention_flash import DecodingState, QueryKeys
 from .chunking_flash import (
     AppendLayout,
     Documents,
@@ -229,7 +229,8 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
         u_BNE, v_BNE, z_BNS = unit.act_fn(u_BNE), unit.act_fn(v_BNE), unit.act_fn(z_BNS)
     options: dict[str, Any] = {"bias_R": fused_bias(unit, places), "silu": silu}
     if isinstance(places.layout, StepLayout):
-        state = begin_step(unit, v_BNE, z_BNS, places, cache, silu=silu)
+        tokens = StepTokens(unit, u_BNE, v_BNE, z_BNS, **options) if cache.record_past else None
+        state = cache.begin_step(v_BNE, places, tokens)
         return kernels.attention_step(unit, u_BNE, v_BNE, z_BNS, places, state=state, **options)
     options |= continuation(places, cache)
     if unit.delta:
@@ -299,27 +300,49 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
 def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
     """`x + GAU(norm(x))` of one new token per row, or of a few, one after another, `[B, N, D]`."""
     unit, (B, N, _) = layer.gau, x_BND.shape
+    bias_R = fused_bias(unit, places)
 
     def begin(h: Tensor) -> DecodingState:
         if not cache.record_past:
             return cache.begin_step(x_BND, places)
         E, S = (parameter(module, "weight").shape[0] for module in (unit.v_proj, unit.z_proj))
-        _, v_BNE, z_BNS = h.view(N, B, -1).transpose(0, 1).split([E, E, S], 2)
-        return begin_step(unit, v_BNE, z_BNS, places, cache, silu=True)
+        u_BNE, v_BNE, z_BNS = h.view(N, B, -1).transpose(0, 1).split([E, E, S], 2)
+        return cache.begin_step(v_BNE, places, StepTokens(unit, u_BNE, v_BNE, z_BNS, bias_R, silu=True))
 
-    return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=fused_bias(layer.gau, places), begin=begin)
+    return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=bias_R, begin=begin)
 
 
-def begin_step(unit: nn.Module, v_BNE: Tensor, z_BNS: Tensor, places: Places, cache, *, silu: bool) -> DecodingState:
-    """The state that kernels advance by new tokens, whose projections v and z are still without SiLU if `silu`; where
-    calls are recorded, for a rollback, their keys and values are."""
-    if not cache.record_past:
-        return cache.begin_step(v_BNE, places)
-    v_BNE, z_BNS = (unit.act_fn(x) if silu else x for x in (v_BNE, z_BNS))
-    padding_BN1 = places.layout.padding_BN1
-    if padding_BN1 is not None:
-        v_BNE, z_BNS = v_BNE.masked_fill(padding_BN1, 0), z_BNS.masked_fill(padding_BN1, 0)
-    return cache.begin_step(v_BNE, places, unit.query_keys(z_BNS, places.rotary))
+@dataclass(frozen=True)
+class StepTokens:
+    """The projections of tokens that kernels take one after another: what is recorded of them for a rollback, which
+    takes some of them again.
+
+    Attributes:
+        u_BNE, v_BNE, z_BNS: the projections, still without SiLU if `silu`.
+        bias_R: the relative bias over offsets.
+    """
+
+    unit: nn.Module
+    u_BNE: Tensor
+    v_BNE: Tensor
+    z_BNS: Tensor
+    bias_R: Tensor | None
+    silu: bool
+
+    def advance(self, state: DecodingState, places: Places, columns: int) -> None:
+        """Take the first `columns` tokens again, on the state before them."""
+        tokens = (x[:, :columns] for x in (self.u_BNE, self.v_BNE, self.z_BNS))
+        places = replace(places, steps=places.steps[:columns])
+        load_kernels()[0].attention_step(self.unit, *tokens, places, bias_R=self.bias_R, silu=self.silu, state=state)
+
+    @torch.no_grad
+    def keys(self, places: Places) -> tuple[QueryKeys, Tensor]:
+        """Queries and keys of the tokens, and their values, 0 at padding."""
+        v_BNE, z_BNS = (self.unit.act_fn(x) if self.silu else x for x in (self.v_BNE, self.z_BNS))
+        padding_BN1 = places.layout.padding_BN1
+        if padding_BN1 is not None:
+            v_BNE, z_BNS = v_BNE.masked_fill(padding_BN1, 0), z_BNS.masked_fill(padding_BN1, 0)
+        return self.unit.query_keys(z_BNS, places.rotary), v_BNE
 
 
 def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:

@@ -9,7 +9,7 @@ batch decodes exactly as its sequences would alone.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +80,13 @@ def _joined(parts: Sequence[Tensor], keep: int) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1))[:, :keep]
 
 
+def _entry(qk: QueryKeys, value_BNE: Tensor, places: Places) -> tuple:
+    """What a recorded call leaves for a rollback: keys, gates, values, and the marks of its documents."""
+    documents = places.documents
+    entry = (qk.quad_k, qk.lin_k, qk.gates, value_BNE, documents.valid_BN, documents.start_BN)
+    return tuple(_each(lambda x: x.detach() if x.requires_grad else x, entry))
+
+
 @dataclass  # not frozen: transformers' exporters assign to the fields
 class StateForm:
     """What shapes the state of one layer, apart from the width of its values."""
@@ -109,6 +116,16 @@ class StateForm:
         ]  # fmt: skip
 
 
+class StepRecord(Protocol):
+    """Recorded tokens that kernels took one after another, whose keys are made only if they are needed."""
+
+    def keys(self, places: Places) -> tuple[QueryKeys, Tensor]:
+        """Queries and keys of the tokens, and their values, 0 at padding."""
+
+    def advance(self, state: DecodingState, places: Places, columns: int) -> None:
+        """Take the first `columns` tokens again, on the state before them."""
+
+
 class BatchOperations:
     """What transformers asks of every layer, for tensors whose first dimension is the batch."""
 
@@ -136,7 +153,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     """The constant-size state (`DecodingState`) of one layer with chunked attention.
 
     `crop`, which assisted decoding needs, requires `activate_past_recording()` first: the layer then keeps a copy of
-    its state and the keys and values since, until `crop` decides how many of them stay.
+    its state and the keys and values since (of steps by kernels, the projections), until `crop` decides how many of
+    them stay.
     """
 
     _layer_type = CHUNK_LAYER_TYPE
@@ -151,8 +169,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         self.record_past = False
         self.form: StateForm | None = None
         self._snapshot: DecodingState | None = None
-        # What each recorded call leaves: keys, gates, values, and the marks of its documents.
-        self._recorded: list[tuple] = []
+        self._recorded: list[tuple | StepRecord] = []  # tuples as of `_entry`
         self._calls: list[Places] = []
 
     @property
@@ -216,20 +233,26 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             begin = self.lazy_initialization if self.is_compileable or self.record_past else self._begin
             begin(state.value)
         if self.record_past:
-            keys = qk.quad_k, qk.lin_k, qk.gates
             if isinstance(places.layout, ChunkLayout):
-                keys = _each(places.layout.merge, keys)
-            self._record(keys, value_BNE, places)
+                quad_k, lin_k, gates = _each(places.layout.merge, (qk.quad_k, qk.lin_k, qk.gates))
+                qk = QueryKeys(None, quad_k, None, lin_k, gates)
+            self._record(_entry(qk, value_BNE, places), places)
         self._set(state)
         self.cumulative_length += places.documents.position_BN.shape[1]
 
-    def begin_step(self, value_BNE: Tensor, places: Places, qk: QueryKeys | None = None) -> DecodingState:
+    def begin_step(
+        self, value_BNE: Tensor, places: Places, tokens: "QueryKeys | StepRecord | None" = None
+    ) -> DecodingState:
         """The state before one token, or a few taken one after another, to be advanced in place; arguments as in
-        `update`, with keys `[B, N, S]`. The tokens are counted by `count_step`."""
+        `update`, with keys `[B, N, S]`, or the tokens' [`StepRecord`]. The tokens are counted by `count_step`."""
         if not self.is_initialized:
             self.lazy_initialization(value_BNE)
         if self.record_past:
-            self._record((qk.quad_k, qk.lin_k, qk.gates), value_BNE, places)
+            # A compiler records no modules.
+            if isinstance(tokens, QueryKeys) or is_tracing():
+                qk, value_BNE = (tokens, value_BNE) if isinstance(tokens, QueryKeys) else tokens.keys(places)
+                tokens = _entry(qk, value_BNE, places)
+            self._record(tokens, places)
             if self._snapshot is self.state:
                 # The step overwrites the state, but not the snapshot.
                 self.state = self.state.map(torch.clone)
@@ -247,12 +270,19 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = True
 
-    def _record(self, keys: tuple, value_BNE: Tensor, places: Places) -> None:
+    def _record(self, tokens: "tuple | StepRecord", places: Places) -> None:
         self._snapshot = self.state if self._snapshot is None else self._snapshot
-        documents = places.documents
-        entry = (*keys, value_BNE, documents.valid_BN, documents.start_BN)
-        self._recorded.append(tuple(_each(lambda x: x.detach() if x.requires_grad else x, entry)))
+        self._recorded.append(tokens)
         self._calls.append(places)
+
+    def _with_keys(self) -> list[tuple]:
+        """The recorded calls, steps of kernels, too, by their keys."""
+        calls = zip(self._recorded, self._calls, strict=True)
+        return [x if isinstance(x, tuple) else _entry(*x.keys(places), places) for x, places in calls]
+
+    def __getstate__(self) -> dict:
+        """For copies and files, which must not hold the model."""
+        return self.__dict__ | {"_recorded": self._with_keys()}
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns of input, of those recorded since `activate_past_recording` or
@@ -262,7 +292,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
                 f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}. A length to "
                 "keep is not supported."
             )
-        recorded = sum(entry[3].shape[1] for entry in self._recorded)
+        recorded = sum(places.documents.position_BN.shape[1] for places in self._calls)
         if -tokens_to_remove > recorded:
             raise RuntimeError(
                 f"crop({tokens_to_remove}): only the {recorded} tokens recorded since the last crop can be removed, "
@@ -277,7 +307,14 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         """The state after the first `keep` recorded columns."""
         if keep == 0:
             return self._snapshot
-        *kept, valid, starts = zip(*self._recorded, strict=True)
+        if not any(isinstance(tokens, tuple) for tokens in self._recorded):
+            for tokens, places in zip(self._recorded, self._calls, strict=True):
+                columns = min(keep, places.documents.position_BN.shape[1])
+                if columns:
+                    tokens.advance(self._snapshot, places, columns)
+                keep -= columns
+            return self._snapshot
+        *kept, valid, starts = zip(*self._with_keys(), strict=True)
         quad_k, lin_k, gate, value = (None if parts[0] is None else _joined(parts, keep) for parts in kept)
         shapes, form = [part.shape[:2] for part in kept[3]], self.form
 
@@ -336,7 +373,7 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         self.state = self.state.map(change)
         if self._snapshot is not None:
             self._snapshot = self.state if shared else self._snapshot.map(change)
-        self._recorded = [tuple(_each(change, entry)) for entry in self._recorded]
+        self._recorded = [tuple(_each(change, entry)) for entry in self._with_keys()]
         self._calls = [replace(places) for places in self._calls]  # which were those of other layers, too
 
 

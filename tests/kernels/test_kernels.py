@@ -2,6 +2,7 @@
 """The Triton kernels equal the torch tier, forward and every gradient: on a GPU, or in triton's interpreter."""
 
 import contextlib
+import copy
 import itertools
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
@@ -16,6 +18,7 @@ from transformers.utils import logging
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel, backend_flash
 from flash_hf.backend_flash import kernels_for
 from flash_hf.chunking_flash import chunk_layout, is_transformed, resolve_documents
+from flash_hf.modeling_flash import FlashGatedAttentionUnit
 from helpers import assert_close, error_ratio, make_model, random_ids
 
 
@@ -708,6 +711,61 @@ def test_a_few_tokens_are_steps_of_kernels(changes, cache, monkeypatch):
     assert len(calls) == (5 if cache == "recorded" else 4) * config.num_hidden_layers
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs, 1e-5) if ours.is_floating_point() else torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("hooked", [None, "v_proj"])
+@pytest.mark.parametrize("changes", [{}, LOCAL_KEYS], ids=str)
+def test_a_rollback_takes_the_kept_steps_again(changes, hooked, monkeypatch):
+    """By the same kernel; no keys are made."""
+    config = config_of(**changes)
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    if hooked is not None:
+        getattr(model.model.layers[1].gau, hooked).register_forward_hook(lambda *_: None)
+    ids = random_ids(config, 2, 40).to(DEVICE)
+    mask = torch.rand(2, 40, device=DEVICE) < 0.7
+    mask[:, 18:20] = True
+    with torch.no_grad():
+        model.config.backend = "torch"
+        caches = [model(ids[:, :19], attention_mask=mask[:, :19].long(), use_cache=True).past_key_values
+                  for _ in range(2)]  # fmt: skip
+        model.config.backend = "triton"
+        for begin, end in ((19, 20), (20, 25), (25, 27)):
+            model(ids[:, begin:end], attention_mask=mask[:, begin:end].long(), past_key_values=caches[1])
+        caches[0].activate_past_recording()
+        monkeypatch.setattr(FlashGatedAttentionUnit, "query_keys", None)
+        for begin, end, removed in ((19, 20, 0), (20, 26, 1), (25, 30, 3), (27, 28, 1)):
+            model(ids[:, begin:end], attention_mask=mask[:, begin:end].long(), past_key_values=caches[0])
+            caches[0].crop(-removed)
+        assert caches[0].get_seq_length() == caches[1].get_seq_length() == 27
+        for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert torch.equal(layer.state.seen, other.state.seen)
+            assert_close(layer.state.total, other.state.total, 1e-6)
+        assert_close(*(model(ids[:, 27:40], past_key_values=cache).logits for cache in caches), 1e-6)
+
+
+@pytest.mark.parametrize("change", ["select", "copy", "file"])
+def test_recorded_steps_move_with_their_cache(change, tmp_path, monkeypatch):
+    """Rows are selected, and caches copied and stored, amid recorded calls; copies do not hold the model."""
+    config = config_of(**LOCAL_KEYS)
+    model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
+    ids, rows = random_ids(config, 3, 40).to(DEVICE), [2, 0] if change == "select" else [0, 1, 2]
+    with torch.no_grad():
+        cache = model(ids[:, :19], use_cache=True).past_key_values
+        cache.activate_past_recording()
+        model(ids[:, 19:25], past_key_values=cache)
+        if change == "select":
+            cache.batch_select_indices(torch.tensor(rows, device=DEVICE))
+        elif change == "copy":
+            monkeypatch.setattr(nn.Module, "__deepcopy__", None, raising=False)
+            cache = copy.deepcopy(cache)
+        elif change == "file":
+            monkeypatch.setattr(nn.Module, "__getstate__", None, raising=False)
+            torch.save(cache, tmp_path / "cache.pt")
+            cache = torch.load(tmp_path / "cache.pt", weights_only=False)
+        model(ids[rows, 25:29], past_key_values=cache)
+        cache.crop(-6)
+        found = model(ids[rows, 23:], past_key_values=cache).logits
+        assert_close(found, model(ids[rows]).logits[:, 23:], 1e-5)
 
 
 @pytest.mark.parametrize("replaced", ["v_proj", "offset_scale", "gau"])
