@@ -515,6 +515,8 @@ class FlashQuadraticCacheLayer(CountsDocuments, BatchOperations, DynamicLayer):
         if tokens_to_remove < 0 and self.is_initialized:
             self.position = self.position[:, :tokens_to_remove]
             self.document = self.document[:, :tokens_to_remove]
+            if not self.position.shape[1]:
+                self.reset()  # to what it was before its first call
 
 
 class FlashStaticQuadraticCacheLayer(Irreversible, CountsDocuments, StaticLayer):

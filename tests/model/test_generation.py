@@ -259,6 +259,19 @@ def test_rollback_restores_the_state(attention_type):
             cache.crop(-1)
 
 
+def test_a_cache_rolled_back_to_its_beginning():
+    """It is then as good as new, and takes another batch, too."""
+    model = build("quadratic")
+    ids, mask = ragged(model.config)
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    for rows in (4, 2):
+        _, cache = run_in_parts(model, ids[:rows], mask[:rows], [0, 21, 29])
+        cache.crop(-29)
+        assert cache.get_seq_length() == 0
+        logits, _ = run_in_parts(model, ids, mask, [0, 5, 29], cache)
+        assert_close(logits[mask.bool()], expected, 1e-9, f"after {rows} rows")
+
+
 def test_streaming():
     model = build()
 
