@@ -410,6 +410,9 @@ class FlashGatedAttentionUnit(nn.Module):
         options = {"activation": self.activation, "divisor": self.divisor, "bias_R": self.bias(places)}
         dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(layout, QuadraticLayout):
+            valid_BN = places.documents.valid_BN
+            if valid_BN is not None:  # padding may hold anything, which times 0 must be 0
+                z_BNS, v_BNE = (x.masked_fill(~valid_BN[..., None], 0) for x in (z_BNS, v_BNE))
             q_BNS, key, *_ = self.query_keys(z_BNS, places.rotary)
             value = v_BNE
             if cache is not None:

@@ -131,8 +131,9 @@ def test_what_stands_at_padding_changes_nothing(cls, attention_type, activation)
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[0, :11] = mask[1, 17:] = 0
     reference = model(inputs_embeds=embeds, attention_mask=mask).logits[mask.bool()]
-    noisy = torch.where(mask[..., None].bool(), embeds, torch.randn_like(embeds) * 100)
-    assert_close(model(inputs_embeds=noisy, attention_mask=mask).logits[mask.bool()], reference, 1e-12)
+    for noise in (torch.randn_like(embeds) * 100, torch.full_like(embeds, torch.nan)):
+        noisy = torch.where(mask[..., None].bool(), embeds, noise)
+        assert_close(model(inputs_embeds=noisy, attention_mask=mask).logits[mask.bool()], reference, 1e-12)
 
 
 @pytest.mark.parametrize("attention_type", ["mixed_chunk", "shifted"])
