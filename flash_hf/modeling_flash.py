@@ -1074,6 +1074,9 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             if whole:
                 # Assisted decoding lets the model skip what the cache holds.
                 new = next_sequence_length = tokens.shape[1] - past
+            elif tokens is inputs_embeds:
+                # transformers takes embeddings for the whole input in any case.
+                new, next_sequence_length = tokens.shape[1], None
             if new < 1:
                 raise ValueError(
                     f"The cache holds {past} tokens and the input has {tokens.shape[1]}: none are new. Pass the "

@@ -750,6 +750,22 @@ def test_embeddings_are_not_cut_into_pieces():
     assert torch.equal(got[:, -12:], model.generate(ids, **WORDS)[:, 19:])
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("attention_type", ["mixed_chunk", "quadratic"])
+def test_embeddings_behind_a_cache(attention_type, kind):
+    """Of the new tokens alone, with a mask of all, as token ids may be given."""
+    model = build(attention_type)
+    ids, mask = ragged(model.config)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)[:, 29:]
+    embeds = model.get_input_embeddings()(ids)
+    for past in (1, 13, 28):
+        cache = static(model) if kind == "static" else DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :past], attention_mask=mask[:, :past], **{CACHE_NAME: cache})
+        inputs = {"attention_mask": mask, CACHE_NAME: cache, **GREEDY}
+        assert torch.equal(model.generate(inputs_embeds=embeds[:, past:], **inputs), expected), past
+
+
 def test_a_cache_of_the_whole_input_or_of_more():
     """transformers would read the input again, or cut it at the wrong position."""
     model = build()
