@@ -11,6 +11,7 @@ import platform
 import time
 import traceback
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from .timing import (
     copy_rate,
     matmul_rate,
     measure,
+    measure_assisted_call,
     measure_generation,
     measure_issue,
     once,
@@ -303,7 +305,8 @@ def run(args: argparse.Namespace, model: str, group: str) -> None:
 
 
 def run_generate(args: argparse.Namespace, name: str, dtype: torch.dtype, recorder: Recorder) -> None:
-    """Milliseconds per token of `generate()` as it is called by default, and on a GPU with a static cache as well."""
+    """Milliseconds per token of `generate()` as it is called by default, and on a GPU with a static cache as well; and
+    of a call of assisted decoding, of 6 tokens of which 3 are kept."""
     prompt, new, vocabulary, size, batches = 512, 32, 32_000, BASE, (1, 32)
     if args.device == "cpu":
         vocabulary, size, batches = 8192, replace(SMALL, layers=12), (1, 8)
@@ -311,24 +314,26 @@ def run_generate(args: argparse.Namespace, name: str, dtype: torch.dtype, record
     if args.smoke:
         prompt, new, vocabulary, size, batches = 24, 2, 128, SMOKE, (2,)
     on_cpu = "cpu " if args.device == "cpu" else ""
-    runs = [(f"{on_cpu}generate", batch, {}) for batch in batches]
+    timers = [(f"{on_cpu}generate", batch, batch, partial(measure_generation, new=new)) for batch in batches]
     if args.device == "cuda":
-        runs.append(("generate, static cache", 1, {"cache_implementation": "static"}))
+        static = partial(measure_generation, new=new, cache_implementation="static")
+        timers.append(("generate, static cache", 1, 1, static))
+    timers.append((f"{on_cpu}assisted call", 1, 6, partial(measure_assisted_call, new=6, kept=3)))
     row = {"model": name, "direction": "causal", "context": prompt}
     try:
         model = build_head(name, size, vocabulary, args.device, dtype)
     except Unsupported as error:
-        for what, batch, _ in runs:
+        for what, batch, *_ in timers:
             recorder.add(**row, measurement=what, batch=batch, note=str(error))
         return
     row |= {"parameters": model.num_parameters(), "note": f"{torch.get_num_threads()} threads, {dtype}"}
     if args.device == "cpu":
         row["note"] += f"; load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    for what, batch, words in runs:
+    for what, batch, tokens, timer in timers:
         clean(args.device)
         try:
-            timing = measure_generation(model, batch, prompt, new, reps=args.rounds * args.reps // 2 or 1, **words)
-            recorder.add(timing, **row, measurement=what, batch=batch, tokens=batch, peak_gib=peak_gib(args.device))
+            timing = timer(model, batch, prompt, reps=args.rounds * args.reps // 2 or 1)
+            recorder.add(timing, **row, measurement=what, batch=batch, tokens=tokens, peak_gib=peak_gib(args.device))
         except Exception as error:
             recorder.add(**{**row, "note": note_of(error)}, measurement=what, batch=batch)
 

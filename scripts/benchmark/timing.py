@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 
 class Timing(NamedTuple):
@@ -101,6 +102,22 @@ def measure_generation(model, batch: int, prompt: int, new: int, *, reps: int, *
         seconds(count)
     differences = [seconds(4 + new) - seconds(4) for _ in range(reps)]
     return quartiles([1e3 * difference / new for difference in differences])
+
+
+@torch.inference_mode()
+def measure_assisted_call(model, batch: int, prompt: int, new: int, kept: int, *, reps: int) -> Timing:
+    """Milliseconds of what assisted decoding repeats: a call of `new` tokens on a cache, then a rollback that keeps
+    `kept` of them."""
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt + new), device=model.device)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :prompt], past_key_values=cache)
+    cache.activate_past_recording()
+
+    def call():
+        model(ids[:, prompt:], past_key_values=cache)
+        cache.crop(kept - new)
+
+    return measure(call, model.device.type, reps=reps, warmup=8)
 
 
 def clean(device: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache
 
 from flash_hf import attention_flash
 from helpers import ROOT, assert_close
@@ -309,7 +310,7 @@ def test_smoke_writes_a_whole_table(monkeypatch, tmp_path):
     assert run_script(monkeypatch, "--smoke", "--output", output, "--models", "flash,transformer++,llama") == 0
     rows = rows_of(output)
     groups = {"train", "train, checkpointing", "forward", "prefill", "decode", "layer, forward", "layer, train"}
-    groups |= {"little, train", "little, train, issued", "cpu generate"}
+    groups |= {"little, train", "little, train, issued", "cpu generate", "cpu assisted call"}
     for model in ("flash", "transformer++", "llama"):
         mine = [row for row in rows if row["model"] == model]
         issued = {"train, issued"} if model == "flash" else set()
@@ -318,13 +319,14 @@ def test_smoke_writes_a_whole_table(monkeypatch, tmp_path):
             if (model, row["direction"]) == ("llama", "bidirectional"):
                 assert row["note"] == "causal only"
                 continue
-            if (model, row["measurement"]) == ("transformer++", "cpu generate"):
+            if model == "transformer++" and row["measurement"] in ("cpu generate", "cpu assisted call"):
                 assert row["note"] == "not measured with a head"
                 continue
             assert float(row["ms_q25"]) <= float(row["ms"]) <= float(row["ms_q75"]), row
             assert float(row["tokens_per_s"]) == pytest.approx(int(row["tokens"]) / float(row["ms"]) * 1e3, rel=1e-3)
             # Decoding reads, it does not compute; an issued step is not done.
-            uncounted = ("decode", "cpu train", "cpu generate", "train, issued", "little, train, issued")
+            uncounted = ("decode", "cpu train", "cpu generate", "cpu assisted call", "train, issued",
+                         "little, train, issued")  # fmt: skip
             assert (row["mfu"] == "") == (row["measurement"] in uncounted)
     assert {row["measurement"] for row in rows if row["model"] == "device"} == {"matmul", "copy"}
     results = report.read([output])
@@ -375,6 +377,24 @@ def test_generation_is_timed_per_new_token(monkeypatch):
 
     timing = timer.measure_generation(Model(), 2, 7, 8, reps=3, cache_implementation="static")
     assert timing.median == pytest.approx(250) and timing.samples == 3
+
+
+@pytest.mark.parametrize("name", ["flash", "llama"])
+def test_an_assisted_call_is_timed_with_its_rollback(monkeypatch, name):
+    """The cache grows by what is kept."""
+    model, lengths = models.build_head(name, SMOKE, 50, "cpu", torch.float32), []
+
+    def measure(call, device, **options):
+        for _ in range(3):
+            call()
+        return device
+
+    crop = DynamicCache.crop
+    monkeypatch.setattr(timer, "measure", measure)
+    monkeypatch.setattr(
+        DynamicCache, "crop", lambda self, count: crop(self, count) or lengths.append(self.get_seq_length())
+    )
+    assert timer.measure_assisted_call(model, 2, 7, new=6, kept=2, reps=3) == "cpu" and lengths == [9, 11, 13]
 
 
 @pytest.fixture
