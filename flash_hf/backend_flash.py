@@ -28,13 +28,14 @@ from .chunking_flash import (
     is_transformed,
     parameter,
     projections,
+    without_padding,
 )
 
 
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 9
+KERNEL_INTERFACE = 10
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
@@ -128,14 +129,14 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
     kernels = kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout)
     if kernels is None:
         return places
-    return [_with_plan(each, kernels, config, len(x_BND), causal, cache) for each in places]
+    return [_with_plan(each, kernels, config, x_BND, causal, cache) for each in places]
 
 
 def takes_steps(config, x_BND: Tensor, documents: Documents, *, dropout: bool, cache) -> bool:
     """Whether kernels take embedded tokens `x_BND` on a constant-size cache one after another, each as a step does.
     Arguments as of `with_plans`."""
     # A step goes through the state, which carries no gradient.
-    if cache is None or config.global_state == "delta" or torch.is_grad_enabled():
+    if cache is None or torch.is_grad_enabled() or (config.global_state == "delta" and is_watched(x_BND)):
         return False
     B, N = x_BND.shape[:2]
     if not can_append(documents, config.chunk_size) or N > MOST_STEPS or B * N > MOST_STEP_ROWS:
@@ -154,6 +155,11 @@ def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bo
     return kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout) is None
 
 
+def is_watched(x_BND: Tensor) -> bool:
+    """Whether kernels have to be called as operators, which steps of the delta rule are not."""
+    return is_tracing() or is_transformed() or type(x_BND) is not Tensor
+
+
 def _fits(state: DecodingState | None, kernels: ModuleType) -> bool:
     """Whether a step's kernels can advance a state, which the user may have changed."""
     return state is None or (
@@ -161,8 +167,8 @@ def _fits(state: DecodingState | None, kernels: ModuleType) -> bool:
     )
 
 
-def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: bool, cache) -> Places:
-    layout = places.layout
+def _with_plan(places: Places, kernels: ModuleType, config, x_BND: Tensor, causal: bool, cache) -> Places:
+    layout, batch = places.layout, len(x_BND)
     neighbours = getattr(layout, "neighbours", None)
     if isinstance(layout, AppendLayout) or (neighbours is not None and not neighbours.fused):
         return places
@@ -174,14 +180,11 @@ def _with_plan(places: Places, kernels: ModuleType, config, batch: int, causal: 
         layout = chunk_layout(places.documents, batch, length, causal=causal)
         places = replace(places, layout=layout, bias_length=length)
     delta = config.global_state == "delta"
-    # Kernels neither read nor fill a state of the delta rule.
-    if cache is not None and delta:
-        return places
     if isinstance(layout, StepLayout):
         # Checked here once, for all layers.
-        return replace(places, fused=_fits(cache.state, kernels))
-    # A rollback needs the keys of each token.
-    if cache is not None and cache.record_past:
+        return replace(places, fused=_fits(cache.state, kernels) and not (delta and is_watched(x_BND)))
+    # A rollback needs the keys of each token; a state of the delta rule is only advanced step by step.
+    if cache is not None and (cache.record_past or delta):
         return places
     # Kernels cannot put cached slots into the grid of a packed row.
     if cache is not None and places.documents.start_BN is not None:
@@ -228,13 +231,13 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
     if not silu:
         u_BNE, v_BNE, z_BNS = unit.act_fn(u_BNE), unit.act_fn(v_BNE), unit.act_fn(z_BNS)
     options: dict[str, Any] = {"bias_R": fused_bias(unit, places), "silu": silu}
+    if unit.delta:
+        options["gates_BN2"] = unit.gate_proj(x_BND)
     if isinstance(places.layout, StepLayout):
         tokens = StepTokens(unit, u_BNE, v_BNE, z_BNS, **options) if cache.record_past else None
         state = cache.begin_step(v_BNE, places, tokens)
         return kernels.attention_step(unit, u_BNE, v_BNE, z_BNS, places, state=state, **options)
     options |= continuation(places, cache)
-    if unit.delta:
-        options["gates_BN2"] = unit.gate_proj(x_BND)
     out_BNE, state = kernels.gated_attention(unit, u_BNE, v_BNE, z_BNS, places, **options)
     if cache is not None:
         cache.update(state, places)
@@ -302,12 +305,12 @@ def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor
     unit, (B, N, _) = layer.gau, x_BND.shape
     bias_R = fused_bias(unit, places)
 
-    def begin(h: Tensor) -> DecodingState:
+    def begin(h: Tensor, gates_BN2: Tensor | None) -> DecodingState:
         if not cache.record_past:
             return cache.begin_step(x_BND, places)
         E, S = (parameter(module, "weight").shape[0] for module in (unit.v_proj, unit.z_proj))
         u_BNE, v_BNE, z_BNS = h.view(N, B, -1).transpose(0, 1).split([E, E, S], 2)
-        return cache.begin_step(v_BNE, places, StepTokens(unit, u_BNE, v_BNE, z_BNS, bias_R, silu=True))
+        return cache.begin_step(v_BNE, places, StepTokens(unit, u_BNE, v_BNE, z_BNS, bias_R, True, gates_BN2))
 
     return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=bias_R, begin=begin)
 
@@ -320,6 +323,7 @@ class StepTokens:
     Attributes:
         u_BNE, v_BNE, z_BNS: the projections, still without SiLU if `silu`.
         bias_R: the relative bias over offsets.
+        gates_BN2: the delta rule's gates, without their bias.
     """
 
     unit: nn.Module
@@ -328,21 +332,22 @@ class StepTokens:
     z_BNS: Tensor
     bias_R: Tensor | None
     silu: bool
+    gates_BN2: Tensor | None = None
 
     def advance(self, state: DecodingState, places: Places, columns: int) -> None:
         """Take the first `columns` tokens again, on the state before them."""
         tokens = (x[:, :columns] for x in (self.u_BNE, self.v_BNE, self.z_BNS))
-        places = replace(places, steps=places.steps[:columns])
-        load_kernels()[0].attention_step(self.unit, *tokens, places, bias_R=self.bias_R, silu=self.silu, state=state)
+        gates = None if self.gates_BN2 is None else self.gates_BN2[:, :columns]
+        options = {"bias_R": self.bias_R, "silu": self.silu, "gates_BN2": gates, "state": state}
+        load_kernels()[0].attention_step(self.unit, *tokens, replace(places, steps=places.steps[:columns]), **options)
 
     @torch.no_grad
     def keys(self, places: Places) -> tuple[QueryKeys, Tensor]:
-        """Queries and keys of the tokens, and their values, 0 at padding."""
-        v_BNE, z_BNS = (self.unit.act_fn(x) if self.silu else x for x in (self.v_BNE, self.z_BNS))
-        padding_BN1 = places.layout.padding_BN1
-        if padding_BN1 is not None:
-            v_BNE, z_BNS = v_BNE.masked_fill(padding_BN1, 0), z_BNS.masked_fill(padding_BN1, 0)
-        return self.unit.query_keys(z_BNS, places.rotary), v_BNE
+        """Queries, keys and gates of the tokens, and their values, 0 at padding."""
+        made = [self.unit.act_fn(x) if self.silu else x for x in (self.v_BNE, self.z_BNS)]
+        made.append(None if self.gates_BN2 is None else self.unit.gates_of(self.gates_BN2))
+        v_BNE, z_BNS, gates_BN2 = without_padding(places.layout, *made)
+        return self.unit.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2), v_BNE
 
 
 def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:

@@ -598,6 +598,14 @@ def can_append(documents: Documents, chunk_size: int) -> bool:
     return 1 <= documents.position_BN.shape[1] <= chunk_size
 
 
+def without_padding(layout: StepLayout | AppendLayout, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """New tokens' `[B, N, X]` with 0 at padding, which may hold anything: times 0 it must be 0."""
+    padding_BN1 = layout.padding_BN1
+    if padding_BN1 is None:
+        return tensors
+    return tuple(None if x is None else x.masked_fill(padding_BN1, 0) for x in tensors)
+
+
 def append_layout(
     documents: Documents,
     chunk_size: int,

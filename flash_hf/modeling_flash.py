@@ -112,6 +112,7 @@ from .chunking_flash import (
     quadratic_layout,
     recall,
     resolve_documents,
+    without_padding,
 )
 from .configuration_flash import FlashConfig
 from .delta_flash import delta_chunk_append, delta_chunk_attention, delta_chunk_step
@@ -359,9 +360,10 @@ class FlashGatedAttentionUnit(nn.Module):
 
     def gates(self, x_BND: Tensor) -> Tensor | None:
         """Log decay and strength of each token's write, `[B, N, 2]`, at least float32; None without the delta rule."""
-        if not self.delta:
-            return None
-        made = self.gate_proj(x_BND)
+        return self.gates_of(self.gate_proj(x_BND)) if self.delta else None
+
+    def gates_of(self, made: Tensor) -> Tensor:
+        """The gates from their projection."""
         # The bias is added in float32: at 9, a bfloat16 would leave the decay two digits.
         decay, write = (made.to(wide(made.dtype)) + self.gate_bias).unbind(-1)
         return torch.stack([F.logsigmoid(decay), torch.sigmoid(write)], -1)
@@ -427,11 +429,7 @@ class FlashGatedAttentionUnit(nn.Module):
         elif not isinstance(layout, AppendLayout):  # where it is in the layout's scales
             options["normalization"] = self.normalization
         if isinstance(layout, (StepLayout, AppendLayout)):
-            padding_BN1 = layout.padding_BN1
-            if padding_BN1 is not None:  # may hold anything, which times 0 must be 0
-                z_BNS, v_BNE, gates_BN2 = (
-                    None if x is None else x.masked_fill(padding_BN1, 0) for x in (z_BNS, v_BNE, gates_BN2)
-                )
+            z_BNS, v_BNE, gates_BN2 = without_padding(layout, z_BNS, v_BNE, gates_BN2)
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
             if isinstance(layout, StepLayout):
                 state = cache.begin_step(v_BNE, places, qk)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ..attention_flash import DecodingState, closed_total, score_scale, shifted_
 from ..chunking_flash import ChunkLayout, Places, child, is_tracing, parameter, projections
 from . import ops
 from .plan import ChunkPlan
-from .step import add_output, gated_step, project, step_operator
+from .step import add_output, delta_step, gated_step, project, step_gates, step_operator
 from .tiles import Cached, Shape, on_device, shape_of
 
 
@@ -237,31 +238,53 @@ def rotary_bias(bias: nn.Module, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def attention_step(
     unit: nn.Module,
-    u_B1E: Tensor,
-    v_B1E: Tensor,
-    z_B1S: Tensor,
+    u_BNE: Tensor,
+    v_BNE: Tensor,
+    z_BNS: Tensor,
     places: Places,
     *,
     bias_R: Tensor | None,
     silu: bool,
     state: DecodingState,
+    gates_BN2: Tensor | None = None,
 ) -> Tensor:
     """`u * mixed_chunk_step(queries and keys of z, v)` between the projections, `[B, 1, E]`, or of the tokens of
     `places.steps`, `[B, N, E]`; advances `state`.
 
     Arguments as of `gated_attention`.
     """
-    if places.steps:
-        options = {"bias_R": bias_R, "silu": silu, "state": state}
-        columns = zip(*(x.split(1, 1) for x in (u_B1E, v_B1E, z_B1S)), places.steps, strict=True)
-        return torch.cat([attention_step(unit, *column, **options) for column in columns], 1)
+    kernels, options = _step_kernels(unit, places, state, gates_BN2), {"bias_R": bias_R, "silu": silu, "state": state}
+    if not places.steps:
+        return _one_step(kernels[0], unit, u_BNE, v_BNE, z_BNS, places, **options)
+    columns = zip(*(x.split(1, 1) for x in (u_BNE, v_BNE, z_BNS)), places.steps, strict=True)
+    return torch.cat([_one_step(step, unit, *x, **options) for step, x in zip(kernels, columns, strict=True)], 1)
+
+
+def _step_kernels(
+    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, **projected
+) -> Sequence[Callable]:
+    """What computes the step of each token."""
+    layout = places.layout
+    if gates_BN2 is None:
+        return (gated_step,) * (len(places.steps) or 1)
+    deltas = step_gates(
+        gates_BN2, unit.gate_bias, layout.position_BN, layout.valid_BN, state, layout.shift,
+        parameter(unit.offset_scale, "weight").shape[1], **projected,
+    )  # fmt: skip
+    return [partial(delta_step, delta) for delta in deltas]
+
+
+def _one_step(
+    step: Callable, unit: nn.Module, u_B1E: Tensor, v_B1E: Tensor, z_B1S: Tensor, places: Places, *,
+    bias_R: Tensor | None, silu: bool, state: DecodingState,
+) -> Tensor:  # fmt: skip
     # Once per layer and token: no lookup that costs, and arguments by position, which saves 3 microseconds.
     layout, scale = places.layout, unit.offset_scale
     if not u_B1E.stride(-1) == v_B1E.stride(-1) == z_B1S.stride(-1) == 1:
         u_B1E, v_B1E, z_B1S = u_B1E.contiguous(), v_B1E.contiguous(), z_B1S.contiguous()
     cos, sin = (None, None) if places.rotary is None else places.rotary
-    step, seen = gated_step, state.seen
-    if ops.is_watched((u_B1E,)):
+    seen = state.seen
+    if step is gated_step and ops.is_watched((u_B1E,)):
         step = step_operator
         if unit.layer_idx == 0:
             # Inductor computes positions, which it takes from this `seen`, again for the next layer. An operator that
@@ -278,14 +301,19 @@ def attention_step(
 
 
 def layer_step(
-    block: nn.Module, x_BND: Tensor, places: Places, *, bias_R: Tensor | None, begin: Callable[[Tensor], DecodingState]
+    block: nn.Module,
+    x_BND: Tensor,
+    places: Places,
+    *,
+    bias_R: Tensor | None,
+    begin: Callable[[Tensor, Tensor | None], DecodingState],
 ) -> Tensor:
-    """A whole layer's step in three launches, `x + o_proj(gated attention of norm(x))`, `[B, 1, D]`, without
-    gradients. With `places.steps`, `[B, N, D]`: each token after the first takes a launch more.
+    """A whole layer's step in three launches (with the delta rule four), `x + o_proj(gated attention of norm(x))`,
+    `[B, 1, D]`, without gradients. With `places.steps`, `[B, N, D]`: each token after the first takes a launch more.
 
     Args:
         begin: gives the state to advance, from the projections u, v and z without SiLU, `[N B, 2 E + S]`, a token's
-            rows next to each other.
+            rows next to each other, and those of the gates, `[B, N, 2]`, which are filled later.
 
     Otherwise as of `layer`.
     """
@@ -297,10 +325,17 @@ def layer_step(
     x = x_BND[:, 0].contiguous() if N == 1 else x_BND.transpose(0, 1).reshape(N * B, D)  # token by token
     with on_device(x):
         h = project(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
-        state, attended = begin(h), []
-        for own, part in zip(steps, (h,) if N == 1 else h.split(B), strict=True):
+        gates_BN2, projected = None, {}
+        if unit.delta:
+            gates_BN2 = x.new_empty(N, B, 2, dtype=torch.float32).transpose(0, 1)
+            projected = {
+                "x": x, "gain": block.norm.weight, "w": unit.gate_proj.weight.contiguous(), "eps": block.norm.eps,
+            }  # fmt: skip
+        state, attended = begin(h, gates_BN2), []
+        kernels = _step_kernels(unit, places, state, gates_BN2, **projected)
+        for own, step, part in zip(steps, kernels, (h,) if N == 1 else h.split(B), strict=True):
             layout, (cos, sin) = own.layout, (None, None) if own.rotary is None else own.rotary
-            attended.append(gated_step(
+            attended.append(step(
                 *part.split([E, E, S], 1), scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN,
                 state.quad_k, state.lin_k, state.value, state.total, state.seen, bias_R, unit.divisor,
                 unit.normalization == "mean", unit.interleaved, True, layout.shift, unit.previous_key,

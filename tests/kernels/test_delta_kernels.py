@@ -2,6 +2,7 @@
 """The kernels of the gated delta rule: against a statement token by token in float64, and in layers against the torch
 tier."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -187,6 +188,32 @@ def test_operators_know_their_shapes(whole):
     got = through(torch.compile(model, fullgraph=True, backend="aot_eager"), x, {}, 1.0)
     assert torch.equal(got[0], expected[0])
     torch.testing.assert_close({name.removeprefix("_orig_mod."): grad for name, grad in got[1].items()}, expected[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_error_of_steps_is_at_most_twice_the_torch_tiers(dtype, form):
+    """Over borders of chunks, one token and three by turns, with padding."""
+    exact = make_model(FlashModel, delta_config(**FORMS[form], is_decoder=True), dtype=torch.float64).to(DEVICE)
+    model = copy.deepcopy(exact).to(dtype)
+    x, mask = torch.randn(2, 47, 32, device=DEVICE, dtype=torch.float64), torch.rand(2, 47, device=DEVICE) < 0.8
+    mask[:, 18:20] = True
+    found, totals = [], []
+    for own, backend in ((exact, "torch"), (model, "torch"), (model, "triton")):
+        own.config.backend, begin, out = "torch", 19, []
+        with torch.no_grad():
+            cache = own(inputs_embeds=x[:, :19].to(own.dtype), attention_mask=mask[:, :19].long()).past_key_values
+            own.config.backend = backend
+            while begin < 47:
+                end = begin + 1 + 2 * (begin % 2)
+                marks, given = mask[:, begin:end], x[:, begin:end].to(own.dtype)
+                step = own(inputs_embeds=given, attention_mask=marks.long(), past_key_values=cache)
+                out.append(step.last_hidden_state[marks])
+                begin = end
+        found.append(torch.cat(out))
+        totals.append(cache.layers[0].state.total)
+    for expected, plain, ours in (found, totals):
+        assert 0 < error_ratio(ours, expected) <= 2 * error_ratio(plain, expected)
 
 
 @pytest.mark.gpu

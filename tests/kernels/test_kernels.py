@@ -129,6 +129,8 @@ def together(grads: dict) -> dict:
 
 FORMS = {"paper": {}, "ours": {"chunk_shift": 6, "global_form": "previous_token"}}
 LOCAL_KEYS = {**FORMS["ours"], "local_key_shift": True}
+DELTA = {**LOCAL_KEYS, "global_state": "delta"}
+GLOBAL_DELTA = {**FORMS["ours"], "attention_type": "global", "global_state": "delta"}
 forms = pytest.mark.parametrize("form", FORMS)
 
 
@@ -579,10 +581,13 @@ def test_second_derivatives_are_refused(watched):
         ({"local_key_shift": True, "rope_interleaved": True, "attention_type": "local"}, False),
         ({"local_key_shift": True, "use_rope": False, "chunk_size": 2, "query_key_dim": 10}, False),
         ({"local_key_shift": True, **PARTIAL}, False),
+        (DELTA, False), ({**DELTA, "global_form": "paper"}, True),
+        ({**GLOBAL_DELTA, "chunk_size": 11, "query_key_dim": 10}, True),
     ],
     ids=[
         "mixed", "mixed, static", "local", "global", "odd sizes", "shifted", "previous", "shifted previous",
         "local keys", "local keys, interleaved", "local keys, no rope", "local keys, partial rope",
+        "delta", "delta, static", "delta, global",
     ],
 )  # fmt: skip
 def test_prefill_and_steps_equal_the_torch_tier(changes, static, monkeypatch):
@@ -642,7 +647,7 @@ def test_compiled_steps_have_the_positions_before_them(padded):
     "changes",
     [
         {}, {**LOCAL_KEYS, "rope_interleaved": True}, {"attention_type": "global", "use_rope": False},
-        {"attention_type": "local", "relative_bias": "rotary"}, {"hidden_size": 24, "query_key_dim": 10},
+        {"attention_type": "local", "relative_bias": "rotary"}, {"hidden_size": 24, "query_key_dim": 10}, DELTA,
     ],
     ids=str,
 )  # fmt: skip
@@ -675,6 +680,8 @@ def test_a_step_of_a_layer_is_that_of_its_modules(rows, changes, monkeypatch):
     ({"attention_type": "global", "use_rope": False}, "dynamic"),
     ({**LOCAL_KEYS, **PARTIAL, "rope_interleaved": True}, "recorded"),
     ({"chunk_size": 11, "hidden_size": 24, "query_key_dim": 10, "global_form": "previous_token"}, "static"),
+    (DELTA, "recorded"), (GLOBAL_DELTA, "dynamic"),
+    ({"chunk_size": 11, "query_key_dim": 10, "global_state": "delta", "chunk_shift": 3}, "static"),
 ], ids=str)  # fmt: skip
 def test_a_few_tokens_are_steps_of_kernels(changes, cache, monkeypatch):
     """Over borders of chunks and with padding anywhere; a recorded cache is then rolled back amid the call."""
@@ -714,7 +721,7 @@ def test_a_few_tokens_are_steps_of_kernels(changes, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("hooked", [None, "v_proj"])
-@pytest.mark.parametrize("changes", [{}, LOCAL_KEYS], ids=str)
+@pytest.mark.parametrize("changes", [LOCAL_KEYS, DELTA], ids=str)
 def test_a_rollback_takes_the_kept_steps_again(changes, hooked, monkeypatch):
     """By the same kernel; no keys are made."""
     config = config_of(**changes)
@@ -744,9 +751,10 @@ def test_a_rollback_takes_the_kept_steps_again(changes, hooked, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["select", "copy", "file"])
-def test_recorded_steps_move_with_their_cache(change, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [LOCAL_KEYS, DELTA], ids=["mean", "delta"])
+def test_recorded_steps_move_with_their_cache(changes, change, tmp_path, monkeypatch):
     """Rows are selected, and caches copied and stored, amid recorded calls; copies do not hold the model."""
-    config = config_of(**LOCAL_KEYS)
+    config = config_of(**changes)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids, rows = random_ids(config, 3, 40).to(DEVICE), [2, 0] if change == "select" else [0, 1, 2]
     with torch.no_grad():
@@ -768,10 +776,13 @@ def test_recorded_steps_move_with_their_cache(change, tmp_path, monkeypatch):
         assert_close(found, model(ids[rows]).logits[:, 23:], 1e-5)
 
 
-@pytest.mark.parametrize("replaced", ["v_proj", "offset_scale", "gau"])
-def test_a_few_tokens_through_hooked_modules(replaced):
+@pytest.mark.parametrize("changes, replaced", [
+    (LOCAL_KEYS, "v_proj"), (LOCAL_KEYS, "offset_scale"), (LOCAL_KEYS, "gau"), (DELTA, "gate_proj"),
+    (DELTA, "offset_scale"),
+], ids=str)  # fmt: skip
+def test_a_few_tokens_through_hooked_modules(changes, replaced):
     """By the kernel of the attention, or one by one in PyTorch."""
-    config = config_of(**LOCAL_KEYS, num_hidden_layers=2)
+    config = config_of(**changes, num_hidden_layers=2)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids, seen, found = random_ids(config, 2, 30).to(DEVICE), [], []
     for name, module in model.model.layers[1].named_modules():

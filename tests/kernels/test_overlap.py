@@ -71,12 +71,15 @@ for rows, length, form in (
 ):
     model = FlashModel(FlashConfig(**sizes, **form, is_decoder=True, backend="triton")).to(torch.bfloat16)
     model(torch.zeros(rows, length, dtype=torch.long)).last_hidden_state.sum().backward()
-form = {"chunk_shift": 64, "global_form": "previous_token", "local_key_shift": True}
 with torch.no_grad():
-    model = FlashModel(FlashConfig(**sizes, **form, is_decoder=True, backend="triton")).to(torch.bfloat16)
-    for rows, length in ((2, 300), (40, 300), (1, 50)):
-        cache = model(torch.zeros(rows, length, dtype=torch.long), use_cache=True).past_key_values
-        model(torch.zeros(rows, 1, dtype=torch.long), past_key_values=cache)
+    for form in ({"global_form": "previous_token", "local_key_shift": True}, delta_rule):
+        form = {**sizes, **form, "chunk_shift": 64}
+        model = FlashModel(FlashConfig(**form, is_decoder=True, backend="triton")).to(torch.bfloat16)
+        for rows, length in ((2, 300), (40, 300), (1, 50)):
+            cache = model(torch.zeros(rows, length, dtype=torch.long), use_cache=True).past_key_values
+            model(torch.zeros(rows, 1, dtype=torch.long), past_key_values=cache)
+            if rows == 2:
+                model(torch.zeros(rows, 3, dtype=torch.long), past_key_values=cache)
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 for number, ((name, *_), compiled) in enumerate(found.items()):
     path = pathlib.Path(sys.argv[1], f"{number}.cubin")
