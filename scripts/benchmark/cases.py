@@ -144,16 +144,17 @@ def cases(group: str, model: str, smoke: bool, contexts: tuple[int, ...] | None 
         found.insert(1, Case(group, middle, tokens // middle, causal=False))
     elif group == "train":
         found = [Case(group, context, tokens // context) for context in ladder]
-        if model not in ("flash-plus", "flash-plus-keys"):  # forms for causal models
+        plus = model.startswith("flash-plus")  # forms for causal models
+        if not plus:
             found += [replace(case, causal=False) for case in found if case.context <= middle]
         # Peers are compiled or tuned; that the host keeps up with the device is to be shown for FLASH.
-        if model in ("flash", "flash-plus", "flash-plus-keys"):
+        if model == "flash" or plus:
             found += [
                 replace(case, measurement="train, CUDA graph", graph=True) for case in found
                 if not smoke and (model == "flash" or case.context == 512)
             ]  # fmt: skip
             found += [Case("train, issued", context, tokens // context, issue=True) for context in ladder[:2]]
-        if model not in ("flash-plus", "flash-plus-keys", "flash-quad"):
+        if not plus and model != "flash-quad":
             found.append(Case("train, checkpointing", middle, tokens // middle, recompute=True))
     elif group == "little":
         context = 32 if smoke else 2048

@@ -230,6 +230,7 @@ def _flash(backend: str, **changes) -> Callable[[Size, bool, str], Candidate]:
 
 FORMS: dict[str, dict] = {
     "flash": {}, "flash-plus": {"plus": True, "local_key_shift": False}, "flash-plus-keys": {"plus": True},
+    "flash-plus-delta": {"plus": True, "global_state": "delta"},
 }  # fmt: skip
 MODELS = {
     **{name: Model(_flash("triton", **form)) for name, form in FORMS.items()},

@@ -15,8 +15,8 @@ from .cases import COLUMNS
 PAPER = ("flash", "transformer++")
 TITLES = {
     "flash": "FLASH", "flash-plus": "plain-key FLASH+", "flash-plus-keys": "FLASH+",
-    "flash-torch": "FLASH, PyTorch", "flash-quad": "FLASH-Quad", "transformer++": "Transformer++",
-    "llama": "Llama (transformers)", "flash-pytorch": "FLASH-pytorch", "gla": "GLA",
+    "flash-plus-delta": "FLASH+, delta rule", "flash-torch": "FLASH, PyTorch", "flash-quad": "FLASH-Quad",
+    "transformer++": "Transformer++", "llama": "Llama (transformers)", "flash-pytorch": "FLASH-pytorch", "gla": "GLA",
     "gated-deltanet": "Gated DeltaNet",
 }  # fmt: skip
 

@@ -357,6 +357,7 @@ def test_forms_of_flash_are_built_as_they_are_named():
     config = models.build("flash-plus-keys", SMOKE, True, "cpu", torch.float32).module.config
     assert config.local_key_shift and config.global_form == "previous_token"
     assert config.chunk_shift == SMOKE.chunk_size // 2 and config.backend == "torch"
+    assert models.build("flash-plus-delta", SMOKE, True, "cpu", torch.float32).module.config.global_state == "delta"
     head = models.build_head("flash-plus", SMOKE, 50, "cpu", torch.float32)
     assert head.config.vocab_size == 50 and not head.config.local_key_shift and head.config.chunk_shift
 
