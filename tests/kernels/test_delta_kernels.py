@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_hf import FlashModel
+from flash_hf import FlashConfig, FlashModel
 from flash_hf.backend_flash import fuses_layer, kernels_for
 from helpers import error_ratio, make_model
 from test_kernels import DEVICE, LAYOUTS, compare, config_of, through
@@ -235,3 +235,29 @@ def test_two_runs_are_bit_equal():
         again = through(model, x, {}, 1.0)
         assert torch.equal(first[0], again[0])
         assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_steps_at_full_size(rows):
+    """Of single tokens over a border, and of a few: two runs are bit-equal, the error is at most twice the torch
+    tier's."""
+    sizes = {"vocab_size": 2, "hidden_size": 768, "num_hidden_layers": 2}
+    config = FlashConfig.plus(**sizes, global_state="delta", is_decoder=True)
+    exact = make_model(FlashModel, config, dtype=torch.float64, scale=0.06).to(DEVICE)
+    x = torch.randn(rows, 290, 768, device=DEVICE, dtype=torch.bfloat16)
+    found = []
+    for dtype, backend in (
+        (torch.float64, "torch"), (torch.bfloat16, "torch"), (torch.bfloat16, "triton"), (torch.bfloat16, "triton")
+    ):  # fmt: skip
+        model = copy.deepcopy(exact).to(dtype)
+        model.config.backend, given, out = "torch", x.to(dtype), []
+        with torch.no_grad():
+            cache = model(inputs_embeds=given[:, :240], use_cache=True).past_key_values
+            model.config.backend = backend
+            for piece in given[:, 240:].split([*[1] * 35, 15] if rows < 5 else [1] * 50, 1):
+                out.append(model(inputs_embeds=piece, past_key_values=cache).last_hidden_state)
+        found.append((torch.cat(out, 1), *(x for layer in cache.layers for x in layer.state if x is not None)))
+    exact, plain, ours, again = found
+    assert all(map(torch.equal, ours, again))
+    assert 0 < error_ratio(ours[0], exact[0]) <= 2 * error_ratio(plain[0], exact[0])
