@@ -23,6 +23,7 @@ from .chunking_flash import (
     can_append,
     child,
     chunk_layout,
+    is_distributed,
     is_exporting,
     is_tracing,
     is_transformed,
@@ -290,9 +291,8 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
         and isinstance(places.layout, StepLayout)
         and cache.is_initialized
         and len(x_BND) <= MOST_STEP_ROWS
-        and not is_tracing()
-        and type(x_BND) is Tensor
-        and not is_transformed()
+        and not is_watched(x_BND)
+        and not (cache.record_past and is_distributed())  # keys are made between the modules
         and not (layer.hidden_dropout and layer.training)
         and is_stock(layer)
         and all(x_BND.dtype == parameter(module, "weight").dtype for module in projections(unit))

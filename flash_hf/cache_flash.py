@@ -26,6 +26,7 @@ from .chunking_flash import (
     can_append,
     chunk_layout,
     count_positions,
+    is_distributed,
     is_exporting,
     is_tracing,
     recall,
@@ -248,10 +249,10 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(value_BNE)
         if self.record_past:
-            # A compiler records no modules.
-            if isinstance(tokens, QueryKeys) or is_tracing():
-                qk, value_BNE = (tokens, value_BNE) if isinstance(tokens, QueryKeys) else tokens.keys(places)
-                tokens = _entry(qk, value_BNE, places)
+            if isinstance(tokens, QueryKeys):
+                tokens = _entry(tokens, value_BNE, places)
+            elif is_tracing() or is_distributed():  # a rollback will not have the weights
+                tokens = _entry(*tokens.keys(places), places)
             self._record(tokens, places)
             if self._snapshot is self.state:
                 # The step overwrites the state, but not the snapshot.

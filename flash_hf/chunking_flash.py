@@ -29,6 +29,11 @@ def is_tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or has_function_transforms()
 
 
+def is_distributed() -> bool:
+    """Whether there are other processes: weights may then be shards outside of their modules' forward."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_exporting() -> bool:
     """`torch.compiler.is_exporting`, which dynamo takes for true in `torch.compile`, too, in torch 2.11."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel, backend_flash
+from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel, backend_flash, cache_flash
 from flash_hf.backend_flash import kernels_for
 from flash_hf.chunking_flash import chunk_layout, is_transformed, resolve_documents
 from flash_hf.modeling_flash import FlashGatedAttentionUnit
@@ -750,16 +750,20 @@ def test_a_rollback_takes_the_kept_steps_again(changes, hooked, monkeypatch):
         assert_close(*(model(ids[:, 27:40], past_key_values=cache).logits for cache in caches), 1e-6)
 
 
-@pytest.mark.parametrize("change", ["select", "copy", "file"])
+@pytest.mark.parametrize("change", ["select", "copy", "file", "shards"])
 @pytest.mark.parametrize("changes", [LOCAL_KEYS, DELTA], ids=["mean", "delta"])
 def test_recorded_steps_move_with_their_cache(changes, change, tmp_path, monkeypatch):
-    """Rows are selected, and caches copied and stored, amid recorded calls; copies do not hold the model."""
+    """Rows are selected, and caches copied and stored, amid recorded calls. Copies do not hold the model, nor do
+    caches where weights may be sharded after a call."""
     config = config_of(**changes)
     model = make_model(FlashForCausalLM, config, dtype=torch.float32).to(DEVICE)
     ids, rows = random_ids(config, 3, 40).to(DEVICE), [2, 0] if change == "select" else [0, 1, 2]
     with torch.no_grad():
         cache = model(ids[:, :19], use_cache=True).past_key_values
         cache.activate_past_recording()
+        if change == "shards":
+            monkeypatch.setattr(backend_flash, "is_distributed", lambda: True)
+            monkeypatch.setattr(cache_flash, "is_distributed", lambda: True)
         model(ids[:, 19:25], past_key_values=cache)
         if change == "select":
             cache.batch_select_indices(torch.tensor(rows, device=DEVICE))
@@ -770,6 +774,7 @@ def test_recorded_steps_move_with_their_cache(changes, change, tmp_path, monkeyp
             monkeypatch.setattr(nn.Module, "__getstate__", None, raising=False)
             torch.save(cache, tmp_path / "cache.pt")
             cache = torch.load(tmp_path / "cache.pt", weights_only=False)
+        assert change == "select" or all(isinstance(x, tuple) for layer in cache.layers for x in layer._recorded)
         model(ids[rows, 25:29], past_key_values=cache)
         cache.crop(-6)
         found = model(ids[rows, 23:], past_key_values=cache).logits
