@@ -493,7 +493,7 @@ def _step_gates_kernel(
         s = tl.arange(0, BLOCK_S)
         tl.store(keys_ptr + row * S + s, tl.load(lin_k_ptr + row * S + s, mask=s < S, other=0.0), mask=s < S)
     since = tl.load(since_ptr + row)
-    for n in tl.static_range(STEPS):
+    for n in range(STEPS):
         raw_at = raw_ptr + row * raw_row + n * raw_token
         if PROJECT:
             d = tl.arange(0, BLOCK_D)
