@@ -184,10 +184,9 @@ def _gated_step_kernel(
         lin_slots = tl.where(closed > 0, slots, 0)
 
     # -- the open chunk's slots before this one; others are never loaded
-    if HAS_LIN:
-        lin_k_ptr += row * (C + PREVIOUS) * S
     value_ptr += row * C * E
     if HAS_LIN:
+        lin_k_ptr += row * (C + PREVIOUS) * S
         lin_k_S = own_k_S
         if PREVIOUS:
             lin_k_S = tl.load(lin_k_ptr + newest * S + col_S, mask=in_S & valid & (position > 0), other=0.0)
