@@ -21,9 +21,11 @@ from .configuration_flash import FlashConfig
 from .modeling_flash import FlashForMaskedLM, FlashModel, FlashPreTrainedModel
 
 
-# Weights that a push replaces: transformers prefers one file to shards, so an old model.safetensors would win over new
-# shards. Only at the root: checkpoint folders of a Trainer stay.
-WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+def replaced_weights(variant: str | None) -> re.Pattern[str]:
+    """Names of the weights that a push of `variant` replaces: transformers prefers one file to shards, so an old
+    model.safetensors would win over new shards. Other variants, and checkpoint folders of a Trainer, stay."""
+    mark = "" if variant is None else rf"\.{re.escape(variant)}"
+    return re.compile(rf"model{mark}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{mark}\.json")
 
 
 def registered_classes() -> dict[str, type]:
@@ -165,9 +167,9 @@ def push_with_code(
     commit_message: str = "Upload FLASH model with its code",
     **save_options,
 ) -> CommitInfo:
-    """Push model, tokenizer, code and card to the Hub in one commit, which also deletes an earlier push's weights with
-    another number of shards. Load with `trust_remote_code=True`, preferably with the `oid` of the returned commit as
-    `revision`.
+    """Push model, tokenizer, code and card to the Hub in one commit, which also deletes an earlier push's weights (of
+    the same `variant`) with another number of shards. Load with `trust_remote_code=True`, preferably with the `oid`
+    of the returned commit as `revision`.
 
     Args:
         model, tokenizer, save_options: as for `save_with_code`.
@@ -194,7 +196,8 @@ def push_with_code(
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): path for path in paths}
         operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        old = {name for name in api.list_repo_files(repo_id, revision=revision) if WEIGHTS.fullmatch(name)}
+        weights = replaced_weights(save_options.get("variant"))
+        old = {name for name in api.list_repo_files(repo_id, revision=revision) if weights.fullmatch(name)}
         operations += [CommitOperationDelete(name) for name in sorted(old - files.keys())]
         # Not upload_folder, which with hf_xet splits a long upload into several commits.
         return api.create_commit(

@@ -131,6 +131,19 @@ def test_shards_and_what_replaces_them(model, tmp_path):
     assert same(load("alice/sharded", tmp_path / "3"), model)
 
 
+def test_a_variant_stands_beside_the_other_weights(model, tmp_path):
+    half = make(seed=1)
+    push_with_code(model, "alice/variants")
+    push_with_code(make(seed=2), "alice/variants", variant="half", max_shard_size="60KB")
+    push_with_code(half, "alice/variants", variant="half")
+    assert weight_files("alice/variants") == ["model.half.safetensors", "model.safetensors"]
+    assert same(load("alice/variants", tmp_path / "1"), model)
+    assert same(load("alice/variants", tmp_path / "2", variant="half"), half)
+    push_with_code(make(seed=2), "alice/variants", variant="half", max_shard_size="60KB")
+    assert same(load("alice/variants", tmp_path / "3", variant="half"), make(seed=2))
+    assert same(load("alice/variants", tmp_path / "4"), model)
+
+
 def test_push_with_code_is_one_commit(model, tokenizer, tmp_path):
     card = ModelCard("---\nlicense: apache-2.0\n---\n# A card")
     commit = push_with_code(model, "alice/coded", tokenizer, card=card, private=True, commit_message="All of it")
