@@ -1282,7 +1282,8 @@ class FlashTaskModel(FlashPreTrainedModel):
         config, pad = self.config, self.config.pad_token_id
         if pad is None:
             return None
-        if pad in (config.bos_token_id, config.eos_token_id):
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if pad in (config.bos_token_id, *ends):
             self.warn_if_padding_and_no_attention_mask(input_ids, None)
             return None
         real_BN = input_ids != pad

@@ -113,13 +113,14 @@ def test_padding_is_found_by_its_id(cls, is_decoder):
         batch["input_ids"][0, ..., left + 11 :] = 5
         expected = answer(model(**batch))
         assert_close(answer(model(input_ids=batch["input_ids"])), expected, 1e-12)
-        model.config.eos_token_id = 5
         whole = torch.ones_like(batch["input_ids"])
-        assert_close(
-            answer(model(input_ids=batch["input_ids"])),
-            answer(model(input_ids=batch["input_ids"], attention_mask=whole)),
-            1e-12,
-        )
+        for end in (5, [7, 5]):
+            model.config.eos_token_id = end
+            assert_close(
+                answer(model(input_ids=batch["input_ids"])),
+                answer(model(input_ids=batch["input_ids"], attention_mask=whole)),
+                1e-12,
+            )
         model.config.eos_token_id = 7
 
 
