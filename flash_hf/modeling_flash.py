@@ -886,15 +886,22 @@ def check_labels(
         raise ValueError(
             "labels need the logits of all tokens: leave logits_to_keep at 0, and mark labels to skip with -100."
         )
-    if vocab_size is None or is_tracing():
+    if vocab_size is not None:
+        check_classes(labels, "vocab_size", vocab_size)
+
+
+def check_classes(labels: Tensor, name: str, number: int, cure: str = "") -> None:
+    """Refuse labels (ValueError) of another type or, on a CPU, beyond the `number` of classes, which users know by
+    `name`."""
+    if is_tracing():
         return
-    rule = f"labels must be int64 and lie in [0, vocab_size = {vocab_size}), or be -100 where there is none"
+    rule = f"labels must be int64 and lie in [0, {name} = {number}), or be -100 where there is none"
     if labels.dtype != torch.int64:
-        raise ValueError(f"{rule}, got {labels.dtype}.")
+        raise ValueError(f"{rule}, got {labels.dtype}.{cure}")
     if labels.device.type == "cpu":
-        wrong = labels[((labels < 0) & (labels != IGNORE)) | (labels >= vocab_size)]
+        wrong = labels[((labels < 0) & (labels != IGNORE)) | (labels >= number)]
         if len(wrong):
-            raise ValueError(f"{rule}, got {int(wrong[0])}.")
+            raise ValueError(f"{rule}, got {int(wrong[0])}.{cure}")
 
 
 def vocabulary_of_labels(model: PreTrainedModel) -> int | None:
@@ -1338,6 +1345,39 @@ class FlashTaskModel(FlashPreTrainedModel):
         raise NotImplementedError
 
 
+MORE_LABELS = " Load the model with num_labels=... for more classes."
+
+
+def check_shape(labels: Tensor, *shape: int) -> None:
+    """Refuse labels (ValueError) that are no tensor of this shape."""
+    if is_tracing():
+        return
+    if not isinstance(labels, Tensor) or tuple(labels.shape) != shape:
+        got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor of shape {shape}, got {got}.")
+
+
+def check_answers(labels: Tensor, logits: Tensor, config: FlashConfig) -> None:
+    """Refuse labels (ValueError) that do not fit the scores `[B, num_labels]` and `config.problem_type`; without one,
+    they choose it as in transformers."""
+    if is_tracing():
+        return
+    B, number, problem = len(logits), config.num_labels, config.problem_type
+    whole = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32)
+    flat = labels.flatten() if isinstance(labels, Tensor) else labels
+    if problem == "regression" or (problem is None and number == 1):
+        check_shape(*((flat, B) if number == 1 else (labels, B, number)))
+    elif problem == "single_label_classification" or (problem is None and whole):
+        check_shape(flat, B)
+        check_classes(labels, "num_labels", number, MORE_LABELS)
+    else:
+        rule = f"labels must be 0.0 or 1.0 for each class, floating-point (batch, num_labels) = {(B, number)}"
+        fits = isinstance(labels, Tensor) and labels.is_floating_point()
+        if not fits or tuple(labels.shape) != (B, number):
+            got = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"{rule}, got {got}. With one class per row pass int64 classes, else labels.float().")
+
+
 @auto_docstring
 class FlashForSequenceClassification(FlashTaskModel):
     """FLASH with a classifier or regressor on the whole sequence (see `pool`).
@@ -1350,6 +1390,8 @@ class FlashForSequenceClassification(FlashTaskModel):
 
     def head_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
         config, items = self.config, options.get("num_items_in_batch")
+        if not hasattr(self, "_loss_function"):
+            check_answers(labels, logits, config)
         loss = self.loss_function(labels=labels, pooled_logits=logits, config=config)  # also sets problem_type
         if config.problem_type == "regression":
             return weighted(loss, labels, items)  # -100 is a value here, but Trainer does not count it
@@ -1374,6 +1416,8 @@ class FlashForTokenClassification(FlashTaskModel):
 
     def head_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
         check_labels(labels, None, logits)
+        if not hasattr(self, "_loss_function"):
+            check_classes(labels, "num_labels", self.num_labels, MORE_LABELS)
         return zero_without_labels(self.loss_function(logits, labels, self.config, **options), labels)
 
 
@@ -1398,6 +1442,8 @@ class FlashForMultipleChoice(FlashTaskModel):
         return super().encode(*(None if x is None else x.flatten(0, 1) for x in inputs), kwargs, single=single)
 
     def head_loss(self, logits: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
+        check_shape(labels, logits.shape[0])
+        check_classes(labels, "choices", logits.shape[1])
         loss = weighted(F.cross_entropy(logits.float(), labels), labels, options.get("num_items_in_batch"))
         return zero_without_labels(loss, labels)
 
@@ -1407,8 +1453,10 @@ def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, widt
     become 0, as in transformers.
 
     Raises:
-        ValueError: an answer at padding, unless a graph is being captured.
+        ValueError: another type, or an answer at padding, unless a graph is being captured.
     """
+    if places.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, columns of input_ids, got {places.dtype}.")
     places = places.flatten()
     known = (places != IGNORE) & (places < width)
     places = places.clamp(min=0)

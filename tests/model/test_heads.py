@@ -288,6 +288,46 @@ def test_losses():
     assert_close(tags(ids, labels=labels).loss, expected, 1e-6)
 
 
+ONE, SEVERAL = "single_label_classification", "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("cls", "problem", "labels", "words"),
+    [
+        (FlashForSequenceClassification, None, [0, 3, 1], r"int64.*\[0, num_labels = 3\).*got 3. Load .* num_labels="),
+        (FlashForSequenceClassification, None, [0, -1, 1], r"num_labels = 3.*got -1"),
+        (FlashForSequenceClassification, None, [0, 1], r"shape \(3,\), got \(2,\)"),
+        (FlashForSequenceClassification, ONE, [0.0, 1.0, 2.0], r"int64 .*got torch.float32"),
+        (FlashForSequenceClassification, ONE, torch.zeros(3, dtype=torch.int32), "int64 .*got torch.int32"),
+        (FlashForSequenceClassification, None, [0.0, 1.0, 2.0], r"got \(3,\) of torch.float32.* int64 classes"),
+        (FlashForSequenceClassification, SEVERAL, [[0, 1, 1]] * 3, r"floating.*got .* of torch.int64.*labels.float"),
+        (FlashForSequenceClassification, None, [[True, True, False]] * 3, "got .* of torch.bool.*labels.float"),
+        (FlashForSequenceClassification, SEVERAL, [[0.0, 1.0]] * 3, r"\(3, 3\), got \(3, 2\)"),
+        # Which would be broadcast.
+        (FlashForSequenceClassification, "regression", [0.0, 1.0, 2.0], r"shape \(3, 3\), got \(3,\)"),
+        (FlashForTokenClassification, None, [[0, 3]] * 3, r"\[0, num_labels = 3\).*got 3"),
+        (FlashForTokenClassification, None, [[0.0, 1.0]] * 3, "int64 .*got torch.float32"),
+        (FlashForMultipleChoice, None, [0, 2, 1], r"\[0, choices = 2\).*got 2"),
+        (FlashForMultipleChoice, None, [[0], [1], [1]], r"shape \(3,\), got \(3, 1\)"),
+        (FlashForQuestionAnswering, None, [0.0, 1.0, 1.0], "start_positions must be int64.*got torch.float32"),
+    ],
+)
+def test_labels_that_fit_no_loss_are_refused_in_words(cls, problem, labels, words):
+    model = make_model(cls, tiny_config(num_labels=3, problem_type=problem))
+    ids, labels = inputs_for(cls, model.config, 3, 2)["input_ids"], torch.as_tensor(labels)
+    answers = {"labels": labels}
+    if cls is FlashForQuestionAnswering:
+        answers = {"start_positions": labels, "end_positions": labels}
+    with pytest.raises(ValueError, match=words):
+        model(ids, **answers)
+
+
+def test_labels_that_are_no_tensor_are_refused():
+    model = make_model(FlashForSequenceClassification, tiny_config(num_labels=3))
+    with pytest.raises(ValueError, match="must be .*got list"):
+        model(random_ids(model.config, 3, 2), labels=[0, 1, 2])
+
+
 @pytest.mark.parametrize(
     "cls, problem",
     [
