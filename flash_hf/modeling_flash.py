@@ -1392,6 +1392,7 @@ class FlashForSequenceClassification(FlashTaskModel):
         config, items = self.config, options.get("num_items_in_batch")
         if not hasattr(self, "_loss_function"):
             check_answers(labels, logits, config)
+            logits = logits.to(wide(logits.dtype))
         loss = self.loss_function(labels=labels, pooled_logits=logits, config=config)  # also sets problem_type
         if config.problem_type == "regression":
             return weighted(loss, labels, items)  # -100 is a value here, but Trainer does not count it
@@ -1514,9 +1515,10 @@ class FlashForQuestionAnswering(FlashTaskModel):
                 loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
             else:
                 items = kwargs.get("num_items_in_batch")
+                start_wide, end_wide = (x.to(wide(x.dtype)) for x in (start_logits, end_logits))
                 sides = [
                     zero_without_labels(fixed_cross_entropy(scores, places.to(scores.device), items), places)
-                    for scores, places in ((start_logits, start), (end_logits, end))
+                    for scores, places in ((start_wide, start), (end_wide, end))
                 ]
                 loss = sum(sides) / 2
         return QuestionAnsweringModelOutput(

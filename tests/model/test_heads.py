@@ -288,6 +288,26 @@ def test_losses():
     assert_close(tags(ids, labels=labels).loss, expected, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cls", TASKS)
+def test_losses_of_half_precision_are_exact(cls, dtype):
+    """Of the logits as they are; their gradients are rounded to the type of the logits once."""
+    model = make_model(cls, tiny_config(num_labels=3), dtype=dtype)
+    width = 700 if cls is FlashForQuestionAnswering else 5
+    out = model(**inputs_for(cls, model.config, 3, width), **(labels := labels_for(cls, 3, width)))
+    sides = [("start_logits", "start_positions"), ("end_logits", "end_positions")]
+    sides = sides if cls is FlashForQuestionAnswering else [("logits", "labels")]
+    scores = [getattr(out, name) for name, _ in sides]
+    exact = [x.detach().double().requires_grad_() for x in scores]
+    pairs = zip(exact, sides, strict=True)
+    losses = [F.cross_entropy(x.flatten(0, -2), labels[name].flatten()) for x, (_, name) in pairs]
+    expected = sum(losses) / len(losses)
+    assert_close(out.loss, expected, 1e-6)
+    grads = torch.autograd.grad(out.loss, scores), torch.autograd.grad(expected, exact)
+    for actual, wanted in zip(*grads, strict=True):
+        assert_close(actual, wanted.to(dtype), 1e-3)
+
+
 ONE, SEVERAL = "single_label_classification", "multi_label_classification"
 
 
