@@ -4,7 +4,14 @@
 import pytest
 import torch
 
-from flash_hf import LORA_TARGET_MODULES, FlashForCausalLM, FlashForMaskedLM, FlashForSequenceClassification
+from flash_hf import (
+    LORA_TARGET_MODULES,
+    FlashForCausalLM,
+    FlashForMaskedLM,
+    FlashForQuestionAnswering,
+    FlashForSequenceClassification,
+    FlashForTokenClassification,
+)
 from helpers import assert_close, make_model, random_ids, tiny_config
 
 
@@ -96,6 +103,23 @@ def test_targets_without_our_constant():
         peft.get_peft_model(base, peft.LoraConfig(target_modules=targets))
         found.append({name for name, module in base.named_modules() if hasattr(module, "lora_A")})
     assert found[0] == found[1] and len(found[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("cls", "task", "head"),
+    [
+        (FlashForSequenceClassification, "SEQ_CLS", {}),
+        (FlashForTokenClassification, "TOKEN_CLS", {"exclude_modules": ["score"]}),
+        (FlashForQuestionAnswering, "QUESTION_ANS", {"exclude_modules": ["qa_outputs"]}),
+    ],
+)
+def test_all_linear_layers_but_the_head(cls, task, head):
+    """PEFT leaves out the classifier of whole texts alone, and cannot both adapt and train another (README)."""
+    found = []
+    for targets in ({"target_modules": "all-linear", **head}, {"target_modules": LORA_TARGET_MODULES}):
+        model = peft.get_peft_model(make_model(cls, tiny_config(**SMALL)), peft.LoraConfig(task_type=task, **targets))
+        found.append({name for name, weight in model.named_parameters() if weight.requires_grad})
+    assert found[0] == found[1] and any("modules_to_save" in name for name in found[0])
 
 
 def test_head_is_trained_and_saved(tmp_path):
