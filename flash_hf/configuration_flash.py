@@ -35,6 +35,7 @@ CHOICES = {
     "global_form": ("paper", "previous_token"),
     "global_state": ("mean", "delta"),
     "attention_init": ("normal", "recent"),
+    "problem_type": ("regression", "single_label_classification", "multi_label_classification", None),
     "backend": ("auto", "torch", "triton"),
 }
 
@@ -214,6 +215,7 @@ class FlashConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._refuse_unknown(kwargs)
         self._refuse_huge()  # before the base class makes a list with an entry per layer
+        self._refuse_labels()  # before it takes them as dictionaries
         if self.attention_divisor is None:
             # Resolved here so that it is saved: a later change of chunk_size must not change it.
             self.attention_divisor = self.span
@@ -293,6 +295,18 @@ class FlashConfig(PreTrainedConfig):
             if value is not None and not value <= limit:
                 raise ValueError(f"FlashConfig: `{name}` must be at most {limit}, got {value!r}.")
 
+    def _refuse_labels(self) -> None:
+        for name, of in (
+            ("id2label", "names by class, {0: 'no', 1: 'yes'}"),
+            ("label2id", "classes by name, {'no': 0}"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"FlashConfig: `{name}` must be a dictionary of {of}, got {value!r}.")
+        wrong = [key for key in self.id2label or {} if not str(key).isdecimal()]
+        if wrong:
+            raise ValueError(f"FlashConfig: `id2label` must have classes (int) as keys, got {wrong[0]!r}.")
+
     def _refuse_unknown(self, kwargs: dict) -> None:
         if kwargs.get("per_layer_config"):
             raise ValueError("FlashConfig: `per_layer_config` is not supported: all layers share one set of fields.")
@@ -367,6 +381,7 @@ class FlashConfig(PreTrainedConfig):
         if self.num_attention_heads != 1:
             refuse("num_attention_heads", "1", " A gated attention unit has one head, of width query_key_dim.")
         self._refuse_huge()
+        self._refuse_labels()
         for name in ("expansion_factor", "norm_eps", "final_norm_eps", "attention_divisor"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 refuse(name, "greater than 0")

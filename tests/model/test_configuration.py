@@ -129,6 +129,13 @@ def test_divisor_is_a_stored_constant(tmp_path):
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, ["rope_parameters", "even", "3"]),
         ({"relative_bias": "t5", "t5_num_buckets": 6}, ["t5_num_buckets", "multiple of 4"]),
         ({"relative_bias": "t5", "t5_max_distance": 2}, ["t5_max_distance", "greater than"]),
+        (
+            {"problem_type": "multilabel"},
+            ["problem_type", "'multi_label_classification'", "'multilabel'", "Did you mean"],
+        ),
+        ({"id2label": ["no", "yes"]}, ["id2label", "dictionary", "{0: 'no'", "['no', 'yes']"]),
+        ({"id2label": {"no": 0, "yes": 1}}, ["id2label", "keys", "'no'"]),
+        ({"label2id": ["no", "yes"]}, ["label2id", "dictionary", "{'no': 0}", "['no', 'yes']"]),
         ({"per_layer_config": {0: {"chunk_size": 4}}}, ["per_layer_config", "not supported"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -150,6 +157,8 @@ def test_an_override_at_loading_is_checked(tmp_path):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(Exception, match="chunk_size.*at least 1"):
         FlashConfig.from_pretrained(tmp_path, chunk_size=0)
+    with pytest.raises(Exception, match="id2label.*dictionary"):
+        FlashConfig.from_pretrained(tmp_path, id2label=["no", "yes"])
 
 
 def test_every_field_is_described():
