@@ -1304,7 +1304,7 @@ class FlashTaskModel(FlashPreTrainedModel):
         """The base's outputs, and this call's attention mask. A cache is used if given, but none is made. `single`
         refuses packed rows, since the head gives one answer per row."""
         marks = attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
-        if input_ids is not None and all(mark is None for mark in marks):
+        if isinstance(input_ids, Tensor) and all(mark is None for mark in marks):
             attention_mask = self.padding_mask(input_ids)
         kwargs = {**kwargs, "use_cache": False, "single_document": single, "return_dict": True}
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -1435,10 +1435,16 @@ class FlashForMultipleChoice(FlashTaskModel):
     output_class = MultipleChoiceModelOutput
 
     def encode(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs, *, single: bool):
-        given = inputs_embeds if input_ids is None else input_ids
-        if given is None or given.ndim != (4 if input_ids is None else 3):
-            shape = None if given is None else tuple(given.shape)
-            raise ValueError(f"input_ids of a multiple choice must have shape (batch, choices, tokens), got {shape}.")
+        for name, given, dimensions in (
+            ("inputs_embeds", inputs_embeds, "batch, choices, tokens, width"),
+            ("input_ids", input_ids, "batch, choices, tokens"),
+            ("attention_mask", attention_mask, "batch, choices, tokens"),
+        ):
+            if given is None and (name != "input_ids" or inputs_embeds is not None):
+                continue
+            if not isinstance(given, Tensor) or given.ndim != dimensions.count(",") + 1:
+                got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+                raise ValueError(f"{name} of a multiple choice must be a tensor ({dimensions}), got {got}.")
         inputs = input_ids, attention_mask, position_ids, inputs_embeds
         return super().encode(*(None if x is None else x.flatten(0, 1) for x in inputs), kwargs, single=single)
 
@@ -1456,8 +1462,9 @@ def answer_places(name: str, places: Tensor, attention_mask: Tensor | None, widt
     Raises:
         ValueError: another type, or an answer at padding, unless a graph is being captured.
     """
-    if places.dtype != torch.int64:
-        raise ValueError(f"{name} must be int64, columns of input_ids, got {places.dtype}.")
+    if not isinstance(places, Tensor) or places.dtype != torch.int64:
+        got = places.dtype if isinstance(places, Tensor) else type(places).__name__
+        raise ValueError(f"{name} must be an int64 tensor of columns of input_ids, got {got}.")
     places = places.flatten()
     known = (places != IGNORE) & (places < width)
     places = places.clamp(min=0)

@@ -329,7 +329,7 @@ ONE, SEVERAL = "single_label_classification", "multi_label_classification"
         (FlashForTokenClassification, None, [[0.0, 1.0]] * 3, "int64 .*got torch.float32"),
         (FlashForMultipleChoice, None, [0, 2, 1], r"\[0, choices = 2\).*got 2"),
         (FlashForMultipleChoice, None, [[0], [1], [1]], r"shape \(3,\), got \(3, 1\)"),
-        (FlashForQuestionAnswering, None, [0.0, 1.0, 1.0], "start_positions must be int64.*got torch.float32"),
+        (FlashForQuestionAnswering, None, [0.0, 1.0, 1.0], "start_positions must be .*int64.*got torch.float32"),
     ],
 )
 def test_labels_that_fit_no_loss_are_refused_in_words(cls, problem, labels, words):
@@ -342,10 +342,22 @@ def test_labels_that_fit_no_loss_are_refused_in_words(cls, problem, labels, word
         model(ids, **answers)
 
 
-def test_labels_that_are_no_tensor_are_refused():
-    model = make_model(FlashForSequenceClassification, tiny_config(num_labels=3))
+@pytest.mark.parametrize("cls", TASKS)
+def test_lists_are_refused_in_words(cls):
+    """Also where padding is looked for."""
+    model = make_model(cls, tiny_config(num_labels=3, pad_token_id=5))
+    inputs, labels = inputs_for(cls, model.config, 3, 2), labels_for(cls, 3, 2)
     with pytest.raises(ValueError, match="must be .*got list"):
-        model(random_ids(model.config, 3, 2), labels=[0, 1, 2])
+        model(**inputs, **{name: value.tolist() for name, value in labels.items()})
+    with pytest.raises(ValueError, match="input_ids .*must be .*got list"):
+        model(inputs["input_ids"].tolist())
+
+
+def test_a_mask_of_questions_alone_is_refused_in_words():
+    model = make_model(FlashForMultipleChoice, tiny_config())
+    ids = inputs_for(FlashForMultipleChoice, model.config, 3, 5)["input_ids"]
+    with pytest.raises(ValueError, match=r"attention_mask .*\(batch, choices, tokens\), got \(3, 5\)"):
+        model(ids, attention_mask=torch.ones(3, 5))
 
 
 @pytest.mark.parametrize(
