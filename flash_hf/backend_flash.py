@@ -346,7 +346,7 @@ class StepTokens:
         """Queries, keys and gates of the tokens, and their values, 0 at padding."""
         made = [self.unit.act_fn(x) if self.silu else x for x in (self.v_BNE, self.z_BNS)]
         made.append(None if self.gates_BN2 is None else self.unit.gates_of(self.gates_BN2))
-        v_BNE, z_BNS, gates_BN2 = without_padding(places.layout, *made)
+        v_BNE, z_BNS, gates_BN2 = without_padding(places.layout.padding_BN1, *made)
         return self.unit.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2), v_BNE
 
 

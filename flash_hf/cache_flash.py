@@ -29,7 +29,9 @@ from .chunking_flash import (
     is_distributed,
     is_exporting,
     is_tracing,
+    padding_of,
     recall,
+    without_padding,
 )
 from .configuration_flash import CHUNK_LAYER_TYPE, QUADRATIC_LAYER_TYPE, FlashConfig
 from .delta_flash import delta_chunk_append, delta_chunk_attention
@@ -337,12 +339,12 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             else:
                 layout = chunk_layout(documents, len(value), form.chunk_size, causal=True, shift=form.shift)
             shifted_S = shifted_dims(form.key_dim, form.interleaved, device) if form.local_key_shift else None
-            return layout, None if valid_BN is None else ~valid_BN[..., None], shifted_S
+            return layout, padding_of(valid_BN), shifted_S
 
         # Layers that recorded the same calls are rolled back one after another, to the same token.
         key = keep, tuple(map(id, self._calls))
         layout, padding_BN1, shifted_S = recall(self._calls[0], key, make, value)
-        value = value if padding_BN1 is None else value.masked_fill(padding_BN1, 0)
+        (value,) = without_padding(padding_BN1, value)
         qk = QueryKeys(None, quad_k, None, lin_k, gate)
         options = {"divisor": 1.0, "previous_key": form.previous_key, "shifted_S": shifted_S, "window": form.window}
         if isinstance(layout, AppendLayout):

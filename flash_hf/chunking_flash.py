@@ -531,7 +531,7 @@ class StepLayout(Movable):
     @property
     def padding_BN1(self) -> Tensor | None:
         """True where the token is padding, bool `[B, N, 1]`, or None."""
-        return None if self.valid_BN is None else ~self.valid_BN[..., None]
+        return padding_of(self.valid_BN)
 
 
 @dataclass(frozen=True)
@@ -603,9 +603,13 @@ def can_append(documents: Documents, chunk_size: int) -> bool:
     return 1 <= documents.position_BN.shape[1] <= chunk_size
 
 
-def without_padding(layout: StepLayout | AppendLayout, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """New tokens' `[B, N, X]` with 0 at padding, which may hold anything: times 0 it must be 0."""
-    padding_BN1 = layout.padding_BN1
+def padding_of(valid_BN: Tensor | None) -> Tensor | None:
+    """True at padding, bool `[B, N, 1]`; None if every token is real."""
+    return None if valid_BN is None else ~valid_BN[..., None]
+
+
+def without_padding(padding_BN1: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors `[B, N, X]` with 0 at padding, which may hold anything: times 0 it must be 0."""
     if padding_BN1 is None:
         return tensors
     return tuple(None if x is None else x.masked_fill(padding_BN1, 0) for x in tensors)
@@ -640,7 +644,7 @@ def append_layout(
     earlier_BNN = (place_N <= place_N[:, None])[None]
     if valid_BN is not None:
         write_BN = torch.where(valid_BN, slot_BN, end_B11[..., 0] % C)
-        padding_BN1 = ~valid_BN[..., None]
+        padding_BN1 = padding_of(valid_BN)
         before_BK1 = F.pad(torch.where(valid_BN, place_N + 1, 0).cummax(1).values, (1, 0))[..., None]
         earlier_BNN = earlier_BNN & valid_BN[:, None]
 

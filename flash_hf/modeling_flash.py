@@ -108,6 +108,7 @@ from .chunking_flash import (
     is_exporting,
     is_tracing,
     misplaced,
+    padding_of,
     parameter,
     quadratic_layout,
     recall,
@@ -412,9 +413,7 @@ class FlashGatedAttentionUnit(nn.Module):
         options = {"activation": self.activation, "divisor": self.divisor, "bias_R": self.bias(places)}
         dropout = self.config.attention_dropout if self.training else 0.0
         if isinstance(layout, QuadraticLayout):
-            valid_BN = places.documents.valid_BN
-            if valid_BN is not None:  # padding may hold anything, which times 0 must be 0
-                z_BNS, v_BNE = (x.masked_fill(~valid_BN[..., None], 0) for x in (z_BNS, v_BNE))
+            z_BNS, v_BNE = without_padding(padding_of(places.documents.valid_BN), z_BNS, v_BNE)
             q_BNS, key, *_ = self.query_keys(z_BNS, places.rotary)
             value = v_BNE
             if cache is not None:
@@ -429,7 +428,7 @@ class FlashGatedAttentionUnit(nn.Module):
         elif not isinstance(layout, AppendLayout):  # where it is in the layout's scales
             options["normalization"] = self.normalization
         if isinstance(layout, (StepLayout, AppendLayout)):
-            z_BNS, v_BNE, gates_BN2 = without_padding(layout, z_BNS, v_BNE, gates_BN2)
+            z_BNS, v_BNE, gates_BN2 = without_padding(layout.padding_BN1, z_BNS, v_BNE, gates_BN2)
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
             if isinstance(layout, StepLayout):
                 state = cache.begin_step(v_BNE, places, qk)
@@ -1366,7 +1365,10 @@ def check_answers(labels: Tensor, logits: Tensor, config: FlashConfig) -> None:
     whole = isinstance(labels, Tensor) and labels.dtype in (torch.int64, torch.int32)
     flat = labels.flatten() if isinstance(labels, Tensor) else labels
     if problem == "regression" or (problem is None and number == 1):
-        check_shape(*((flat, B) if number == 1 else (labels, B, number)))
+        if number == 1:
+            check_shape(flat, B)
+        else:
+            check_shape(labels, B, number)
     elif problem == "single_label_classification" or (problem is None and whole):
         check_shape(flat, B)
         check_classes(labels, "num_labels", number, MORE_LABELS)
