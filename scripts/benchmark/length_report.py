@@ -94,8 +94,8 @@ def scaling_table(rows: list[dict]) -> str:
         if row["devices"] > 1:
             cells = [row["ms"] / 1e3, row["us_per_token"], row["peak_gib"], row["strong"], row["weak"]]
             lines.append([STYLES[row["form"]][0], str(row["devices"]), short(row["context"]), *map(number, cells)])
-    header = ["rows cut over devices", "devices", "tokens of the row", "step, s", "us per token", "peak GiB each",
-              "speedup over one", "one device with its part, over this"]  # fmt: skip
+    header = ["context parallelism", "devices", "tokens per row", "step, s", "us per token", "peak GiB each",
+              "speedup over one", "weak-scaling efficiency"]  # fmt: skip
     return markdown(header, lines)
 
 
@@ -111,7 +111,7 @@ def error_table(rows: list[dict]) -> str:
          row["worst"].removeprefix("model."), f"{100 * row['error_cut']:.2f} %", f"{100 * row['error_whole']:.2f} %"]
         for row in pick(rows, part="error")
     ]  # fmt: skip
-    header = ["bfloat16 gradients against float64", "tokens", "cut over", "by", "worst kind", "error of cut rows",
+    header = ["bfloat16 gradients against float64", "tokens", "cut over", "by", "worst parameter", "error of cut rows",
               "of whole rows"]  # fmt: skip
     return markdown(header, lines)
 
@@ -147,10 +147,10 @@ def projection_text(rows: list[dict]) -> str:
     ms = projection(rows)
     share = 1 - ms["alone"] / ms["total"]
     return (
-        f"64 GPUs, rows of 64M tokens, by arithmetic: {ms['alone'] / 1e3:.2f} s of one GPU's step at 1M (measured), "
-        f"{ms['second device']:.0f} ms that a second GPU adds (measured), {ms['exchange']:.0f} ms for the sums of 62 "
-        f"more and {ms['gradients']:.0f} ms for the gradients at 50 GB/s (assumed, a link of 400 Gb/s per GPU): "
-        f"{ms['total'] / 1e3:.2f} s, {100 * share:.1f} % of it for the cut."
+        f"Projection for 64 GPUs and rows of 64M tokens: {ms['alone'] / 1e3:.2f} s for a step of one GPU at 1M "
+        f"(measured), {ms['second device']:.0f} ms that a second GPU adds (measured), {ms['exchange']:.0f} ms for the "
+        f"sums of 62 more and {ms['gradients']:.0f} ms for the gradients at 50 GB/s (assumed, a link of 400 Gb/s per "
+        f"GPU). Total: {ms['total'] / 1e3:.2f} s, of which context parallelism takes {100 * share:.1f} %."
     )
 
 

@@ -365,7 +365,7 @@ def as_readme(summary: dict) -> str:
             text += f" +- {statistics.stdev(scores):.2f}"
         return f"**{text}**" if names[0] in bold else text
 
-    lines = ["### Beside a Transformer++ of the same size", ""]
+    lines = ["### Compared with a Transformer++ of the same size", ""]
     lines += ["| | learning rate | FLASH | Transformer++ |", "| --- | --- | --- | --- |"]
     sizes = [f"{row['parameters'] / 1e6:.2f} M" for row in summary["pretraining"]]
     lines.append(f"| parameters | | {' | '.join(sizes)} |")
@@ -383,12 +383,11 @@ def as_readme(summary: dict) -> str:
     tokens = summary["pretraining"][0]["tokens"] / 1e6
     seeds = " or ".join(sorted({str(row["seeds"]) for row in summary["table"]})) or "1"
     paragraphs = [
-        f"Each model was pretrained once, masked, on {tokens:.1f} M tokens of the same text, and is fine-tuned from "
-        "there with each rate; all else but the learning rates is equal. Accuracy and F1 are those of the test split, "
-        "in percent, "
+        f"Each model was pretrained once, masked, on {tokens:.1f} M tokens of the same text, and fine-tuned from "
+        "there with each learning rate; everything else is equal. Accuracy and F1 are on the test split, in percent, "
         + ("of one seed: the spread is not known." if seeds == "1" else
            f"of one seed; for the chosen rates, mean +- standard deviation over {seeds} seeds.")
-        + " Bold: chosen on the validation split, which needs all rates of a model."
+        + " Bold: the rate chosen on the validation split, once all rates of a model have run."
     ]  # fmt: skip
     if failed:
         paragraphs.append(missing(failed, len(cells)))

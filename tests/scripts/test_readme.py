@@ -133,7 +133,7 @@ def test_study_is_what_the_kept_results_render_to(capsys):
     rendered = capsys.readouterr().out
     assert not ended.value.code
     document = (ROOT / "scripts" / "results" / "README.md").read_text(encoding="utf-8")
-    assert "### Beside a Transformer++" in rendered and rendered in document and f"`{kept}`" in document
+    assert "### Compared with a Transformer++" in rendered and rendered in document and f"`{kept}`" in document
     assert max(len(line) for line in rendered.split("```")[0].splitlines()) <= 119
 
     summary = json.loads((ROOT / kept).read_text(encoding="utf-8"))
