@@ -96,7 +96,7 @@ def kernels_for(config, device: torch.device, dtype: torch.dtype, *, dropout: bo
             "bfloat16, float16 or float32."
         )
     if device.type == "cuda" and not is_tracing():  # elsewhere there is nothing that a user could change
-        logger.warning_once(f"FLASH computes in plain torch, which is right but slower than its kernels: {reason}.")
+        logger.warning_once(f"FLASH computes in plain torch, which is correct but slower than its kernels: {reason}.")
     return None
 
 

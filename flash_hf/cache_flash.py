@@ -455,7 +455,7 @@ class FlashStaticChunkCacheLayer(Irreversible, FlashChunkCacheLayer, StaticLayer
 
 
 class CountsDocuments:
-    """The books of FLASH-Quad's layers: the position and the document of every key."""
+    """Bookkeeping of FLASH-Quad's layers: the position and the document of every key."""
 
     position: Tensor | None = None
     document: Tensor | None = None

@@ -35,7 +35,7 @@ def is_distributed() -> bool:
 
 
 def is_exporting() -> bool:
-    """`torch.compiler.is_exporting`, which dynamo takes for true in `torch.compile`, too, in torch 2.11."""
+    """`torch.compiler.is_exporting`, which torch 2.11 also sets inside `torch.compile`."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
 
@@ -47,7 +47,7 @@ def is_transformed() -> bool:
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """`getattr(module, name)`, which torch takes six times as long for. FSDP may have a plain attribute instead."""
+    """A faster `getattr(module, name)` (torch's takes six times as long). FSDP may have a plain attribute instead."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
 
@@ -59,7 +59,7 @@ def child(module: nn.Module, name: str) -> Any:
 
 
 def projections(unit: nn.Module) -> list[nn.Module]:
-    """Those of u, v, z and the output of a gated attention unit, found as fast."""
+    """The projections of u, v, z and the output of a gated attention unit, looked up as fast."""
     own = unit._modules
     return [own["u_proj"], own["v_proj"], own["z_proj"], own["o_proj"]]
 
@@ -97,8 +97,8 @@ def refuse_second_derivatives() -> None:
     ways to the input, such as residual sums, torch then leaves this one out of second derivatives, without a word."""
     if torch.is_grad_enabled():  # by create_graph=True
         raise NotImplementedError(
-            "There are no second derivatives (create_graph=True) of kernels and of rows cut over processes: set "
-            "model.config.backend = 'torch', and leave rows whole."
+            "Kernels and context parallelism have no second derivatives (create_graph=True): set "
+            "model.config.backend = 'torch', and keep whole rows on each process."
         )
 
 
@@ -221,7 +221,7 @@ def resolve_documents(
     """Documents and positions from the padding mask and the marks of packing.
 
     Args:
-        attention_mask: `[B, N]` or `[B, past + N]`, 1 at real tokens. Padding may stand anywhere.
+        attention_mask: `[B, N]` or `[B, past + N]`, 1 at real tokens. Padding may be anywhere.
         position_ids: `[B or 1, N]`; counts real tokens, from 0 where a packed document begins. Ignored at padding.
         cu_seq_lens: cumulative lengths of packed documents, int `[documents + 1]`, for one row (`B == 1`).
         seq_idx: document number of every token, int `[B or 1, N]`.
@@ -684,7 +684,7 @@ def held_before(closed_B: Tensor, chunk_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class QuadraticLayout(Movable):
-    """Which keys each query sees in attention over whole documents.
+    """Which keys each query attends to in attention over whole documents.
 
     Attributes:
         position_BN: position of every query, int64 `[B or 1, N]`.
@@ -744,7 +744,7 @@ class Places(Movable):
     """Where the tokens of one forward are: made once, and passed to all layers that share a `chunk_shift`.
 
     Attributes:
-        layout: the grid of chunks, the single new token, the few new tokens, or the keys that each query sees.
+        layout: the grid of chunks, the single new token, the few new tokens, or the keys that each query attends to.
         documents: the tokens' documents and positions.
         rotary: cos and sin of the layout's positions, `[..., r / 2]`; None without RoPE.
         bias_rotary: cos and sin of the offsets `-(bias_length - 1) ... bias_length - 1`; None without a rotary bias.

@@ -91,12 +91,12 @@ def nearest(value: object, valid: tuple | list | set) -> str:
 class FlashConfig(PreTrainedConfig):
     r"""
     vocab_size (`int`, defaults to 32000): Rows of the embedding matrix.
-    hidden_size (`int`, defaults to 768): Model width `D`; even if the sinusoid is used.
+    hidden_size (`int`, defaults to 768): Model width `D`. Must be an even number if the sinusoid is used.
     num_hidden_layers (`int`, defaults to 24): Layers; two gated attention units replace one Transformer block.
     expansion_factor (`int` or `float`, defaults to 2): `E / D`: the width of gate and values, relative to the model.
     query_key_dim (`int`, defaults to 128): Width `S` of the shared queries and keys.
     num_attention_heads (`int`, defaults to 1): Always 1; read by PEFT, and by transformers for a static cache.
-    chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting: it changes the function.
+    chunk_size (`int`, defaults to 256): Tokens per chunk `C`. Not a speed setting, but part of the model.
     chunk_shift (`int`, defaults to 0): In every second layer a document's first chunk begins this many tokens
         before the document, so that chunk borders of one layer lie inside chunks of the next (like Swin's shifted
         windows). 0 is the paper's form, half of `chunk_size` is FLASH+ ([`~FlashConfig.plus`]).
@@ -114,7 +114,7 @@ class FlashConfig(PreTrainedConfig):
         `"rms_norm"`.
     norm_eps (`float`, defaults to 1e-5): Added to the mean square, or the variance, inside the root.
     final_norm_type (`str`, *optional*): Norm before the head, `"none"` for none. Defaults to `norm_type`.
-    final_norm_eps (`float`, *optional*): Its eps. Defaults to `norm_eps`.
+    final_norm_eps (`float`, *optional*): Eps of the final norm. Defaults to `norm_eps`.
     embedding_norm (`bool`, defaults to `False`): Normalise the embeddings before the first layer.
     mlm_transform (`bool`, defaults to `False`): Give the masked head BERT's transform, a linear layer, `hidden_act`
         and a norm, before its decoder.
@@ -132,9 +132,10 @@ class FlashConfig(PreTrainedConfig):
         look up what followed its earlier occurrences at any distance (FLASH+).
     global_state (`str`, defaults to `"mean"`): What global queries read: `"mean"`, or `"delta"`: the state of the
         gated delta rule (arXiv 2412.06464), in which a value replaces what its key returned before, with a decay and
-        a strength learnt per token. Causal models only. There are kernels for training, but none that use a cache.
-    local_window (`int`, defaults to 1): Chunks of keys that a token's local attention sees: its own, or with 2 the one
-        before it, too. Causal models only. Computed by PyTorch: there are no kernels for it yet.
+        a strength learnt per token. Causal models only. There are kernels for training and decoding; prefill runs in
+        PyTorch.
+    local_window (`int`, defaults to 1): Chunks that local attention covers: a token's own, or with 2 also the previous
+        one. Causal models only. With 2 it runs in PyTorch: there are no kernels yet.
     local_key_shift (`bool`, defaults to `False`): Local keys take every second pair of dimensions from the key of the
         token before them (0 at a document's first token), so that one layer can find what followed an earlier
         occurrence of a token in its chunk.
@@ -143,11 +144,11 @@ class FlashConfig(PreTrainedConfig):
     max_position_embeddings (`int`, defaults to 8192): Training length. It only limits `"quadratic"` with a
         `"toeplitz"` bias; the chunked forms take any length.
     initializer_range (`float`, defaults to 0.02): Standard deviation of weights, offset scales and biases `b`.
-    attention_init (`str`, defaults to `"normal"`): How attention starts. `"normal"`: scales of queries and keys
-        and relative biases are sampled like all weights, as in the paper; the unit's output then starts near zero.
+    attention_init (`str`, defaults to `"normal"`): How attention is initialised. `"normal"`: scales of queries and
+        keys and relative biases are sampled like all weights, as in the paper; the unit's output is then near 0.
         `"recent"`: the scales are 1 and the biases of the nearest tokens are raised, so that local attention
-        starts at the token itself and the three around it (FLASH+; only with `use_scaled_sinusoid=False` does it
-        lower the loss).
+        favours the token itself and the three around it (FLASH+; it lowers the loss only with
+        `use_scaled_sinusoid=False`).
     is_decoder (`bool`, defaults to `False`): Whether `FlashModel` is causal. The causal head always is, the masked
         head never.
     use_cache (`bool`, defaults to `True`): Return the decoding state from causal models; in training only if a
@@ -226,11 +227,11 @@ class FlashConfig(PreTrainedConfig):
     @classmethod
     def plus(cls, **overrides) -> "FlashConfig":
         r"""
-        FLASH+, the form to start new causal models from: every second layer shifts its chunks by half a chunk, the
-        global branch stores each value under the key of the token before it, half of each local key is that of the
-        token before, too, positions come from RoPE and the relative bias alone, and attention starts at the nearest
-        tokens. Costs 1 % more time per step than the paper's form (`FlashConfig()`) on Hopper GPUs, 5 % elsewhere.
-        Masked models should keep the paper's form. Evidence: scripts/results/README.md.
+        FLASH+, the form to use for new causal models: every second layer shifts its chunks by half a chunk, the global
+        branch stores each value under the previous token's key, half of each local key also comes from the previous
+        token, positions come only from RoPE and the relative bias, and attention is initialised to favour the nearest
+        tokens. A step takes 1 % more time than with the paper's form (`FlashConfig()`) on Hopper GPUs, 5 % elsewhere.
+        Masked models should keep the paper's form. Measurements: scripts/results/README.md.
 
         Args:
             **overrides: Fields of [`FlashConfig`]; each takes precedence over FLASH+'s value. `chunk_shift` is half of

@@ -111,8 +111,8 @@ def pad_on_the_left(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The smallest `vocab_size` of a model for a tokenizer: its highest id plus 1, which is more than `len(tokenizer)`
-    if some ids are unused."""
+    """The smallest `vocab_size` that a model needs for a tokenizer: its highest id plus 1, which is more than
+    `len(tokenizer)` if some ids are unused."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 

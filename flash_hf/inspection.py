@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look inside a model: which tokens each token reads in each layer, and how much comes from the global branch.
 
-The attention is linear in its values, `out = W v`. A forward never builds its weights W, N x N: here they are the
-output for the identity matrix as values.
+The attention is linear in its values, `out = W v`. A forward never builds the N x N weights W: here they are
+computed as the output for the identity matrix as values.
 """
 
 from __future__ import annotations

@@ -334,7 +334,7 @@ class FlashGatedAttentionUnit(nn.Module):
        `global_state="delta"` see delta_flash.py;
     6. `y = x + (u * (local + global)) W_o + b_o`.
 
-    [`FlashLayer`] adds the norm of 1 and the sum of 6.
+    [`FlashLayer`] adds the norm of step 1 and the sum of step 6.
     """
 
     def __init__(self, config: FlashConfig, layer_idx: int, causal: bool):
@@ -623,8 +623,8 @@ class FlashModel(FlashPreTrainedModel):
             value = getattr(config, name)
             if value != plain and not config.is_decoder:
                 raise ValueError(
-                    f"FlashConfig: `{name}` must be {plain!r} in a bidirectional model, got {value!r}, which goes "
-                    "from left to right. Use FlashForCausalLM, or is_decoder=True with FlashModel or a classifier."
+                    f"FlashConfig: `{name}` must be {plain!r} in a bidirectional model, got {value!r}, which is "
+                    "for causal models. Use FlashForCausalLM, or is_decoder=True with FlashModel or a classifier."
                 )
         load_kernels()  # before a compiler traces
         self.is_causal = config.is_decoder
@@ -691,8 +691,8 @@ class FlashModel(FlashPreTrainedModel):
         drops_cache = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if drops_cache and first is not None and first.seen_B is not None:
             raise ValueError(
-                "Gradient checkpointing drops the cache, which holds tokens that these continue. Call "
-                "model.gradient_checkpointing_disable(), or continue it under torch.no_grad()."
+                "Gradient checkpointing would drop the cache that these tokens continue. Call "
+                "model.gradient_checkpointing_disable(), or continue the cache under torch.no_grad()."
             )
         if kwargs.get("output_attentions", self.config.output_attentions) and not is_tracing():
             logger.warning_once(
@@ -1011,8 +1011,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         past_key_values (`Cache`, *optional*):
             The same argument under the name that transformers had for it until 5.23.
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted. No
-            document's first token is predicted.
+            Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted. The
+            first token of a document is not predicted.
         skip_logits (`bool`, *optional*):
             With labels: return the loss and no logits, which saves most of a step's memory where the vocabulary is
             large. By default as the attribute `model.skip_logits` says (False), in training.
@@ -1059,8 +1059,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """transformers' own, after comparing its mask and positions with what the cache has seen.
 
-        The state cannot forget single tokens. If the mask calls some of them padding (generate() feeds `pad_token_id`
-        to a sequence that ends before others), the state is dropped and the whole sequences are read again, as
+        The state cannot forget single tokens. If the mask marks some as padding (generate() feeds `pad_token_id` to
+        a sequence that ends before others), the state is dropped and the whole sequences are read again, as
         generate() without a cache does.
         """
         cache = resolve_cache(cache, past_key_values)
@@ -1092,7 +1092,7 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
                 raise ValueError(contradiction)
             if contradiction is not None:
                 logger.warning_once(
-                    "The cache holds tokens that attention_mask (or pad_token_id) calls padding, as for a row that "
+                    "The cache holds tokens that attention_mask (or pad_token_id) marks as padding, as for a row that "
                     "ended before others: the whole sequences are read again."
                 )
                 cache.reset()
@@ -1123,9 +1123,9 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         if in_pieces and embeds is not None and not 0 < tokens <= generation_config.prefill_chunk_size:
             # transformers would pass all of them with each piece of input_ids.
             raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} cuts input_ids, got inputs_embeds of "
-                f"{embeds.shape[1]} tokens. Leave it out, or first read all but the end of the prompt by calls of the "
-                "model with one cache."
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} splits input_ids, got inputs_embeds of "
+                f"{embeds.shape[1]} tokens. Leave it out, or read all but the end of the prompt first, by calling the "
+                "model with a cache."
             )
         if BEFORE_5_21 and in_pieces and cache is not None and (past := int(cache.get_seq_length())):
             # It would read as if the cache were empty. Instead, what follows the cache is read in one piece,
@@ -1172,8 +1172,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
         """Refused: the host's paged cache holds keys and values by token, which FLASH sums up by chunk."""
         raise NotImplementedError(
             "Continuous batching (generate_batch, transformers serve --continuous-batching) pages a key-value cache, "
-            "and FLASH has none. Use generate() with a left-padded batch: its state has one size, so that there "
-            "is nothing to page."
+            "and FLASH has none. Use generate() with a left-padded batch: its state has a fixed size, so "
+            "there is nothing to page."
         )
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching

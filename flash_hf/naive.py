@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FLASH equation by equation, O(N^2): the truth that every faster version in this package is tested against.
+"""FLASH equation by equation, O(N^2): the reference that every faster version in this package is tested against.
 
 Source: Hua et al., "Transformer Quality in Linear Time" (ICML 2022, arXiv 2202.10447). One document at a time, without
 batch, padding or cache, so there is nothing here but the maths. `N` tokens, `C` chunk size, `D` model width,

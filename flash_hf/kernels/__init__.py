@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for FLASH: training, prefill and decoding steps, behind the functions of the torch tier.
+"""Triton kernels for FLASH (training, prefill and decoding steps), behind the PyTorch functions.
 
 The model reaches them through `backend_flash.kernels_for`; README.md beside this file derives them. Importing this
 package needs triton.

@@ -45,7 +45,7 @@ _contexts: dict[str, Context] = {}
 
 
 def context_parallel(model: nn.Module, mesh: dist.device_mesh.DeviceMesh | None) -> nn.Module:
-    """Let `model` take one piece of every row on each process of `mesh`, in place.
+    """Context parallelism, in place: `model` then takes one piece of every row on each process of `mesh`.
 
     Call the model with what [`shard_sequence`] returns, on every process, and call `backward` on every process if on
     one. `loss` is the loss of the whole rows, the same number on every process; logits and hidden states are the
@@ -165,8 +165,8 @@ class Context:
             )
         if config.global_state != "mean":
             raise ValueError(
-                f"context_parallel exchanges sums, and the state of global_state={config.global_state!r} is none: "
-                "each write depends on those before it. Use global_state='mean', or whole rows on each process."
+                f"context_parallel exchanges sums, but the state of global_state={config.global_state!r} is no sum: "
+                "each write depends on earlier ones. Use global_state='mean', or whole rows on each process."
             )
         if config.local_window != 1:
             raise ValueError(
@@ -343,8 +343,8 @@ class Context:
         fits = not (cached and cuts.packed) and all(is_bare(layer.gau.offset_scale) for layer in model.layers)
         if not fits:
             logger.warning_once(
-                "This call is computed in plain torch: kernels take packed rows without a cache, and layers whose "
-                "offset_scale has no hooks."
+                "This call is computed in plain torch: kernels take neither packed rows with a cache, nor layers "
+                "whose offset_scale has hooks."
             )
         return fits
 

@@ -20,7 +20,7 @@ class TimeBudget(TrainerCallback, ExportableState):
     the same data, but not the same rate at each step; use `max_steps` for curves to compare.
 
     Args:
-        minutes: from `started` to the last step. A resumed run gets as many again, and its rate continues.
+        minutes: from `started` to the last step. A resumed run gets the same number again, and its rate continues.
         warmup: fraction of the training in which the rate rises; from 1 on, steps of linear warm-up.
         started: a reading of `time.monotonic()`; None starts the clock with the training.
 

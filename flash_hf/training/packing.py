@@ -130,8 +130,8 @@ def pack_documents(
     packer, last = Packer(**options), len(tokenized) - 1
 
     def pack(batch: dict, indices: list[int], version: int = PACKING_VERSION) -> dict:
-        """Tokens left from a batch go into the next one. One array per column: `datasets` would turn every number of
-        single blocks into an object."""
+        """Tokens left over from a batch go into the next one. One array per column: `datasets` would turn every
+        number of single blocks into an object."""
         blocks = [block for ids in batch["input_ids"] for block in packer.add(np.asarray(ids, np.int32))]
         if indices[-1] == last:
             blocks += packer.rest()
@@ -167,7 +167,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
     """BERT's masking from transformers, with random numbers that depend on (seed, epoch, content of the row) alone.
 
     The base class has one generator for all batches, whose state is not saved in checkpoints, and batches are fetched
-    ahead; a resumed run would see other masks. Here it sees the same ones, as does a run with another number of
+    ahead; a resumed run would draw other masks. Here it draws the same ones, as does a run with another number of
     workers, of devices, or of rows per device. Blocks with labels (see [`mask_once`]) are not masked again.
 
     Attributes:

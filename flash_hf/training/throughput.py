@@ -51,7 +51,7 @@ def device_peak(*, half: bool, peak_tflops: float | None = None) -> float | None
 
 
 class SpeedMeter:
-    """Tokens per second and MFU between two readings, without the time for validating and saving. Without the peak
+    """Tokens per second and MFU between two readings, excluding the time for validation and saving. Without the peak
     FLOP/s of all devices together, there is no MFU."""
 
     def __init__(self, peak: float | None = None):

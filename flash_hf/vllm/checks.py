@@ -21,7 +21,7 @@ class FlashChecks(MambaModelConfig):
             )
         if config.attention_type == "quadratic":
             raise ValueError(
-                "FLASH in vLLM needs a state of constant size, and attention_type='quadratic' (FLASH-Quad) keeps the "
+                "FLASH in vLLM needs a state of constant size, but attention_type='quadratic' (FLASH-Quad) keeps the "
                 "keys and values of all tokens: use generate(), or a model with attention_type='mixed_chunk'."
             )
         if model_config.quantization is not None:

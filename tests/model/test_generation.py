@@ -741,7 +741,7 @@ def test_embeddings_are_not_cut_into_pieces():
     ids = words(model, 2, 19)
     embeds, cache = model.get_input_embeddings()(ids), DynamicCache(config=model.config)
     for given in ({}, {"input_ids": ids}, {"attention_mask": torch.ones_like(ids)}):
-        with pytest.raises(ValueError, match="prefill_chunk_size=5 cuts input_ids, got inputs_embeds of 19 tokens"):
+        with pytest.raises(ValueError, match="prefill_chunk_size=5 splits input_ids, got inputs_embeds of 19 tokens"):
             model.generate(inputs_embeds=embeds, prefill_chunk_size=5, **given, **WORDS)
     with torch.no_grad():
         for part in embeds[:, :15].split(5, 1):

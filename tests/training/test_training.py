@@ -545,7 +545,7 @@ def test_wrong_arguments_are_refused_before_the_data(files, tmp_path, no_work, c
     monkeypatch.setattr("flash_hf.training.run.logger.warning", warned.append)
     with pytest.raises(AssertionError, match="the data was loaded"):
         training.run_training("masked", *arguments(files, tmp_path / "run", "--preset", "plus", config_overrides=None))
-    assert "made for causal models" in warned[0] and len(warned) == 1
+    assert "plus is for causal models" in warned[0] and len(warned) == 1
     with pytest.raises(ValueError, match="--streaming needs .* neither dataloader_num_workers"):
         run("--streaming", dataloader_num_workers=2)
     with pytest.raises(ValueError, match="sequence_warmup_start must give block_size=60 when doubled.*got 7"):
