@@ -55,7 +55,7 @@ class LayerView:
         return global_N / (local_N + global_N).clamp(min=1e-30)
 
     def drawn(self, token: int) -> Tensor:
-        """How much token number `token` draws on each token, `[N]`: the norm of what that one adds to its output."""
+        """How much each token contributes to token number `token`, `[N]`: the norm of what it adds to the output."""
         weight_N1 = self.weights_NN[token, :, None].to(self.v_NE.dtype)
         return self.project(self.u_NE[token] * weight_N1 * self.v_NE).norm(dim=-1)
 

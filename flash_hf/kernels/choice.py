@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 # With fewer walks of 128 value dimensions, a large GPU (132 multiprocessors) idles more than a second pass costs.
 FEW_SCANS = 90
-# With fewer tiles of an output projection, idle multiprocessors at its end cost what large tiles save (reckoned).
+# With fewer tiles of an output projection, idle multiprocessors at its end cost what large tiles save (estimated).
 FEW_TILES = 500
 
 
