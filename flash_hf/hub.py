@@ -80,12 +80,12 @@ def add_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def add_mean_pooling(folder: str | os.PathLike, max_seq_length: int | None = None) -> None:
-    """Make a saved FLASH checkpoint with a tokenizer a model of sentence-transformers: `SentenceTransformer(folder)`
+    """Turn a saved FLASH checkpoint with a tokenizer into a sentence-transformers model: `SentenceTransformer(folder)`
     then embeds a text as the mean over its tokens, `[hidden_size]`.
 
     Args:
         folder: A folder with the `config.json` of a FLASH model with any head.
-        max_seq_length: Tokens that longer texts are cut to; by default the training length,
+        max_seq_length: Tokens to which longer texts are truncated; by default the training length,
             `config.max_position_embeddings`. FLASH takes any length.
 
     Raises:

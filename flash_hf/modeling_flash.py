@@ -870,8 +870,8 @@ def check_single(documents: Documents, single: bool) -> None:
 def check_labels(
     labels: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, logits_to_keep=0, vocab_size=None
 ) -> None:
-    """Refuse labels (ValueError) of another shape than the input, without the logits of all tokens, or for losses of
-    transformers, which then have a `vocab_size`, of another type or, on a CPU, beyond it."""
+    """Refuse labels (ValueError) whose shape is not that of the input, or that come without the logits of all tokens;
+    with a `vocab_size`, also those of the wrong dtype or, on a CPU, out of range."""
     given = inputs_embeds if input_ids is None else input_ids
     if not isinstance(given, Tensor):
         return  # which `check_inputs` refuses
@@ -890,8 +890,8 @@ def check_labels(
 
 
 def check_classes(labels: Tensor, name: str, number: int, cure: str = "") -> None:
-    """Refuse labels (ValueError) of another type or, on a CPU, beyond the `number` of classes, which users know by
-    `name`."""
+    """Refuse labels (ValueError) of the wrong dtype or, on a CPU, beyond the `number` of classes, called `name` in the
+    message."""
     if is_tracing():
         return
     rule = f"labels must be int64 and lie in [0, {name} = {number}), or be -100 where there is none"
@@ -904,14 +904,14 @@ def check_classes(labels: Tensor, name: str, number: int, cure: str = "") -> Non
 
 
 def vocabulary_of_labels(model: PreTrainedModel) -> int | None:
-    """The vocabulary that labels are of; None with a loss of the user's own, which may take others."""
+    """The `vocab_size` that labels must fit; None with the user's own loss, which may accept other labels."""
     return None if hasattr(model, "_loss_function") else model.config.vocab_size
 
 
 def without_first_tokens(labels: Tensor, given: Mapping[str, Any]) -> Tensor:
-    """Causal labels without those of each document's first token, which nothing of the document predicts: behind
-    padding, or where `position_ids`, `cu_seq_lens_q` or `seq_idx` begin one, of the arguments `given` to the model.
-    Labels of a row's first column need no care: losses shift them out."""
+    """Causal labels without those of each document's first token, which has no token before it to predict it from: a
+    document begins after padding, or where `position_ids`, `cu_seq_lens_q` or `seq_idx` say so, among the arguments
+    `given` to the model. Labels in a row's first column can stay: losses shift them out."""
     first = []
     mask, positions, borders, number = map(given.get, ("attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"))
     if mask is not None and mask.shape == labels.shape:
@@ -1014,8 +1014,8 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             Token ids to predict, shifted inside the loss: pass the input ids, with -100 where no loss is wanted. The
             first token of a document is not predicted.
         skip_logits (`bool`, *optional*):
-            With labels: return the loss and no logits, which saves most of a step's memory where the vocabulary is
-            large. By default as the attribute `model.skip_logits` says (False), in training.
+            With labels: return the loss and no logits, which saves most of a step's memory if the vocabulary is
+            large. In training, defaults to the attribute `model.skip_logits` (False).
 
         Example:
 
@@ -1230,8 +1230,8 @@ class FlashForMaskedLM(FlashPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict at the masked places, -100 elsewhere.
         skip_logits (`bool`, *optional*):
-            With labels: return the loss and no logits; tokens that are not masked get none at all. By default as the
-            attribute `model.skip_logits` says (False), in training.
+            With labels: return the loss and no logits; none are computed for tokens that are not masked. In training,
+            defaults to the attribute `model.skip_logits` (False).
         """
         if labels is not None:
             check_labels(labels, input_ids, inputs_embeds, 0, vocabulary_of_labels(self))
@@ -1247,7 +1247,7 @@ class FlashForMaskedLM(FlashPreTrainedModel):
 
 # ---- Heads for fine-tuning, in the direction of the checkpoint they start from ----
 def pool(hidden_BND: Tensor, attention_mask: Tensor | None, causal: bool) -> Tensor:
-    """One vector per row, `[B, D]`: the last real token's, which has seen all others, or the mean if bidirectional."""
+    """One vector per row, `[B, D]`: the last real token's, which attends to all, or the mean if bidirectional."""
     if attention_mask is None:
         return hidden_BND[:, -1] if causal else hidden_BND.mean(1)
     real_BN = attention_mask != 0

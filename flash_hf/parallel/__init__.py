@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Context parallelism: each process holds one piece of every row, and the results are those of whole rows.
 
-A chunk's past is one sum of S x E numbers, so what a piece needs of the others is small (LASP-2, arXiv 2502.07563):
+All that precedes a chunk is summed in S x E numbers, so a piece needs little of the others (LASP-2, arXiv 2502.07563):
 
 - the sum of `lin_k v^T` over its first document's earlier pieces (bidirectional: also over its last document's later
   ones): one all-gather per layer, and one reduce-scatter of the gradients in the backward;
 - the tokens beyond the cut that share a chunk with its own, and with shifted keys the token before: a second
-  all-gather of at most a chunk of hidden states, or with kernels of what the projections give, in layers where chunks
+  all-gather of at most a chunk of hidden states, or with kernels of the projections' outputs, in layers where chunks
   cross a cut or keys are shifted.
 
 ```python
