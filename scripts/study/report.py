@@ -353,14 +353,14 @@ def lasting(results: Results, causal: bool = True) -> str:
 
 
 def beyond(results: Results, causal: bool = True) -> str:
-    """Loss beyond the training context, mean of both corpora, of the long trainings, and of the longest shorter one of
-    each model without all lengths that has them."""
-
-    def result_of(cell: Cell) -> dict:
-        return max(seeds_of(results, cell), key=lambda seed: len(seed["lengths"]))
+    """Loss beyond the training context, mean of both corpora, seed by seed, of the long trainings, and of the longest
+    shorter one of each model without all lengths that has them."""
 
     def whole(cell: Cell) -> bool:
-        return len(result_of(cell)["lengths"]) == len(grid.BEYOND)
+        return any(len(seed["lengths"]) == len(grid.BEYOND) for seed in seeds_of(results, cell))
+
+    def each(losses: list[float | None]) -> str:
+        return ", ".join("-" if loss is None else f"{loss:.3f}" for loss in losses if any(losses)) or "-"
 
     cells, best = passed(results, causal), best_rates(results)
     shown = dict.fromkeys(cells)
@@ -370,11 +370,12 @@ def beyond(results: Results, causal: bool = True) -> str:
         shown |= {} if longest is None or any(whole(other) for other in like if other in cells) else {longest: None}
     head, rows = [*LONG_HEAD, "loss", *(f"at {factor} times the context" for factor in grid.BEYOND)], []
     for cell in shown:
-        result = result_of(cell)
-        if result["lengths"]:
-            found = [f"{length['loss']:.3f}" for length in result["lengths"].values()]
-            row = [*long_head(results, cell), f"{final_loss(result):.3f}", *found]
-            rows.append(row + ["-"] * (len(head) - len(row)))
+        seeds = [seed for seed in seeds_of(results, cell) if seed["lengths"]]
+        if seeds:
+            lengths = [seed["lengths"].get(str(factor * cell.context)) for seed in seeds for factor in grid.BEYOND]
+            losses = [length and length["loss"] for length in lengths]
+            found = [each(losses[i :: len(grid.BEYOND)]) for i in range(len(grid.BEYOND))]
+            rows.append([*long_head(results, cell), each([final_loss(seed) for seed in seeds]), *found])
     return table(head, rows) if rows else "No cells yet."
 
 

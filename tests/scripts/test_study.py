@@ -602,7 +602,7 @@ def test_long_trainings_are_listed_by_corpus_and_position():
 
 
 def test_lengths_beyond_the_context_are_of_the_longest_training_that_has_them():
-    """And of the seed that does; a shorter training stands in where no long one has 8 times."""
+    """Seed by seed; a shorter training stands in where no long one has 8 times."""
 
     def measured(loss, factors, **changes):
         cell = grid.Cell("train", "flash", "m", "mixed-causal", 2048, 235, 0.002)
@@ -621,7 +621,7 @@ def test_lengths_beyond_the_context_are_of_the_longest_training_that_has_them():
     ]
     results |= measured(3.1, (2, 4, 8), seed=1)
     rows = [line.strip("| ").split(" | ") for line in report.beyond(results).splitlines()[2:]]
-    assert rows == [[*head, "235 M", "FLASH", "3.100", "5.100", "7.100", "11.100"]]
+    assert rows == [[*head, "235 M", "FLASH", "3.000, 3.100", "5.000, 5.100", "7.000, 7.100", "-, 11.100"]]
     assert report.beyond({}) == "No cells yet."
 
 
