@@ -36,7 +36,7 @@ from .chunking_flash import (
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 10
+KERNEL_INTERFACE = 11
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
@@ -184,17 +184,18 @@ def _with_plan(places: Places, kernels: ModuleType, config, x_BND: Tensor, causa
     if isinstance(layout, StepLayout):
         # Checked here once, for all layers.
         return replace(places, fused=_fits(cache.state, kernels) and not (delta and is_watched(x_BND)))
-    # A rollback needs the keys of each token; a state of the delta rule is only advanced step by step.
-    if cache is not None and (cache.record_past or delta):
+    # A rollback needs the keys of each token.
+    if cache is not None and (cache.record_past or (delta and is_watched(x_BND))):
         return places
     # Kernels cannot put cached slots into the grid of a packed row.
     if cache is not None and places.documents.start_BN is not None:
         return places
     amid = layout.phase_B is not None and (is_tracing() or bool(layout.phase_B.any()))
-    if amid and (is_tracing() or torch.is_grad_enabled()):
+    # The backward of the delta rule takes first chunks to read nothing.
+    if (amid or (delta and layout.phase_B is not None)) and (is_tracing() or torch.is_grad_enabled()):
         return places
     # One chunk reads no state: its kernels would leave the gates without a gradient.
-    if delta and layout.position_BGC.shape[1] == 1:
+    if delta and cache is None and layout.position_BGC.shape[1] == 1:
         return places
     sizes = {"width": config.intermediate_size, "chunk_size": config.chunk_size}
     plan = kernels.chunk_plan(

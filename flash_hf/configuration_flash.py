@@ -132,8 +132,7 @@ class FlashConfig(PreTrainedConfig):
         look up what followed its earlier occurrences at any distance (FLASH+).
     global_state (`str`, defaults to `"mean"`): What global queries read: `"mean"`, or `"delta"`: the state of the
         gated delta rule (arXiv 2412.06464), in which a value replaces what its key returned before, with a decay and
-        a strength learnt per token. Causal models only. There are kernels for training and decoding; prefill runs in
-        PyTorch.
+        a strength learnt per token. Causal models only.
     local_window (`int`, defaults to 1): Chunks that local attention covers: a token's own, or with 2 also the previous
         one. Causal models only. With 2 it runs in PyTorch: there are no kernels yet.
     local_key_shift (`bool`, defaults to `False`): Local keys take every second pair of dimensions from the key of the

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .common import dot_precision, grid_wait, row_gain, token_rows
 from .dispatch import kernel
-from .tiles import Inputs, Shape, cdiv
+from .tiles import Cached, Inputs, Shape, cdiv
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -78,12 +78,13 @@ def unit_keys(ptr, row, column, length, SP: tl.constexpr):
 @triton.jit
 def gates_kernel(
     q_ptr, k_ptr, gates_ptr, gates_stride, rms_ptr, gain_ptr, bias_ptr, source_ptr, read_ptr, since_ptr, write_ptr,
-    length_ptr, inverse_ptr, N, G, C, shift, factor,
+    length_ptr, inverse_ptr, cached_ptr, N, G, C, shift, factor,
     CP: tl.constexpr, SP: tl.constexpr, SUB: tl.constexpr, LEVELS: tl.constexpr, SCALED: tl.constexpr,
-    RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    RAGGED: tl.constexpr, CACHED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one block of slots: F, w, one over the key's length, the query that reads states, `factor exp(F) q`, and the
-    block's own T."""
+    block's own T. With CACHED queries in a row's first chunk also have the decay since that chunk began, before these
+    tokens."""
     grid_wait()
     blocks: tl.constexpr = CP // SUB
     chunk = tl.program_id(0) // blocks
@@ -112,7 +113,10 @@ def gates_kernel(
     length = inverse_lengths(k)
     tl.store(length_ptr + row, length)
     q = tl.load(q_ptr + grid)
-    read = q.to(tl.float32) * (factor * tl.exp(since) * inverse_lengths(q))[:, None]
+    faded = since
+    if CACHED:
+        faded += tl.load(cached_ptr + chunk // G, mask=chunk % G == 0, other=0.0)
+    read = q.to(tl.float32) * (factor * tl.exp(faded) * inverse_lengths(q))[:, None]
     tl.store(read_ptr + grid, read.to(read_ptr.dtype.element_ty))
     # Read from memory, which lays them out along the other axis.
     tl.debug_barrier()
@@ -186,11 +190,17 @@ def prepare_kernel(
 @kernel
 @triton.jit
 def chain_kernel(
-    added_ptr, erase_ptr, decay_ptr, begin_ptr, end_ptr, states_ptr, E, added_scale,
-    SP: tl.constexpr, REVERSE: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    added_ptr, erase_ptr, decay_ptr, begin_ptr, end_ptr, initial_ptr, opened_ptr, states_ptr, final_ptr, E,
+    added_scale, size,
+    SP: tl.constexpr, REVERSE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`S' = decay S - erase S + added_scale added` from chunk to chunk of a document: the state before each chunk.
-    REVERSE: from the last chunk to the first, with `erase^T`: the gradient of the state behind each chunk."""
+    REVERSE: from the last chunk to the first, with `erase^T`: the gradient of the state behind each chunk.
+
+    With INITIAL the first state is `initial` over `size`, and its chunk reads `opened` over `size` instead. With FINAL
+    the last state times `size` goes to `final`.
+    """
     grid_wait()
     document = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -205,6 +215,9 @@ def chain_kernel(
     end = tl.load(end_ptr + document)
     dtype = states_ptr.dtype.element_ty
     state = tl.zeros((SP, BLOCK_E), tl.float32)
+    own = document.to(tl.int64) * (SP * E) + place
+    if INITIAL:
+        state = tl.load(initial_ptr + own, mask=mask, other=0.0) / size
     for step in tl.range(0, end - begin, num_stages=STAGES):
         chunk = (end - 1 - step if REVERSE else begin + step).to(tl.int64)
         erase = tl.load(erase_ptr + chunk * (SP * SP) + square)
@@ -213,6 +226,12 @@ def chain_kernel(
         tl.store(states_ptr + chunk * (SP * E) + place, low, mask=mask)
         state = state * tl.load(decay_ptr + chunk) + added * added_scale
         state -= tl.dot(erase, low, input_precision=PRECISION)
+    if INITIAL:
+        opened = tl.load(opened_ptr + own, mask=mask, other=0.0) / size
+        tl.debug_barrier()  # over what the loop has stored, which other threads may have
+        tl.store(states_ptr + begin.to(tl.int64) * (SP * E) + place, opened.to(dtype), mask=mask)
+    if FINAL:
+        tl.store(final_ptr + own, state * size, mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -443,9 +462,9 @@ def gate_arguments(shape: Shape, inputs: Inputs) -> tuple:
     return inputs.gates, inputs.gates.stride(0), rms, gain, inputs.gate_bias, inputs.tokens
 
 
-def launch_prepare(shape: Shape, inputs: Inputs, heads: Tensor) -> Prepared:
+def launch_prepare(shape: Shape, inputs: Inputs, heads: Tensor, since: Tensor | None = None) -> Prepared:
     """Fill the rows of `heads` that states are read and made with, `shape.lin_row` and the one after it, from the last
-    two heads before them."""
+    two heads before them; `since` as of `Cached`."""
     CP, SP, block, row = shape.tiles.CP, shape.tiles.SP, block_of(shape), shape.lin_row
     size = sizes(shape)
     slots, inverse, decay = (heads.new_empty(x, dtype=torch.float32) for x in (size.slots, size.inverse, size.decay))
@@ -455,8 +474,9 @@ def launch_prepare(shape: Shape, inputs: Inputs, heads: Tensor) -> Prepared:
     gates_kernel(
         (shape.GT * CP // block,),
         heads[row - 2], heads[row - 1], *gate_arguments(shape, inputs), heads[row], *slots, inverse,
-        *shape.grid, float(shape.C), **options, LEVELS=block.bit_length() - 1, SCALED=shape.scaled,
-        RAGGED=inputs.source is not None, PRECISION=precision, num_warps=4,
+        decay if since is None else since, *shape.grid, float(shape.C), **options, LEVELS=block.bit_length() - 1,
+        SCALED=shape.scaled, RAGGED=inputs.source is not None, CACHED=since is not None, PRECISION=precision,
+        num_warps=4,
     )  # fmt: skip
     prepare_kernel(
         (shape.GT, SP // width),
@@ -467,24 +487,31 @@ def launch_prepare(shape: Shape, inputs: Inputs, heads: Tensor) -> Prepared:
 
 
 def launch_states(
-    shape: Shape, inputs: Inputs, added: Tensor, prepared, *, scaled: bool = False, reverse: bool = False
-) -> Tensor:
-    """The state before each chunk, or with `reverse` the gradient of that behind it, over C, `[GT, SP, E]`.
+    shape: Shape, inputs: Inputs, added: Tensor, prepared, *, scaled: bool = False, reverse: bool = False,
+    cached: Cached | None = None, want_final: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The state before each chunk, or with `reverse` the gradient of that behind it, over C, `[GT, SP, E]`; and on
+    request the state behind each document, float32 `[documents, SP, E]`.
 
     Args:
         added: what each chunk adds, `[GT, SP, E]`, with `scaled` over C. prepared: has the fields of `Prepared`.
+        cached: what documents, which are rows, begin from.
     """
     E, index, wide = shape.E, inputs.index, shape.dtype == torch.float32
     states = torch.empty_like(added, dtype=shape.dtype)
+    final = added.new_empty((index.documents, shape.tiles.SP, E) if want_final else (0,), dtype=torch.float32)
+    initial, opened = (None, None) if cached is None else (cached.initial, cached.opened)
+    begins = initial is not None
     block_e = 64 if index.documents * cdiv(E, 64) >= FEW_CHAINS and not wide else 32
     chain_kernel(
         (index.documents, cdiv(E, block_e)),
         # Pieces are chunks.
-        added, prepared.erase, prepared.decay, index.document_begin, index.document_end, states, E,
-        1.0 if scaled else 1.0 / shape.C, SP=shape.tiles.SP, REVERSE=reverse, BLOCK_E=block_e,
+        added, prepared.erase, prepared.decay, index.document_begin, index.document_end,
+        *((initial, opened) if begins else (final, final)), states, final, E, 1.0 if scaled else 1.0 / shape.C,
+        float(shape.C), SP=shape.tiles.SP, REVERSE=reverse, INITIAL=begins, FINAL=want_final, BLOCK_E=block_e,
         PRECISION=dot_precision(shape.dtype), STAGES=2 if wide else 3, num_warps=8 if wide else 4,
     )  # fmt: skip
-    return states
+    return states, final
 
 
 def launch_prepare_gradient(

@@ -422,7 +422,9 @@ def launch_forward(
     heads = launch_heads(shape, inputs, cached, scanned)
     if exchange is not None and shape.lin:
         exchange.hide(heads[row + 1])
-    own = delta.launch_prepare(shape, inputs, heads) if shape.delta else [nothing() for _ in delta.Prepared._fields]
+    own = [nothing() for _ in delta.Prepared._fields]
+    if shape.delta:
+        own = delta.launch_prepare(shape, inputs, heads, cached.since)
     if scanned:
         out = new((shape.T, shape.E))
         carried, cut = scan_parts(shape, index, exchange, inputs.v.device, want_final)
@@ -437,7 +439,8 @@ def launch_forward(
             before, final = finish()
         if shape.delta:
             # The scan writes what it reads, chunk by chunk.
-            prefix = before = delta.launch_states(shape, inputs, before, own, scaled=True)
+            before, final = delta.launch_states(shape, inputs, before, own, scaled=True, want_final=want_final)
+            prefix = before
         else:
             prefix = new((shape.GT, shape.tiles.SP, shape.E)) if shape.causal else nothing()
         biases = inputs.bias_v, inputs.bias_u
@@ -455,7 +458,7 @@ def launch_forward(
         value = new((shape.T, shape.E)) if shape.silu else inputs.v
         launch_states(shape, inputs, heads[row + 1], total, prefix, value)
         if shape.delta:
-            prefix = delta.launch_states(shape, inputs, total, own)
+            prefix, final = delta.launch_states(shape, inputs, total, own, cached=cached, want_final=want_final)
         else:
             finish = start_carry(shape, index, total, cached.initial, carried, kept, False, exchange)
             weights = launch_scores(shape, inputs, heads)  # while sums are exchanged
@@ -614,7 +617,7 @@ def launch_attention_gradients(
                 shape, inputs, heads[row], gated, d_out, d_attended, d_h.u, value, d_prefix, total
             )
             if shape.delta:
-                d_prefix = delta.launch_states(shape, inputs, total, saved, reverse=True)
+                d_prefix, _ = delta.launch_states(shape, inputs, total, saved, reverse=True)
             else:
                 kept = "" if shape.causal else "state"
                 finish = start_carry(shape, inputs.index, total, None, carried, kept, True, exchange)
@@ -740,7 +743,7 @@ def launch_scan_gradients(
     if finish is not None:
         behind, _ = finish()
     if shape.delta:
-        behind = delta.launch_states(shape, inputs, behind, saved, scaled=True, reverse=True)
+        behind, _ = delta.launch_states(shape, inputs, behind, saved, scaled=True, reverse=True)
     value, d_prefix = new((T, E)), behind if shape.delta else torch.empty_like(prefix)
     d_bias_v = new((shape.GT * 2, E), dtype=torch.float32)
     biases = inputs.bias_v, inputs.bias_v

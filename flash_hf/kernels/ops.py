@@ -242,12 +242,12 @@ def register(operation: type) -> Callable:
 # What both operations read besides the projections: offset-scale `[H, S]`, the bias of the delta rule's gates `[2]`,
 # relative bias `[2 C - 1]`, cos and sin of the slots' positions `[slots, r / 2]`, the plan's source, and what a cache
 # brings, see `Cached`.
-HEADS, OPTIONAL, CACHED = "gamma beta", "gate_bias bias_R cos sin source", "initial kept kept_mask"
+HEADS, OPTIONAL, CACHED = "gamma beta", "gate_bias bias_R cos sin source", " ".join(Cached._fields)
 STATES = "heads prefix carry out slots inverse erase decay"
 
 
 def cached_of(tensors) -> Cached:
-    return Cached(initial=tensors.initial, kept=tensors.kept, kept_mask=tensors.kept_mask)
+    return Cached(*(getattr(tensors, name) for name in Cached._fields))
 
 
 def inputs_of(x, projections: Projections, *norm: Tensor) -> Inputs:

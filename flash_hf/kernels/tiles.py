@@ -278,14 +278,19 @@ class Cached(NamedTuple):
     """What each row's first document takes from the cache; None for nothing.
 
     Attributes:
-        initial: the sum over its closed chunks, float32 `[B, SP, E]`.
+        initial: the sum over its closed chunks, or the delta rule's state after the cached tokens, float32
+            `[B, SP, E]`.
         kept: keys for slots of the first chunk, `[keys, B, C, S]`.
         kept_mask: where these replace the keys made from z, bool `[keys, B, C, S]`.
+        opened: the delta rule's state before the open chunk, float32 `[B, SP, E]`.
+        since: the sum of its log decays since then, float32 `[B]`.
     """
 
-    initial: Tensor | None
-    kept: Tensor | None
-    kept_mask: Tensor | None
+    initial: Tensor | None = None
+    kept: Tensor | None = None
+    kept_mask: Tensor | None = None
+    opened: Tensor | None = None
+    since: Tensor | None = None
 
 
 class Own(NamedTuple):
@@ -331,7 +336,8 @@ class AttentionResults(NamedTuple):
         prefix: the state before each chunk within its piece, over C, `[GT, SP, E]` (causal).
         carry: the same before each piece, `[pieces, SP, E]`; of bidirectional models that of each document.
         attended: the attended value, `[T, E]`, if `Shape.keeps_attended`.
-        final: the sum over each document, float32 `[documents, SP, E]`, on request.
+        final: the sum over each document, or the delta rule's state behind it, float32 `[documents, SP, E]`, on
+            request.
         slots, inverse, erase, decay: with `Shape.delta`, see `delta.Prepared`.
     """
 

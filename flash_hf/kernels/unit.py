@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -49,8 +50,7 @@ def _shape_and_tensors(
     )  # fmt: skip
     return shape, {
         "gamma": gamma_HS, "beta": beta_HS, "gate_bias": unit.gate_bias if shape.delta else None, "bias_R": bias_R,
-        "cos": cos, "sin": sin, "source": plan.source_K, "index": plan.index, "initial": cached.initial,
-        "kept": cached.kept, "kept_mask": cached.kept_mask,
+        "cos": cos, "sin": sin, "source": plan.source_K, "index": plan.index, **cached._asdict(),
     }  # fmt: skip
 
 
@@ -79,7 +79,16 @@ def _decoding_state(
         quad_k, lin_k, value, seen = ops.open_chunk(
             made, shape, slots=unit.config.chunk_size, skipped=layout.skipped
         )  # fmt: skip
-    total = None
+    total, delta = None, {}
+    if shape.delta:
+        flat_B = torch.arange(1, B + 1, device=v.device) * G - 1 if chunk_B is None else chunk_B
+        since_B = results.slots.detach()[0, flat_B, -1]
+        if tensors["since"] is not None:
+            since_B = since_B + torch.where(flat_B % G == 0, tensors["since"], 0)
+        # As the tokens of the open chunk have read it.
+        delta = {"opened": results.prefix.detach()[flat_B, :S].float() * shape.C, "since": since_B}
+        newest_B = (seen - 1 + layout.shift + layout.skipped) % unit.config.chunk_size + 1
+        lin_k = lin_k[torch.arange(B, device=v.device), newest_B][:, None] if shape.previous else None
     if shape.lin:
         total = results.final.detach()
         if plan.index.documents > B:
@@ -88,7 +97,12 @@ def _decoding_state(
         if total.shape[1] > S or is_tracing():
             total = total[:, :S].clone()
     return DecodingState(
-        quad_k=quad_k if shape.quad else None, lin_k=lin_k if shape.lin else None, value=value, total=total, seen=seen
+        quad_k=quad_k if shape.quad else None,
+        lin_k=lin_k if shape.lin else None,
+        value=value,
+        total=total,
+        seen=seen,
+        **delta,
     )
 
 
@@ -126,6 +140,10 @@ def gated_attention(
         value_BCE = torch.where(layout.cached_BC[..., None], state.value, 0)
         v_BNE = torch.cat([value_BCE.to(v_BNE.dtype), v_BNE], 1)
         u_BNE, z_BNS = (F.pad(x, (0, 0, plan.cached, 0)) for x in (u_BNE, z_BNS))
+        if gates_BN2 is not None:
+            # They neither forget nor write: the state has them already.
+            nothing = gates_BN2.new_tensor([math.inf, -math.inf]).expand(len(gates_BN2), plan.cached, -1)
+            gates_BN2 = torch.cat([nothing, gates_BN2], 1)
     B, N, E = v_BNE.shape
     shape, others = _shape_and_tensors(
         unit, places, bias_R, state, return_state, B=B, D=0, E=E, silu=silu, dtype=v_BNE.dtype
@@ -145,33 +163,40 @@ def _rows(x_BNF: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-NOT_CACHED = Cached(initial=None, kept=None, kept_mask=None)
-
-
 def _from_cache(unit: nn.Module, places: Places, state: DecodingState | None) -> Cached:
     if state is None:
-        return NOT_CACHED
+        return Cached()
     layout: ChunkLayout = places.layout
-    amid = places.plan.cached > 0
-    initial = None
-    if unit.has_lin:
-        total = closed_total(state, layout.cached_BC) if amid else state.total
-        S = unit.offset_scale.weight.shape[1]
-        SP = max(16, triton.next_power_of_2(S))
-        initial = F.pad(total * layout.continues_B[:, None, None], (0, 0, 0, SP - S)).contiguous()
+    amid, S = places.plan.cached > 0, unit.offset_scale.weight.shape[1]
+    cached, continues_B = Cached(), layout.continues_B
+
+    def padded(state_BSE: Tensor) -> Tensor:
+        rest = max(16, triton.next_power_of_2(S)) - S
+        return F.pad(state_BSE * continues_B[:, None, None], (0, 0, 0, rest)).contiguous()
+
+    if unit.delta:
+        amid_B = layout.phase_B > 0
+        opened = torch.where(amid_B[:, None, None], state.opened, state.total)
+        since_B = torch.where(amid_B & continues_B, state.since, 0)
+        cached = Cached(initial=padded(state.total), opened=padded(opened), since=since_B)
+    elif unit.has_lin:
+        cached = Cached(initial=padded(closed_total(state, layout.cached_BC) if amid else state.total))
     moved = unit.has_quad and unit.local_key_shift, unit.has_lin and unit.previous_key
     if not amid and not any(moved):
-        return Cached(initial=initial, kept=None, kept_mask=None)
+        return cached
     held_BC1 = layout.cached_BC[..., None]
-    C, S = held_BC1.shape[1], unit.offset_scale.weight.shape[1]
+    C = held_BC1.shape[1]
     slot_C = torch.arange(C, device=held_BC1.device)
     # The next key, too, has dimensions of a cached token's: all, or every second pair.
     next_BC1 = ((slot_C == layout.phase_B[:, None]) & layout.continues_B[:, None])[..., None]
     keys, masks = [], []
-    for cached_BKS, shifted, local in ((state.quad_k, moved[0], True), (state.lin_k, moved[1], False)):
+    # The delta rule's state has only the newest linear key, if any: its tokens' keys are read no more.
+    none_B1S = state.value.new_zeros(len(state.value), 1, S) if unit.delta else None
+    lin_k = none_B1S if state.lin_k is None else state.lin_k
+    for cached_BKS, shifted, local in ((state.quad_k, moved[0], True), (lin_k, moved[1], False)):
         if cached_BKS is None:
             continue
-        key_BCS, mask_BCS = cached_BKS[:, :C], held_BC1.expand(-1, -1, S)
+        key_BCS, mask_BCS = cached_BKS[:, :C].expand(-1, C, -1), held_BC1.expand(-1, -1, S)
         if shifted:
             # At a border the state has it behind the chunk.
             key_BCS = torch.where(next_BC1 & (slot_C == 0)[:, None], cached_BKS[:, -1:], key_BCS)
@@ -179,7 +204,7 @@ def _from_cache(unit: nn.Module, places: Places, state: DecodingState | None) ->
             mask_BCS = mask_BCS | (next_BC1 & taken_S)
         keys.append(key_BCS)
         masks.append(mask_BCS)
-    return Cached(initial=initial, kept=torch.stack(keys), kept_mask=torch.stack(masks))
+    return cached._replace(kept=torch.stack(keys), kept_mask=torch.stack(masks))
 
 
 def layer(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from flash_hf import FlashConfig, FlashModel
 from flash_hf.backend_flash import fuses_layer, kernels_for
 from helpers import error_ratio, make_model
-from test_kernels import DEVICE, LAYOUTS, compare, config_of, through
+from test_kernels import DEVICE, LAYOUTS, compare, config_of, through, together
 
 
 pytest.importorskip("triton", reason="the kernels need triton: pip install flash-hf[kernels]")
@@ -74,11 +74,11 @@ def errors(B, N, C, S, E, shift=0, dtype=torch.float32, likeness=2.0, forget=1.0
     own = (slice(None), slice(C), slice(S))
     enter, read = heads[shape.lin_row + 1][own], heads[shape.lin_row][own]
     added = F.pad(enter.float().transpose(1, 2) @ value.float(), (0, 0, 0, SP - S)).contiguous()
-    states = delta.launch_states(shape, inputs, added, made)
+    states, _ = delta.launch_states(shape, inputs, added, made)
     low = states[:, :S].float()
     out = read.float() @ low
     total = F.pad(read.float().transpose(1, 2) @ d_out.float(), (0, 0, 0, SP - S)).contiguous()
-    after = delta.launch_states(shape, inputs, total, made, reverse=True)
+    after, _ = delta.launch_states(shape, inputs, total, made, reverse=True)
     d_heads = torch.full_like(heads, torch.nan)
     d_heads[shape.lin_row :] = 0
     d_heads[shape.lin_row][own] = (C * d_out.float() @ low.transpose(1, 2)).to(dtype)
@@ -216,6 +216,86 @@ def test_error_of_steps_is_at_most_twice_the_torch_tiers(dtype, form):
         assert 0 < error_ratio(ours, expected) <= 2 * error_ratio(plain, expected)
 
 
+PROMPTS = {
+    "plus": FORMS["plus"], "rotated": {"local_key_shift": True}, "odd sizes": {"chunk_size": 11, "query_key_dim": 10},
+    "global": {"attention_type": "global", "global_form": "previous_token", "chunk_shift": 5},
+}  # fmt: skip
+
+
+def read_prompt(model, x, mask, lengths, backend):
+    """Real tokens' hidden states and the state in every layer, of a prompt read in pieces."""
+    model.config.backend, out, cache = backend, [], None
+    pieces = zip(x.to(model.dtype).split(lengths, 1), mask.split(lengths, 1), strict=True)
+    for given, marks in pieces:
+        cache = cache if cache is None else cache.past_key_values
+        cache = model(inputs_embeds=given, attention_mask=marks.long(), past_key_values=cache, use_cache=True)
+        out.append(cache.last_hidden_state[marks])
+    return torch.cat(out), [layer.state for layer in cache.past_key_values.layers]
+
+
+@pytest.mark.parametrize("form", PROMPTS)
+@pytest.mark.parametrize("lengths", [(61,), (32, 17, 32), (23, 40, 1, 17)], ids=str)
+def test_prompts_equal_the_torch_tier(form, lengths, monkeypatch):
+    """Whole, or in pieces that end at borders of chunks or inside of chunks, with padding; only their first tokens are
+    alone a step."""
+    model = make_model(FlashModel, delta_config(**PROMPTS[form], is_decoder=True, num_hidden_layers=2)).to(DEVICE)
+    fast = copy.deepcopy(model).float()
+    x, mask = torch.randn(3, sum(lengths), 32, device=DEVICE), torch.rand(3, sum(lengths), device=DEVICE) < 0.8
+    mask[0], mask[1, : lengths[0] + 2] = True, False
+    calls = []
+    for name in ("layer", "gated_attention", "layer_step"):
+        call = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, call=call, **k: calls.append(1) or call(*a, **k))
+    with torch.no_grad():
+        expected, exact = read_prompt(model, x, mask, lengths, "torch")
+        assert not calls
+        out, states = read_prompt(fast, x, mask, lengths, "triton")
+    assert len(calls) == 2 * len(lengths)
+    assert error_ratio(out, expected) < 1e-5
+    for state, truth in zip(states, exact, strict=True):
+        assert torch.equal(state.seen, truth.seen)
+        for name in ("total", "opened", "since", *["value"] * (truth.quad_k is not None)):  # else read by none
+            assert error_ratio(getattr(state, name), getattr(truth, name)) < 1e-5, name
+        assert (state.lin_k is None) == (truth.lin_k is None)
+        if truth.lin_k is not None:  # of a row without a token it is read by none
+            has = truth.seen > 0
+            assert error_ratio(state.lin_k[has], truth.lin_k[has]) < 1e-5
+
+
+@pytest.mark.parametrize("form", ["plus", "rotated"])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_error_of_prompts_is_at_most_twice_the_torch_tiers(dtype, form):
+    exact = make_model(FlashModel, delta_config(**PROMPTS[form], is_decoder=True), dtype=torch.float64).to(DEVICE)
+    x, mask = torch.randn(2, 66, 32, device=DEVICE), torch.ones(2, 66, dtype=torch.bool, device=DEVICE)
+    found = []
+    for dtype_, backend in ((torch.float64, "torch"), (dtype, "torch"), (dtype, "triton")):
+        model = copy.deepcopy(exact).to(dtype_)
+        with torch.no_grad():
+            out, [state] = read_prompt(model, x, mask, (35, 30, 1), backend)
+        found.append((out, state.total, state.opened))
+    for expected, plain, ours in zip(*found, strict=True):
+        assert 0 < error_ratio(ours, expected) <= 2 * error_ratio(plain, expected)
+
+
+@pytest.mark.parametrize("length", [9, 40])
+def test_a_cache_is_filled_in_training_by_kernels(length):
+    """With the gradients of a call without a cache: also of the gates, if one chunk reads no state."""
+    config = delta_config(**FORMS["plus"], is_decoder=True, num_hidden_layers=2)
+    model = make_model(FlashModel, config, dtype=torch.float32).to(DEVICE).train()
+    x, weight = torch.randn(2, 2, length, 32, device=DEVICE)
+    found = []
+    for dtype, backend, cached in ((torch.float64, "torch", False), (torch.float32, "triton", True)):
+        own = copy.deepcopy(model).to(dtype)
+        own.config.backend = backend
+        out = own(inputs_embeds=x.to(dtype), use_cache=cached).last_hidden_state
+        (out * weight).sum().backward()
+        grads = {name: p.grad for name, p in own.layers.named_parameters()}
+        found.append({"out": out.detach(), **together(grads)})
+    for name, expected in found[0].items():
+        got = found[1][name]
+        assert error_ratio(got, expected) < 1e-4 or not (expected.any() or got.any()), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -261,3 +341,26 @@ def test_steps_at_full_size(rows):
     exact, plain, ours, again = found
     assert all(map(torch.equal, ours, again))
     assert 0 < error_ratio(ours[0], exact[0]) <= 2 * error_ratio(plain[0], exact[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, lengths", [(1, (1300,)), (5, (700,)), (2, (512, 256, 300)), (3, (90, 700))], ids=str)
+def test_prompts_at_full_size(rows, lengths):
+    """Two runs are bit-equal, the error is at most twice the torch tier's."""
+    sizes = {"vocab_size": 2, "hidden_size": 768, "num_hidden_layers": 2}
+    config = FlashConfig.plus(**sizes, global_state="delta", is_decoder=True)
+    exact = make_model(FlashModel, config, dtype=torch.float64, scale=0.06).to(DEVICE)
+    x = torch.randn(rows, sum(lengths), 768, device=DEVICE, dtype=torch.bfloat16)
+    for padded in (False, True):
+        mask = torch.ones(rows, sum(lengths), dtype=torch.bool, device=DEVICE)
+        mask[0, : 40 * padded] = False
+        found = []
+        for dtype, backend in (
+            (torch.float64, "torch"), (torch.bfloat16, "torch"), (torch.bfloat16, "triton"), (torch.bfloat16, "triton")
+        ):  # fmt: skip
+            with torch.no_grad():
+                out, states = read_prompt(copy.deepcopy(exact).to(dtype), x, mask, lengths, backend)
+            found.append((out, *(x for state in states for x in (state.total, state.opened, state.since))))
+        assert all(map(torch.equal, found[2], found[3]))
+        for expected, plain, ours, _ in zip(*found, strict=True):
+            assert 0 < error_ratio(ours, expected) <= 2 * error_ratio(plain, expected)

@@ -80,6 +80,7 @@ with torch.no_grad():
             model(torch.zeros(rows, 1, dtype=torch.long), past_key_values=cache)
             if rows == 2:
                 model(torch.zeros(rows, 3, dtype=torch.long), past_key_values=cache)
+                model(torch.zeros(rows, 20, dtype=torch.long), past_key_values=cache)
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 for number, ((name, *_), compiled) in enumerate(found.items()):
     path = pathlib.Path(sys.argv[1], f"{number}.cubin")
