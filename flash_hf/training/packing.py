@@ -174,7 +174,18 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         epoch: set by a callback of the trainer, so that each epoch masks a row differently.
     """
 
-    epoch: int = 0
+    def __post_init__(self):
+        super().__post_init__()
+        # Shared with workers that live for several epochs (dataloader_persistent_workers).
+        self._shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._shared_epoch)
+
+    @epoch.setter
+    def epoch(self, number: int) -> None:
+        self._shared_epoch.fill_(number)
 
     def torch_mask_tokens(self, inputs: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """As in the base class, but with random tokens from the tokenizer's ids, which may have gaps, instead of from

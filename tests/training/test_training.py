@@ -116,10 +116,12 @@ def test_bfloat16_checkpoints_are_trained_in_float32(kind, files, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_masks_of_later_epochs_differ(files, tmp_path):
-    """A set of one batch in fixed order comes back unchanged each epoch: only the epoch makes its masks differ."""
+@pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])
+def test_masks_of_later_epochs_differ(workers, files, tmp_path):
+    """A set of one batch in fixed order comes back unchanged each epoch: only the epoch makes its masks differ, also
+    in workers that live for all epochs."""
     model_args, data_args, args = arguments(
-        files, tmp_path, max_steps=3, per_device_train_batch_size=100, train_sampling_strategy="sequential"
+        files, tmp_path, max_steps=3, per_device_train_batch_size=100, train_sampling_strategy="sequential", **workers
     )
     tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
     train, validation = load_text(data_args)
