@@ -209,6 +209,7 @@ class MaskingCollator(DataCollatorForLanguageModeling):
         for row in batch["input_ids"]:
             self.generator = self.get_generator(zlib.crc32(row.numpy().astype(np.int32).tobytes(), start))
             rows.append(self.torch_mask_tokens(row[None]))
+        self.generator = None  # torch does not send generators to workers that are spawned
         batch["input_ids"], batch["labels"] = (torch.cat(parts) for parts in zip(*rows, strict=True))
         return batch
 

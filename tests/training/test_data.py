@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.hub import vocabulary_size
@@ -581,6 +582,19 @@ def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
     share = chosen.sum() / (original != tokenizer.pad_token_id).sum()
     hidden = (first["input_ids"][chosen] == tokenizer.mask_token_id).float().mean()
     assert 0.13 < share < 0.17 and 0.76 < hidden < 0.84  # 9,900 tokens: about 4 standard deviations
+
+
+def test_a_used_collator_goes_to_spawned_workers(with_gaps):
+    """As macOS starts them."""
+    rows = [{"input_ids": list(range(3, 200))} for _ in range(4)]
+    collator = MaskingCollator(with_gaps, seed=1)
+    collator(rows)
+    options = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    loader = DataLoader(rows, batch_size=4, collate_fn=collator, **options)
+    for epoch in range(2):
+        collator.epoch = epoch
+        [batch] = loader
+        assert torch.equal(batch["labels"], collator(rows)["labels"])
 
 
 def test_random_tokens_are_tokens_of_the_tokenizer(with_gaps):
