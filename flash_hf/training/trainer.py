@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_pt_utils import LabelSmoother, LengthGroupedSampler
 from transformers.utils import logging
 
 from ..configuration_flash import FlashConfig
@@ -47,6 +47,19 @@ class FlashLabelSmoother(LabelSmoother):
         shift = shift_labels or self.causal
         loss = super().__call__(model_output, labels, shift_labels=shift, num_items_in_batch=num_items_in_batch)
         return zero_without_labels(loss, labels[..., 1:] if shift else labels)
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Rows grouped by length, in an order that depends on (seed, epoch) alone. Trainer takes it from torch's global
+    random numbers, whose state at the beginning of the epoch a resumed run does not have."""
+
+    def __init__(self, *args, seed: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class FlashTrainer(Trainer):
@@ -165,6 +178,14 @@ class FlashTrainer(Trainer):
         self.args.ignore_data_skip = True
         self.train_dataset.load_state_dict(json.loads((checkpoint / STREAM_STATE).read_text(encoding="utf-8")))
         self._resumed_from = str(checkpoint)
+
+    def _get_train_sampler(self, *args, **kwargs) -> Sampler | None:
+        """Trainer's own, but a resumed run groups rows by length as the unbroken one does."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if type(sampler) is LengthGroupedSampler:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return EpochLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+        return sampler
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
         """Evaluation sees the whole set in order: transformers applies `dataloader_drop_last` and `group_by_length` to

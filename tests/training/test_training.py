@@ -106,6 +106,34 @@ def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path, kind, streaming):
     )
 
 
+def test_rows_grouped_by_length_keep_their_order_after_a_break(tmp_path):
+    """In the second epoch: the first begins with the random numbers of the seed in any run."""
+    rows = [{"input_ids": [1 + n % 7] * (1 + n % 7), "labels": [n] * (1 + n % 7)} for n in range(24)]
+    args = {
+        "output_dir": str(tmp_path), "train_sampling_strategy": "group_by_length", "eval_strategy": "no",
+        "eval_on_start": False, "per_device_train_batch_size": 4, "num_train_epochs": 3, "save_steps": 8,
+        "disable_tqdm": True, "remove_unused_columns": False,
+    }  # fmt: skip
+
+    def order(resume: str | None) -> list[int]:
+        seen = []
+
+        def padded(rows: list[dict]) -> dict[str, torch.Tensor]:
+            seen.extend(row["labels"][0] for row in rows)
+            full = {name: [row[name] + [0] * (7 - len(row[name])) for row in rows] for name in ("input_ids", "labels")}
+            return {name: torch.tensor(values) for name, values in full.items()}
+
+        trainer = training.FlashTrainer(
+            tiny_model("causal"), training.FlashTrainingArguments(**args), train_dataset=rows, data_collator=padded
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return seen
+
+    whole = order(None)
+    assert len(whole) == 72 and whole[:24] != whole[24:48] != whole[48:]
+    assert order(str(tmp_path / "checkpoint-8")) == whole[32:]
+
+
 @pytest.mark.parametrize("kind", ["causal", "masked"])
 def test_bfloat16_checkpoints_are_trained_in_float32(kind, files, tmp_path):
     """In bfloat16 small updates would be lost."""
