@@ -183,9 +183,12 @@ class FlashTrainer(Trainer):
         """Trainer's own, but a resumed run groups rows by length as the unbroken one does."""
         sampler = super()._get_train_sampler(*args, **kwargs)
         if type(sampler) is LengthGroupedSampler:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return EpochLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=seed)
+            return EpochLengthSampler(sampler.batch_size, lengths=sampler.lengths, seed=self._data_seed)
         return sampler
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
         """Evaluation sees the whole set in order: transformers applies `dataloader_drop_last` and `group_by_length` to
@@ -195,9 +198,15 @@ class FlashTrainer(Trainer):
         if not is_training and self.args.world_size == 1:
             kwargs["sampler_fn"] = SequentialSampler
         try:
-            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+            loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.args.dataloader_drop_last = drop
+        if self.args.dataloader_persistent_workers:
+            # Their seed would be one of torch's global random numbers, taken when they start: in a resumed run in
+            # another epoch, so that dropout would see other numbers from then on.
+            plain = getattr(loader, "base_dataloader", loader)  # behind the adapter of accelerate
+            plain.generator = torch.Generator().manual_seed(self._data_seed)
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of a step, with rows cut to the current length of the sequence warm-up, and the number of

@@ -73,14 +73,19 @@ def fingerprint(folder: Path) -> dict[str, str]:
 # --- the whole run, and resuming it ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("data", ["map", "workers", "stream"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path, kind, streaming):
-    """Bit for bit: with dropout, across the border of an epoch, with accumulation, for data read either way."""
+def test_a_resumed_run_equals_an_unbroken_one(files, tmp_path, kind, data):
+    """Bit for bit: with dropout, across the border of an epoch, with accumulation, for data read in any way."""
+    streaming = data == "stream"
     config = f"{OVERRIDES},hidden_dropout=0.1"
     changes = {"config_overrides": config, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     # The stream's 8 documents, 27 blocks, end long before the break after 40.
-    more = ["--streaming", "--shuffle_buffer", "20", "--max_train_documents", "8"] if streaming else []
+    more = {
+        "map": "",
+        "workers": "--dataloader_num_workers 1 --dataloader_persistent_workers --eval_steps 3 --eval_on_start false",
+        "stream": "--streaming --shuffle_buffer 20 --max_train_documents 8",
+    }[data].split()
     model_args, data_args, args = arguments(files, tmp_path / "whole", *more, **changes)
     result = training.run_training(kind, model_args, data_args, args)
     whole = history(tmp_path / "whole")
