@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.hf_argparser import HfArg
 
 from ..configuration_flash import PLUS, FlashConfig, nearest
@@ -151,6 +151,12 @@ class FlashTrainingArguments(TrainingArguments):
         self.started = time.monotonic()
         if self.max_minutes is not None and self.max_steps <= 0:
             self.max_steps = MAX_STEPS
+        for name in self._VALID_DICT_FIELDS:
+            if isinstance(value := getattr(self, name, None), str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} must be JSON, got {value}: {error}.") from error
         super().__post_init__()
         if self.max_minutes is not None and (self.world_size > 1 or self.lr_scheduler_type != "linear"):
             raise ValueError(
@@ -200,10 +206,15 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
         args, per_device_train_batch_size=1, per_device_eval_batch_size=1, gradient_accumulation_steps=1,
         num_train_epochs=0, dataloader_num_workers=0, sequence_warmup_steps=0, seed=0, data_seed=0,
         context_parallel_size=1, warmup_steps=0, max_grad_norm=0, weight_decay=0, label_smoothing_factor=0,
-        neftune_noise_alpha=0, dataloader_prefetch_factor=1,
+        neftune_noise_alpha=0, dataloader_prefetch_factor=1, eval_accumulation_steps=1, learning_rate=0, adam_beta1=0,
+        adam_beta2=0, adam_epsilon=0,
     )  # fmt: skip
     if args.label_smoothing_factor > 1:
         raise ValueError(f"label_smoothing_factor must be at most 1, got {args.label_smoothing_factor}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"{name} must be below 1, got {getattr(args, name)}.")
+    check_schedule(args)
     for name in ("seed", "data_seed"):
         if (value := getattr(args, name)) >= 2**32:  # numpy's limit
             raise ValueError(f"{name} must be below 2**32 = {2**32}, got {value}.")
@@ -228,6 +239,19 @@ def check_arguments(args: FlashTrainingArguments, metrics: Collection[str]) -> N
         raise ValueError(f"torch_compile_backend must be one of {names}, got {backend!r}.{nearest(backend, backends)}")
     if args.auto_find_batch_size and getattr(args, "batch_tokens", None) is not None:
         raise ValueError("auto_find_batch_size must be left out with batch_tokens, which it would change.")
+
+
+def check_schedule(args: FlashTrainingArguments) -> None:
+    """Raise a ValueError if the learning rate's schedule cannot be made with its arguments."""
+    steps = {"num_warmup_steps": 0, "num_training_steps": 1}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs must fit lr_scheduler_type={args.lr_scheduler_type.value}, got "
+            f"{args.lr_scheduler_kwargs}: {error}"
+        ) from error
 
 
 def set_batch(args: FlashTrainingArguments, block_size: int) -> None:
