@@ -377,9 +377,10 @@ def mixed_chunk_attention(
     B, G, C, E = value_BGCE.shape
     total, stored_k = None, lin_k
     # The causal global part is zero in a first chunk, and skipped for a short input. Not for TorchScript, which would
-    # skip it for any input if its example is short.
+    # skip it for any input if its example is short, nor on its own, since parameters would have no gradient.
     begins = initial is not None or layout.neighbours is not None
-    needs_lin = lin_q is not None and (not causal or G > 1 or begins or return_state or torch.jit.is_tracing())
+    skips = causal and G == 1 and not begins and not return_state and not torch.jit.is_tracing()
+    needs_lin = lin_q is not None and (quad_q is None or not skips)
     if needs_lin:
         if previous_key:
             stored_k = previous_keys(lin_k, layout, before)

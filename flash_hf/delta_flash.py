@@ -365,7 +365,7 @@ def delta_chunk_attention(
     out, after = mixed_chunk_attention(own, value_BGCE, layout, state=state, return_state=return_state, **options)
     # A first chunk reads nothing, as in the mean.
     short = value_BGCE.shape[1] == 1 and state is None and not return_state and not torch.jit.is_tracing()
-    if qk.lin_q is None or short:
+    if qk.lin_q is None or (short and qk.quad_q is not None):
         # Zeros, so that the gates have a gradient: DistributedDataParallel waits for that of every parameter.
         return out + (0 * qk.gates).sum().to(out.dtype), after
     remote, fields = delta_attention(

@@ -122,6 +122,21 @@ def test_gradient_accumulation_equals_one_large_batch(cls):
         assert_close(parameter.grad, expected[name], 1e-6, name)
 
 
+@pytest.mark.parametrize("form", [
+    {}, {"attention_type": "local"}, {"attention_type": "global"}, {"attention_type": "quadratic"},
+    {"attention_type": "global", "global_form": "previous_token"}, {"global_state": "delta"},
+    {"attention_type": "global", "global_state": "delta", "global_form": "previous_token"},
+], ids=str)  # fmt: skip
+def test_every_parameter_has_a_gradient(form):
+    """Which DistributedDataParallel waits for: in rows of one chunk, too, where the causal global part is 0."""
+    config = tiny_config(**form)
+    for cls in [FlashForCausalLM, FlashForMaskedLM][: 1 if "global_state" in form else 2]:
+        for length in (1, 3, config.chunk_size, 2 * config.chunk_size + 1):
+            model, ids = make_model(cls, config, dtype=torch.float32), random_ids(config, 2, length)
+            model(ids, labels=ids).loss.backward()
+            assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("cls", HEADS)
 def test_gradient_checkpointing_gives_the_same_gradients(cls, reentrant):
