@@ -54,6 +54,9 @@ PASSED = {LASTING: (2048, 8192), "plus-keys": (2048, 8192), PLUS: (2048, 8192), 
 CLOSE = 0.02
 SEVERAL_PASSES = 600
 LASTED = (LASTING, "plus-keys", RIVAL)
+# The others get fewer tokens, as do masked models.
+FEWER_PASSES = 300
+FOLLOWED = (FLASH, PLUS_LOCAL, "flash-quad", MODERN)
 # Text is also measured at these times the training context.
 BEYOND = (2, 4, 8)
 # Masked, too, with rates searched at each context.
@@ -191,8 +194,12 @@ def passes(results: Results) -> list[Cell]:
     places = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]
     for context in PASSED_MASKED:
         places += [(model, {"task": "mixed-masked", "context": context}, ONE_PASS) for model in HEADLINE]
+    more = [cell for cell in long if cell.model in FOLLOWED]
     searches, long = searched(results, places)
-    return cells + searches + long
+    more = [cell for cell in more + long if cell in results and cell.tokens == ONE_PASS]
+    # At the rate that was best in the whole pass.
+    best = [lowest[cell.model, cell.size, cell.task, cell.context, cell.tokens] for cell in more]
+    return cells + searches + long + [replace(cell, tokens=FEWER_PASSES) for cell in best]
 
 
 def searched(results: Results, places: Iterable[tuple[str, dict, int]]) -> tuple[list[Cell], list[Cell]]:

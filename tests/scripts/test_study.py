@@ -209,10 +209,25 @@ def test_long_trainings_begin_with_the_best_rates_of_shorter_ones():
     assert {(cell.model, cell.context) for cell in results if cell.tokens == grid.SEVERAL_PASSES} == {
         (model, context) for model in grid.LASTED for context in contexts
     }
-    assert {(cell.model, cell.size, cell.rate) for cell in results if cell.tokens == grid.BASE_TOKENS} == {
-        ("plus-keys", "base", 0.002),
-        (grid.RIVAL, "base", 0.002),
-    }
+    assert {(cell.model, cell.rate) for cell in results if (cell.tokens, cell.size) == (grid.BASE_TOKENS, "base")} == {
+        ("plus-keys", 0.002), (grid.RIVAL, 0.002),
+    }  # fmt: skip
+
+
+def test_models_without_several_passes_get_300_million_tokens():
+    """At the rate that was best in the whole pass, which may be another than in its tenth."""
+    cells = grid.passes({})
+    while set(found := grid.passes(finished(cells, {0.002: 4.0, 0.004: 4.1, 0.001: 4.2}))) != set(cells):
+        cells = found
+    cell = next(cell for cell in cells if (cell.model, cell.context, cell.tokens) == (grid.MODERN, 8192, 235))
+    other = dataclasses.replace(cell, rate=0.004)
+    results = finished(cells, {0.002: 4.0, 0.004: 4.1, 0.001: 4.2}) | {other: {"final": {"loss": 3.9}}}
+    briefer = [cell for cell in grid.passes(results) if (cell.tokens, cell.size) == (grid.FEWER_PASSES, "m")]
+    places = {(cell.model, cell.task, cell.context): cell.rate for cell in briefer}
+    causal = {(model, "mixed-causal", context) for model in grid.FOLLOWED for context in grid.PASSED[model]}
+    masked = {(model, "mixed-masked", context) for model in grid.HEADLINE for context in (512, 8192)}
+    assert len(briefer) == len(places) and set(places) == causal | masked
+    assert {place for place, rate in places.items() if rate != 0.002} == {(grid.MODERN, "mixed-causal", 8192)}
 
 
 def test_masked_long_trainings_have_rates_of_their_own():
