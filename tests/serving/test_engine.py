@@ -295,7 +295,7 @@ def test_what_the_engine_offers_and_flash_has_not_is_refused(tmp_path, options, 
 
 def test_models_without_a_state_of_constant_size_are_refused(tmp_path):
     save(tmp_path / "quad", attention_type="quadratic")
-    assert "needs a state of constant size, and attention_type='quadratic'" in refusal(tmp_path / "quad")
+    assert "needs a state of constant size, but attention_type='quadratic'" in refusal(tmp_path / "quad")
     FlashForMaskedLM(tiny_config()).save_pretrained(tmp_path / "masked")
     assert "got the architecture FlashForMaskedLM" in refusal(tmp_path / "masked")
     config = json.loads((tmp_path / "quad" / "config.json").read_text(encoding="utf-8"))
