@@ -463,8 +463,7 @@ def test_operators_pass_opcheck(causal, lin):
     H = 4 if lin else 2
     heads, bias, no_gates = (new(H, S), new(H, S)), new(2 * C - 1), (None, None)
     angle = torch.rand(3 * C, S // 2, device=DEVICE)
-    cached = None, None, None
-    tables = *heads, *no_gates, bias, angle.cos(), angle.sin(), None, *cached, list(plan.index)
+    tables = *heads, *no_gates, bias, angle.cos(), angle.sin(), None, *tiles.Cached(), list(plan.index)
     options = dict(
         B=2, N=N, G=plan.chunks, C=C, shift=plan.shift, E=E, S=S, H=H, causal=causal, quad=True, lin=lin,
         previous=False, local_shift=False, delta=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C,
