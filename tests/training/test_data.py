@@ -6,17 +6,19 @@ import gzip
 import io
 import json
 import lzma
+import os
 import pickle
 import time
 from functools import partial
+from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 
 from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM
 from flash_hf.hub import vocabulary_size
@@ -587,10 +589,19 @@ def test_masking_depends_on_seed_epoch_and_content_only(tokenizer):
 
 
 def test_a_used_collator_can_be_sent_to_workers(with_gaps):
-    """Pickled as for those that are spawned, on macOS; they see later epochs of the one in the main process."""
+    """Pickled as for those that are spawned, on macOS, which take over files that have to stay open until then (those
+    of a generator's state do not); they see later epochs of the one in the main process."""
     rows = [{"input_ids": list(range(3, 200))} for _ in range(4)]
     collator = MaskingCollator(with_gaps, seed=1)
     collator(rows)
+    descriptors = []
+    process = SimpleNamespace(DupFd=int, duplicate_for_child=lambda one: descriptors.append(one) or one)
+    context.set_spawning_popen(process)
+    try:
+        ForkingPickler.dumps(collator)
+    finally:
+        context.set_spawning_popen(None)
+    assert descriptors and all(os.fstat(one).st_size for one in descriptors)
     sent = pickle.loads(ForkingPickler.dumps(collator))
     for epoch in range(2):
         collator.epoch = epoch
