@@ -233,8 +233,9 @@ def read_prompt(model, x, mask, lengths, backend):
     return torch.cat(out), [layer.state for layer in cache.past_key_values.layers]
 
 
-@pytest.mark.parametrize("form", PROMPTS)
-@pytest.mark.parametrize("lengths", [(61,), (32, 17, 32), (23, 40, 1, 17)], ids=str)
+@pytest.mark.parametrize("lengths, form", [
+    *(((23, 40, 1, 17), form) for form in PROMPTS), ((61,), "plus"), ((32, 17, 32), "plus"), ((32, 17, 32), "global"),
+], ids=str)  # fmt: skip
 def test_prompts_equal_the_torch_tier(form, lengths, monkeypatch):
     """Whole, or in pieces that end at borders of chunks or inside of chunks, with padding; only their first tokens are
     alone a step."""
