@@ -80,20 +80,20 @@ def _decoding_state(
             made, shape, slots=unit.config.chunk_size, skipped=layout.skipped
         )  # fmt: skip
     total, delta = None, {}
+    if chunk_B is None and (shape.delta or plan.index.documents > B):
+        chunk_B = torch.arange(1, B + 1, device=v.device) * G - 1
     if shape.delta:
-        flat_B = torch.arange(1, B + 1, device=v.device) * G - 1 if chunk_B is None else chunk_B
-        since_B = results.slots.detach()[0, flat_B, -1]
+        since_B = results.slots.detach()[0, chunk_B, -1]
         if tensors["since"] is not None:
-            since_B = since_B + torch.where(flat_B % G == 0, tensors["since"], 0)
+            since_B = since_B + torch.where(chunk_B % G == 0, tensors["since"], 0)
         # As the tokens of the open chunk have read it.
-        delta = {"opened": results.prefix.detach()[flat_B, :S].float() * shape.C, "since": since_B}
+        delta = {"opened": results.prefix.detach()[chunk_B, :S].float() * shape.C, "since": since_B}
         newest_B = (seen - 1 + layout.shift + layout.skipped) % unit.config.chunk_size + 1
         lin_k = lin_k[torch.arange(B, device=v.device), newest_B][:, None] if shape.previous else None
     if shape.lin:
         total = results.final.detach()
         if plan.index.documents > B:
-            flat_B = torch.arange(1, B + 1, device=v.device) * G - 1 if chunk_B is None else chunk_B
-            total = total[torch.searchsorted(plan.index.document_end, plan.index.group_G[flat_B], right=True)]
+            total = total[torch.searchsorted(plan.index.document_end, plan.index.group_G[chunk_B], right=True)]
         if total.shape[1] > S or is_tracing():
             total = total[:, :S].clone()
     return DecodingState(
@@ -142,8 +142,8 @@ def gated_attention(
         u_BNE, z_BNS = (F.pad(x, (0, 0, plan.cached, 0)) for x in (u_BNE, z_BNS))
         if gates_BN2 is not None:
             # They neither forget nor write: the state has them already.
-            nothing = gates_BN2.new_tensor([math.inf, -math.inf]).expand(len(gates_BN2), plan.cached, -1)
-            gates_BN2 = torch.cat([nothing, gates_BN2], 1)
+            inputs = zip(gates_BN2.split(1, -1), (math.inf, -math.inf), strict=True)
+            gates_BN2 = torch.cat([F.pad(x, (0, 0, plan.cached, 0), value=value) for x, value in inputs], -1)
     B, N, E = v_BNE.shape
     shape, others = _shape_and_tensors(
         unit, places, bias_R, state, return_state, B=B, D=0, E=E, silu=silu, dtype=v_BNE.dtype
