@@ -359,8 +359,10 @@ def beyond(results: Results, causal: bool = True) -> str:
     def whole(cell: Cell) -> bool:
         return any(len(seed["lengths"]) == len(grid.BEYOND) for seed in seeds_of(results, cell))
 
-    def each(losses: list[float | None]) -> str:
-        return ", ".join("-" if loss is None else f"{loss:.3f}" for loss in losses if any(losses)) or "-"
+    def each(found: list[dict | None]) -> str:
+        if not any(found):
+            return "-"
+        return ", ".join("-" if length is None else f"{length['loss']:.3f}" for length in found)
 
     cells, best = passed(results, causal), best_rates(results)
     shown = dict.fromkeys(cells)
@@ -372,10 +374,11 @@ def beyond(results: Results, causal: bool = True) -> str:
     for cell in shown:
         seeds = [seed for seed in seeds_of(results, cell) if seed["lengths"]]
         if seeds:
-            lengths = [seed["lengths"].get(str(factor * cell.context)) for seed in seeds for factor in grid.BEYOND]
-            losses = [length and length["loss"] for length in lengths]
-            found = [each(losses[i :: len(grid.BEYOND)]) for i in range(len(grid.BEYOND))]
-            rows.append([*long_head(results, cell), each([final_loss(seed) for seed in seeds]), *found])
+            own = ", ".join(f"{final_loss(seed):.3f}" for seed in seeds)
+            longer = [
+                each([seed["lengths"].get(f"{factor * cell.context}") for seed in seeds]) for factor in grid.BEYOND
+            ]
+            rows.append([*long_head(results, cell), own, *longer])
     return table(head, rows) if rows else "No cells yet."
 
 
