@@ -36,7 +36,7 @@ from .chunking_flash import (
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 11
+KERNEL_INTERFACE = 12
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
@@ -156,8 +156,11 @@ def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bo
     return kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout) is None
 
 
-def is_watched(x_BND: Tensor) -> bool:
-    """Whether kernels have to be called as operators, which steps of the delta rule are not."""
+def is_watched(x_BND: Tensor, *, compiled: bool = False) -> bool:
+    """Whether kernels have to be called as operators, which steps of the delta rule are not. With `compiled`, calls
+    that torch.compile traces do not count."""
+    if compiled and torch.compiler.is_compiling():
+        return is_exporting() or type(x_BND) is not Tensor
     return is_tracing() or is_transformed() or type(x_BND) is not Tensor
 
 
@@ -292,7 +295,7 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
         and isinstance(places.layout, StepLayout)
         and cache.is_initialized
         and len(x_BND) <= MOST_STEP_ROWS
-        and not is_watched(x_BND)
+        and not is_watched(x_BND, compiled=not cache.record_past)
         and not (cache.record_past and is_distributed())  # keys are made between the modules
         and not (layer.hidden_dropout and layer.training)
         and is_stock(layer)

@@ -9,6 +9,7 @@ heads.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -557,8 +558,26 @@ _LIBRARY.define(
     "gated_step" + torch.library.infer_schema(gated_step, mutates_args=("quad_k", "lin_k", "value", "total", "seen")),
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
+for _function in (project, add_output):
+    _LIBRARY.define(
+        _function.__name__ + torch.library.infer_schema(_function, mutates_args=()),
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    )
+
+
+def _on_device_of_x(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def call(x, *others):
+        with on_device(x):
+            return function(x, *others)
+
+    return call
+
+
 for _key in ("CUDA", "CPU"):
     _LIBRARY.impl("gated_step", gated_step, _key)
+    for _function in (project, add_output):
+        _LIBRARY.impl(_function.__name__, _on_device_of_x(_function), _key)
 
 
 @torch.library.register_fake("flash_hf::gated_step", lib=_LIBRARY)
@@ -566,4 +585,16 @@ def _(u, *others):
     return u.new_empty(u.shape)
 
 
+@torch.library.register_fake("flash_hf::project", lib=_LIBRARY)
+def _(x, gain, w_u, w_v, w_z, *others):
+    return x.new_empty(len(x), 2 * len(w_u) + len(w_z))
+
+
+@torch.library.register_fake("flash_hf::add_output", lib=_LIBRARY)
+def _(x, *others):
+    return torch.empty_like(x)
+
+
 step_operator = torch.ops.flash_hf.gated_step.default
+project_operator = torch.ops.flash_hf.project.default
+output_operator = torch.ops.flash_hf.add_output.default

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,16 @@ from ..attention_flash import DecodingState, closed_total, score_scale, shifted_
 from ..chunking_flash import ChunkLayout, Places, child, is_tracing, parameter, projections
 from . import ops
 from .plan import ChunkPlan
-from .step import add_output, delta_step, gated_step, project, step_gates, step_operator
+from .step import (
+    add_output,
+    delta_step,
+    gated_step,
+    output_operator,
+    project,
+    project_operator,
+    step_gates,
+    step_operator,
+)  # fmt: skip
 from .tiles import Cached, Shape, on_device, shape_of
 
 
@@ -278,20 +288,24 @@ def attention_step(
 
     Arguments as of `gated_attention`.
     """
-    kernels, options = _step_kernels(unit, places, state, gates_BN2), {"bias_R": bias_R, "silu": silu, "state": state}
+    kernels = _step_kernels(unit, places, state, gates_BN2, watched=ops.is_watched((u_BNE,)))
+    options = {"bias_R": bias_R, "silu": silu, "state": state}
+    tokens = (u_BNE, v_BNE, z_BNS)
+    if not u_BNE.stride(-1) == v_BNE.stride(-1) == z_BNS.stride(-1) == 1:
+        tokens = [x.contiguous() for x in tokens]
     if not places.steps:
-        return _one_step(kernels[0], unit, u_BNE, v_BNE, z_BNS, places, **options)
-    columns = zip(*(x.split(1, 1) for x in (u_BNE, v_BNE, z_BNS)), places.steps, strict=True)
+        return _one_step(kernels[0], unit, *tokens, places, **options)
+    columns = zip(*(x.split(1, 1) for x in tokens), places.steps, strict=True)
     return torch.cat([_one_step(step, unit, *x, **options) for step, x in zip(kernels, columns, strict=True)], 1)
 
 
 def _step_kernels(
-    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, **projected
+    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, *, watched: bool, **projected
 ) -> Sequence[Callable]:
     """What computes the step of each token."""
     layout = places.layout
     if gates_BN2 is None:
-        return (gated_step,) * (len(places.steps) or 1)
+        return (step_operator if watched else gated_step,) * (len(places.steps) or 1)
     deltas = step_gates(
         gates_BN2, unit.gate_bias, layout.position_BN, layout.valid_BN, state, layout.shift,
         parameter(unit.offset_scale, "weight").shape[1], **projected,
@@ -305,16 +319,10 @@ def _one_step(
 ) -> Tensor:  # fmt: skip
     # Once per layer and token: no lookup that costs, and arguments by position, which saves 3 microseconds.
     layout, scale = places.layout, unit.offset_scale
-    if not u_B1E.stride(-1) == v_B1E.stride(-1) == z_B1S.stride(-1) == 1:
-        u_B1E, v_B1E, z_B1S = u_B1E.contiguous(), v_B1E.contiguous(), z_B1S.contiguous()
     cos, sin = (None, None) if places.rotary is None else places.rotary
-    seen = state.seen
-    if step is gated_step and ops.is_watched((u_B1E,)):
-        step = step_operator
-        if unit.layer_idx == 0:
-            # Inductor computes positions, which it takes from this `seen`, again for the next layer. An operator that
-            # had written to it would be before that.
-            seen = None
+    # Inductor computes positions, which it takes from this `seen`, again for the next layer. An operator that had
+    # written to it would be before that.
+    seen = None if step is step_operator and unit.layer_idx == 0 else state.seen
     out_B1E = step(
         u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
         state.lin_k, state.value, state.total, seen, bias_R, unit.divisor, unit.normalization == "mean",
@@ -342,14 +350,16 @@ def layer_step(
 
     Otherwise as of `layer`.
     """
-    unit, scale = block.gau, block.gau.offset_scale
+    unit = block.gau
     u, v, z, o = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
     B, N, D = x_BND.shape
     E, S = v.weight.shape[0], z.weight.shape[0]
     steps = places.steps or (places,)
     x = x_BND[:, 0].contiguous() if N == 1 else x_BND.transpose(0, 1).reshape(N * B, D)  # token by token
-    with on_device(x):
-        h = project(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
+    watched = ops.is_watched((x,))
+    projection, output = (project_operator, output_operator) if watched else (project, add_output)
+    with contextlib.nullcontext() if watched else on_device(x):
+        h = projection(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
         gates_BN2, projected = None, {}
         if unit.delta:
             gates_BN2 = x.new_empty(N, B, 2, dtype=torch.float32).transpose(0, 1)
@@ -357,14 +367,10 @@ def layer_step(
                 "x": x, "gain": block.norm.weight, "w": unit.gate_proj.weight.contiguous(), "eps": block.norm.eps,
             }  # fmt: skip
         state, attended = begin(h, gates_BN2), []
-        kernels = _step_kernels(unit, places, state, gates_BN2, **projected)
+        kernels = _step_kernels(unit, places, state, gates_BN2, watched=watched, **projected)
         for own, step, part in zip(steps, kernels, (h,) if N == 1 else h.split(B), strict=True):
-            layout, (cos, sin) = own.layout, (None, None) if own.rotary is None else own.rotary
-            attended.append(step(
-                *part.split([E, E, S], 1), scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN,
-                state.quad_k, state.lin_k, state.value, state.total, state.seen, bias_R, unit.divisor,
-                unit.normalization == "mean", unit.interleaved, True, layout.shift, unit.previous_key,
-                unit.local_key_shift,
-            ))  # fmt: skip
-        out = add_output(x, attended[0] if N == 1 else torch.cat(attended), o.weight, o.bias)
+            attended.append(
+                _one_step(step, unit, *part.split([E, E, S], 1), own, bias_R=bias_R, silu=True, state=state)
+            )
+        out = output(x, attended[0] if N == 1 else torch.cat(attended), o.weight, o.bias)
         return out[:, None] if N == 1 else out.view(N, B, D).transpose(0, 1)

@@ -372,6 +372,14 @@ def test_opcheck(settings):
     torch.library.opcheck(torch.ops.flash_hf.gated_step.default, op_arguments(case, valid), test_utils=tests)
 
 
+def test_opcheck_of_the_products():
+    sizes = (3, 24), (1,), (40, 24), (8, 24), (3, 40), (24, 40), (40,), (8,), (24,)
+    x, gain, w, z, h, o, b, b_z, b_o = (torch.randn(size, device=DEVICE) for size in sizes)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(kernel.project_operator, (x, gain, w, w, z, b, b, b_z, 1e-5), test_utils=tests)
+    torch.library.opcheck(kernel.output_operator, (x, h, o, b_o), test_utils=tests)
+
+
 @forms
 def test_compiles_in_one_graph(form):
     case = Case(**FORMS[form])

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
@@ -619,13 +620,16 @@ def test_prefill_and_steps_equal_the_torch_tier(changes, static, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
-@pytest.mark.parametrize("padded", [True, False])
-def test_compiled_steps_have_the_positions_before_them(padded):
-    """In all layers: inductor computes a position where it is used, from the count of tokens as it is then."""
-    model = make_model(FlashForCausalLM, config_of(num_hidden_layers=3), dtype=torch.float32).to(DEVICE)
+@pytest.mark.parametrize("padded, changes", [(True, {}), (False, LOCAL_KEYS)], ids=["padded", "local keys"])
+def test_compiled_steps(padded, changes):
+    """Whole layers by operators, with the positions before the step in each: inductor computes a position where it is
+    used, from the count of tokens as it is then."""
+    model = make_model(FlashForCausalLM, config_of(num_hidden_layers=3, **changes), dtype=torch.float32).to(DEVICE)
     ids = random_ids(model.config, 2, 40).to(DEVICE)
-    compiled = torch.compile(model.__call__, fullgraph=True)
-    results = []
+    graphs, results = [], []
+    compiled = torch.compile(
+        model.__call__, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or compile_fx(graph, inputs)
+    )
     for call in (model, compiled):
         cache = StaticCache(config=model.config, max_cache_len=64)
         mask = torch.ones_like(ids)
@@ -640,6 +644,10 @@ def test_compiled_steps_have_the_positions_before_them(padded):
         results.append((torch.cat(out), *itertools.chain(*counts)))
     for one, other in zip(*results, strict=True):
         assert_close(one.double(), other.double(), 1e-5)
+    own = torch.ops.flash_hf
+    for graph in graphs:
+        found = [node.target for node in graph.graph.nodes if str(node.target).startswith("flash_hf.")]
+        assert found == [own.project.default, own.gated_step.default, own.add_output.default] * 3
 
 
 STEP_FORMS = (
