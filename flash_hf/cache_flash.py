@@ -621,10 +621,11 @@ def check_cache(cache: Cache, config: FlashConfig, forms: list[StateForm], batch
     else:
         found, expected, width = layer.keys.shape[3], config.query_key_dim, layer.values.shape[3]
     # A tensor-parallel shard of the values is narrower.
-    if found != expected or config.intermediate_size % width:
+    E, fits = config.intermediate_size, width == config.intermediate_size
+    if found != expected or not (fits or (is_distributed() and E % width == 0)):
         raise ValueError(
             f"The cache was filled by a model of another shape ({found}, values of width {width}); this model needs "
-            f"{expected}, {config.intermediate_size}. Start with an empty cache."
+            f"{expected}, {E}. Start with an empty cache."
         )
 
 

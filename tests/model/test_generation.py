@@ -462,6 +462,7 @@ def test_caches_that_cannot_fit_are_refused():
         {"global_form": "previous_token"},
         {"global_state": "delta"},
         {"local_window": 2},
+        {"hidden_size": 48},  # a multiple, of which a cache could be a shard under tensor parallelism
     ):
         with pytest.raises(ValueError, match="another shape"):
             build(**changes)(ids, past_key_values=cache)
