@@ -138,10 +138,8 @@ class Documents(Movable):
         return self.valid_BN is None and self.start_BN is None and self.seen_B is None
 
 
-def check_mask(
-    attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor, seen_B: Tensor | None = None
-) -> Tensor | None:
-    """The part `[B, N]` of the 2-D padding mask for the tokens of this call, as bool; None if all are real."""
+def check_mask_shape(attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor) -> None:
+    """Refuse (ValueError) what is no 2-D padding mask of these tokens, or of these and the cached ones."""
     is_tensor = isinstance(attention_mask, Tensor)
     if not is_tensor or attention_mask.ndim != 2:
         got = f"{attention_mask.ndim} dimensions" if is_tensor else type(attention_mask).__name__
@@ -157,6 +155,14 @@ def check_mask(
         if not isinstance(past_length, int) or past_length > 0:
             either += f", or ({batch}, {past_length} + {length}) with the {past_length} cached tokens in front"
         raise ValueError(f"attention_mask must have shape {either}, got {tuple(attention_mask.shape)}.")
+
+
+def check_mask(
+    attention_mask: Tensor, batch: int, length: int, past_length: int | Tensor, seen_B: Tensor | None = None
+) -> Tensor | None:
+    """The part `[B, N]` of the 2-D padding mask for the tokens of this call, as bool; None if all are real."""
+    check_mask_shape(attention_mask, batch, length, past_length)
+    width = attention_mask.shape[1]
     mask = attention_mask[:, -length:]
     valid = mask != 0
     if is_tracing():

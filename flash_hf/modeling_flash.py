@@ -102,6 +102,7 @@ from .chunking_flash import (
     QuadraticLayout,
     StepLayout,
     append_layout,
+    check_mask_shape,
     child,
     chunk_layout,
     compare_with_cache,
@@ -836,6 +837,9 @@ def check_inputs(
     if not isinstance(tokens, Tensor):
         cure = "Tokenize with return_tensors='pt', and pass the result as model(**inputs)."
         raise ValueError(f"{rule}, got {type(tokens).__name__}. {cure}")
+    # Before the dtype: without a token, tokenizers return floats.
+    if not is_tracing() and 0 in tokens.shape[:2]:
+        raise ValueError(f"The input must hold at least one row and one token, got shape {tuple(tokens.shape)}.")
     if input_ids is None:
         fits = tokens.ndim == 3 and tokens.shape[2] == D and tokens.is_floating_point()
     else:
@@ -844,8 +848,6 @@ def check_inputs(
         raise ValueError(f"{rule}, got {tuple(tokens.shape)} of {tokens.dtype}.")
     if is_tracing():
         return
-    if 0 in tokens.shape[:2]:
-        raise ValueError(f"The input must hold at least one row and one token, got shape {tuple(tokens.shape)}.")
     if input_ids is not None and input_ids.device.type == "cpu":
         low, high = (int(value) for value in input_ids.aminmax())
         # Not config.vocab_size: set_input_embeddings leaves it as it is.
@@ -1115,6 +1117,18 @@ class FlashForCausalLM(FlashPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: cache},
             **kwargs,
         )
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        # Before the model is called, generate() makes positions of the mask, and drops one without padding.
+        prompt, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        as_ids = name == "input_ids"
+        check_inputs(self.model, prompt if as_ids else None, None if as_ids else prompt, None)
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
+        # With both, the mask may be that of the ids.
+        if mask is not None and (as_ids or not model_kwargs["input_ids"].shape[1]):
+            past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+            check_mask_shape(mask, *prompt.shape[:2], past)
+        return prompt, name, model_kwargs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
         cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")

@@ -3,6 +3,7 @@
 
 import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -731,9 +732,31 @@ def test_a_cache_of_another_batch(beams):
 
 
 def test_an_empty_prompt_is_refused():
+    """Tokenizers return float32 for texts without tokens."""
     model = build()
-    with pytest.raises(ValueError, match="at least one row and one token"):
-        model.generate(words(model, 1, 0), **WORDS)
+    for empty in (words(model, 1, 0), words(model, 2, 0), words(model, 2, 0).float(), words(model, 2, 3)[:0]):
+        for given in ({"input_ids": empty}, {"input_ids": empty, "attention_mask": empty}):
+            with pytest.raises(ValueError, match="at least one row and one token, got shape"):
+                model.generate(**given, **WORDS)
+    for wrong in ([[3, 4]], "three"):
+        with pytest.raises(ValueError, match="input_ids must be .* return_tensors='pt'"):
+            model.generate(wrong, **WORDS)
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 11), (1, 10)])
+def test_a_mask_of_another_shape_is_refused_by_its_name(shape):
+    """generate() makes positions of it, which the user did not give, and drops a mask of ones."""
+    model, cache = build(), DynamicCache(config=tiny_config(is_decoder=True))
+    ids, mask = words(model, 2, 10), torch.ones(shape, dtype=torch.long)
+    for given in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
+        with pytest.raises(
+            ValueError, match=r"attention_mask must have shape \(2, 10\), got " + re.escape(str(shape))
+        ):
+            model.generate(**given, attention_mask=mask, **WORDS)
+    with torch.no_grad():
+        model(ids[:, :6], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 10\), or \(2, 6 \+ 10\)"):
+        model.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **WORDS)
 
 
 def test_embeddings_are_not_cut_into_pieces():
