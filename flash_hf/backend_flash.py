@@ -157,8 +157,8 @@ def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bo
 
 
 def is_watched(x_BND: Tensor, *, compiled: bool = False) -> bool:
-    """Whether kernels have to be called as operators, which steps of the delta rule are not. With `compiled`, calls
-    that torch.compile traces do not count."""
+    """Whether kernels have to be called as operators, which steps of the delta rule are not. With `compiled`, not
+    where torch.compile traces the call."""
     if compiled and torch.compiler.is_compiling():
         return is_exporting() or type(x_BND) is not Tensor
     return is_tracing() or is_transformed() or type(x_BND) is not Tensor

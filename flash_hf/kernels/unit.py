@@ -26,7 +26,7 @@ from .step import (
     project_operator,
     step_gates,
     step_operator,
-)  # fmt: skip
+)
 from .tiles import Cached, Shape, on_device, shape_of
 
 
@@ -320,8 +320,8 @@ def _one_step(
     # Once per layer and token: no lookup that costs, and arguments by position, which saves 3 microseconds.
     layout, scale = places.layout, unit.offset_scale
     cos, sin = (None, None) if places.rotary is None else places.rotary
-    # Inductor computes positions, which it takes from this `seen`, again for the next layer. An operator that had
-    # written to it would be before that.
+    # Inductor computes positions, which it takes from the first layer's `seen`, again for the next layer. An operator
+    # that had written to it would be before that.
     seen = None if step is step_operator and unit.layer_idx == 0 else state.seen
     out_B1E = step(
         u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
