@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter, mended, and without what it does again and again: half of its time."""
 
+import dataclasses
 import inspect
 
 
 def patch_interpreter() -> None:
     mend_comparisons()
     spare_repetitions()
+    spare_overflow()
+    spare_types()
 
 
 def mend_comparisons() -> None:
@@ -39,16 +42,23 @@ def spare_repetitions() -> None:
     if not {"tl", "_patch_lang", "_LangPatchScope", "_get_np_dtype"} <= vars(interpreter).keys():
         return
     tl, patch, numpy_type = interpreter.tl, interpreter._patch_lang, interpreter._get_np_dtype
-    languages, patched, types = {}, set(), {}
+    languages, patches, patched, types = {}, {}, set(), {}
 
     def patch_lang(fn):
         if fn not in languages:
             found = (value for value in fn.__globals__.values() if inspect.ismodule(value))
             languages[fn] = frozenset(module.__name__ for module in found if module in (tl, tl.core))
-        if languages[fn] in patched:
+        language = languages[fn]
+        if language in patched:
             return interpreter._LangPatchScope()  # with nothing to restore
-        patched.add(languages[fn])
-        scope = patch(fn)
+        patched.add(language)
+        if language in patches:
+            scope = interpreter._LangPatchScope()
+            for change in patches[language]:
+                scope.set_attr(*change)
+        else:
+            scope = patch(fn)
+            patches[language] = [(owner, name, getattr(owner, name)) for owner, name, _ in scope._changes]
         restore = scope.restore
         scope.restore = lambda: (patched.clear(), restore())
         return scope
@@ -60,3 +70,56 @@ def spare_repetitions() -> None:
         return types[name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_lang, get_np_dtype
+
+
+def spare_overflow() -> None:
+    """Leave out the 64-bit copy of each sum of integers: the assertion on it is off (`debug`) in the interpreter."""
+    try:
+        from triton.runtime.interpreter import interpreter_builder
+    except ImportError:
+        return
+    options = getattr(interpreter_builder, "options", None)
+    if options is not None and not options.debug and getattr(options, "sanitize_overflow", False):
+        interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def spare_types() -> None:
+    """Make the shape of a type, and of its tensors, once for all of them; and do not broadcast to the same shape."""
+    try:
+        from triton.language import block_type, tensor
+        from triton.language.semantic import TritonSemantic
+    except ImportError:
+        return
+    make_block, make_tensor, broadcast = block_type.__init__, tensor.__init__, TritonSemantic.broadcast_impl_value
+    blocks, shapes = {}, {}
+
+    def init_block(self, element_ty, shape):
+        sizes = tuple([getattr(size, "value", size) for size in shape])
+        made = blocks.get((element_ty.name, sizes))
+        if made is None:
+            make_block(self, element_ty, shape)
+            blocks[element_ty.name, sizes] = {**vars(self), "sizes": sizes}
+        else:
+            vars(self).update(made)
+            self.element_ty = element_ty
+
+    def init_tensor(self, handle, type):
+        sizes = getattr(type, "sizes", None) if type.is_block() else ()
+        made = shapes.get(sizes)
+        if made is None:
+            make_tensor(self, handle, type)
+            if sizes is not None:
+                own = ("handle", "type", "dtype")
+                shapes[sizes] = {name: value for name, value in vars(self).items() if name not in own}
+        else:
+            vars(self).update(made)
+            self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    def broadcast_impl_value(self, lhs, rhs):
+        sizes = getattr(lhs.type, "sizes", None)
+        if sizes is not None and sizes == getattr(rhs.type, "sizes", None):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    block_type.__init__, tensor.__init__ = init_block, init_tensor
+    TritonSemantic.broadcast_impl_value = broadcast_impl_value
