@@ -84,27 +84,28 @@ def spare_overflow() -> None:
 
 
 def spare_types() -> None:
-    """Make the shape of a type, and of its tensors, once for all of them; and do not broadcast to the same shape."""
+    """Make the shape of a type, and of its tensors, once for all of them; and their common shape once."""
     try:
         from triton.language import block_type, tensor
         from triton.language.semantic import TritonSemantic
     except ImportError:
         return
     make_block, make_tensor, broadcast = block_type.__init__, tensor.__init__, TritonSemantic.broadcast_impl_value
-    blocks, shapes = {}, {}
+    blocks, shapes, joined = {}, {}, {}
 
     def init_block(self, element_ty, shape):
         sizes = tuple([getattr(size, "value", size) for size in shape])
         made = blocks.get((element_ty.name, sizes))
         if made is None:
             make_block(self, element_ty, shape)
-            blocks[element_ty.name, sizes] = {**vars(self), "sizes": sizes}
+            self.sizes = sizes
+            blocks[element_ty.name, sizes] = dict(vars(self))
         else:
             vars(self).update(made)
             self.element_ty = element_ty
 
     def init_tensor(self, handle, type):
-        sizes = getattr(type, "sizes", None) if type.is_block() else ()
+        sizes = sizes_of(type)
         made = shapes.get(sizes)
         if made is None:
             make_tensor(self, handle, type)
@@ -115,11 +116,20 @@ def spare_types() -> None:
             vars(self).update(made)
             self.handle, self.type, self.dtype = handle, type, type.scalar
 
+    def sizes_of(type):
+        return getattr(type, "sizes", None) if type.is_block() else ()
+
     def broadcast_impl_value(self, lhs, rhs):
-        sizes = getattr(lhs.type, "sizes", None)
-        if sizes is not None and sizes == getattr(rhs.type, "sizes", None):
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+        sizes = sizes_of(lhs.type), sizes_of(rhs.type)
+        if None in sizes or sizes[0] != sizes[1] and sizes not in joined:
+            lhs, rhs = broadcast(self, lhs, rhs)
+            if None not in sizes and (() in sizes or len(sizes[0]) == len(sizes[1])):  # else with new dimensions
+                joined[sizes] = sizes_of(lhs.type)
+        elif sizes[0] != sizes[1]:
+            whole = joined[sizes]
+            lhs = lhs if sizes[0] == whole else self.broadcast_impl_shape(lhs, [*whole])
+            rhs = rhs if sizes[1] == whole else self.broadcast_impl_shape(rhs, [*whole])
+        return lhs, rhs
 
     block_type.__init__, tensor.__init__ = init_block, init_tensor
     TritonSemantic.broadcast_impl_value = broadcast_impl_value
