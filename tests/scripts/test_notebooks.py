@@ -25,10 +25,13 @@ SHORTER = {
     "01_quickstart": {"steps=250": "steps=20", "steps=500": "steps=20"},
     "02_mixed_chunk_attention": {"(config), 300, masked": "(config), 20, masked", "(config), 500, ": "(config), 20, "},
     "03_train_a_small_language_model": {"max_steps=400": "max_steps=20"},
-    "04_finetune_a_classifier": {"STEPS = 200": "STEPS = 20", "epochs=5": "epochs=2", "epochs=12": "epochs=1"},
-    "05_long_context": {"range(7)": "range(3)"},
-    "06_embed_and_search": {"len(text) // 2": "len(text) // 8", "2048, 4096, 8192]": "2048]"},
-}
+    "04_finetune_a_classifier": {
+        "STEPS = 200": "STEPS = 20", "epochs=5": "epochs=2", "epochs=12": "epochs=1", "[:400]": "[:160]",
+        "chapters[17:]": "chapters[21:]",
+    },
+    "05_long_context": {"range(7)": "range(2)"},
+    "06_embed_and_search": {"len(text) // 2": "len(text) // 24", "512, 1024, 2048, 4096, 8192]": "256, 512]"},
+}  # fmt: skip
 # 01 teaches calls, the others measure or draw.
 PICTURES = {
     "01_quickstart": 0,
