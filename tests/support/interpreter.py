@@ -2,9 +2,11 @@
 """Triton's interpreter, mended, and without what it does again and again: half of its time."""
 
 import dataclasses
+import functools
 import inspect
 
 
+@functools.cache
 def patch_interpreter() -> None:
     mend_comparisons()
     spare_repetitions()
