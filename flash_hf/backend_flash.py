@@ -157,8 +157,8 @@ def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bo
 
 
 def is_watched(x_BND: Tensor, *, compiled: bool = False) -> bool:
-    """Whether kernels have to be called as operators, which steps of the delta rule are not. With `compiled`, not
-    where torch.compile traces the call."""
+    """Whether kernels have to be called as operators, which caches with the delta rule are not. With `compiled`, for
+    steps, not where torch.compile traces the call."""
     if compiled and torch.compiler.is_compiling():
         return is_exporting() or type(x_BND) is not Tensor
     return is_tracing() or is_transformed() or type(x_BND) is not Tensor
@@ -186,7 +186,8 @@ def _with_plan(places: Places, kernels: ModuleType, config, x_BND: Tensor, causa
     delta = config.global_state == "delta"
     if isinstance(layout, StepLayout):
         # Checked here once, for all layers.
-        return replace(places, fused=_fits(cache.state, kernels) and not (delta and is_watched(x_BND)))
+        watched = delta and is_watched(x_BND, compiled=not cache.record_past)
+        return replace(places, fused=_fits(cache.state, kernels) and not watched)
     # A rollback needs the keys of each token.
     if cache is not None and (cache.record_past or (delta and is_watched(x_BND))):
         return places

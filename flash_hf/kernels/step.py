@@ -522,7 +522,7 @@ def _step_gates_kernel(
 
 def step_gates(
     raw: Tensor, bias: Tensor, position: Tensor, valid: Tensor | None, state: DecodingState, shift: int, key_dim: int,
-    *, x: Tensor | None = None, gain: Tensor | None = None, w: Tensor | None = None, eps: float = 0.0,
+    x: Tensor | None = None, gain: Tensor | None = None, w: Tensor | None = None, eps: float = 0.0,
 ) -> list[DeltaStep]:  # fmt: skip
     """What each of some tokens takes besides for the delta rule; advances `state.since`.
 
@@ -551,18 +551,30 @@ def step_gates(
     return [DeltaStep(state.opened, gates[n], keys[n], keys[n + 1]) for n in range(N)]
 
 
+def gated_delta_step(
+    u: Tensor, v: Tensor, z: Tensor, gamma: Tensor, beta: Tensor, cos: Tensor | None, sin: Tensor | None,
+    position: Tensor, valid: Tensor | None, quad_k: Tensor | None, lin_k: Tensor | None, value: Tensor, total: Tensor,
+    seen: Tensor | None, bias_R: Tensor | None, divisor: float, mean: bool, interleaved: bool, silu: bool, shift: int,
+    previous: bool, local_shift: bool, opened: Tensor, since: Tensor, raw: Tensor | None, gate_bias: Tensor,
+    x: Tensor | None, gain: Tensor | None, w: Tensor | None, eps: float,
+) -> Tensor:  # fmt: skip
+    """[`step_gates`] of one token and [`delta_step`] with them: the operator of a compiled step. The gates are `raw`,
+    or those of x, `[B, D]`."""
+    state = DecodingState(quad_k, lin_k, value, total, seen, opened, since)
+    if raw is None:
+        raw = since.new_empty(len(x), 1, 2)
+    (delta,) = step_gates(raw, gate_bias, position, valid, state, shift, z.shape[-1], x, gain, w, eps)
+    return delta_step(
+        delta, u, v, z, gamma, beta, cos, sin, position, valid, quad_k, lin_k, value, total, seen, bias_R, divisor,
+        mean, interleaved, silu, shift, previous, local_shift,
+    )  # fmt: skip
+
+
 # Not torch.library.custom_op: around an operator that writes to its arguments, its wrappers took 0.23 ms of the host
 # per call, against 0.01 ms this way (2 shared cores, torch 2.13). They are for gradients, which a step does not have.
 _LIBRARY = torch.library.Library("flash_hf", "FRAGMENT")
-_LIBRARY.define(
-    "gated_step" + torch.library.infer_schema(gated_step, mutates_args=("quad_k", "lin_k", "value", "total", "seen")),
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-)
-for _function in (project, add_output):
-    _LIBRARY.define(
-        _function.__name__ + torch.library.infer_schema(_function, mutates_args=()),
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
-    )
+_STATE = ("quad_k", "lin_k", "value", "total", "seen")
+_WRITES = {gated_step: _STATE, gated_delta_step: (*_STATE, "opened", "since"), project: (), add_output: ()}
 
 
 def _on_device_of_x(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -574,12 +586,16 @@ def _on_device_of_x(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-for _key in ("CUDA", "CPU"):
-    _LIBRARY.impl("gated_step", gated_step, _key)
-    for _function in (project, add_output):
-        _LIBRARY.impl(_function.__name__, _on_device_of_x(_function), _key)
+for _function, _written in _WRITES.items():
+    _LIBRARY.define(
+        _function.__name__ + torch.library.infer_schema(_function, mutates_args=_written),
+        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
+    )
+    for _key in ("CUDA", "CPU"):
+        _LIBRARY.impl(_function.__name__, _function if _written else _on_device_of_x(_function), _key)
 
 
+@torch.library.register_fake("flash_hf::gated_delta_step", lib=_LIBRARY)
 @torch.library.register_fake("flash_hf::gated_step", lib=_LIBRARY)
 def _(u, *others):
     return u.new_empty(u.shape)
@@ -596,5 +612,6 @@ def _(x, *others):
 
 
 step_operator = torch.ops.flash_hf.gated_step.default
+delta_operator = torch.ops.flash_hf.gated_delta_step.default
 project_operator = torch.ops.flash_hf.project.default
 output_operator = torch.ops.flash_hf.add_output.default

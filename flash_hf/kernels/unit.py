@@ -19,6 +19,7 @@ from . import ops
 from .plan import ChunkPlan
 from .step import (
     add_output,
+    delta_operator,
     delta_step,
     gated_step,
     output_operator,
@@ -288,8 +289,9 @@ def attention_step(
 
     Arguments as of `gated_attention`.
     """
-    kernels = _step_kernels(unit, places, state, gates_BN2, watched=ops.is_watched((u_BNE,)))
-    options = {"bias_R": bias_R, "silu": silu, "state": state}
+    watched = ops.is_watched((u_BNE,))
+    kernels = _step_kernels(unit, places, state, gates_BN2, watched)
+    options = {"bias_R": bias_R, "silu": silu, "state": state, "watched": watched}
     tokens = (u_BNE, v_BNE, z_BNS)
     if not u_BNE.stride(-1) == v_BNE.stride(-1) == z_BNS.stride(-1) == 1:
         tokens = [x.contiguous() for x in tokens]
@@ -300,29 +302,34 @@ def attention_step(
 
 
 def _step_kernels(
-    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, *, watched: bool, **projected
-) -> Sequence[Callable]:
-    """What computes the step of each token."""
+    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, watched: bool,
+    x: Tensor | None = None, *projected,
+) -> Sequence[Callable]:  # fmt: skip
+    """What computes the step of each token; with x, `[N B, D]`, `projected` are the other arguments from gain on of
+    [`step_gates`]."""
     layout = places.layout
-    if gates_BN2 is None:
+    if not unit.delta:
         return (step_operator if watched else gated_step,) * (len(places.steps) or 1)
+    if watched:  # a single token: others are no steps then
+        more = state.opened, state.since, gates_BN2, unit.gate_bias, x, *(projected or (None, None, 0.0))
+        return [lambda *arguments: delta_operator(*arguments, *more)]
     deltas = step_gates(
         gates_BN2, unit.gate_bias, layout.position_BN, layout.valid_BN, state, layout.shift,
-        parameter(unit.offset_scale, "weight").shape[1], **projected,
+        parameter(unit.offset_scale, "weight").shape[1], x, *projected,
     )  # fmt: skip
     return [partial(delta_step, delta) for delta in deltas]
 
 
 def _one_step(
     step: Callable, unit: nn.Module, u_B1E: Tensor, v_B1E: Tensor, z_B1S: Tensor, places: Places, *,
-    bias_R: Tensor | None, silu: bool, state: DecodingState,
+    bias_R: Tensor | None, silu: bool, state: DecodingState, watched: bool,
 ) -> Tensor:  # fmt: skip
     # Once per layer and token: no lookup that costs, and arguments by position, which saves 3 microseconds.
     layout, scale = places.layout, unit.offset_scale
     cos, sin = (None, None) if places.rotary is None else places.rotary
     # Inductor computes positions, which it takes from the first layer's `seen`, again for the next layer. An operator
     # that had written to it would be before that.
-    seen = None if step is step_operator and unit.layer_idx == 0 else state.seen
+    seen = None if watched and unit.layer_idx == 0 else state.seen
     out_B1E = step(
         u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
         state.lin_k, state.value, state.total, seen, bias_R, unit.divisor, unit.normalization == "mean",
@@ -360,17 +367,15 @@ def layer_step(
     projection, output = (project_operator, output_operator) if watched else (project, add_output)
     with contextlib.nullcontext() if watched else on_device(x):
         h = projection(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
-        gates_BN2, projected = None, {}
+        gates_BN2, projected = None, ()
         if unit.delta:
-            gates_BN2 = x.new_empty(N, B, 2, dtype=torch.float32).transpose(0, 1)
-            projected = {
-                "x": x, "gain": block.norm.weight, "w": unit.gate_proj.weight.contiguous(), "eps": block.norm.eps,
-            }  # fmt: skip
+            gates_BN2 = None if watched else x.new_empty(N, B, 2, dtype=torch.float32).transpose(0, 1)
+            projected = x, block.norm.weight, unit.gate_proj.weight.contiguous(), block.norm.eps
         state, attended = begin(h, gates_BN2), []
-        kernels = _step_kernels(unit, places, state, gates_BN2, watched=watched, **projected)
+        kernels = _step_kernels(unit, places, state, gates_BN2, watched, *projected)
         for own, step, part in zip(steps, kernels, (h,) if N == 1 else h.split(B), strict=True):
-            attended.append(
-                _one_step(step, unit, *part.split([E, E, S], 1), own, bias_R=bias_R, silu=True, state=state)
-            )
+            attended.append(_one_step(
+                step, unit, *part.split([E, E, S], 1), own, bias_R=bias_R, silu=True, state=state, watched=watched,
+            ))  # fmt: skip
         out = output(x, attended[0] if N == 1 else torch.cat(attended), o.weight, o.bias)
         return out[:, None] if N == 1 else out.view(N, B, D).transpose(0, 1)

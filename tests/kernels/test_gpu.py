@@ -112,9 +112,10 @@ def test_pieces_of_any_size_equal_the_whole(form, dtype, ratio, kind):
             assert_close(model(ids[:, begin:end], **given).logits[real], full[:, begin:end][real], ratio)
 
 
-def test_generate_compiles_the_static_cache():
+@pytest.mark.parametrize("form", [{}, {"global_state": "delta", "local_key_shift": True}], ids=["mean", "delta"])
+def test_generate_compiles_the_static_cache(form):
     """generate() compiles decoding by itself on a GPU, with CUDA graphs; the tokens are those of the plain cache."""
-    model = make_model(FlashForCausalLM, tiny_config(), dtype=torch.float32).cuda()
+    model = make_model(FlashForCausalLM, tiny_config(**form), dtype=torch.float32).cuda()
     ids = random_ids(model.config, 2, 29).cuda()
     mask = torch.ones_like(ids)
     mask[0, :9] = 0

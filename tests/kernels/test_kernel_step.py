@@ -5,6 +5,7 @@ Without a CUDA device the kernel runs in triton's interpreter, which has to be a
 """
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -298,7 +299,7 @@ def test_a_unit_hands_its_step_to_the_kernel():
     *_, rotary, position, valid, state = case.arguments(case.state)
     unit = SimpleNamespace(
         offset_scale=SimpleNamespace(weight=case.gamma, bias=case.beta), divisor=2.0, normalization="mean",
-        interleaved=False, previous_key=False, local_key_shift=False,
+        interleaved=False, previous_key=False, local_key_shift=False, delta=False,
     )  # fmt: skip
     places = SimpleNamespace(layout=StepLayout(position, valid), rotary=rotary, steps=())
     sparse = torch.stack([u, u], -1)[..., 0]
@@ -378,6 +379,28 @@ def test_opcheck_of_the_products():
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(kernel.project_operator, (x, gain, w, w, z, b, b, b_z, 1e-5), test_utils=tests)
     torch.library.opcheck(kernel.output_operator, (x, h, o, b_o), test_utils=tests)
+
+
+@pytest.mark.parametrize("form", ["gates of x, shifted keys", "given gates, global"])
+def test_opcheck_of_the_delta_rule(form):
+    (B, C, E, S), whole = (3, 4, 24, 8), form.startswith("gates of x")
+    tensor = partial(torch.randn, device=DEVICE)
+    position = torch.tensor([[5], [3], [0]], device=DEVICE)
+    state = (
+        tensor(B, C + 1, S) if whole else None, tensor(B, 1, S) if whole else None, tensor(B, C, E), tensor(B, S, E),
+        position[:, 0].clone(),
+    )  # fmt: skip
+    heads = 4 if whole else 2
+    torch.library.opcheck(
+        kernel.delta_operator,
+        (
+            tensor(B, E), tensor(B, E), tensor(B, S), tensor(heads, S), tensor(heads, S), None, None, position, None,
+            *state, tensor(2 * C - 1) if whole else None, 2.0, False, False, True, 0, whole, whole, tensor(B, S, E),
+            tensor(B), None if whole else tensor(B, 1, 2), tensor(2), tensor(B, 16) if whole else None,
+            tensor(1) if whole else None, tensor(2, 16) if whole else None, 1e-5,
+        ),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )  # fmt: skip
 
 
 @forms

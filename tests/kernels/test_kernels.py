@@ -625,10 +625,18 @@ def test_prefill_and_steps_equal_the_torch_tier(changes, static, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
-@pytest.mark.parametrize("padded, changes", [(True, {}), (False, LOCAL_KEYS)], ids=["padded", "local keys"])
-def test_compiled_steps(padded, changes):
-    """Whole layers by operators, with the positions before the step in each: inductor computes a position where it is
+@pytest.mark.parametrize(
+    "padded, changes, whole",
+    [
+        (True, {}, True), (False, LOCAL_KEYS, True), (True, DELTA, True),
+        (False, {**GLOBAL_DELTA, "global_form": "paper"}, False),
+    ],
+    ids=["mean, padded", "local keys", "delta, padded", "delta, global, between projections"],
+)  # fmt: skip
+def test_compiled_steps(padded, changes, whole, monkeypatch):
+    """Layers by operators, with the positions before the step in each: inductor computes a position where it is
     used, from the count of tokens as it is then."""
+    monkeypatch.setattr(backend_flash, "MOST_STEP_ROWS", 64 if whole else 0)
     model = make_model(FlashForCausalLM, narrow(num_hidden_layers=3, **changes), dtype=torch.float32).to(DEVICE)
     ids = random_ids(model.config, 2, 40).to(DEVICE)
     graphs, results = [], []
@@ -650,9 +658,10 @@ def test_compiled_steps(padded, changes):
     for one, other in zip(*results, strict=True):
         assert_close(one.double(), other.double(), 1e-5)
     own = torch.ops.flash_hf
+    step = (own.gated_delta_step if model.config.global_state == "delta" else own.gated_step).default
     for graph in graphs:
         found = [node.target for node in graph.graph.nodes if str(node.target).startswith("flash_hf.")]
-        assert found == [own.project.default, own.gated_step.default, own.add_output.default] * 3
+        assert found == ([own.project.default, step, own.add_output.default] if whole else [step]) * 3
 
 
 STEP_FORMS = (
