@@ -154,7 +154,7 @@ def main() -> int:
     if options.tiny:
         environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
     runner = CellRunner(options.work, words, minutes=options.minutes, least_seconds=5 if options.tiny else 80,
-                        environment=environment, done=bundle, begin=begin, lasting=True,
+                        environment=environment, done=bundle, begin=begin,
                         devices=max(1, torch.cuda.device_count()))  # fmt: skip
     runner.run(upcoming(), options.workers)
     for cell, why in runner.failed.items():

@@ -227,7 +227,7 @@ class Study(CellRunner):
             environment["OMP_NUM_THREADS"] = "1"  # in tests, beside other work
         command = [sys.executable, "-m", "scripts.study.finetune", *sys.argv[1:], "--serve"]
         super().__init__(
-            self.work, command, minutes=options.minutes, lasting=True,
+            self.work, command, minutes=options.minutes,
             least_seconds=5 if options.smoke else 30, environment=environment, begin=begin,
         )  # fmt: skip
         self.tasks = [task for task in task_options(options) if options.tasks is None or task in options.tasks]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the cells of a study, each in its own process or many in a lasting one. A cell writes one JSON file, and
-finished cells are not run again, so that an interrupted study resumes where it stopped."""
+"""Runs the cells of a study, many in each process. A cell writes one JSON file, and finished cells are not run again,
+so that an interrupted study resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Gate:
 
 
 def serve(run: Callable[[str], None], logs: Path) -> None:
-    """The worker of `CellRunner(lasting=True)`: run the cells named on standard input, one per line, each with its own
+    """The worker of `CellRunner`: run the cells named on standard input, one per line, each with its own
     log, and answer with a line each. Ends with the input, or with the first cell that fails."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     for name in map(str.strip, sys.stdin):
@@ -89,8 +89,7 @@ class CellRunner:
 
     Args:
         folder: Folder of cells/NAME.json and logs/NAME.log.
-        command: The command that runs a cell, without the cell's name.
-        lasting: Whether the command runs many cells (see [`serve`]) and thereby imports and initialises only once.
+        command: The command that runs cells (see [`serve`]), many of them, so that it imports and initialises once.
         devices: Number of GPUs; each process sees one of them.
         minutes: Time limit; the next run resumes.
         least_seconds: No cell is started with less time left.
@@ -101,10 +100,10 @@ class CellRunner:
     def __init__(
         self, folder: Path, command: list[str], *, minutes: float, least_seconds: float = 30.0,
         environment: dict[str, str] | None = None, done: Callable[[str], None] = lambda cell: None,
-        begin: float | None = None, lasting: bool = False, devices: int = 1,
+        begin: float | None = None, devices: int = 1,
     ):  # fmt: skip
         self.folder, self.command, self.minutes, self.least_seconds = Path(folder), command, minutes, least_seconds
-        self.lasting, self.devices, self.kept = lasting, devices, threading.local()
+        self.devices, self.kept = devices, threading.local()
         self.environment, self.done = environment or {}, done
         self.begin = time.perf_counter() if begin is None else begin
         self.failed: dict[str, str] = {}
@@ -165,14 +164,7 @@ class CellRunner:
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[self.kept.device]
         log, begin = self.folder / "logs" / f"{cell}.log", self.seconds()
         try:
-            if self.lasting:
-                done = self._ask(cell, environment, left)
-            else:
-                with open(log, "w", encoding="utf-8") as file:
-                    done = not subprocess.run(
-                        [*self.command, cell], stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=left
-                    ).returncode
-            if not done:
+            if not self._ask(cell, environment, left):
                 self.failed[cell] = (
                     log.read_text(errors="replace", encoding="utf-8")[-1500:] if log.is_file() else "it did not start"
                 )

@@ -417,17 +417,27 @@ def test_the_gate_keeps_others_out(tmp_path):
     assert order == [0] * 6 and max(together) > 1
 
 
+def cell_command(folder, text):
+    """A worker like `serve` without its imports and logs: it writes `text` for each cell and ends at the cell bad."""
+    program = (
+        "import os, sys, time; from pathlib import Path\n"
+        "for name in map(str.strip, sys.stdin):\n"
+        "    time.sleep(0.5)\n"
+        "    assert name != 'bad'\n"
+        f"    Path({str(folder)!r}, 'cells', name + '.json').write_text({text})\n"
+        "    print('done', flush=True)"
+    )
+    return [sys.executable, "-c", program]
+
+
 def test_finished_cells_are_not_run_again_and_failures_are_reported(tmp_path):
-    program = ("import sys, json, pathlib; name = sys.argv[1]; assert name != 'bad', 'this one fails'; "
-               f"path = pathlib.Path({str(tmp_path)!r}, 'cells', name + '.json'); "
-               "path.write_text(json.dumps({'runs': 1}))")  # fmt: skip
     done = []
-    runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, done=done.append)
+    runner = CellRunner(tmp_path, cell_command(tmp_path, "'1'"), minutes=5, least_seconds=0, done=done.append)
     write_json(runner.path("old"), {"runs": 0})
     runner.run(["old", "new", "bad"], 2)
-    assert done == ["new"] and runner.result("old") == {"runs": 0} and runner.result("new") == {"runs": 1}
-    assert list(runner.failed) == ["bad"] and "this one fails" in runner.failed["bad"]
-    late = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=0, least_seconds=0)
+    assert done == ["new"] and runner.result("old") == {"runs": 0} and runner.result("new") == 1
+    assert runner.failed == {"bad": "it did not start"}
+    late = CellRunner(tmp_path, runner.command, minutes=0, least_seconds=0)
     late.begin -= 1
     late.run(["new", "other"], 1)
     assert "not begun" in late.failed["other"] and "new" not in late.failed
@@ -435,13 +445,9 @@ def test_finished_cells_are_not_run_again_and_failures_are_reported(tmp_path):
 
 def test_each_of_several_devices_has_workers_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    program = (
-        "import os, sys, time; from pathlib import Path\n"
-        "time.sleep(0.5)\n"
-        f"Path({str(tmp_path)!r}, 'cells', sys.argv[1] + '.json').write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
-    )
     (tmp_path / "cells").mkdir()
-    runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, devices=2)
+    command = cell_command(tmp_path, "os.environ['CUDA_VISIBLE_DEVICES']")
+    runner = CellRunner(tmp_path, command, minutes=5, least_seconds=0, devices=2)
     runner.run(["a", "b", "c", "d"], 2)
     assert sorted(runner.result(cell) for cell in "abcd") == [2, 2, 5, 5] and not runner.failed
 
@@ -463,8 +469,8 @@ def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
         if cell == "c":
             runner.minutes = (runner.seconds() + 1) / 60
 
-    runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, lasting=True,
-                        done=done, environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
+    runner = CellRunner(tmp_path, [sys.executable, "-c", program], minutes=5, least_seconds=0, done=done,
+                        environment={"PYTHONPATH": str(ROOT)})  # fmt: skip
     runner.run(["a", "b", "bad", "c", "long"], 1)
     assert runner.result("a") == runner.result("b") != runner.result("c") is not None
     assert list(runner.failed) == ["bad", "long"]
@@ -474,9 +480,7 @@ def test_a_process_that_lasts_runs_cells_until_one_fails(tmp_path):
 
 
 def test_what_is_run_next_may_depend_on_what_was_found(tmp_path):
-    runner = CellRunner(tmp_path, [sys.executable, "-c", "import sys; from pathlib import Path; "
-                        f"Path({str(tmp_path)!r}, 'cells', sys.argv[1] + '.json').write_text('1')"],
-                        minutes=5, least_seconds=0)  # fmt: skip
+    runner = CellRunner(tmp_path, cell_command(tmp_path, "'1'"), minutes=5, least_seconds=0)
     (tmp_path / "cells").mkdir()
 
     def source():
