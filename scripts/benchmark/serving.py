@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import flash_hf
 from flash_hf.commands.options import OptionParser, natural, run_command
+from scripts.benchmark.report import markdown
 from scripts.provenance import processor, provenance, write_json
 
 
@@ -183,14 +184,14 @@ def table(result: dict) -> str:
     cells = {(cell["system"], cell["prompt"], cell["requests"]): cell for cell in result["cells"]}
     columns = list(dict.fromkeys((prompt, requests) for _, prompt, requests in cells))
     heads = [f"{prompt:,} x {requests}" for prompt, requests in columns]
-    lines = [["prompt / new tokens per second", *heads], ["---"] * (len(heads) + 1)]
+    lines = []
     for system, name in SYSTEMS.items():
         found = [cells[system, *column] for column in columns]
         lines.append(
             [name, *(f"{cell['prompt_tokens_per_s']:,.0f} / {cell['new_tokens_per_s']:,.0f}" for cell in found)]
         )
     memory = "; ".join(f"{name}: {size / 2**20:,.1f} MiB" for name, size in result["state_bytes_per_request"].items())
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\nState per request: {memory}."
+    return markdown(["prompt / new tokens per second", *heads], lines) + f"\n\nState per request: {memory}."
 
 
 def main() -> None:

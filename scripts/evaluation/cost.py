@@ -22,7 +22,7 @@ def cache_bytes(cache: DynamicCache) -> int:
     for layer in cache.layers:
         state = getattr(layer, "state", None)
         tensors = (layer.keys, layer.values) if state is None else tuple(state)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        total += sum(tensor.nbytes for tensor in tensors if tensor is not None)
     return total
 
 

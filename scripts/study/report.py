@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ..benchmark.report import markdown as table
 from . import grid
 from .grid import FLASH, FORMS, HEADLINE, RECALL_TASKS, RIVAL, SHORT, Cell, Results, best_rates, final_loss
 from .models import MODELS
@@ -26,10 +27,6 @@ SIZES_PASSED = ("m", "base")  # of the long trainings
 TIMED_ON = "NVIDIA H100 80GB HBM3"
 # Forms are compared in a table of their own; the others have only these.
 HIDDEN = set(FORMS) - {"flash-local", grid.SHIFTED, grid.PLUS}
-
-
-def table(head: Row, rows: list[Row]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def chosen(results: Results, size: str = "m", tokens: int | float = grid.TOKENS) -> dict[tuple[str, str, int], Cell]:
