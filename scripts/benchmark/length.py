@@ -14,7 +14,6 @@ with more processes than GPUs: they exchange through gloo.
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from flash_hf.parallel import context_parallel, shard_sequence
 from flash_hf.parallel.exchange import all_gather, reduce_scatter
 from scripts.baselines import TransformerPPConfig, TransformerPPForCausalLM
 from scripts.benchmark import length_report
+from scripts.benchmark.timing import clean
 from scripts.provenance import provenance, write_json
 
 
@@ -113,12 +113,6 @@ class Bench:
     def wait(self) -> None:
         if self.args.device == "cuda":
             torch.cuda.synchronize()
-
-    def clean(self) -> None:
-        gc.collect()
-        if self.args.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
     def peak_gib(self) -> float | None:
         return round(torch.cuda.max_memory_allocated() / 2**30, 2) if self.args.device == "cuda" else None
@@ -200,7 +194,7 @@ def train(bench: Bench) -> None:
         for context in bench.args.contexts:
             if bench.late(f"train {form} {context}"):
                 return
-            bench.clean()
+            clean(bench.args.device)
             rows = max(1, bench.args.tokens // context)
             row = {"part": "train", "form": form, "context": context, "rows": rows}
             try:
@@ -222,7 +216,7 @@ def prefill(bench: Bench) -> None:
     for form in bench.args.forms:
         if bench.late(f"prefill {form}"):
             return
-        bench.clean()
+        clean(bench.args.device)
         row = {"part": "prefill", "form": form}
         try:
             model = bench.model(form).eval()
@@ -233,7 +227,7 @@ def prefill(bench: Bench) -> None:
             decode(bench, form, model, cache, ids)
             for attempt in ("warm-up", "measured"):
                 cache, spent = DynamicCache(config=model.config), []
-                bench.clean()
+                clean(bench.args.device)
                 for begin in range(0, longest, piece):
                     bench.wait()
                     start = time.perf_counter()
@@ -255,9 +249,9 @@ def prefill(bench: Bench) -> None:
         model = cache = None
 
 
-def decode(bench: Bench, form: str, model: FlashForCausalLM, cache, ids: Tensor, tokens: int = 64) -> None:
+def decode(bench: Bench, form: str, model: FlashForCausalLM, cache, ids: Tensor) -> None:
     context, spent = int(cache.get_seq_length()), []
-    for token in range(tokens + 4):
+    for token in range(4 + 64):
         bench.wait()
         begin = time.perf_counter()
         model(ids[:, token : token + 1], cache=cache, use_cache=True)
@@ -366,7 +360,7 @@ def scaling(bench: Bench) -> None:
         for context in (longest // bench.size, longest):
             if bench.late(f"scaling {form} {context} alone"):
                 return
-            bench.clean()
+            clean(bench.args.device)
             row = {"part": "scaling", "form": form, "context": context, "devices": 1}
             try:
                 model = bench.training(form)
@@ -379,7 +373,7 @@ def scaling(bench: Bench) -> None:
             model = ids = None
         if bench.late(f"scaling {form} {longest} cut"):
             return
-        bench.clean()
+        clean(bench.args.device)
         dist.barrier(bench.mesh.get_group())
         model = context_parallel(bench.training(form), bench.mesh)
         ids = bench.ids(model, 1, longest)
@@ -397,7 +391,7 @@ def scaling(bench: Bench) -> None:
         model = ids = batch = None
 
 
-def links(bench: Bench, model: FlashForCausalLM, calls: int = 20) -> None:
+def links(bench: Bench, model: FlashForCausalLM) -> None:
     """The collectives of a step, each alone: of a layer's sums, forward and backward, and of all gradients."""
     group, config = bench.mesh.get_group(), model.config
     sums = torch.zeros(config.query_key_dim * config.intermediate_size, device=bench.args.device)
@@ -414,10 +408,10 @@ def links(bench: Bench, model: FlashForCausalLM, calls: int = 20) -> None:
             dist.barrier(group)
             bench.wait()
             begin = time.perf_counter()
-            for _ in range(calls):
+            for _ in range(20):
                 call()
             bench.wait()
-            ms = 1e3 * (time.perf_counter() - begin) / calls
+            ms = 1e3 * (time.perf_counter() - begin) / 20
         bench.add(part="links", collective=name, devices=bench.size, bytes=tensor.nbytes, ms=round(ms, 4))
 
 

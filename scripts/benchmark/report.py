@@ -80,12 +80,11 @@ def read(paths: Iterable[Path]) -> Results:
     return found
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None) -> str:
     """Three digits without an exponent; a dash for None."""
     if value is None:
         return "-"
-    magnitude = len(str(int(abs(value))))
-    return f"{value:.{max(0, digits - magnitude)}f}"
+    return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

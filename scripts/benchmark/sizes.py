@@ -24,10 +24,6 @@ class Size:
     def blocks(self) -> int:
         return self.layers // 2
 
-    @property
-    def value_dim(self) -> int:
-        return 2 * self.width
-
 
 BASE = Size()
 # Size m of the study: on a fast GPU Python takes longer than the kernels.

@@ -132,18 +132,18 @@ def peak_gib(device: str) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
 
 
-def matmul_rate(device: str, dtype: torch.dtype, side: int, reps: int = 20) -> tuple[Timing, float]:
+def matmul_rate(device: str, dtype: torch.dtype, side: int) -> tuple[Timing, float]:
     """Time of a `side`^3 matrix product of random numbers, and its operations per second, the denominator of MFU."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    timing = measure(lambda: a @ b, device, reps=reps, warmup=3)
+    timing = measure(lambda: a @ b, device, reps=20, warmup=3)
     return timing, 2 * side**3 / (timing.median * 1e-3)
 
 
-def copy_rate(device: str, size: int, reps: int = 20) -> tuple[Timing, float]:
+def copy_rate(device: str, size: int) -> tuple[Timing, float]:
     """Time of copying `size` bytes on the device, and bytes read and written per second."""
     source = torch.randint(0, 256, (size,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    timing = measure(lambda: target.copy_(source), device, reps=reps, warmup=3)
+    timing = measure(lambda: target.copy_(source), device, reps=20, warmup=3)
     return timing, 2 * size / (timing.median * 1e-3)
 
 

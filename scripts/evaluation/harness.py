@@ -9,12 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def run_lm_eval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Run the tasks of a folder with lm-evaluation-harness.
 
@@ -38,7 +33,7 @@ def run_lm_eval(
     if not any(Path(folder).glob("*.yaml")):
         raise ValueError(f"folder must hold tasks in .yaml files, but {folder} holds none.")
     manager = TaskManager(include_path=str(Path(folder).resolve()), include_defaults=False)
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=True)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, add_bos_token=True)
     found = lm_eval.simple_evaluate(
         model=wrapped, tasks=manager.all_tasks, task_manager=manager, limit=limit, bootstrap_iters=1000,
         random_seed=0, numpy_random_seed=0, torch_random_seed=0,

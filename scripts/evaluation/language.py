@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from flash_hf.cache_flash import CACHE_NAME
 from flash_hf.loss_flash import IGNORE
 from flash_hf.training import token_scores
-from flash_hf.training.packing import MaskingCollator, Packing, pack_documents
+from flash_hf.training.packing import MaskingCollator, pack_documents
 from flash_hf.training.tokenizer import document_end, document_start, tokenize_documents
 
 
@@ -49,9 +49,9 @@ def score_document(model: PreTrainedModel, ids_N: Tensor, *, segment: int = 4096
     return tuple(torch.cat(parts) for parts in zip(*scores, strict=True))
 
 
-def position_edges(longest: int, first: int = 256) -> list[int]:
+def position_edges(longest: int) -> list[int]:
     """0, 256, 512, 1024, ... up to the first edge of at least `longest`."""
-    edges = [0, first]
+    edges = [0, 256]
     while edges[-1] < longest:
         edges.append(2 * edges[-1])
     return edges
@@ -142,7 +142,6 @@ def masked_scores(
     documents: Dataset,
     *,
     block_size: int,
-    packing: Packing = "documents",
     mlm_probability: float = 0.15,
     batch_size: int = 8,
     seed: int = 0,
@@ -151,10 +150,10 @@ def masked_scores(
 
     Args:
         documents: A data set with the column `text`.
-        block_size, packing, mlm_probability, seed: As in training.
+        block_size, mlm_probability, seed: As in training.
     """
     tokenized = tokenize_documents(documents, tokenizer)
-    blocks = pack_documents(tokenized, tokenizer, block_size=block_size, causal=False, packing=packing)
+    blocks = pack_documents(tokenized, tokenizer, block_size=block_size, causal=False, packing="documents")
     collator = MaskingCollator(tokenizer, mlm_probability=mlm_probability, seed=seed)
     nats, right, tokens = 0.0, 0, 0
     for begin in range(0, len(blocks), batch_size):

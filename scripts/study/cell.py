@@ -198,7 +198,7 @@ def batches(
 # Measurements
 # ------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def validate(model: nn.Module, stream: Stream, batch_tokens: int, seed: int = 0) -> Tensor:
+def validate(model: nn.Module, stream: Stream, batch_tokens: int) -> Tensor:
     """Losses of every token of a stream, `[rows, context]` in float32 on the device; NaN where there is no label."""
     model.eval()
     device = next(model.parameters()).device.type
@@ -207,7 +207,7 @@ def validate(model: nn.Module, stream: Stream, batch_tokens: int, seed: int = 0)
     # One pass does not justify a graph.
     with torch.compiler.set_stance("force_eager"), autocast(device):
         for index, part in enumerate(rows):
-            inputs, labels = stream.batch(part.numpy(), seed + index)
+            inputs, labels = stream.batch(part.numpy(), index)
             hidden = model.model(inputs, use_cache=False).last_hidden_state
             losses = token_losses(hidden, model.get_input_embeddings().weight, labels)
             found.append(losses.masked_fill(labels == IGNORE, math.nan))

@@ -349,8 +349,7 @@ def as_readme(summary: dict) -> str:
     """The section of scripts/results/README.md: all rates of both models, what was not run, and the conditions."""
     settings, cells, failed = (summary[key] for key in ("settings", "cells", "failed"))
     bold = {cell_name(row["model"], row["data"], row["learning_rate"], 0) for row in summary["table"]}
-    tuned = [cell for cell in cells.values() if cell["kind"] == "tune"]
-    test_examples = {cell["data"]: cell["metrics"]["test"]["examples"] for cell in tuned}
+    test_examples = {cell["data"]: cell["metrics"]["test"]["examples"] for cell in cells.values()}
 
     def shown(name: str, task: str, rate: float) -> str:
         """The mean over the finished seeds; without any, the reason."""
@@ -396,7 +395,7 @@ def as_readme(summary: dict) -> str:
         paragraphs.append(
             f"Chosen at the end of their grid, so that a rate beyond it may be better: {'; '.join(edges)}."
         )
-    cell = tuned[0]
+    cell = next(iter(cells.values()))
     versions = ", ".join(f"{name} {version}" for name, version in cell["versions"].items() if version)
     paragraphs.append(f"{cell['machine']}, {versions}, commit {(cell['commit'] or 'unknown')[:9]}.")
     for paragraph in paragraphs:

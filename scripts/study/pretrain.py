@@ -323,15 +323,15 @@ def score_documents(model: nn.Module, ids: np.ndarray, sizes: np.ndarray, contex
 
 
 @torch.no_grad()
-def score_passages(model: nn.Module, held: dict[str, np.ndarray], limit: int | None = None, rows: int = 16):
+def score_passages(model: nn.Module, held: dict[str, np.ndarray], limit: int | None = None):
     """The metrics of `scripts.evaluation --measure masked` of blocks of packed passages."""
     model.eval()
     device, weight = next(model.parameters()).device.type, model.get_input_embeddings().weight
     blocks = {name: torch.from_numpy(held[f"passages_{name}"][:limit].astype(np.int64)).to(device)
               for name in ("input_ids", "labels", "position_ids")}  # fmt: skip
     nats, right, tokens = 0.0, 0, 0
-    for at in range(0, len(blocks["labels"]), rows):
-        ids, labels, positions = (blocks[name][at : at + rows] for name in ("input_ids", "labels", "position_ids"))
+    for at in range(0, len(blocks["labels"]), 16):
+        ids, labels, positions = (blocks[name][at : at + 16] for name in ("input_ids", "labels", "position_ids"))
         places = (labels.flatten() >= 0).nonzero()[:, 0]
         truth = labels.flatten()[places]
         with autocast(device):
