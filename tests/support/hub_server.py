@@ -15,7 +15,6 @@ import os
 import re
 import socket
 import struct
-import tempfile
 import threading
 import time
 from datetime import UTC, datetime
@@ -29,7 +28,6 @@ LFS_EXT = (
 ).split()
 REGULAR_MAX = 10 * 1024 * 1024  # bigger than this -> lfs whatever the name (as the Hub: 10 MB)
 TOKENS = {"hf_alice": ("alice", "write"), "hf_alice_ro": ("alice", "read"), "hf_bob": ("bob", "write")}
-SHA = re.compile(r"^[0-9a-f]{40}$")
 
 
 def now():
@@ -56,11 +54,8 @@ class Repo:
             for name in (rev, rev[len(pre) :] if pre and rev.startswith(pre) else rev):
                 if name in table:
                     return table[name]
-        if SHA.match(rev) and rev in self.commits:
+        if rev in self.commits:
             return rev
-        hit = [c for c in self.commits if len(rev) >= 7 and c.startswith(rev)]
-        if hit:
-            return hit[0]
         raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
 
     def commit(self, branch, files, title, message, user, parent, table=None):
@@ -75,7 +70,7 @@ class Repo:
 
 
 class Hub:
-    def __init__(self, root, xet=False):
+    def __init__(self, root, xet):
         self.root, self.xet, self.repos, self.lock, self.log = root, xet, {}, threading.RLock(), []
         for d in ("lfs", "cas"):
             os.makedirs(os.path.join(root, d), exist_ok=True)
@@ -168,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     # ---- plumbing
-    def send(self, status, body=b"", ctype="application/json", headers=(), length=None):
+    def send(self, status, body=b"", ctype="application/json", headers=()):
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
         self.status = status
@@ -176,7 +171,7 @@ class Handler(BaseHTTPRequestHandler):
         for k, v in dict(headers).items():
             self.send_header(k, v)
         self.send_header("Content-Type", ctype)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -184,11 +179,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, path, headers):
         size, rng = os.path.getsize(path), self.headers.get("Range")
         a, b, status = 0, size - 1, 200
-        if rng and (m := re.match(r"bytes=(\d*)-(\d*)$", rng)):
-            if m[1]:
-                a, b = int(m[1]), min(int(m[2] or size - 1), size - 1)
-            else:
-                a = max(0, size - int(m[2]))
+        if rng and (m := re.match(r"bytes=(\d+)-(\d*)$", rng)):
+            a, b = int(m[1]), min(int(m[2] or size - 1), size - 1)
             if a >= size:
                 return self.send(416, b"", headers={"Content-Range": f"bytes */{size}"})
             status = 206
@@ -217,9 +209,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
 
-    def read(self):
-        return self.body
-
     def drain(self):  # always read the body: an error answer must not desync a kept connection
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             out = []
@@ -231,8 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def json(self):
-        b = self.read()
-        return json.loads(b) if b else {}
+        return json.loads(self.body) if self.body else {}
 
     def handle_any(self):
         self.status, self.body = 0, self.drain()
@@ -264,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.hub.log.append((self.command, self.path, self.status))
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     # ---- permissions
     def repo(self, kind, rid, write=False, content=False):
@@ -318,31 +306,23 @@ class Handler(BaseHTTPRequestHandler):
                 },
             )
         if s[:2] == ["api", "validate-yaml"]:
-            self.read()
             return self.send(200, {"errors": [], "warnings": []})
-        if s[:2] == ["api", "telemetry"]:
-            return self.send(200, {})
-        if s[:2] == ["api", "repos"]:
-            return self.repos(s[2])
-        if s[0] == "api" and s[1] in ("models", "datasets", "spaces"):
+        if s == ["api", "repos", "create"]:
+            return self.create_repo()
+        if s[0] == "api" and s[1] in ("models", "datasets"):
             kind = s[1][:-1]
-            if len(s) == 2:
-                return self.list_repos(kind)
             sub = {
                 "revision",
                 "tree",
                 "preupload",
                 "commit",
                 "commits",
-                "refs",
                 "branch",
                 "tag",
                 "paths-info",
                 "settings",
-                "auth-check",
                 "xet-read-token",
                 "xet-write-token",
-                "discussions",
             }
             n = 4 if len(s) > 3 and s[3] not in sub else 3
             return self.repo_api(kind, "/".join(s[2:n]), s[n] if len(s) > n else None, s[n + 1 :])
@@ -350,8 +330,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.lfs_store(s[1])
         if s[0] == "xorb-store":
             return self.send_file(os.path.join(self.hub.root, "cas", os.path.basename(s[1])), {})
-        kind = {"datasets": "dataset", "spaces": "space"}.get(s[0], "model")
-        t = s[1:] if kind != "model" else s
+        kind, t = ("dataset", s[1:]) if s[0] == "datasets" else ("model", s)
         for i in (1, 2):
             if len(t) > i and t[i] in ("resolve", "raw"):
                 return self.resolve(kind, "/".join(t[:i]), t[i + 1], "/".join(t[i + 2 :]))
@@ -359,23 +338,13 @@ class Handler(BaseHTTPRequestHandler):
                 return self.lfs_batch(kind, "/".join(t[:i])[:-4])
         raise HubError(404, "Sorry, we can't find the page you are looking for.")
 
-    def repos(self, verb):
+    def create_repo(self):
         d = self.json()
         if not self.user:
             raise HubError(401, "Invalid username or password.")
-        if verb == "move":
-            a, b = d["fromRepo"], d["toRepo"]
-            r = self.repo(d.get("type") or "model", a, write=True)
-            r.id = b
-            self.hub.repos[(r.kind, b)] = self.hub.repos.pop((r.kind, a))
-            return self.send(200, {})
         kind, owner = d.get("type") or "model", d.get("organization") or self.user
         rid = f"{owner}/{d['name']}"
         pre = "" if kind == "model" else kind + "s/"
-        if verb == "delete":
-            self.repo(kind, rid, write=True)
-            del self.hub.repos[(kind, rid)]
-            return self.send(200, b"OK", "text/plain")
         if owner != self.user or self.role != "write":
             raise HubError(403, f'You don\'t have the rights to create a {kind} under the namespace "{owner}"')
         with self.hub.lock:
@@ -453,31 +422,15 @@ class Handler(BaseHTTPRequestHandler):
             d["library_name"] = card.get("library_name")
         return d
 
-    def list_repos(self, kind):
-        def g(k):
-            return self.q.get(k, [None])[0]
-
-        out = [
-            self.info(r, r.branches["main"])
-            for (k, _), r in self.hub.repos.items()
-            if k == kind
-            and (not r.private or self.user == r.id.split("/")[0])
-            and (not g("author") or r.id.startswith(g("author") + "/"))
-            and (g("search") or "").lower() in r.id.lower()
-        ]
-        self.send(200, out[: int(g("limit") or 1000)])
-
-    def entry(self, r, p, f, c):
+    def entry(self, p, f):
         e = {"type": "file", "oid": f["oid"], "size": f["size"], "path": p}
         if f.get("lfs"):
             e["lfs"] = {"oid": f["lfs"], "size": f["size"], "pointerSize": 134}
             if self.hub.xet and f["lfs"] in self.hub.xet_of:
                 e["xetHash"] = self.hub.xet_of[f["lfs"]][0]
-        if self.q.get("expand", ["false"])[0].lower() == "true":
-            e["lastCommit"] = {"id": c["id"], "title": c["title"], "date": c["date"]}
         return e
 
-    def tree(self, files, r, c, at="", recursive=False):
+    def tree(self, files, at, recursive):
         out, dirs = [], set()
         at = at.strip("/") + "/" if at.strip("/") else ""
         for p, f in sorted(files.items()):
@@ -487,7 +440,7 @@ class Handler(BaseHTTPRequestHandler):
             for i in range(1, len(rest) if recursive else min(2, len(rest))):
                 dirs.add(at + "/".join(rest[:i]))
             if recursive or len(rest) == 1:
-                out.append(self.entry(r, p, f, c))
+                out.append(self.entry(p, f))
         return [
             {"type": "directory", "oid": git_sha("tree", d.encode()), "size": 0, "path": d} for d in sorted(dirs)
         ] + out
@@ -497,9 +450,6 @@ class Handler(BaseHTTPRequestHandler):
         if verb in (None, "revision") and m in ("GET", "HEAD"):
             r = self.repo(kind, rid)
             return self.send(200, self.info(r, r.resolve(rest[0] if rest else "main")))
-        if verb == "auth-check":
-            self.repo(kind, rid, content=True)
-            return self.send(200, {})
         if verb == "settings":
             r, d = self.repo(kind, rid, write=True), self.json()
             r.gated = d.get("gated", r.gated)
@@ -515,30 +465,9 @@ class Handler(BaseHTTPRequestHandler):
                 {"casUrl": self.base, "accessToken": tok, "exp": exp},
                 headers={"X-Xet-Cas-Url": self.base, "X-Xet-Access-Token": tok, "X-Xet-Token-Expiration": str(exp)},
             )
-        if verb == "refs":
-            r = self.repo(kind, rid)
-
-            def f(t, pre):
-                return [{"name": n, "ref": pre + n, "targetCommit": c} for n, c in t.items()]
-
-            return self.send(
-                200,
-                {
-                    "branches": f(r.branches, "refs/heads/"),
-                    "tags": f(r.tags, "refs/tags/"),
-                    "converts": [],
-                    "pullRequests": f(r.prs, ""),
-                },
-            )
-        if verb in ("branch", "tag"):
+        if verb in ("branch", "tag") and m == "POST":
             r, d = self.repo(kind, rid, write=True), self.json()
-            table = r.branches if verb == "branch" else r.tags
-            name = rest[0] if verb == "branch" or m == "DELETE" else d["tag"]
-            if m == "DELETE":
-                if name not in table:
-                    raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
-                del table[name]
-                return self.send(200, {})
+            table, name = (r.branches, rest[0]) if verb == "branch" else (r.tags, d["tag"])
             if name in table:
                 raise HubError(409, f"Reference already exists: {name}")
             table[name] = r.resolve((d.get("startingPoint") or "main") if verb == "branch" else rest[0])
@@ -561,21 +490,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, out)
         if verb == "tree":
             r = self.repo(kind, rid)
-            c = r.commits[r.resolve(rest[0])]
-            at = "/".join(rest[1:])
-            out = self.tree(c["files"], r, c, at, self.q.get("recursive", ["false"])[0].lower() in ("true", "1"))
+            files, at = r.commits[r.resolve(rest[0])]["files"], "/".join(rest[1:])
+            out = self.tree(files, at, self.q.get("recursive", ["false"])[0].lower() in ("true", "1"))
             if at and not out:
                 raise HubError(404, f'{at} does not exist on "{rest[0]}"', "EntryNotFound")
             return self.send(200, out)
         if verb == "paths-info":
             r = self.repo(kind, rid)
-            b = self.read().decode()
+            b = self.body.decode()
             d = json.loads(b) if b.startswith("{") else parse_qs(b)
-            self.q["expand"] = [
-                str(d.get("expand", ["false"])[0] if isinstance(d.get("expand"), list) else d.get("expand"))
-            ]
-            c = r.commits[r.resolve(rest[0])]
-            every = {e["path"]: e for e in self.tree(c["files"], r, c, "", True)}
+            files = r.commits[r.resolve(rest[0])]["files"]
+            every = {e["path"]: e for e in self.tree(files, "", True)}
             return self.send(200, [every[p.strip("/")] for p in d.get("paths", []) if p.strip("/") in every])
         if verb == "preupload":
             r, d = self.repo(kind, rid, write=True), self.json()
@@ -595,25 +520,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, {"files": out})
         if verb == "commit":
             return self.commit(kind, rid, rest[0])
-        if verb == "discussions" and m == "GET":
-            self.repo(kind, rid)
-            return self.send(200, {"discussions": [], "count": 0, "start": 0})
-        if verb == "discussions" and m == "POST" and not rest:
-            r, d = self.repo(kind, rid), self.json()
-            n = len(r.prs) + 1
-            r.prs[f"refs/pr/{n}"] = r.branches["main"]
-            return self.send(200, {"num": n, "title": d["title"], "pullRequest": True})
         raise HubError(404, "Not implemented here: " + self.path)
 
     def commit(self, kind, rid, rev):
-        raw = self.read()
         with self.hub.lock:
             r = self.repo(kind, rid, write=True)
             table = r.prs if rev.startswith("refs/pr/") else r.branches
             if rev not in table:
                 raise HubError(404, f"Invalid rev id: {rev}", "RevisionNotFound")
             head, files = {}, dict(r.commits[table[rev]]["files"])
-            for line in raw.splitlines():
+            for line in self.body.splitlines():
                 if not line.strip():
                     continue
                 d = json.loads(line)
@@ -633,8 +549,8 @@ class Handler(BaseHTTPRequestHandler):
                 elif k == "deletedFile":
                     if files.pop(v["path"], None) is None:
                         raise HubError(404, f"{v['path']} does not exist", "EntryNotFound")
-                elif k == "deletedFolder":
-                    files = {p: f for p, f in files.items() if not p.startswith(v["path"].rstrip("/") + "/")}
+                else:
+                    raise HubError(400, f"Not implemented here: {k}")
             parent = head.get("parentCommit")
             if parent and r.resolve(parent) != table[rev]:
                 raise HubError(412, "A commit has happened since. Please refresh and try again.")
@@ -738,7 +654,7 @@ class Handler(BaseHTTPRequestHandler):
         if not re.match(r"^[0-9a-f]{64}$", oid):
             raise HubError(404, "no such object")
         if self.command == "PUT":
-            data = self.read()
+            data = self.body
             if hashlib.sha256(data).hexdigest() != oid:
                 raise HubError(400, "sha256 mismatch")
             tmp = self.hub.lfs(oid) + f".{threading.get_ident()}"
@@ -756,15 +672,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send_file(self.hub.lfs(oid), {"ETag": f'"{oid}"'})
 
 
-def serve(port=0, root=None, xet=False):
+def serve(root, xet=False):
     """Start in a thread; returns (server, endpoint, hub). server.shutdown() to stop."""
 
     class H(Handler):
         pass
 
-    srv = ThreadingHTTPServer(("127.0.0.1", port), H)
+    srv = ThreadingHTTPServer(("127.0.0.1", 0), H)
     srv.daemon_threads = True
-    H.hub = Hub(root or tempfile.mkdtemp(prefix="hub-"), xet)
+    H.hub = Hub(root, xet)
     H.base, H.cdn = f"http://127.0.0.1:{srv.server_port}", f"http://localhost:{srv.server_port}"
     threading.Thread(target=srv.serve_forever, daemon=True).start()
     return srv, H.base, H.hub
