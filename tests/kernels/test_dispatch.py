@@ -111,9 +111,9 @@ def test_what_a_kernel_is_specialised_for_makes_another_launch(maps):
 def test_what_triton_has_to_see_goes_through_triton(maps, monkeypatch):
     x, y = torch.zeros(32), torch.zeros(32)
 
-    def straight(stub, *arguments, calls=4):
+    def straight(stub, *arguments):
         kernel = dispatch.Kernel(stub)
-        for _ in range(calls):
+        for _ in range(4):
             kernel((3,), *arguments, 32, BLOCK=16, num_warps=4)
         return len(stub.straight)
 

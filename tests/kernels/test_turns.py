@@ -353,7 +353,7 @@ def emulated(monkeypatch, request):
     return Emulated(monkeypatch, request.param)
 
 
-def halves_of(N, G, shift):
+def halves_of(N, shift):
     """Half chunks of a row that have tokens."""
     return range(shift // 128, -(-(N + shift) // 128))
 
@@ -388,7 +388,7 @@ def test_the_groups_of_the_gates_product_take_turns(D, stages, programs, emulate
 def test_the_groups_of_the_reduction_take_turns(shift, causal, programs, emulated):
     names = ("d_attended", "value", "state", "d_state", "a", "d_score", "d_query", "d_key")
     B, N, G, E = 2, 512, 3, 384
-    halves = halves_of(N, G, shift)
+    halves = halves_of(N, shift)
     skip = len(halves) < 2 * G
     emulated.run(
         reduce.reduce_kernel, programs, *map(Described, names), 0, 0, B, N, G, shift, E,
@@ -470,7 +470,7 @@ SHIFTS = pytest.mark.parametrize(
 @pytest.mark.parametrize("split", ["rows", "pieces", "ends"])
 def test_the_warps_of_the_scan_agree(split, back, programs, N, shift, emulated):
     B, blocks, G = 2, 1, -(-(N + shift) // 256)
-    E, cut, halves = 128 * blocks, G // 2, halves_of(N, G, shift)
+    E, cut, halves = 128 * blocks, G // 2, halves_of(N, shift)
     if split == "ends":
         programs += B * blocks  # one for each of the longer walks
     walks = walks_of(split, B, G, cut, back)
@@ -530,7 +530,7 @@ def flat(stored, N):
 @pytest.mark.parametrize("back", [False, True])
 def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emulated):
     B, E, G = 2, 128, -(-(N + shift) // 256)
-    halves, walks = halves_of(N, G, shift), walks_of("pieces" if N > 512 else "rows", B, G, 0, back)
+    halves, walks = halves_of(N, shift), walks_of("pieces" if N > 512 else "rows", B, G, 0, back)
     begin, end = (Pointer("border", tuple(walk[part] for walk in walks)) for part in (1, 2))
     emulated.run(
         wholescan.whole_kernel, programs, *map(Described, ("x", "h", "a", "reader", "state", "out", "value")), 0, 0, 0,
@@ -568,7 +568,7 @@ def test_the_warps_of_the_bidirectional_scan_agree(back, programs, N, shift, emu
 @pytest.mark.parametrize("split", ["pieces", "cut"])
 def test_the_warps_of_the_totals_agree(split, back, programs, N, shift, emulated):
     B, E, G = 2, 128, -(-(N + shift) // 256)
-    halves, cut = halves_of(N, G, shift), G // 2
+    halves, cut = halves_of(N, shift), G // 2
     walks = walks_of("ends" if split == "cut" else split, B, G, cut, back)
     begin, end = (Pointer("border", tuple(walk[part] for walk in walks)) for part in (1, 2))
     if split == "cut":

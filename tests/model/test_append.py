@@ -179,7 +179,7 @@ def test_gradient_checkpointing_cannot_continue_a_cache():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_rollback_to_any_token(form, monkeypatch):
+def test_a_rollback_to_any_token(form):
     """Of a few recorded tokens or of many, packed or padded: what follows is as if they had never been read."""
     model = build(form)
     prompt, mask, ids, more = rows(model, 3 * C)

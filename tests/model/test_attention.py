@@ -34,9 +34,9 @@ CAUSAL = [*DELTA, *WINDOW]
 HEADS = {True: FlashForCausalLM, False: FlashForMaskedLM}
 
 
-def naive_logits(model, ids_N, causal, dtype=torch.float64):
-    weights = {name: value.detach().to(dtype) for name, value in model.model.state_dict().items()}
-    weights["lm_head.weight"] = model.lm_head.weight.detach().to(dtype)
+def naive_logits(model, ids_N, causal):
+    weights = {name: value.double() for name, value in model.model.state_dict().items()}
+    weights["lm_head.weight"] = model.lm_head.weight.detach().double()
     return naive_model(ids_N, weights, naive_config(model.config), causal=causal)
 
 

@@ -73,7 +73,7 @@ def assert_as_alone(logits, model, ids, mask, borders):
         assert_close(logits[row, real], alone, 1e-9, f"row {row}, {borders[:4]}")
 
 
-def static(model, rows=None):
+def static(model):
     return StaticCache(config=model.config, max_cache_len=100)
 
 

@@ -33,7 +33,7 @@ def test_env_finds_wrong_attention(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_self_test_compares_kernels_with_torch(monkeypatch):
+def test_the_self_test_compares_kernels_with_torch():
     """In triton's interpreter, whose bfloat16 is wrong: the self-test notices."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():

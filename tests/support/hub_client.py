@@ -80,8 +80,8 @@ def same(first, second) -> bool:
         return torch.equal(first(IDS).logits, second(IDS).logits)
 
 
-def weight_files(repo: str, revision: str | None = None) -> list[str]:
-    return sorted(f for f in API.list_repo_files(repo, revision=revision) if f.endswith(".safetensors"))
+def weight_files(repo: str) -> list[str]:
+    return sorted(f for f in API.list_repo_files(repo) if f.endswith(".safetensors"))
 
 
 def history(repo: str) -> list[str]:

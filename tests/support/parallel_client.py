@@ -133,7 +133,7 @@ def compare(
     rank, size = mesh.get_local_rank(), mesh.size()
     wrong = []
 
-    def same(what, actual, expected, tolerance=tolerance):
+    def same(what, actual, expected):
         error = error_ratio(actual, expected) if expected.numel() else 0.0
         if actual.shape != expected.shape or not error <= tolerance:
             wrong.append(f"{what}: {error:.2g}, {tuple(actual.shape)} {tuple(expected.shape)}")

@@ -409,8 +409,8 @@ X = IGNORE
 HAND = [{"input_ids": [11, 12, 13]}, {"input_ids": [21]}, {"input_ids": [31, 32]}]
 
 
-def packed(documents=HAND, *, block_size=4, causal=True, packing="concatenate", start_id=1, end_id=2, pad_id=0):
-    ids = {"start_id": start_id, "end_id": end_id, "pad_id": pad_id}
+def packed(documents=HAND, *, block_size=4, causal=True, packing="concatenate", start_id=1):
+    ids = {"start_id": start_id, "end_id": 2, "pad_id": 0}
     packer = Packer(block_size=block_size, causal=causal, packing=packing, **ids)
     rows = [row for document in documents for row in packer.add(document["input_ids"])] + packer.rest()
     return [{key: value.tolist() for key, value in row.items()} for row in rows]

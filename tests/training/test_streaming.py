@@ -52,8 +52,8 @@ def files(tmp_path_factory, tokenizer):
     return folder
 
 
-def rows_of(stream, count: int, name: str = "input_ids") -> list[list[int]]:
-    return [row[name].tolist() for row in itertools.islice(stream, count)]
+def rows_of(stream, count: int) -> list[list[int]]:
+    return [row["input_ids"].tolist() for row in itertools.islice(stream, count)]
 
 
 # --- order and shuffling ---------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ def make_trainer(tmp_path):
     return make
 
 
-def smoothed(logits, labels, *, shift, items=None):
-    """Label smoothing, summed over the labels one by one."""
+def smoothed(logits, labels, *, shift):
+    """The mean of label smoothing over the labels."""
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     log_probs = logits.log_softmax(-1)
@@ -50,7 +50,7 @@ def smoothed(logits, labels, *, shift, items=None):
     losses = (1 - EPSILON) * -log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] - EPSILON * log_probs.mean(
         -1
     )
-    return losses[known].sum() / (known.sum() if items is None else items)
+    return losses[known].mean()
 
 
 def text_batch(config):

@@ -304,12 +304,12 @@ def test_trainer_really_learns(tmp_path):
 # --- losses, gradients, metrics --------------------------------------------------------------------------------------
 
 
-def blocks_of(files: Path, kind: str, packing: str = "documents") -> tuple:
+def blocks_of(files: Path, kind: str) -> tuple:
     """Blocks with uneven numbers of labels: padding, borders, masks."""
     tokenizer = load_tokenizer(str(files / "tokenizer"), masked=True)
     documents = load_documents(files / "train.jsonl")
     tokenized = tokenize_documents(documents, tokenizer)
-    blocks = pack_documents(tokenized, tokenizer, block_size=60, causal=kind == "causal", packing=packing)
+    blocks = pack_documents(tokenized, tokenizer, block_size=60, causal=kind == "causal", packing="documents")
     if kind == "masked":
         blocks = MaskingCollator(tokenizer, seed=0).mask_once(blocks)
     return blocks, tokenizer
@@ -432,7 +432,7 @@ def test_metrics_equal_a_direct_computation(files, tmp_path, kind, packing):
         assert results[1][name] == pytest.approx(got[name], rel=1e-6)
 
 
-def test_evaluation_keeps_no_logits(files):
+def test_evaluation_keeps_no_logits():
     logits, labels = torch.randn(2, 5, 300), torch.randint(0, 300, (2, 5))
     labels[0, :3] = IGNORE
     for causal in (True, False):
