@@ -457,7 +457,7 @@ def sizes(shape: Shape) -> Prepared:
     )  # fmt: skip
 
 
-def gate_arguments(shape: Shape, inputs: Inputs) -> tuple:
+def gate_arguments(inputs: Inputs) -> tuple:
     rms, gain, _ = inputs.norm("bias_u")
     return inputs.gates, inputs.gates.stride(0), rms, gain, inputs.gate_bias, inputs.tokens
 
@@ -473,7 +473,7 @@ def launch_prepare(shape: Shape, inputs: Inputs, heads: Tensor, since: Tensor | 
     width, precision = min(PREPARE["width"], SP), dot_precision(shape.dtype)
     gates_kernel(
         (shape.GT * CP // block,),
-        heads[row - 2], heads[row - 1], *gate_arguments(shape, inputs), heads[row], *slots, inverse,
+        heads[row - 2], heads[row - 1], *gate_arguments(inputs), heads[row], *slots, inverse,
         decay if since is None else since, *shape.grid, float(shape.C), **options, LEVELS=block.bit_length() - 1,
         SCALED=shape.scaled, RAGGED=inputs.source is not None, CACHED=since is not None, PRECISION=precision,
         num_warps=4,
@@ -547,7 +547,7 @@ def launch_prepare_gradient(
     )  # fmt: skip
     gates_gradient_kernel(
         (shape.GT,),
-        *gate_arguments(shape, inputs), since, write, d_move, d_since, leaves, d_write, d_gates, d_gates.stride(0),
+        *gate_arguments(inputs), since, write, d_move, d_since, leaves, d_write, d_gates, d_gates.stride(0),
         d_bias, *shape.grid, d_gates.shape[1], scale, **options, SCALED=shape.scaled, RAGGED=inputs.source is not None,
         num_warps=4,
     )  # fmt: skip
