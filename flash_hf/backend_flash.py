@@ -156,12 +156,16 @@ def appends_in_torch(config, x_BND: Tensor, documents: Documents, *, dropout: bo
     return kernels_for(config, x_BND.device, compute_dtype(x_BND), dropout=dropout) is None
 
 
-def is_watched(x_BND: Tensor, *, compiled: bool = False) -> bool:
-    """Whether kernels have to be called as operators, which caches with the delta rule are not. With `compiled`, for
-    steps, not where torch.compile traces the call."""
-    if compiled and torch.compiler.is_compiling():
-        return is_exporting() or type(x_BND) is not Tensor
+def is_watched(x_BND: Tensor) -> bool:
+    """Whether kernels have to be called as operators, which those of prompts with the delta rule are not."""
     return is_tracing() or is_transformed() or type(x_BND) is not Tensor
+
+
+def can_call_steps(x_BND: Tensor, cache) -> bool:
+    """Whether a step's kernels can be called: directly, or as operators of a compiled call."""
+    if torch.compiler.is_compiling():
+        return type(x_BND) is Tensor and not (is_exporting() or cache.record_past)
+    return not is_watched(x_BND)
 
 
 def _fits(state: DecodingState | None, kernels: ModuleType) -> bool:
@@ -186,8 +190,7 @@ def _with_plan(places: Places, kernels: ModuleType, config, x_BND: Tensor, causa
     delta = config.global_state == "delta"
     if isinstance(layout, StepLayout):
         # Checked here once, for all layers.
-        watched = delta and is_watched(x_BND, compiled=not cache.record_past)
-        return replace(places, fused=_fits(cache.state, kernels) and not watched)
+        return replace(places, fused=_fits(cache.state, kernels) and (not delta or can_call_steps(x_BND, cache)))
     # A rollback needs the keys of each token.
     if cache is not None and (cache.record_past or (delta and is_watched(x_BND))):
         return places
@@ -296,7 +299,7 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
         and isinstance(places.layout, StepLayout)
         and cache.is_initialized
         and len(x_BND) <= MOST_STEP_ROWS
-        and not is_watched(x_BND, compiled=not cache.record_past)
+        and can_call_steps(x_BND, cache)
         and not (cache.record_past and is_distributed())  # keys are made between the modules
         and not (layer.hidden_dropout and layer.training)
         and is_stock(layer)

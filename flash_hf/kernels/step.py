@@ -9,7 +9,6 @@ heads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -355,10 +354,11 @@ def project(
     out = x.new_empty(B, 2 * E + S)
     tiles = step_tiles(B, 2 * E + S, x.dtype)
     columns = 2 * cdiv(E, tiles["BLOCK_N"]) + cdiv(S, tiles["BLOCK_N"])
-    _project_kernel(
-        (columns, cdiv(B, tiles["BLOCK_B"])), x, gain, w_u.contiguous(), w_v.contiguous(), w_z.contiguous(), b_u, b_v,
-        b_z, out, B, D, E, S, eps, PRECISION=dot_precision(x.dtype), **tiles,
-    )  # fmt: skip
+    with on_device(x):
+        _project_kernel(
+            (columns, cdiv(B, tiles["BLOCK_B"])), x, gain, w_u.contiguous(), w_v.contiguous(), w_z.contiguous(), b_u,
+            b_v, b_z, out, B, D, E, S, eps, PRECISION=dot_precision(x.dtype), **tiles,
+        )  # fmt: skip
     return out
 
 
@@ -367,10 +367,11 @@ def add_output(x: Tensor, h: Tensor, w: Tensor, b: Tensor) -> Tensor:
     (B, D), E = x.shape, h.shape[1]
     out = torch.empty_like(x)
     tiles = step_tiles(B, D, x.dtype)
-    _residual_kernel(
-        (cdiv(D, tiles["BLOCK_N"]), cdiv(B, tiles["BLOCK_B"])), x, h, w.contiguous(), b, out, B, D, E,
-        PRECISION=dot_precision(x.dtype), **tiles,
-    )  # fmt: skip
+    with on_device(x):
+        _residual_kernel(
+            (cdiv(D, tiles["BLOCK_N"]), cdiv(B, tiles["BLOCK_B"])), x, h, w.contiguous(), b, out, B, D, E,
+            PRECISION=dot_precision(x.dtype), **tiles,
+        )  # fmt: skip
     return out
 
 
@@ -575,24 +576,13 @@ def gated_delta_step(
 _LIBRARY = torch.library.Library("flash_hf", "FRAGMENT")
 _STATE = ("quad_k", "lin_k", "value", "total", "seen")
 _WRITES = {gated_step: _STATE, gated_delta_step: (*_STATE, "opened", "since"), project: (), add_output: ()}
-
-
-def _on_device_of_x(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(function)
-    def call(x, *others):
-        with on_device(x):
-            return function(x, *others)
-
-    return call
-
-
 for _function, _written in _WRITES.items():
     _LIBRARY.define(
         _function.__name__ + torch.library.infer_schema(_function, mutates_args=_written),
         tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
     )
     for _key in ("CUDA", "CPU"):
-        _LIBRARY.impl(_function.__name__, _function if _written else _on_device_of_x(_function), _key)
+        _LIBRARY.impl(_function.__name__, _function, _key)
 
 
 @torch.library.register_fake("flash_hf::gated_delta_step", lib=_LIBRARY)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ from .step import (
     step_gates,
     step_operator,
 )
-from .tiles import Cached, Shape, on_device, shape_of
+from .tiles import Cached, Shape, shape_of
 
 
 def _tables(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -302,20 +301,18 @@ def attention_step(
 
 
 def _step_kernels(
-    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, watched: bool,
-    x: Tensor | None = None, *projected,
-) -> Sequence[Callable]:  # fmt: skip
-    """What computes the step of each token; with x, `[N B, D]`, `projected` are the other arguments from gain on of
-    [`step_gates`]."""
+    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, watched: bool, *projected
+) -> Sequence[Callable]:
+    """What computes the step of each token; `projected` are the arguments of [`step_gates`] from x on."""
     layout = places.layout
     if not unit.delta:
         return (step_operator if watched else gated_step,) * (len(places.steps) or 1)
     if watched:  # a single token: others are no steps then
-        more = state.opened, state.since, gates_BN2, unit.gate_bias, x, *(projected or (None, None, 0.0))
+        more = state.opened, state.since, gates_BN2, unit.gate_bias, *(projected or (None, None, None, 0.0))
         return [lambda *arguments: delta_operator(*arguments, *more)]
     deltas = step_gates(
         gates_BN2, unit.gate_bias, layout.position_BN, layout.valid_BN, state, layout.shift,
-        parameter(unit.offset_scale, "weight").shape[1], x, *projected,
+        parameter(unit.offset_scale, "weight").shape[1], *projected,
     )  # fmt: skip
     return [partial(delta_step, delta) for delta in deltas]
 
@@ -365,17 +362,16 @@ def layer_step(
     x = x_BND[:, 0].contiguous() if N == 1 else x_BND.transpose(0, 1).reshape(N * B, D)  # token by token
     watched = ops.is_watched((x,))
     projection, output = (project_operator, output_operator) if watched else (project, add_output)
-    with contextlib.nullcontext() if watched else on_device(x):
-        h = projection(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
-        gates_BN2, projected = None, ()
-        if unit.delta:
-            gates_BN2 = None if watched else x.new_empty(N, B, 2, dtype=torch.float32).transpose(0, 1)
-            projected = x, block.norm.weight, unit.gate_proj.weight.contiguous(), block.norm.eps
-        state, attended = begin(h, gates_BN2), []
-        kernels = _step_kernels(unit, places, state, gates_BN2, watched, *projected)
-        for own, step, part in zip(steps, kernels, (h,) if N == 1 else h.split(B), strict=True):
-            attended.append(_one_step(
-                step, unit, *part.split([E, E, S], 1), own, bias_R=bias_R, silu=True, state=state, watched=watched,
-            ))  # fmt: skip
-        out = output(x, attended[0] if N == 1 else torch.cat(attended), o.weight, o.bias)
-        return out[:, None] if N == 1 else out.view(N, B, D).transpose(0, 1)
+    h = projection(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
+    gates_BN2, projected = None, ()
+    if unit.delta:
+        gates_BN2 = None if watched else x.new_empty(N, B, 2, dtype=torch.float32).transpose(0, 1)
+        projected = x, block.norm.weight, unit.gate_proj.weight.contiguous(), block.norm.eps
+    state, attended = begin(h, gates_BN2), []
+    kernels = _step_kernels(unit, places, state, gates_BN2, watched, *projected)
+    for own, step, part in zip(steps, kernels, (h,) if N == 1 else h.split(B), strict=True):
+        attended.append(_one_step(
+            step, unit, *part.split([E, E, S], 1), own, bias_R=bias_R, silu=True, state=state, watched=watched,
+        ))  # fmt: skip
+    out = output(x, attended[0] if N == 1 else torch.cat(attended), o.weight, o.bias)
+    return out[:, None] if N == 1 else out.view(N, B, D).transpose(0, 1)
