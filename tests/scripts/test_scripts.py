@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts as a user runs them: the first-line commands, all options of generate.py, a small demo."""
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -13,6 +14,7 @@ from configparser import ConfigParser
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -398,21 +400,15 @@ def test_demo_in_small(tmp_path):
 def test_compare_backends_in_small(tmp_path, monkeypatch):
     """Its processes, one for each run, in this one: each gets what can be pickled, and returns it."""
 
-    class Here:
-        def __init__(self, workers, mp_context, max_tasks_per_child):
-            assert workers == max_tasks_per_child == 1 and mp_context.get_start_method() == "spawn"
+    def run_all(function, rows):
+        return [pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(function))(row))) for row in rows]
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def map(self, function, rows):
-            return [pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(function))(row))) for row in rows]
+    def executor(workers, mp_context, max_tasks_per_child):
+        assert workers == max_tasks_per_child == 1 and mp_context.get_start_method() == "spawn"
+        return contextlib.nullcontext(SimpleNamespace(map=run_all))
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", Here)
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", executor)
     run_here(*first_line("scripts.benchmark.backends"), "--folder", tmp_path, "--batch", 2, "--length", 100)
     lines = (tmp_path / "backends.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "step,torch,torch-float32" and len(lines) == 6

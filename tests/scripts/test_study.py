@@ -418,12 +418,15 @@ def test_the_gate_keeps_others_out(tmp_path):
 
 
 def cell_command(folder, text):
-    """A worker like `serve` without its imports and logs: it writes `text` for each cell and ends at the cell bad."""
+    """A worker like `serve` without its imports: it writes `text` for each cell, and a log for the cell bad, at which
+    it ends."""
     program = (
         "import os, sys, time; from pathlib import Path\n"
         "for name in map(str.strip, sys.stdin):\n"
         "    time.sleep(0.5)\n"
-        "    assert name != 'bad'\n"
+        "    if name == 'bad':\n"
+        f"        Path({str(folder)!r}, 'logs', name + '.log').write_text('this one fails')\n"
+        "        sys.exit(1)\n"
         f"    Path({str(folder)!r}, 'cells', name + '.json').write_text({text})\n"
         "    print('done', flush=True)"
     )
@@ -431,13 +434,13 @@ def cell_command(folder, text):
 
 
 def test_finished_cells_are_not_run_again_and_failures_are_reported(tmp_path):
-    done = []
-    runner = CellRunner(tmp_path, cell_command(tmp_path, "'1'"), minutes=5, least_seconds=0, done=done.append)
+    done, command = [], cell_command(tmp_path, repr('{"runs": 1}'))
+    runner = CellRunner(tmp_path, command, minutes=5, least_seconds=0, done=done.append)
     write_json(runner.path("old"), {"runs": 0})
     runner.run(["old", "new", "bad"], 2)
-    assert done == ["new"] and runner.result("old") == {"runs": 0} and runner.result("new") == 1
-    assert runner.failed == {"bad": "it did not start"}
-    late = CellRunner(tmp_path, runner.command, minutes=0, least_seconds=0)
+    assert done == ["new"] and runner.result("old") == {"runs": 0} and runner.result("new") == {"runs": 1}
+    assert list(runner.failed) == ["bad"] and "this one fails" in runner.failed["bad"]
+    late = CellRunner(tmp_path, command, minutes=0, least_seconds=0)
     late.begin -= 1
     late.run(["new", "other"], 1)
     assert "not begun" in late.failed["other"] and "new" not in late.failed
