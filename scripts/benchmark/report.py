@@ -84,7 +84,8 @@ def number(value: float | None) -> str:
     """Three digits without an exponent; a dash for None."""
     if value is None:
         return "-"
-    return f"{value:.{max(0, 3 - len(str(int(abs(value)))))}f}"
+    magnitude = len(str(int(abs(value))))
+    return f"{value:.{max(0, 3 - magnitude)}f}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

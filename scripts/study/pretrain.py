@@ -329,9 +329,9 @@ def score_passages(model: nn.Module, held: dict[str, np.ndarray], limit: int | N
     device, weight = next(model.parameters()).device.type, model.get_input_embeddings().weight
     blocks = {name: torch.from_numpy(held[f"passages_{name}"][:limit].astype(np.int64)).to(device)
               for name in ("input_ids", "labels", "position_ids")}  # fmt: skip
-    nats, right, tokens = 0.0, 0, 0
-    for at in range(0, len(blocks["labels"]), 16):
-        ids, labels, positions = (blocks[name][at : at + 16] for name in ("input_ids", "labels", "position_ids"))
+    nats, right, tokens, rows = 0.0, 0, 0, 16
+    for at in range(0, len(blocks["labels"]), rows):
+        ids, labels, positions = (blocks[name][at : at + rows] for name in ("input_ids", "labels", "position_ids"))
         places = (labels.flatten() >= 0).nonzero()[:, 0]
         truth = labels.flatten()[places]
         with autocast(device):
