@@ -36,7 +36,7 @@ from .chunking_flash import (
 logger = logging.get_logger(__name__)
 
 # Code loaded from the Hub uses the kernels of an installed package if its interface is the same.
-KERNEL_INTERFACE = 12
+KERNEL_INTERFACE = 13
 
 # FLASH-Quad's kernels hold the attention weights of some rows at a time, of at most this many tokens.
 LONGEST_QUADRATIC_ROW = 8192
@@ -137,7 +137,7 @@ def takes_steps(config, x_BND: Tensor, documents: Documents, *, dropout: bool, c
     """Whether kernels take embedded tokens `x_BND` on a constant-size cache one after another, each as a step does.
     Arguments as of `with_plans`."""
     # A step goes through the state, which carries no gradient.
-    if cache is None or torch.is_grad_enabled() or (config.global_state == "delta" and is_watched(x_BND)):
+    if cache is None or torch.is_grad_enabled() or is_watched(x_BND):
         return False
     B, N = x_BND.shape[:2]
     if not can_append(documents, config.chunk_size) or N > MOST_STEPS or B * N > MOST_STEP_ROWS:
@@ -244,8 +244,8 @@ def fused_attention(unit: nn.Module, x_BND: Tensor, places: Places, cache) -> Te
         options["gates_BN2"] = unit.gate_proj(x_BND)
     if isinstance(places.layout, StepLayout):
         tokens = StepTokens(unit, u_BNE, v_BNE, z_BNS, **options) if cache.record_past else None
-        state = cache.begin_step(v_BNE, places, tokens)
-        return kernels.attention_step(unit, u_BNE, v_BNE, z_BNS, places, state=state, **options)
+        states = cache.begin_steps(v_BNE, places, tokens)
+        return kernels.attention_step(unit, u_BNE, v_BNE, z_BNS, places, states=states, **options)
     options |= continuation(places, cache)
     out_BNE, state = kernels.gated_attention(unit, u_BNE, v_BNE, z_BNS, places, **options)
     if cache is not None:
@@ -310,15 +310,15 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
 
 def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
     """`x + GAU(norm(x))` of one new token per row, or of a few, one after another, `[B, N, D]`."""
-    unit, (B, N, _) = layer.gau, x_BND.shape
+    unit = layer.gau
     bias_R = fused_bias(unit, places)
 
-    def begin(h: Tensor, gates_BN2: Tensor | None) -> DecodingState:
+    def begin(h_BNF: Tensor, gates_BN2: Tensor | None) -> tuple[DecodingState, DecodingState]:
         if not cache.record_past:
-            return cache.begin_step(x_BND, places)
+            return cache.begin_steps(x_BND, places)
         E, S = (parameter(module, "weight").shape[0] for module in (unit.v_proj, unit.z_proj))
-        u_BNE, v_BNE, z_BNS = h.view(N, B, -1).transpose(0, 1).split([E, E, S], 2)
-        return cache.begin_step(v_BNE, places, StepTokens(unit, u_BNE, v_BNE, z_BNS, bias_R, True, gates_BN2))
+        u_BNE, v_BNE, z_BNS = h_BNF.split([E, E, S], 2)
+        return cache.begin_steps(v_BNE, places, StepTokens(unit, u_BNE, v_BNE, z_BNS, bias_R, True, gates_BN2))
 
     return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=bias_R, begin=begin)
 
@@ -346,8 +346,8 @@ class StepTokens:
         """Take the first `columns` tokens again, on the state before them."""
         tokens = (x[:, :columns] for x in (self.u_BNE, self.v_BNE, self.z_BNS))
         gates = None if self.gates_BN2 is None else self.gates_BN2[:, :columns]
-        options = {"bias_R": self.bias_R, "silu": self.silu, "gates_BN2": gates, "state": state}
-        load_kernels()[0].attention_step(self.unit, *tokens, replace(places, steps=places.steps[:columns]), **options)
+        options = {"bias_R": self.bias_R, "silu": self.silu, "gates_BN2": gates, "states": (state, state)}
+        load_kernels()[0].attention_step(self.unit, *tokens, places.first(columns), **options)
 
     @torch.no_grad
     def keys(self, places: Places) -> tuple[QueryKeys, Tensor]:

@@ -247,7 +247,27 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         self, value_BNE: Tensor, places: Places, tokens: "QueryKeys | StepRecord | None" = None
     ) -> DecodingState:
         """The state before one token, or a few taken one after another, to be advanced in place; arguments as in
-        `update`, with keys `[B, N, S]`, or the tokens' [`StepRecord`]. The tokens are counted by `count_step`."""
+        `update`, with keys `[B, N, S]`. The tokens are counted by `count_step`."""
+        self._record_step(value_BNE, places, tokens)
+        if self.record_past and self._snapshot is self.state:
+            # The step overwrites the state, but not the snapshot.
+            self.state = self.state.map(torch.clone)
+        return self.state
+
+    def begin_steps(
+        self, value_BNE: Tensor, places: Places, tokens: "StepRecord | None" = None
+    ) -> tuple[DecodingState, DecodingState]:
+        """As `begin_step`, for kernels, which need the keys only for a rollback. Of a few tokens, the state before
+        them and the one to fill with that after them, which is another if a rollback needs the former."""
+        if places.documents.position_BN.shape[1] == 1:
+            return (self.begin_step(value_BNE, places, tokens),) * 2
+        self._record_step(value_BNE, places, tokens)
+        state = self.state
+        if self.record_past and self._snapshot is state:
+            self.state = state.map(torch.empty_like)
+        return state, self.state
+
+    def _record_step(self, value_BNE: Tensor, places: Places, tokens: "QueryKeys | StepRecord | None") -> None:
         if not self.is_initialized:
             self.lazy_initialization(value_BNE)
         if self.record_past:
@@ -256,10 +276,6 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
             elif is_tracing() or is_distributed():  # a rollback will not have the weights
                 tokens = _entry(*tokens.keys(places), places)
             self._record(tokens, places)
-            if self._snapshot is self.state:
-                # The step overwrites the state, but not the snapshot.
-                self.state = self.state.map(torch.clone)
-        return self.state
 
     def begin_append(self) -> DecodingState:
         """The state before a few tokens. With gradients a copy: backward reads it when the cache may have overwritten

@@ -539,6 +539,15 @@ class StepLayout(Movable):
         """True where the token is padding, bool `[B, N, 1]`, or None."""
         return padding_of(self.valid_BN)
 
+    def columns(self, begin: int, end: int) -> "StepLayout":
+        """That of some of the tokens."""
+        valid_BN = None if self.valid_BN is None else self.valid_BN[:, begin:end]
+        return StepLayout(self.position_BN[:, begin:end], valid_BN, self.shift)
+
+    def one_by_one(self) -> "list[StepLayout]":
+        """Those of each token."""
+        return [self.columns(n, n + 1) for n in range(self.position_BN.shape[1])]
+
 
 @dataclass(frozen=True)
 class AppendLayout(Movable):
@@ -758,7 +767,6 @@ class Places(Movable):
         shifted_S: dimensions of local keys to take from the token before, bool `[S]`; None for none.
         fused: whether kernels compute this call.
         plan: how they walk through a grid of chunks (`flash_hf.kernels.ChunkPlan`).
-        steps: of a few new tokens that are taken one after another, the places of each; else empty.
     """
 
     layout: ChunkLayout | StepLayout | AppendLayout | QuadraticLayout
@@ -769,21 +777,11 @@ class Places(Movable):
     shifted_S: Tensor | None = None
     fused: bool = False
     plan: Movable | None = None
-    steps: "tuple[Places, ...]" = ()
 
-    def one_by_one(self) -> "Places":
-        """These, with `steps` if they are of a [`StepLayout`] of several tokens."""
-        layout, tokens = self.layout, self.documents.position_BN.shape[1]
-        if not isinstance(layout, StepLayout) or tokens == 1:
-            return self
-
-        def columns(x_BNX: Tensor | None) -> tuple:
-            return (None,) * tokens if x_BNX is None else x_BNX.transpose(0, 1).contiguous().unsqueeze(2).unbind(0)
-
-        rotary = (None,) * tokens
-        if self.rotary is not None:
-            rotary = zip(*map(columns, self.rotary), strict=True)
-        layouts = map(StepLayout, columns(layout.position_BN), columns(layout.valid_BN), (layout.shift,) * tokens)
-        return replace(self, steps=tuple(
-            replace(self, layout=own, rotary=turns) for own, turns in zip(layouts, rotary, strict=True)
-        ))  # fmt: skip
+    def first(self, columns: int) -> "Places":
+        """Those of the first tokens of a [`StepLayout`]."""
+        return replace(
+            self,
+            layout=self.layout.columns(0, columns),
+            rotary=None if self.rotary is None else tuple(x[:, :columns] for x in self.rotary),
+        )

@@ -433,13 +433,11 @@ class FlashGatedAttentionUnit(nn.Module):
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
             if isinstance(layout, StepLayout):
                 state = cache.begin_step(v_BNE, places, qk)
-                if not places.steps:
-                    return step(qk, v_BNE, layout, state, **options)
                 out = []
-                for n, own in enumerate(places.steps):
+                for n, own in enumerate(layout.one_by_one()):
                     token = QueryKeys(*(None if x is None else x[:, n : n + 1] for x in qk))
-                    out.append(step(token, v_BNE[:, n : n + 1], own.layout, state, **options))
-                return torch.cat(out, 1)
+                    out.append(step(token, v_BNE[:, n : n + 1], own, state, **options))
+                return out[0] if len(out) == 1 else torch.cat(out, 1)
             out_BNE, state = append(qk, v_BNE, layout, cache.begin_append(), dropout=dropout, **options)
             cache.update(state, places, qk, v_BNE)
             return out_BNE
@@ -795,7 +793,7 @@ class FlashModel(FlashPreTrainedModel):
                 if config.relative_bias == "rotary":
                     offsets = torch.arange(1 - bias_length, bias_length, device=position.device)
                     bias_rotary = self.rotary_emb(x_BND, offsets)
-            places.append(Places(layout, documents, rotary, bias_rotary, bias_length, shifted_S).one_by_one())
+            places.append(Places(layout, documents, rotary, bias_rotary, bias_length, shifted_S))
         return with_plans(places, config, x_BND, causal=self.is_causal, dropout=dropout, cache=cache)
 
     def quadratic_span(self, layout: QuadraticLayout, cache: CacheLayerMixin | None) -> int:

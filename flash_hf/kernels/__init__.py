@@ -13,7 +13,7 @@ from .unit import attention_step, gated_attention, layer, layer_step, rotary_bia
 
 
 # Remote code may meet a package of another version: it uses these functions only if their signatures are its own.
-INTERFACE = 12
+INTERFACE = 13
 
 __all__ = [
     "ChunkPlan", "DTYPES", "attention_step", "chunk_plan", "gated_attention", "layer", "layer_step", "rotary_bias",

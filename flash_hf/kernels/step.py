@@ -30,7 +30,7 @@ STAGES = 3
 
 
 @triton.jit
-def _activated(x_ptr, index, mask, SILU: tl.constexpr):
+def activated(x_ptr, index, mask, SILU: tl.constexpr):
     """`x sigmoid(x)` in float32, or x if the caller has applied SiLU."""
     x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
     if SILU:
@@ -56,7 +56,7 @@ def _unit_length(x_S):
 def _gated_step_kernel(
     u_ptr, v_ptr, z_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, position_ptr, valid_ptr,
     quad_k_ptr, lin_k_ptr, value_ptr, total_ptr, seen_ptr, bias_ptr, out_ptr,
-    opened_ptr, gates_ptr, before_ptr, after_ptr,
+    opened_ptr, gates_ptr, before_ptr,
     u_stride, v_stride, z_stride, rotary_stride, position_stride, valid_stride, score_scale, shift,
     C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HALF: tl.constexpr,
     HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr,
@@ -81,8 +81,7 @@ def _gated_step_kernel(
 
         out += s q opened,    total = a total + w k (v_p - a k total)^T
 
-    The key of the token before is in `before`. The token's own is left in `after` for the next one, and in lin_k,
-    which no program reads.
+    The key of the token before is in `before`; lin_k, which no program reads, gets the token's own.
     """
     grid_wait()
     blocks: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
@@ -140,11 +139,11 @@ def _gated_step_kernel(
     cos_2S = tl.load(cos_ptr + angle_1S, mask=turned_1S & itself_21, other=1.0).to(tl.float32)
     sin_2S = tl.load(sin_ptr + angle_1S, mask=turned_1S & ~itself_21, other=0.0).to(tl.float32)
     turn_2S = tl.where(itself_21, cos_2S, tl.where(first_1S, -sin_2S, sin_2S))
-    z_2S = _activated(z_ptr + row * z_stride, col_2S, in_2S, SILU)
+    z_2S = activated(z_ptr + row * z_stride, col_2S, in_2S, SILU)
     # Rounded as the state stores them: while the chunk is open, a token's part of the total has to cancel against the
     # contents of its slot.
     cache: tl.constexpr = value_ptr.dtype.element_ty
-    v_E = _activated(v_ptr + row * v_stride, e_E, in_E, SILU).to(cache)
+    v_E = activated(v_ptr + row * v_stride, e_E, in_E, SILU).to(cache)
     LIN: tl.constexpr = 2 * S if HAS_QUAD else 0
     own_weight = 0.0
     newest = tl.where(phase == 0, C, phase)
@@ -243,7 +242,6 @@ def _gated_step_kernel(
     # Once per row.
     writes = (block == 0) & valid
     if DELTA and PREVIOUS:
-        tl.store(after_ptr + row * S + col_S, tl.where(valid, own_k_S, before_S), mask=in_S & (block == 0))
         tl.store(lin_k_ptr + row * S + col_S, own_k_S, mask=in_S & writes)
     if HAS_QUAD:
         tl.store(quad_k_ptr + phase.to(tl.int64) * S + col_S, quad_k_S, mask=in_S & writes)
@@ -258,7 +256,7 @@ def _gated_step_kernel(
     if COUNTS:
         tl.store(seen_ptr + row, tl.load(seen_ptr + row, mask=writes, other=0) + 1, mask=writes)
 
-    u_E = _activated(u_ptr + row * u_stride, e_E, in_E, SILU)
+    u_E = activated(u_ptr + row * u_stride, e_E, in_E, SILU)
     # 0 for padding, whose own bias is read at no valid phase.
     tl.store(out_ptr + row * E + e_E, tl.where(valid, out_E * u_E, 0.0), mask=in_E)
 
@@ -433,13 +431,12 @@ class DeltaStep(NamedTuple):
     Attributes:
         opened: the state before the open chunk, float32 `[B, S, E]`; updated in place where a chunk begins.
         gates: decay, strength and decay since the chunk began, this token's included, float32 `[B, 3]`.
-        before, after: the key of the token before, `[B, S]`, and where this one's is left for the next token.
+        before: the key of the token before, `[B, S]`, if keys are shifted; else any tensor.
     """
 
     opened: Tensor
     gates: Tensor
     before: Tensor
-    after: Tensor
 
 
 def delta_step(delta: DeltaStep, *arguments) -> Tensor:
@@ -464,7 +461,7 @@ def _launch_step(
             position, position if valid is None else valid,
             value if quad_k is None else quad_k, value if lin_k is None else lin_k, value,
             value if total is None else total, position if seen is None else seen, z if bias_R is None else bias_R,
-            out, *((value,) * 4 if delta is None else delta), u.stride(0), v.stride(0), z.stride(0),
+            out, *((value,) * 3 if delta is None else delta), u.stride(0), v.stride(0), z.stride(0),
             0 if cos is None or cos.shape[0] == 1 else cos.shape[2],
             0 if position.shape[0] == 1 else position.stride(0), 0 if valid is None else valid.stride(0),
             1.0 / divisor, shift,
@@ -481,16 +478,16 @@ def _launch_step(
 @kernel
 @triton.jit
 def _step_gates_kernel(
-    x_ptr, gain_ptr, w_ptr, raw_ptr, bias_ptr, position_ptr, valid_ptr, since_ptr, lin_k_ptr, gates_ptr, keys_ptr,
-    raw_row, raw_token, position_row, position_token, valid_row, valid_token, N, B, D, S, shift, eps,
-    C: tl.constexpr, PROJECT: tl.constexpr, HAS_VALID: tl.constexpr, PREVIOUS: tl.constexpr, STEPS: tl.constexpr,
+    x_ptr, gain_ptr, w_ptr, raw_ptr, bias_ptr, position_ptr, valid_ptr, since_ptr, new_since_ptr, lin_k_ptr, gates_ptr,
+    keys_ptr, raw_row, raw_token, position_row, valid_row, valid_token, N, D, S, shift, eps,
+    C: tl.constexpr, PROJECT: tl.constexpr, HAS_VALID: tl.constexpr, KEY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: the gates of N tokens, and the key of the token before them. Here and not in `_gated_step_kernel`,
-    where other programs of the row would still read what one had advanced."""
+    """Of one row: the gates of N tokens, and with KEY the key of the token before them. Here and not in the kernel of
+    the step, where other programs of the row would still read what one had advanced."""
     grid_wait()
     row = tl.program_id(0).to(tl.int64)
-    if PREVIOUS:
+    if KEY:
         s = tl.arange(0, BLOCK_S)
         tl.store(keys_ptr + row * S + s, tl.load(lin_k_ptr + row * S + s, mask=s < S, other=0.0), mask=s < S)
     since = tl.load(since_ptr + row)
@@ -499,7 +496,7 @@ def _step_gates_kernel(
         if PROJECT:
             d = tl.arange(0, BLOCK_D)
             in_D = (d < D) & (n < N)
-            x = tl.load(x_ptr + (n * B + row) * D + d, mask=in_D, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + (row * N + n) * D + d, mask=in_D, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps) * tl.load(gain_ptr).to(tl.float32)
             forget = tl.sum(x * tl.load(w_ptr + d, mask=in_D, other=0.0).to(tl.float32), 0) * scale
             write = tl.sum(x * tl.load(w_ptr + D + d, mask=in_D, other=0.0).to(tl.float32), 0) * scale
@@ -509,47 +506,59 @@ def _step_gates_kernel(
             forget = tl.load(raw_at, mask=n < N, other=0.0).to(tl.float32)
             write = tl.load(raw_at + 1, mask=n < N, other=0.0).to(tl.float32)
         forget = log_sigmoid(forget + tl.load(bias_ptr).to(tl.float32))
-        position = tl.load(position_ptr + row * position_row + n * position_token, mask=n < N, other=0)
+        position = tl.load(position_ptr + row * position_row + n, mask=n < N, other=0)
         real = n < N
         if HAS_VALID:
             real = real & (tl.load(valid_ptr + row * valid_row + n * valid_token, mask=n < N, other=0) != 0)
         since = tl.where(real, tl.where((position + shift) % C == 0, 0.0, since) + forget, since)
-        gates_at = gates_ptr + (n * B + row) * 3
+        gates_at = gates_ptr + (row * N + n) * 3
         tl.store(gates_at, tl.exp(forget), mask=n < N)
         tl.store(gates_at + 1, tl.sigmoid(write + tl.load(bias_ptr + 1).to(tl.float32)), mask=n < N)
         tl.store(gates_at + 2, tl.exp(since), mask=n < N)
-    tl.store(since_ptr + row, since)
+    tl.store(new_since_ptr + row, since)
 
 
 def step_gates(
-    raw: Tensor, bias: Tensor, position: Tensor, valid: Tensor | None, state: DecodingState, shift: int, key_dim: int,
-    x: Tensor | None = None, gain: Tensor | None = None, w: Tensor | None = None, eps: float = 0.0,
-) -> list[DeltaStep]:  # fmt: skip
-    """What each of some tokens takes besides for the delta rule; advances `state.since`.
+    raw: Tensor, bias: Tensor, position: Tensor, valid: Tensor | None, state: DecodingState, since: Tensor, shift: int,
+    key: Tensor | None = None, x: Tensor | None = None, gain: Tensor | None = None, w: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Of some tokens decay, strength and decay since the chunk began, the token's included, float32 `[B, N, 3]`.
 
     Args:
         raw: the gates without bias, `[B, N, 2]`; with x and w it is filled with those of `norm(x) w^T`.
         position, valid: as of `gated_step`, `[B or 1, N]` and `[B, N]`.
-        x: `[N B, D]`, a token's rows next to each other, under the norm's `gain` and `eps`.
+        since: gets the sum of log decays after these tokens, `[B]`; that before them is `state.since`.
+        key: gets the key of the token before them, `[B, S]`.
+        x: `[B N, D]`, under the norm's `gain` and `eps`.
         w: `[2, D]`.
     """
     B, N, _ = raw.shape
-    C, lin_k = state.value.shape[1], state.lin_k
-    gates = state.since.new_empty(N, B, 3)
-    keys = gates if lin_k is None else lin_k.new_empty(N + 1, B, key_dim)
+    C, S = state.value.shape[1], 1 if key is None else key.shape[1]
+    gates = since.new_empty(B, N, 3)
     D = 1 if x is None else x.shape[1]
     with on_device(raw):
         _step_gates_kernel(
             (B,), raw if x is None else x, raw if gain is None else gain, raw if w is None else w, raw, bias, position,
-            position if valid is None else valid, state.since, keys if lin_k is None else lin_k, gates, keys,
-            raw.stride(0), raw.stride(1), 0 if position.shape[0] == 1 else position.stride(0), position.stride(1),
-            *((0, 0) if valid is None else valid.stride()), N, B, D, key_dim, shift, eps,
-            C=C, PROJECT=x is not None, HAS_VALID=valid is not None, PREVIOUS=lin_k is not None,
-            STEPS=power_of_2(N), BLOCK_D=power_of_2(D), BLOCK_S=power_of_2(key_dim), num_warps=4,
+            position if valid is None else valid, state.since, since, gates if key is None else state.lin_k, gates,
+            gates if key is None else key, raw.stride(0), raw.stride(1),
+            0 if position.shape[0] == 1 else position.stride(0), *((0, 0) if valid is None else valid.stride()), N, D,
+            S, shift, eps,
+            C=C, PROJECT=x is not None, HAS_VALID=valid is not None, KEY=key is not None, STEPS=power_of_2(N),
+            BLOCK_D=power_of_2(D), BLOCK_S=power_of_2(S), num_warps=4,
         )  # fmt: skip
-    gates = gates.unbind(0)
-    keys = (*gates, gates[0]) if lin_k is None else keys.unbind(0)
-    return [DeltaStep(state.opened, gates[n], keys[n], keys[n + 1]) for n in range(N)]
+    return gates
+
+
+def step_delta(
+    raw: Tensor, bias: Tensor, position: Tensor, valid: Tensor | None, state: DecodingState, shift: int, key_dim: int,
+    *projected,
+) -> DeltaStep:  # fmt: skip
+    """What the step of one token takes besides for the delta rule; advances `state.since`. `projected` are arguments
+    of [`step_gates`] from x on, as are the others."""
+    before = None if state.lin_k is None else state.lin_k.new_empty(len(raw), key_dim)
+    gates = step_gates(raw, bias, position, valid, state, state.since, shift, before, *projected)
+    return DeltaStep(state.opened, gates, gates if before is None else before)
 
 
 def gated_delta_step(
@@ -559,12 +568,12 @@ def gated_delta_step(
     previous: bool, local_shift: bool, opened: Tensor, since: Tensor, raw: Tensor | None, gate_bias: Tensor,
     x: Tensor | None, gain: Tensor | None, w: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
-    """[`step_gates`] of one token and [`delta_step`] with them: the operator of a compiled step. The gates are `raw`,
+    """[`step_delta`] and [`delta_step`] with it: the operator of a compiled step. The gates are `raw`,
     or those of x, `[B, D]`."""
     state = DecodingState(quad_k, lin_k, value, total, seen, opened, since)
     if raw is None:
         raw = since.new_empty(len(x), 1, 2)
-    (delta,) = step_gates(raw, gate_bias, position, valid, state, shift, z.shape[-1], x, gain, w, eps)
+    delta = step_delta(raw, gate_bias, position, valid, state, shift, z.shape[-1], x, gain, w, eps)
     return delta_step(
         delta, u, v, z, gamma, beta, cos, sin, position, valid, quad_k, lin_k, value, total, seen, bias_R, divisor,
         mean, interleaved, silu, shift, previous, local_shift,

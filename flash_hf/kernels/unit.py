@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,11 @@ from .step import (
     output_operator,
     project,
     project_operator,
+    step_delta,
     step_gates,
     step_operator,
 )
+from .steps import advance
 from .tiles import Cached, Shape, shape_of
 
 
@@ -280,61 +281,61 @@ def attention_step(
     *,
     bias_R: Tensor | None,
     silu: bool,
-    state: DecodingState,
+    states: tuple[DecodingState, DecodingState],
     gates_BN2: Tensor | None = None,
 ) -> Tensor:
-    """`u * mixed_chunk_step(queries and keys of z, v)` between the projections, `[B, 1, E]`, or of the tokens of
-    `places.steps`, `[B, N, E]`; advances `state`.
+    """`u * mixed_chunk_step(queries and keys of z, v)` between the projections of one token per row or of a few, one
+    after another, `[B, N, E]`.
 
-    Arguments as of `gated_attention`.
+    Args:
+        states: before these tokens, and the one to become that after them, of a single token the same.
+
+    Other arguments as of `gated_attention`.
     """
-    watched = ops.is_watched((u_BNE,))
-    kernels = _step_kernels(unit, places, state, gates_BN2, watched)
-    options = {"bias_R": bias_R, "silu": silu, "state": state, "watched": watched}
     tokens = (u_BNE, v_BNE, z_BNS)
     if not u_BNE.stride(-1) == v_BNE.stride(-1) == z_BNS.stride(-1) == 1:
         tokens = [x.contiguous() for x in tokens]
-    if not places.steps:
-        return _one_step(kernels[0], unit, *tokens, places, **options)
-    columns = zip(*(x.split(1, 1) for x in tokens), places.steps, strict=True)
-    return torch.cat([_one_step(step, unit, *x, **options) for step, x in zip(kernels, columns, strict=True)], 1)
+    return _steps(unit, *tokens, places, bias_R, silu, states, ops.is_watched((u_BNE,)), gates_BN2)
 
 
-def _step_kernels(
-    unit: nn.Module, places: Places, state: DecodingState, gates_BN2: Tensor | None, watched: bool, *projected
-) -> Sequence[Callable]:
-    """What computes the step of each token; `projected` are the arguments of [`step_gates`] from x on."""
-    layout = places.layout
-    if not unit.delta:
-        return (step_operator if watched else gated_step,) * (len(places.steps) or 1)
-    if watched:  # a single token: others are no steps then
-        more = state.opened, state.since, gates_BN2, unit.gate_bias, *(projected or (None, None, None, 0.0))
-        return [lambda *arguments: delta_operator(*arguments, *more)]
-    deltas = step_gates(
-        gates_BN2, unit.gate_bias, layout.position_BN, layout.valid_BN, state, layout.shift,
-        parameter(unit.offset_scale, "weight").shape[1], *projected,
-    )  # fmt: skip
-    return [partial(delta_step, delta) for delta in deltas]
-
-
-def _one_step(
-    step: Callable, unit: nn.Module, u_B1E: Tensor, v_B1E: Tensor, z_B1S: Tensor, places: Places, *,
-    bias_R: Tensor | None, silu: bool, state: DecodingState, watched: bool,
+def _steps(
+    unit: nn.Module, u: Tensor, v: Tensor, z: Tensor, places: Places, bias_R: Tensor | None, silu: bool,
+    states: tuple[DecodingState, DecodingState], watched: bool, gates_BN2: Tensor | None, *projected,
 ) -> Tensor:  # fmt: skip
-    # Once per layer and token: no lookup that costs, and arguments by position, which saves 3 microseconds.
-    layout, scale = places.layout, unit.offset_scale
+    """`projected` are the arguments of [`step_gates`] from x on, which then fills `gates_BN2`."""
+    # Once per layer: no lookup that costs, and arguments by position, which saves 3 microseconds.
+    layout, scale, (state, target) = places.layout, unit.offset_scale, states
     cos, sin = (None, None) if places.rotary is None else places.rotary
+    tokens = u, v, z, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN
+    form = (
+        bias_R, unit.divisor, unit.normalization == "mean", unit.interleaved, silu, layout.shift, unit.previous_key,
+        unit.local_key_shift,
+    )  # fmt: skip
+    if layout.position_BN.shape[1] > 1 or target is not state:
+        gates = None
+        if unit.delta:
+            gates = step_gates(
+                gates_BN2, unit.gate_bias, layout.position_BN, layout.valid_BN, state, target.since, layout.shift,
+                None, *projected,
+            )  # fmt: skip
+        return advance(state, target, *tokens, *form, gates)
     # Inductor computes positions, which it takes from the first layer's `seen`, again for the next layer. An operator
     # that had written to it would be before that.
     seen = None if watched and unit.layer_idx == 0 else state.seen
-    out_B1E = step(
-        u_B1E, v_B1E, z_B1S, scale.weight, scale.bias, cos, sin, layout.position_BN, layout.valid_BN, state.quad_k,
-        state.lin_k, state.value, state.total, seen, bias_R, unit.divisor, unit.normalization == "mean",
-        unit.interleaved, silu, layout.shift, unit.previous_key, unit.local_key_shift,
-    )  # fmt: skip
+    arguments = *tokens, state.quad_k, state.lin_k, state.value, state.total, seen, *form
+    if not unit.delta:
+        out = (step_operator if watched else gated_step)(*arguments)
+    elif watched:
+        more = projected or (None, None, None, 0.0)
+        out = delta_operator(*arguments, state.opened, state.since, gates_BN2, unit.gate_bias, *more)
+    else:
+        out = delta_step(step_delta(
+            gates_BN2, unit.gate_bias, layout.position_BN, layout.valid_BN, state, layout.shift, scale.weight.shape[1],
+            *projected,
+        ), *arguments)  # fmt: skip
     if seen is None:
         state.seen.add_(1 if layout.valid_BN is None else layout.valid_BN[:, 0])
-    return out_B1E
+    return out
 
 
 def layer_step(
@@ -343,14 +344,14 @@ def layer_step(
     places: Places,
     *,
     bias_R: Tensor | None,
-    begin: Callable[[Tensor, Tensor | None], DecodingState],
+    begin: Callable[[Tensor, Tensor | None], tuple[DecodingState, DecodingState]],
 ) -> Tensor:
-    """A whole layer's step in three launches (with the delta rule four), `x + o_proj(gated attention of norm(x))`,
-    `[B, 1, D]`, without gradients. With `places.steps`, `[B, N, D]`: each token after the first takes a launch more.
+    """A whole layer's step in three launches, or for a few tokens four, and with the delta rule one more,
+    `x + o_proj(gated attention of norm(x))`, `[B, N, D]`, without gradients.
 
     Args:
-        begin: gives the state to advance, from the projections u, v and z without SiLU, `[N B, 2 E + S]`, a token's
-            rows next to each other, and those of the gates, `[B, N, 2]`, which are filled later.
+        begin: gives the states as of `attention_step`, from the projections u, v and z without SiLU,
+            `[B, N, 2 E + S]`, and those of the gates, `[B, N, 2]`, which are filled later.
 
     Otherwise as of `layer`.
     """
@@ -358,20 +359,16 @@ def layer_step(
     u, v, z, o = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
     B, N, D = x_BND.shape
     E, S = v.weight.shape[0], z.weight.shape[0]
-    steps = places.steps or (places,)
-    x = x_BND[:, 0].contiguous() if N == 1 else x_BND.transpose(0, 1).reshape(N * B, D)  # token by token
+    x = x_BND.reshape(B * N, D)
     watched = ops.is_watched((x,))
     projection, output = (project_operator, output_operator) if watched else (project, add_output)
     h = projection(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
     gates_BN2, projected = None, ()
     if unit.delta:
-        gates_BN2 = None if watched else x.new_empty(N, B, 2, dtype=torch.float32).transpose(0, 1)
+        gates_BN2 = None if watched else x.new_empty(B, N, 2, dtype=torch.float32)
         projected = x, block.norm.weight, unit.gate_proj.weight.contiguous(), block.norm.eps
-    state, attended = begin(h, gates_BN2), []
-    kernels = _step_kernels(unit, places, state, gates_BN2, watched, *projected)
-    for own, step, part in zip(steps, kernels, (h,) if N == 1 else h.split(B), strict=True):
-        attended.append(_one_step(
-            step, unit, *part.split([E, E, S], 1), own, bias_R=bias_R, silu=True, state=state, watched=watched,
-        ))  # fmt: skip
-    out = output(x, attended[0] if N == 1 else torch.cat(attended), o.weight, o.bias)
-    return out[:, None] if N == 1 else out.view(N, B, D).transpose(0, 1)
+    h_BNF = h.view(B, N, 2 * E + S)
+    attended = _steps(
+        unit, *h_BNF.split([E, E, S], 2), places, bias_R, True, begin(h_BNF, gates_BN2), watched, gates_BN2, *projected
+    )
+    return output(x, attended.view(B * N, E), o.weight, o.bias).view(B, N, D)

@@ -21,6 +21,7 @@ from flash_hf import kernels  # noqa: E402
 from flash_hf.attention_flash import DecodingState, QueryKeys, mixed_chunk_step, offset_scale, shifted_dims, wide  # noqa: E402
 from flash_hf.chunking_flash import StepLayout  # noqa: E402
 from flash_hf.kernels import step as kernel  # noqa: E402
+from flash_hf.kernels import steps  # noqa: E402
 from helpers import assert_close, error_ratio  # noqa: E402
 
 
@@ -301,12 +302,119 @@ def test_a_unit_hands_its_step_to_the_kernel():
         offset_scale=SimpleNamespace(weight=case.gamma, bias=case.beta), divisor=2.0, normalization="mean",
         interleaved=False, previous_key=False, local_key_shift=False, delta=False,
     )  # fmt: skip
-    places = SimpleNamespace(layout=StepLayout(position, valid), rotary=rotary, steps=())
+    places = SimpleNamespace(layout=StepLayout(position, valid), rotary=rotary)
     sparse = torch.stack([u, u], -1)[..., 0]
     assert sparse.stride(-1) == 2
     bias_R = case.settings["bias_R"]
-    out = kernels.attention_step(unit, sparse, v, z, places, bias_R=bias_R, silu=True, state=state)
+    out = kernels.attention_step(unit, sparse, v, z, places, bias_R=bias_R, silu=True, states=(state, state))
     assert torch.equal(out, step(*case.arguments(theirs, token=(u, v, z)), **case.settings))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# A few tokens
+# ------------------------------------------------------------------------------------------------------------------
+def take(case, tokens, valid_BN, state, target):
+    """Some tokens by the kernels at once, `[B, N, E]`."""
+    B, N = tokens[0].shape[:2]
+    counts = torch.ones(B, N, device=DEVICE).long() if valid_BN is None else valid_BN.long()
+    position_BN = state.seen[:, None] + counts.cumsum(1) - counts
+    cos, sin = None, None
+    if case.r:
+        cos, sin = (
+            torch.cat(x, 1) for x in zip(*(angles(p, case.r // 2) for p in position_BN.split(1, 1)), strict=True)
+        )
+    settings = {name: case.settings[name] for name in ("bias_R", "divisor", "interleaved", "silu", "shift")}
+    return steps.advance(
+        state, target, *tokens, case.gamma, case.beta, cos, sin, position_BN, valid_BN,
+        mean=case.settings["normalization"] == "mean", previous=case.settings["previous_key"],
+        local_shift=case.settings["local"], **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["in place", "elsewhere"])
+@pytest.mark.parametrize("settings", [
+    *FORMS.values(), {"quad": False, "normalization": "chunk"}, {"lin": False, "bias": False, "interleaved": True},
+    {"C": 5, "E": 37, "S": 20, "r": 6, "silu": False}, {"C": 40, "S": 40, "local": True, "previous": True},
+    {"C": 7, "r": 0, "local": True, "lin": False, "interleaved": True, "shift": 3},
+], ids=str)  # fmt: skip
+def test_a_few_tokens_are_as_many_steps(settings, elsewhere, padded):
+    """Over borders of chunks, also several in one call, with padding anywhere; slots that no token took have NaN."""
+    case = Case(B=3, **settings)
+    shift = case.settings["shift"]
+    state, theirs, generator = case.state, without_nan(case.state), torch.Generator().manual_seed(3)
+    for N in (2, 16, 1, 5, 11, 16, 3):
+        tokens = [torch.cat(x, 1) for x in zip(*(case.token() for _ in range(N)), strict=True)]
+        valid_BN = None
+        if padded:
+            valid_BN = (torch.rand(3, N, generator=generator) < 0.6).to(DEVICE)
+            valid_BN[N % 3] = N % 2 == 0
+        before, target = copied(state), state.map(lambda x: torch.full_like(x, 99)) if elsewhere else state
+        out = take(case, tokens, valid_BN, state, target)
+        expected = []
+        for n in range(N):
+            valid = None if valid_BN is None else valid_BN[:, n : n + 1]
+            expected.append(torch_step(
+                *case.arguments(theirs, valid, [x[:, n : n + 1] for x in tokens]), **case.settings
+            ))  # fmt: skip
+        real = torch.ones(3, N, dtype=torch.bool, device=DEVICE) if valid_BN is None else valid_BN
+        assert out.shape == (3, N, case.E) and (out[~real] == 0).all()
+        assert_close(out[real], torch.cat(expected, 1)[real], 1e-5)
+        for (name, x), (_, y) in zip(stored(target, shift), stored(theirs, shift), strict=True):
+            assert_close(x.double(), y.double(), 1e-5, name)
+        unchanged = range(3) if elsewhere else (~real.any(1)).nonzero()
+        for old, same in zip(before, state, strict=True):
+            assert old is None or all(torch.equal(old[b].nan_to_num(7), same[b].nan_to_num(7)) for b in unchanged)
+        state = target
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+@forms
+def test_low_precision_error_of_a_few_tokens_is_at_most_twice_that_of_steps(form, dtype):
+    case = Case(dtype=dtype, B=2, C=8, E=64, S=32, **FORMS[form])
+    state, theirs = case.state, copied(case.state)
+    exact = converted(without_nan(case.state), torch.float64)
+    double = {**case.settings, "bias_R": case.settings["bias_R"].double()}
+    errors = []
+    for N in (3, 7, 16, 2, 8):
+        given = [case.token() for _ in range(N)]
+        ours = take(case, [torch.cat(x, 1) for x in zip(*given, strict=True)], None, state, state)
+        plain, expected = [], []
+        for token in given:
+            plain.append(step(*case.arguments(theirs, token=token), **case.settings))
+            arguments = case.arguments(exact, token=token)
+            expected.append(torch_step(*(x.double() for x in arguments[:5]), *arguments[5:], **double))
+        expected = torch.cat(expected, 1)
+        errors.append((error_ratio(ours, expected), error_ratio(torch.cat(plain, 1), expected)))
+        assert_close(state.total, exact.total, 2 * error_ratio(theirs.total, exact.total) + 1e-6)
+    ours, plain = (torch.tensor(column).mean() for column in zip(*errors, strict=True))
+    assert 0 < ours <= 2 * plain, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [{}, {"shift": 128, "previous": True, "local": True}], ids=["paper", "plus, local"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("B, N", [(1, 16), (1, 6), (4, 16), (32, 2)])
+def test_a_few_tokens_at_full_size(B, N, dtype, form):
+    """Two runs are bit-equal; over borders."""
+    case = Case(dtype=dtype, B=B, C=256, E=1536, S=128, **form)
+    case.gamma *= 0.1
+    state, theirs = case.state, converted(without_nan(case.state), torch.float64)
+    double = {**case.settings, "bias_R": case.settings["bias_R"].double()}
+    for index in range(544 // N):
+        given = [case.token() for _ in range(N)]
+        tokens = [torch.cat(x, 1) for x in zip(*given, strict=True)]
+        again = copied(state)
+        out = take(case, tokens, None, state, state)
+        assert torch.equal(out, take(case, tokens, None, again, again))
+        for one, other in zip(state, again, strict=True):
+            assert one is None or torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+        expected = []
+        for token in given:
+            arguments = case.arguments(theirs, token=token)
+            expected.append(torch_step(*(x.double() for x in arguments[:5]), *arguments[5:], **double))
+        assert_close(out, torch.cat(expected, 1), 2e-5 if dtype == torch.float32 else 0.02, f"call {index}")
+    assert (state.seen == 544 // N * N).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16])
