@@ -283,7 +283,8 @@ class FlashChunkCacheLayer(BatchOperations, CacheLayerMixin):
         return self.state.map(torch.clone) if torch.is_grad_enabled() else self.state
 
     def _set(self, state: DecodingState) -> None:
-        self.state = state
+        # Kernels take dense tensors, and a view would keep what it is a part of.
+        self.state = state.map(Tensor.contiguous)
 
     # -- rollback
     def activate_past_recording(self) -> None:

@@ -209,6 +209,27 @@ def test_a_rollback_to_any_token(form):
         assert_close(found, model(document).logits[:, 2 * C - 5 :], 1e-9, "packed")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_states_are_dense_for_the_kernels(form):
+    """In every layer: whether kernels can advance a state is asked of the first."""
+    model = build(form)
+    ids, begin = random_ids(model.config, 3, 5 * C), 0
+    mask = torch.ones_like(ids)
+    mask[1, :5] = mask[0, C + 6 : C + 9] = 0
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        for length in (C + 3, 2, C, 1, C + 1, 2):
+            end = begin + length
+            cache = model(ids[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).past_key_values
+            cache.activate_past_recording()
+            if length == C:
+                cache.crop(-3)
+                mask, ids = (torch.cat([x[:, : end - 3], x[:, end:]], 1) for x in (mask, ids))
+                end -= 3
+            begin = end
+            assert all(x is None or x.is_contiguous() for layer in cache.layers for x in layer.state)
+
+
 @pytest.mark.parametrize("form", [form for form in FORMS if "window" not in form and form != "delta, FLASH+"])
 def test_a_few_tokens_on_a_cpu_read_no_slot_behind_the_newest(form):
     model = build(form)
