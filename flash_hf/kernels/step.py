@@ -401,7 +401,7 @@ def gated_step(
         u, v, z: projections of one new token per row, `[B, 1, E]`, `[B, 1, E]`, `[B, 1, S]`, or without the 1, dense
             in their last dimension, float32, float16 or bfloat16.
         gamma, beta: offset-scale, `[H, S]`: rows quad_q, quad_k, lin_q, lin_k, without those of absent branches.
-        cos, sin: of the tokens' positions, `[B or 1, 1, r / 2]`, contiguous.
+        cos, sin: of the tokens' positions, `[B or 1, 1, r / 2]`, dense in their last dimension.
         position: tokens of the row's document before this one, int64 `[B or 1, 1]`. No view of `seen`, which the
             kernel advances while it reads this.
         valid: False where the token is padding, bool `[B, 1]`.
@@ -462,7 +462,7 @@ def _launch_step(
             value if quad_k is None else quad_k, value if lin_k is None else lin_k, value,
             value if total is None else total, position if seen is None else seen, z if bias_R is None else bias_R,
             out, *((value,) * 3 if delta is None else delta), u.stride(0), v.stride(0), z.stride(0),
-            0 if cos is None or cos.shape[0] == 1 else cos.shape[2],
+            0 if cos is None or cos.shape[0] == 1 else cos.stride(0),
             0 if position.shape[0] == 1 else position.stride(0), 0 if valid is None else valid.stride(0),
             1.0 / divisor, shift,
             C=C, E=E, S=S, HALF=0 if cos is None else cos.shape[2],

@@ -359,7 +359,7 @@ def layer_step(
     u, v, z, o = unit.u_proj, unit.v_proj, unit.z_proj, unit.o_proj
     B, N, D = x_BND.shape
     E, S = v.weight.shape[0], z.weight.shape[0]
-    x = x_BND.reshape(B * N, D)
+    x = x_BND.contiguous().view(B * N, D)
     watched = ops.is_watched((x,))
     projection, output = (project_operator, output_operator) if watched else (project, add_output)
     h = projection(x, block.norm.weight, u.weight, v.weight, z.weight, u.bias, v.bias, z.bias, block.norm.eps)
