@@ -18,8 +18,6 @@ from .step import FULL_GPU, STAGES, activated
 from .tiles import cdiv, on_device, power_of_2
 
 
-# Tokens of a row, which are one tile.
-MOST_STEPS = 16
 # A position that no token has.
 NEVER = tl.constexpr(1 << 62)
 # Columns of queries and keys that are multiplied at a time: in full precision these take three times the registers.
@@ -169,7 +167,7 @@ def _step_heads_kernel(
     in_S = col_S < S
     key_at = slot_N[:, None] * S + col_S
     leaves_NS = leaves_N[:, None] & in_S
-    head_at, in_NS = n_N[:, None] * S + col_S, (n_N < BLOCK_N)[:, None] & in_S
+    head_at = n_N[:, None] * S + col_S
     HEAD: tl.constexpr = BLOCK_N * S
     heads_ptr += row * 4 * HEAD
     if HAS_QUAD:
@@ -178,12 +176,12 @@ def _step_heads_kernel(
         new_quad_k_ptr += row * (C + LOCAL) * S
         taken_S = (col_S // 2 if INTERLEAVED else col_S) % 2 == 1
         query_NS = score_scale * _heads(token, gamma_ptr, beta_ptr, S, HALF, INTERLEAVED, TURN, BLOCK_S)
-        tl.store(heads_ptr + head_at, query_NS, mask=in_NS)
+        tl.store(heads_ptr + head_at, query_NS, mask=in_S[None, :])
         own_NS, key_NS = _keys(
             token, before, gamma_ptr + S, beta_ptr + S, quad_k_ptr + newest * S, taken_S, before_N, position_N, begin,
             S, HALF, INTERLEAVED, TURN, BLOCK_S, LOCAL, new_quad_k_ptr.dtype.element_ty,
         )  # fmt: skip
-        tl.store(heads_ptr + HEAD + head_at, key_NS.to(tl.float32), mask=in_NS)
+        tl.store(heads_ptr + HEAD + head_at, key_NS.to(tl.float32), mask=in_S[None, :])
         _copy(quad_k_ptr, copied_quad_k_ptr, C + LOCAL, S, BLOCK_C, BLOCK_S)
         tl.debug_barrier()  # other threads may still read what is overwritten now
         tl.store(new_quad_k_ptr + key_at, key_NS, mask=(stays_N & ~(behind_N & LOCAL))[:, None] & in_S)
@@ -211,8 +209,8 @@ def _step_heads_kernel(
             if MEAN:
                 scale_N = 1.0 / tl.maximum(closed_N, 1).to(tl.float32)
             query_NS *= tl.where(closed_N > 0, scale_N, 0.0)[:, None]
-        tl.store(heads_ptr + 2 * HEAD + head_at, query_NS, mask=in_NS)
-        tl.store(heads_ptr + 3 * HEAD + head_at, left_NS, mask=in_NS)
+        tl.store(heads_ptr + 2 * HEAD + head_at, query_NS, mask=in_S[None, :])
+        tl.store(heads_ptr + 3 * HEAD + head_at, left_NS, mask=in_S[None, :])
         tl.debug_barrier()
         if not DELTA:
             tl.store(new_lin_k_ptr + key_at, key_NS, mask=(stays_N & ~(behind_N & PREVIOUS))[:, None] & in_S)
@@ -398,7 +396,7 @@ def advance(
     divisor: float, mean: bool, interleaved: bool, silu: bool, shift: int, previous: bool, local_shift: bool,
     gates: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[`gated_step`] of up to 16 tokens of each row, one after another, in two launches; without gradients.
+    """[`gated_step`] of a few tokens of each row, one after another, in two launches; without gradients.
 
     Args:
         state: before these tokens.
@@ -412,7 +410,8 @@ def advance(
     Other arguments as there. Returns `[B, N, E]`.
     """
     (B, N, E), C, S = u.shape, state.value.shape[1], z.shape[-1]
-    out, heads = u.new_empty(u.shape), u.new_empty(B, 4, MOST_STEPS, S, dtype=torch.float32)
+    block_n = max(power_of_2(N), 16)
+    out, heads = u.new_empty(u.shape), u.new_empty(B, 4, block_n, S, dtype=torch.float32)
     delta, has_quad, copies = gates is not None, state.quad_k is not None, target is not state
     has_lin = not delta and state.lin_k is not None
 
@@ -428,7 +427,7 @@ def advance(
     rotary = (0, 0) if cos is None else (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))
     kinds = {
         "HAS_QUAD": has_quad, "HAS_LIN": has_lin, "HAS_VALID": valid is not None, "PREVIOUS": previous,
-        "LOCAL": local_shift, "SILU": silu, "DELTA": delta, "C": C, "S": S, "BLOCK_N": MOST_STEPS,
+        "LOCAL": local_shift, "SILU": silu, "DELTA": delta, "C": C, "S": S, "BLOCK_N": block_n,
         "BLOCK_C": 64, "BLOCK_S": max(power_of_2(S), 16), "num_warps": 4,
     }  # fmt: skip
     block_e = _block_e(B, E, S)
