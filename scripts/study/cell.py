@@ -77,7 +77,8 @@ CPU_RECIPE = Recipe(batch_tokens=4096, eps=1e-8, recall_vocab=32, evaluations=10
 RECIPES = {
     "xs": Recipe(batch_tokens=4096, evaluations=5, valid_tokens=65_536, final_tokens=262_144),
     "base": Recipe(batch_tokens=65_536),
-    "m-eps": Recipe(eps=1e-8), "recall": Recipe(eps=1e-8), "recall-cpu": CPU_RECIPE, "recall-cpu-deep": CPU_RECIPE,
+    "m-eps": Recipe(eps=1e-8), "m-decay": Recipe(weight_decay=0.1),
+    "recall": Recipe(eps=1e-8), "recall-cpu": CPU_RECIPE, "recall-cpu-deep": CPU_RECIPE,
     "tiny": TINY_RECIPE, "tiny-recall": TINY_RECIPE,
 }  # fmt: skip
 

@@ -71,6 +71,7 @@ SEARCHED = 60
 SEARCHED_FORMS = (
     "window-keys-delta", "keys", "delta", "window", "gated", "window-keys", "keys-delta", "keys-gated",
     "window-keys-gated", "heads", "hybrid", "softmax", "window-keys-heads-delta", "512", "gated-features",
+    "keys-dropout",
 )  # fmt: skip
 # Trained with several seeds, for the spread of the loss.
 SEEDED = ("flash", "flash-previous", "flash-local", "flash-stagger-local", SHIFTED, "flash-shifted-conv",
@@ -191,6 +192,8 @@ def passes(results: Results) -> list[Cell]:
         cells += trained + close(ended, results)
     for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
         cells += train(model, task, 2048, RATES[1:] if model == RIVAL else RATES[:1], tokens=SEARCHED)
+    for model, rate in ((RIVAL, RATES[1]), ("plus-keys", RATES[0])):
+        cells += train(model, task, 2048, [rate], size="m-decay", tokens=SEARCHED)
     places = [(model, BASE, BASE_TOKENS) for model in BASE_FORMS]
     for context in PASSED_MASKED:
         places += [(model, {"task": "mixed-masked", "context": context}, ONE_PASS) for model in HEADLINE]

@@ -39,6 +39,7 @@ SIZES = {
     "l": Size(640, 16),
     "base": Size(768, 24),  # the paper's
     "m-eps": Size(512, 12),  # with another eps of AdamW: cell.RECIPES
+    "m-decay": Size(512, 12),  # with more weight decay
     "xs": Size(128, 4, 64, 64, init=0.04),  # for a CPU
     "recall": Size(128, 4, init=0.1),
     "recall-cpu": Size(64, 2, 16, 32, init=0.1),
@@ -196,13 +197,14 @@ _CHANGES = {
     "gated": ("gated global mean", {"gated_mean": True}),
     "features": ("of exponential features", {"global_features": True}),
     "delta": ("global state by the delta rule", {"global_state": "delta"}),
+    "dropout": ("hidden dropout of 0.1", {"hidden_dropout": 0.1}),
     "hybrid": ("3 of 12 layers quadratic with softmax (a hybrid)", {"quadratic_every": 4}),
 }
 # Each alone, and together.
 PLUS_FORMS = (
     "512", "window", "softmax", "heads", "keys", "gated", "gated-features", "delta", "hybrid", "window-softmax-gated",
     "window-softmax-heads-gated", "window-keys", "keys-gated", "keys-delta", "window-keys-gated", "window-keys-delta",
-    "window-keys-heads-delta",
+    "window-keys-heads-delta", "keys-dropout",
 )  # fmt: skip
 
 
@@ -332,6 +334,7 @@ MODELS: dict[str, Model] = {
         )
         for name, changes in (
             ("keys", {"local_key_shift": True}),
+            ("keys-dropout", {"local_key_shift": True, "hidden_dropout": 0.1}),
             ("keys-delta", {"local_key_shift": True, "global_state": "delta"}),
         )
     },

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..benchmark.report import markdown as table
 from . import grid
+from .cell import RECIPE, recipe_of
 from .grid import FLASH, FORMS, HEADLINE, RECALL_TASKS, RIVAL, SHORT, Cell, Results, best_rates, final_loss
 from .models import MODELS
 from .text import CORPORA, MIXED
@@ -411,7 +412,9 @@ def searched(results: Results) -> str:
     base, rows = mean_or_none(results, cells, grid.PLUS), []
     for cell in sorted(cells, key=lambda cell: final_loss(results[cell])):
         result = results[cell]
-        row = [MODELS[cell.model].title, f"{cell.rate:g}", f"{final_loss(result):.3f}",
+        decay = recipe_of(cell).weight_decay
+        title = MODELS[cell.model].title + (f", weight decay {decay}" if decay != RECIPE.weight_decay else "")
+        row = [title, f"{cell.rate:g}", f"{final_loss(result):.3f}",
                "-" if base is None else f"{final_loss(result) - base:+.3f}"]  # fmt: skip
         for found in result["corpora"].values():
             parts = eighths(found["final"])

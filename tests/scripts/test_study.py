@@ -707,8 +707,10 @@ def test_masked_long_trainings_are_listed_apart():
 
 def test_forms_are_compared_with_flash_plus_after_a_quarter_of_a_pass():
     results = {}
-    for model, books, wiki in ((grid.PLUS, 3.8, 3.6), ("plus-window", 3.7, 3.5)):
-        cell = grid.Cell("train", model, "m", "mixed-causal", 2048, grid.SEARCHED, 0.002)
+    for model, size, books, wiki in (
+        (grid.PLUS, "m", 3.8, 3.6), ("plus-window", "m", 3.7, 3.5), ("plus-keys", "m-decay", 3.9, 3.8)
+    ):  # fmt: skip
+        cell = grid.Cell("train", model, size, "mixed-causal", 2048, grid.SEARCHED, 0.002)
         found = {name: {"final": {"loss": loss, "by_position": [loss + 0.3] * 4 + [loss] * 28}}
                  for name, loss in (("books", books), ("wiki", wiki))}  # fmt: skip
         results[cell] = {"final": {"loss": (books + wiki) / 2}, "corpora": found, "machine": "a GPU"}
@@ -716,6 +718,7 @@ def test_forms_are_compared_with_flash_plus_after_a_quarter_of_a_pass():
     assert len({len(row) for row in rows}) == 1 and [row[0] for row in rows[2:]] == [
         "plain-key FLASH+, local part over two chunks",
         "plain-key FLASH+",
+        "FLASH+, weight decay 0.1",
     ]
     assert rows[2][1:] == ["0.002", "3.600", "-0.100", "3.700", "0.300", "3.500", "0.300", "-", "a GPU"]
     del results[next(iter(results))]
