@@ -44,8 +44,8 @@ LONGEST_QUADRATIC_ROW = 8192
 # With more rows than these, a step's projections are left to cuBLAS.
 MOST_STEP_ROWS = 64
 
-# Up to this many tokens on a cache are taken one after another, by the kernels of a step.
-MOST_STEPS = 16
+# Up to this many tokens on a cache are taken as steps are, at once. Assisted decoding proposes 20 by default.
+MOST_STEPS = 32
 
 # The activation that kernels compute themselves, by its names in transformers.
 SILU = ("silu", "swish")
@@ -134,7 +134,7 @@ def with_plans(places: list[Places], config, x_BND: Tensor, *, causal: bool, dro
 
 
 def takes_steps(config, x_BND: Tensor, documents: Documents, *, dropout: bool, cache) -> bool:
-    """Whether kernels take embedded tokens `x_BND` on a constant-size cache one after another, each as a step does.
+    """Whether kernels take embedded tokens `x_BND` on a constant-size cache as steps do, instead of by chunks.
     Arguments as of `with_plans`."""
     # A step goes through the state, which carries no gradient.
     if cache is None or torch.is_grad_enabled() or is_watched(x_BND):
@@ -309,7 +309,7 @@ def fuses_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> bool:
 
 
 def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
-    """`x + GAU(norm(x))` of one new token per row, or of a few, one after another, `[B, N, D]`."""
+    """`x + GAU(norm(x))` of one new token per row, or of a few, `[B, N, D]`."""
     unit = layer.gau
     bias_R = fused_bias(unit, places)
 
@@ -325,7 +325,7 @@ def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor
 
 @dataclass(frozen=True)
 class StepTokens:
-    """The projections of tokens that kernels take one after another: what is recorded of them for a rollback, which
+    """The projections of tokens that kernels take as steps: what is recorded of them for a rollback, which
     takes some of them again.
 
     Attributes:

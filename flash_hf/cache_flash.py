@@ -120,7 +120,7 @@ class StateForm:
 
 
 class StepRecord(Protocol):
-    """Recorded tokens that kernels took one after another, whose keys are made only if they are needed."""
+    """Recorded tokens that kernels took as steps, whose keys are made only if they are needed."""
 
     def keys(self, places: Places) -> tuple[QueryKeys, Tensor]:
         """Queries and keys of the tokens, and their values, 0 at padding."""

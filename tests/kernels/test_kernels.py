@@ -829,16 +829,16 @@ def test_a_few_tokens_through_hooked_modules(changes, replaced):
 
 def test_which_calls_are_steps(monkeypatch):
     """A few tokens, of a few rows, in all; not with gradients, and never into another type of state."""
-    model = make_model(FlashForCausalLM, config_of(num_hidden_layers=1), dtype=torch.float32).to(DEVICE)
+    model = make_model(FlashForCausalLM, config_of(num_hidden_layers=1, chunk_size=64), dtype=torch.float32).to(DEVICE)
     ids, calls, layer_step = random_ids(model.config, 8, 60).to(DEVICE), [], kernels.layer_step
     monkeypatch.setattr(kernels, "layer_step", lambda block, x, *a, **k: calls.append(x.shape[:2]) or
                         layer_step(block, x, *a, **k))  # fmt: skip
-    for rows, tokens, grad in ((1, 16, False), (4, 16, False), (5, 16, False), (1, 17, False), (1, 2, True)):
+    for rows, tokens, grad in ((1, 32, False), (4, 16, False), (5, 16, False), (1, 33, False), (1, 2, True)):
         with torch.no_grad():
             cache = model(ids[:rows, :19], use_cache=True).past_key_values
         with torch.set_grad_enabled(grad):
             model(ids[:rows, 19 : 19 + tokens], past_key_values=cache)
-    assert calls == [(1, 16), (4, 16)]
+    assert calls == [(1, 32), (4, 16)]
     layer = cache.layers[0]
     layer.state = layer.state.map(lambda x: x if x.dtype == torch.long else x.double())
     with torch.no_grad():
