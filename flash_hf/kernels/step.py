@@ -480,8 +480,8 @@ def _launch_step(
 def _step_gates_kernel(
     x_ptr, gain_ptr, w_ptr, raw_ptr, bias_ptr, position_ptr, valid_ptr, since_ptr, new_since_ptr, lin_k_ptr, gates_ptr,
     keys_ptr, raw_row, raw_token, position_row, valid_row, valid_token, N, D, S, shift, eps,
-    C: tl.constexpr, PROJECT: tl.constexpr, HAS_VALID: tl.constexpr, KEY: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    C: tl.constexpr, PROJECT: tl.constexpr, HAS_VALID: tl.constexpr, KEY: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Of one row: the gates of N tokens, and with KEY the key of the token before them. Here and not in the kernel of
     the step, where other programs of the row would still read what one had advanced."""
@@ -491,30 +491,30 @@ def _step_gates_kernel(
         s = tl.arange(0, BLOCK_S)
         tl.store(keys_ptr + row * S + s, tl.load(lin_k_ptr + row * S + s, mask=s < S, other=0.0), mask=s < S)
     since = tl.load(since_ptr + row)
-    for n in range(STEPS):
+    for n in range(INTERPRETED if INTERPRETED else N):  # see `_gated_step_kernel`
         raw_at = raw_ptr + row * raw_row + n * raw_token
         if PROJECT:
             d = tl.arange(0, BLOCK_D)
-            in_D = (d < D) & (n < N)
+            in_D = d < D
             x = tl.load(x_ptr + (row * N + n) * D + d, mask=in_D, other=0.0).to(tl.float32)
             scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps) * tl.load(gain_ptr).to(tl.float32)
             forget = tl.sum(x * tl.load(w_ptr + d, mask=in_D, other=0.0).to(tl.float32), 0) * scale
             write = tl.sum(x * tl.load(w_ptr + D + d, mask=in_D, other=0.0).to(tl.float32), 0) * scale
-            tl.store(raw_at, forget, mask=n < N)
-            tl.store(raw_at + 1, write, mask=n < N)
+            tl.store(raw_at, forget)
+            tl.store(raw_at + 1, write)
         else:
-            forget = tl.load(raw_at, mask=n < N, other=0.0).to(tl.float32)
-            write = tl.load(raw_at + 1, mask=n < N, other=0.0).to(tl.float32)
+            forget = tl.load(raw_at).to(tl.float32)
+            write = tl.load(raw_at + 1).to(tl.float32)
         forget = log_sigmoid(forget + tl.load(bias_ptr).to(tl.float32))
-        position = tl.load(position_ptr + row * position_row + n, mask=n < N, other=0)
-        real = n < N
+        position = tl.load(position_ptr + row * position_row + n)
+        real = True
         if HAS_VALID:
-            real = real & (tl.load(valid_ptr + row * valid_row + n * valid_token, mask=n < N, other=0) != 0)
+            real = tl.load(valid_ptr + row * valid_row + n * valid_token) != 0
         since = tl.where(real, tl.where((position + shift) % C == 0, 0.0, since) + forget, since)
         gates_at = gates_ptr + (row * N + n) * 3
-        tl.store(gates_at, tl.exp(forget), mask=n < N)
-        tl.store(gates_at + 1, tl.sigmoid(write + tl.load(bias_ptr + 1).to(tl.float32)), mask=n < N)
-        tl.store(gates_at + 2, tl.exp(since), mask=n < N)
+        tl.store(gates_at, tl.exp(forget))
+        tl.store(gates_at + 1, tl.sigmoid(write + tl.load(bias_ptr + 1).to(tl.float32)))
+        tl.store(gates_at + 2, tl.exp(since))
     tl.store(new_since_ptr + row, since)
 
 
@@ -544,8 +544,8 @@ def step_gates(
             gates if key is None else key, raw.stride(0), raw.stride(1),
             0 if position.shape[0] == 1 else position.stride(0), *((0, 0) if valid is None else valid.stride()), N, D,
             S, shift, eps,
-            C=C, PROJECT=x is not None, HAS_VALID=valid is not None, KEY=key is not None, STEPS=power_of_2(N),
-            BLOCK_D=power_of_2(D), BLOCK_S=power_of_2(S), num_warps=4,
+            C=C, PROJECT=x is not None, HAS_VALID=valid is not None, KEY=key is not None,
+            BLOCK_D=power_of_2(D), BLOCK_S=power_of_2(S), INTERPRETED=N if INTERPRET else 0, num_warps=4,
         )  # fmt: skip
     return gates
 

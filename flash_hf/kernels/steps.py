@@ -251,7 +251,7 @@ def _gated_steps_kernel(
     u_row, v_row, u_token, v_token, position_row, valid_row, valid_token, N, shift,
     C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, SILU: tl.constexpr,
-    DELTA: tl.constexpr, COPIES: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DELTA: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -357,7 +357,7 @@ def _gated_steps_kernel(
         state_at, there = col_S[:, None] * E + e_E, (col_S < S)[:, None] & in_E
         total_SE = tl.load(total_ptr + state_at, mask=there, other=0.0)
         opened_SE = tl.load(opened_ptr + row * S * E + state_at, mask=there, other=0.0)
-        for n in range(STEPS):
+        for n in range(BLOCK_N if INTERPRETED else N):
             itself_N = n_N == n
             real = tl.sum(tl.where(itself_N & real_N, 1, 0), 0) != 0
             slot = tl.sum(tl.where(itself_N, slot_N, 0), 0)
@@ -442,7 +442,7 @@ def advance(
             (B * cdiv(E, block_e),), u, v, heads, *where, *(keys if copies else copied), state.value,
             *given(state.total, state.opened), target.value, *given(target.total, target.opened, bias_R, gates), out,
             u.stride(0), v.stride(0), u.stride(1), v.stride(1), *where_strides, N, shift,
-            E=E, HAS_BIAS=bias_R is not None, COPIES=copies, STEPS=power_of_2(N), BLOCK_E=block_e, SLICE=SLICE,
+            E=E, HAS_BIAS=bias_R is not None, COPIES=copies, BLOCK_E=block_e, SLICE=SLICE,
             STAGES=STAGES, INTERPRETED=INTERPRET, **kinds,
         )  # fmt: skip
     return out
