@@ -325,8 +325,8 @@ def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor
 
 @dataclass(frozen=True)
 class StepTokens:
-    """The projections of tokens that kernels take as steps: what is recorded of them for a rollback, which
-    takes some of them again.
+    """The projections of tokens that kernels take as steps: what is recorded of them for a rollback, which takes some
+    of them again.
 
     Attributes:
         u_BNE, v_BNE, z_BNS: the projections, still without SiLU if `silu`.

@@ -568,8 +568,8 @@ def gated_delta_step(
     previous: bool, local_shift: bool, opened: Tensor, since: Tensor, raw: Tensor | None, gate_bias: Tensor,
     x: Tensor | None, gain: Tensor | None, w: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
-    """[`step_delta`] and [`delta_step`] with it: the operator of a compiled step. The gates are `raw`,
-    or those of x, `[B, D]`."""
+    """[`step_delta`] and [`delta_step`] with it: the operator of a compiled step. The gates are `raw`, or those of x,
+    `[B, D]`."""
     state = DecodingState(quad_k, lin_k, value, total, seen, opened, since)
     if raw is None:
         raw = since.new_empty(len(x), 1, 2)

@@ -311,7 +311,7 @@ def _steps(
         bias_R, unit.divisor, unit.normalization == "mean", unit.interleaved, silu, layout.shift, unit.previous_key,
         unit.local_key_shift,
     )  # fmt: skip
-    if layout.position_BN.shape[1] > 1 or target is not state:
+    if layout.position_BN.shape[1] > 1:
         gates = None
         if unit.delta:
             gates = step_gates(
