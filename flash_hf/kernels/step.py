@@ -39,6 +39,17 @@ def activated(x_ptr, index, mask, SILU: tl.constexpr):
 
 
 @triton.jit
+def turned_columns(col, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of columns: whether RoPE turns them, and then whether they are the first of a pair, the other one, the angle."""
+    if INTERLEAVED:
+        first, pair, angle = col % 2 == 0, col ^ 1, col // 2
+    else:
+        first = col < HALF
+        pair, angle = tl.where(first, col + HALF, col - HALF), tl.where(first, col, col - HALF)
+    return col < 2 * HALF, first, pair, angle
+
+
+@triton.jit
 def _head(z_2S, turn_2S, gamma_ptr, beta_ptr, col_2S, in_2S):
     """`RoPE(gamma z + beta)`: the column itself times cos plus its partner times +-sin."""
     gamma_2S = tl.load(gamma_ptr + col_2S, mask=in_2S, other=0.0).to(tl.float32)
@@ -124,12 +135,7 @@ def _gated_step_kernel(
     # are then summed. This saves shuffles, and the compiler computes a sum once; elementwise heads it would compute
     # again, with their loads, for every layout that reads them.
     col_1S = col_S[None, :]
-    turned_1S = col_1S < 2 * HALF
-    if INTERLEAVED:
-        first_1S, pair_1S, angle_1S = col_1S % 2 == 0, col_1S ^ 1, col_1S // 2
-    else:
-        first_1S = col_1S < HALF
-        pair_1S, angle_1S = tl.where(first_1S, col_1S + HALF, col_1S - HALF), tl.where(first_1S, col_1S, col_1S - HALF)
+    turned_1S, first_1S, pair_1S, angle_1S = turned_columns(col_1S, HALF, INTERLEAVED)
     itself_21 = tl.arange(0, 2)[:, None] == 0
     col_2S = tl.where(itself_21, col_1S, pair_1S)
     in_2S = tl.where(itself_21, col_1S < S, turned_1S)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention_flash import DecodingState
 from .common import INTERPRET, grid_wait
 from .dispatch import kernel
-from .step import FULL_GPU, STAGES, activated
+from .step import FULL_GPU, STAGES, activated, turned_columns
 from .tiles import cdiv, on_device, power_of_2
 
 
@@ -40,30 +40,20 @@ def _places(position_ptr, valid_ptr, row, position_row, valid_row, valid_token, 
 
 
 @triton.jit
-def _columns(S, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Of a head's columns: which there are, which RoPE turns, the partner of each, its angle, and the sign of sin."""
-    col_S = tl.arange(0, BLOCK_S)
-    turned_S = col_S < 2 * HALF
-    if INTERLEAVED:
-        first_S, pair_S, angle_S = col_S % 2 == 0, col_S ^ 1, col_S // 2
-    else:
-        first_S = col_S < HALF
-        pair_S, angle_S = tl.where(first_S, col_S + HALF, col_S - HALF), tl.where(first_S, col_S, col_S - HALF)
-    return col_S, col_S < S, turned_S, tl.where(turned_S, pair_S, 0), angle_S, tl.where(first_S, -1.0, 1.0)
-
-
-@triton.jit
 def _load_z(
     z_ptr, cos_ptr, sin_ptr, token_N, real_N, z_token, rotary_token, S, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     SILU: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Some of a row's tokens: z, its partner under RoPE, and what these are multiplied by; z is 0 where not real."""
-    col_S, in_S, turned_S, pair_S, angle_S, sign_S = _columns(S, HALF, INTERLEAVED, BLOCK_S)
+    col_S = tl.arange(0, BLOCK_S)
+    in_S = col_S < S
+    turned_S, first_S, pair_S, angle_S = turned_columns(col_S, HALF, INTERLEAVED)
     z_NS = activated(z_ptr, token_N[:, None] * z_token + col_S, real_N[:, None] & in_S, SILU)
     pair_NS = activated(z_ptr, token_N[:, None] * z_token + pair_S, real_N[:, None] & turned_S, SILU)
     angle_NS, turned_NS = token_N[:, None] * rotary_token + angle_S, real_N[:, None] & turned_S
     cos_NS = tl.load(cos_ptr + angle_NS, mask=turned_NS, other=1.0).to(tl.float32)
-    sin_NS = tl.load(sin_ptr + angle_NS, mask=turned_NS, other=0.0).to(tl.float32) * sign_S
+    sin_NS = tl.load(sin_ptr + angle_NS, mask=turned_NS, other=0.0).to(tl.float32)
+    sin_NS = tl.where(first_S, -sin_NS, sin_NS)
     return z_NS, pair_NS, cos_NS, sin_NS
 
 
@@ -74,7 +64,9 @@ def _heads(
 ):  # fmt: skip
     """`RoPE(gamma z + beta)` of tokens as `_load_z` returns them, or without RoPE."""
     z_NS, pair_NS, cos_NS, sin_NS = token
-    col_S, in_S, turned_S, pair_S, _, _ = _columns(S, HALF, INTERLEAVED, BLOCK_S)
+    col_S = tl.arange(0, BLOCK_S)
+    in_S = col_S < S
+    turned_S, _, pair_S, _ = turned_columns(col_S, HALF, INTERLEAVED)
     gamma_S = tl.load(gamma_ptr + col_S, mask=in_S, other=0.0).to(tl.float32)
     beta_S = tl.load(beta_ptr + col_S, mask=in_S, other=0.0).to(tl.float32)
     head_NS = gamma_S * z_NS + beta_S
