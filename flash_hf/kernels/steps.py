@@ -420,7 +420,7 @@ def advance(
     kinds = {
         "HAS_QUAD": has_quad, "HAS_LIN": has_lin, "HAS_VALID": valid is not None, "PREVIOUS": previous,
         "LOCAL": local_shift, "SILU": silu, "DELTA": delta, "C": C, "S": S, "BLOCK_N": block_n,
-        "BLOCK_C": 64, "BLOCK_S": max(power_of_2(S), 16), "num_warps": block_n // 4,
+        "BLOCK_C": 1024 // block_n, "BLOCK_S": max(power_of_2(S), 16), "num_warps": block_n // 4,
     }  # fmt: skip
     block_e = _block_e(B, E, S)
     with on_device(u):
