@@ -121,8 +121,8 @@ def _step_heads_kernel(
     INTERLEAVED: tl.constexpr, SILU: tl.constexpr, DELTA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One row: its new tokens' heads, float32 `[4, BLOCK_N, S]`; a copy of the cached keys, then the new keys among
-    them, or where the copy was made from; and the count of tokens.
+    """One row: its new tokens' heads, float32 `[4, BLOCK_N, S]`; a copy of the cached keys, and then the new keys,
+    among the copied ones or, in place, among those that were copied; and the count of tokens.
 
     The heads are quad_q times score_scale, quad_k, and lin_q times the global part's scale and lin_k, 0 at padding, or
     with the delta rule both of length 1. Keys are rounded as the state stores them. With PREVIOUS and LOCAL the slot
@@ -243,9 +243,8 @@ def _gated_steps_kernel(
     u_row, v_row, u_token, v_token, position_row, valid_row, valid_token, N, shift,
     C: tl.constexpr, E: tl.constexpr, S: tl.constexpr, HAS_QUAD: tl.constexpr, HAS_LIN: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_VALID: tl.constexpr, PREVIOUS: tl.constexpr, LOCAL: tl.constexpr, SILU: tl.constexpr,
-    DELTA: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    DELTA: tl.constexpr, COPIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, SLICE: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One row and BLOCK_E of its value columns. With the token n in slot p_n of chunk g_n, the slots from b on that
     were filled before the call in chunk g, and c_n the global part's scale,
@@ -375,7 +374,7 @@ def _gated_steps_kernel(
 
 
 def _block_e(batch: int, width: int, key_dim: int) -> int:
-    """The widest block of value columns that leaves enough programs, each of which makes all heads of its row."""
+    """The widest block of value columns that leaves enough programs, each of which weighs all keys of its row."""
     for block_e in (64, 32):
         if batch * cdiv(width, block_e) >= FULL_GPU and block_e * power_of_2(key_dim) <= 8192:
             return block_e
