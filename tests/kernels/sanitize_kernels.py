@@ -60,7 +60,7 @@ def train_quadratic(causal: bool, tokens: int, dtype: torch.dtype) -> None:
 
 
 def decode(name: str, dtype: torch.dtype) -> None:
-    """Steps after a prompt, and a second turn, which begins inside of a chunk."""
+    """Steps after a prompt, a second turn, which begins inside of a chunk, and a few tokens, of which some stay."""
     config = FlashConfig(
         vocab_size=11, hidden_size=64, query_key_dim=32, chunk_size=32, backend="triton",
         local_key_shift=name != "paper", **form(name, 32),
@@ -74,6 +74,11 @@ def decode(name: str, dtype: torch.dtype) -> None:
     seen = torch.ones_like(longer)  # a 0 that was generated is no padding
     out = model.generate(longer, attention_mask=seen, past_key_values=out.past_key_values, max_new_tokens=2, **words)
     assert out.sequences.shape == (2, 130)
+    with torch.no_grad():
+        out.past_key_values.activate_past_recording()
+        for few, removed in ((7, 3), (21, 0), (30, 29)):
+            model(ids[:, :few], past_key_values=out.past_key_values)
+            out.past_key_values.crop(-removed)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ COMPILE = """
 import pathlib, subprocess, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from flash_hf import FlashConfig, FlashModel, kernels
-from flash_hf.kernels import backward, delta, dispatch, forward, residual, step
+from flash_hf.kernels import backward, delta, dispatch, forward, residual, step, steps
 
 class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -79,8 +79,10 @@ with torch.no_grad():
             cache = model(torch.zeros(rows, length, dtype=torch.long), use_cache=True).past_key_values
             model(torch.zeros(rows, 1, dtype=torch.long), past_key_values=cache)
             if rows == 2:
+                for few in (3, 20, 40):
+                    model(torch.zeros(rows, few, dtype=torch.long), past_key_values=cache)
+                cache.activate_past_recording()
                 model(torch.zeros(rows, 3, dtype=torch.long), past_key_values=cache)
-                model(torch.zeros(rows, 20, dtype=torch.long), past_key_values=cache)
 tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 for number, ((name, *_), compiled) in enumerate(found.items()):
     path = pathlib.Path(sys.argv[1], f"{number}.cubin")
@@ -88,7 +90,7 @@ for number, ((name, *_), compiled) in enumerate(found.items()):
     code = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
     path.with_suffix(".txt").write_text(code, encoding="utf-8")
     print("kernel", name, number, sep=";")
-for module in (forward, backward, residual, delta, step):
+for module in (forward, backward, residual, delta, step, steps):
     for kernel in vars(module).values():
         if isinstance(kernel, dispatch.Kernel):
             print("all", kernel.function.__name__, sep=";")
