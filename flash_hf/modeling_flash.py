@@ -433,11 +433,13 @@ class FlashGatedAttentionUnit(nn.Module):
             qk = self.query_keys(z_BNS, places.rotary)._replace(gates=gates_BN2)
             if isinstance(layout, StepLayout):
                 state = cache.begin_step(v_BNE, places, qk)
+                if v_BNE.shape[1] == 1:
+                    return step(qk, v_BNE, layout, state, **options)
                 out = []
                 for n, own in enumerate(layout.one_by_one()):
                     token = QueryKeys(*(None if x is None else x[:, n : n + 1] for x in qk))
                     out.append(step(token, v_BNE[:, n : n + 1], own, state, **options))
-                return out[0] if len(out) == 1 else torch.cat(out, 1)
+                return torch.cat(out, 1)
             out_BNE, state = append(qk, v_BNE, layout, cache.begin_append(), dropout=dropout, **options)
             cache.update(state, places, qk, v_BNE)
             return out_BNE
