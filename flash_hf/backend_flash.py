@@ -313,12 +313,9 @@ def fused_step(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor
     unit = layer.gau
     bias_R = fused_bias(unit, places)
 
-    def begin(h_BNF: Tensor, gates_BN2: Tensor | None) -> tuple[DecodingState, DecodingState]:
-        if not cache.record_past:
-            return cache.begin_steps(x_BND, places)
-        E, S = (parameter(module, "weight").shape[0] for module in (unit.v_proj, unit.z_proj))
-        u_BNE, v_BNE, z_BNS = h_BNF.split([E, E, S], 2)
-        return cache.begin_steps(v_BNE, places, StepTokens(unit, u_BNE, v_BNE, z_BNS, bias_R, True, gates_BN2))
+    def begin(u_BNE: Tensor, v_BNE: Tensor, z_BNS: Tensor, gates_BN2: Tensor | None):
+        tokens = StepTokens(unit, u_BNE, v_BNE, z_BNS, bias_R, True, gates_BN2) if cache.record_past else None
+        return cache.begin_steps(v_BNE, places, tokens)
 
     return load_kernels()[0].layer_step(layer, x_BND, places, bias_R=bias_R, begin=begin)
 

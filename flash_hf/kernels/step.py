@@ -487,7 +487,7 @@ def _step_gates_kernel(
     x_ptr, gain_ptr, w_ptr, raw_ptr, bias_ptr, position_ptr, valid_ptr, since_ptr, new_since_ptr, lin_k_ptr, gates_ptr,
     keys_ptr, raw_row, raw_token, position_row, valid_row, valid_token, N, D, S, shift, eps,
     C: tl.constexpr, PROJECT: tl.constexpr, HAS_VALID: tl.constexpr, KEY: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_S: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Of one row: the gates of N tokens, and with KEY the key of the token before them. Here and not in the kernel of
     the step, where other programs of the row would still read what one had advanced."""
@@ -497,7 +497,7 @@ def _step_gates_kernel(
         s = tl.arange(0, BLOCK_S)
         tl.store(keys_ptr + row * S + s, tl.load(lin_k_ptr + row * S + s, mask=s < S, other=0.0), mask=s < S)
     since = tl.load(since_ptr + row)
-    for n in range(INTERPRETED if INTERPRETED else N):  # see `_gated_step_kernel`
+    for n in range(STEPS if STEPS else N):  # N for the interpreter, see `_gated_step_kernel`
         raw_at = raw_ptr + row * raw_row + n * raw_token
         if PROJECT:
             d = tl.arange(0, BLOCK_D)
@@ -551,7 +551,7 @@ def step_gates(
             0 if position.shape[0] == 1 else position.stride(0), *((0, 0) if valid is None else valid.stride()), N, D,
             S, shift, eps,
             C=C, PROJECT=x is not None, HAS_VALID=valid is not None, KEY=key is not None,
-            BLOCK_D=power_of_2(D), BLOCK_S=power_of_2(S), INTERPRETED=N if INTERPRET else 0, num_warps=4,
+            BLOCK_D=power_of_2(D), BLOCK_S=power_of_2(S), STEPS=N if INTERPRET else 0, num_warps=4,
         )  # fmt: skip
     return gates
 

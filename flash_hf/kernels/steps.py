@@ -230,9 +230,16 @@ def _scores(query_ptr, key_ptr, at_N, at_C, live_C, S, BLOCK_N: tl.constexpr, BL
 
 
 @triton.jit
-def _relu2(score_NC):
+def _local_weights(
+    heads_ptr, key_ptr, bias_ptr, n_N, at_C, live_C, offset_NC, reads_NC, S, HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S, SLICE,
+):  # fmt: skip
+    """What the new tokens weigh some local keys with, at these places of the bias; 0 where they read none."""
+    score_NC = _scores(heads_ptr, key_ptr, n_N, at_C, live_C, S, BLOCK_N, BLOCK_C, BLOCK_S, SLICE)
+    if HAS_BIAS:
+        score_NC += tl.load(bias_ptr + offset_NC, mask=reads_NC, other=0.0).to(tl.float32)
     # tl.maximum would turn NaN into 0.
-    return tl.where(score_NC < 0, 0.0, score_NC * score_NC)
+    return tl.where((score_NC < 0) | ~reads_NC, 0.0, score_NC * score_NC)
 
 
 @kernel
@@ -283,11 +290,10 @@ def _gated_steps_kernel(
     reads_NN = (n_N[None, :] <= n_N[:, None]) & real_N[None, :] & real_N[:, None]
     same_NN = chunk_N[None, :] == chunk_N[:, None]
     if HAS_QUAD:
-        score_NN = _scores(heads_ptr, heads_ptr + HEAD, n_N, n_N, real_N, S, BLOCK_N, BLOCK_N, BLOCK_S, SLICE)
-        if HAS_BIAS:
-            offset_NN = slot_N[None, :] - slot_N[:, None] + C - 1
-            score_NN += tl.load(bias_ptr + offset_NN, mask=reads_NN & same_NN, other=0.0).to(tl.float32)
-        weight_NN += tl.where(reads_NN & same_NN, _relu2(score_NN), 0.0)
+        weight_NN += _local_weights(
+            heads_ptr, heads_ptr + HEAD, bias_ptr, n_N, n_N, real_N, slot_N[None, :] - slot_N[:, None] + C - 1,
+            reads_NN & same_NN, S, HAS_BIAS, BLOCK_N, BLOCK_N, BLOCK_S, SLICE,
+        )  # fmt: skip
     if HAS_LIN:
         score_NN = _scores(
             heads_ptr + 2 * HEAD, heads_ptr + 3 * HEAD, n_N, n_N, real_N, S, BLOCK_N, BLOCK_N, BLOCK_S, SLICE
@@ -313,11 +319,10 @@ def _gated_steps_kernel(
         reads_NC = continues_N[:, None] & live_C[None, :]
         weight_NC = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         if HAS_QUAD:
-            score_NC = _scores(heads_ptr, quad_k_ptr, n_N, slot_C, live_C, S, BLOCK_N, BLOCK_C, BLOCK_S, SLICE)
-            if HAS_BIAS:
-                offset_NC = slot_C[None, :] - slot_N[:, None] + C - 1
-                score_NC += tl.load(bias_ptr + offset_NC, mask=reads_NC, other=0.0).to(tl.float32)
-            weight_NC += _relu2(score_NC)
+            weight_NC += _local_weights(
+                heads_ptr, quad_k_ptr, bias_ptr, n_N, slot_C, live_C, slot_C[None, :] - slot_N[:, None] + C - 1,
+                reads_NC, S, HAS_BIAS, BLOCK_N, BLOCK_C, BLOCK_S, SLICE,
+            )  # fmt: skip
         if HAS_LIN:
             weight_NC -= _scores(
                 heads_ptr + 2 * HEAD, lin_k_ptr, n_N, slot_C, live_C, S, BLOCK_N, BLOCK_C, BLOCK_S, SLICE

@@ -344,14 +344,14 @@ def layer_step(
     places: Places,
     *,
     bias_R: Tensor | None,
-    begin: Callable[[Tensor, Tensor | None], tuple[DecodingState, DecodingState]],
+    begin: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[DecodingState, DecodingState]],
 ) -> Tensor:
     """A whole layer's step in three launches, or for a few tokens four, and with the delta rule one more,
     `x + o_proj(gated attention of norm(x))`, `[B, N, D]`, without gradients.
 
     Args:
-        begin: gives the states as of `attention_step`, from the projections u, v and z without SiLU,
-            `[B, N, 2 E + S]`, and those of the gates, `[B, N, 2]`, which are filled later.
+        begin: gives the states as of `attention_step`, from the projections u, v and z without SiLU, and those of the
+            gates, `[B, N, 2]`, which are filled later.
 
     Otherwise as of `layer`.
     """
@@ -367,8 +367,7 @@ def layer_step(
     if unit.delta:
         gates_BN2 = None if watched else x.new_empty(B, N, 2, dtype=torch.float32)
         projected = x, block.norm.weight, unit.gate_proj.weight.contiguous(), block.norm.eps
-    h_BNF = h.view(B, N, 2 * E + S)
-    attended = _steps(
-        unit, *h_BNF.split([E, E, S], 2), places, bias_R, True, begin(h_BNF, gates_BN2), watched, gates_BN2, *projected
-    )
+    tokens = h.view(B, N, 2 * E + S).split([E, E, S], 2)
+    states = begin(*tokens, gates_BN2)
+    attended = _steps(unit, *tokens, places, bias_R, True, states, watched, gates_BN2, *projected)
     return output(x, attended.view(B * N, E), o.weight, o.bias).view(B, N, D)
