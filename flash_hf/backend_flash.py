@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -273,7 +274,6 @@ def fuses_layer(layer: nn.Module, x_BND: Tensor, places: Places) -> bool:
         places.plan is not None
         and not places.plan.cached  # cached slots come between the projections
         and compute_dtype(x_BND) in (torch.bfloat16, torch.float32)
-        and not (layer.hidden_dropout and layer.training)
         and is_stock(layer)
     )
 
@@ -356,11 +356,12 @@ class StepTokens:
 
 
 def fused_layer(layer: nn.Module, x_BND: Tensor, places: Places, cache) -> Tensor:
-    """`x + GAU(norm(x))` by one kernel call, `[B, N, D]`."""
+    """`x + GAU(norm(x))` by one kernel call, `[B, N, D]`; with dropout the sum comes after it."""
     dtype, bias_R = compute_dtype(x_BND), fused_bias(child(layer, "gau"), places)
+    dropout = layer.hidden_dropout if layer.training else 0.0
     out_BND, state = load_kernels()[0].layer(
-        layer, x_BND, places, bias_R=bias_R, dtype=dtype, **continuation(places, cache)
+        layer, x_BND, places, bias_R=bias_R, dtype=dtype, residual=not dropout, **continuation(places, cache)
     )
     if cache is not None:
         cache.update(state, places)
-    return out_BND
+    return x_BND + F.dropout(out_BND, dropout) if dropout else out_BND

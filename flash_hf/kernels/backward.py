@@ -541,14 +541,15 @@ def heads_gradient_kernel(
 @triton.jit
 def norm_gradient_kernel(
     p_ptr, x_ptr, dy_ptr, rms_ptr, gain_ptr, dx_ptr, sums_ptr, T, D,
-    RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    LAYER: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Backward of ScaleNorm, `dx = p - x (p . x) / (D rms^2)` with the gradient p that includes the norm's gain; and
     the program's sum of `(p . x) / gain` for the gain's gradient, in the last column of `sums`.
 
-    RESIDUAL: p comes from the projections' backward; the residual sum's gradient dy is added, and its sums over the
-    program's tokens, the output bias', are the other columns, `[programs, D + 1]`. Otherwise p is `dy * gain` of a
-    norm on its own.
+    LAYER: p comes from the projections' backward, and the sums of the layer's gradient dy over the program's tokens,
+    the output bias', are the other columns, `[programs, D + 1]`. Otherwise p is `dy * gain` of a norm on its own.
+    RESIDUAL: dy is added, since the layer's output includes its input.
     """
     grid_wait()
     program = tl.program_id(0).to(tl.int64)
@@ -563,18 +564,19 @@ def norm_gradient_kernel(
         x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         rms = tl.load(rms_ptr + token, mask=real, other=0.0)
-        if RESIDUAL:
+        if LAYER:
             p = tl.load(p_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             total += tl.sum(dy, 0)
         else:
             p = dy * row_gain(rms_ptr, gain_ptr, token, real)[:, None]
+        if not RESIDUAL:
             dy = 0.0
         dot = tl.sum(p * x, 1)
         dx = dy + p - x * (dot * rms * rms / D)[:, None]
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         dots += dot
-    width = D + 1 if RESIDUAL else 1
-    if RESIDUAL:
+    width = D + 1 if LAYER else 1
+    if LAYER:
         tl.store(sums_ptr + program * width + column, total, mask=column < D)
     gain = tl.load(gain_ptr).to(tl.float32)
     gain = tl.where(gain == 0.0, 1e-20, gain)  # as `row_gain` reads it

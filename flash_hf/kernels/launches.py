@@ -970,8 +970,14 @@ def launch_norm(
     )  # fmt: skip
 
 
-def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor) -> Tensor:
-    """Fill `d_x`, and return partial sums for the output bias and the gain; see `norm_gradient_kernel`."""
+def launch_norm_gradient(
+    p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, gain: Tensor, d_x: Tensor, *, add: bool = False
+) -> Tensor:  # fmt: skip
+    """Fill `d_x`, and return partial sums for the output bias and the gain; see `norm_gradient_kernel`.
+
+    Args:
+        add: whether to add d_y to d_x.
+    """
     T, D = x.shape[:-1].numel(), x.shape[-1]
     block_d = power_of_2(D)
     block_t, steps = max(1, 4096 // block_d), 16
@@ -980,17 +986,21 @@ def launch_norm_gradient(p: Tensor | None, x: Tensor, d_y: Tensor, rms: Tensor, 
     loaded = (x, d_y) if p is None else (x, d_y, p)
     backward.norm_gradient_kernel(
         (programs,),
-        d_y if p is None else p, x, d_y, rms, gain, d_x, sums, T, D, RESIDUAL=p is not None, BLOCK_T=block_t,
-        BLOCK_D=block_d, STEPS=steps, STAGES=2 if fits_ahead(block_t * block_d, *loaded) else 1, num_warps=4,
+        d_y if p is None else p, x, d_y, rms, gain, d_x, sums, T, D, LAYER=p is not None, RESIDUAL=add,
+        BLOCK_T=block_t, BLOCK_D=block_d, STEPS=steps, STAGES=2 if fits_ahead(block_t * block_d, *loaded) else 1,
+        num_warps=4,
     )  # fmt: skip
     return sums
 
 
-def launch_residual(x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor, y: Tensor | None = None) -> Tensor:
-    """`x + out w_o^T + b_o`, `[..., D]` like x and in its type; in `y`, if it is given."""
-    ends = choice.ends_layer(x, out)
-    if not ends and not has_tma(x.device):
-        result = x + torch.addmm(b_o.to(out.dtype), out, w_o.t()).view(x.shape)
+def launch_residual(
+    x: Tensor, out: Tensor, w_o: Tensor, b_o: Tensor, y: Tensor | None = None, *, add: bool = True
+) -> Tensor:  # fmt: skip
+    """`x + out w_o^T + b_o`, `[..., D]` like x and in its type, in y if it is given; without `add`, x is left out."""
+    ends = add and choice.ends_layer(x, out)
+    if not ends and not (add and has_tma(x.device)):
+        result = torch.addmm(b_o.to(out.dtype), out, w_o.t()).view(x.shape)
+        result = x + result if add else result.to(x.dtype)
         return result if y is None else y.copy_(result)
     y = torch.empty_like(x) if y is None else y
     if ends:

@@ -447,11 +447,13 @@ class Layer:
             attention = launch_forward(shape, inputs, cached_of(tensors), want_final, exchange)
             w_o = tensors.w_o.to(dtype)
             if own.whole:
-                y = launch_residual(tensors.x, attention.out, w_o, tensors.b_o)
+                y = launch_residual(tensors.x, attention.out, w_o, tensors.b_o, add=shape.residual)
             else:
                 y = torch.empty_like(tensors.x)
                 for here, there in own.parts:
-                    launch_residual(x[here], attention.out[there], w_o, tensors.b_o, y.view(x.shape)[here])
+                    launch_residual(
+                        x[here], attention.out[there], w_o, tensors.b_o, y.view(x.shape)[here], add=shape.residual
+                    )
         return layer_results(attention, y=y, rms=rms, cast=cast, h=h, w=w)
 
     @staticmethod
@@ -496,7 +498,7 @@ class Layer:
             d_w = product_over_tokens(d_h, x, parts_of_h)
             del d_h
             d_x = torch.empty_like(d_out)
-            norm = launch_norm_gradient(p, x, d_y, rms, saved.gain, d_x)
+            norm = launch_norm_gradient(p, x, d_y, rms, saved.gain, d_x, add=shape.residual)
             sums = Sums.of(shape, saved.bias_R is not None)
             small = launch_sums(shape, sums, parts._replace(norm=norm), sums_dtype(saved))
         gates = [parts.gates.sum(0)] if shape.delta else []

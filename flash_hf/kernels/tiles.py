@@ -91,6 +91,7 @@ class Shape:
         silu: the kernels apply SiLU to u, v and z.
         interleaved, rotary_dim: how RoPE pairs dimensions, and how many it rotates.
         scale: factor of the scores. dtype: of products.
+        residual: whether a layer's output includes its input.
     """
 
     B: int
@@ -113,6 +114,7 @@ class Shape:
     rotary_dim: int
     scale: float
     dtype: torch.dtype
+    residual: bool = True
 
     @functools.cached_property
     def tapes(self) -> dict:

@@ -227,12 +227,14 @@ def layer(
     dtype: torch.dtype,
     state: DecodingState | None,
     return_state: bool,
+    residual: bool = True,
 ) -> tuple[Tensor, DecodingState | None]:
     """A whole layer with ScaleNorm and SiLU, `x + o_proj(gated attention of norm(x))`, `[B, N, D]`, and the state.
 
     Args:
         block: a `FlashLayer` whose modules are the stock ones, without hooks.
         dtype: what products are computed in, bfloat16 or float32; x and the parameters may be wider (autocast).
+        residual: whether to add x.
 
     Otherwise as `gated_attention`.
     """
@@ -243,7 +245,7 @@ def layer(
     b_u, b_v, b_z, b_o = (parameter(module, "bias") for module in projections(unit))
     E = w_v.shape[0]
     shape, others = _shape_and_tensors(
-        unit, places, bias_R, state, return_state, B=B, D=D, E=E, silu=True, dtype=dtype
+        unit, places, bias_R, state, return_state, B=B, D=D, E=E, silu=True, dtype=dtype, residual=residual
     )
     tensors = ops.LayerTensors(
         x=x_BND.contiguous(), gain=gain, w_u=w_u, b_u=b_u, w_v=w_v, b_v=b_v, w_z=w_z, b_z=b_z, w_o=w_o, b_o=b_o,

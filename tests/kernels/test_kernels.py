@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.utils import logging
 
-from flash_hf import FlashConfig, FlashForCausalLM, FlashForMaskedLM, FlashModel, backend_flash, cache_flash
+from flash_hf import (
+    FlashConfig,
+    FlashForCausalLM,
+    FlashForMaskedLM,
+    FlashModel,
+    backend_flash,
+    cache_flash,
+    modeling_flash,
+)
 from flash_hf.backend_flash import kernels_for
 from flash_hf.chunking_flash import chunk_layout, is_transformed, resolve_documents
 from flash_hf.modeling_flash import FlashGatedAttentionUnit
@@ -104,6 +112,7 @@ def squared_errors(config, layout, dtype, whole, length, scale, seed) -> dict[st
     how many numbers that is."""
     config.backend = "triton"
     model = make_model(FlashModel, config, dtype=dtype, scale=scale, seed=seed).to(DEVICE)
+    model.train(config.hidden_dropout > 0)
     if not whole:
         for layer in model.layers:
             layer.gau.u_proj.register_forward_hook(lambda *_: None)  # then the projections are called one by one
@@ -381,6 +390,29 @@ def test_two_runs_are_bit_equal(form):
     assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("layout, form", [("odd", FORMS["paper"]), ("padded", LOCAL_KEYS), ("packed", DELTA)], ids=str)
+def test_dropout_follows_the_kernels_of_a_layer(layout, form, dtype, monkeypatch):
+    """With the same numbers dropped in all tiers."""
+    fused, wide = [], dtype == torch.bfloat16
+
+    def drop(x, p=0.5, training=True):
+        assert p == 0.25 and training
+        kept = torch.bernoulli(torch.full(x.shape, 0.75), generator=torch.Generator().manual_seed(0))
+        return x * kept.to(x) / 0.75
+
+    def layer(*arguments):
+        fused.append(arguments)
+        return backend_flash.fused_layer(*arguments)
+
+    monkeypatch.setattr(nn.functional, "dropout", drop)
+    monkeypatch.setattr(modeling_flash, "fused_layer", layer)
+    sizes = {"chunk_size": 64, "query_key_dim": 64, "hidden_size": 256} if wide else {}
+    how = {"length": 777, "scale": 0.06, "draws": 4} if wide else {}
+    compare(config_of(hidden_dropout=0.25, **sizes, **form), layout, dtype, **how)
+    assert len(fused) == 2 * how.get("draws", 1)
+
+
 @forms
 def test_checkpointing_changes_nothing(form):
     model = make_model(FlashModel, config_of(**FORMS[form]), dtype=torch.float32).to(DEVICE).train()
@@ -473,15 +505,16 @@ def test_operators_pass_opcheck(causal, lin):
     options = dict(
         B=2, N=N, G=plan.chunks, C=C, shift=plan.shift, E=E, S=S, H=H, causal=causal, quad=True, lin=lin,
         previous=False, local_shift=False, delta=False, silu=True, interleaved=False, rotary_dim=S, scale=1 / C,
-        dtype=torch.float32, want_final=False,
+        dtype=torch.float32, residual=True, want_final=False,
     )  # fmt: skip
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     checks += ("test_aot_dispatch_dynamic",) * causal
     torch.library.opcheck(ops.gated_attention.operator, (u, v, z, *tables), {**options, "D": 0}, test_utils=checks)
     weights = new(E, D), new(E), new(E, D), new(E), new(S, D), new(S), new(D, E), new(D)
     torch.library.opcheck(
-        ops.layer.operator, (x, gain, *weights, *tables), {**options, "D": D, "eps": 1e-5}, test_utils=checks
-    )
+        ops.layer.operator, (x, gain, *weights, *tables), {**options, "D": D, "eps": 1e-5, "residual": lin},
+        test_utils=checks,
+    )  # fmt: skip
     torch.library.opcheck(ops.scale_norm_op, (x, gain, 1e-5), test_utils=checks)
 
 

@@ -138,13 +138,12 @@ def compare(
         if actual.shape != expected.shape or not error <= tolerance:
             wrong.append(f"{what}: {error:.2g}, {tuple(actual.shape)} {tuple(expected.shape)}")
 
-    model = make_model(cls, config, dtype=dtype)
+    model = make_model(cls, config, dtype=dtype).train(checkpointing or config.hidden_dropout > 0)
     model.loss_function = loss_of
     if checkpointing:
-        model.train()
         model.gradient_checkpointing_enable()
     batch = batch_of(config, marks, causal)
-    exact = make_model(cls, dataclasses.replace(config, backend="torch"))
+    exact = make_model(cls, dataclasses.replace(config, backend="torch")).train(model.training)
     exact.loss_function = loss_of
     whole = exact(**batch, use_cache=False)
     whole.loss.backward()
@@ -231,11 +230,13 @@ def kernels(mesh):
         "paper": {}, "plus": PLUS, "plus, shifted local keys": {**PLUS, "local_key_shift": True},
         "local, shifted": FORMS["local, shifted"], "global": FORMS["global"],
         "layer norm": {"norm_type": "layer_norm"}, "shifted local keys": {"local_key_shift": True},
+        "dropout": {**PLUS, "hidden_dropout": 0.5},
     }  # fmt: skip
     most = "plus, shifted local keys"
     if mesh.size() > 2:  # the interpreter takes minutes for all forms and kinds of rows
         forms = {most: forms[most]}
-    calls, sums, documents = set(), Neighbours.start_sums, Neighbours.start_documents
+    calls, sums, documents, dropout = set(), Neighbours.start_sums, Neighbours.start_documents, F.dropout
+    F.dropout = lambda x, p, training=True: x * (1 - p) if training else x  # the same for pieces and whole rows
     Neighbours.start_sums = lambda self, *given: calls.add((True, self.first_BG is None)) or sums(self, *given)
     Neighbours.start_documents = lambda self, *given: (
         calls.add((False, self.first_BG is None)) or documents(self, *given)
@@ -258,7 +259,7 @@ def kernels(mesh):
             given = {"again": kind == "packed", "checkpointing": name == "plus", **options}
             yield f"{cls.__name__}, kernels, {name}, {kind}", compare(cls, config, marks, mesh, **given)
     yield "kernels ran", [] if len(calls) == 4 else [f"causal or not, for plain and other rows: {calls}"]
-    Neighbours.start_sums, Neighbours.start_documents = sums, documents
+    Neighbours.start_sums, Neighbours.start_documents, F.dropout = sums, documents, dropout
 
 
 def overlap(mesh):

@@ -13,7 +13,7 @@ from helpers import ROOT, run_python
     ("cases", "sizes", "least"),
     [
         ("exact,others,refused", "2,4", 400),
-        ("kernels,measured", "2", 37),
+        ("kernels,measured", "2", 41),
         ("kernels", "4", 27),
         ("overlap,scans", "2", 11),
     ],
