@@ -185,6 +185,8 @@ def passes(results: Results) -> list[Cell]:
     places = [(model, {"task": task, "context": context}, ONE_PASS)
               for model, contexts in PASSED.items() for context in contexts]  # fmt: skip
     cells, long = searched(results, places)
+    # Since the best rate of a whole pass may be another than that of its tenth.
+    cells += [replace(cell, rate=cell.rate * factor) for cell in long if cell.model == RIVAL for factor in (2, 1 / 2)]
     lowest = best_rates(results)
     for trained in (long, [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in LASTED]):
         ended = [cell for cell in trained if cell in results]
