@@ -154,10 +154,10 @@ def timing(models: Iterable[str], task: str, contexts: Iterable[int], size: str 
 Results = dict[Cell, dict]
 
 
-def tuning(results: Results, model: str, task: str, context: int, **more) -> list[Cell]:
-    """The cells of the search for a model's best rate, as far as `results` determine them: those of `RATES`, and then
+def tuning(results: Results, model: str, task: str, context: int, *, rates=RATES, **more) -> list[Cell]:
+    """The cells of the search for a model's best rate, as far as `results` determine them: those of `rates`, and then
     beyond the best one while it is the highest or the lowest; the same procedure for every model."""
-    rates = set(RATES)
+    rates = set(rates)
     while True:
         cells = train(model, task, context, sorted(rates, reverse=True), **more)
         if not all(cell in results for cell in cells):
@@ -185,12 +185,17 @@ def passes(results: Results) -> list[Cell]:
     places = [(model, {"task": task, "context": context}, ONE_PASS)
               for model, contexts in PASSED.items() for context in contexts]  # fmt: skip
     cells, long = searched(results, places)
-    # Since the best rate of a whole pass may be another than that of its tenth.
-    cells += [replace(cell, rate=cell.rate * factor) for cell in long if cell.model == RIVAL for factor in (2, 1 / 2)]
+    # The best rate of a whole pass may be another than that of its tenth.
+    for cell in long:
+        if cell.model == RIVAL:
+            rates = cell.rate, 2 * cell.rate
+            cells += tuning(results, RIVAL, task, cell.context, rates=rates, tokens=ONE_PASS)
     lowest = best_rates(results)
-    for trained in (long, [replace(cell, tokens=SEVERAL_PASSES) for cell in long if cell.model in LASTED]):
+    missing = {place_of(cell) for cell in cells + long if cell not in results}
+    longer = [lowest[place_of(cell)] for cell in long if cell.model in LASTED and place_of(cell) not in missing]
+    for trained in (long, [replace(cell, tokens=SEVERAL_PASSES) for cell in longer]):
         ended = [cell for cell in trained if cell in results]
-        ended = [lowest[cell.model, cell.size, cell.task, cell.context, cell.tokens] for cell in ended]
+        ended = [lowest[place_of(cell)] for cell in ended]
         cells += trained + close(ended, results)
     for model in (RIVAL, PLUS, *(f"plus-{form}" for form in SEARCHED_FORMS)):
         cells += train(model, task, 2048, RATES[1:] if model == RIVAL else RATES[:1], tokens=SEARCHED)
@@ -203,7 +208,7 @@ def passes(results: Results) -> list[Cell]:
     searches, long = searched(results, places)
     more = [cell for cell in more + long if cell in results and cell.tokens == ONE_PASS]
     # At the rate that was best in the whole pass.
-    best = [lowest[cell.model, cell.size, cell.task, cell.context, cell.tokens] for cell in more]
+    best = [lowest[place_of(cell)] for cell in more]
     return cells + searches + long + [replace(cell, tokens=FEWER_PASSES) for cell in best]
 
 
@@ -343,10 +348,15 @@ def best_rates(results: Results) -> dict[tuple, Cell]:
     best: dict[tuple, Cell] = {}
     for cell, result in results.items():
         if cell.kind == "train" and cell.seed == 0:
-            key = (cell.model, cell.size, cell.task, cell.context, cell.tokens)
+            key = place_of(cell)
             if key not in best or final_loss(result) < final_loss(results[best[key]]):
                 best[key] = cell
     return best
+
+
+def place_of(cell: Cell) -> tuple:
+    """What the trainings have in common among which a rate is chosen."""
+    return cell.model, cell.size, cell.task, cell.context, cell.tokens
 
 
 def load_results(*folders: Path) -> Results:
